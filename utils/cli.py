@@ -1,0 +1,95 @@
+"""Command-line manners shared by the scripts: checked numbers, did-you-mean, one-line errors."""
+
+import argparse
+import difflib
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from utils.errors import EXIT_INTERRUPTED, UserError
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A hint such as `; did you mean eca_resnet50?`, or an empty string when nothing is close."""
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that answers an unknown flag with the nearest known one.
+
+    Abbreviated flags are off: `--epoch` should be a question, not a guess.
+    """
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [word for action in self._actions for word in action.option_strings]
+            word = next((u for u in unknown if u.startswith("-")), unknown[0])
+            hint = did_you_mean(word.split("=")[0], flags)
+            self.error(f"unknown argument {word}{hint or f' (see {self.prog} -h)'}")
+        return parsed
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(
+    kind: type,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+) -> Callable[[str], float]:
+    """An argparse type: a finite `kind` (int or float) in [low, high].
+
+    `above` and `below` leave out the lower and the upper end.
+    """
+    if math.isinf(high):
+        wanted = f"{'above' if above else 'at least'} {low:g}"
+    else:
+        ends = f"{low:g} and {high:g}"
+        wanted = f"between {ends}" + (", ends excluded" if above or below else "")
+    noun = "a whole number" if kind is int else "a number"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        low_ok = value > low if above else value >= low
+        high_ok = value < high if below else value <= high
+        if not (math.isfinite(value) and low_ok and high_ok):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {wanted}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1)
+count = number(int, 0)
+positive_float = number(float, 0, above=True)
+non_negative_float = number(float, 0)
+fraction = number(float, 0, 1)
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Calls `main` and exits with its code; a UserError becomes one line on stderr."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # `… | head` closed our output: not worth a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

@@ -1,0 +1,15 @@
+"""The errors that end a run with one line instead of a traceback."""
+
+EXIT_FAILED = 1  # something outside the program gave way: a worker, memory, a disk
+EXIT_BAD_INPUT = 2  # argparse's own code for a bad flag, used for bad files and data too
+EXIT_NON_FINITE = 3  # the loss or the gradient norm was not a finite number
+EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
+EXIT_STOPPED = 143  # SIGTERM or SIGUSR1: saved and stopped on request
+
+
+class UserError(Exception):
+    """A fault that the user can mend. The message is one line: what is wrong, and the remedy."""
+
+    def __init__(self, message: str, exit_code: int = EXIT_BAD_INPUT):
+        super().__init__(message)
+        self.exit_code = exit_code
