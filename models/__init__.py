@@ -1,0 +1,85 @@
+"""The networks, by name. A name that ends in `mobilenet_v2` is another spelling of the same."""
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from models.building import Ksize
+from models.eca_mobilenetv2 import MobileNetV2, eca_mobilenetv2, mobilenetv2, se_mobilenetv2
+from models.eca_module import ECALayer, adaptive_kernel_size, parse_ksize
+from models.eca_resnet import (
+    ResNet,
+    eca_resnet18,
+    eca_resnet34,
+    eca_resnet50,
+    eca_resnet101,
+    eca_resnet152,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    se_resnet18,
+    se_resnet34,
+    se_resnet50,
+    se_resnet101,
+    se_resnet152,
+)
+
+__all__ = [
+    "MODELS",
+    "ECALayer",
+    "MobileNetV2",
+    "ResNet",
+    "adaptive_kernel_size",
+    "create_model",
+    "parse_ksize",
+]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "eca_resnet18": eca_resnet18,
+    "eca_resnet34": eca_resnet34,
+    "eca_resnet50": eca_resnet50,
+    "eca_resnet101": eca_resnet101,
+    "eca_resnet152": eca_resnet152,
+    "eca_mobilenetv2": eca_mobilenetv2,
+    "eca_mobilenet_v2": eca_mobilenetv2,
+    "se_resnet18": se_resnet18,
+    "se_resnet34": se_resnet34,
+    "se_resnet50": se_resnet50,
+    "se_resnet101": se_resnet101,
+    "se_resnet152": se_resnet152,
+    "se_mobilenetv2": se_mobilenetv2,
+    "se_mobilenet_v2": se_mobilenetv2,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "resnet152": resnet152,
+    "mobilenetv2": mobilenetv2,
+    "mobilenet_v2": mobilenetv2,
+}
+
+
+def create_model(
+    name: str, ksize: Ksize = None, num_classes: int = 1000, **kwargs: Any
+) -> nn.Module:
+    """Builds the network `name`, with fresh weights.
+
+    Args:
+        name: a key of `MODELS`.
+        ksize: ECA's kernel sizes as `--ksize` takes them, or a sequence; None for the released
+            ones, or for a network without ECA.
+        num_classes: at least 1.
+        **kwargs: the constructor's other arguments: `attention`, MobileNetV2's `width_mult`.
+
+    Raises:
+        ValueError: one line, for an unknown name or a value that will not do.
+    """
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(MODELS)}"
+        raise ValueError(f"unknown network {name!r}; {hint}")
+    return MODELS[name](ksize=ksize, num_classes=num_classes, **kwargs)

@@ -1,0 +1,191 @@
+"""MobileNetV2 with ECA, with the attentions it is compared with, and with none.
+
+With attention off and width 1 the network computes what torchvision's computes, under the same
+names. At other widths channels are int(c · width_mult), as in the authors' code, not rounded to 8.
+"""
+
+from torch import Tensor, nn
+
+from models.attention import find_attention, takes_ksize
+from models.building import Ksize, check_ksize, check_num_classes, initialise_convolutions
+from models.eca_module import ADAPTIVE, adaptive_kernel_size
+
+STEM, LAST = 32, 1280  # channels before the first stage and after the last
+STAGES = (  # expansion ratio, output channels at width 1, blocks, stride of the first block
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+NARROW = sum(channels < 96 for _, channels, _, _ in STAGES)  # stages that take k's first number
+RELEASED_KSIZE = "13"
+
+
+def expand_ksize(ksize: tuple[int, ...]) -> tuple[int, ...]:
+    """Two kernel sizes (below 96 channels, from 96 up) → one for each of the seven stages."""
+    if len(ksize) == 2:
+        return ksize[:1] * NARROW + ksize[1:] * (len(STAGES) - NARROW)
+    return ksize
+
+
+def shorten_ksize(ksize: tuple[int, ...]) -> tuple[int, ...]:
+    """The two numbers that stand for seven, where two do; else the seven."""
+    short = (ksize[0], ksize[-1])
+    return short if expand_ksize(short) == ksize else ksize
+
+
+class ConvBNReLU(nn.Sequential):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
+    ):
+        super().__init__(
+            nn.Conv2d(
+                in_channels,
+                out_channels,
+                kernel,
+                stride,
+                padding=kernel // 2,
+                groups=groups,
+                bias=False,
+            ),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU6(inplace=True),
+        )
+
+
+class InvertedResidual(nn.Module):
+    """Expand 1×1, depthwise 3×3 with the stride s, linear 1×1, attention; added to x if it fits.
+
+    (N, C, H, W) → (N, out_channels, H/s, W/s). Attention is the last member of `conv` and stands in
+    every block, with or without the addition.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        expansion: int,
+        attention: str,
+        ksize: int | None,
+    ):
+        super().__init__()
+        hidden = in_channels * expansion
+        self.residual = stride == 1 and in_channels == out_channels
+        self.conv = nn.Sequential()
+        if expansion != 1:
+            self.conv.append(ConvBNReLU(in_channels, hidden, 1))
+        self.conv.append(ConvBNReLU(hidden, hidden, 3, stride, groups=hidden))
+        self.conv.append(nn.Conv2d(hidden, out_channels, 1, bias=False))
+        self.conv.append(nn.BatchNorm2d(out_channels))
+        entry = find_attention(attention)
+        if entry:
+            self.conv.append(entry.build(out_channels, ksize))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.conv(x)
+        return x + z if self.residual else z
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 with one attention layer a block.
+
+    Args:
+        attention: a name in `attention.ATTENTIONS`.
+        ksize: ECA's kernel sizes as `parse_ksize` reads them: two numbers, for the stages of fewer
+            than 96 output channels and for the others; or seven, one a stage; or "adaptive", which
+            applies eq. 12 to the stage's output channels. Widths here are those at `width_mult` 1
+            for the two numbers, so that "13" means the same stages at any width, and the actual
+            ones for eq. 12. Without ECA there is none to give.
+        num_classes: rows of the classifier.
+        width_mult: factor on the channels, above 0.
+        arch: the name kept in checkpoints.
+
+    Attributes:
+        ksize: the kernel sizes used: two numbers if two say it, else seven, or None.
+
+    Shape: (N, 3, H, W) → (N, num_classes).
+    """
+
+    head = "classifier.1"
+
+    def __init__(
+        self,
+        attention: str = "eca",
+        ksize: Ksize = None,
+        num_classes: int = 1000,
+        width_mult: float = 1.0,
+        arch: str = "mobilenetv2",
+    ):
+        super().__init__()
+        if not width_mult * STAGES[0][1] >= 1:
+            raise ValueError(f"width_mult {width_mult} leaves no channels: use for example 0.5")
+        channels = [int(c * width_mult) for _, c, _, _ in STAGES]
+        if ksize is None and takes_ksize(attention):
+            ksize = RELEASED_KSIZE
+        ksize = check_ksize(arch, attention, ksize, stages=(2, len(STAGES)))
+        if ksize == ADAPTIVE:
+            ksize = tuple(adaptive_kernel_size(c) for c in channels)
+        if ksize:
+            ksize = expand_ksize(ksize)
+        self.arch = arch
+        self.attention = attention
+        self.ksize = shorten_ksize(ksize) if ksize else None
+        self.num_classes = check_num_classes(num_classes)
+        self.model_kwargs = {"width_mult": width_mult}
+
+        in_channels = int(STEM * width_mult)
+        self.features = nn.Sequential(ConvBNReLU(3, in_channels, 3, stride=2))
+        for i, (expansion, _, blocks, stride) in enumerate(STAGES):
+            k = ksize[i] if ksize else None
+            for j in range(blocks):
+                self.features.append(
+                    InvertedResidual(
+                        in_channels, channels[i], stride if j == 0 else 1, expansion, attention, k
+                    )
+                )
+                in_channels = channels[i]
+        last = int(LAST * max(1.0, width_mult))
+        self.features.append(ConvBNReLU(in_channels, last, 1))
+        self.classifier = nn.Sequential(nn.Dropout(0.25), nn.Linear(last, num_classes))
+        initialise_convolutions(self)
+        nn.init.normal_(self.classifier[1].weight, 0, 0.01)
+        nn.init.zeros_(self.classifier[1].bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map: (N, 3, H, W) → (N, C, ⌈H/32⌉, ⌈W/32⌉), C = 1280 up to width 1."""
+        return self.features(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A mean, not a pooling module: the published FLOPs count it as nothing.
+        return self.classifier(self.forward_features(x).mean((2, 3)))
+
+
+def eca_mobilenetv2(
+    ksize: Ksize = None,
+    num_classes: int = 1000,
+    attention: str = "eca",
+    width_mult: float = 1.0,
+) -> MobileNetV2:
+    return MobileNetV2(attention, ksize, num_classes, width_mult, "eca_mobilenetv2")
+
+
+def se_mobilenetv2(
+    ksize: Ksize = None,
+    num_classes: int = 1000,
+    attention: str = "se",
+    width_mult: float = 1.0,
+) -> MobileNetV2:
+    return MobileNetV2(attention, ksize, num_classes, width_mult, "se_mobilenetv2")
+
+
+def mobilenetv2(
+    ksize: Ksize = None,
+    num_classes: int = 1000,
+    attention: str = "none",
+    width_mult: float = 1.0,
+) -> MobileNetV2:
+    return MobileNetV2(attention, ksize, num_classes, width_mult, "mobilenetv2")

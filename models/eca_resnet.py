@@ -1,0 +1,239 @@
+"""ResNets with ECA, with the attentions it is compared with, and with none.
+
+With attention off the networks compute what torchvision's compute, under the same names.
+"""
+
+from torch import Tensor, nn
+
+from models.attention import find_attention, takes_ksize
+from models.building import Ksize, check_ksize, check_num_classes, initialise_convolutions
+from models.eca_module import ADAPTIVE, adaptive_kernel_size
+
+WIDTHS = (64, 128, 256, 512)  # of the four stages, before a block's expansion
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+
+
+def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+
+class _Block(nn.Module):
+    """What both blocks share: attention, if any, under the name of its slot, and the shortcut."""
+
+    def _add_tail(
+        self, in_channels: int, out_channels: int, stride: int, attention: str, ksize: int | None
+    ) -> None:
+        entry = find_attention(attention)
+        self.slot = entry.slot if entry else None
+        if entry:
+            self.add_module(entry.slot, entry.build(out_channels, ksize))
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                _conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels)
+            )
+
+    def attend(self, z: Tensor) -> Tensor:
+        return getattr(self, self.slot)(z) if self.slot else z
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
+
+
+class BasicBlock(_Block):
+    """Two 3×3 convolutions, the first with the stride s: (N, C, H, W) → (N, width, H/s, W/s)."""
+
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, width: int, stride: int, attention: str, ksize: int | None
+    ):
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, width, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv3x3(width, width)
+        self.bn2 = nn.BatchNorm2d(width)
+        self._add_tail(in_channels, width, stride, attention, ksize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = self.shortcut(x)
+        h = self.relu(self.bn1(self.conv1(x)))
+        z = self.bn2(self.conv2(h))
+        z = self.attend(z)
+        return self.relu(z + identity)
+
+
+class Bottleneck(_Block):
+    """1×1, 3×3 with the stride s, 1×1: (N, C, H, W) → (N, 4·width, H/s, W/s)."""
+
+    expansion = 4
+
+    def __init__(
+        self, in_channels: int, width: int, stride: int, attention: str, ksize: int | None
+    ):
+        super().__init__()
+        out_channels = width * self.expansion
+        self.conv1 = _conv1x1(in_channels, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv3x3(width, width, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = _conv1x1(width, out_channels)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self._add_tail(in_channels, out_channels, stride, attention, ksize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = self.shortcut(x)
+        h = self.relu(self.bn1(self.conv1(x)))
+        h = self.relu(self.bn2(self.conv2(h)))
+        z = self.bn3(self.conv3(h))
+        z = self.attend(z)
+        return self.relu(z + identity)
+
+
+class ResNet(nn.Module):
+    """A ResNet with one attention layer a block, after its last BatchNorm and before the addition.
+
+    Args:
+        block: BasicBlock or Bottleneck.
+        layers: blocks in each of the four stages.
+        attention: a name in `attention.ATTENTIONS`.
+        ksize: ECA's kernel size in each stage, as `parse_ksize` reads it; "adaptive" applies
+            eq. 12 to the stage's output channels. Without ECA there is none to give.
+        num_classes: rows of `fc`.
+        arch: the name kept in checkpoints.
+
+    Attributes:
+        ksize: the four kernel sizes used ("adaptive" resolved), or None.
+
+    Shape: (N, 3, H, W) → (N, num_classes).
+    """
+
+    head = "fc"
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: tuple[int, int, int, int],
+        attention: str = "eca",
+        ksize: Ksize = None,
+        num_classes: int = 1000,
+        arch: str = "resnet",
+    ):
+        super().__init__()
+        channels = [width * block.expansion for width in WIDTHS]
+        ksize = check_ksize(arch, attention, ksize, stages=4)
+        if ksize == ADAPTIVE:
+            ksize = tuple(adaptive_kernel_size(c) for c in channels)
+        self.arch = arch
+        self.attention = attention
+        self.ksize = ksize
+        self.num_classes = check_num_classes(num_classes)
+        self.model_kwargs: dict = {}
+
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        in_channels = 64
+        for i, (width, depth) in enumerate(zip(WIDTHS, layers, strict=True)):
+            k = ksize[i] if ksize else None
+            stage = nn.Sequential()
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                stage.append(block(in_channels, width, stride, attention, k))
+                in_channels = channels[i]
+            self.add_module(f"layer{i + 1}", stage)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(in_channels, num_classes)
+        initialise_convolutions(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map: (N, 3, H, W) → (N, C, ⌈H/32⌉, ⌈W/32⌉), C = 512 or 2048."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+# depth: block, blocks in each stage, and the kernel sizes of the authors' released weights
+DEPTHS = {
+    18: (BasicBlock, (2, 2, 2, 2), "3577"),
+    34: (BasicBlock, (3, 4, 6, 3), "3357"),
+    50: (Bottleneck, (3, 4, 6, 3), "3557"),
+    101: (Bottleneck, (3, 4, 23, 3), "3357"),
+    152: (Bottleneck, (3, 8, 36, 3), "3357"),
+}
+
+
+def _resnet(arch: str, ksize: Ksize, num_classes: int, attention: str) -> ResNet:
+    block, layers, released = DEPTHS[int(arch.rpartition("resnet")[2])]
+    if ksize is None and takes_ksize(attention):
+        ksize = released
+    return ResNet(block, layers, attention, ksize, num_classes, arch)
+
+
+def eca_resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+    return _resnet("eca_resnet18", ksize, num_classes, attention)
+
+
+def eca_resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+    return _resnet("eca_resnet34", ksize, num_classes, attention)
+
+
+def eca_resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+    return _resnet("eca_resnet50", ksize, num_classes, attention)
+
+
+def eca_resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+    return _resnet("eca_resnet101", ksize, num_classes, attention)
+
+
+def eca_resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+    return _resnet("eca_resnet152", ksize, num_classes, attention)
+
+
+def se_resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+    return _resnet("se_resnet18", ksize, num_classes, attention)
+
+
+def se_resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+    return _resnet("se_resnet34", ksize, num_classes, attention)
+
+
+def se_resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+    return _resnet("se_resnet50", ksize, num_classes, attention)
+
+
+def se_resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+    return _resnet("se_resnet101", ksize, num_classes, attention)
+
+
+def se_resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+    return _resnet("se_resnet152", ksize, num_classes, attention)
+
+
+def resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+    return _resnet("resnet18", ksize, num_classes, attention)
+
+
+def resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+    return _resnet("resnet34", ksize, num_classes, attention)
+
+
+def resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+    return _resnet("resnet50", ksize, num_classes, attention)
+
+
+def resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+    return _resnet("resnet101", ksize, num_classes, attention)
+
+
+def resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+    return _resnet("resnet152", ksize, num_classes, attention)
