@@ -1,0 +1,117 @@
+"""Checkpoints: plain values and tensors in one file, checked when read, never fewer than two.
+
+Reading never runs code from the file (`weights_only=True`), and every byte is checked: torch
+itself does not compare a zip's checksums, so a flipped bit would load without a word.
+"""
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from utils.errors import UserError
+from utils.files import remove_leftovers, write_atomically
+
+FORMAT = 1
+LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
+
+
+class CorruptCheckpointError(UserError):
+    """The file is damaged; another one may serve."""
+
+
+def save(path: str | Path, state: dict, retire_to: str | Path | None = None) -> int:
+    """Writes `state` atomically (see `write_atomically`) and returns its size in bytes.
+
+    Raises:
+        UserError: no room or no permission; an older file at `path` is untouched.
+    """
+    # In memory first: the size is known before the disk is touched, and a full disk is an OSError
+    # here instead of a broken zip stream inside torch.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    data = buffer.getvalue()
+    write_atomically(path, data, retire_to)
+    return len(data)
+
+
+def load(path: str | Path) -> dict:
+    """Reads a checkpoint onto the CPU: ours, one released by the authors, or a bare state dict.
+
+    Both file formats of torch are read (zip, and the pickle of torch < 1.6).
+
+    Raises:
+        CorruptCheckpointError: damaged or cut short.
+        UserError: no such file, not a checkpoint, or a pickle that wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}; give the path of a checkpoint, such as runs/…/{BEST}")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise CorruptCheckpointError(f"{path}: damaged (checksum of {damaged})")
+        elif path.stat().st_size == 0:
+            raise CorruptCheckpointError(f"{path}: damaged (the file is empty)")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "GLOBAL" in str(error):
+            raise UserError(
+                f"{path}: holds objects that need code to be loaded, which a stranger's file could "
+                "abuse; refused. Ask for a file of plain tensors"
+            ) from None
+        raise CorruptCheckpointError(f"{path}: damaged, or not a checkpoint") from None
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; check the file") from None
+    except Exception:  # what a damaged file makes torch raise is open-ended
+        raise CorruptCheckpointError(f"{path}: damaged, or not a checkpoint") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def is_ours(state: dict) -> bool:
+    """Whether `load` returned a checkpoint that this project's scripts wrote."""
+    return "format" in state and "state_dict" in state
+
+
+class CheckpointFolder:
+    """`last`, the one before it, and `best` in one folder."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.last = self.folder / LAST
+        self.previous = self.folder / PREVIOUS
+        self.best = self.folder / BEST
+
+    def save_last(self, state: dict) -> None:
+        """Writes `last`; the former one becomes `previous`."""
+        remove_leftovers(self.folder)
+        save(self.last, state, retire_to=self.previous)
+
+    def save_best(self, state: dict) -> None:
+        save(self.best, state)
+
+    def newest_good(self) -> tuple[Path, dict, list[str]]:
+        """The newest checkpoint that can be read: (path, contents, lines on damaged ones).
+
+        Raises:
+            UserError: there is none.
+        """
+        notes = []
+        for path in (self.last, self.previous, self.best):
+            if not path.exists():
+                continue
+            try:
+                return path, load(path), notes
+            except CorruptCheckpointError as error:
+                notes.append(f"! {error}; going back to the one before it")
+        found = "only damaged checkpoints" if notes else "no checkpoint"
+        raise UserError(f"{self.folder}: {found} to resume from; start without --resume")

@@ -1,0 +1,220 @@
+"""From image files to normalised batches on the device.
+
+Workers decode, crop and flip 8-bit images; the division by the standard deviation happens on the
+device, on a batch that crossed the bus at a quarter of its float size.
+"""
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision.transforms import v2
+
+from utils.errors import EXIT_FAILED, UserError
+from utils.image_folder import ImageFolder
+from utils.image_io import BrokenImageError, printable, read_image
+from utils.sampler import Key, mix_seed
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+REPLACEMENT_TRIES = 100  # consecutive broken files after which skipping gives up
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step works on."""
+
+    images: torch.Tensor  # (N, 3, S, S) float32, normalised
+    targets: torch.Tensor  # (N,) int64
+    broken: Sequence[int]  # indices of images that were replaced because they could not be read
+
+
+def train_transform(img_size: int, min_scale: float, hflip: float) -> v2.Compose:
+    """A random crop of `min_scale` to all of the area, resized to S x S, and a random flip."""
+    return v2.Compose([
+        v2.RandomResizedCrop(img_size, scale=(min_scale, 1.0), antialias=True),
+        v2.RandomHorizontalFlip(hflip),
+    ])  # fmt: skip
+
+
+def eval_transform(img_size: int, crop_pct: float) -> v2.Compose:
+    """Shorter side to S / crop_pct, then the central S x S (0.875: 256 and 224)."""
+    return v2.Compose([
+        v2.Resize(round(img_size / crop_pct), antialias=True),
+        v2.CenterCrop(img_size),
+    ])  # fmt: skip
+
+
+class ImageDataset(Dataset):
+    """Images of a folder by (epoch, index), as (uint8 (3, S, S), label, broken index or -1).
+
+    Args:
+        folder: what to read.
+        transform: applied to the decoded image.
+        seed: makes random transforms a pure function of (seed, epoch, index), so that neither the
+            number of workers nor an interruption changes them; None for transforms without chance.
+        decoder: see `read_image`.
+        skip_broken: take the next readable image in the place of a broken one, and report it.
+
+    A broken image comes back as a value, not as an exception: one raised in a worker process
+    arrives as a traceback in a RuntimeError, without the path.
+    """
+
+    def __init__(
+        self,
+        folder: ImageFolder,
+        transform: v2.Transform,
+        seed: int | None = None,
+        decoder: str = "torchvision",
+        skip_broken: bool = False,
+    ):
+        self.folder, self.transform, self.seed = folder, transform, seed
+        self.decoder, self.skip_broken = decoder, skip_broken
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int] | BrokenImageError:
+        epoch, wanted = key
+        tries = REPLACEMENT_TRIES if self.skip_broken else 1
+        for attempt in range(tries):
+            index = (wanted + attempt) % len(self.folder)
+            try:
+                image = read_image(self.folder.path(index), self.decoder)
+                break
+            except BrokenImageError as error:
+                failure = error
+        else:
+            return failure
+        if self.seed is None:
+            image = self.transform(image)
+        else:
+            # Not torch.manual_seed: that would also reseed the accelerators.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(mix_seed(self.seed, epoch, wanted))
+                image = self.transform(image)
+        if not isinstance(image, torch.Tensor):
+            image = v2.functional.pil_to_tensor(image)
+        return image, int(self.folder.labels[index]), -1 if index == wanted else wanted
+
+
+def make_loader(
+    dataset: Dataset,
+    batches: Sampler[list[Key]],
+    workers: int,
+    device: torch.device,
+    timeout: float = 0,
+) -> DataLoader:
+    """A loader over `batches`; read it through `device_batches`.
+
+    Args:
+        timeout: seconds to wait for one batch before the workers count as hung; 0 waits for ever.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_init_worker,
+        timeout=timeout if workers else 0,
+        # Its own generator: else every epoch's start would draw from the global one.
+        generator=torch.Generator(),
+    )
+
+
+def device_batches(
+    loader: DataLoader,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Iterator[Batch]:
+    """Iterates over `loader` with each batch on `device` and normalised.
+
+    On CUDA the next batch is copied on a side stream while the present one is worked on.
+
+    Raises:
+        UserError: a broken image (with its path), or a loader worker that died or hung.
+    """
+    scale = [1 / (255 * s) for s in std]
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    scale, shift = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (scale, shift))
+
+    def move(images: torch.Tensor, targets: torch.Tensor, broken: list[int]) -> Batch:
+        images = images.to(device, non_blocking=True).to(memory_format=memory_format)
+        targets = targets.to(device, non_blocking=True)
+        return Batch(images.float().mul_(scale).add_(shift), targets, broken)
+
+    if device.type != "cuda":
+        for host in _checked(loader):
+            yield move(*host)
+        return
+    stream = torch.cuda.Stream(device)
+    ready = None
+    for host in _checked(loader):
+        with torch.cuda.stream(stream):
+            coming = move(*host)
+        if ready is not None:
+            yield ready
+        torch.cuda.current_stream(device).wait_stream(stream)
+        for tensor in (coming.images, coming.targets):
+            tensor.record_stream(torch.cuda.current_stream(device))
+        ready = coming
+    if ready is not None:
+        yield ready
+
+
+def _checked(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
+    """The loader's batches; what goes wrong in it becomes one line."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            text = str(error)
+            if "timed out" in text:
+                raise UserError(
+                    f"no batch from the loader workers for {loader.timeout:g} s: they hang (slow "
+                    "or stuck storage?); raise --worker-timeout or use fewer workers (-j)",
+                    EXIT_FAILED,
+                ) from None
+            if "DataLoader worker" in text and ("exited" in text or "killed" in text):
+                raise UserError(
+                    "a loader worker died (out of memory or killed); use fewer workers (-j), and "
+                    "resume with --resume auto",
+                    EXIT_FAILED,
+                ) from None
+            raise
+        if isinstance(batch, BrokenImageError):
+            raise UserError(
+                f"{batch}; mend or remove the file (python -m utils.check_data lists all broken "
+                "ones), or train with --skip-bad-images",
+                EXIT_FAILED,
+            )
+        yield batch
+
+
+def _collate(items: list):
+    for item in items:
+        if isinstance(item, BrokenImageError):
+            return item
+    images, labels, broken = zip(*items, strict=True)
+    return default_collate(images), torch.tensor(labels), [i for i in broken if i >= 0]
+
+
+def _init_worker(_: int) -> None:
+    # Stop requests are for the main process, which finishes its step, saves and ends the workers.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def broken_paths(folder: ImageFolder, indices: Sequence[int]) -> list[str]:
+    """Printable paths of the images at `indices`."""
+    return [printable(folder.path(index)) for index in indices]

@@ -1,0 +1,134 @@
+"""One process or many: set-up and tear-down, and the few collectives a run needs.
+
+Every function works in a single process too, where it does nothing; callers have no second branch.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where this process runs and among how many."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    data_parallel: tuple[int, ...] = ()  # GPU indices of DataParallel, when it is used
+    votes: dist.ProcessGroup | None = None  # host-side group for decisions, see stop.Votes
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def replicas(self) -> int:
+        """Devices that a global batch is divided over."""
+        return max(self.world_size, len(self.data_parallel), 1)
+
+    def say(self, *lines: str) -> None:
+        """Prints on rank 0 only, at once."""
+        if self.is_main:
+            print(*lines, sep="\n", flush=True)
+
+
+def setup(device: str = "auto", gpu: int | None = None) -> Context:
+    """Finds the device and, under torchrun, joins the process group.
+
+    Without a launcher all visible GPUs are used through DataParallel, unless `gpu` names one.
+
+    Args:
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        gpu: the same as "cuda:N".
+
+    Raises:
+        UserError: the device does not exist here.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if gpu is not None:
+        if device not in ("auto", "cuda"):
+            raise UserError(f"--gpu {gpu} and --device {device} contradict each other: give one")
+        device = f"cuda:{gpu}"
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: not a device; try cpu, cuda, cuda:0 or mps") from None
+    if found.type == "cuda":
+        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        wanted = int(os.environ.get("LOCAL_RANK", 0)) if launched else (found.index or 0)
+        if wanted >= visible:
+            raise UserError(
+                f"CUDA device {wanted} asked for, {visible} visible; check nvidia-smi and "
+                "CUDA_VISIBLE_DEVICES, or use --device cpu"
+            )
+        several = found.index is None and not launched and visible > 1
+        found = torch.device("cuda", wanted)
+        torch.cuda.set_device(found)
+    elif found.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: no Apple GPU here; use --device cpu")
+    if not launched:
+        parallel = tuple(range(visible)) if found.type == "cuda" and several else ()
+        return Context(found, data_parallel=parallel)
+    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    votes = dist.new_group(backend="gloo")
+    return Context(found, dist.get_rank(), dist.get_world_size(), votes=votes)
+
+
+def tear_down() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(network: nn.Module, context: Context, sync_bn: bool = False) -> nn.Module:
+    """The network as the step calls it: DistributedDataParallel, DataParallel, or itself."""
+    if context.world_size > 1:
+        on_gpu = context.device.type == "cuda"
+        if sync_bn:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return nn.parallel.DistributedDataParallel(
+            network,
+            device_ids=[context.device.index] if on_gpu else None,
+            gradient_as_bucket_view=True,
+        )
+    if len(context.data_parallel) > 1:
+        return nn.DataParallel(network, device_ids=list(context.data_parallel))
+    return network
+
+
+def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Reduces `tensor` in place over all ranks and returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def broadcast_buffers(network: nn.Module) -> None:
+    """Gives every rank rank 0's buffers (BatchNorm statistics differ by rank after a step)."""
+    if dist.is_initialized():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def share(value: object, context: Context) -> object:
+    """Rank 0's `value` (plain Python objects) on every rank."""
+    if context.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0, device=context.device)
+    return box[0]
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,61 @@
+"""Files that appear whole or not at all."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from utils.errors import EXIT_FAILED, UserError
+
+
+def write_atomically(path: str | Path, data: bytes, retire_to: str | Path | None = None) -> None:
+    """Writes `data` to a temporary neighbour, flushes it to the disk, and renames it to `path`.
+
+    A reader sees the old file or the new one; a crash, even of the machine, leaves one of the two.
+
+    Args:
+        retire_to: where the file that now stands at `path` goes, instead of being replaced. It is
+            moved when the new one is already safe on the disk.
+
+    Raises:
+        UserError: no room (says how much is needed), read-only or missing folder; `path` is as it
+            was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if retire_to is not None and path.exists():
+            os.replace(path, retire_to)
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free
+            raise UserError(
+                f"no room to write {path}: {len(data) / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB "
+                "free; the file written before it is whole. Make room and go on with --resume auto",
+                EXIT_FAILED,
+            ) from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; choose another --output or mend its rights",
+            EXIT_FAILED,
+        ) from None
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes temporary files that a killed process left in `folder`."""
+    for path in Path(folder).glob(".*.tmp-*"):
+        path.unlink(missing_ok=True)
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # makes the rename itself survive a power cut
+    finally:
+        os.close(handle)

@@ -1,0 +1,164 @@
+"""A folder of class folders, read by class name.
+
+Labels follow names, never positions: when `val/` lacks a class of `train/`, the classes behind it
+keep their labels. (Numbering the folders of each side by itself shifts them without a word, and
+validation accuracy sticks near chance.)
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from utils.cli import did_you_mean
+from utils.errors import UserError
+from utils.image_io import EXTENSIONS, printable
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images below one folder.
+
+    `paths` are bytes (file names need not be UTF-8) in one numpy array: a Python list of a
+    million strings would be copied page by page into every loader worker.
+    """
+
+    root: str
+    classes: tuple[str, ...]
+    paths: np.ndarray  # (n,) bytes, relative to root
+    labels: np.ndarray  # (n,) int64 index into classes
+    ignored: dict[str, int] = field(default_factory=dict)  # extension → files passed over
+    hidden: int = 0  # files and folders whose name begins with a dot
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> bytes:
+        return os.path.join(os.fsencode(self.root), self.paths[index])
+
+    def empty_classes(self) -> list[str]:
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        return [name for name, n in zip(self.classes, counts, strict=True) if n == 0]
+
+
+def list_classes(root: str) -> list[str]:
+    """The class folders below `root`, sorted by name.
+
+    Raises:
+        UserError: no such folder, or no folder in it.
+    """
+    if not os.path.isdir(root):
+        parent = os.path.dirname(os.path.abspath(root))
+        siblings = os.listdir(parent) if os.path.isdir(parent) else []
+        hint = did_you_mean(os.path.basename(os.path.normpath(root)), siblings)
+        raise UserError(
+            f"{printable(root)}: no such folder{hint or '; DATA holds train/ and val/, '}"
+            + ("" if hint else "each with one folder per class")
+        )
+    with _scandir(root) as entries:
+        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    if not names:
+        raise UserError(f"{printable(root)}: holds no class folders; put one folder per class in")
+    return names
+
+
+def scan(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
+    """Lists the images of every class folder below `root`, sub-folders included, sorted.
+
+    Args:
+        root: the folder that holds the class folders.
+        classes: the class names in label order; by default the folders of `root`, sorted.
+
+    Raises:
+        UserError: a missing folder, a folder that `classes` does not name, a link that leads back
+            into itself, or no image at all.
+    """
+    found = list_classes(root)
+    classes = list(found if classes is None else classes)
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        raise UserError(
+            f"{printable(root)}: {_names(unknown)} not among the {len(classes)} known classes; "
+            "rename or move these folders (labels go by folder name)"
+        )
+    label_of = {name: label for label, name in enumerate(classes)}
+    paths: list[bytes] = []
+    labels: list[int] = []
+    ignored: Counter[str] = Counter()
+    hidden = sum(name.startswith(".") for name in os.listdir(root))
+    for name in found:
+        before = len(paths)
+        hidden += _collect(root, name, paths, ignored, (os.path.realpath(root),))
+        paths[before:] = sorted(paths[before:])
+        labels += [label_of[name]] * (len(paths) - before)
+    if not paths:
+        passed = f" ({_counts(ignored)} passed over)" if ignored else ""
+        raise UserError(
+            f"{printable(root)}: no image in {len(found)} class folders{passed}; "
+            f"known endings are {' '.join(EXTENSIONS)}"
+        )
+    return ImageFolder(
+        root=root,
+        classes=tuple(classes),
+        paths=np.array(paths),
+        labels=np.array(labels, dtype=np.int64),
+        ignored=dict(ignored),
+        hidden=hidden,
+    )
+
+
+def describe(folder: ImageFolder, title: str) -> list[str]:
+    """Lines for the report at the start of a run: counts, and whatever a user should look at."""
+    present = len(folder.classes) - len(folder.empty_classes())
+    lines = [f"{title}: {len(folder):,} images in {present} classes ({printable(folder.root)})"]
+    if empty := folder.empty_classes():
+        lines.append(f"  ! no {title} image for {_names(empty)}")
+    if folder.ignored:
+        lines.append(f"  ! passed over: {_counts(folder.ignored)}")
+    if folder.hidden:
+        lines.append(f"  ! passed over: {folder.hidden} hidden (.name) entries")
+    return lines
+
+
+def _scandir(path: str):
+    try:
+        return os.scandir(path)
+    except OSError as error:
+        raise UserError(f"{printable(path)}: {error.strerror}; check its permissions") from None
+
+
+def _collect(
+    root: str, folder: str, paths: list[bytes], ignored: Counter[str], above: tuple[str, ...]
+) -> int:
+    """Adds the images below root/folder to `paths`; returns the number of hidden entries."""
+    here = os.path.realpath(os.path.join(root, folder))
+    if here in above:
+        raise UserError(
+            f"{printable(os.path.join(root, folder))}: a link that leads back to a folder above "
+            "it; remove the link"
+        )
+    hidden = 0
+    with _scandir(os.path.join(root, folder)) as entries:
+        for entry in entries:
+            relative = os.path.join(folder, entry.name)
+            if entry.name.startswith("."):
+                hidden += 1
+            elif entry.is_dir():
+                hidden += _collect(root, relative, paths, ignored, (*above, here))
+            elif entry.name.lower().endswith(EXTENSIONS):
+                paths.append(os.fsencode(relative))
+            else:
+                ignored[os.path.splitext(entry.name)[1].lower() or "no ending"] += 1
+    return hidden
+
+
+def _names(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(printable(n) for n in names[:most])
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} class{'es' if len(names) > 1 else ''} ({shown}{more})"
+
+
+def _counts(ignored: dict[str, int]) -> str:
+    return ", ".join(f"{n} {ext}" for ext, n in sorted(ignored.items(), key=lambda x: -x[1]))

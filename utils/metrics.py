@@ -1,0 +1,62 @@
+"""Sums that live on the device, so that counting costs no synchronisation."""
+
+import torch
+from torch.nn import functional as F
+
+from utils import distributed
+
+
+def count_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...]) -> torch.Tensor:
+    """How many of N samples have their class among the k highest logits.
+
+    Args:
+        logits: (N, C). With C < k every sample counts as correct.
+        targets: (N,) int64 class indices.
+        ks: the k's asked for.
+
+    Returns:
+        (len(ks),) float64 counts. A row that is not finite is never correct: NaN sorts first in
+        topk, which would make a ruined network look perfect for class 0.
+    """
+    top = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices
+    hits = (top == targets[:, None]) & logits.isfinite().all(dim=1, keepdim=True)
+    return torch.stack([hits[:, :k].sum() for k in ks]).to(_wide(logits.device))
+
+
+class ClassificationMeter:
+    """Loss, top-1 and top-5 over what `update` has seen.
+
+    State: four sums (loss, top-1 hits, top-5 hits, samples) on the device, this rank's share.
+    """
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(4, dtype=_wide(device), device=device)
+
+    @torch.no_grad()
+    def update(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Adds a batch: its mean loss (scalar), logits (N, C) and targets (N,)."""
+        n = len(targets)
+        self.sums[0] += loss.detach() * n
+        self.sums[1:3] += count_correct(logits.detach(), targets, (1, 5))
+        self.sums[3] += n
+
+    def total(self) -> torch.Tensor:
+        """The four sums over all ranks, on the host. Synchronises; call it on every rank."""
+        return distributed.all_reduce(self.sums.clone()).cpu()
+
+    @staticmethod
+    def means(total: torch.Tensor) -> dict[str, float]:
+        """{"loss", "top1", "top5"} of `total()`: mean loss and percentages."""
+        loss, top1, top5, n = total.tolist()
+        n = n or float("nan")
+        return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in float32, whatever the precision of the logits (N, C)."""
+    return F.cross_entropy(logits.float(), targets)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    # float64 keeps counts exact past 2^24 and sums independent of their size; Apple GPUs lack it.
+    return torch.float32 if device.type == "mps" else torch.float64

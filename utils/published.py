@@ -1,0 +1,56 @@
+"""The parameters and FLOPs that others printed, as they printed them. Nothing here is counted.
+
+M and G are 2^20 and 2^30 in the ImageNet tables (1000 classes, one image of 224 × 224), 10^6 and
+10^9 in the COCO table (one image of 800 × 1280).
+"""
+
+from dataclasses import dataclass
+
+PAPER = "ECA-Net, CVPR 2020, arXiv 1910.03151"
+AUTHORS = "the README of the authors' released code"
+CUT_OFF = "the printed figure is cut off after two decimals, ours is rounded"
+
+
+@dataclass(frozen=True)
+class Published:
+    params: str
+    flops: str | None  # None: not at hand
+    ksize: tuple[int, ...] | None  # of the network that was printed; None without ECA
+    source: str
+    remark: str = ""  # shown where our count disagrees
+
+
+IMAGENET = {
+    "eca_resnet18": Published("11.15M", "1.70G", (3, 5, 7, 7), AUTHORS),
+    "eca_resnet34": Published("20.79M", "3.43G", (3, 3, 5, 7), AUTHORS),
+    "eca_resnet50": Published("24.37M", "3.86G", (3, 5, 5, 7), AUTHORS),
+    "eca_resnet101": Published("42.49M", "7.35G", (3, 3, 5, 7), AUTHORS),
+    "eca_resnet152": Published(
+        "57.41M",
+        "10.83G",
+        (3, 3, 5, 7),
+        AUTHORS,
+        "no choice of kernel sizes reaches 57.41M: plain ResNet-152 is 57.40M and ECA adds some"
+        " hundred parameters",
+    ),
+    "eca_mobilenetv2": Published("3.34M", "319.9M", (1, 3), AUTHORS),
+    "se_resnet18": Published("11.23M", None, None, PAPER),
+    "se_resnet34": Published("20.93M", None, None, PAPER, CUT_OFF),
+    "se_resnet50": Published("26.77M", None, None, PAPER),
+    "se_resnet101": Published("47.01M", None, None, PAPER),
+    "se_resnet152": Published("63.68M", None, None, PAPER),
+    "se_mobilenetv2": Published(
+        "3.40M",
+        None,
+        None,
+        PAPER,
+        "the paper does not say which reduction its SE has here: 16, as in the ResNets, is counted;"
+        " 8 would give 3.40M",
+    ),
+    "resnet18": Published("11.15M", None, None, PAPER),
+    "resnet34": Published("20.78M", None, None, PAPER, CUT_OFF),
+    "resnet50": Published("24.37M", "3.86G", None, PAPER),
+    "resnet101": Published("42.49M", None, None, PAPER),
+    "resnet152": Published("57.40M", None, None, PAPER),
+    "mobilenetv2": Published("3.34M", None, None, PAPER),
+}

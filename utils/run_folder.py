@@ -1,0 +1,137 @@
+"""Run folders: a new one for every run, one writer each."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torchvision
+
+from utils.errors import EXIT_FAILED, UserError
+from utils.files import write_atomically
+
+RUNS = Path("runs")
+
+
+def create(name: str, output: str | None = None) -> Path:
+    """Makes the folder of a new run: `output`, or the first free `runs/<name>-N`.
+
+    Raises:
+        UserError: `output` holds files already, or the folder cannot be made.
+    """
+    try:
+        if output is not None:
+            folder = Path(output)
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise UserError(
+                    f"{folder}: is in use; choose a new --output, or continue the run in it with "
+                    f"--resume auto --output {folder}"
+                )
+            _probe(folder)
+            return folder
+        RUNS.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((n for n, _ in _numbered(name)), default=0)
+        while True:
+            try:
+                folder = RUNS / f"{name}-{number}"
+                folder.mkdir()  # fails when another run took the number first
+                return folder
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        place = output or RUNS
+        raise UserError(
+            f"{place}: cannot write there ({error.strerror}); choose another --output", EXIT_FAILED
+        ) from None
+
+
+def newest(name: str) -> Path:
+    """The `runs/<name>-N` with the highest number.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = _numbered(name)
+    if not found:
+        raise UserError(f"no run {RUNS}/{name}-* to resume; start one without --resume")
+    return max(found)[1]
+
+
+def lock(folder: Path):
+    """Makes this process the folder's only writer until it ends, however it ends.
+
+    Returns:
+        An object to keep: the lock lives as long as it does.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    try:
+        handle = open(folder / ".lock", "w")  # noqa: SIM115 - stays open for the whole run
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write there ({error.strerror}); mend its rights, or start a new run",
+            EXIT_FAILED,
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise UserError(
+            f"{folder}: another process is training in this folder; wait for it to end, or start "
+            "a run of its own without --resume",
+            EXIT_FAILED,
+        ) from None
+    except OSError:
+        pass  # a file system without locks: better unguarded than not at all
+    return handle
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes `content` as readable JSON, atomically."""
+    write_atomically(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def environment() -> dict[str, str | int]:
+    """What a result depends on besides the arguments: versions, commit, device."""
+    cuda = torch.cuda.is_available()
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "cpu_threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    here = Path(__file__).resolve().parent.parent
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _numbered(name: str) -> list[tuple[int, Path]]:
+    found = []
+    for path in RUNS.glob(f"{name}-*") if RUNS.is_dir() else ():
+        number = path.name.removeprefix(f"{name}-")
+        if number.isdigit():
+            found.append((int(number), path))
+    return found
+
+
+def _probe(folder: Path) -> None:
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(13, "Permission denied")

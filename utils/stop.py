@@ -1,0 +1,79 @@
+"""Requests to stop, and how all ranks come to the same decision at the same step."""
+
+import signal
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+
+
+class StopRequest:
+    """Notes SIGTERM, SIGUSR1 (job schedulers' warning) and Ctrl-C instead of dying from them.
+
+    The loop finishes its step, saves and leaves with `exit_code`. A second Ctrl-C interrupts at
+    once. Use as a context manager: the former handlers come back on leaving.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self):
+        self.signum: int | None = None
+
+    def __enter__(self):
+        self._former = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self._former.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _frame) -> None:
+        if signum == signal.SIGINT and self.signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def __bool__(self) -> bool:
+        return self.signum is not None
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_INTERRUPTED if self.signum == signal.SIGINT else EXIT_STOPPED
+
+
+class Votes:
+    """Yes/no questions answered alike on all ranks: yes where any rank says yes.
+
+    A signal may reach one rank a step before another, and clocks differ; a rank that stopped alone
+    would leave the others waiting in a collective. The votes of one step are summed while the next
+    one runs, so the answer is one step old and costs no waiting.
+
+    Args:
+        group: a host-side (gloo) process group; None in a single process, where the answer to a
+            vote is the vote itself.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group = group
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+
+    def cast(self, *votes: bool) -> list[bool]:
+        """Gives this rank's votes and returns the answers that are due."""
+        if self.group is None:
+            return list(votes)
+        due = [False] * len(votes)
+        if self._pending is not None:
+            tensor, work = self._pending
+            work.wait()
+            due = [bool(v) for v in tensor.tolist()]
+        tensor = torch.tensor(votes, dtype=torch.int32)
+        self._pending = tensor, dist.all_reduce(
+            tensor, dist.ReduceOp.MAX, group=self.group, async_op=True
+        )
+        return due
+
+    def settle(self) -> None:
+        """Waits for the votes under way; before a collective of another kind, and at the end."""
+        if self._pending is not None:
+            self._pending[1].wait()
+            self._pending = None
