@@ -1,0 +1,110 @@
+"""Anchors and resizing of the detectors: this project's, and mmdetection v1's ("legacy").
+
+Boxes are (x1, y1, x2, y2) with the end one past the last pixel, everywhere. mmdetection v1 kept the
+last pixel itself and added 1 to every width. Written with ends, its box coding, IoU and RoIAlign
+are the same formulas as torchvision's; what remains different is in this file.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+RATIOS = (0.5, 1.0, 2.0)  # height over width
+
+
+class PyramidAnchors(AnchorGenerator):
+    """float32 anchors, one set of sizes a level, on the pyramid's own strides.
+
+    torchvision divides image by map instead, and gets 61 for 64 where 800 pixels make 13 cells; and
+    takes the maps' dtype, which under bfloat16 autocast rounds x = 1000 to a multiple of 4.
+
+    Args:
+        sizes: for each level the anchors' sides (the square root of the area) in pixels.
+        strides: for each level the pixels between cells.
+        legacy: centred on the middle of a cell, not on its corner, and rounded as (first pixel,
+            last pixel).
+    """
+
+    def __init__(
+        self, sizes: Sequence[Sequence[float]], strides: Sequence[int], legacy: bool = False
+    ):
+        super().__init__(tuple(map(tuple, sizes)), (RATIOS,) * len(sizes))
+        self.strides = tuple(strides)
+        if legacy:
+            self.cell_anchors = list(map(_legacy_cell, self.sizes, self.strides))
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        self.set_cell_anchors(torch.float32, feature_maps[0].device)
+        grids = [feature_map.shape[-2:] for feature_map in feature_maps]
+        anchors = torch.cat(self.grid_anchors(grids, [(s, s) for s in self.strides]))
+        return [anchors] * len(image_list.image_sizes)
+
+
+def _legacy_cell(sizes: Sequence[float], stride: int) -> Tensor:
+    """(3 · len(sizes), 4): the anchors of the first cell."""
+    root = torch.tensor(RATIOS, device="cpu").sqrt()[:, None]
+    side = torch.tensor(sizes, dtype=torch.float32, device="cpu")[None]
+    size = torch.stack([(side / root).flatten(), (side * root).flatten()], 1)
+    centre = 0.5 * (stride - 1)
+    first = (centre - 0.5 * (size - 1)).round()
+    last = (centre + 0.5 * (size - 1)).round()
+    return torch.cat([first, last + 1], 1)
+
+
+class LegacyTransform(GeneralizedRCNNTransform):
+    """mmdetection v1's resizing: sizes are rounded, and pixel indices rather than edges scale.
+
+    A box whose last pixel is x ends at x + 1; scaled by r it ends at r·x + 1, not at r·(x + 1).
+    """
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        h, w = image.shape[-2:]
+        shorter = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
+        scale = min(shorter / min(h, w), self.max_size / max(h, w))
+        size = (int(h * scale + 0.5), int(w * scale + 0.5))
+        image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
+        if target is not None:
+            target["boxes"] = _scale_pixels(target["boxes"], (h, w), size)
+            if "masks" in target:
+                masks = target["masks"][:, None].float()
+                target["masks"] = F.interpolate(masks, size)[:, 0].byte()
+        return image, target
+
+    def postprocess(
+        self,
+        result: list[dict[str, Tensor]],
+        image_shapes: list[tuple[int, int]],
+        original_image_sizes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        if self.training:
+            return result
+        for found, shape, original in zip(result, image_shapes, original_image_sizes, strict=True):
+            found["boxes"] = _scale_pixels(found["boxes"], shape, original)
+            if "masks" in found:
+                found["masks"] = paste_masks_in_image(found["masks"], found["boxes"], original)
+        return result
+
+
+def _scale_pixels(boxes: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    ratio = boxes.new_tensor([new[1] / old[1], new[0] / old[0]] * 2)
+    end = boxes.new_tensor([0, 0, 1, 1])
+    return (boxes - end) * ratio + end
+
+
+class LegacyP6P7(LastLevelP6P7):
+    """P6 and P7 as mmdetection v1 made them: no ReLU before P7."""
+
+    def forward(
+        self, p: list[Tensor], c: list[Tensor], names: list[str]
+    ) -> tuple[list[Tensor], list[str]]:
+        p6 = self.p6(p[-1] if self.use_P5 else c[-1])
+        return [*p, p6, self.p7(p6)], [*names, "p6", "p7"]
