@@ -1,0 +1,146 @@
+"""What a run leaves to look at: metrics.csv, TensorBoard events, curves.png, lines of progress."""
+
+import csv
+import io
+import os
+import sys
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from utils.files import write_atomically
+
+COLUMNS = (
+    "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
+)  # fmt: skip
+
+
+class RunLogger:
+    """Writes one row per epoch, always from the run's whole history.
+
+    metrics.csv and curves.png are functions of that history, which the checkpoint holds: after an
+    interruption they are neither short of a row nor have one twice. Wall-clock figures, which no
+    two runs share, go to TensorBoard alone.
+
+    Args:
+        first_epoch: of this process; TensorBoard forgets older events from there on.
+    """
+
+    def __init__(self, folder: Path, title: str, first_epoch: int = 0):
+        self.folder, self.title = folder, title
+        self.board = SummaryWriter(str(folder), purge_step=first_epoch or None)
+
+    def log(self, history: list[dict[str, float]], images_per_second: float) -> None:
+        """Writes everything anew; the last row of `history` is the epoch just finished."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+        row = history[-1]
+        for name in COLUMNS[1:]:
+            self.board.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
+        self.board.add_scalar("train/images_per_second", images_per_second, row["epoch"])
+        self.board.flush()
+        draw_curves(history, self.folder / "curves.png", self.title)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def draw_curves(history: list[dict[str, float]], path: Path, title: str) -> None:
+    """Loss, top-1, top-5 and learning rate over epochs, as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row["epoch"] + 1 for row in history]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    panels = (
+        ("Loss", "cross-entropy", "loss"),
+        ("Top-1", "accuracy (%)", "top1"),
+        ("Top-5", "accuracy (%)", "top5"),
+    )
+    for axis, (name, unit, key) in zip(axes.flat, panels, strict=False):
+        for part, colour in (("train", "tab:blue"), ("val", "tab:orange")):
+            values = [row[f"{part}_{key}"] for row in history]
+            label = f"{part} (last {values[-1]:.2f})" if values else part
+            axis.plot(epochs, values, "o-", markersize=3, color=colour, label=label)
+        axis.set(title=name, ylabel=unit)
+        axis.legend()
+    axes.flat[3].plot(epochs, [row["lr"] for row in history], "o-", markersize=3, color="tab:green")
+    axes.flat[3].set(title="Learning rate", ylabel="at the epoch's first step")
+    for axis in axes.flat:
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line every `every` steps.
+
+    Args:
+        title: such as "epoch 3/8".
+        total: steps of the epoch, of which `done` lie behind.
+        images: in one step, over all ranks.
+        quiet: say nothing (ranks above 0).
+    """
+
+    def __init__(self, title: str, total: int, images: int, every: int, done: int = 0, quiet=False):
+        self.title, self.total, self.images, self.every = title, total, images, every
+        self.step = done
+        self.since = self.started = time.perf_counter()
+        self.since_step = self.first = done
+        self.quiet = quiet
+        on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.bar = None
+        if on_terminal and not quiet:
+            self.bar = tqdm(total=total, initial=done, desc=title, unit="step", leave=False)
+
+    def advance(self) -> bool:
+        """Counts a step; True when figures are due for `show`."""
+        self.step += 1
+        if self.bar is not None:
+            self.bar.update()
+        return self.step % self.every == 0 or self.step == self.total
+
+    def show(self, figures: dict[str, float], lr: float) -> None:
+        """Shows loss and top-1 so far, with the speed since the last time."""
+        now = time.perf_counter()
+        speed = (self.step - self.since_step) * self.images / max(now - self.since, 1e-9)
+        self.since, self.since_step = now, self.step
+        if self.quiet:
+            return
+        text = f"loss {figures['loss']:.4f}  top-1 {figures['top1']:.2f} %"
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{text}  {speed:,.0f} images/s")
+            return
+        left = (now - self.started) / (self.step - self.first) * (self.total - self.step)
+        print(
+            f"{self.title}  step {self.step:>{len(str(self.total))}}/{self.total}  {text}  "
+            f"lr {lr:.4g}  {speed:,.0f} images/s  ETA {duration(left)}",
+            flush=True,
+        )
+
+    def close(self) -> float:
+        """Ends the bar and returns the mean images per second of the steps it saw."""
+        if self.bar is not None:
+            self.bar.close()
+        steps = self.step - self.first
+        return steps * self.images / max(time.perf_counter() - self.started, 1e-9)
+
+
+def duration(seconds: float) -> str:
+    """65.2 → "1:05", 3700 → "1:01:40"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,166 @@
+"""The flags of main.py and light_main.py."""
+
+import argparse
+from collections.abc import Iterable
+
+from utils.cli import (
+    Parser,
+    count,
+    did_you_mean,
+    fraction,
+    non_negative_float,
+    number,
+    positive_float,
+    positive_int,
+)
+from utils.image_io import DECODERS
+from utils.recipe import Recipe
+from utils.schedule import SCHEDULES
+
+
+def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> Parser:
+    """The parser; flags that belong to the recipe default to None, so that one given is known.
+
+    Args:
+        recipe: shown as the defaults in the help.
+        networks: the known names for --arch.
+    """
+    parser = Parser(
+        description=description,
+        epilog="DATA is a folder with train/ and val/ of one folder per class, or demo:digits.",
+    )
+    _data_flags(parser.add_argument_group("data"), recipe)
+    _network_flags(parser.add_argument_group("network"), recipe, list(networks))
+    _optimisation_flags(parser.add_argument_group("optimisation"), recipe)
+    _run_flags(parser.add_argument_group("run"))
+    return parser
+
+
+def _data_flags(group, recipe: Recipe) -> None:
+    group.add_argument(
+        "data", metavar="DATA", nargs="?", help="data folder (when resuming: the run's own)"
+    )
+    group.add_argument(
+        "-j", "--workers", type=count, metavar="N",
+        help="loader processes of each rank (default: 4, or what the machine has; demos: 0)",
+    )  # fmt: skip
+    group.add_argument(
+        "--img-size", type=positive_int, metavar="S", help=f"pixels (default: {recipe.img_size})"
+    )
+    group.add_argument(
+        "--crop-pct", type=number(float, 0, 1, above=True), metavar="F",
+        help=f"evaluation: share of the resized image that is kept (default: {recipe.crop_pct})",
+    )  # fmt: skip
+    group.add_argument(
+        "--min-scale", type=number(float, 0, 1, above=True), metavar="F",
+        help=f"training: smallest crop, as a share of the area (default: {recipe.min_scale})",
+    )  # fmt: skip
+    group.add_argument(
+        "--hflip", type=fraction, metavar="P",
+        help=f"training: probability of a mirrored image (default: {recipe.hflip})",
+    )  # fmt: skip
+    group.add_argument(
+        "--decoder", choices=DECODERS, default="torchvision",
+        help="pil reads and resizes exactly as published evaluations did, more slowly",
+    )  # fmt: skip
+    group.add_argument(
+        "--skip-bad-images", action="store_true",
+        help="training: replace images that cannot be read, and list them at the end",
+    )  # fmt: skip
+    group.add_argument(
+        "--worker-timeout", type=non_negative_float, default=600, metavar="S",
+        help="seconds without a batch after which loader workers count as hung (default: 600)",
+    )  # fmt: skip
+
+
+def _network_flags(group, recipe: Recipe, networks: list[str]) -> None:
+    def known(name: str) -> str:
+        if name not in networks:
+            hint = did_you_mean(name, networks) or f"; known: {', '.join(networks)}"
+            raise argparse.ArgumentTypeError(f"no network {name!r}{hint}")
+        return name
+
+    group.add_argument(
+        "-a", "--arch", type=known, metavar="NAME", help=f"network (default: {recipe.arch})"
+    )
+    group.add_argument(
+        "--ksize", metavar="K",
+        help="kernel sizes: 3557, 3,5,5,11, adaptive, or 13 for MobileNetV2 (default: published)",
+    )  # fmt: skip
+    group.add_argument(
+        "--num-classes", type=positive_int, metavar="N", help="default: read from the data"
+    )
+    group.add_argument("--pretrained", metavar="CKPT", help="start from these weights")
+
+
+def _optimisation_flags(group, recipe: Recipe) -> None:
+    group.add_argument(
+        "--epochs", type=positive_int, metavar="N", help=f"default: {recipe.epochs}"
+    )
+    group.add_argument(
+        "--start-epoch", type=count, metavar="N",
+        help="begin at this epoch (default: 0, or where the resumed run stopped)",
+    )  # fmt: skip
+    group.add_argument(
+        "-b", "--batch-size", type=positive_int, metavar="N",
+        help=f"global batch, over all devices (default: {recipe.batch_size})",
+    )  # fmt: skip
+    group.add_argument(
+        "--lr", "--learning-rate", type=positive_float, metavar="F", help=f"default: {recipe.lr}"
+    )
+    group.add_argument(
+        "--momentum", type=number(float, 0, 1, below=True), metavar="F",
+        help=f"default: {recipe.momentum}",
+    )  # fmt: skip
+    group.add_argument(
+        "--wd", "--weight-decay", dest="weight_decay", type=non_negative_float, metavar="F",
+        help=f"default: {recipe.weight_decay}",
+    )  # fmt: skip
+    group.add_argument("--schedule", choices=SCHEDULES, help=f"default: {recipe.schedule}")
+    group.add_argument(
+        "--lr-step", type=positive_int, metavar="N",
+        help=f"schedule step: epochs between two decays (default: {recipe.lr_step})",
+    )  # fmt: skip
+    group.add_argument(
+        "--lr-decay", type=number(float, 0, 1, above=True), metavar="F",
+        help=f"schedules step and exp: factor of a decay (default: {recipe.lr_decay})",
+    )  # fmt: skip
+    group.add_argument(
+        "--warmup-epochs", type=non_negative_float, metavar="F",
+        help=f"linear rise of the learning rate (default: {recipe.warmup_epochs:g})",
+    )  # fmt: skip
+    group.add_argument(
+        "--amp", choices=("off", "bf16", "fp16"), default="off",
+        help="automatic mixed precision (default: off)",
+    )  # fmt: skip
+    group.add_argument("--channels-last", action="store_true", help="NHWC memory format")
+    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+
+
+def _run_flags(group) -> None:
+    group.add_argument("-e", "--evaluate", action="store_true", help="evaluate only")
+    group.add_argument(
+        "--resume", metavar="CKPT",
+        help="go on from this checkpoint with its run's own settings; auto: the newest good one "
+        "of --output or of the newest run",
+    )  # fmt: skip
+    group.add_argument(
+        "--output", metavar="DIR", help="run folder (default: runs/ARCH[_ACTION]-N, a new one)"
+    )
+    group.add_argument("--action", metavar="TEXT", help="a word for the run folder's name")
+    group.add_argument("-p", "--print-freq", type=positive_int, default=10, metavar="N",
+        help="steps between two lines of progress (default: 10)",
+    )  # fmt: skip
+    group.add_argument(
+        "--save-every", type=positive_int, metavar="STEPS",
+        help="checkpoint inside the epoch, too (default: at its end)",
+    )  # fmt: skip
+    group.add_argument(
+        "--save-minutes", type=positive_float, metavar="M", help="the same, by the clock"
+    )
+    group.add_argument(
+        "--seed", type=count, metavar="N",
+        help="repeatable run: bit for bit on the CPU; on CUDA with deterministic kernels, slower",
+    )  # fmt: skip
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument("--gpu", type=count, metavar="N", help="use this GPU alone")
