@@ -1,6 +1,7 @@
 """The networks, by name. A name that ends in `mobilenet_v2` is another spelling of the same."""
 
 import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -82,4 +83,7 @@ def create_model(
         close = difflib.get_close_matches(name, MODELS)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(MODELS)}"
         raise ValueError(f"unknown network {name!r}; {hint}")
-    return MODELS[name](ksize=ksize, num_classes=num_classes, **kwargs)
+    constructor = MODELS[name]
+    if foreign := kwargs.keys() - inspect.signature(constructor).parameters:
+        raise ValueError(f"{name} takes no {', '.join(sorted(foreign))}: leave it out")
+    return constructor(ksize=ksize, num_classes=num_classes, **kwargs)

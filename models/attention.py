@@ -15,7 +15,19 @@ from torch.nn import functional as F
 from models.eca_module import ECALayer
 
 
-class ECANSLayer(nn.Module):
+class _Gate(nn.Module):
+    """x · σ(f(y)); a subclass gives `f`: (N, C) → (N, C)."""
+
+    def __init__(self):
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.f(self.avg_pool(x).flatten(1)))
+        return x * gate[:, :, None, None]
+
+
+class ECANSLayer(_Gate):
     """ECA without sharing (ECA-NS, eq. 7): each channel has k weights of its own, k·C in all.
 
     A channel's window of k neighbouring means becomes the k inputs of that channel's group in a
@@ -24,72 +36,62 @@ class ECANSLayer(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int):
         super().__init__()
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.conv = nn.Conv1d(channels, channels, kernel_size, groups=channels, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def f(self, y: Tensor) -> Tensor:
         (k,) = self.conv.kernel_size
-        y = F.pad(self.avg_pool(x).flatten(1), (k // 2, k // 2))
-        return x * torch.sigmoid(self.conv(y.unfold(1, k, 1))).unsqueeze(-1)
+        windows = F.pad(y, (k // 2, k // 2)).unfold(1, k, 1)
+        return self.conv(windows).squeeze(2)
 
 
-class SELayer(nn.Module):
-    """Squeeze and excitation (eq. 2): f(y) = W2 ReLU(W1 y), with C/reduction hidden units, no bias.
+class SELayer(_Gate):
+    """Squeeze and excitation (eq. 2): f(y) = W2 ReLU(W1 y), C/reduction hidden units, no biases.
 
-    Over 2^20 the parameters come out as published for the SE-ResNets: 11.23M, 20.93M, 26.77M,
-    47.01M, 63.68M (18 to 152). SE-MobileNetV2 comes out as 3.37M where the paper prints 3.40M;
-    a reduction of 8 would give 3.40M.
+    The SE-ResNets then have the published parameters (11.23M, 26.77M, 47.01M and 63.68M of 2^20 for
+    18, 50, 101 and 152), but 34 comes to 20.94M where the paper prints 20.93M, and MobileNetV2 to
+    3.37M where it prints 3.40M, which a reduction of 8 would give.
     """
 
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
         hidden = max(1, channels // reduction)
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Sequential(
             nn.Linear(channels, hidden, bias=False),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, channels, bias=False),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.fc(self.avg_pool(x).flatten(1)))
-        return x * gate[:, :, None, None]
+    def f(self, y: Tensor) -> Tensor:
+        return self.fc(y)
 
 
-class SEVar1Layer(nn.Module):
+class SEVar1Layer(_Gate):
     """SE-Var1: f(y) = y, no parameters."""
 
-    def __init__(self):
-        super().__init__()
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.avg_pool(x))
+    def f(self, y: Tensor) -> Tensor:
+        return y
 
 
-class SEVar2Layer(nn.Module):
+class SEVar2Layer(_Gate):
     """SE-Var2: f(y) = w ⊙ y, one weight a channel, which starts at 1 (the paper does not say)."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.weight = nn.Parameter(torch.ones(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.avg_pool(x) * self.weight[:, None, None])
+    def f(self, y: Tensor) -> Tensor:
+        return y * self.weight.to(y.dtype)  # or autocast's bf16 would turn to fp32 from here on
 
 
-class SEVar3Layer(nn.Module):
+class SEVar3Layer(_Gate):
     """SE-Var3: f(y) = W y with a full C × C matrix: every channel sees every other."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, channels, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.fc(self.avg_pool(x).flatten(1)))
-        return x * gate[:, :, None, None]
+    def f(self, y: Tensor) -> Tensor:
+        return self.fc(y)
 
 
 class Attention(NamedTuple):

@@ -4,6 +4,8 @@ With attention off and width 1 the network computes what torchvision's computes,
 names. At other widths channels are int(c · width_mult), as in the authors' code, not rounded to 8.
 """
 
+import math
+
 from torch import Tensor, nn
 
 from models.attention import find_attention, takes_ksize
@@ -20,6 +22,7 @@ STAGES = (  # expansion ratio, output channels at width 1, blocks, stride of the
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+STAGE_OF_BLOCK = [i for i, (_, _, blocks, _) in enumerate(STAGES) for _ in range(blocks)]
 NARROW = sum(channels < 96 for _, channels, _, _ in STAGES)  # stages that take k's first number
 RELEASED_KSIZE = "13"
 
@@ -101,7 +104,7 @@ class MobileNetV2(nn.Module):
             for the two numbers, so that "13" means the same stages at any width, and the actual
             ones for eq. 12. Without ECA there is none to give.
         num_classes: rows of the classifier.
-        width_mult: factor on the channels, above 0.
+        width_mult: factor on the channels, at least 1/16.
         arch: the name kept in checkpoints.
 
     Attributes:
@@ -121,8 +124,8 @@ class MobileNetV2(nn.Module):
         arch: str = "mobilenetv2",
     ):
         super().__init__()
-        if not width_mult * STAGES[0][1] >= 1:
-            raise ValueError(f"width_mult {width_mult} leaves no channels: use for example 0.5")
+        if not 1 / STAGES[0][1] <= width_mult < math.inf:  # below it a stage has no channels
+            raise ValueError(f"width_mult must be at least 1/16, such as 0.5, not {width_mult}")
         channels = [int(c * width_mult) for _, c, _, _ in STAGES]
         if ksize is None and takes_ksize(attention):
             ksize = RELEASED_KSIZE
@@ -170,6 +173,7 @@ def eca_mobilenetv2(
     attention: str = "eca",
     width_mult: float = 1.0,
 ) -> MobileNetV2:
+    """ECA-MobileNetV2; see the class for the arguments."""
     return MobileNetV2(attention, ksize, num_classes, width_mult, "eca_mobilenetv2")
 
 
@@ -179,6 +183,7 @@ def se_mobilenetv2(
     attention: str = "se",
     width_mult: float = 1.0,
 ) -> MobileNetV2:
+    """SE-MobileNetV2; see the class for the arguments."""
     return MobileNetV2(attention, ksize, num_classes, width_mult, "se_mobilenetv2")
 
 
@@ -188,4 +193,5 @@ def mobilenetv2(
     attention: str = "none",
     width_mult: float = 1.0,
 ) -> MobileNetV2:
+    """MobileNetV2; see the class for the arguments."""
     return MobileNetV2(attention, ksize, num_classes, width_mult, "mobilenetv2")

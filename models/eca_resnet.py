@@ -179,61 +179,80 @@ def _resnet(arch: str, ksize: Ksize, num_classes: int, attention: str) -> ResNet
     return ResNet(block, layers, attention, ksize, num_classes, arch)
 
 
+# The constructors. Without `ksize`, ECA takes the released kernel sizes; another `attention` makes
+# the same network with another entry of attention.ATTENTIONS, as the paper's ablation does.
+
+
 def eca_resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+    """ECA-ResNet-18."""
     return _resnet("eca_resnet18", ksize, num_classes, attention)
 
 
 def eca_resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+    """ECA-ResNet-34."""
     return _resnet("eca_resnet34", ksize, num_classes, attention)
 
 
 def eca_resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+    """ECA-ResNet-50."""
     return _resnet("eca_resnet50", ksize, num_classes, attention)
 
 
 def eca_resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+    """ECA-ResNet-101."""
     return _resnet("eca_resnet101", ksize, num_classes, attention)
 
 
 def eca_resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+    """ECA-ResNet-152."""
     return _resnet("eca_resnet152", ksize, num_classes, attention)
 
 
 def se_resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+    """SE-ResNet-18."""
     return _resnet("se_resnet18", ksize, num_classes, attention)
 
 
 def se_resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+    """SE-ResNet-34."""
     return _resnet("se_resnet34", ksize, num_classes, attention)
 
 
 def se_resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+    """SE-ResNet-50."""
     return _resnet("se_resnet50", ksize, num_classes, attention)
 
 
 def se_resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+    """SE-ResNet-101."""
     return _resnet("se_resnet101", ksize, num_classes, attention)
 
 
 def se_resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+    """SE-ResNet-152."""
     return _resnet("se_resnet152", ksize, num_classes, attention)
 
 
 def resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+    """ResNet-18."""
     return _resnet("resnet18", ksize, num_classes, attention)
 
 
 def resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+    """ResNet-34."""
     return _resnet("resnet34", ksize, num_classes, attention)
 
 
 def resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+    """ResNet-50."""
     return _resnet("resnet50", ksize, num_classes, attention)
 
 
 def resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+    """ResNet-101."""
     return _resnet("resnet101", ksize, num_classes, attention)
 
 
 def resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+    """ResNet-152."""
     return _resnet("resnet152", ksize, num_classes, attention)

@@ -1,0 +1,255 @@
+"""Weights and the networks they belong to: prefixes, reading shapes, strict loading, rebuilding.
+
+Three kinds of file are understood, as `torch.load(..., weights_only=True)` returns them:
+  ours      a dict with "format", the fields of `describe_network`, and "state_dict";
+  released  the authors' {"epoch", "arch", "state_dict", "best_prec1", "optimizer"}, whose names
+            begin with `module.` and whose "arch" can be wrong, so shapes alone are believed;
+  bare      a state dict by itself, as torchvision gives it.
+Every fault is a ValueError of one line.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from models import create_model
+from models.eca_mobilenetv2 import LAST, STAGE_OF_BLOCK, STAGES, STEM, shorten_ksize
+from models.eca_resnet import DEPTHS, Bottleneck
+
+FORMAT = 1  # of our checkpoints; a file with a higher number is from a newer version
+
+FIELDS = ("arch", "attention", "ksize", "num_classes", "model_kwargs")  # that rebuild a network
+
+StateDict = Mapping[str, Tensor]
+
+_WRAPPERS = {"module", "_orig_mod"}  # (Distributed)DataParallel, torch.compile
+_RESNET_ECA = re.compile(r"layer(\d)\.\d+\.eca\.conv\.weight$")
+_MOBILENET_ECA = re.compile(r"features\.(\d+)\.conv\.\d\.conv\.weight$")
+_FIRST_ATTENTION = ("layer1.0.eca.", "layer1.0.se.", "features.1.conv.3.")
+_SE_PARAMETERS = {"fc.0.weight": "se", "weight": "se_var2", "fc.weight": "se_var3"}
+
+
+def strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tensors under unwrapped names, wherever in the names the wrappers stand."""
+    plain = {}
+    for key, value in state_dict.items():
+        name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+        if name in plain:
+            raise ValueError(f"the weights hold {name} twice, with and without a wrapper's prefix")
+        plain[name] = value
+    return plain
+
+
+def find_state_dict(checkpoint: Any) -> dict[str, Tensor]:
+    """The weights in a file of any of the three kinds, under unwrapped names."""
+    state_dict = checkpoint
+    if isinstance(checkpoint, Mapping) and "state_dict" in checkpoint:
+        state_dict = checkpoint["state_dict"]
+    if not isinstance(state_dict, Mapping) or not state_dict:
+        raise ValueError(f"no weights here: a state dict is wanted, not {_kind(checkpoint)}")
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state_dict.items()):
+        raise ValueError(
+            f"no weights here: a dict of tensors, or one under 'state_dict', is wanted,"
+            f" not {_kind(checkpoint)}"
+        )
+    return strip_prefixes(state_dict)
+
+
+def read_ksize(state_dict: StateDict) -> tuple[int, ...] | None:
+    """ECA's kernel sizes off the weights' shapes, as `network.ksize` gives them; None without ECA.
+
+    One number a stage; for MobileNetV2 two where two say it. Prefixes do not matter.
+    """
+    stages: dict[int, set[int]] = {}
+    short = False
+    for key, tensor in state_dict.items():
+        if match := _RESNET_ECA.search(key):
+            stage = int(match[1])
+        elif match := _MOBILENET_ECA.search(key):
+            short = True
+            block = int(match[1])
+            if not 1 <= block <= len(STAGE_OF_BLOCK):
+                raise ValueError(f"{key}: MobileNetV2 has {len(STAGE_OF_BLOCK)} blocks")
+            stage = STAGE_OF_BLOCK[block - 1]
+        else:
+            continue
+        stages.setdefault(stage, set()).add(tensor.shape[-1])
+    for stage, sizes in stages.items():
+        if len(sizes) > 1:
+            raise ValueError(f"kernel sizes {sorted(sizes)} in one stage ({stage}): one is wanted")
+    ksize = tuple(min(stages[stage]) for stage in sorted(stages))
+    return (shorten_ksize(ksize) if short else ksize) or None
+
+
+def describe_network(network: nn.Module) -> dict[str, Any]:
+    """The fields of our checkpoints from which `network_from_checkpoint` builds `network` again."""
+    return {
+        "arch": network.arch,
+        "attention": network.attention,
+        "ksize": list(network.ksize) if network.ksize else None,
+        "num_classes": network.num_classes,
+        "model_kwargs": dict(network.model_kwargs),
+    }
+
+
+def describe_weights(state_dict: StateDict) -> dict[str, Any]:
+    """The fields of `describe_network`, read off the names and shapes of unwrapped weights.
+
+    `se_var1` has no parameters, so it cannot be told from no attention.
+    """
+    attention = _read_attention(state_dict)
+    ksize = read_ksize(state_dict)
+    prefix = f"{attention}_" if attention in ("eca", "se") else ""
+    if {"layer1.0.conv1.weight", "fc.weight"} <= state_dict.keys():
+        arch = f"{prefix}resnet{_read_depth(state_dict)}"
+        head, model_kwargs = "fc", {}
+    elif {"features.1.conv.0.0.weight", "classifier.1.weight"} <= state_dict.keys():
+        arch = f"{prefix}mobilenetv2"
+        head, model_kwargs = "classifier.1", {"width_mult": _read_width_mult(state_dict)}
+    else:
+        raise ValueError(f"weights of no network known here: {_first(state_dict)}")
+    return {
+        "arch": arch,
+        "attention": attention,
+        "ksize": list(ksize) if ksize else None,
+        "num_classes": state_dict[f"{head}.weight"].shape[0],
+        "model_kwargs": model_kwargs,
+    }
+
+
+def load_weights(
+    network: nn.Module, state_dict: StateDict, replace_head: bool = False
+) -> list[str]:
+    """Copies weights into `network`, all or nothing.
+
+    Args:
+        network: one of ours, unwrapped.
+        state_dict: its weights, with wrappers' prefixes or without.
+        replace_head: where the weights have another number of classes, leave the last layer as it
+            is initialised and load the rest.
+
+    Returns:
+        What was done, one sentence each.
+
+    Raises:
+        ValueError: one line that counts and names what is missing, unexpected or of another shape.
+    """
+    weights = strip_prefixes(state_dict)
+    own = network.state_dict()
+
+    ksize = read_ksize(weights)
+    if ksize and network.ksize and ksize != network.ksize:
+        raise ValueError(
+            f"the weights have kernel sizes {_join(ksize)} and {network.arch} was built with"
+            f" {_join(network.ksize)}: give --ksize {_join(ksize)}"
+        )
+    head = (f"{network.head}.weight", f"{network.head}.bias")
+    classes = weights[head[0]].shape[0] if head[0] in weights else network.num_classes
+    fresh = {}
+    if replace_head and classes != network.num_classes:
+        fresh = {name: own[name] for name in head}
+        weights = {name: tensor for name, tensor in weights.items() if name not in fresh}
+
+    # Files older than BatchNorm's step counter lack it; torch then keeps the network's own.
+    wanted = {k for k in own if k not in fresh and not k.endswith("num_batches_tracked")}
+    faults = {
+        "missing": [k for k in own if k in wanted - weights.keys()],
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [
+            f"{k} {list(v.shape)}, not {list(own[k].shape)}"
+            for k, v in weights.items()
+            if k in own and v.shape != own[k].shape
+        ],
+    }
+    if any(faults.values()):
+        report = "; ".join(f"{len(v)} {fault}: {_first(v)}" for fault, v in faults.items() if v)
+        raise ValueError(f"the weights do not fit {network.arch}: {report}")
+    network.load_state_dict({**weights, **fresh})
+
+    notes = [f"Loaded {len(weights)} tensors into {network.arch}."]
+    if weights.keys() - state_dict.keys():
+        notes.append("Took the wrappers' prefixes off their names.")
+    if fresh:
+        notes.append(
+            f"Left {network.head} as initialised: the weights have {classes} classes,"
+            f" the network {network.num_classes}."
+        )
+    return notes
+
+
+def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> nn.Module:
+    """Builds the network that a file of any of the three kinds holds, with its weights.
+
+    Raises:
+        ValueError: one line, when the file is of none of them or its weights do not fit.
+    """
+    weights = find_state_dict(checkpoint)
+    if "format" in checkpoint:
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(
+                f"checkpoint format {checkpoint['format']!r} is not {FORMAT}: update this program"
+            )
+        if lacking := [name for name in FIELDS if name not in checkpoint]:
+            raise ValueError(f"the checkpoint lacks {_first(lacking)}, so it cannot be rebuilt")
+        fields = {name: checkpoint[name] for name in FIELDS}
+    else:
+        fields = describe_weights(weights)
+    kwargs = fields.pop("model_kwargs")
+    network = create_model(fields.pop("arch"), **fields, **kwargs)
+    load_weights(network, weights)
+    return network
+
+
+def _read_attention(weights: StateDict) -> str:
+    """The attention that the parameters of the first block's layer belong to."""
+    found = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in weights.items()
+        for prefix in _FIRST_ATTENTION
+        if key.startswith(prefix)
+    }
+    if "conv.weight" in found:  # shared by all channels, or one row a channel
+        return "eca" if found["conv.weight"].shape[0] == 1 else "eca_ns"
+    return next((name for key, name in _SE_PARAMETERS.items() if key in found), "none")
+
+
+def _read_depth(weights: StateDict) -> int:
+    layers = tuple(
+        sum(bool(re.fullmatch(rf"layer{stage}\.\d+\.conv1\.weight", key)) for key in weights)
+        for stage in (1, 2, 3, 4)
+    )
+    bottleneck = "layer1.0.conv3.weight" in weights
+    for depth, (block, known, _) in DEPTHS.items():
+        if layers == known and bottleneck == (block is Bottleneck):
+            return depth
+    raise ValueError(f"weights of a ResNet of no known depth: {_join(layers)} blocks a stage")
+
+
+def _read_width_mult(weights: StateDict) -> float:
+    """The least factor that gives the widths found; any other that does gives the same network."""
+    widths = {"features.0.0.weight": STEM, f"features.{len(STAGE_OF_BLOCK) + 1}.0.weight": LAST}
+    for stage, (_, channels, _, _) in enumerate(STAGES):
+        projection = 1 if stage == 0 else 2  # the first stage does not expand
+        block = STAGE_OF_BLOCK.index(stage) + 1
+        widths[f"features.{block}.conv.{projection}.weight"] = channels
+    if lacking := [name for name in widths if name not in weights]:
+        raise ValueError(f"weights of a MobileNetV2 that lack {_first(lacking)}")
+    found = [(weights[name].shape[0], channels) for name, channels in widths.items()]
+    return max(wide / channels for wide, channels in found if (wide, channels) != (LAST, LAST))
+
+
+def _join(numbers: Iterable[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _first(names: Iterable[str], count: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a dict of {_first(map(str, value))}" if value else "an empty dict"
+    return f"a {type(value).__name__}"
