@@ -5,7 +5,7 @@ networks of the published COCO table: which layers train, what BatchNorm does, t
 C5. The layers whose outputs become boxes, scores and masks compute in float32 under autocast.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from models import create_model
 from models.building import Ksize
 from models.eca_detection_geometry import LegacyP6P7, LegacyTransform, PyramidAnchors
 from models.eca_resnet import ResNet
+from models.weights import FORMAT, find_state_dict, load_weights, strip_prefixes
 
 DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet}
 # The label of a data set's first category: the R-CNNs keep 0 for background.
@@ -258,3 +259,70 @@ def eca_retinanet(
 ) -> RetinaNet:
     """RetinaNet with FPN; the arguments are `create_detector`'s."""
     return create_detector("retinanet", backbone, ksize, num_classes, **kwargs)
+
+
+def load_backbone(detector: FasterRCNN | RetinaNet, checkpoint: Any) -> str:
+    """Copies classification weights into the detector's backbone, all or nothing.
+
+    Args:
+        detector: from `create_detector`.
+        checkpoint: any file that `models.weights` reads; the classifier in it is left out.
+
+    Returns:
+        One sentence that says what was done.
+
+    Raises:
+        ValueError: one line, for missing or foreign names, other shapes, or another ksize.
+    """
+    network = create_model(
+        detector.backbone_arch, detector.ksize, num_classes=1, attention=detector.attention
+    )
+    head = {name: value for name, value in network.state_dict().items() if name.startswith("fc.")}
+    load_weights(network, {**find_state_dict(checkpoint), **head})
+    loaded, body = network.state_dict(), detector.backbone.body
+    body.load_state_dict({name: loaded[name] for name in body.state_dict()})
+    return f"Loaded {len(body.state_dict())} tensors into the backbone; its fc is not used."
+
+
+def describe_detector(detector: FasterRCNN | RetinaNet) -> dict[str, Any]:
+    """The fields of a checkpoint from which `detector_from_checkpoint` builds the network again."""
+    return {
+        "arch": detector.arch,
+        "backbone": detector.backbone_arch,
+        "attention": detector.attention,
+        "ksize": list(detector.ksize) if detector.ksize else None,
+        "num_classes": detector.num_classes,
+        "model_kwargs": dict(detector.model_kwargs),
+    }
+
+
+def detector_from_checkpoint(
+    checkpoint: Mapping[str, Any], **settings: Any
+) -> FasterRCNN | RetinaNet:
+    """Builds the detector that a checkpoint of ours holds, with its weights.
+
+    Args:
+        checkpoint: the fields of `describe_detector`, "format" and "state_dict".
+        **settings: replace the checkpoint's `model_kwargs`, such as `min_size`.
+
+    Raises:
+        ValueError: one line, when it is no such checkpoint or its weights do not fit.
+    """
+    wanted = ("format", "arch", "backbone", "attention", "ksize", "num_classes", "model_kwargs")
+    missing = [name for name in (*wanted, "state_dict") if name not in checkpoint]
+    if missing:
+        raise ValueError(
+            f"not a detector's checkpoint, as it lacks {missing[0]}: give one of detect_main.py"
+        )
+    if checkpoint["format"] != FORMAT:
+        raise ValueError(
+            f"checkpoint format {checkpoint['format']!r} is not {FORMAT}: update this program"
+        )
+    fields = {name: checkpoint[name] for name in wanted[1:-1]}
+    detector = create_detector(**fields, **{**checkpoint["model_kwargs"], **settings})
+    try:
+        detector.load_state_dict(strip_prefixes(checkpoint["state_dict"]))
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ValueError(f"the weights do not fit {detector.arch}: {lines[1][:200]}") from None
+    return detector

@@ -1,0 +1,346 @@
+"""The detectors: names, freezing, BatchNorm, precision, legacy geometry, weights in and out."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import detection as reference
+from torchvision.models.detection.image_list import ImageList
+
+from models import create_model
+from models.eca_detection import (
+    DETECTORS,
+    FIRST_LABEL,
+    create_detector,
+    describe_detector,
+    detector_from_checkpoint,
+    eca_mask_rcnn,
+    load_backbone,
+)
+from models.eca_detection_geometry import LegacyP6P7, LegacyTransform, PyramidAnchors
+
+SMALL = {"backbone": "eca_resnet18", "min_size": 64, "max_size": 64}
+FEW = {
+    "rpn_post_nms_top_n_train": 30,
+    "rpn_post_nms_top_n_test": 10,
+    "box_batch_size_per_image": 32,
+    "box_detections_per_img": 5,
+}
+
+
+def small_detector(arch="mask_rcnn", categories=2, **kwargs):
+    torch.manual_seed(0)
+    settings = {**SMALL, **kwargs}
+    if arch != "retinanet":
+        settings = {**FEW, **settings}
+    return create_detector(arch, num_classes=categories + FIRST_LABEL[arch], **settings)
+
+
+def small_batch(arch="mask_rcnn", n=2):
+    torch.manual_seed(1)
+    box = torch.tensor([[8.0, 8.0, 40.0, 48.0]])
+    mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    mask[:, 8:48, 8:40] = 1
+    target = {"boxes": box, "labels": torch.tensor([FIRST_LABEL[arch] + 1]), "masks": mask}
+    return [torch.rand(3, 64, 64) for _ in range(n)], [dict(target) for _ in range(n)]
+
+
+def statistics(detector):
+    names = ("running_mean", "running_var")
+    return {k: v.clone() for k, v in detector.state_dict().items() if k.endswith(names)}
+
+
+@pytest.mark.parametrize("arch", DETECTORS)
+def test_trains_and_predicts(arch):
+    detector = small_detector(arch)
+    images, targets = small_batch(arch)
+    losses = detector.train()(images, targets)
+    sum(losses.values()).backward()
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+    with torch.inference_mode():
+        (found, _) = detector.eval()(images)
+    assert found["boxes"].shape == (len(found["scores"]), 4)
+    if arch == "mask_rcnn":
+        assert found["masks"].shape == (len(found["scores"]), 1, 64, 64)
+
+
+@pytest.mark.parametrize("arch", DETECTORS)
+def test_an_image_without_objects_trains(arch):
+    detector = small_detector(arch)
+    images, targets = small_batch(arch)
+    for key in targets[1]:
+        targets[1][key] = targets[1][key][:0]
+    losses = detector.train()(images, targets)
+    assert sum(losses.values()).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("arch", "builder", "classes"),
+    [
+        ("faster_rcnn", reference.fasterrcnn_resnet50_fpn, 5),
+        ("mask_rcnn", reference.maskrcnn_resnet50_fpn, 5),
+        ("retinanet", reference.retinanet_resnet50_fpn, 4),
+    ],
+)
+def test_names_are_torchvisions(arch, builder, classes):
+    with torch.device("meta"):
+        theirs = builder(weights=None, weights_backbone=None, num_classes=classes)
+        ours = create_detector(arch, "resnet50", num_classes=classes)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_computes_what_torchvision_computes():
+    theirs = reference.retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=3, min_size=128, score_thresh=0.0
+    ).eval()
+    ours = create_detector("retinanet", "resnet50", num_classes=3, min_size=128, score_thresh=0.0)
+    # P6 from P5 in torchvision's, from C5 in the published networks
+    ours.backbone.fpn.extra_blocks = copy.deepcopy(theirs.backbone.fpn.extra_blocks)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.detections_per_img = ours.detections_per_img
+    image = [torch.rand(3, 128, 128)]
+    with torch.inference_mode():
+        (expected,), (found,) = theirs(image), ours.eval()(image)
+    assert len(found["boxes"]) == 100
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key])
+
+
+@pytest.mark.parametrize("attention", ["none", "se", "eca_ns", "eca"])
+def test_attentions(attention):
+    ksize = "3333" if attention.startswith("eca") else None
+    detector = small_detector("retinanet", attention=attention, ksize=ksize)
+    assert detector.attention == attention
+    assert detector.ksize == (ksize and (3, 3, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("norm", "moving", "trained"),
+    [("eval", False, True), ("frozen", False, False), ("bn", True, True), ("sync", True, True)],
+)
+def test_norm(norm, moving, trained):
+    detector = small_detector("retinanet", norm=norm)
+    before = statistics(detector)
+    images, targets = small_batch("retinanet")
+    detector.train().backbone.body.train()  # a second reach for the statistics
+    sum(detector(images, targets).values()).backward()
+    after = statistics(detector)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    deep = {name for name in before if any(f".layer{i}." in name for i in (2, 3, 4))}
+    assert moved == (deep if moving else set())
+    norms = [m for m in detector.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    with_grad = sum(m.weight.grad is not None for m in norms)
+    assert with_grad == (sum(name.endswith("mean") for name in deep) if trained else 0)
+
+
+def test_frozen_layers():
+    for layers, frozen in [(0, 6), (3, 3), (4, 2), (5, 0)]:
+        detector = small_detector("retinanet", trainable_layers=layers)
+        body = detector.backbone.body
+        still = [n for n, m in body.items() if not any(p.requires_grad for p in m.parameters())]
+        still = [n for n in still if any(True for _ in body[n].parameters())]
+        assert still == ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"][:frozen]
+
+
+def test_head_outputs_stay_float32_under_autocast():
+    detector = small_detector().eval()
+    seen = {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            seen[name] = output.dtype
+
+        return hook
+
+    heads = {
+        "objectness": detector.rpn.head.cls_logits,
+        "deltas": detector.rpn.head.bbox_pred,
+        "class": detector.roi_heads.box_predictor.cls_score,
+        "box": detector.roi_heads.box_predictor.bbox_pred,
+        "mask": detector.roi_heads.mask_predictor.mask_fcn_logits,
+        "inside": detector.backbone.fpn.inner_blocks[0],
+    }
+    for name, module in heads.items():
+        module.register_forward_hook(note(name))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = detector([torch.rand(3, 64, 64)])
+    assert seen.pop("inside") == torch.bfloat16  # else autocast was not on at all
+    assert set(seen.values()) == {torch.float32}
+    boxes = found["boxes"]
+    assert boxes.dtype == torch.float32
+    assert not torch.equal(boxes, boxes.bfloat16().float())
+
+
+def test_anchors_are_float32_on_the_strides_of_the_pyramid():
+    strides = (4, 8, 16, 32, 64)
+    generator = PyramidAnchors([[8 * s] for s in strides], strides)
+    sizes = [(200, 320), (100, 160), (50, 80), (25, 40), (13, 20)]
+    maps = [torch.zeros(1, 1, *s, dtype=torch.bfloat16) for s in sizes]
+    (anchors,) = generator(ImageList(torch.zeros(1, 3, 800, 1280), [(800, 1280)]), maps)
+    assert anchors.dtype == torch.float32
+    assert len(anchors) == 3 * sum(h * w for h, w in sizes)
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    assert torch.equal(centres[-1], torch.tensor([19 * 64.0, 12 * 64.0]))
+
+
+def mmdetection_v1_anchors(base, scales, ratios, stride, rows, columns):
+    """The definition by loops: boxes as (first pixel, last pixel), ratio before scale."""
+    anchors = []
+    for row in range(rows):
+        for column in range(columns):
+            for ratio in ratios:
+                for scale in scales:
+                    w, h = base * scale / ratio**0.5, base * scale * ratio**0.5
+                    middle = 0.5 * (base - 1)
+                    box = [
+                        middle - 0.5 * (w - 1), middle - 0.5 * (h - 1),
+                        middle + 0.5 * (w - 1), middle + 0.5 * (h - 1),
+                    ]  # fmt: skip
+                    shift = [column * stride, row * stride] * 2
+                    anchors.append([round(v) + s for v, s in zip(box, shift, strict=True)])
+    return torch.tensor(anchors, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("arch", ["faster_rcnn", "retinanet"])
+def test_legacy_anchors(arch):
+    with torch.device("meta"):
+        detector = create_detector(arch, "resnet18", legacy=True)
+    single = arch == "retinanet"
+    generator = detector.anchor_generator if single else detector.rpn.anchor_generator
+    strides = (8, 16, 32, 64, 128) if single else (4, 8, 16, 32, 64)
+    scales = [4 * 2 ** (i / 3) for i in range(3)] if single else [8]
+    maps = [torch.zeros(1, 1, 3, 5)] * 5
+    (anchors,) = generator(ImageList(torch.zeros(1, 3, 99, 99), [(99, 99)]), maps)
+    expected = torch.cat([
+        mmdetection_v1_anchors(s, scales, (0.5, 1.0, 2.0), s, 3, 5) for s in strides
+    ])  # fmt: skip
+    assert torch.equal(anchors - torch.tensor([0, 0, 1, 1]), expected)
+
+
+def test_legacy_box_coding_is_torchvisions_on_ends():
+    """mmdetection v1's decoding, + 1 in every width, against the coder that the detectors use."""
+    torch.manual_seed(0)
+    first = torch.rand(50, 2) * 100
+    last = first + torch.rand(50, 2) * 80
+    deltas = torch.randn(50, 4) * 0.3
+    size = last - first + 1
+    middle = (first + last) / 2 + deltas[:, :2] * size
+    grown = size * deltas[:, 2:].exp()
+    decoded_first, decoded_last = middle - grown / 2 + 0.5, middle + grown / 2 - 0.5
+
+    with torch.device("meta"):
+        coder = create_detector("faster_rcnn", "resnet18", legacy=True).rpn.box_coder
+    found = coder.decode_single(deltas, torch.cat([first, last + 1], 1))
+    torch.testing.assert_close(found, torch.cat([decoded_first, decoded_last + 1], 1))
+
+
+def test_legacy_resizing():
+    transform = LegacyTransform(800, 1333, [0.0] * 3, [1.0] * 3).eval()
+    boxes = torch.tensor([[10.0, 20.0, 30.0, 50.0]])  # last pixel 29, 49
+    images, targets = transform([torch.rand(3, 427, 640)], [{"boxes": boxes}])
+    assert images.image_sizes == [(800, 1199)]
+    scaled = targets[0]["boxes"][0]
+    torch.testing.assert_close(scaled[2], torch.tensor(29 * 1199 / 640 + 1))
+    found = [{"boxes": targets[0]["boxes"].clone()}]
+    (back,) = transform.postprocess(found, images.image_sizes, [(427, 640)])
+    torch.testing.assert_close(back["boxes"], boxes)
+
+
+def test_legacy_pyramid_has_no_relu_before_p7():
+    with torch.device("meta"):
+        legacy = create_detector("retinanet", "resnet18", legacy=True).backbone.fpn.extra_blocks
+    assert isinstance(legacy, LegacyP6P7)
+    block = LegacyP6P7(8, 4)
+    c5 = torch.randn(1, 8, 8, 8)
+    levels, names = block([torch.randn(1, 4, 8, 8)], [c5], ["2"])
+    assert names == ["2", "p6", "p7"]
+    assert (levels[1] < 0).any()
+    torch.testing.assert_close(levels[2], block.p7(block.p6(c5)))
+
+
+@pytest.mark.parametrize("arch", DETECTORS)
+def test_legacy_detectors_train_and_predict(arch):
+    detector = small_detector(arch, legacy=True)
+    images, targets = small_batch(arch)
+    assert sum(detector.train()(images, targets).values()).isfinite()
+    with torch.inference_mode():
+        detector.eval()(images)
+
+
+def test_backbone_weights():
+    donor = create_model("eca_resnet18", num_classes=7)
+    detector = small_detector("retinanet")
+    wrapped = {f"module.{name}": value for name, value in donor.state_dict().items()}
+    said = load_backbone(detector, {"state_dict": wrapped, "epoch": 3})
+    body = detector.backbone.body.state_dict()
+    assert said.startswith(f"Loaded {len(donor.state_dict()) - 2} tensors")
+    assert all(torch.equal(value, donor.state_dict()[name]) for name, value in body.items())
+
+
+def test_unfit_backbone_weights_are_refused():
+    detector = small_detector("retinanet")
+    donor = create_model("eca_resnet18").state_dict()
+    lacking = {k: v for k, v in donor.items() if k != "layer3.0.conv1.weight"}
+    before = copy.deepcopy(detector.state_dict())
+    with pytest.raises(ValueError, match=r"1 missing: layer3.0.conv1.weight$"):
+        load_backbone(detector, lacking)
+    with pytest.raises(ValueError, match="give --ksize 5,5,5,5"):
+        load_backbone(detector, create_model("eca_resnet18", "5555").state_dict())
+    with pytest.raises(ValueError, match="missing"):
+        load_backbone(detector, create_model("resnet18").state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in detector.state_dict().items())
+
+
+@pytest.mark.parametrize("arch", DETECTORS)
+def test_rebuilt_from_a_checkpoint(arch):
+    detector = small_detector(arch, legacy=True, anchor_scale=2.0).eval()
+    checkpoint = {
+        "format": 1,
+        **describe_detector(detector),
+        "state_dict": {f"module.{k}": v for k, v in detector.state_dict().items()},
+    }
+    again = detector_from_checkpoint(checkpoint).eval()
+    images, _ = small_batch()
+    with torch.inference_mode():
+        for one, other in zip(detector(images), again(images), strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in one)
+    assert detector_from_checkpoint(checkpoint, min_size=32).transform.min_size == (32,)
+
+
+def test_foreign_checkpoints_are_refused():
+    detector = small_detector("retinanet")
+    checkpoint = {"format": 1, **describe_detector(detector), "state_dict": detector.state_dict()}
+    with pytest.raises(ValueError, match="lacks backbone"):
+        detector_from_checkpoint({k: v for k, v in checkpoint.items() if k != "backbone"})
+    with pytest.raises(ValueError, match="format 9"):
+        detector_from_checkpoint({**checkpoint, "format": 9})
+    with pytest.raises(ValueError, match="do not fit retinanet"):
+        detector_from_checkpoint({**checkpoint, "num_classes": 5})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"arch": "yolo"}, "unknown detector 'yolo'"),
+        ({"backbone": "eca_mobilenetv2"}, "takes a ResNet"),
+        ({"backbone": "eca_resnet51"}, "did you mean"),
+        ({"norm": "batch"}, "norm must be"),
+        ({"trainable_layers": 6}, "trainable_layers must be 0 to 5"),
+        ({"ksize": "3344"}, "odd kernel sizes"),
+        ({"num_classes": 1}, "no category"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        create_detector(**{"arch": "mask_rcnn", "backbone": "eca_resnet18", **kwargs})
+
+
+def test_defaults_are_the_published_networks():
+    with torch.device("meta"):
+        detector = eca_mask_rcnn()
+    assert (detector.arch, detector.backbone_arch) == ("mask_rcnn", "eca_resnet50")
+    assert (detector.ksize, detector.num_classes) == ((3, 3, 7, 7), 81)
