@@ -99,11 +99,13 @@ class CheckpointFolder:
     def save_best(self, state: dict) -> None:
         save(self.best, state)
 
-    def newest_good(self) -> tuple[Path, dict, list[str]]:
+    def newest_good(self) -> tuple[Path, dict, list[str]] | None:
         """The newest checkpoint that can be read: (path, contents, lines on damaged ones).
 
+        Returns None where no checkpoint was written yet.
+
         Raises:
-            UserError: there is none.
+            UserError: there are some, all of them damaged.
         """
         notes = []
         for path in (self.last, self.previous, self.best):
@@ -112,6 +114,7 @@ class CheckpointFolder:
             try:
                 return path, load(path), notes
             except CorruptCheckpointError as error:
-                notes.append(f"! {error}; going back to the one before it")
-        found = "only damaged checkpoints" if notes else "no checkpoint"
-        raise UserError(f"{self.folder}: {found} to resume from; start without --resume")
+                notes.append(f"! {error}; taking the one before it")
+        if notes:
+            raise UserError(f"{self.folder}: only damaged checkpoints; start without --resume")
+        return None

@@ -5,8 +5,9 @@ device, on a batch that crossed the bus at a quarter of its float size.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -15,7 +16,8 @@ from torchvision.transforms import v2
 from utils.errors import EXIT_FAILED, UserError
 from utils.image_folder import ImageFolder
 from utils.image_io import BrokenImageError, printable, read_image
-from utils.sampler import Key, mix_seed
+from utils.recipe import Recipe
+from utils.sampler import Key, SeededBatches, ShardedBatches, mix_seed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -100,30 +102,58 @@ class ImageDataset(Dataset):
         return image, int(self.folder.labels[index]), -1 if index == wanted else wanted
 
 
-def make_loader(
-    dataset: Dataset,
-    batches: Sampler[list[Key]],
-    workers: int,
-    device: torch.device,
-    timeout: float = 0,
-) -> DataLoader:
-    """A loader over `batches`; read it through `device_batches`.
+@dataclass(frozen=True)
+class Reading:
+    """How files become batches, alike in training and validation."""
 
-    Args:
-        timeout: seconds to wait for one batch before the workers count as hung; 0 waits for ever.
-    """
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=_init_worker,
-        timeout=timeout if workers else 0,
-        # Its own generator: else every epoch's start would draw from the global one.
-        generator=torch.Generator(),
-    )
+    device: torch.device
+    workers: int  # loader processes; 0 reads in this one
+    timeout: float = 0  # seconds without a batch until workers count as hung; 0 waits for ever
+    decoder: str = "torchvision"
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def batches(self, dataset: Dataset, keys: Sampler[list[Key]]) -> Callable[[], Iterator[Batch]]:
+        """A function that begins a pass over `dataset` in the order of `keys`.
+
+        The workers stay alive from one pass to the next.
+        """
+        loader = DataLoader(
+            dataset,
+            batch_sampler=keys,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=self.workers > 0,
+            worker_init_fn=_init_worker,
+            timeout=self.timeout if self.workers else 0,
+            # Its own generator: else every pass would draw from the global one.
+            generator=torch.Generator(),
+        )
+        return partial(device_batches, loader, self.device, self.memory_format)
+
+
+def training_batches(
+    images: ImageFolder,
+    order: SeededBatches,
+    recipe: Recipe,
+    seed: int,
+    reading: Reading,
+    skip_broken: bool = False,
+) -> Callable[[], Iterator[Batch]]:
+    """Augmented batches in the order that `order` was told to seek."""
+    transform = train_transform(recipe.img_size, recipe.min_scale, recipe.hflip)
+    dataset = ImageDataset(images, transform, seed, reading.decoder, skip_broken)
+    return reading.batches(dataset, order)
+
+
+def validation_batches(
+    images: ImageFolder, recipe: Recipe, reading: Reading, rank: int = 0, world_size: int = 1
+) -> Callable[[], Iterator[Batch]]:
+    """This rank's share of the validation images, each exactly once over all ranks."""
+    transform = eval_transform(recipe.img_size, recipe.crop_pct)
+    share = max(1, recipe.batch_size // world_size)
+    keys = ShardedBatches(len(images), share, rank, world_size)
+    return reading.batches(ImageDataset(images, transform, decoder=reading.decoder), keys)
 
 
 def device_batches(

@@ -38,6 +38,11 @@ class Context:
             print(*lines, sep="\n", flush=True)
 
 
+def is_first() -> bool:
+    """Whether this process will be rank 0, before `setup` has run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def setup(device: str = "auto", gpu: int | None = None) -> Context:
     """Finds the device and, under torchrun, joins the process group.
 
@@ -100,6 +105,11 @@ def wrap(network: nn.Module, context: Context, sync_bn: bool = False) -> nn.Modu
             device_ids=[context.device.index] if on_gpu else None,
             gradient_as_bucket_view=True,
         )
+    return spread(network, context)
+
+
+def spread(network: nn.Module, context: Context) -> nn.Module:
+    """The network over all GPUs of this process: what evaluates, each rank on its own images."""
     if len(context.data_parallel) > 1:
         return nn.DataParallel(network, device_ids=list(context.data_parallel))
     return network

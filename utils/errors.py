@@ -1,5 +1,8 @@
 """The errors that end a run with one line instead of a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_FAILED = 1  # something outside the program gave way: a worker, memory, a disk
 EXIT_BAD_INPUT = 2  # argparse's own code for a bad flag, used for bad files and data too
 EXIT_NON_FINITE = 3  # the loss or the gradient norm was not a finite number
@@ -13,3 +16,12 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = EXIT_BAD_INPUT):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextmanager
+def as_user_error(prefix: str = "") -> Iterator[None]:
+    """Turns the ValueErrors of `models`, which are one line each, into UserErrors."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from None

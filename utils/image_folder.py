@@ -53,10 +53,8 @@ def list_classes(root: str) -> list[str]:
         parent = os.path.dirname(os.path.abspath(root))
         siblings = os.listdir(parent) if os.path.isdir(parent) else []
         hint = did_you_mean(os.path.basename(os.path.normpath(root)), siblings)
-        raise UserError(
-            f"{printable(root)}: no such folder{hint or '; DATA holds train/ and val/, '}"
-            + ("" if hint else "each with one folder per class")
-        )
+        layout = "; DATA holds train/ and val/, each with one folder per class"
+        raise UserError(f"{printable(root)}: no such folder{hint or layout}")
     with _scandir(root) as entries:
         names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if not names:
@@ -107,6 +105,23 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
         ignored=dict(ignored),
         hidden=hidden,
     )
+
+
+def open_split(
+    data: str, classes: Sequence[str] | None = None, with_train: bool = True
+) -> tuple[ImageFolder | None, ImageFolder]:
+    """The images of data/train and data/val, labelled by the same class names.
+
+    Args:
+        classes: the names in label order; by default the folders of data/train.
+        with_train: False looks at data/val alone.
+
+    Raises:
+        UserError: see `scan`; also when val has a class that train has not.
+    """
+    list_classes(data)
+    train = scan(os.path.join(data, "train"), classes) if with_train else None
+    return train, scan(os.path.join(data, "val"), train.classes if train else classes)
 
 
 def describe(folder: ImageFolder, title: str) -> list[str]:

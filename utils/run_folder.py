@@ -50,16 +50,27 @@ def create(name: str, output: str | None = None) -> Path:
         ) from None
 
 
-def newest(name: str) -> Path:
-    """The `runs/<name>-N` with the highest number.
+def open_folder(name: str, output: str | None, found: Path | None, resumed: bool) -> Path:
+    """The folder that a run writes to: a resumed one's own, else a new one.
+
+    Args:
+        output: --output.
+        found: where --resume looked. Without a checkpoint in it, that run was killed before its
+            first one, and is begun again in its place.
+        resumed: whether --resume found a checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: see `create`; or a resumed run is sent to another folder that is in use.
     """
-    found = _numbered(name)
-    if not found:
-        raise UserError(f"no run {RUNS}/{name}-* to resume; start one without --resume")
-    return max(found)[1]
+    same = found is not None and (output is None or Path(output).resolve() == found.resolve())
+    if same and (resumed or found.is_dir()):
+        return found
+    return create(name, output)
+
+
+def newest(name: str) -> Path | None:
+    """The `runs/<name>-N` with the highest number, if there is one."""
+    return max(_numbered(name), default=(0, None))[1]
 
 
 def lock(folder: Path):
@@ -110,6 +121,11 @@ def environment() -> dict[str, str | int]:
         "cpu_threads": torch.get_num_threads(),
         "commit": _commit(),
     }
+
+
+def fresh_seed() -> int:
+    """A seed for a run that was given none; it is saved, so that the run resumes exactly."""
+    return int.from_bytes(os.urandom(4), "big")
 
 
 def _commit() -> str:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from utils.errors import UserError
+
 Key = tuple[int, int]  # (epoch, index of the image): all that a sample's augmentation depends on
 
 
@@ -71,3 +73,31 @@ class ShardedBatches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         for start in range(0, len(self.indices), self.batch_size):
             yield [(0, index) for index in self.indices[start : start + self.batch_size]]
+
+
+def check_batch(batch_size: int, images: int, replicas: int, img_size: int) -> None:
+    """Refuses, before the run starts, a batch that cannot be trained on.
+
+    Args:
+        batch_size: global.
+        images: in the training set.
+        replicas: devices that the batch is divided over.
+        img_size: pixels; at most 32 leave a last feature map of one pixel.
+
+    Raises:
+        UserError: it does not divide, is larger than the data, or leaves BatchNorm one value.
+    """
+    if batch_size % replicas:
+        lower = batch_size // replicas * replicas
+        near = [str(n) for n in (lower, lower + replicas) if n]
+        raise UserError(
+            f"-b {batch_size} is the global batch and does not divide over {replicas} devices: "
+            f"give {' or '.join(near)}"
+        )
+    if batch_size > images:
+        raise UserError(f"-b {batch_size} is more than the {images} training images: give fewer")
+    if batch_size == replicas and img_size <= 32:
+        raise UserError(
+            f"-b {batch_size} leaves one image per device, whose last feature map is one pixel at "
+            f"--img-size {img_size}: BatchNorm needs two values, so give -b {2 * replicas} or more"
+        )

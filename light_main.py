@@ -1,0 +1,15 @@
+"""MobileNetV2's recipe, handed to main.py's entry."""
+
+from main import main
+from utils import demo_data
+from utils.cli import run_script
+from utils.recipe import Recipe
+
+RECIPE = Recipe(  # the paper's, for MobileNetV2
+    arch="eca_mobilenetv2", epochs=400, batch_size=96, lr=0.045, momentum=0.9, weight_decay=4e-5,
+    schedule="exp", lr_decay=0.98,
+)  # fmt: skip
+DEMO = RECIPE.override(**demo_data.DIGITS_RECIPE | {"img_size": 64})  # it halves a map 5 times
+
+if __name__ == "__main__":
+    run_script(lambda: main(RECIPE, DEMO))

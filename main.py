@@ -1,0 +1,342 @@
+"""Trains and evaluates ECA-ResNets, and what they are compared with, on a folder of class folders.
+
+examples:
+  main.py -a eca_resnet50 --ksize 3557 DATA       all visible GPUs, one GPU, or the CPU
+  torchrun --nproc-per-node=2 main.py … DATA      one process per GPU, faster
+  main.py -e --resume CKPT DATA                   evaluate
+  main.py --resume auto                           go on with the newest run
+  main.py demo:digits                             real images without a download
+"""
+
+import os
+import sys
+import time
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import models
+from models import weights
+from utils import backends, checkpoint, demo_data, distributed, engine, image_folder, report, resume
+from utils import run_folder as runs
+from utils.cli import run_script
+from utils.data import Reading, broken_paths, training_batches, validation_batches
+from utils.errors import EXIT_FAILED, UserError, as_user_error
+from utils.logger import Progress
+from utils.metrics import ClassificationMeter
+from utils.options import build_parser
+from utils.recipe import Recipe
+from utils.run_files import RunFiles
+from utils.sampler import SeededBatches, check_batch, mix_seed
+from utils.schedule import lr_at
+from utils.stop import StopRequest, Votes
+from utils.train_state import TrainState
+
+RECIPE = Recipe(  # the paper's, for ResNets
+    arch="eca_resnet50", epochs=100, batch_size=256, lr=0.1, momentum=0.9, weight_decay=1e-4,
+    schedule="step", lr_step=30, lr_decay=0.1,
+)  # fmt: skip
+DEMO = RECIPE.override(arch="eca_resnet18", **demo_data.DIGITS_RECIPE)
+
+# Flags of one start of the program; the others are the run's own and come back with --resume.
+OF_ONE_START = ("resume", "evaluate", "pretrained", "output", "start_epoch", "device", "gpu")
+
+
+def main(recipe: Recipe = RECIPE, demo: Recipe = DEMO) -> int:
+    """One run from the command line: `recipe` is the script's default, `demo` that of demo data."""
+    parser = build_parser(recipe, models.MODELS, __doc__.replace("main.py", Path(sys.argv[0]).name))
+    args = asked = parser.parse_args()
+    saved, folder = read_weights(args, recipe)
+    on_demo = (args.data or "").startswith(demo_data.PREFIX)
+    if saved is not None and checkpoint.is_ours(saved):
+        refuse_another_network(asked, saved)
+        parser.set_defaults(**saved["args"])
+        args = parser.parse_args()
+        recipe = Recipe.from_dict(saved["recipe"])
+    elif on_demo:
+        recipe = demo
+    recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
+    if args.data is None:
+        raise UserError(f"no DATA given: a folder with train/ and val/, or {demo_data.DIGITS}")
+    if args.workers is None:  # a demo's images are so small that processes would cost more
+        args.workers = 0 if on_demo else min(4, os.cpu_count() or 1)
+
+    context = distributed.setup(args.device, args.gpu)
+    try:
+        if args.evaluate:
+            return evaluate(args, recipe, saved, context)
+        with StopRequest() as stop:
+            return train(args, asked, recipe, saved, folder, context, stop)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise UserError(
+            f"out of memory with -b {recipe.batch_size}: give a smaller -b or --img-size, or "
+            "--amp bf16", EXIT_FAILED,
+        ) from None  # fmt: skip
+    finally:
+        distributed.tear_down()
+
+
+def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.Context) -> int:
+    """Evaluates a checkpoint on the validation images, each once."""
+    source = args.resume or args.pretrained
+    classes = saved["classes"] if checkpoint.is_ours(saved) else None
+    with as_user_error(f"{source}: "):
+        network = weights.network_from_checkpoint(saved)
+    _, images = image_folder.open_split(data_root(args.data, context), classes, with_train=False)
+    if classes is None and len(images.classes) != network.num_classes:
+        raise UserError(
+            f"{images.root} has {len(images.classes)} class folders, {source} "
+            f"{network.num_classes} classes without names: the numbers must agree"
+        )
+    context.say(
+        *report.data_lines(None, images),
+        report.network_line(network),
+        *report.device_lines(context, args.amp, args.channels_last, args.compile),
+    )
+    reading = place(network, args, context)
+    batches = validation_batches(images, recipe, reading, context.rank, context.world_size)
+    autocast = partial(backends.autocast, context.device, args.amp)
+    began = time.perf_counter()
+    figures = engine.evaluate(
+        distributed.spread(network, context), batches(), context.device, autocast
+    )
+    speed = figures["images"] / (time.perf_counter() - began)
+    context.say(
+        f"{figures['images']:,} images  top-1 {figures['top1']:.3f} %  "
+        f"top-5 {figures['top5']:.3f} %  loss {figures['loss']:.4f}  {speed:,.0f} images/s"
+    )
+    if args.output and context.is_main:
+        target = runs.create("", args.output) / "evaluation.json"
+        inputs = {"checkpoint": str(source), "data": args.data}
+        runs.write_json(target, {**figures, **inputs, **runs.environment()})
+        print(f"written to {target}")
+    return 0
+
+
+def train(
+    args: Namespace,
+    asked: Namespace,
+    recipe: Recipe,
+    saved: dict | None,
+    folder: Path | None,
+    context: distributed.Context,
+    stop: StopRequest,
+) -> int:
+    """Trains from the start, or on from `saved`, to the last epoch or until asked to stop."""
+    seed = args.seed if saved is None else saved["seed"]
+    seed = distributed.share(runs.fresh_seed() if seed is None else seed, context)
+    backends.configure(deterministic=args.seed is not None)
+
+    # Data first: what a user can have wrong is said before anything heavy.
+    train_images, val_images = image_folder.open_split(
+        data_root(args.data, context), saved and saved["classes"]
+    )
+    check_batch(recipe.batch_size, len(train_images), context.replicas, recipe.img_size)
+    if saved is not None:
+        resume.refuse_changes(
+            saved, asked.seed, asked.batch_size, len(train_images), args.start_epoch
+        )
+    torch.manual_seed(seed)
+    network, notes = build_network(args, recipe, saved, len(train_images.classes))
+    context.say(
+        *report.data_lines(train_images, val_images),
+        report.network_line(network),
+        *notes,
+        *report.device_lines(context, args.amp, args.channels_last, args.compile),
+        report.recipe_line(recipe),
+    )
+
+    # All that changes from here on.
+    reading = place(network, args, context)
+    state = TrainState(
+        network,
+        torch.optim.SGD(
+            network.parameters(), lr=recipe.lr, momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay, fused=context.device.type in ("cpu", "cuda") or None,
+        ),
+        torch.amp.GradScaler(context.device.type, enabled=args.amp == "fp16"),
+        ClassificationMeter(context.device),
+        engine.NonFiniteGuard(context.device),
+        context.is_main,
+    )  # fmt: skip
+    if saved is not None:
+        state.restore(saved)
+    if args.start_epoch is not None:
+        state.begin(args.start_epoch)
+    if state.epoch >= recipe.epochs:
+        raise UserError(f"all {recipe.epochs} epochs are done: give more with --epochs")
+
+    # Batches, and the learning rate of each.
+    order = SeededBatches(
+        len(train_images), recipe.batch_size, seed, context.rank, context.world_size
+    )
+    train_batches = training_batches(
+        train_images, order, recipe, seed, reading, args.skip_bad_images
+    )
+    val_batches = validation_batches(
+        val_images, recipe, reading, context.rank, context.world_size
+    )
+    rate = partial(
+        lr_at, steps_per_epoch=order.steps, lr=recipe.lr, epochs=recipe.epochs,
+        schedule=recipe.schedule, warmup_epochs=recipe.warmup_epochs, lr_step=recipe.lr_step,
+        lr_decay=recipe.lr_decay,
+    )  # fmt: skip
+
+    # The run folder, which rank 0 alone writes.
+    name = run_name(recipe.arch, args.action)
+    fixed = {
+        **weights.describe_network(network),
+        "classes": list(train_images.classes),
+        "img_size": recipe.img_size,
+        "crop_pct": recipe.crop_pct,
+        "recipe": recipe.as_dict(),
+        "args": {k: v for k, v in vars(args).items() if k not in OF_ONE_START},
+        "seed": seed,
+        "train_images": len(train_images),
+        "environment": runs.environment(),
+    }
+    if context.is_main:
+        folder = runs.open_folder(name, args.output, folder, resumed=saved is not None)
+        context.say(f"run folder: {folder}")
+    files = RunFiles(
+        folder if context.is_main else None, fixed, name, state.epoch, args.save_every,
+        args.save_minutes,
+    )  # fmt: skip
+
+    wrapped, bare = distributed.wrap(network, context), distributed.spread(network, context)
+    autocast = partial(backends.autocast, context.device, args.amp)
+    votes = Votes(context.votes)
+    while state.epoch < recipe.epochs:
+        first = state.epoch * order.steps  # the epoch's first step, counted over the run
+        order.seek(state.epoch, state.step)
+        progress = Progress(
+            f"epoch {state.epoch + 1}/{recipe.epochs}", order.steps, recipe.batch_size,
+            args.print_freq, done=state.step, quiet=not context.is_main,
+        )  # fmt: skip
+        for batch in engine.train_epoch(
+            wrapped, train_batches(), state.optimizer, state.meter, state.guard,
+            first_step=first + state.step, lr_at=rate, seed=mix_seed(seed, context.rank),
+            autocast=autocast, scaler=state.scaler,
+        ):  # fmt: skip
+            state.step += 1
+            state.broken += batch.broken
+            if progress.advance():
+                state.guard.check()
+                means = state.meter.means(state.meter.total())
+                progress.show(means, rate(first + state.step - 1))
+            stopping, saving = votes.cast(bool(stop), files.due(state.step))
+            if stopping or saving:
+                files.save(state.snapshot())
+            if stopping:
+                return files.stopped(state.epoch, state.step, stop.exit_code)
+        votes.settle()
+        speed = progress.close()
+
+        distributed.broadcast_buffers(network)
+        snapshot = state.snapshot()  # now: a stop below may reach one rank before the others
+        figures = engine.evaluate(bare, val_batches(), context.device, autocast, stop.__bool__)
+        if figures is None:
+            files.save(snapshot)
+            return files.stopped(state.epoch, state.step, stop.exit_code)
+        improved = state.finish_epoch(rate(first), figures)
+        files.finish_epoch(state.snapshot(), speed, improved)
+        context.say(report.epoch_line(state.history[-1], recipe.epochs, speed, improved))
+
+    files.close()
+    if state.broken:
+        context.say(f"{len(state.broken)} times an image that cannot be read was replaced:")
+        context.say(*broken_paths(train_images, sorted(set(state.broken))))
+    context.say(*files.farewell(state.best, args.data))
+    return 0
+
+
+def run_name(arch: str, action: str | None) -> str:
+    """The run folder's name without its number."""
+    return f"{arch}_{action}" if action else arch
+
+
+def data_root(data: str, context: distributed.Context) -> str:
+    """The data folder; demo data is written by rank 0 while the others wait."""
+    if data.startswith(demo_data.PREFIX):
+        return distributed.share(demo_data.prepare(data) if context.is_main else None, context)
+    return data
+
+
+def read_weights(args: Namespace, recipe: Recipe) -> tuple[dict | None, Path | None]:
+    """The checkpoint to go on from or to evaluate, if any, and the run folder it stands in."""
+    if args.resume is None:
+        if not args.evaluate:
+            return None, None
+        if args.pretrained is None:
+            raise UserError("-e needs weights to evaluate: add --resume CKPT")
+        return checkpoint.load(args.pretrained), None
+    name = run_name(args.arch or recipe.arch, args.action)
+    saved, folder, notes = resume.find(args.resume, name, args.output)
+    if distributed.is_first():
+        print(*notes, sep="\n", flush=True)
+    if args.evaluate and saved is None:
+        raise UserError("-e needs weights to evaluate: name them with --resume CKPT")
+    if saved is not None and not args.evaluate and not checkpoint.is_ours(saved):
+        raise UserError(
+            f"{args.resume}: holds weights, not a run of this program; start from them with "
+            f"--pretrained {args.resume}"
+        )
+    return saved, folder
+
+
+def refuse_another_network(asked: Namespace, saved: dict) -> None:
+    """Ends the run when its flags ask for a network that the checkpoint does not hold."""
+    given = {k: getattr(asked, k) for k in ("arch", "ksize", "num_classes")}
+    ksize = given["ksize"] or (None if given["arch"] else saved["ksize"])
+    with as_user_error(), torch.device("meta"):
+        wanted = weights.describe_network(
+            models.create_model(
+                given["arch"] or saved["arch"], ksize, given["num_classes"] or saved["num_classes"]
+            )
+        )
+    differing = [k for k, v in given.items() if v is not None and wanted[k] != saved[k]]
+    if differing:
+        flags = ", ".join(f"--{k.replace('_', '-')} {given[k]}" for k in differing)
+        held = f"{saved['arch']}, ksize {saved['ksize']}, {saved['num_classes']} classes"
+        raise UserError(
+            f"{asked.resume or asked.pretrained} holds {held}: leave {flags} out, or start a new "
+            "run with --pretrained"
+        )
+
+
+def build_network(
+    args: Namespace, recipe: Recipe, saved: dict | None, classes: int
+) -> tuple[nn.Module, list[str]]:
+    """The network with its first weights (saved, pretrained or fresh), and what to say of them."""
+    if args.num_classes and args.num_classes < classes:
+        raise UserError(
+            f"--num-classes {args.num_classes}: the data has {classes} classes; give at least as "
+            "many, or leave it out"
+        )
+    with as_user_error():
+        if saved is not None:
+            return weights.network_from_checkpoint(saved), []
+        classes = args.num_classes or classes
+        if not args.pretrained:
+            return models.create_model(recipe.arch, args.ksize, classes), []
+        tensors = weights.find_state_dict(checkpoint.load(args.pretrained))
+        ksize = args.ksize or weights.read_ksize(tensors)
+        network = models.create_model(recipe.arch, ksize, classes)
+        notes = weights.load_weights(network, tensors, replace_head=True)
+    return network, [f"pretrained: {args.pretrained}", *(f"  {note}" for note in notes)]
+
+
+def place(network: nn.Module, args: Namespace, context: distributed.Context) -> Reading:
+    """Puts the network on its device in its layout, and says how its batches are to be read."""
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    network.to(context.device, memory_format=layout)
+    if args.compile:
+        network.compile()
+    return Reading(context.device, args.workers, args.worker_timeout, args.decoder, layout)
+
+
+if __name__ == "__main__":
+    run_script(main)

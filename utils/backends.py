@@ -1,0 +1,28 @@
+"""Process-wide settings of torch: precision, kernel choice, determinism."""
+
+import os
+from contextlib import AbstractContextManager
+
+import torch
+
+
+def configure(deterministic: bool) -> None:
+    """Chooses kernels.
+
+    Args:
+        deterministic: the same bits every time, from kernels that may be slower and in full
+            float32; otherwise cuDNN measures which kernels are quickest, and float32 matrix
+            products may use TensorFloat-32.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    else:
+        torch.set_float32_matmul_precision("high")
+
+
+def autocast(device: torch.device, amp: str) -> AbstractContextManager:
+    """The context of forward and loss; `amp` is "off", "bf16" or "fp16"."""
+    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")

@@ -1,0 +1,69 @@
+"""What a run says before it starts: data, network, device, recipe."""
+
+import torch
+from torch import nn
+
+from utils.distributed import Context
+from utils.image_folder import ImageFolder, describe
+from utils.recipe import Recipe
+
+
+def network_line(network: nn.Module) -> str:
+    """Name, parameters, kernel sizes per stage, classes."""
+    parameters = sum(p.numel() for p in network.parameters())
+    ksize = f"ksize {','.join(map(str, network.ksize))}" if network.ksize else "no ECA"
+    return (
+        f"network: {network.arch}, {parameters:,} parameters, {ksize}, "
+        f"{network.num_classes} classes"
+    )
+
+
+def device_lines(context: Context, amp: str, channels_last: bool, compiled: bool) -> list[str]:
+    """Where the run takes place and how."""
+    name = str(context.device)
+    if context.device.type == "cuda":
+        name = torch.cuda.get_device_name(context.device)
+    elif context.device.type == "cpu":
+        name = f"CPU, {torch.get_num_threads()} threads"
+    if context.world_size > 1:
+        name += f", {context.world_size} processes (DistributedDataParallel)"
+    elif len(context.data_parallel) > 1:
+        name += f" x {len(context.data_parallel)} (DataParallel)"
+    traits = ["float32" if amp == "off" else amp]
+    traits += ["channels_last"] * channels_last + ["compiled"] * compiled
+    lines = [f"device: {name}; {', '.join(traits)}"]
+    if len(context.data_parallel) > 1:
+        lines.append(f"  torchrun --nproc-per-node={len(context.data_parallel)} is faster")
+    return lines
+
+
+def recipe_line(recipe: Recipe) -> str:
+    """The numbers of training in one line."""
+    how = recipe.schedule
+    if how == "step":
+        how = f"times {recipe.lr_decay:g} every {recipe.lr_step} epochs"
+    elif how == "exp":
+        how = f"times {recipe.lr_decay:g} every epoch"
+    warm = f", warm-up {recipe.warmup_epochs:g} epochs" if recipe.warmup_epochs else ""
+    return (
+        f"recipe: {recipe.epochs} epochs, batch {recipe.batch_size}, lr {recipe.lr:g} {how}{warm}, "
+        f"momentum {recipe.momentum:g}, weight decay {recipe.weight_decay:g}, "
+        f"{recipe.img_size} pixels"
+    )
+
+
+def data_lines(train: ImageFolder | None, val: ImageFolder) -> list[str]:
+    """Counts of both sides, and what a user should look at."""
+    lines = [] if train is None else describe(train, "train")
+    lines += describe(val, "val")
+    return lines
+
+
+def epoch_line(row: dict[str, float], epochs: int, speed: float, improved: bool) -> str:
+    """One finished epoch."""
+    return (
+        f"epoch {row['epoch'] + 1}/{epochs}  train loss {row['train_loss']:.4f} "
+        f"top-1 {row['train_top1']:.2f} %  val loss {row['val_loss']:.4f} "
+        f"top-1 {row['val_top1']:.2f} % top-5 {row['val_top5']:.2f} %  {speed:,.0f} images/s"
+        + ("  (best)" if improved else "")
+    )

@@ -1,0 +1,62 @@
+"""What --resume names, and which flags may not change on the way."""
+
+from pathlib import Path
+
+from utils import checkpoint, run_folder
+from utils.errors import UserError
+
+
+def find(resume: str, name: str, output: str | None) -> tuple[dict | None, Path | None, list[str]]:
+    """Reads the checkpoint that `--resume` names.
+
+    Args:
+        resume: a path, or "auto": the newest good checkpoint of `output`, or else of the newest
+            `runs/<name>-N`.
+
+    Returns:
+        Its contents (None where "auto" finds no checkpoint yet), the run folder it stands in, and
+        lines to print.
+    """
+    if resume != "auto":
+        path = Path(resume)
+        return checkpoint.load(path), path.parent, []
+    folder = Path(output) if output else run_folder.newest(name)
+    found = checkpoint.CheckpointFolder(folder).newest_good() if folder else None
+    if found is None:
+        place = folder or f"{run_folder.RUNS}/{name}-*"
+        return None, folder, [f"no checkpoint in {place} yet: starting from the beginning"]
+    path, saved, notes = found
+    return saved, folder, [*notes, f"resuming {path}"]
+
+
+def refuse_changes(
+    saved: dict, seed: int | None, batch_size: int | None, train_images: int, at_epoch: int | None
+) -> None:
+    """Stops a resumption that could not be exact.
+
+    Args:
+        saved: the checkpoint.
+        seed, batch_size: as given on the command line, or None.
+        train_images: how many there are now.
+        at_epoch: --start-epoch, which gives up the place inside an epoch.
+
+    Raises:
+        UserError: another seed; another batch size or data set inside an epoch.
+    """
+    if seed is not None and seed != saved["seed"]:
+        raise UserError(f"the run's seed is {saved['seed']}: leave --seed {seed} out")
+    step = saved["progress"]["step"]
+    if not step or at_epoch is not None:
+        return
+    remedy = "or begin at an epoch's start with --start-epoch"
+    held = saved["recipe"]["batch_size"]
+    if batch_size not in (None, held):
+        raise UserError(
+            f"the run stopped inside an epoch, after {step} batches of {held}: leave "
+            f"-b {batch_size} out, {remedy}"
+        )
+    if train_images != saved["train_images"]:
+        raise UserError(
+            f"the run stopped inside an epoch over {saved['train_images']:,} training images, and "
+            f"there are {train_images:,} now: restore the data, {remedy}"
+        )

@@ -1,0 +1,101 @@
+"""The one writer of a run's folder: checkpoints, log, and the lines that say how to go on."""
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from utils import run_folder
+from utils.checkpoint import CheckpointFolder
+from utils.logger import RunLogger
+
+
+class RunFiles:
+    """Writes on the main process; on every other rank each method does nothing.
+
+    Args:
+        folder: the run's folder; None on ranks above 0.
+        fixed: what every checkpoint holds besides the state: network, classes, recipe, flags.
+        title: of the curves.
+        first_epoch: that this process will finish.
+        save_every: steps between checkpoints inside an epoch, or None.
+        save_minutes: minutes between any two checkpoints, or None.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        fixed: dict,
+        title: str,
+        first_epoch: int,
+        save_every: int | None,
+        save_minutes: float | None,
+    ):
+        self.folder, self.fixed = folder, fixed
+        self.save_every, self.save_minutes = save_every, save_minutes
+        self.saved_at = time.monotonic()
+        if folder is not None:
+            self.lock = run_folder.lock(folder)
+            run_folder.write_json(folder / "args.json", fixed)
+            self.checkpoints = CheckpointFolder(folder)
+            self.logger = RunLogger(folder, title, first_epoch)
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps of the epoch."""
+        if self.save_every is not None and step % self.save_every == 0:
+            return True
+        passed = time.monotonic() - self.saved_at
+        return self.save_minutes is not None and passed >= 60 * self.save_minutes
+
+    def save(self, snapshot: dict) -> None:
+        """Writes `last`; the one before it becomes `previous`."""
+        if self.folder is not None:
+            self.checkpoints.save_last({**self.fixed, **snapshot})
+        self.saved_at = time.monotonic()
+
+    def finish_epoch(self, snapshot: dict, images_per_second: float, improved: bool) -> None:
+        """Writes an epoch's files, `last` at the end: killed before it, the epoch is run again."""
+        if self.folder is not None:
+            if improved:
+                self.checkpoints.save_best({**self.fixed, **snapshot})
+            self.logger.log(snapshot["history"], images_per_second)
+        self.save(snapshot)
+
+    def stopped(self, epoch: int, step: int, exit_code: int) -> int:
+        """Says where a run that was asked to stop was saved; returns `exit_code`."""
+        if self.folder is not None:
+            print(f"asked to stop: saved in epoch {epoch + 1} after step {step}; go on with")
+            print(f"  {command('--resume', self.checkpoints.last)}", flush=True)
+            self.close()
+        return exit_code
+
+    def farewell(self, best: dict, data: str) -> list[str]:
+        """Closing lines: the result, and the commands that a user wants next."""
+        if self.folder is None:
+            return []
+        last, weights = self.checkpoints.last, self.checkpoints.best
+        result = "no epoch had a finite validation loss"
+        if best:
+            result = (
+                f"best top-1 {best['val_top1']:.2f} %, top-5 {best['val_top5']:.2f} % "
+                f"(epoch {best['epoch'] + 1})"
+            )
+        return [
+            f"done: {result}",
+            f"  evaluate:    {command('-e', '--resume', weights, data)}",
+            f"  look:        tensorboard --logdir {shlex.quote(str(self.folder))}"
+            f"   (or {shlex.quote(str(self.folder / 'curves.png'))})",
+            f"  train on:    {command('--resume', last, '--epochs', 'N')}",
+        ]
+
+    def close(self) -> None:
+        if self.folder is not None:
+            self.logger.close()
+
+
+def command(*arguments: object) -> str:
+    """A command line for this script, started the way this process was."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = ["torchrun", f"--nproc-per-node={ranks}"] if ranks else ["python"]
+    return shlex.join([*launcher, Path(sys.argv[0]).name, *map(str, arguments)])

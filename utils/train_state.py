@@ -1,0 +1,91 @@
+"""All that training changes, as one object that can be written down and taken up again."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from utils.engine import NonFiniteGuard
+from utils.metrics import ClassificationMeter
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. Saved by `snapshot`, taken up by `restore`, bit for bit.
+
+    There is no generator state and no loader state in it: shuffling, augmentation and dropout are
+    functions of (seed, epoch, step), see `utils.sampler`.
+    """
+
+    network: nn.Module  # without any parallel wrapping
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    meter: ClassificationMeter  # of the epoch under way
+    guard: NonFiniteGuard
+    is_main: bool
+    epoch: int = 0  # the epoch under way
+    step: int = 0  # optimizer steps done in it
+    best: dict[str, float] = field(default_factory=dict)  # the history row with the highest top-1
+    history: list[dict[str, float]] = field(default_factory=list)  # one row per finished epoch
+    broken: list[int] = field(default_factory=list)  # training images that were replaced
+
+    def begin(self, epoch: int) -> None:
+        """Moves to the first step of `epoch`, with an empty meter."""
+        self.epoch, self.step = epoch, 0
+        self.meter = ClassificationMeter(self.meter.sums.device)
+
+    def finish_epoch(self, lr: float, val: dict[str, float]) -> bool:
+        """Writes the epoch into the history and moves on. Call on every rank.
+
+        Args:
+            lr: at the epoch's first step.
+            val: what `engine.evaluate` returned.
+
+        Returns:
+            Whether its top-1 is the best so far; with a loss that is not finite it never is.
+        """
+        train = self.meter.means(self.meter.total())
+        row = {"epoch": self.epoch, "lr": lr}
+        row |= {f"train_{k}": train[k] for k in ("loss", "top1", "top5")}
+        row |= {f"val_{k}": val[k] for k in ("loss", "top1", "top5")}
+        self.history.append(row)
+        finite = math.isfinite(row["val_loss"])
+        improved = finite and row["val_top1"] > self.best.get("val_top1", -1.0)
+        if improved:
+            self.best = dict(row)
+        self.begin(self.epoch + 1)
+        return improved
+
+    def snapshot(self) -> dict:
+        """Plain values and tensors. Call on every rank: the meters are summed over them.
+
+        Raises:
+            UserError: a loss was not finite; such a state is never written.
+        """
+        self.guard.check()
+        return {
+            "state_dict": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": {
+                "epoch": self.epoch,
+                "step": self.step,
+                "sums": self.meter.total(),
+                "best": dict(self.best),
+                "broken": list(self.broken),
+            },
+            "history": [dict(row) for row in self.history],
+        }
+
+    def restore(self, saved: dict) -> None:
+        """Takes up what `snapshot` returned; the network's weights are loaded by the caller."""
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scaler.is_enabled() and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        progress = saved["progress"]
+        self.epoch, self.step = progress["epoch"], progress["step"]
+        if self.is_main:  # the sums of all ranks; the others go on from zero
+            self.meter.sums.copy_(progress["sums"])
+        self.best, self.broken = dict(progress["best"]), list(progress["broken"])
+        self.history = [dict(row) for row in saved["history"]]
