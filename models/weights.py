@@ -138,37 +138,26 @@ def load_weights(
     """
     weights = strip_prefixes(state_dict)
     own = network.state_dict()
-
-    ksize = read_ksize(weights)
-    if ksize and network.ksize and ksize != network.ksize:
-        raise ValueError(
-            f"the weights have kernel sizes {_join(ksize)} and {network.arch} was built with"
-            f" {_join(network.ksize)}: give --ksize {_join(ksize)}"
-        )
     head = (f"{network.head}.weight", f"{network.head}.bias")
     classes = weights[head[0]].shape[0] if head[0] in weights else network.num_classes
     fresh = {}
     if replace_head and classes != network.num_classes:
         fresh = {name: own[name] for name in head}
-        weights = {name: tensor for name, tensor in weights.items() if name not in fresh}
+        weights |= fresh
 
-    # Files older than BatchNorm's step counter lack it; torch then keeps the network's own.
-    wanted = {k for k in own if k not in fresh and not k.endswith("num_batches_tracked")}
-    faults = {
-        "missing": [k for k in own if k in wanted - weights.keys()],
-        "unexpected": [k for k in weights if k not in own],
-        "of another shape": [
-            f"{k} {list(v.shape)}, not {list(own[k].shape)}"
-            for k, v in weights.items()
-            if k in own and v.shape != own[k].shape
-        ],
-    }
+    faults = _misfits(own, weights)
     if any(faults.values()):
+        ksize = read_ksize(weights)
+        if not faults["missing"] and not faults["unexpected"] and ksize != network.ksize:
+            raise ValueError(
+                f"the weights have kernel sizes {_join(ksize)} and {network.arch} was built with"
+                f" {_join(network.ksize)}: give --ksize {_join(ksize)}"
+            )
         report = "; ".join(f"{len(v)} {fault}: {_first(v)}" for fault, v in faults.items() if v)
         raise ValueError(f"the weights do not fit {network.arch}: {report}")
-    network.load_state_dict({**weights, **fresh})
+    network.load_state_dict(weights)
 
-    notes = [f"Loaded {len(weights)} tensors into {network.arch}."]
+    notes = [f"Loaded {len(weights) - len(fresh)} tensors into {network.arch}."]
     if weights.keys() - state_dict.keys():
         notes.append("Took the wrappers' prefixes off their names.")
     if fresh:
@@ -200,6 +189,20 @@ def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> nn.Module:
     network = create_model(fields.pop("arch"), **fields, **kwargs)
     load_weights(network, weights)
     return network
+
+
+def _misfits(own: StateDict, weights: StateDict) -> dict[str, list[str]]:
+    """What keeps `weights` from loading into a network whose state dict is `own`."""
+    return {
+        # Files older than BatchNorm's step counter lack it; torch then keeps the network's own.
+        "missing": [k for k in own if k not in weights and not k.endswith(".num_batches_tracked")],
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [
+            f"{k} {list(v.shape)}, not {list(own[k].shape)}"
+            for k, v in weights.items()
+            if k in own and v.shape != own[k].shape
+        ],
+    }
 
 
 def _read_attention(weights: StateDict) -> str:

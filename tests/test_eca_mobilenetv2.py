@@ -1,0 +1,166 @@
+"""MobileNetV2: against torchvision's, the published row, and the contract of names."""
+
+import pytest
+import torch
+import torchvision
+
+from models.eca_mobilenetv2 import (
+    MobileNetV2,
+    eca_mobilenetv2,
+    expand_ksize,
+    mobilenetv2,
+    se_mobilenetv2,
+    shorten_ksize,
+)
+from models.eca_module import ECALayer
+
+# output channels of the 17 inverted residuals
+OUT = [16] + [24] * 2 + [32] * 3 + [64] * 4 + [96] * 3 + [160] * 3 + [320]
+
+
+def on_meta(constructor, **kwargs):
+    with torch.device("meta"):
+        return constructor(**kwargs)
+
+
+def count(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def kernel_sizes(network):
+    return [m.conv.kernel_size[0] for m in network.modules() if isinstance(m, ECALayer)]
+
+
+def test_parameters():
+    network = on_meta(eca_mobilenetv2)
+    assert network.ksize == (1, 3)
+    assert count(network) == 3_504_903
+    assert round(count(network) / 2**20, 2) == 3.34
+    assert count(on_meta(mobilenetv2)) == 3_504_872
+    assert count(on_meta(se_mobilenetv2)) == 3_533_288  # 3.37 × 2^20; the paper prints 3.40
+
+
+def test_kernel_sizes():
+    assert kernel_sizes(on_meta(eca_mobilenetv2)) == [1 if c < 96 else 3 for c in OUT]
+    assert kernel_sizes(on_meta(eca_mobilenetv2, ksize="59")) == [5 if c < 96 else 9 for c in OUT]
+    adaptive = on_meta(eca_mobilenetv2, ksize="adaptive")
+    assert adaptive.ksize == (3, 3, 3, 3, 3, 5, 5)
+    assert kernel_sizes(adaptive) == [5 if c > 96 else 3 for c in OUT]
+    again = on_meta(eca_mobilenetv2, ksize=adaptive.ksize)
+    assert kernel_sizes(again) == kernel_sizes(adaptive)
+    # narrower: "13" keeps its stages, eq. 12 follows the channels that there are
+    assert kernel_sizes(on_meta(eca_mobilenetv2, width_mult=0.5)) == [1] * 10 + [3] * 7
+    narrow = on_meta(eca_mobilenetv2, ksize="adaptive", width_mult=0.5)
+    assert narrow.ksize == (3, 3, 3, 3, 3, 3, 5)
+
+
+@pytest.mark.parametrize("ksize", [(1, 3), (3, 3), (3, 3, 3, 3, 3, 5, 5)])
+def test_short_and_long_kernel_sizes_say_the_same(ksize):
+    assert len(expand_ksize(ksize)) == 7
+    assert shorten_ksize(expand_ksize(ksize)) == ksize
+
+
+def test_names_and_shapes_are_those_of_the_released_weights():
+    def convolution_and_norm(conv, norm, out, into, k):
+        per_channel = ("weight", "bias", "running_mean", "running_var")
+        return {f"{conv}.weight": (out, into, k, k), f"{norm}.num_batches_tracked": ()} | {
+            f"{norm}.{n}": (out,) for n in per_channel
+        }
+
+    expected = convolution_and_norm("features.0.0", "features.0.1", 32, 3, 3)
+    into = 32
+    for i, out in enumerate(OUT, start=1):
+        b = f"features.{i}.conv"
+        hidden = into if i == 1 else 6 * into
+        at = 0
+        if i > 1:
+            expected |= convolution_and_norm(f"{b}.0.0", f"{b}.0.1", hidden, into, 1)
+            at = 1
+        expected |= convolution_and_norm(f"{b}.{at}.0", f"{b}.{at}.1", hidden, 1, 3)
+        expected |= convolution_and_norm(f"{b}.{at + 1}", f"{b}.{at + 2}", out, hidden, 1)
+        expected |= {f"{b}.{at + 3}.conv.weight": (1, 1, 1 if out < 96 else 3)}
+        into = out
+    expected |= convolution_and_norm("features.18.0", "features.18.1", 1280, 320, 1)
+    expected |= {"classifier.1.weight": (1000, 1280), "classifier.1.bias": (1000,)}
+    network = on_meta(eca_mobilenetv2)
+    assert {n: tuple(t.shape) for n, t in network.state_dict().items()} == expected
+    assert network.classifier[0].p == 0.25
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_without_attention_it_is_torchvisions(training):
+    torch.manual_seed(0)
+    theirs = torchvision.models.mobilenet_v2(dropout=0.25)
+    ours = mobilenetv2()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    ours.train(training)
+    theirs.train(training)
+    x = torch.randn(2, 3, 96, 80)
+    with torch.no_grad():
+        torch.manual_seed(1)  # the same dropout
+        logits = ours(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(logits, theirs(x), rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_attention_stands_last_in_every_block():
+    blocks = on_meta(eca_mobilenetv2).features[1:-1]
+    assert len(blocks) == 17
+    assert all(isinstance(block.conv[-1], ECALayer) for block in blocks)
+    assert sum(block.residual for block in blocks) == 10
+
+
+@pytest.mark.parametrize(
+    ("width", "channels", "last"),
+    [(0.35, [5, 8, 11, 22, 33, 56, 112], 1280), (1.4, [22, 33, 44, 89, 134, 224, 448], 1792)],
+)
+def test_widths_are_cut_not_rounded(width, channels, last):
+    network = eca_mobilenetv2(width_mult=width, num_classes=3).eval()
+    assert sorted({block.conv[-2].num_features for block in network.features[1:-1]}) == channels
+    assert network.features[0][0].out_channels == int(32 * width)
+    with torch.no_grad():
+        assert network.forward_features(torch.randn(1, 3, 32, 32)).shape == (1, last, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "map_size"),
+    [((32, 32), (1, 1)), ((33, 64), (2, 2)), ((224, 96), (7, 3)), ((1, 1), (1, 1))],
+)
+def test_any_input_size(size, map_size):
+    network = eca_mobilenetv2(num_classes=3).eval()
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        assert network.forward_features(x).shape == (2, 1280, *map_size)
+        assert network(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("width", [0, -1, 0.06, float("nan"), float("inf")])
+def test_refuses_a_width_without_channels(width):
+    with pytest.raises(ValueError, match="width_mult must be at least 1/16, such as"):
+        MobileNetV2(width_mult=width)
+
+
+def test_the_least_width_works_for_every_attention():
+    for attention in ("none", "eca", "eca_ns", "se", "se_var1", "se_var2", "se_var3"):
+        network = mobilenetv2(attention=attention, width_mult=1 / 16, num_classes=2)
+        assert network(torch.randn(2, 3, 64, 64)).shape == (2, 2)
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    network = eca_mobilenetv2()
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            std = module.weight.std().item()
+            assert std == pytest.approx((2 / fan_out) ** 0.5, rel=0.2), name
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            assert module.weight.eq(1).all()
+            assert module.bias.eq(0).all()
+        elif isinstance(module, torch.nn.Conv1d):  # torch's own: uniform within 1/√k
+            assert module.weight.abs().max() <= module.kernel_size[0] ** -0.5
+    assert network.classifier[1].weight.std().item() == pytest.approx(0.01, rel=0.01)
+    assert network.classifier[1].bias.eq(0).all()

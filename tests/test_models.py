@@ -1,0 +1,93 @@
+"""The table of networks: each one builds, runs and trains; what is wrong is said in one line."""
+
+import copy
+
+import pytest
+import torch
+
+from models import MODELS, create_model
+from models.eca_module import ECALayer
+
+ALIASES = {f"{kind}mobilenet_v2": f"{kind}mobilenetv2" for kind in ("", "eca_", "se_")}
+
+
+def test_table():
+    depths = (18, 34, 50, 101, 152)
+    names = {f"{kind}resnet{d}" for kind in ("", "eca_", "se_") for d in depths}
+    assert set(MODELS) == names | ALIASES.keys() | set(ALIASES.values())
+    for name, constructor in MODELS.items():
+        assert constructor.__name__ == ALIASES.get(name, name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_says_what_it_is(name):
+    with torch.device("meta"):
+        network = create_model(name, num_classes=11)
+    attention = name.partition("_")[0] if name.startswith(("eca_", "se_")) else "none"
+    assert (network.arch, network.attention) == (ALIASES.get(name, name), attention)
+    assert (network.ksize is not None) == (attention == "eca")
+    assert network.num_classes == network.get_submodule(network.head).out_features == 11
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ALIASES])
+def test_gradients_reach_every_parameter(name):
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=7)
+    logits = network(torch.randn(4, 3, 40, 40))
+    assert logits.shape == (4, 7)
+    (logits * torch.randn(4, 7)).sum().backward()
+    for parameter_name, p in network.named_parameters():
+        assert p.grad is not None, parameter_name
+        assert p.grad.isfinite().all(), parameter_name
+        # A bias right before another BatchNorm cancels out, so 1-d parameters may have zeros.
+        assert p.dim() == 1 or p.grad.abs().max() > 0, parameter_name
+
+
+@pytest.mark.parametrize("name", ["eca_resnet18", "eca_resnet50", "eca_mobilenetv2"])
+def test_precision_format_and_compilation(name):
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=5).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = network(x)
+        compiled = torch.compile(copy.deepcopy(network), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = network(x)
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=0.1 * expected.std())
+        network.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+        assert network.forward_features(x[..., :33, :47]).shape[2:] == (2, 2)
+        features = network.forward_features(x)
+        assert features.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(network(x), expected, rtol=1e-3, atol=1e-3 * expected.std())
+
+
+def test_ksize_reaches_the_layers():
+    network = create_model("eca_resnet18", ksize="3,5,9,11", num_classes=2)
+    found = [m.conv.kernel_size[0] for m in network.modules() if isinstance(m, ECALayer)]
+    assert found == [3, 3, 5, 5, 9, 9, 11, 11]
+    assert network.ksize == (3, 5, 9, 11)
+    assert create_model("eca_resnet18", ksize="adaptive", num_classes=2).ksize == (3, 5, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("eca_resnet5O", {}, "unknown network 'eca_resnet5O'; did you mean eca_resnet50"),
+        ("vgg", {}, "unknown network 'vgg'; known: eca_resnet18, "),
+        ("resnet50", {"ksize": "3557"}, r"resnet50 \(.*\) has no ECA layer: leave --ksize out"),
+        ("se_mobilenetv2", {"ksize": "13"}, "has no ECA layer: leave --ksize out"),
+        ("eca_resnet50", {"ksize": "355"}, "ksize '355' is not 4 odd .* for example 3557"),
+        ("eca_mobilenetv2", {"ksize": "3557"}, "ksize '3557' is not 2 or 7 odd .* example 13"),
+        ("eca_resnet50", {"num_classes": 0}, "num_classes must be 1 or more, such as 1000, not 0"),
+        ("mobilenetv2", {"num_classes": 2.0}, "num_classes must be 1 or more"),
+        ("resnet18", {"attention": "ce"}, "unknown attention 'ce'"),
+        ("resnet18", {"width_mult": 1.0}, "resnet18 takes no width_mult: leave it out"),
+    ],
+)
+def test_refuses_in_one_line(name, kwargs, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        create_model(name, **kwargs)
+    assert "\n" not in str(caught.value)
