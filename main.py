@@ -274,7 +274,7 @@ def read_weights(args: Namespace, recipe: Recipe) -> tuple[dict | None, Path | N
             raise UserError("-e needs weights to evaluate: add --resume CKPT")
         return checkpoint.load(args.pretrained), None
     name = run_name(args.arch or recipe.arch, args.action)
-    saved, folder, notes = resume.find(args.resume, name, args.output)
+    saved, folder, notes = resume.find(args.resume, name, args.output, args.evaluate)
     if distributed.is_first():
         print(*notes, sep="\n", flush=True)
     if args.evaluate and saved is None:

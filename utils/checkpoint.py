@@ -99,7 +99,7 @@ class CheckpointFolder:
     def save_best(self, state: dict) -> None:
         save(self.best, state)
 
-    def newest_good(self) -> tuple[Path, dict, list[str]] | None:
+    def newest_good(self, best_first: bool = False) -> tuple[Path, dict, list[str]] | None:
         """The newest checkpoint that can be read: (path, contents, lines on damaged ones).
 
         Returns None where no checkpoint was written yet.
@@ -107,8 +107,11 @@ class CheckpointFolder:
         Raises:
             UserError: there are some, all of them damaged.
         """
+        order = [self.last, self.previous, self.best]
+        if best_first:
+            order = [self.best, self.last, self.previous]
         notes = []
-        for path in (self.last, self.previous, self.best):
+        for path in order:
             if not path.exists():
                 continue
             try:

@@ -6,12 +6,15 @@ from utils import checkpoint, run_folder
 from utils.errors import UserError
 
 
-def find(resume: str, name: str, output: str | None) -> tuple[dict | None, Path | None, list[str]]:
+def find(
+    resume: str, name: str, output: str | None, evaluate: bool = False
+) -> tuple[dict | None, Path | None, list[str]]:
     """Reads the checkpoint that `--resume` names.
 
     Args:
         resume: a path, or "auto": the newest good checkpoint of `output`, or else of the newest
             `runs/<name>-N`.
+        evaluate: the best checkpoint before the newest.
 
     Returns:
         Its contents (None where "auto" finds no checkpoint yet), the run folder it stands in, and
@@ -21,12 +24,12 @@ def find(resume: str, name: str, output: str | None) -> tuple[dict | None, Path 
         path = Path(resume)
         return checkpoint.load(path), path.parent, []
     folder = Path(output) if output else run_folder.newest(name)
-    found = checkpoint.CheckpointFolder(folder).newest_good() if folder else None
+    found = checkpoint.CheckpointFolder(folder).newest_good(evaluate) if folder else None
     if found is None:
         place = folder or f"{run_folder.RUNS}/{name}-*"
         return None, folder, [f"no checkpoint in {place} yet: starting from the beginning"]
     path, saved, notes = found
-    return saved, folder, [*notes, f"resuming {path}"]
+    return saved, folder, [*notes, f"{'evaluating' if evaluate else 'resuming'} {path}"]
 
 
 def refuse_changes(
