@@ -1,0 +1,311 @@
+"""BatchNorm + ECA + residual addition + ReLU as one operation of two passes each way.
+
+Module by module, the end of a block reads and writes its (N, C, H, W) tensor a dozen times. But
+BatchNorm is affine per channel and pooling is linear, so ECA's pooled input follows from the means
+of z that BatchNorm computes anyway: mean over pixels of BN(z) = a · mean of z + b. With that,
+
+    forward   1. moments of z → a, b and the gate s, all (N, C) or smaller
+              2. out = ReLU(z · a·s + b·s + residual)
+    backward  1. d = ∂out where out > 0, Σd and Σd·(z - mean) → every small gradient
+              2. ∂residual = d, ∂z = a·s · d + (two terms that are affine in z)
+
+Only z and out are kept for backward, which the convolutions on either side keep too.
+
+The same operation without ECA, residual or ReLU serves the other networks. `block_tail` is what the
+blocks call: it takes this path where `can_fuse` allows it, else the modules one by one.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.eca_module import ECALayer
+from models.eca_passes import Chunked, Whole, accumulation_dtype
+
+
+def _windows(x: Tensor, kernel: Tensor) -> Tensor:
+    """(N, C) → (N, C, k): each channel's neighbourhood, zeros beyond the ends."""
+    k = kernel.numel()
+    return F.pad(x, (k // 2, k // 2)).unfold(1, k, 1)
+
+
+def _along_channels(x: Tensor, kernel: Tensor) -> Tensor:
+    """conv1d over the channels of (N, C), written so that autocast leaves its precision alone."""
+    return (_windows(x, kernel) * kernel).sum(-1)
+
+
+class _Kept(NamedTuple):
+    """The small tensors of a forward pass that its backward pass needs."""
+
+    mean: Tensor  # (C,)
+    inverse_std: Tensor  # 1 / √(variance + eps), (C,)
+    pooled: Tensor | None  # means over the pixels of normalised z, (N, C); None without ECA
+    gate: Tensor | None  # s, (N, C); None without ECA
+
+
+class _Gradients(NamedTuple):
+    z: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    kernel: Tensor | None
+    residual: Tensor | None
+
+
+class _Wanted(NamedTuple):
+    """Which of the gradients are asked for."""
+
+    z: bool
+    weight: bool
+    bias: bool
+    kernel: bool
+    residual: bool
+
+
+def _passes(z: Tensor) -> type[Whole] | type[Chunked]:
+    return Chunked if z.device.type == "cpu" and not torch.compiler.is_compiling() else Whole
+
+
+def tail_forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor | None,
+    residual: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None,
+    eps: float,
+    activation: bool,
+) -> tuple[Tensor, Tensor, _Kept]:
+    """→ out, the variance (C,) that was used, and what backward needs.
+
+    weight, bias (C,), kernel (k,) and `statistics`, a mean and variance (C,) to use in place of the
+    batch's, are in the accumulation dtype.
+    """
+    passes = _passes(z)
+    means = pooled = gate = None
+    if statistics is None:
+        means, mean, variance = passes.moments(z, kernel is not None)
+    else:
+        mean, variance = statistics
+        if kernel is not None:
+            means = passes.means(z)
+    inverse_std = (variance + eps).rsqrt()
+    scale = (weight * inverse_std)[None]
+    shift = bias - mean * scale
+    if kernel is not None:
+        pooled = (means - mean) * inverse_std
+        gate = _along_channels(pooled * weight + bias, kernel).sigmoid()
+        scale, shift = scale * gate, shift * gate
+    out = passes.scale_and_add(z, scale, shift, residual, activation)
+    return out, variance, _Kept(mean, inverse_std, pooled, gate)
+
+
+def tail_backward(
+    grad: Tensor,
+    z: Tensor,
+    out: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor | None,
+    kept: _Kept,
+    batch_statistics: bool,
+    wanted: _Wanted,
+) -> _Gradients:
+    """The gradients of `tail_forward`; `out` is None where there is no activation."""
+    passes = _passes(z)
+    pixels, count = z.shape[2] * z.shape[3], z.numel() // z.shape[1]
+    mean, inverse_std, pooled, gate = kept
+    a = weight * inverse_std
+    d, sum_d, sum_dz = passes.gradient_sums(grad, out, z, mean, wanted.residual)
+    sum_dx = sum_dz * inverse_std  # Σ d·x̂, x̂ = (z - mean) · inverse_std
+    on_grad = a[None]
+    constant = on_z = d_kernel = None
+    if kernel is not None:
+        on_grad = a * gate
+        d_logit = (weight * sum_dx + bias * sum_d) * gate * (1 - gate)
+        d_pooled = _along_channels(d_logit, kernel.flip(0))
+        d_kernel = (_windows(pooled * weight + bias, kernel) * d_logit[..., None]).sum((0, 1))
+        # From here on the sums are those with BatchNorm's output gradient s·d + ∂g/HW.
+        sum_d = gate * sum_d + d_pooled
+        sum_dx = gate * sum_dx + d_pooled * pooled
+        constant = a * d_pooled / pixels
+    d_bias, d_weight = sum_d.sum(0), sum_dx.sum(0)
+    if batch_statistics:
+        on_z = (a * inverse_std * d_weight / -count)[None]
+        through_mean = -a * d_bias / count - on_z * mean
+        constant = through_mean if constant is None else constant + through_mean
+    dz = None
+    if wanted.z:
+        if out is not None and wanted.residual:
+            grad, out = d, None  # masked already
+        dz = passes.gradient_input(grad, out, z, on_grad, on_z, constant)
+    return _Gradients(
+        dz,
+        d_weight if wanted.weight else None,
+        d_bias if wanted.bias else None,
+        d_kernel if wanted.kernel else None,
+        d if wanted.residual else None,
+    )
+
+
+class _FusedTail(torch.autograd.Function):
+    """(z, weight, bias, kernel, residual) → out, and the mean and variance that were used."""
+
+    @staticmethod
+    def forward(ctx, z, weight, bias, kernel, residual, statistics, eps, activation):
+        small = [_widened(t, z) for t in (weight, bias, kernel)]
+        out, variance, kept = tail_forward(z, *small, residual, statistics, eps, activation)
+        ctx.save_for_backward(z, out if activation else None, weight, bias, kernel, *kept)
+        ctx.batch_statistics = statistics is None
+        ctx.mark_non_differentiable(kept.mean, variance)
+        return out, kept.mean, variance
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the fused block tail has first derivatives only: call models.set_fused(network,"
+                " False) before backward with create_graph=True"
+            )
+        z, out, weight, bias, kernel, *kept = ctx.saved_tensors
+        small = [_widened(t, z) for t in (weight, bias, kernel)]
+        wanted = _Wanted(*ctx.needs_input_grad[:5])
+        found = tail_backward(grad, z, out, *small, _Kept(*kept), ctx.batch_statistics, wanted)
+        like = (z, weight, bias, kernel, grad)
+        found = [g if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)]
+        return *found, None, None, None
+
+
+def _widened(small: Tensor | None, z: Tensor) -> Tensor | None:
+    return None if small is None else small.to(accumulation_dtype(z.dtype))
+
+
+def fused_tail(
+    z: Tensor,
+    bn: nn.BatchNorm2d,
+    attention: ECALayer | None = None,
+    residual: Tensor | None = None,
+    activation: bool = True,
+) -> Tensor:
+    """act(attention(bn(z)) + residual), with bn's running statistics kept as bn keeps them.
+
+    Args:
+        z: (N, C, H, W), the last convolution's output. Half precision is accumulated in float32.
+        bn: in training mode, or without running statistics, it takes the batch's.
+        residual: shape and dtype of z.
+        activation: ReLU, or nothing.
+
+    Returns:
+        (N, C, H, W) in z's dtype and memory format. It has first derivatives only.
+
+    Call `can_fuse` first: it names the conditions, which are not checked here again.
+    """
+    batch_statistics = bn.training or bn.running_mean is None
+    statistics = None
+    if not batch_statistics:
+        statistics = (_widened(bn.running_mean, z), _widened(bn.running_var, z))
+    kernel = None if attention is None else attention.conv.weight.flatten()
+    if not z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last):
+        nhwc = z.stride(1) == 1
+        z = z.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+    out, mean, variance = _FusedTail.apply(
+        z, bn.weight, bn.bias, kernel, residual, statistics, bn.eps, activation
+    )
+    if bn.training and bn.running_mean is not None:
+        _update_running_statistics(bn, mean, variance, z.numel() // z.shape[1])
+    return out
+
+
+def _update_running_statistics(
+    bn: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int
+) -> None:
+    """As nn.BatchNorm2d does: unbiased variance; momentum None is the average over all batches."""
+    with torch.no_grad():
+        bn.num_batches_tracked.add_(1)
+        momentum = bn.momentum
+        if momentum is None:
+            momentum = bn.num_batches_tracked.to(bn.running_mean.dtype).reciprocal()
+        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
+        unbiased = variance * (count / (count - 1))
+        bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), momentum)
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """True if calling the module runs its class's forward and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def can_fuse(
+    z: Tensor,
+    bn: nn.Module,
+    attention: nn.Module | None = None,
+    residual: Tensor | None = None,
+    activation: nn.Module | None = None,
+) -> bool:
+    """Whether `fused_tail` may stand for activation(attention(bn(z)) + residual).
+
+    No, so that the modules are called one by one, for: a subclass or another class than
+    BatchNorm2d (SyncBatchNorm), ECALayer and ReLU, or BatchNorm without affine parameters; a module
+    that has hooks, as FLOPs counters attach, or a forward of its own; tracing and export; a
+    residual that broadcasts or differs in dtype; a batch of one value a channel.
+    """
+    modules = [bn]
+    if type(bn) is not nn.BatchNorm2d or bn.weight is None or bn.bias is None:
+        return False
+    if attention is not None:
+        if type(attention) is not ECALayer or type(attention.conv) is not nn.Conv1d:
+            return False
+        modules += [attention, attention.avg_pool, attention.conv]
+    if activation is not None:
+        if type(activation) is not nn.ReLU:
+            return False
+        modules.append(activation)
+    if not all(_is_bare(module) for module in modules):
+        return False
+    every_module = nn.modules.module
+    if (
+        every_module._global_forward_hooks
+        or every_module._global_forward_pre_hooks
+        or every_module._global_backward_hooks
+        or every_module._global_backward_pre_hooks
+    ):
+        return False
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    if z.dim() != 4 or not z.is_floating_point() or z.numel() <= z.shape[1]:
+        return False
+    return residual is None or (residual.shape == z.shape and residual.dtype == z.dtype)
+
+
+def block_tail(
+    z: Tensor,
+    bn: nn.Module,
+    attention: nn.Module | None = None,
+    residual: Tensor | None = None,
+    activation: nn.Module | None = None,
+    fused: bool = True,
+) -> Tensor:
+    """activation(attention(bn(z)) + residual): at once if wanted and possible, else in turn."""
+    if fused and can_fuse(z, bn, attention, residual, activation):
+        return fused_tail(z, bn, attention, residual, activation is not None)
+    y = bn(z)
+    if attention is not None:
+        y = attention(y)
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else activation(y)
+
+
+def set_fused(network: nn.Module, fused: bool) -> int:
+    """Sets `fused` on every block that has the switch, and says on how many."""
+    blocks = [module for module in network.modules() if hasattr(module, "fused")]
+    for block in blocks:
+        block.fused = bool(fused)
+    return len(blocks)
