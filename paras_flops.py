@@ -1,78 +1,69 @@
 #!/usr/bin/env python3
 """Parameters and FLOPs of the networks, each by a named counting convention.
 
-Usage:
-    python paras_flops.py -a eca_mobilenetv2           one network
-    python paras_flops.py -a eca_resnet50 --per-layer  and each of its layers
-    python paras_flops.py --all                        every network beside its published figures
+Examples:
+    python paras_flops.py -a eca_mobilenetv2             one network
+    python paras_flops.py -a eca_resnet50 --per-layer    and each of its layers
+    python paras_flops.py --all                          all, beside the published figures
+    python paras_flops.py -a mask_rcnn -b eca_resnet50   a detector on that backbone
+    python paras_flops.py --all --detectors              the detectors of the published table
 """
 
+import argparse
 import json
 import sys
-import textwrap
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
 import torch
 
-from models import MODELS, create_model
-from models.attention import (
-    ECALayer,
-    ECANSLayer,
-    SELayer,
-    SEVar1Layer,
-    SEVar2Layer,
-    SEVar3Layer,
-)
+from models import MODELS, attention, create_model
 from utils import published
-from utils.cli import Parser, number, run_script
-from utils.counting import (
-    CONVENTIONS,
-    Cost,
-    count_cost,
-    format_flops,
-    format_params,
-    thop_version,
-    titles,
+from utils.cli import Parser, did_you_mean, number, run_script
+from utils.cost_tables import (
+    Report,
+    classification_table,
+    layer_table,
+    network_table,
+    report_fields,
+)
+from utils.cost_tables_detection import (
+    DetectorReport,
+    detection_table,
+    detector_fields,
+    detector_table,
+)
+from utils.counting import count_cost, count_parameters
+from utils.counting_detection import (
+    detection_macs,
+    published_detection_flops,
+    trainable_parameters,
 )
 from utils.errors import UserError
+from utils.text_tables import size_text
 
-ATTENTION_LAYERS = (ECALayer, ECANSLayer, SELayer, SEVar1Layer, SEVar2Layer, SEVar3Layer)
-
-
-@dataclass
-class Report:
-    """One network counted, and what was printed of it."""
-
-    network: str
-    ksize: tuple[int, ...] | None
-    num_classes: int
-    img_size: int
-    cost: Cost
-    attention: Cost  # the share of the attention layers, without their sigmoid and product
-    published: published.Published | None  # None: nothing for these settings
-
-    @property
-    def params(self) -> str:
-        return format_params(self.cost.params)
-
-    @property
-    def flops(self) -> str:
-        return format_flops(self.cost.mid_2019)
-
-    @property
-    def agrees(self) -> bool | None:
-        """Whether our figures, rounded, are the published ones; None where there are none."""
-        if self.published is None:
-            return None
-        return self.published.params == self.params and self.published.flops in (None, self.flops)
+DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
+ATTENTION_LAYERS = (
+    attention.ECALayer,
+    attention.ECANSLayer,
+    attention.SELayer,
+    attention.SEVar1Layer,
+    attention.SEVar2Layer,
+    attention.SEVar3Layer,
+)
+PIXELS = number(int, 1, 8192)
 
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("-a", "--arch", metavar="NAME", help=f"one of {', '.join(networks())}")
-    what.add_argument("--all", action="store_true", help="every network, one line each")
+    parser.add_argument(
+        "-a", "--arch", metavar="NAME", help=f"one of {', '.join([*networks(), *DETECTORS])}"
+    )
+    parser.add_argument("--all", action="store_true", help="a table, one line per network")
+    parser.add_argument(
+        "--detectors", action="store_true", help="with --all: detectors instead of classifiers"
+    )
+    parser.add_argument(
+        "-b", "--backbone", metavar="NAME", help="a detector's ResNet (default: eca_resnet50)"
+    )
     parser.add_argument(
         "--ksize",
         metavar="K",
@@ -81,258 +72,150 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--img-size",
-        type=number(int, 1, 8192),
-        default=224,
+        type=image_size,
         metavar="PIXELS",
-        help="height and width of the input (default: 224)",
+        help="side of the image, or height and width as in 320x480"
+        f" (default: {size_text(published.IMAGENET_SIZE)};"
+        f" detectors: {size_text(published.COCO_SIZE)})",
     )
     parser.add_argument(
         "--num-classes",
         type=number(int, 1, 10_000_000),
-        default=1000,
         metavar="N",
-        help="outputs of the last layer (default: 1000)",
+        help="outputs of the last layer (default: 1000; detectors: COCO's, 81 with background,"
+        " 80 for retinanet)",
     )
     parser.add_argument("--per-layer", action="store_true", help="list every layer (with -a)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """An argparse type: 224 → (224, 224), 800x1280 → (800, 1280)."""
+    height, x, width = text.partition("x")
+    if x and not (height and width):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 224 or 800x1280")
+    return PIXELS(height), PIXELS(width if x else height)
+
+
 def networks() -> list[str]:
-    """The networks' names, each network once: another spelling shares its constructor."""
+    """The classification networks, each once: another spelling shares its constructor."""
     first_name = {build: name for name, build in reversed(MODELS.items())}
     return list(first_name.values())[::-1]
 
 
-def count(arch: str, ksize: str | None, num_classes: int, img_size: int) -> Report:
-    try:
-        with torch.device("meta"):  # counting needs shapes, not memory
-            network = create_model(arch, ksize=ksize, num_classes=num_classes)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    cost = count_cost(network, (1, 3, img_size, img_size))
+def check_flags(flags: argparse.Namespace) -> None:
+    if flags.all and flags.arch:
+        raise UserError("-a NAME and --all exclude each other: leave one of them out")
+    if flags.detectors and not flags.all:
+        raise UserError("--detectors goes with --all: give both, or -a NAME for one detector")
+    if not (flags.all or flags.arch):
+        raise UserError("give a network, such as -a eca_resnet50, or --all for a table")
+    single = [("--ksize", flags.ksize), ("--per-layer", flags.per_layer), ("-b", flags.backbone)]
+    for flag, given in single:
+        if flags.all and given:
+            raise UserError(f"{flag} is for one network: give -a NAME instead of --all")
+    known = [*MODELS, *DETECTORS]
+    if flags.arch and flags.arch not in known:
+        hint = did_you_mean(flags.arch, known) or f": use one of {', '.join(known)}"
+        raise UserError(f"unknown network {flags.arch!r}{hint}")
+    if flags.backbone and flags.arch not in DETECTORS:
+        raise UserError(f"-b is for a detector: {', '.join(DETECTORS)}")
+    if flags.per_layer and flags.arch in DETECTORS:
+        raise UserError("--per-layer is for a classification network: give a detector without it")
+
+
+def count_classifier(
+    arch: str, ksize: str | None, num_classes: int, size: tuple[int, int]
+) -> Report:
+    with torch.device("meta"):  # counting needs shapes, not memory
+        network = create_model(arch, ksize=ksize, num_classes=num_classes)
+    cost = count_cost(network, (1, 3, *size))
     printed = published.IMAGENET.get(network.arch)
-    if printed and (printed.ksize, 1000, 224) != (network.ksize, num_classes, img_size):
+    usual = (1000, published.IMAGENET_SIZE)
+    if printed and (printed.ksize, *usual) != (network.ksize, num_classes, size):
         printed = None
     return Report(
         network=network.arch,
         ksize=network.ksize,
         num_classes=num_classes,
-        img_size=img_size,
+        size=size,
         cost=cost,
         attention=cost.share(network, ATTENTION_LAYERS),
         published=printed,
     )
 
 
-def ksize_text(ksize: tuple[int, ...] | None) -> str:
-    if ksize is None:
-        return "-"
-    return ("" if max(ksize) < 10 else ",").join(map(str, ksize))
+def count_detector(
+    arch: str, backbone: str, ksize: str | None, num_classes: int | None, size: tuple[int, int]
+) -> DetectorReport:
+    from models.eca_detection import FIRST_LABEL, create_detector  # torchvision, only here
 
-
-def shape_text(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def print_columns(rows: list[list[str]], left: int = 1) -> None:
-    """Prints aligned columns, the first `left` of them flush left and the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
-
-
-def print_legend(entries: Sequence[tuple[str, str]]) -> None:
-    width = max(len(title) for title, _ in entries)
-    for title, text in entries:
-        lines = textwrap.wrap(text, 110 - width)
-        for i, line in enumerate(lines):
-            print(f"{'' if i else title:{width}}  {line}")
-
-
-def conventions_legend() -> list[tuple[str, str]]:
-    return [(title, text) for title, (_, text) in zip(titles(), CONVENTIONS.values(), strict=True)]
-
-
-def counts(cost: Cost) -> list[str]:
-    """A cost by each of the conventions."""
-    return [f"{n:,}" for n in (cost.mid_2019_printed, cost.thop_today, cost.multiply_adds)]
-
-
-def disagreement(report: Report) -> str:
-    """What was published and what we count; an empty string where they agree."""
-    printed = report.published
-    if report.agrees in (True, None):
-        return ""
-    both = [
-        f"published {theirs} {what}, counted {ours} ({exact:,})"
-        for what, theirs, ours, exact in (
-            ("parameters", printed.params, report.params, report.cost.params),
-            ("FLOPs", printed.flops, report.flops, report.cost.mid_2019_printed),
-        )
-        if theirs not in (None, ours)
-    ]
-    return f"{report.network}: {'; '.join(both)}: {printed.remark}"
-
-
-def print_all(reports: list[Report]) -> None:
-    size, num_classes = reports[0].img_size, reports[0].num_classes
-    print(f"One image of 3x{size}x{size}, {num_classes} classes.\n")
-    rows = [
-        ["", "", "published", "", "counted", "", "", "parameters", "", "FLOPs", "", ""],
-        ["network", "ksize", "params", "FLOPs", "params", "FLOPs", "agree", "all", "attention"],
-    ]
-    rows[1] += titles()
-    for report in reports:
-        printed = report.published
-        rows.append(
-            [
-                report.network,
-                ksize_text(report.ksize),
-                printed.params if printed else "-",
-                (printed and printed.flops) or "-",
-                report.params,
-                report.flops,
-                {True: "yes", False: "no", None: "-"}[report.agrees],
-                f"{report.cost.params:,}",
-                f"{report.attention.params:,}",
-                *counts(report.cost),
-            ]
-        )
-    print_columns(rows)
-    print()
-    print_legend(
-        [
-            (
-                "published",
-                "as printed by the authors, M = 2^20, G = 2^30; - where nothing is at hand for the"
-                " network at this ksize, image size and number of classes",
-            ),
-            ("counted", "parameters, and FLOPs by the rule of thop mid-2019, in the same units"),
-            ("agree", "whether the counted figures, rounded, are the published ones"),
-            ("attention", "parameters of the ECA or SE layers, part of all"),
-            *conventions_legend(),
-        ]
+    with torch.device("meta"):
+        network = create_detector(arch, backbone, ksize, num_classes)
+    printed = published.COCO.get((arch, backbone))
+    usual = (80 + FIRST_LABEL[arch], published.COCO_SIZE)
+    if printed and (printed.ksize, *usual) != (network.ksize, network.num_classes, size):
+        printed = None
+    layers = [m for m in network.modules() if isinstance(m, ATTENTION_LAYERS)]
+    return DetectorReport(
+        detector=arch,
+        backbone=backbone,
+        ksize=network.ksize,
+        num_classes=network.num_classes,
+        size=size,
+        trainable=trainable_parameters(network),
+        all_params=count_parameters(network),
+        attention_params=sum(map(count_parameters, layers)),
+        published_rule=published_detection_flops(network, size),
+        multiply_adds=detection_macs(network, size),
+        published=printed,
     )
-    notes = [note for note in map(disagreement, reports) if note]
-    if notes:
-        print("\nWhere they do not agree:")
-        for note in notes:
-            print(textwrap.fill(note, 120, initial_indent="  ", subsequent_indent="    "))
-
-
-def print_one(report: Report) -> None:
-    cost, share, printed = report.cost, report.attention, report.published
-    size = report.img_size
-    ksize = f", ksize {ksize_text(report.ksize)}" if report.ksize else ""
-    print(f"{report.network}{ksize}, {report.num_classes} classes, one image of 3x{size}x{size}\n")
-    rows = [["", "exact", "of it attention", "2^20, 2^30", "10^6, 10^9", "published"]]
-    rows.append(
-        [
-            "parameters",
-            f"{cost.params:,}",
-            f"{share.params:,}",
-            report.params,
-            f"{cost.params / 1e6:.2f}M",
-            printed.params if printed else "-",
-        ]
-    )
-    published_flops = [(printed and printed.flops) or "-", "", ""]
-    for i, name in enumerate(CONVENTIONS):
-        total = getattr(cost, name)
-        rows.append(
-            [
-                titles()[i],
-                counts(cost)[i],
-                f"{getattr(share, name):,}",
-                format_flops(total),
-                format_flops(total, 1000),
-                published_flops[i],
-            ]
-        )
-    print_columns(rows)
-    print()
-    if report.agrees:
-        print(f"Agrees with {printed.source}.")
-    elif printed:
-        print(textwrap.fill(f"Does not agree with {printed.source}: {disagreement(report)}", 120))
-    print_legend(conventions_legend())
-
-
-def print_layers(report: Report) -> None:
-    """Every layer in the order of its first call; the sums are exact."""
-    rows = [["layer", "kind", "output", "calls", "parameters", *titles()]]
-    for layer in report.cost.layers:
-        by_convention = [f"{getattr(layer, name):,}" for name in CONVENTIONS]
-        rows.append(
-            [
-                layer.name,
-                layer.kind,
-                shape_text(layer.output),
-                str(layer.calls),
-                f"{layer.params:,}",
-                *by_convention,
-            ]
-        )
-    sums = [f"{getattr(report.cost, name):,}" for name in CONVENTIONS]
-    rows.append(["sum", "", "", "", f"{report.cost.params:,}", *sums])
-    print_columns(rows, left=2)
-    print()
-
-
-def as_json(report: Report, per_layer: bool) -> dict:
-    cost, share = report.cost, report.attention
-    printed = report.published and asdict(report.published)
-    fields = {
-        "network": report.network,
-        "ksize": report.ksize,
-        "num_classes": report.num_classes,
-        "input": [1, 3, report.img_size, report.img_size],
-        "parameters": cost.params,
-        "flops": {"mid_2019_printed": cost.mid_2019_printed}
-        | {name: getattr(cost, name) for name in CONVENTIONS},
-        "attention": {"parameters": share.params}
-        | {name: getattr(share, name) for name in CONVENTIONS},
-        "in_published_units": {"parameters": report.params, "flops": report.flops},
-        "published": printed,
-        "agrees": report.agrees,
-        "thop_version": thop_version(),
-    }
-    if per_layer:
-        fields["layers"] = [asdict(layer) for layer in cost.layers]
-    return fields
-
-
-def main() -> None:
-    flags = build_parser().parse_args()
-    if flags.all and (flags.ksize or flags.per_layer):
-        flag = "--ksize" if flags.ksize else "--per-layer"
-        raise UserError(f"{flag} is for one network: give -a NAME instead of --all")
-    reports = []
-    names = networks() if flags.all else [flags.arch]
-    for i, name in enumerate(names):
-        show_progress(f"counting {name} ({i + 1}/{len(names)})" if flags.all else "")
-        reports.append(count(name, flags.ksize, flags.num_classes, flags.img_size))
-    show_progress("")
-    if flags.json:
-        objects = [as_json(report, flags.per_layer) for report in reports]
-        print(json.dumps(objects if flags.all else objects[0], indent=2))
-    elif flags.all:
-        print_all(reports)
-    else:
-        if flags.per_layer:
-            print_layers(reports[0])
-        print_one(reports[0])
 
 
 def show_progress(text: str) -> None:
     """On a terminal only, and on one line that the next one overwrites."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    flags = build_parser().parse_args()
+    check_flags(flags)
+    detection = flags.detectors or flags.arch in DETECTORS
+    size = flags.img_size or (published.COCO_SIZE if detection else published.IMAGENET_SIZE)
+    if flags.all:
+        targets = list(published.COCO) if detection else [(name, None) for name in networks()]
+    else:
+        targets = [(flags.arch, flags.backbone or "eca_resnet50")]
+
+    reports = []
+    for i, (arch, backbone) in enumerate(targets):
+        show_progress(f"counting {arch} ({i + 1} of {len(targets)})" if flags.all else "")
+        try:
+            if detection:
+                report = count_detector(arch, backbone, flags.ksize, flags.num_classes, size)
+            else:
+                report = count_classifier(arch, flags.ksize, flags.num_classes or 1000, size)
+        except ValueError as error:  # the networks' own words: one line, with a remedy
+            raise UserError(str(error)) from error
+        reports.append(report)
+    show_progress("")
+
+    if flags.json:
+        if detection:
+            fields = [detector_fields(report) for report in reports]
+        else:
+            fields = [report_fields(report, flags.per_layer) for report in reports]
+        print(json.dumps(fields if flags.all else fields[0], indent=2))
+    elif flags.all:
+        print(detection_table(reports) if detection else classification_table(reports))
+    elif detection:
+        print(detector_table(reports[0]))
+    else:
+        if flags.per_layer:
+            print(layer_table(reports[0]), end="\n\n")
+        print(network_table(reports[0]))
 
 
 if __name__ == "__main__":

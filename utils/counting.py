@@ -22,8 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from utils.errors import UserError
 
-MEBI, GIBI = 2**20, 2**30
-
 Shape = tuple[int, ...]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -243,9 +241,9 @@ def _quiet_thop() -> Iterator:
         yield thop
 
 
-def format_params(params: int) -> str:
-    """In the published manner: 25557112 → 24.37M, M = 2^20."""
-    return f"{params / MEBI:.2f}M"
+def format_params(params: int, base: int = 1024) -> str:
+    """In the published manner: 25557112 → 24.37M, M = 2^20; with base 1000 → 25.56M, M = 10^6."""
+    return f"{params / base**2:.2f}M"
 
 
 def format_flops(flops: int, base: int = 1024) -> str:

@@ -1,13 +1,15 @@
 """The parameters and FLOPs that others printed, as they printed them. Nothing here is counted.
 
-M and G are 2^20 and 2^30 in the ImageNet tables (1000 classes, one image of 224 × 224), 10^6 and
-10^9 in the COCO table (one image of 800 × 1280).
+M and G are 2^20 and 2^30 in the ImageNet tables (1000 classes), 10^6 and 10^9 in the COCO table
+(80 classes and, but for RetinaNet, background).
 """
 
 from dataclasses import dataclass
 
 PAPER = "ECA-Net, CVPR 2020, arXiv 1910.03151"
 AUTHORS = "the README of the authors' released code"
+IMAGENET_SIZE = (224, 224)  # height and width of the image that FLOPs are given for
+COCO_SIZE = (800, 1280)
 CUT_OFF = "the printed figure is cut off after two decimals, ours is rounded"
 
 
@@ -53,4 +55,13 @@ IMAGENET = {
     "resnet101": Published("42.49M", None, None, PAPER),
     "resnet152": Published("57.40M", None, None, PAPER),
     "mobilenetv2": Published("3.34M", None, None, PAPER),
+}
+
+COCO = {  # (detector, backbone): parameters are the trainable ones
+    ("faster_rcnn", "eca_resnet50"): Published("41.53M", "207.18G", (5, 5, 5, 5), AUTHORS),
+    ("faster_rcnn", "eca_resnet101"): Published("60.52M", "283.32G", (3, 3, 5, 7), AUTHORS),
+    ("mask_rcnn", "eca_resnet50"): Published("44.18M", "275.69G", (3, 3, 7, 7), AUTHORS),
+    ("mask_rcnn", "eca_resnet101"): Published("63.17M", "351.83G", (3, 3, 5, 7), AUTHORS),
+    ("retinanet", "eca_resnet50"): Published("37.74M", "239.43G", (3, 3, 7, 7), AUTHORS),
+    ("retinanet", "eca_resnet101"): Published("56.74M", "315.57G", (3, 3, 5, 7), AUTHORS),
 }
