@@ -120,5 +120,6 @@ def find_attention(name: str) -> Attention | None:
 
 
 def takes_ksize(name: str) -> bool:
+    """Whether the attention has a kernel size, so whether `ksize` says anything to it."""
     entry = find_attention(name)
     return entry is not None and entry.takes_ksize

@@ -41,6 +41,8 @@ def shorten_ksize(ksize: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class ConvBNReLU(nn.Sequential):
+    """Convolution without bias, padded to keep the size at stride 1; BatchNorm; ReLU6."""
+
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
     ):

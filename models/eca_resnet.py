@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from models.attention import find_attention, takes_ksize
 from models.building import Ksize, check_ksize, check_num_classes, initialise_convolutions
+from models.eca_fused import block_tail
 from models.eca_module import ADAPTIVE, adaptive_kernel_size
 
 WIDTHS = (64, 128, 256, 512)  # of the four stages, before a block's expansion
@@ -23,6 +24,8 @@ def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 class _Block(nn.Module):
     """What both blocks share: attention, if any, under the name of its slot, and the shortcut."""
 
+    fused = True  # the tail as one operation wherever that is possible; `set_fused` sets it
+
     def _add_tail(
         self, in_channels: int, out_channels: int, stride: int, attention: str, ksize: int | None
     ) -> None:
@@ -36,8 +39,10 @@ class _Block(nn.Module):
                 _conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels)
             )
 
-    def attend(self, z: Tensor) -> Tensor:
-        return getattr(self, self.slot)(z) if self.slot else z
+    def tail(self, z: Tensor, bn: nn.Module, identity: Tensor) -> Tensor:
+        """relu(attention(bn(z)) + identity)."""
+        attention = getattr(self, self.slot) if self.slot else None
+        return block_tail(z, bn, attention, identity, self.relu, self.fused)
 
     def shortcut(self, x: Tensor) -> Tensor:
         return x if self.downsample is None else self.downsample(x)
@@ -62,9 +67,7 @@ class BasicBlock(_Block):
     def forward(self, x: Tensor) -> Tensor:
         identity = self.shortcut(x)
         h = self.relu(self.bn1(self.conv1(x)))
-        z = self.bn2(self.conv2(h))
-        z = self.attend(z)
-        return self.relu(z + identity)
+        return self.tail(self.conv2(h), self.bn2, identity)
 
 
 class Bottleneck(_Block):
@@ -90,9 +93,7 @@ class Bottleneck(_Block):
         identity = self.shortcut(x)
         h = self.relu(self.bn1(self.conv1(x)))
         h = self.relu(self.bn2(self.conv2(h)))
-        z = self.bn3(self.conv3(h))
-        z = self.attend(z)
-        return self.relu(z + identity)
+        return self.tail(self.conv3(h), self.bn3, identity)
 
 
 class ResNet(nn.Module):

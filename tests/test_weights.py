@@ -130,7 +130,7 @@ def test_read_ksize():
     assert read_ksize(build().state_dict()) == (3, 5, 7, 7)
     assert read_ksize(released(build())["state_dict"]) == (3, 5, 7, 7)
     assert read_ksize(build("eca_mobilenetv2").state_dict()) == (1, 3)
-    # one released MobileNetV2 has k = 1 up to and with 96 channels
+    # k = 1 at 96 channels too: not what two numbers can say, so seven are read
     assert read_ksize(build("eca_mobilenetv2", ksize="1111133").state_dict()) == (1,) * 5 + (3, 3)
     assert read_ksize(build("resnet18").state_dict()) is None
     mixed = build().state_dict()
