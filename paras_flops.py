@@ -12,6 +12,7 @@ Examples:
 import argparse
 import json
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -100,7 +101,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 def networks() -> list[str]:
     """The classification networks, each once: another spelling shares its constructor."""
-    first_name = {build: name for name, build in reversed(MODELS.items())}
+    first_name = {create: name for name, create in reversed(MODELS.items())}
     return list(first_name.values())[::-1]
 
 
@@ -125,11 +126,19 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UserError("--per-layer is for a classification network: give a detector without it")
 
 
+def build(create: Callable[..., torch.nn.Module], *settings) -> torch.nn.Module:
+    """The network without memory: counting needs shapes only."""
+    try:
+        with torch.device("meta"):
+            return create(*settings)
+    except ValueError as error:  # the networks' own words: one line, with a remedy
+        raise UserError(str(error)) from error
+
+
 def count_classifier(
     arch: str, ksize: str | None, num_classes: int, size: tuple[int, int]
 ) -> Report:
-    with torch.device("meta"):  # counting needs shapes, not memory
-        network = create_model(arch, ksize=ksize, num_classes=num_classes)
+    network = build(create_model, arch, ksize, num_classes)
     cost = count_cost(network, (1, 3, *size))
     printed = published.IMAGENET.get(network.arch)
     usual = (1000, published.IMAGENET_SIZE)
@@ -151,8 +160,7 @@ def count_detector(
 ) -> DetectorReport:
     from models.eca_detection import FIRST_LABEL, create_detector  # torchvision, only here
 
-    with torch.device("meta"):
-        network = create_detector(arch, backbone, ksize, num_classes)
+    network = build(create_detector, arch, backbone, ksize, num_classes)
     printed = published.COCO.get((arch, backbone))
     usual = (80 + FIRST_LABEL[arch], published.COCO_SIZE)
     if printed and (printed.ksize, *usual) != (network.ksize, network.num_classes, size):
@@ -192,13 +200,10 @@ def main() -> None:
     reports = []
     for i, (arch, backbone) in enumerate(targets):
         show_progress(f"counting {arch} ({i + 1} of {len(targets)})" if flags.all else "")
-        try:
-            if detection:
-                report = count_detector(arch, backbone, flags.ksize, flags.num_classes, size)
-            else:
-                report = count_classifier(arch, flags.ksize, flags.num_classes or 1000, size)
-        except ValueError as error:  # the networks' own words: one line, with a remedy
-            raise UserError(str(error)) from error
+        if detection:
+            report = count_detector(arch, backbone, flags.ksize, flags.num_classes, size)
+        else:
+            report = count_classifier(arch, flags.ksize, flags.num_classes or 1000, size)
         reports.append(report)
     show_progress("")
 

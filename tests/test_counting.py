@@ -106,11 +106,11 @@ def test_multiply_adds_see_functional_calls_too():
     assert macs[""] == 6 * 64 * 2 * 9 + 6 * 5
 
 
-@pytest.mark.parametrize("name", ["eca_resnet18", "se_resnet50", "eca_mobilenetv2"])
+@pytest.mark.parametrize("name", ["eca_resnet18", "se_mobilenetv2"])
 def test_meta_counts_as_memory_does(name):
     torch.manual_seed(0)
-    here = count_cost(create_model(name, num_classes=7), (2, 3, 64, 96))
-    assert count_cost(on_meta(name, num_classes=7), (2, 3, 64, 96)) == here
+    here = count_cost(create_model(name, num_classes=7), (2, 3, 32, 48))
+    assert count_cost(on_meta(name, num_classes=7), (2, 3, 32, 48)) == here
 
 
 def test_counts_grow_with_the_batch_but_parameters_do_not():
