@@ -231,9 +231,9 @@ def _update_running_statistics(
         bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), momentum)
 
 
-def _is_bare(module: nn.Module) -> bool:
-    """True if calling the module runs its class's forward and nothing else."""
-    return not (
+def _is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """True if calling the module runs the forward of `kind` and nothing else."""
+    return type(module).forward is kind.forward and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -251,23 +251,23 @@ def can_fuse(
 ) -> bool:
     """Whether `fused_tail` may stand for activation(attention(bn(z)) + residual).
 
-    No, so that the modules are called one by one, for: a subclass or another class than
-    BatchNorm2d (SyncBatchNorm), ECALayer and ReLU, or BatchNorm without affine parameters; a module
-    that has hooks, as FLOPs counters attach, or a forward of its own; tracing and export; a
-    residual that broadcasts or differs in dtype; a batch of one value a channel.
+    No, so that the modules are called one by one, for: other modules than BatchNorm2d, ECALayer
+    and ReLU, or with another forward than theirs (SyncBatchNorm); BatchNorm without affine
+    parameters; hooks on a module, as FLOPs counters attach them; tracing and export; a residual
+    that broadcasts or differs in dtype; a batch of one value a channel.
     """
-    modules = [bn]
-    if type(bn) is not nn.BatchNorm2d or bn.weight is None or bn.bias is None:
-        return False
+    modules = [(bn, nn.BatchNorm2d)]
     if attention is not None:
-        if type(attention) is not ECALayer or type(attention.conv) is not nn.Conv1d:
-            return False
-        modules += [attention, attention.avg_pool, attention.conv]
+        modules.append((attention, ECALayer))
     if activation is not None:
-        if type(activation) is not nn.ReLU:
-            return False
-        modules.append(activation)
-    if not all(_is_bare(module) for module in modules):
+        modules.append((activation, nn.ReLU))
+    if not all(_is_bare(module, kind) for module, kind in modules):
+        return False
+    if bn.weight is None or bn.bias is None:
+        return False
+    if attention is not None and not (
+        _is_bare(attention.avg_pool, nn.AdaptiveAvgPool2d) and _is_bare(attention.conv, nn.Conv1d)
+    ):
         return False
     every_module = nn.modules.module
     if (

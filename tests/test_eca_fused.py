@@ -348,10 +348,12 @@ class Refusals:
     z = torch.zeros(2, 4, 3, 3)
 
     class OtherNorm(nn.BatchNorm2d):
-        pass
+        def forward(self, x):
+            return super().forward(x) + 1
 
     class OtherAttention(ECALayer):
-        pass
+        def forward(self, x):
+            return super().forward(x) + 1
 
     def case(self, **changes):
         given = {"z": self.z, "bn": nn.BatchNorm2d(4), "attention": ECALayer(3)}
@@ -364,7 +366,7 @@ class Refusals:
 
     def cases(self):
         yield "SyncBatchNorm", self.case(bn=nn.SyncBatchNorm(4))
-        yield "a subclass", self.case(bn=self.OtherNorm(4))
+        yield "a subclass with a forward", self.case(bn=self.OtherNorm(4))
         yield "no affine", self.case(bn=nn.BatchNorm2d(4, affine=False))
         yield "other norm", self.case(bn=nn.GroupNorm(2, 4))
         yield "other attention", self.case(attention=self.OtherAttention(3))
@@ -387,9 +389,6 @@ class Refusals:
         inner = self.case()
         inner["attention"].conv.register_forward_hook(lambda *_: None)
         yield "hook inside the attention", inner
-        normed = self.case()
-        nn.utils.parametrizations.weight_norm(normed["attention"].conv)
-        yield "parametrised kernel", normed
 
 
 REFUSALS = dict(Refusals().cases())
@@ -399,6 +398,21 @@ REFUSALS = dict(Refusals().cases())
 def test_refuses(name):
     assert can_fuse(**Refusals().case())
     assert not can_fuse(**REFUSALS[name])
+
+
+def test_subclasses_and_parametrised_weights_that_keep_forward_are_served():
+    class FixedNorm(nn.BatchNorm2d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    _, attention = make_modules(6)
+    nn.utils.parametrizations.weight_norm(attention.conv)
+    bn = FixedNorm(6).double().train()
+    z = make_input((2, 6, 4, 4))
+    assert can_fuse(z, bn, attention)
+    out = fused_tail(z, bn, attention, activation=False)
+    torch.testing.assert_close(out, attention(bn(z)))
+    assert bn.num_batches_tracked == 0
 
 
 def test_one_value_a_channel_is_an_error_in_training_as_before():

@@ -7,6 +7,7 @@ import torch
 import torchvision
 
 from models.attention import ATTENTIONS
+from models.eca_fused import set_fused
 from models.eca_resnet import (
     BasicBlock,
     Bottleneck,
