@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
@@ -33,10 +34,24 @@ class Batch:
     broken: Sequence[int]  # indices of images that were replaced because they could not be read
 
 
+class CropResized(v2.RandomResizedCrop):
+    """RandomResizedCrop that hands the crop to `resize` channels_last, its quick road for uint8.
+
+    The pixels are the same; a 500 x 375 photo's crop takes two thirds of the time.
+    """
+
+    def transform(self, image: torch.Tensor | Image.Image, params: dict[str, int]):
+        if not isinstance(image, torch.Tensor):
+            return super().transform(image, params)
+        box = (params[k] for k in ("top", "left", "height", "width"))
+        crop = v2.functional.crop(image, *box)[None].contiguous(memory_format=torch.channels_last)
+        return v2.functional.resize(crop, self.size, self.interpolation, antialias=True)[0]
+
+
 def train_transform(img_size: int, min_scale: float, hflip: float) -> v2.Compose:
     """A random crop of `min_scale` to all of the area, resized to S x S, and a random flip."""
     return v2.Compose([
-        v2.RandomResizedCrop(img_size, scale=(min_scale, 1.0), antialias=True),
+        CropResized(img_size, scale=(min_scale, 1.0), antialias=True),
         v2.RandomHorizontalFlip(hflip),
     ])  # fmt: skip
 

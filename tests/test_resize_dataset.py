@@ -1,0 +1,81 @@
+"""Reduced copies of image folders."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.errors import UserError
+from utils.resize_dataset import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "utils.resize_dataset", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """In this process: a fresh one would spend seconds on importing torch."""
+    monkeypatch.setattr(sys, "argv", ["resize_dataset", *map(str, arguments)])
+    return main()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "src"
+    chance = np.random.default_rng(0)
+    for name, shape in (("train/a/wide.jpg", (60, 100)), ("train/b/tall.png", (90, 45)),
+                        ("val/a/small.jpg", (20, 30))):  # fmt: skip
+        path = folder / name
+        path.parent.mkdir(parents=True)
+        coarse = Image.fromarray(chance.integers(0, 255, (6, 6, 3), dtype=np.uint8))
+        coarse.resize(shape[::-1], Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+def test_copies_reduces_and_goes_on(source: Path, tmp_path: Path, monkeypatch):
+    target = tmp_path / "dst"
+    (source / "val/a/broken.jpg").write_bytes(b"no image")
+    done = run(source, target, "--size", 40, "-j", 2)
+    assert done.returncode == 1  # one image is broken
+    assert "left out" in done.stderr
+    assert "broken.jpg: not an image" in done.stderr
+    assert "3 images in" in done.stdout
+    sizes = {p.relative_to(target).as_posix(): Image.open(p).size for p in target.rglob("*.*g")}
+    assert sizes == {
+        "train/a/wide.jpg": (67, 40),
+        "train/b/tall.png": (40, 80),
+        "val/a/small.jpg": (30, 20),
+    }
+    before = np.asarray(Image.open(source / "train/a/wide.jpg").resize((67, 40)), dtype=float)
+    after = np.asarray(Image.open(target / "train/a/wide.jpg"), dtype=float)
+    assert np.abs(before - after).mean() < 4
+
+    # What stands there is kept; what is missing is written.
+    (target / "train/a/wide.jpg").unlink()
+    mark = os.stat(target / "train/b/tall.png").st_mtime_ns
+    (source / "val/a/broken.jpg").unlink()
+    assert call(monkeypatch, source, target, "--size", 40) == 0
+    assert Image.open(target / "train/a/wide.jpg").size == (67, 40)
+    assert os.stat(target / "train/b/tall.png").st_mtime_ns == mark
+    assert not list(target.rglob(".*"))  # no temporary file is left
+
+
+def test_refuses_in_one_line(source: Path, tmp_path: Path, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments, words in (
+        ((tmp_path / "none", tmp_path / "dst"), "no such folder"),
+        ((source, source / "small"), "lies in SRC"),
+        ((empty, tmp_path / "dst"), "holds no images"),
+    ):
+        with pytest.raises(UserError, match=words):
+            call(monkeypatch, *arguments)
