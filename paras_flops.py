@@ -199,13 +199,15 @@ def main() -> None:
 
     reports = []
     for i, (arch, backbone) in enumerate(targets):
-        show_progress(f"counting {arch} ({i + 1} of {len(targets)})" if flags.all else "")
+        if flags.all:
+            show_progress(f"counting {arch} ({i + 1} of {len(targets)})")
         if detection:
             report = count_detector(arch, backbone, flags.ksize, flags.num_classes, size)
         else:
             report = count_classifier(arch, flags.ksize, flags.num_classes or 1000, size)
         reports.append(report)
-    show_progress("")
+    if flags.all:
+        show_progress("")
 
     if flags.json:
         if detection:

@@ -72,7 +72,7 @@ class Cost:
 
     @property
     def mid_2019_printed(self) -> int:
-        """What thop of mid-2019 showed: it summed in single precision, up to some hundreds off."""
+        """What thop of mid-2019 showed: the sum in single precision, 24 significant bits."""
         return int(torch.tensor(self.mid_2019, dtype=torch.float32).item())
 
     def share(self, network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> "Cost":
