@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from models.building import Ksize
+from models.eca_fused import set_fused
 from models.eca_mobilenetv2 import MobileNetV2, eca_mobilenetv2, mobilenetv2, se_mobilenetv2
 from models.eca_module import ECALayer, adaptive_kernel_size, parse_ksize
 from models.eca_resnet import (
@@ -37,6 +38,7 @@ __all__ = [
     "adaptive_kernel_size",
     "create_model",
     "parse_ksize",
+    "set_fused",
 ]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

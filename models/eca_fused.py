@@ -231,7 +231,7 @@ def _update_running_statistics(
         bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), momentum)
 
 
-def _is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     """True if calling the module runs the forward of `kind` and nothing else."""
     return type(module).forward is kind.forward and not (
         module._forward_hooks
@@ -261,12 +261,12 @@ def can_fuse(
         modules.append((attention, ECALayer))
     if activation is not None:
         modules.append((activation, nn.ReLU))
-    if not all(_is_bare(module, kind) for module, kind in modules):
+    if not all(is_bare(module, kind) for module, kind in modules):
         return False
     if bn.weight is None or bn.bias is None:
         return False
     if attention is not None and not (
-        _is_bare(attention.avg_pool, nn.AdaptiveAvgPool2d) and _is_bare(attention.conv, nn.Conv1d)
+        is_bare(attention.avg_pool, nn.AdaptiveAvgPool2d) and is_bare(attention.conv, nn.Conv1d)
     ):
         return False
     every_module = nn.modules.module

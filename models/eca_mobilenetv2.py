@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.attention import find_attention, takes_ksize
 from models.building import Ksize, check_ksize, check_num_classes, initialise_convolutions
+from models.eca_fused import block_tail, is_bare
 from models.eca_module import ADAPTIVE, adaptive_kernel_size
 
 STEM, LAST = 32, 1280  # channels before the first stage and after the last
@@ -68,6 +69,8 @@ class InvertedResidual(nn.Module):
     every block, with or without the addition.
     """
 
+    fused = True  # the tail as one operation wherever that is possible; `set_fused` sets it
+
     def __init__(
         self,
         in_channels: int,
@@ -87,12 +90,20 @@ class InvertedResidual(nn.Module):
         self.conv.append(nn.Conv2d(hidden, out_channels, 1, bias=False))
         self.conv.append(nn.BatchNorm2d(out_channels))
         entry = find_attention(attention)
+        self.attends = entry is not None
         if entry:
             self.conv.append(entry.build(out_channels, ksize))
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.conv(x)
-        return x + z if self.residual else z
+        residual = x if self.residual else None
+        if not self.fused or not is_bare(self.conv, nn.Sequential):
+            z = self.conv(x)
+            return z if residual is None else z + residual
+        *body, bn, attention = self.conv if self.attends else (*self.conv, None)
+        z = x
+        for module in body:
+            z = module(z)
+        return block_tail(z, bn, attention, residual)
 
 
 class MobileNetV2(nn.Module):
