@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from models import create_model
@@ -128,6 +129,7 @@ def create_detector(
     norm: str = "eval",
     legacy: bool = False,
     anchor_scale: float | None = None,
+    mask_pool: int = 14,
     **settings: Any,
 ) -> FasterRCNN | RetinaNet:
     """Builds a detector with fresh weights. The defaults are the published table's networks.
@@ -144,6 +146,7 @@ def create_detector(
         legacy: mmdetection v1's geometry, for weights that were trained with it.
         anchor_scale: an anchor's side in strides of its level; None for 8, RetinaNet 4 (times 1,
             2^(1/3) and 2^(2/3)).
+        mask_pool: side of the regions that Mask R-CNN's mask head sees; its masks have twice that.
         **settings: the torchvision class's other arguments, such as `min_size`.
 
     Returns:
@@ -184,7 +187,10 @@ def create_detector(
         _compute_in_float32(detector.head.classification_head, "cls_logits")
         _compute_in_float32(detector.head.regression_head, "bbox_reg")
     else:
-        detector = DETECTORS[arch](pyramid, num_classes, rpn_anchor_generator=anchors, **settings)
+        given = {"rpn_anchor_generator": anchors, **settings}
+        if arch == "mask_rcnn":
+            given["mask_roi_pool"] = MultiScaleRoIAlign(["0", "1", "2", "3"], mask_pool, 2)
+        detector = DETECTORS[arch](pyramid, num_classes, **given)
         _compute_in_float32(detector.rpn.head, "cls_logits", "bbox_pred")
         _compute_in_float32(detector.roi_heads.box_predictor, "cls_score", "bbox_pred")
     if arch == "mask_rcnn":
@@ -201,6 +207,7 @@ def create_detector(
         "norm": norm,
         "legacy": legacy,
         "anchor_scale": anchor_scale,
+        "mask_pool": mask_pool,
         **settings,
     }
     return detector

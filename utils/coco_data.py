@@ -1,0 +1,282 @@
+"""A COCO split as training samples: the JSON checked once, images read one by one.
+
+What cannot be trained on is dropped, counted and said; what is wrong (an id that leads nowhere, an
+image of another size than stated) ends the run with one line that names the image.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
+
+from utils import coco_masks
+from utils.coco_files import Place, check_references, read_json
+from utils.errors import UserError
+from utils.image_io import BrokenImageError, printable, read_image
+from utils.sampler import Key, mix_seed
+
+MIN_SIDE = 1.0  # pixels that a box must have on each side after clipping
+
+Target = dict[str, torch.Tensor]
+
+
+@dataclass
+class Dropped:
+    """How many objects were left out, by reason, and the first image of each."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def note(self, reason: str, image: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.first.setdefault(reason, image)
+
+    def lines(self) -> list[str]:
+        return [
+            f"  dropped {n:,} objects: {reason} (first in {self.first[reason]})"
+            for reason, n in self.counts.items()
+        ]
+
+
+@dataclass
+class CocoSplit:
+    """Images, classes and objects of one JSON, in arrays that loader processes share.
+
+    Attributes:
+        folder: of the images.
+        image_ids, file_names, sizes: of each image; sizes are (N, 2) height and width.
+        category_ids, classes: ids and names, by id; a class's index is its place here.
+        starts: (N + 1,); objects starts[i] to starts[i + 1] are image i's.
+        boxes: (M, 4) float32 x1, y1, x2, y2 inside the image.
+        labels: (M,) int64 class indices.
+        masks: for each object its segmentation as JSON; None where masks were not asked for. Text
+            in one array, as 860,000 Python objects would be copied into every loader process.
+    """
+
+    folder: Path
+    image_ids: np.ndarray
+    file_names: list[str]
+    sizes: np.ndarray
+    category_ids: list[int]
+    classes: list[str]
+    starts: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    masks: "TextArray | None"
+    dropped: Dropped
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    def report(self, name: str) -> list[str]:
+        """Lines that say what is in the split and what was left out of it."""
+        empty = int((np.diff(self.starts) == 0).sum())
+        note = f", {empty:,} of them without objects" if empty else ""
+        head = (
+            f"{name}: {len(self):,} images{note}, {len(self.labels):,} objects of "
+            f"{len(self.classes)} classes"
+        )
+        return [head, *self.dropped.lines()]
+
+    def select(self, keep: np.ndarray) -> "CocoSplit":
+        """The split with the images at the indices `keep` only."""
+        spans = [np.arange(self.starts[i], self.starts[i + 1]) for i in keep]
+        objects = np.concatenate([np.empty(0, dtype=np.int64), *spans]).astype(np.int64)
+        counts = np.diff(self.starts)[keep]
+        return CocoSplit(
+            self.folder,
+            self.image_ids[keep],
+            [self.file_names[i] for i in keep],
+            self.sizes[keep],
+            self.category_ids,
+            self.classes,
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            self.boxes[objects],
+            self.labels[objects],
+            None if self.masks is None else self.masks.select(objects),
+            self.dropped,
+        )
+
+
+class TextArray:
+    """Strings in two numpy arrays."""
+
+    def __init__(self, texts: Sequence[bytes]):
+        self.ends = np.cumsum([0, *map(len, texts)])
+        self.data = np.frombuffer(b"".join(texts), dtype=np.uint8)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.data[self.ends[index] : self.ends[index + 1]].tobytes()
+
+    def select(self, indices: Sequence[int]) -> "TextArray":
+        return TextArray([self[i] for i in indices])
+
+
+def clip_box(box: Any, height: int, width: int) -> tuple[float, float, float, float] | str:
+    """COCO's [x, y, w, h] as x1, y1, x2, y2 inside the image, or why it is no box."""
+    if not isinstance(box, Sequence) or len(box) != 4:
+        return "box is not four numbers"
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box):
+        return "box is not four numbers"
+    if not all(map(math.isfinite, box)):
+        return "box is not finite"
+    x, y, w, h = box
+    x1, x2 = max(x, 0), min(x + w, width)
+    y1, y2 = max(y, 0), min(y + h, height)
+    if x2 - x1 < MIN_SIDE or y2 - y1 < MIN_SIDE:
+        return f"box under {MIN_SIDE:g} pixel, or outside the image"
+    return x1, y1, x2, y2
+
+
+def load_split(
+    place: Place,
+    masks: bool = False,
+    drop_crowds: bool = True,
+    drop_empty: bool = False,
+) -> CocoSplit:
+    """Reads and checks one split.
+
+    Args:
+        place: its images and annotations.
+        masks: keep segmentations, and drop objects that have none.
+        drop_crowds: leave out groups marked iscrowd, whose one box is around many objects.
+        drop_empty: leave out images without objects; else they train as background.
+
+    Raises:
+        UserError: see `read_json` and `check_references`; an image file is missing; nothing is
+            left.
+    """
+    folder, annotations = place.images, place.annotations
+    content = read_json(annotations)
+    check_references(annotations, content)
+    images = content["images"]
+    missing = [
+        image["file_name"] for image in images if not (folder / image["file_name"]).is_file()
+    ]
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing):,} of {len(images):,} images are missing, such as "
+            f"{missing[0]}; name the folder with --images"
+        )
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    index_of = {category["id"]: i for i, category in enumerate(categories)}
+    by_image: dict[int, list[dict]] = {image["id"]: [] for image in images}
+    for entry in content["annotations"]:
+        by_image[entry["image_id"]].append(entry)
+
+    dropped = Dropped()
+    boxes, labels, texts, starts = [], [], [], [0]
+    for image in images:
+        for entry in by_image[image["id"]]:
+            box = clip_box(entry["bbox"], image["height"], image["width"])
+            reason = box if isinstance(box, str) else None
+            if drop_crowds and entry.get("iscrowd"):
+                reason = "a crowd under one box"
+            elif masks and reason is None:
+                reason = _mask_fault(entry.get("segmentation"), image)
+            if reason is not None:
+                dropped.note(reason, image["file_name"])
+                continue
+            boxes.append(box)
+            labels.append(index_of[entry["category_id"]])
+            if masks:
+                texts.append(json.dumps(entry["segmentation"]).encode())
+        starts.append(len(boxes))
+    split = CocoSplit(
+        folder,
+        np.array([image["id"] for image in images]),
+        [image["file_name"] for image in images],
+        np.array([(image["height"], image["width"]) for image in images]),
+        [category["id"] for category in categories],
+        [str(category["name"]) for category in categories],
+        np.array(starts),
+        np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        np.array(labels, dtype=np.int64),
+        TextArray(texts) if masks else None,
+        dropped,
+    )
+    if drop_empty:
+        split = split.select(np.flatnonzero(np.diff(split.starts)))
+    if len(split) == 0:
+        raise UserError(f"{annotations}: no image with an object to train on")
+    return split
+
+
+def _mask_fault(segmentation: Any, image: dict[str, Any]) -> str | None:
+    if isinstance(segmentation, dict):
+        rle = coco_masks.to_rle(segmentation, image["height"], image["width"])
+        if rle is None:
+            return "mask is no run-length code of the image's size"
+        return None if coco_masks.area(rle) else "mask without a pixel"
+    return None if coco_masks.usable_polygons(segmentation) else "mask is no polygon"
+
+
+class CocoDataset(Dataset):
+    """Samples by (epoch, index): (uint8 (3, H, W), target, image id), or a BrokenImageError.
+
+    A target has boxes (n, 4) float32, labels (n,) int64 and, where the split has them, masks
+    (n, H, W) uint8. An image without objects has n = 0.
+
+    Args:
+        split: what to read.
+        first_label: the label of the split's first class.
+        hflip: probability of a mirrored image, drawn from (seed, epoch, index) alone.
+    """
+
+    def __init__(self, split: CocoSplit, first_label: int, hflip: float = 0.0, seed: int = 0):
+        self.split, self.first_label, self.hflip, self.seed = split, first_label, hflip, seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, Target, int] | BrokenImageError:
+        epoch, index = key
+        path = self.split.folder / self.split.file_names[index]
+        try:
+            image = read_image(str(path))
+        except BrokenImageError as error:
+            return error
+        height, width = self.split.sizes[index].tolist()
+        if image.shape[1:] != (height, width):
+            return BrokenImageError(
+                printable(str(path)),
+                f"{image.shape[2]}x{image.shape[1]} pixels, but {width}x{height} in the annotations",
+            )
+        target = self._target(index, height, width)
+        if self.hflip and torch.rand((), generator=self._chance(epoch, index)) < self.hflip:
+            image, target = F.horizontal_flip(image), mirror(target, width)
+        return image, target, int(self.split.image_ids[index])
+
+    def _chance(self, epoch: int, index: int) -> torch.Generator:
+        return torch.Generator().manual_seed(mix_seed(self.seed, epoch, index))
+
+    def _target(self, index: int, height: int, width: int) -> Target:
+        split = self.split
+        span = slice(int(split.starts[index]), int(split.starts[index + 1]))
+        target = {
+            "boxes": torch.from_numpy(split.boxes[span].copy()),
+            "labels": torch.from_numpy(split.labels[span] + self.first_label),
+        }
+        if split.masks is not None:
+            masks = np.zeros((span.stop - span.start, height, width), dtype=np.uint8)
+            for i, number in enumerate(range(span.start, span.stop)):
+                rle = coco_masks.to_rle(json.loads(split.masks[number]), height, width)
+                masks[i] = coco_masks.decode(rle)
+            target["masks"] = torch.from_numpy(masks)
+        return target
+
+
+def mirror(target: Target, width: int) -> Target:
+    """The target of the mirrored image."""
+    x1, y1, x2, y2 = target["boxes"].unbind(1)
+    flipped = {**target, "boxes": torch.stack([width - x2, y1, width - x1, y2], 1)}
+    if "masks" in target:
+        flipped["masks"] = target["masks"].flip(2)
+    return flipped

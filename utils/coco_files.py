@@ -1,0 +1,104 @@
+"""COCO's files on disk: where a split's images and annotations are, and whether the ids hold."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """A split's folder of images and its annotation file."""
+
+    images: Path
+    annotations: Path
+
+
+def locate(
+    root: str | Path, part: str, images: str | None = None, annotations: str | None = None
+) -> Place:
+    """Where the split `part` ("train" or "val") of the data folder `root` is.
+
+    Args:
+        images: another name for `{part}2017`, in `root` or absolute.
+        annotations: another name for `annotations/instances_{part}2017.json`.
+
+    Raises:
+        UserError: one of them does not exist.
+    """
+    root = Path(root)
+    place = Place(
+        root / (images or f"{part}2017"),
+        root / (annotations or f"annotations/instances_{part}2017.json"),
+    )
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give the one that holds {part}2017/")
+    if not place.images.is_dir():
+        raise UserError(f"{place.images}: no such folder; name another with --{part}-images")
+    if not place.annotations.is_file():
+        raise UserError(
+            f"{place.annotations}: no such file; name another with --{part}-annotations"
+        )
+    return place
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A COCO annotation file with its three lists and their ids checked.
+
+    Raises:
+        UserError: no such file, no JSON, a list or an id is missing, double or leads nowhere.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; name another with --annotations") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); write it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: no COCO annotations: an object with images is wanted")
+    needs = {
+        "images": ("id", "file_name", "height", "width"),
+        "categories": ("id", "name"),
+        "annotations": ("image_id", "category_id", "bbox"),
+    }
+    for part, keys in needs.items():
+        if not isinstance(content.get(part), list):
+            raise UserError(f"{path}: no COCO annotations: the list {part!r} is missing")
+        for number, entry in enumerate(content[part]):
+            lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            if lacking:
+                raise UserError(f"{path}: {part}[{number}] has no {lacking[0]!r}: add it")
+    for part in ("images", "categories"):
+        if not content[part]:
+            raise UserError(f"{path}: the list {part!r} is empty")
+        seen: set[int] = set()
+        for entry in content[part]:
+            if not isinstance(entry["id"], int) or entry["id"] in seen:
+                raise UserError(f"{path}: {part} have the id {entry['id']!r} twice, or no number")
+            seen.add(entry["id"])
+    return content
+
+
+def check_references(path: Path, content: dict[str, Any]) -> None:
+    """Holds every annotation's image and category against the lists.
+
+    Raises:
+        UserError: one leads nowhere. It is not dropped: a file with such ids is of another data
+            set, or cut.
+    """
+    images = {image["id"]: image["file_name"] for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    for number, entry in enumerate(content["annotations"]):
+        name = entry.get("id", f"[{number}]")
+        if entry["image_id"] not in images:
+            raise UserError(
+                f"{path}: annotation {name} is of image_id {entry['image_id']!r}, which is not "
+                "among the images; mend or remove it"
+            )
+        if entry["category_id"] not in categories:
+            raise UserError(
+                f"{path}: annotation {name} of image {images[entry['image_id']]} has category_id "
+                f"{entry['category_id']!r}, which is not among the categories; mend or remove it"
+            )

@@ -1,0 +1,154 @@
+"""A COCO tree without a download: real handwritten digits pasted over two real photographs.
+
+The digits and the photographs come with scikit-learn. Every pixel of a mask was painted by its
+digit and every pixel that a digit painted, and no later digit covered, is in its mask.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.coco_masks import run_lengths
+from utils.demo_data import HOME, SPLIT_SEED, VAL_SHARE
+from utils.errors import UserError
+
+SHAPES = "demo:shapes"
+SIDE = 96  # of an image, in pixels
+COUNTS = {"train": 1000, "val": 100}
+OBJECTS = (1, 3)  # in an image, ends included
+SIZES = (24, 56)  # of a digit, in pixels
+INK = 0.45  # of full ink: where the stroke ends
+VISIBLE = 0.6  # of a digit's pixels that later ones must leave
+FRONTIER = 480  # column of the 640-wide photographs: train looks left of it, val right
+
+
+def prepare(home: Path = HOME) -> Path:
+    """The folder of the demo's COCO tree, written the first time.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
+    target = home / "shapes"
+    if not target.is_dir():
+        home.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".shapes-", dir=home))
+        try:
+            write_shapes(staging)
+            os.chmod(staging, 0o755)
+            os.rename(staging, target)
+        except OSError:
+            if not target.is_dir():  # else another process was first, with the same files
+                raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def write_shapes(folder: Path, counts: dict[str, int] | None = None, side: int = SIDE) -> None:
+    """Writes folder/{train2017,val2017}/*.png and folder/annotations/instances_*.json.
+
+    The same files every time. The two splits share neither a digit's scan nor a photograph's pixel.
+
+    Args:
+        counts: images in "train" and "val"; None for `COUNTS`.
+        side: of the square images, in pixels, at most 160.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits, load_sample_images
+    except ImportError:
+        raise UserError(
+            "the digits and photographs come with scikit-learn, which is not installed: "
+            "pip install -r requirements-dev.txt"
+        ) from None
+    digits, photos = load_digits(), load_sample_images().images
+    held_out = np.random.default_rng(SPLIT_SEED).random(len(digits.target)) < VAL_SHARE
+    (folder / "annotations").mkdir(parents=True)
+    for part, number in (counts or COUNTS).items():
+        chance = np.random.default_rng((SPLIT_SEED, part == "val"))
+        columns = slice(FRONTIER, None) if part == "val" else slice(FRONTIER)
+        views = [photo[:, columns] for photo in photos]
+        members = np.flatnonzero(held_out == (part == "val"))
+        place = folder / f"{part}2017"
+        place.mkdir()
+        images, annotations = [], []
+        for image_id in range(1, number + 1):
+            name = f"{image_id:06d}.png"
+            chosen = chance.choice(members, chance.integers(OBJECTS[0], OBJECTS[1] + 1))
+            scans = [(digits.images[i] / 16, int(digits.target[i])) for i in chosen]
+            pixels, objects = compose(scans, views, side, chance)
+            Image.fromarray(pixels).save(place / name)
+            images.append({"id": image_id, "file_name": name, "height": side, "width": side})
+            for mask, label in objects:
+                annotations.append(_annotation(len(annotations) + 1, image_id, mask, label))
+        content = {
+            "info": {"description": "scikit-learn's digits over its sample photographs"},
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": n + 1, "name": f"digit {n}"} for n in range(10)],
+        }
+        path = folder / "annotations" / f"instances_{part}2017.json"
+        path.write_text(json.dumps(content))
+
+
+def compose(
+    scans: list[tuple[np.ndarray, int]],
+    photos: list[np.ndarray],
+    side: int,
+    chance: np.random.Generator,
+) -> tuple[np.ndarray, list[tuple[np.ndarray, int]]]:
+    """Pastes digits over a random piece of a photograph.
+
+    Args:
+        scans: (8 × 8 ink from 0 to 1, label) of each digit.
+        photos: (H, W, 3) uint8, at least `side` on a side.
+
+    Returns:
+        The (side, side, 3) uint8 picture, and (its (side, side) mask, label) of each digit. A digit
+        that would cover too much of an earlier one is left out.
+    """
+    photo = photos[chance.integers(len(photos))]
+    top, left = (chance.integers(0, n - side + 1) for n in photo.shape[:2])
+    canvas = photo[top : top + side, left : left + side].copy()
+    objects: list[tuple[np.ndarray, int]] = []
+    for scan, label in scans:
+        size = int(chance.integers(SIZES[0], min(SIZES[1], side) + 1))
+        ink = np.asarray(
+            Image.fromarray(scan.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
+        )
+        y, x = chance.integers(0, side - size + 1, 2)
+        mask = np.zeros((side, side), dtype=bool)
+        mask[y : y + size, x : x + size] = ink > INK
+        left_over = [seen & ~mask for seen, _ in objects]
+        if any(
+            new.sum() < VISIBLE * old.sum()
+            for new, (old, _) in zip(left_over, objects, strict=True)
+        ):
+            continue
+        # Ink that a person could see: dark on what is bright, and the other way round.
+        dark = canvas[mask].mean() > 128
+        canvas[mask] = chance.integers(0, 90, 3) if dark else chance.integers(166, 256, 3)
+        objects = [(new, kind) for new, (_, kind) in zip(left_over, objects, strict=True)]
+        objects.append((mask, label))
+    return canvas, objects
+
+
+def _annotation(number: int, image_id: int, mask: np.ndarray, label: int) -> dict:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    x, y = int(columns[0]), int(rows[0])
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": label + 1,
+        "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+        "area": int(mask.sum()),
+        "iscrowd": 0,
+        "segmentation": {"size": list(mask.shape), "counts": run_lengths(mask)},
+    }
