@@ -94,7 +94,9 @@ def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.
     context.say(
         *report.data_lines(None, images),
         report.network_line(network),
-        *report.device_lines(context, args.amp, args.channels_last, args.compile),
+        *report.device_lines(
+            context, args.amp, args.channels_last, args.compile, args.fused
+        ),
     )
     reading = place(network, args, context)
     batches = validation_batches(images, recipe, reading, context.rank, context.world_size)
@@ -145,7 +147,9 @@ def train(
         *report.data_lines(train_images, val_images),
         report.network_line(network),
         *notes,
-        *report.device_lines(context, args.amp, args.channels_last, args.compile),
+        *report.device_lines(
+            context, args.amp, args.channels_last, args.compile, args.fused
+        ),
         report.recipe_line(recipe),
     )
 
@@ -333,6 +337,7 @@ def place(network: nn.Module, args: Namespace, context: distributed.Context) -> 
     """Puts the network on its device in its layout, and says how its batches are to be read."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     network.to(context.device, memory_format=layout)
+    models.set_fused(network, args.fused)
     if args.compile:
         network.compile()
     return Reading(context.device, args.workers, args.worker_timeout, args.decoder, layout)

@@ -135,6 +135,10 @@ def _optimisation_flags(group, recipe: Recipe) -> None:
     )  # fmt: skip
     group.add_argument("--channels-last", action="store_true", help="NHWC memory format")
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    group.add_argument(
+        "--fused", action=argparse.BooleanOptionalAction, default=True,
+        help="run BatchNorm, ECA, addition and ReLU as one operation (default: yes)",
+    )  # fmt: skip
 
 
 def _run_flags(group) -> None:
@@ -148,7 +152,8 @@ def _run_flags(group) -> None:
         "--output", metavar="DIR", help="run folder (default: runs/ARCH[_ACTION]-N, a new one)"
     )
     group.add_argument("--action", metavar="TEXT", help="a word for the run folder's name")
-    group.add_argument("-p", "--print-freq", type=positive_int, default=10, metavar="N",
+    group.add_argument(
+        "-p", "--print-freq", type=positive_int, default=10, metavar="N",
         help="steps between two lines of progress (default: 10)",
     )  # fmt: skip
     group.add_argument(

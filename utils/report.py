@@ -18,7 +18,9 @@ def network_line(network: nn.Module) -> str:
     )
 
 
-def device_lines(context: Context, amp: str, channels_last: bool, compiled: bool) -> list[str]:
+def device_lines(
+    context: Context, amp: str, channels_last: bool, compiled: bool, fused: bool
+) -> list[str]:
     """Where the run takes place and how."""
     name = str(context.device)
     if context.device.type == "cuda":
@@ -31,6 +33,7 @@ def device_lines(context: Context, amp: str, channels_last: bool, compiled: bool
         name += f" x {len(context.data_parallel)} (DataParallel)"
     traits = ["float32" if amp == "off" else amp]
     traits += ["channels_last"] * channels_last + ["compiled"] * compiled
+    traits.append("fused block tails" if fused else "block tails module by module")
     lines = [f"device: {name}; {', '.join(traits)}"]
     if len(context.data_parallel) > 1:
         lines.append(f"  torchrun --nproc-per-node={len(context.data_parallel)} is faster")
