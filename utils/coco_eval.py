@@ -136,9 +136,8 @@ class GroundTruth:
     def lines(self) -> list[str]:
         if not self.left_out:
             return []
-        return [
-            f"  left {self.left_out:,} objects out of the evaluation: no finite box, or no mask"
-        ]
+        what = "objects without a finite box, or without a mask"
+        return [f"  not evaluated: {self.left_out:,} {what}"]
 
     def judge(self, results: list[Result], backend: str | None = None) -> dict[str, Summary]:
         """COCO's figures of `results`: {"bbox": Summary} and, with masks, "segm".
@@ -152,9 +151,7 @@ class GroundTruth:
         """
         foreign = {result["image_id"] for result in results} - set(self.image_ids)
         if foreign:
-            raise UserError(
-                f"detections of image {min(foreign)}, which is not evaluated: wrong data"
-            )
+            raise UserError(f"detections of image {min(foreign)}, which is not in the annotations")
         coco, evaluator = find_backend(backend)
         with contextlib.redirect_stdout(io.StringIO()):  # both narrate
             truth = _index(coco, self.content)
