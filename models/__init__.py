@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from models.building import Ksize
+from models.eca_anywhere import Insertion, add_eca
 from models.eca_fused import set_fused
 from models.eca_mobilenetv2 import MobileNetV2, eca_mobilenetv2, mobilenetv2, se_mobilenetv2
 from models.eca_module import ECALayer, adaptive_kernel_size, parse_ksize
@@ -33,9 +34,11 @@ from models.eca_resnet import (
 __all__ = [
     "MODELS",
     "ECALayer",
+    "Insertion",
     "MobileNetV2",
     "ResNet",
     "adaptive_kernel_size",
+    "add_eca",
     "create_model",
     "parse_ksize",
     "set_fused",

@@ -1,0 +1,277 @@
+"""Puts ECA into networks that were built without it: torchvision's, timm's, or one's own.
+
+    network = torchvision.models.resnet50(weights="DEFAULT")
+    add_eca(network)  # computes what it did before, and can now be fine-tuned
+
+A fresh ECA layer scales every channel by about σ(0) = 0.5, which wrecks pretrained weights. The
+layers put in here have the gate 2 · σ(conv1d(y)) and a kernel of zeros: a gate of exactly 1, that
+learns from there. (Weight decay then pulls towards 1, the network without ECA.)
+"""
+
+import fnmatch
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.eca_module import ADAPTIVE, ECALayer, adaptive_kernel_size
+
+# Class names, as neither library need be there: torchvision's and timm's residual blocks, ...
+BLOCKS = frozenset({
+    "BasicBlock", "Bottleneck",  # ResNet, ResNeXt; timm's RegNet
+    "ResBottleneckBlock",  # torchvision's RegNet
+    "InvertedResidual", "UniversalInvertedResidual", "DepthwiseSeparableConv",  # MobileNets
+    "MBConv", "FusedMBConv", "EdgeResidual",  # EfficientNet
+    "CNBlock", "ConvNeXtBlock",
+})  # fmt: skip
+# ... squeeze-and-excitation, ECA of whatever make, and the branch that the last addition adds to.
+SQUEEZES = frozenset({"SqueezeExcitation", "SqueezeExcite", "SEModule", "SELayer"})
+ECAS = frozenset({"ECALayer", "InsertedECA", "EcaModule", "CecaModule", "eca_layer"})
+SHORTCUTS = frozenset({"downsample", "shortcut", "skip", "proj", "identity"})
+
+_REMEDY = "give the type of the blocks, or the places by name, such as after='layer*.*.bn3'"
+
+
+class InsertedECA(ECALayer):
+    """An ECA layer for `channels` channels whose gate can start at 1.
+
+    Args:
+        identity: gate 2 · σ(conv1d(y)) with a zero kernel, instead of σ(conv1d(y)) with a fresh
+            one. The factor is a buffer, `gain`, so that such weights do not load into a layer
+            without it, which would halve its output.
+
+    Shape: (N, channels, H, W) → the same. Anything else is a ValueError: in a layout with the
+    channels last, the gates would silently be those of the rows.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, identity: bool = True):
+        super().__init__(kernel_size)
+        self.channels = channels
+        self.register_buffer("gain", torch.tensor(2.0) if identity else None)
+        if identity:
+            nn.init.zeros_(self.conv.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(
+                f"ECA was put where shape (N, {self.channels}, H, W) was expected and"
+                f" {tuple(x.shape)} came: put it after a module whose output has that shape"
+            )
+        gate = torch.sigmoid(self.conv(x.mean((2, 3)).unsqueeze(1)))
+        if self.gain is not None:
+            gate = self.gain * gate
+        return x * gate.reshape(*x.shape[:2], 1, 1)
+
+
+class Insertion(NamedTuple):
+    """One ECA layer that `add_eca` put in."""
+
+    name: str  # of the layer in the network, the beginning of its keys
+    place: str  # "after layer1.0.bn3"
+    channels: int
+    kernel_size: int
+
+    def __str__(self) -> str:
+        return f"ECA k={self.kernel_size} on {self.channels} channels {self.place}"
+
+
+def add_eca(
+    model: nn.Module,
+    after: str | type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
+    ksize: str | int = ADAPTIVE,
+    identity: bool = True,
+    replace_se: bool = True,
+    quiet: bool = False,
+) -> list[Insertion]:
+    """Puts an ECA layer at the end of every residual branch of `model`, in place.
+
+    That is after the block's last normalisation and before the addition, as in ECA-ResNet, or
+    where the block has squeeze-and-excitation, in its stead. The names and values of what was there
+    stay; the network's output does too, unless squeeze-and-excitation is replaced (or `identity` is
+    off). Blocks that have ECA are passed over, so a second call changes nothing.
+
+    Args:
+        model: ResNet, ResNeXt, RegNet, MobileNetV2 and V3, EfficientNet and ConvNeXt of torchvision
+            and timm are known; others with `after`.
+        after: the type of the residual blocks, or several; or a pattern for the names of the
+            modules right after which ECA goes, such as "layer*.*.bn3" (`*` stays between dots).
+        ksize: "adaptive" (eq. 12, by each layer's channels) or an odd integer.
+        identity: start with a gate of exactly 1.
+        replace_se: False leaves squeeze-and-excitation in, and adds ECA at the end of the branch.
+        quiet: do not print what was changed.
+
+    Returns:
+        What was put in, in the order of the network's modules.
+
+    Raises:
+        ValueError: one line; no place for ECA was found, or a block whose end cannot be told. The
+            network is then as it was.
+    """
+    if ksize != ADAPTIVE:
+        ECALayer(ksize)  # raises for a size that will not do
+    if isinstance(after, str):
+        found = [(name, False, _is_done(model, name)) for name in _matching(model, after)]
+    else:
+        types = after if isinstance(after, tuple) else (after,)
+        if after is not None and not all(isinstance(kind, type) for kind in types):
+            raise ValueError(f"after={after!r} is neither a name nor a type: {_REMEDY}")
+        found = list(_places(model, after, replace_se))
+    if not found:
+        raise ValueError(f"found no place for ECA in {type(model).__name__}: {_REMEDY}")
+    plan = [(name, instead) for name, instead, is_done in found if not is_done]
+    sizes = [_channels(model, name, instead) for name, instead in plan]
+
+    done = []
+    for (name, instead), channels in zip(plan, sizes, strict=True):
+        k = adaptive_kernel_size(channels) if ksize == ADAPTIVE else ksize
+        layer = InsertedECA(channels, k, identity)
+        done.append(
+            Insertion(
+                _insert(model, name, layer, instead),
+                f"{'in place of' if instead else 'after'} {name}",
+                channels,
+                k,
+            )
+        )
+    if not quiet:
+        weights = sum(insertion.kernel_size for insertion in done)
+        print(f"{type(model).__name__}: {len(done)} ECA layers put in, {weights} parameters")
+        for insertion in done:
+            print(f"  {insertion}")
+    return done
+
+
+def _matching(model: nn.Module, pattern: str) -> Iterator[str]:
+    parts = pattern.split(".")
+    for name, _ in model.named_modules():
+        words = name.split(".")
+        alike = len(words) == len(parts) and all(map(fnmatch.fnmatchcase, words, parts))
+        if alike and not _is_eca(_parent(model, name)[0]):
+            yield name
+
+
+def _places(
+    model: nn.Module, types: type | tuple[type, ...] | None, replace_se: bool
+) -> Iterator[tuple[str, bool, bool]]:
+    """For each residual block: ECA's place, whether in its stead, and whether there is one yet."""
+    for name, block in model.named_modules():
+        known = type(block).__name__ in BLOCKS if types is None else isinstance(block, types)
+        if not known:
+            continue
+        if any(map(_is_eca, block.modules())):
+            yield name, False, True
+            continue
+        place, instead = _end_of_branch(name, block, replace_se)
+        yield ".".join(filter(None, (name, place))), instead, False
+
+
+def _end_of_branch(name: str, block: nn.Module, replace_se: bool) -> tuple[str, bool]:
+    """The name within `block` of the module that ECA comes after, or in whose stead."""
+    kind = type(block).__name__
+    if kind == "CNBlock":  # its normalisation stands before the MLP, with the channels last
+        return "block", False
+    if kind == "ConvNeXtBlock":  # likewise, and it turns the axes back outside of any module
+        return "drop_path", False
+    last, weights_after = None, False
+    for place, module in _branch(block):
+        if type(module).__name__ in SQUEEZES:
+            if replace_se:
+                return place, True
+        elif _is_norm(module):
+            last, weights_after = place, False
+        elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+            weights_after = True
+    if last is None or weights_after:
+        what = "has no normalisation" if last is None else "does not end with its normalisation"
+        raise ValueError(f"{name} ({kind}) {what}, so ECA's place is not clear: {_REMEDY}")
+    return last, False
+
+
+def _branch(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a block in order, without its shortcut and the insides of attentions."""
+    yield prefix, module
+    if type(module).__name__ not in SQUEEZES:
+        for name, child in module.named_children():
+            if prefix or name not in SHORTCUTS:
+                yield from _branch(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    has_own = bool(module._parameters) or bool(module._buffers)  # not a block named after one
+    return has_own and "norm" in type(module).__name__.lower()
+
+
+def _is_eca(module: nn.Module) -> bool:
+    return isinstance(module, ECALayer) or type(module).__name__ in ECAS
+
+
+def _is_done(model: nn.Module, name: str) -> bool:
+    """Whether ECA is at this place: there itself, in it as the last member, or right behind it."""
+    place = model.get_submodule(name)
+    parent, own = _parent(model, name)
+    if _is_eca(place) or any(_is_eca(child) for child in place.children()):
+        return True
+    siblings = dict(parent.named_children())
+    behind = list(siblings)[list(siblings).index(own) + 1 :] if own in siblings else []
+    return _runs_in_order(parent) and bool(behind) and _is_eca(siblings[behind[0]])
+
+
+def _channels(model: nn.Module, name: str, instead: bool) -> int:
+    """Channels of the output of module `name`, read off its parameters."""
+    if name.rpartition(".")[2] == "drop_path":
+        block, _ = _parent(model, name)
+        found = [m.out_features for m in block.modules() if isinstance(m, nn.Linear)]
+        found += [m.out_channels for m in block.modules() if isinstance(m, nn.Conv2d)]
+        return min(found)  # all but the MLP's wide layer have the block's channels
+    place = model.get_submodule(name)
+    wanted = ("num_features", "num_channels", "normalized_shape", "out_channels", "out_features")
+    members = list(place.modules())
+    if instead:
+        wanted = ("in_channels", "in_features")
+    else:
+        members.reverse()
+    for module in members:
+        for attribute in wanted:
+            value = getattr(module, attribute, None)
+            value = value[-1] if isinstance(value, tuple | list) and value else value
+            if isinstance(value, int):
+                return value
+    raise ValueError(f"cannot tell how many channels {name} puts out: {_REMEDY}")
+
+
+def _insert(model: nn.Module, name: str, layer: InsertedECA, instead: bool) -> str:
+    """Puts `layer` in, in the place of module `name` or after it, and returns its own name."""
+    place = model.get_submodule(name)
+    parent, own = _parent(model, name)
+    weight = next(place.parameters(), next(model.parameters(), torch.empty(0)))
+    layer.to(weight.device, weight.dtype).train(place.training)
+    if instead:
+        setattr(parent, own, layer)
+        return name
+    if own == "drop_path":  # nothing in it has a name to keep; dropping comes after ECA
+        setattr(parent, own, nn.Sequential())
+        getattr(parent, own).add_module("eca", layer)
+        getattr(parent, own).add_module("drop", place)
+        return f"{name}.eca"
+    if _runs_in_order(parent) and own == list(parent._modules)[-1]:
+        parent.append(layer)  # the released name of ECA in MobileNetV2: features.2.conv.4
+        return name.rpartition(".")[0] + f".{len(parent) - 1}"
+    place.add_module("eca", layer)
+    if not _runs_in_order(place):
+        place.register_forward_hook(_attend)
+    return f"{name}.eca"
+
+
+def _attend(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """A forward hook: it finds its layer through `module`, so that it survives deepcopy."""
+    return module.eca(output)
+
+
+def _runs_in_order(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own
