@@ -4,6 +4,7 @@ Reading never runs code from the file (`weights_only=True`), and every byte is c
 itself does not compare a zip's checksums, so a flipped bit would load without a word.
 """
 
+import errno
 import io
 import pickle
 import zipfile
@@ -32,7 +33,7 @@ def save(path: str | Path, state: dict, retire_to: str | Path | None = None) -> 
     # here instead of a broken zip stream inside torch.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    data = buffer.getvalue()
+    data = buffer.getbuffer()
     write_atomically(path, data, retire_to)
     return len(data)
 
@@ -52,9 +53,7 @@ def load(path: str | Path) -> dict:
         raise UserError(f"{path}: {what}; give the path of a checkpoint, such as runs/…/{BEST}")
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
+            if (damaged := _damaged_part(path)) is not None:
                 raise CorruptCheckpointError(f"{path}: damaged (checksum of {damaged})")
         elif path.stat().st_size == 0:
             raise CorruptCheckpointError(f"{path}: damaged (the file is empty)")
@@ -66,15 +65,25 @@ def load(path: str | Path) -> dict:
                 "abuse; refused. Ask for a file of plain tensors"
             ) from None
         raise CorruptCheckpointError(f"{path}: damaged, or not a checkpoint") from None
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; check the file") from None
+        if error.errno in (None, errno.EINVAL):  # a seek to where a damaged offset points
+            raise CorruptCheckpointError(f"{path}: damaged, or not a checkpoint") from None
+        raise UserError(f"{path}: {error.strerror}; check the file") from None
     except Exception:  # what a damaged file makes torch raise is open-ended
         raise CorruptCheckpointError(f"{path}: damaged, or not a checkpoint") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     return state
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every byte of one of our own checkpoints is as it was written."""
+    try:
+        return zipfile.is_zipfile(path) and _damaged_part(path) is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def is_ours(state: dict) -> bool:
@@ -90,11 +99,15 @@ class CheckpointFolder:
         self.last = self.folder / LAST
         self.previous = self.folder / PREVIOUS
         self.best = self.folder / BEST
+        self._last_is_good = False  # known only of what this process wrote
 
     def save_last(self, state: dict) -> None:
-        """Writes `last`; the former one becomes `previous`."""
+        """Writes `last`; the former one becomes `previous`, if it is whole."""
         remove_leftovers(self.folder)
-        save(self.last, state, retire_to=self.previous)
+        # A damaged one would push out the only good checkpoint there is.
+        keep = self._last_is_good or is_whole(self.last)
+        save(self.last, state, retire_to=self.previous if keep else None)
+        self._last_is_good = True
 
     def save_best(self, state: dict) -> None:
         save(self.best, state)
@@ -121,3 +134,13 @@ class CheckpointFolder:
         if notes:
             raise UserError(f"{self.folder}: only damaged checkpoints; start without --resume")
         return None
+
+
+def _damaged_part(path: Path) -> str | None:
+    """The first part of a zip that is not as it was written, or None."""
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            # The mark of a folder: torch then skips the bytes and returns uninitialised memory.
+            if part.external_attr & 0x10:
+                return part.filename
+        return archive.testzip()

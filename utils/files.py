@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -8,7 +9,9 @@ from pathlib import Path
 from utils.errors import EXIT_FAILED, UserError
 
 
-def write_atomically(path: str | Path, data: bytes, retire_to: str | Path | None = None) -> None:
+def write_atomically(
+    path: str | Path, data: bytes | memoryview, retire_to: str | Path | None = None
+) -> None:
     """Writes `data` to a temporary neighbour, flushes it to the disk, and renames it to `path`.
 
     A reader sees the old file or the new one; a crash, even of the machine, leaves one of the two.
@@ -23,6 +26,7 @@ def write_atomically(path: str | Path, data: bytes, retire_to: str | Path | None
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    retired = False
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -30,15 +34,22 @@ def write_atomically(path: str | Path, data: bytes, retire_to: str | Path | None
             os.fsync(file.fileno())
         if retire_to is not None and path.exists():
             os.replace(path, retire_to)
+            retired = True
         os.replace(temporary, path)
         _fsync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # What undoes the rest may fail as well, on a disk that has just become read-only, say.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if retired and not path.exists():
+                os.replace(retire_to, path)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(path.parent).free
             raise UserError(
-                f"no room to write {path}: {len(data) / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB "
-                "free; the file written before it is whole. Make room and go on with --resume auto",
+                f"no room to write {path} ({error.strerror}): {len(data) / 1e6:,.1f} MB needed, "
+                f"{free / 1e6:,.1f} MB free; what was written before it is whole. Make room, and "
+                "resume",
                 EXIT_FAILED,
             ) from None
         raise UserError(
@@ -57,5 +68,8 @@ def _fsync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)  # makes the rename itself survive a power cut
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems without it
+            raise
     finally:
         os.close(handle)
