@@ -1,0 +1,200 @@
+"""Turns a detector's checkpoint of mmdetection v1 into one of ours: python -m utils.import_mmdet.
+
+The authors' detectors were trained with mmdetection 1, whose files mmdetection 2 and 3 no longer
+read. Names are mapped one to one; what the network is (detector, depth, kernel sizes, classes) is
+read off names and shapes. Its geometry differed from torchvision's (anchor centres, whole-pixel
+boxes, no ReLU before P7), so the result asks for the legacy geometry, which the detectors here
+offer.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+from utils import checkpoint
+from utils.cli import Parser, run_script
+from utils.errors import UserError
+
+# mmdetection v1's names, and torchvision's. The first that matches a whole name counts.
+COMMON = (
+    (r"backbone\.(.+)", r"backbone.body.\1"),
+    (r"neck\.lateral_convs\.(\d+)\.conv\.(weight|bias)", r"backbone.fpn.inner_blocks.\1.0.\2"),
+)
+PYRAMID = r"neck\.fpn_convs\.(\d+)\.conv\.(weight|bias)"
+TWO_STAGES = (
+    (PYRAMID, r"backbone.fpn.layer_blocks.\1.0.\2"),
+    (r"rpn_head\.rpn_conv\.(.+)", r"rpn.head.conv.0.0.\1"),
+    (r"rpn_head\.rpn_cls\.(.+)", r"rpn.head.cls_logits.\1"),
+    (r"rpn_head\.rpn_reg\.(.+)", r"rpn.head.bbox_pred.\1"),
+    (r"bbox_head\.shared_fcs\.0\.(.+)", r"roi_heads.box_head.fc6.\1"),
+    (r"bbox_head\.shared_fcs\.1\.(.+)", r"roi_heads.box_head.fc7.\1"),
+    (r"bbox_head\.fc_cls\.(.+)", r"roi_heads.box_predictor.cls_score.\1"),
+    (r"bbox_head\.fc_reg\.(.+)", r"roi_heads.box_predictor.bbox_pred.\1"),
+    (r"mask_head\.convs\.(\d)\.conv\.(.+)", r"roi_heads.mask_head.\1.0.\2"),
+    (r"mask_head\.upsample\.(.+)", r"roi_heads.mask_predictor.conv5_mask.\1"),
+    (r"mask_head\.conv_logits\.(.+)", r"roi_heads.mask_predictor.mask_fcn_logits.\1"),
+)
+ONE_STAGE = (
+    (r"neck\.fpn_convs\.([012])\.conv\.(weight|bias)", r"backbone.fpn.layer_blocks.\1.0.\2"),
+    (r"neck\.fpn_convs\.3\.conv\.(.+)", r"backbone.fpn.extra_blocks.p6.\1"),
+    (r"neck\.fpn_convs\.4\.conv\.(.+)", r"backbone.fpn.extra_blocks.p7.\1"),
+    (r"bbox_head\.cls_convs\.(\d)\.conv\.(.+)", r"head.classification_head.conv.\1.0.\2"),
+    (r"bbox_head\.reg_convs\.(\d)\.conv\.(.+)", r"head.regression_head.conv.\1.0.\2"),
+    (r"bbox_head\.retina_cls\.(.+)", r"head.classification_head.cls_logits.\1"),
+    (r"bbox_head\.retina_reg\.(.+)", r"head.regression_head.bbox_reg.\1"),
+)
+# blocks in the four stages, and whether a block has a third convolution
+DEPTHS = {
+    (2, 2, 2, 2, False): 18,
+    (3, 4, 6, 3, False): 34,
+    (3, 4, 6, 3, True): 50,
+    (3, 4, 23, 3, True): 101,
+    (3, 8, 36, 3, True): 152,
+}
+RETINA_ANCHORS = 9  # on a cell: 3 sizes of 3 shapes
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def convert(file: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a checkpoint of detect_main.py from a loaded file of mmdetection v1.
+
+    Args:
+        file: {"state_dict", "meta"} or a bare state dict.
+
+    Raises:
+        UserError: a name without a place here, a file of mmdetection 2 or 3, or shapes that
+            contradict each other.
+    """
+    tensors = file["state_dict"] if isinstance(file.get("state_dict"), Mapping) else file
+    tensors = {str(name).removeprefix("module."): value for name, value in tensors.items()}
+    newer = [name for name in tensors if name.startswith("roi_head.")]
+    if newer:
+        raise UserError(
+            f"{newer[0]} is a name of mmdetection 2 or 3, whose geometry and class order are "
+            "others: use that program's own tools"
+        )
+    arch = _arch(tensors)
+    named = rename(tensors, arch)
+    classes, ids = _classes(file.get("meta"), _outputs(named, arch) - (arch != "retinanet"))
+    attention = _attention(named)
+    prefix = f"{attention}_" if attention != "none" else ""
+    return {
+        "arch": arch,
+        "backbone": f"{prefix}resnet{_depth(named)}",
+        "attention": attention,
+        "ksize": _ksize(named) if attention == "eca" else None,
+        "num_classes": _outputs(named, arch),
+        "model_kwargs": {"legacy": True},
+        "classes": classes,
+        "category_ids": ids,
+        "state_dict": named,
+    }
+
+
+def rename(tensors: Tensors, arch: str) -> dict[str, torch.Tensor]:
+    """The same tensors under torchvision's names.
+
+    Raises:
+        UserError: a name has no counterpart; nothing is left out in silence.
+    """
+    table = COMMON + (ONE_STAGE if arch == "retinanet" else TWO_STAGES)
+    named = {}
+    for name, value in tensors.items():
+        for pattern, replacement in table:
+            match = re.fullmatch(pattern, name)
+            if match:
+                named[match.expand(replacement)] = value
+                break
+        else:
+            raise UserError(f"{name}: a {arch} of mmdetection v1 has no such tensor; not imported")
+    return named
+
+
+def _arch(tensors: Tensors) -> str:
+    if "bbox_head.retina_cls.weight" in tensors:
+        return "retinanet"
+    if "rpn_head.rpn_conv.weight" in tensors and "bbox_head.fc_cls.weight" in tensors:
+        masks = any(name.startswith("mask_head.") for name in tensors)
+        return "mask_rcnn" if masks else "faster_rcnn"
+    first = ", ".join(list(tensors)[:3])
+    raise UserError(
+        f"no Faster R-CNN, Mask R-CNN or RetinaNet of mmdetection v1: tensors begin with {first}"
+    )
+
+
+def _outputs(named: Tensors, arch: str) -> int:
+    if arch == "retinanet":
+        return len(named["head.classification_head.cls_logits.weight"]) // RETINA_ANCHORS
+    return len(named["roi_heads.box_predictor.cls_score.weight"])
+
+
+def _depth(named: Tensors) -> int:
+    stages = [
+        sum(
+            bool(re.fullmatch(rf"backbone\.body\.layer{i}\.\d+\.conv1\.weight", name))
+            for name in named
+        )
+        for i in (1, 2, 3, 4)
+    ]
+    deep = "backbone.body.layer1.0.conv3.weight" in named
+    shape = (*stages, deep)
+    if shape not in DEPTHS:
+        raise UserError(f"the backbone is no ResNet known here: {stages} blocks in its stages")
+    return DEPTHS[shape]
+
+
+def _attention(named: Tensors) -> str:
+    for name in ("eca", "se"):
+        if any(f".layer1.0.{name}." in key for key in named):
+            return name
+    return "none"
+
+
+def _ksize(named: Tensors) -> list[int]:
+    found = []
+    for stage in (1, 2, 3, 4):
+        pattern = rf"backbone\.body\.layer{stage}\.\d+\.eca\.conv\.weight"
+        sizes = {value.shape[-1] for name, value in named.items() if re.fullmatch(pattern, name)}
+        if len(sizes) != 1:
+            raise UserError(f"layer{stage} has ECA kernels of sizes {sorted(sizes)}: one is wanted")
+        found += sizes
+    return found
+
+
+def _classes(meta: Any, count: int) -> tuple[list[str], list[int]]:
+    """Names and category ids: the file's own, COCO's for 80, else numbers."""
+    coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    ids = [i for i, name in enumerate(coco) if name not in ("__background__", "N/A")]
+    names = list(meta.get("CLASSES") or []) if isinstance(meta, Mapping) else []
+    if count == len(ids):
+        return names or [coco[i] for i in ids], ids
+    if names and len(names) != count:
+        raise UserError(f"the file names {len(names)} classes and has outputs for {count}")
+    return names or [str(i) for i in range(count)], list(range(1, count + 1))
+
+
+def main() -> None:
+    parser = Parser(prog="python -m utils.import_mmdet", description=__doc__)
+    parser.add_argument("file", metavar="FILE", help="checkpoint of mmdetection v1")
+    parser.add_argument("out", metavar="OUT", help="where ours goes; must not exist")
+    args = parser.parse_args()
+    if Path(args.out).exists():
+        raise UserError(f"{args.out}: exists already; choose another name")
+    fields = convert(checkpoint.load(args.file))
+    size = checkpoint.save(args.out, fields)
+    ksize = f", ksize {','.join(map(str, fields['ksize']))}" if fields["ksize"] else ""
+    print(
+        f"{fields['arch']} on {fields['backbone']}{ksize}, {len(fields['classes'])} classes, "
+        f"{len(fields['state_dict'])} tensors"
+    )
+    print(f"written to {args.out} ({size / 1e6:,.1f} MB); evaluate it with")
+    print(f"  python detect_main.py -e --resume {args.out} DATA")
+
+
+if __name__ == "__main__":
+    run_script(main)
