@@ -164,7 +164,7 @@ def train(
         torch.amp.GradScaler(context.device.type, enabled=args.amp == "fp16"),
         ClassificationMeter(context.device),
         engine.NonFiniteGuard(context.device),
-        context.is_main,
+        context.rank,
     )  # fmt: skip
     if saved is not None:
         state.restore(saved)
@@ -250,9 +250,9 @@ def train(
         context.say(report.epoch_line(state.history[-1], recipe.epochs, speed, improved))
 
     files.close()
-    if state.broken:
-        context.say(f"{len(state.broken)} times an image that cannot be read was replaced:")
-        context.say(*broken_paths(train_images, sorted(set(state.broken))))
+    if broken := state.all_broken():
+        context.say(f"{len(broken)} times an image that cannot be read was replaced:")
+        context.say(*broken_paths(train_images, sorted(set(broken))))
     context.say(*files.farewell(state.best, args.data))
     return 0
 

@@ -138,6 +138,20 @@ def share(value: object, context: Context) -> object:
     return box[0]
 
 
+def ranks() -> int:
+    """The number of processes of this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value: object) -> list:
+    """Every rank's `value` (plain Python objects), in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def barrier() -> None:
     """Waits until every rank is here."""
     if dist.is_initialized():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from utils import distributed
 from utils.engine import NonFiniteGuard
 from utils.metrics import ClassificationMeter
 
@@ -23,16 +24,17 @@ class TrainState:
     scaler: torch.amp.GradScaler
     meter: ClassificationMeter  # of the epoch under way
     guard: NonFiniteGuard
-    is_main: bool
+    rank: int = 0
     epoch: int = 0  # the epoch under way
     step: int = 0  # optimizer steps done in it
     best: dict[str, float] = field(default_factory=dict)  # the history row with the highest top-1
     history: list[dict[str, float]] = field(default_factory=list)  # one row per finished epoch
-    broken: list[int] = field(default_factory=list)  # training images that were replaced
+    broken: list[int] = field(default_factory=list)  # images that this rank had to replace
 
     def begin(self, epoch: int) -> None:
-        """Moves to the first step of `epoch`, with an empty meter."""
+        """Moves to the first step of `epoch`, with an empty meter and no rows from it on."""
         self.epoch, self.step = epoch, 0
+        self.history = [row for row in self.history if row["epoch"] < epoch]
         self.meter = ClassificationMeter(self.meter.sums.device)
 
     def finish_epoch(self, lr: float, val: dict[str, float]) -> bool:
@@ -58,12 +60,15 @@ class TrainState:
         return improved
 
     def snapshot(self) -> dict:
-        """Plain values and tensors. Call on every rank: the meters are summed over them.
+        """Plain values and tensors. Call on every rank: each one's sums are in it.
 
         Raises:
             UserError: a loss was not finite; such a state is never written.
         """
         self.guard.check()
+        # One row a rank, not their total: floating-point sums resumed from a total would end in
+        # other bits than sums that were never interrupted.
+        sums = torch.tensor(distributed.gather(self.meter.sums.tolist()), dtype=torch.float64)
         return {
             "state_dict": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -71,21 +76,32 @@ class TrainState:
             "progress": {
                 "epoch": self.epoch,
                 "step": self.step,
-                "sums": self.meter.total(),
+                "sums": sums,
                 "best": dict(self.best),
-                "broken": list(self.broken),
+                "broken": self.all_broken(),
             },
             "history": [dict(row) for row in self.history],
         }
 
+    def all_broken(self) -> list[int]:
+        """The replaced images of all ranks, once for each time. Call on every rank."""
+        return sorted(index for broken in distributed.gather(self.broken) for index in broken)
+
     def restore(self, saved: dict) -> None:
-        """Takes up what `snapshot` returned; the network's weights are loaded by the caller."""
-        self.optimizer.load_state_dict(saved["optimizer"])
+        """Takes up what `snapshot` returned; the network's weights are loaded by the caller.
+
+        The optimizer's settings (momentum, weight decay, …) stay as this run's flags made them.
+        """
+        own = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": own})
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         progress = saved["progress"]
         self.epoch, self.step = progress["epoch"], progress["step"]
-        if self.is_main:  # the sums of all ranks; the others go on from zero
-            self.meter.sums.copy_(progress["sums"])
-        self.best, self.broken = dict(progress["best"]), list(progress["broken"])
+        if len(progress["sums"]) == distributed.ranks():
+            self.meter.sums.copy_(progress["sums"][self.rank])
+        elif self.rank == 0:  # another number of ranks: one takes all, the others begin at zero
+            self.meter.sums.copy_(progress["sums"].sum(dim=0))
+        self.best = dict(progress["best"])
+        self.broken = list(progress["broken"]) if self.rank == 0 else []
         self.history = [dict(row) for row in saved["history"]]

@@ -1,0 +1,146 @@
+"""A run's state, written down and taken up again."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from utils import checkpoint, distributed
+from utils.engine import NonFiniteGuard
+from utils.errors import EXIT_NON_FINITE, UserError
+from utils.metrics import ClassificationMeter
+from utils.train_state import TrainState
+
+CPU = torch.device("cpu")
+
+
+def fresh(momentum=0.9, weight_decay=1e-4, rank=0, fp16=False):
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay
+    )
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
+    return TrainState(
+        network, optimizer, scaler, ClassificationMeter(CPU), NonFiniteGuard(CPU), rank
+    )
+
+
+def train(state, steps, first=0):
+    for step in range(first, first + steps):
+        torch.manual_seed(step)
+        logits = state.network(torch.randn(4, 3))
+        loss = logits.square().mean()
+        state.optimizer.zero_grad()
+        loss.backward()
+        state.optimizer.step()
+        state.meter.update(loss, logits, torch.tensor([0, 1, 0, 1]))
+        state.step += 1
+
+
+def val(loss=1.0, top1=50.0):
+    return {"loss": loss, "top1": top1, "top5": 100.0, "images": 4}
+
+
+def taken_up(path, state, **kwargs):
+    """`state` through a file into a new object, as a new process would take it up."""
+    checkpoint.save(path, state.snapshot())
+    saved = checkpoint.load(path)
+    other = fresh(**kwargs)
+    other.network.load_state_dict(saved["state_dict"])
+    other.restore(saved)
+    return other
+
+
+def bits(state):
+    """Everything in a snapshot, comparable with ==, tensors by their bytes."""
+
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return (value.dtype, tuple(value.shape), value.contiguous().numpy().tobytes())
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list) else value
+
+    return plain(state.snapshot())
+
+
+def test_interrupted_in_an_epoch_equals_uninterrupted(tmp_path):
+    through, first = fresh(fp16=True), fresh(fp16=True)
+    train(through, 5)
+    train(first, 2)
+    second = taken_up(tmp_path / "a", first, fp16=True)
+    train(second, 3, first=2)
+    for state in (through, second):
+        state.broken.append(7)
+        assert state.finish_epoch(0.1, val())
+    assert bits(second) == bits(through)
+    assert second.epoch == 1
+    assert second.best == through.history[0]
+
+
+def test_momentum_is_taken_up(tmp_path):
+    state = fresh()
+    train(state, 2)
+    other = taken_up(tmp_path / "a", state)
+    buffers = [s["momentum_buffer"] for s in other.optimizer.state.values()]
+    assert len(buffers) == 2
+    assert all(b.abs().sum() > 0 for b in buffers)
+
+
+def test_flags_given_anew_win_over_the_saved_optimizer(tmp_path):
+    state = fresh(momentum=0.9, weight_decay=1e-4)
+    train(state, 1)
+    group = taken_up(
+        tmp_path / "a", state, momentum=0.5, weight_decay=0.0
+    ).optimizer.param_groups[0]
+    assert (group["momentum"], group["weight_decay"]) == (0.5, 0.0)
+
+
+def test_starting_again_at_an_earlier_epoch_leaves_no_row_twice():
+    state = fresh()
+    for top1 in (10.0, 40.0, 20.0):
+        train(state, 1)
+        state.finish_epoch(0.1, val(top1=top1))
+    state.begin(1)
+    assert [row["epoch"] for row in state.history] == [0]
+    train(state, 1)
+    state.finish_epoch(0.1, val(top1=30.0))
+    assert [row["epoch"] for row in state.history] == [0, 1]
+    assert state.best["val_top1"] == 40.0  # best.pth still holds it
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_never_the_best(loss):
+    state = fresh()
+    train(state, 1)
+    assert not state.finish_epoch(0.1, val(loss=loss, top1=99.0))
+    assert state.best == {}
+    assert state.finish_epoch(0.1, val(top1=0.0))  # nothing right, but the best so far
+    assert not state.finish_epoch(0.1, val(top1=0.0))  # a tie keeps the earlier epoch
+
+
+def test_a_ruined_state_is_never_written():
+    state = fresh()
+    state.guard.wait = False  # as on a GPU, where the flag is looked at later
+    state.guard.before_update(torch.tensor(math.nan), 3, state.optimizer, "loss")
+    with pytest.raises(UserError) as caught:
+        state.snapshot()
+    assert caught.value.exit_code == EXIT_NON_FINITE
+
+
+@pytest.mark.parametrize(("ranks", "own"), [(2, [[1, 2, 3, 4], [5, 6, 7, 8]]),
+                                            (3, [[6, 8, 10, 12], [0] * 4, [0] * 4])])  # fmt: skip
+def test_each_rank_goes_on_with_its_own_sums(monkeypatch, ranks, own):
+    """Two ranks wrote; as many take up their own rows, another number adds up to the same."""
+    state = fresh()
+    saved = state.snapshot()
+    saved["progress"]["sums"] = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
+    saved["progress"]["broken"] = [3, 3, 9]
+    monkeypatch.setattr(distributed, "ranks", lambda: ranks)
+    states = [fresh(rank=rank) for rank in range(ranks)]
+    for state in states:
+        state.restore(saved)
+    assert [s.meter.sums.tolist() for s in states] == own
+    assert [s.broken for s in states] == [[3, 3, 9]] + [[]] * (ranks - 1)
