@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -25,6 +26,14 @@ from models.weights import FORMAT, find_state_dict, load_weights, strip_prefixes
 DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet}
 # The label of a data set's first category: the R-CNNs keep 0 for background.
 FIRST_LABEL = {"faster_rcnn": 1, "mask_rcnn": 1, "retinanet": 0}
+# The keys of the dict that a detector returns in training.
+LOSSES = {
+    "faster_rcnn": ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"),
+    "mask_rcnn": (
+        "loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg",
+    ),
+    "retinanet": ("classification", "bbox_regression"),
+}  # fmt: skip
 # Where the authors' detectors leave the kernel sizes of their ImageNet weights.
 DETECTOR_KSIZE = {
     ("faster_rcnn", "eca_resnet50"): "5555",
@@ -191,9 +200,11 @@ def create_detector(
         if arch == "mask_rcnn":
             given["mask_roi_pool"] = MultiScaleRoIAlign(["0", "1", "2", "3"], mask_pool, 2)
         detector = DETECTORS[arch](pyramid, num_classes, **given)
+        _initialise_box_head(detector.roi_heads)
         _compute_in_float32(detector.rpn.head, "cls_logits", "bbox_pred")
         _compute_in_float32(detector.roi_heads.box_predictor, "cls_score", "bbox_pred")
     if arch == "mask_rcnn":
+        nn.init.normal_(detector.roi_heads.mask_predictor.mask_fcn_logits.weight, std=0.01)
         _compute_in_float32(detector.roi_heads.mask_predictor, "mask_fcn_logits")
     if legacy:
         new = detector.transform
@@ -220,6 +231,20 @@ def _freeze(network: ResNet, trainable_layers: int, norm: str) -> None:
     for name in STAGES:
         getattr(network, name).requires_grad_(name in trained)
     set_norm(network, norm, trained)
+
+
+def _initialise_box_head(heads: RoIHeads) -> None:
+    """As mmdetection does. torch's own initialisation shrinks the signal threefold in two layers,
+    which costs a network without pretrained weights its first hundred steps."""
+    for layer in (heads.box_head.fc6, heads.box_head.fc7):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    for layer, std in (
+        (heads.box_predictor.cls_score, 0.01),
+        (heads.box_predictor.bbox_pred, 1e-3),
+    ):
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
 
 
 def _anchor_sizes(

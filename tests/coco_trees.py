@@ -31,9 +31,7 @@ def write_tree(
         name = f"picture-{image_id}.png"
         pixels = chance.integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / name)
-        entries.append(
-            {"id": image_id, "file_name": name, "height": size[0], "width": size[1]}
-        )
+        entries.append({"id": image_id, "file_name": name, "height": size[0], "width": size[1]})
     content = {
         "images": entries,
         "annotations": annotations,

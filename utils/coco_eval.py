@@ -5,8 +5,10 @@ faster-coco-eval does the counting where it is installed, else pycocotools; thei
 
 import contextlib
 import io
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from utils import coco_masks
 from utils.coco_files import Place, check_references, read_json
 from utils.distributed import Context
 from utils.errors import UserError
+from utils.files import write_atomically
 
 FIGURES = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
@@ -91,6 +94,11 @@ def gather(results: list[Result], context: Context) -> list[Result] | None:
             return None
         results = [result for part in parts for result in part]
     return sorted(results, key=lambda result: result["image_id"])
+
+
+def write_results(path: Path, results: list[Result]) -> None:
+    """Writes detections as COCO's servers and tools read them."""
+    write_atomically(path, json.dumps(results).encode())
 
 
 class GroundTruth:

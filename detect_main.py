@@ -1,0 +1,438 @@
+"""Trains and evaluates Faster R-CNN, Mask R-CNN and RetinaNet with ECA backbones on COCO data.
+
+examples:
+  detect_main.py -a mask_rcnn -b eca_resnet50 --ksize 3557 --backbone-weights CKPT DATA
+  torchrun --nproc-per-node=8 detect_main.py … DATA    one process per GPU
+  detect_main.py -e --resume CKPT DATA                 evaluate: COCO's twelve figures
+  detect_main.py --resume auto                         go on with the newest run
+  detect_main.py demo:shapes                           real images without a download
+"""
+
+import os
+import time
+from argparse import Namespace
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import models
+from models import eca_detection as detection
+from utils import (
+    backends,
+    checkpoint,
+    demo_shapes,
+    detection_engine,
+    detection_report,
+    distributed,
+    report,
+    resume,
+)
+from utils import run_folder as runs
+from utils.cli import run_script
+from utils.coco_data import CocoSplit, load_split
+from utils.coco_eval import GroundTruth, Result, Summary, gather, write_results
+from utils.coco_files import Place, locate
+from utils.data import Reading
+from utils.detection_data import GroupedBatches, evaluation_batches, training_batches
+from utils.detection_log import DetectionFiles, DetectionProgress, DetectionState, val_columns
+from utils.detection_options import build_parser
+from utils.detection_recipe import DetectionRecipe, lr_at
+from utils.engine import NonFiniteGuard
+from utils.errors import EXIT_FAILED, UserError, as_user_error
+from utils.sampler import mix_seed
+from utils.stop import StopRequest, Votes
+
+RECIPE = DetectionRecipe()  # the paper's, for COCO
+DEMO = RECIPE.override(**demo_shapes.RECIPE)
+
+# Flags of one start of the program; the others are the run's own and come back with --resume.
+OF_ONE_START = (
+    "resume", "evaluate", "backbone_weights", "output", "device", "gpu", "results_json", "picture",
+)  # fmt: skip
+BACKBONES = [name for name in models.MODELS if "resnet" in name]
+
+
+def main() -> int:
+    """One run from the command line."""
+    parser = build_parser(RECIPE, list(detection.DETECTORS), BACKBONES, detection.NORMS, __doc__)
+    args = asked = parser.parse_args()
+    saved, folder = read_checkpoint(args)
+    on_demo = args.data == demo_shapes.SHAPES
+    recipe = DEMO if on_demo else RECIPE
+    if saved is not None and "recipe" in saved:
+        refuse_another_network(asked, saved)
+        parser.set_defaults(**saved["args"])
+        args = parser.parse_args()
+        recipe = DetectionRecipe.from_dict(saved["recipe"])
+    recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
+    recipe = recipe.resolved()
+    if args.data is None:
+        raise UserError(f"no DATA given: a folder in COCO's layout, or {demo_shapes.SHAPES}")
+    if args.workers is None:  # the demo's images are so small that processes would cost more
+        args.workers = 0 if args.data == demo_shapes.SHAPES else min(4, os.cpu_count() or 1)
+
+    context = distributed.setup(args.device, args.gpu)
+    if context.data_parallel:
+        print(
+            f"{len(context.data_parallel)} GPUs: detectors run on one of them, or on all by "
+            f"torchrun --nproc-per-node={len(context.data_parallel)}"
+        )
+        context = replace(context, data_parallel=())
+    try:
+        if args.evaluate:
+            return evaluate(args, saved, context)
+        with StopRequest() as stop:
+            return train(args, asked, recipe, saved, folder, context, stop)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise UserError(
+            f"out of memory with --batch-size {recipe.batch_size}: give a smaller --batch-size or "
+            "--min-size, or --amp bf16", EXIT_FAILED,
+        ) from None  # fmt: skip
+    finally:
+        distributed.tear_down()
+
+
+def evaluate(args: Namespace, saved: dict, context: distributed.Context) -> int:
+    """Evaluates a checkpoint on the validation images, each once."""
+    for path in (args.results_json, args.picture):
+        if path and Path(path).exists():
+            raise UserError(f"{path}: exists already; choose another name")
+    sizes = {k: getattr(args, k) for k in ("min_size", "max_size") if getattr(args, k)}
+    with as_user_error(f"{args.resume}: "):
+        network = detection.detector_from_checkpoint(saved, **sizes)
+    place = val_place(args, data_root(args.data, context))
+    split = load_split(place, drop_crowds=False)
+    ids = match_classes(saved["classes"], split, args.resume)
+    truth = GroundTruth(place, network.arch == "mask_rcnn")
+    context.say(
+        *split.report("val"),
+        *truth.lines,
+        detection_report.network_line(network),
+        *report.device_lines(context, args.amp, is_channels_last(args, context), compiled=False),
+    )
+    reading = put(network, args, context)
+    batches = evaluation_batches(
+        split, detection.FIRST_LABEL[network.arch], reading, context.rank, context.world_size
+    )
+    autocast = partial(backends.autocast, context.device, args.amp)
+    began = time.perf_counter()
+    found = detection_engine.detect(
+        network, batches(), ids, detection.FIRST_LABEL[network.arch], autocast
+    )
+    speed = len(split) / (time.perf_counter() - began)
+    results, summaries = judge(found, truth, context)
+    context.say(
+        *detection_report.summary_lines(summaries),
+        f"{len(split):,} images, {speed:,.1f} images/s",
+    )
+    if not context.is_main:
+        return 0
+    if args.results_json:
+        write_results(Path(args.results_json), results)
+        print(f"{len(results):,} detections written to {args.results_json}")
+    if args.picture:
+        masks = network.arch == "mask_rcnn"
+        detection_report.write_picture(
+            Path(args.picture), load_split(place, masks, drop_crowds=False), results
+        )
+        print(f"picture written to {args.picture}")
+    if args.output:
+        target = runs.create("", args.output) / "evaluation.json"
+        figures = {kind: vars(summary) for kind, summary in summaries.items()}
+        inputs = {"checkpoint": str(args.resume), "data": args.data, "images": len(split)}
+        runs.write_json(target, {**figures, **inputs, **runs.environment()})
+        print(f"written to {target}")
+    return 0
+
+
+def train(
+    args: Namespace,
+    asked: Namespace,
+    recipe: DetectionRecipe,
+    saved: dict | None,
+    folder: Path | None,
+    context: distributed.Context,
+    stop: StopRequest,
+) -> int:
+    """Trains from the start, or on from `saved`, to the last epoch or until asked to stop."""
+    seed = args.seed if saved is None else saved["seed"]
+    seed = distributed.share(runs.fresh_seed() if seed is None else seed, context)
+    backends.configure(deterministic=args.seed is not None)
+
+    # Data first: what a user can have wrong is said before anything heavy.
+    masks, first_label = recipe.arch == "mask_rcnn", detection.FIRST_LABEL[recipe.arch]
+    root = data_root(args.data, context)
+    train_split = load_split(train_place(args, root), masks, drop_empty=args.drop_empty)
+    val_split = load_split(val_place(args, root), drop_crowds=False)
+    ids = match_classes(train_split.classes, val_split, "the training annotations")
+    truth = GroundTruth(val_place(args, root), masks)
+    check_batch(recipe.batch_size, len(train_split), context.world_size)
+    if saved is not None:
+        if saved["classes"] != train_split.classes:
+            raise UserError(f"{args.data} has other classes than the run: resume it with its data")
+        resume.refuse_changes(saved, asked.seed, asked.batch_size, len(train_split), None)
+    torch.manual_seed(seed)
+    network, notes = build_network(args, recipe, saved, len(train_split.classes) + first_label)
+    if network.model_kwargs["norm"] == "sync" and context.device.type != "cuda":
+        raise UserError("--norm sync runs on CUDA alone: give --norm bn")
+    context.say(
+        *train_split.report("train"),
+        *val_split.report("val"),
+        *truth.lines,
+        detection_report.network_line(network),
+        *notes,
+        *report.device_lines(context, args.amp, is_channels_last(args, context), compiled=False),
+        detection_report.recipe_line(recipe, args.lr),
+    )
+
+    # All that changes from here on.
+    reading = put(network, args, context)
+    losses = detection.LOSSES[recipe.arch]
+    state = DetectionState(
+        network,
+        torch.optim.SGD(
+            [p for p in network.parameters() if p.requires_grad], lr=recipe.lr,
+            momentum=recipe.momentum, weight_decay=recipe.weight_decay,
+            fused=context.device.type in ("cpu", "cuda") or None,
+        ),
+        torch.amp.GradScaler(context.device.type, enabled=args.amp == "fp16"),
+        detection_engine.LossMeter(context.device, losses),
+        NonFiniteGuard(context.device),
+        context.is_main,
+    )  # fmt: skip
+    if saved is not None:
+        state.restore(saved)
+    if state.epoch >= recipe.epochs:
+        raise UserError(f"all {recipe.epochs} epochs are done: give more with --epochs")
+
+    # Batches, and the learning rate of each.
+    order = GroupedBatches(
+        train_split.sizes, recipe.batch_size, seed, context.rank, context.world_size
+    )
+    train_batches = training_batches(train_split, order, first_label, recipe.hflip, seed, reading)
+    val_batches = evaluation_batches(
+        val_split, first_label, reading, context.rank, context.world_size
+    )
+    rate = partial(lr_at, steps_per_epoch=order.steps, recipe=recipe)
+
+    # The run folder, which rank 0 alone writes.
+    name = run_name(recipe.arch, recipe.backbone, args.action)
+    fixed = {
+        **detection.describe_detector(network),
+        "classes": train_split.classes,
+        "category_ids": train_split.category_ids,
+        "recipe": recipe.as_dict(),
+        "args": {k: v for k, v in vars(args).items() if k not in OF_ONE_START},
+        "seed": seed,
+        "train_images": len(train_split),
+        "environment": runs.environment(),
+    }
+    if context.is_main:
+        folder = runs.open_folder(name, args.output, folder, resumed=saved is not None)
+        context.say(f"run folder: {folder}")
+    files = DetectionFiles(
+        folder if context.is_main else None, fixed, name, state.epoch, args.save_every,
+        args.save_minutes,
+    )  # fmt: skip
+
+    wrapped = distributed.wrap(network, context)
+    autocast = partial(backends.autocast, context.device, args.amp)
+    votes = Votes(context.votes)
+    while state.epoch < recipe.epochs:
+        first = state.epoch * order.steps  # the epoch's first step, counted over the run
+        order.seek(state.epoch, state.step)
+        progress = DetectionProgress(
+            f"epoch {state.epoch + 1}/{recipe.epochs}", order.steps, recipe.batch_size,
+            args.print_freq, done=state.step, quiet=not context.is_main,
+        )  # fmt: skip
+        for _ in detection_engine.train_epoch(
+            wrapped, train_batches(), state.optimizer, state.meter, state.guard,
+            first_step=first + state.step, lr_at=rate, clip=recipe.clip,
+            seed=mix_seed(seed, context.rank), autocast=autocast, scaler=state.scaler,
+        ):  # fmt: skip
+            state.step += 1
+            if progress.advance():
+                state.guard.check()
+                means = state.meter.means(state.meter.total())
+                progress.show(means, rate(first + state.step - 1))
+            stopping, saving = votes.cast(bool(stop), files.due(state.step))
+            if stopping or saving:
+                files.save(state.snapshot())
+            if stopping:
+                return files.stopped(state.epoch, state.step, stop.exit_code)
+        votes.settle()
+        speed = progress.close()
+
+        distributed.broadcast_buffers(network)
+        snapshot = state.snapshot()  # now: a stop below may reach one rank before the others
+        found = detection_engine.detect(
+            network, val_batches(), ids, first_label, autocast, stop.__bool__
+        )
+        if not all_finished(found, context):
+            files.save(snapshot)
+            return files.stopped(state.epoch, state.step, stop.exit_code)
+        results, summaries = judge(found, truth, context)
+        improved = state.finish_epoch(rate(first + order.steps - 1), val_columns(summaries))
+        files.finish_epoch(state.snapshot(), speed, improved)
+        context.say(detection_report.epoch_line(state.history[-1], recipe.epochs, speed, improved))
+
+    files.close()
+    if context.is_main:
+        picture = folder / "predictions.png"
+        pictured = load_split(val_place(args, root), masks, drop_crowds=False)
+        detection_report.write_picture(picture, pictured, results)
+        context.say(
+            *detection_report.summary_lines(summaries),
+            *files.farewell(state.best, args.data),
+            f"  last epoch's detections beside the ground truth: {picture}",
+        )
+    return 0
+
+
+def judge(
+    found: list[Result], truth: GroundTruth, context: distributed.Context
+) -> tuple[list[Result] | None, dict[str, Summary]]:
+    """COCO's figures of all ranks' detections, on every rank; the detections on rank 0 alone."""
+    results = gather(found, context)
+    return results, distributed.share(truth.judge(results) if context.is_main else None, context)
+
+
+def all_finished(found: list[Result] | None, context: distributed.Context) -> bool:
+    """Whether no rank was stopped on the way."""
+    stopped = torch.tensor(float(found is None), device=context.device)
+    return not distributed.all_reduce(stopped)
+
+
+def run_name(arch: str, backbone: str, action: str | None) -> str:
+    """The run folder's name without its number."""
+    return "_".join(filter(None, (arch, backbone, action)))
+
+
+def data_root(data: str, context: distributed.Context) -> str:
+    """The data folder; demo data is written by rank 0 while the others wait."""
+    if data == demo_shapes.SHAPES:
+        return distributed.share(demo_shapes.prepare() if context.is_main else None, context)
+    return data
+
+
+def train_place(args: Namespace, root: str) -> Place:
+    return locate(root, "train", args.train_images, args.train_annotations)
+
+
+def val_place(args: Namespace, root: str) -> Place:
+    return locate(root, "val", args.val_images, args.val_annotations)
+
+
+def check_batch(batch_size: int, images: int, ranks: int) -> None:
+    """Refuses a batch that does not divide, or that the data cannot fill."""
+    if batch_size % ranks:
+        lower = batch_size // ranks * ranks
+        near = " or ".join(str(n) for n in (lower, lower + ranks) if n)
+        raise UserError(
+            f"--batch-size {batch_size} is the global batch and does not divide over {ranks} "
+            f"processes: give {near}"
+        )
+    if batch_size > images:
+        raise UserError(f"--batch-size {batch_size} is more than the {images} training images")
+
+
+def match_classes(classes: list[str], split: CocoSplit, source: str) -> list[int]:
+    """The category ids that `split` gives to `classes`, in their order.
+
+    Raises:
+        UserError: it has other classes.
+    """
+    if sorted(classes) != sorted(split.classes):
+        odd = sorted(set(classes) ^ set(split.classes)) or ["a name twice"]
+        raise UserError(
+            f"the validation annotations have {len(split.classes)} classes, {source} "
+            f"{len(classes)}, and they differ in {odd[0]}: the names must agree"
+        )
+    id_of = dict(zip(split.classes, split.category_ids, strict=True))
+    return [id_of[name] for name in classes]
+
+
+def read_checkpoint(args: Namespace) -> tuple[dict | None, Path | None]:
+    """The checkpoint to go on from or to evaluate, if any, and the run folder it stands in."""
+    if args.resume is None:
+        if args.evaluate:
+            raise UserError("-e needs weights to evaluate: add --resume CKPT")
+        return None, None
+    recipe = DEMO if args.data == demo_shapes.SHAPES else RECIPE
+    name = run_name(args.arch or recipe.arch, args.backbone or recipe.backbone, args.action)
+    saved, folder, notes = resume.find(args.resume, name, args.output, args.evaluate)
+    if distributed.is_first():
+        print(*notes, sep="\n", flush=True)
+    if args.evaluate and saved is None:
+        raise UserError("-e needs weights to evaluate: name them with --resume CKPT")
+    if saved is not None and not (checkpoint.is_ours(saved) and "backbone" in saved):
+        raise UserError(f"{args.resume}: no detector's checkpoint; give one of detect_main.py")
+    if saved is not None and not args.evaluate and "recipe" not in saved:
+        raise UserError(f"{args.resume}: holds weights, not a run; it can be evaluated with -e")
+    return saved, folder
+
+
+def refuse_another_network(asked: Namespace, saved: dict) -> None:
+    """Ends the run when its flags ask for a network that the checkpoint does not hold."""
+    held = {k: saved[k] for k in ("arch", "backbone")}
+    held |= {k: saved["model_kwargs"][k] for k in ("norm", "trainable_layers")}
+    differing = [k for k, v in held.items() if getattr(asked, k) not in (None, v)]
+    if asked.ksize is not None:
+        with as_user_error():
+            if models.parse_ksize(asked.ksize) != tuple(saved["ksize"] or ()):
+                differing.append("ksize")
+    if differing:
+        flags = ", ".join(f"--{k.replace('_', '-')} {getattr(asked, k)}" for k in differing)
+        raise UserError(
+            f"{asked.resume} holds {saved['arch']} on {saved['backbone']}, ksize {saved['ksize']}, "
+            f"norm {held['norm']}: leave {flags} out, or start a new run"
+        )
+
+
+def build_network(
+    args: Namespace, recipe: DetectionRecipe, saved: dict | None, outputs: int
+) -> tuple[nn.Module, list[str]]:
+    """The network with its first weights (saved, or with a backbone's, or fresh), and notes."""
+    with as_user_error():
+        if saved is not None:
+            return detection.detector_from_checkpoint(saved), []
+        pretrained = args.backbone_weights is not None
+        norm = args.norm or ("eval" if pretrained else "bn")
+        layers = args.trainable_layers
+        if layers is None:
+            layers = 3 if pretrained else 5
+        network = detection.create_detector(
+            recipe.arch, recipe.backbone, args.ksize, outputs, trainable_layers=layers, norm=norm,
+            legacy=args.legacy, min_size=recipe.min_size, max_size=recipe.max_size,
+            **recipe.settings,
+        )  # fmt: skip
+        if pretrained:
+            weights = checkpoint.load(args.backbone_weights)
+            return network, [f"  {detection.load_backbone(network, weights)}"]
+    if norm in ("eval", "frozen"):
+        return network, [
+            f"! --norm {norm} without --backbone-weights: no statistics have been measured yet"
+        ]
+    return network, [
+        f"! no --backbone-weights: the backbone starts from nothing, with --norm {norm}"
+    ]
+
+
+def is_channels_last(args: Namespace, context: distributed.Context) -> bool:
+    """The layout asked for; by itself NHWC on the CPU, where NCHW is several times slower."""
+    return context.device.type == "cpu" if args.channels_last is None else args.channels_last
+
+
+def put(network: nn.Module, args: Namespace, context: distributed.Context) -> Reading:
+    """Puts the network on its device in its layout, and says how its batches are to be read."""
+    last = is_channels_last(args, context)
+    layout = torch.channels_last if last else torch.contiguous_format
+    network.to(context.device, memory_format=layout)
+    return Reading(context.device, args.workers, args.worker_timeout)
+
+
+if __name__ == "__main__":
+    run_script(main)

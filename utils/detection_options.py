@@ -1,0 +1,204 @@
+"""The flags of detect_main.py."""
+
+import argparse
+from collections.abc import Iterable, Sequence
+
+from utils.cli import (
+    Parser,
+    count,
+    did_you_mean,
+    fraction,
+    non_negative_float,
+    number,
+    positive_float,
+    positive_int,
+)
+from utils.detection_recipe import AUTO, DetectionRecipe
+
+
+def build_parser(
+    recipe: DetectionRecipe,
+    detectors: Sequence[str],
+    backbones: Iterable[str],
+    norms: Sequence[str],
+    description: str,
+) -> Parser:
+    """The parser; flags that belong to the recipe default to None, so that one given is known."""
+    parser = Parser(
+        description=description,
+        epilog="DATA is a folder in COCO's layout (train2017/, val2017/, "
+        "annotations/instances_*.json), or demo:shapes.",
+    )
+    _data_flags(parser.add_argument_group("data"), recipe)
+    _network_flags(parser.add_argument_group("network"), recipe, detectors, list(backbones), norms)
+    _optimisation_flags(parser.add_argument_group("optimisation"), recipe)
+    _run_flags(parser.add_argument_group("run"))
+    return parser
+
+
+def _data_flags(group, recipe: DetectionRecipe) -> None:
+    group.add_argument(
+        "data", metavar="DATA", nargs="?", help="data folder (when resuming: the run's own)"
+    )
+    for part in ("train", "val"):
+        group.add_argument(
+            f"--{part}-images", metavar="DIR", help=f"in DATA, instead of {part}2017"
+        )
+        group.add_argument(
+            f"--{part}-annotations", metavar="FILE",
+            help=f"in DATA, instead of annotations/instances_{part}2017.json",
+        )  # fmt: skip
+    group.add_argument(
+        "--drop-empty", action="store_true",
+        help="leave images without objects out of training (default: they train as background)",
+    )  # fmt: skip
+    group.add_argument(
+        "-j", "--workers", type=count, metavar="N",
+        help="loader processes of each rank (default: 4, or what the machine has; demo: 0)",
+    )  # fmt: skip
+    group.add_argument(
+        "--min-size", type=positive_int, metavar="S",
+        help=f"pixels of an image's shorter side (default: {recipe.min_size})",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-size", type=positive_int, metavar="S",
+        help=f"most pixels of the longer side (default: {recipe.max_size})",
+    )  # fmt: skip
+    group.add_argument(
+        "--hflip", type=fraction, metavar="P",
+        help=f"training: probability of a mirrored image (default: {recipe.hflip})",
+    )  # fmt: skip
+    group.add_argument(
+        "--worker-timeout", type=non_negative_float, default=600, metavar="S",
+        help="seconds without a batch after which loader workers count as hung (default: 600)",
+    )  # fmt: skip
+
+
+def _network_flags(
+    group,
+    recipe: DetectionRecipe,
+    detectors: Sequence[str],
+    backbones: list[str],
+    norms: Sequence[str],
+) -> None:
+    def known(name: str) -> str:
+        if name not in backbones:
+            hint = did_you_mean(name, backbones) or f"; known: {', '.join(backbones)}"
+            raise argparse.ArgumentTypeError(f"no backbone {name!r}{hint}")
+        return name
+
+    group.add_argument("-a", "--arch", choices=detectors, help=f"detector (default: {recipe.arch})")
+    group.add_argument(
+        "-b", "--backbone", type=known, metavar="NAME",
+        help=f"a ResNet of this project (default: {recipe.backbone})",
+    )  # fmt: skip
+    group.add_argument(
+        "--ksize", metavar="K",
+        help="ECA's kernel sizes: 3377, 3,5,5,11 or adaptive (default: the published ones)",
+    )  # fmt: skip
+    group.add_argument(
+        "--backbone-weights", metavar="CKPT",
+        help="start from a checkpoint of main.py, or a released one",
+    )  # fmt: skip
+    group.add_argument(
+        "--norm", choices=norms,
+        help="BatchNorm of the backbone: eval (statistics fixed, affine trained), frozen (both "
+        "fixed), bn, sync (default: eval with --backbone-weights, else bn)",
+    )  # fmt: skip
+    group.add_argument(
+        "--trainable-layers", type=number(int, 0, 5), metavar="N",
+        help="0 to 5: 3 trains layer2 to layer4 (default: 3 with --backbone-weights, else 5)",
+    )  # fmt: skip
+    group.add_argument(
+        "--legacy", action="store_true",
+        help="mmdetection v1's geometry (imported checkpoints bring it along)",
+    )  # fmt: skip
+
+
+def learning_rate(text: str) -> float | str:
+    """--lr: a number, or "auto"."""
+    return text if text == AUTO else positive_float(text)
+
+
+def _optimisation_flags(group, recipe: DetectionRecipe) -> None:
+    group.add_argument("--epochs", type=positive_int, metavar="N", help=f"default: {recipe.epochs}")
+    group.add_argument(
+        "--batch-size", type=positive_int, metavar="N",
+        help=f"global batch, over all devices (default: {recipe.batch_size})",
+    )  # fmt: skip
+    group.add_argument(
+        "--lr", type=learning_rate, metavar="F",
+        help="default: auto, which is 0.01 for each 8 images of a batch",
+    )  # fmt: skip
+    group.add_argument(
+        "--momentum", type=number(float, 0, 1, below=True), metavar="F",
+        help=f"default: {recipe.momentum}",
+    )  # fmt: skip
+    group.add_argument(
+        "--wd", "--weight-decay", dest="weight_decay", type=non_negative_float, metavar="F",
+        help=f"default: {recipe.weight_decay}",
+    )  # fmt: skip
+    group.add_argument(
+        "--lr-steps", type=positive_int, nargs="+", metavar="N",
+        help=f"epochs after which the rate decays (default: {' '.join(map(str, recipe.lr_steps))})",
+    )  # fmt: skip
+    group.add_argument(
+        "--lr-decay", type=number(float, 0, 1, above=True), metavar="F",
+        help=f"factor of a decay (default: {recipe.lr_decay})",
+    )  # fmt: skip
+    group.add_argument(
+        "--warmup-steps", type=count, metavar="N",
+        help=f"rise of the rate from {recipe.warmup_factor:.2g} of it (default: "
+        f"{recipe.warmup_steps})",
+    )  # fmt: skip
+    group.add_argument(
+        "--clip", type=positive_float, metavar="F",
+        help=f"largest gradient norm (default: {recipe.clip:g})",
+    )  # fmt: skip
+    group.add_argument(
+        "--amp", choices=("off", "bf16", "fp16"), default="off",
+        help="automatic mixed precision; the heads' outputs stay float32 (default: off)",
+    )  # fmt: skip
+    group.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction,
+        help="NHWC memory format (default: on the CPU, where it is several times quicker)",
+    )  # fmt: skip
+
+
+def _run_flags(group) -> None:
+    group.add_argument("-e", "--evaluate", action="store_true", help="evaluate only")
+    group.add_argument(
+        "--resume", metavar="CKPT",
+        help="go on from this checkpoint with its run's own settings; auto: the newest good one "
+        "of --output or of the newest run",
+    )  # fmt: skip
+    group.add_argument(
+        "--results-json", metavar="FILE",
+        help="with -e: write the detections in COCO's result format",
+    )  # fmt: skip
+    group.add_argument(
+        "--picture", metavar="FILE",
+        help="with -e: draw detections beside the ground truth of some images",
+    )  # fmt: skip
+    group.add_argument(
+        "--output", metavar="DIR",
+        help="run folder (default: runs/ARCH_BACKBONE[_ACTION]-N, a new one)",
+    )  # fmt: skip
+    group.add_argument("--action", metavar="TEXT", help="a word for the run folder's name")
+    group.add_argument(
+        "-p", "--print-freq", type=positive_int, default=10, metavar="N",
+        help="steps between two lines of progress (default: 10)",
+    )  # fmt: skip
+    group.add_argument(
+        "--save-every", type=positive_int, metavar="STEPS",
+        help="checkpoint inside the epoch, too (default: at its end)",
+    )  # fmt: skip
+    group.add_argument(
+        "--save-minutes", type=positive_float, metavar="M", help="the same, by the clock"
+    )
+    group.add_argument(
+        "--seed", type=count, metavar="N",
+        help="repeatable run: bit for bit on the CPU; on CUDA as far as its kernels allow",
+    )  # fmt: skip
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument("--gpu", type=count, metavar="N", help="use this GPU alone")

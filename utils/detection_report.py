@@ -1,0 +1,118 @@
+"""What a detection run says: network, recipe, an epoch, COCO's figures; and its picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils import coco_masks
+from utils.coco_data import CocoDataset, CocoSplit
+from utils.coco_eval import FIGURES, Result, Summary
+from utils.detection_log import KINDS
+from utils.detection_picture import png, side_by_side
+from utils.detection_recipe import AUTO, DetectionRecipe
+from utils.files import write_atomically
+from utils.image_io import BrokenImageError
+
+PICTURED = 8  # images in a picture
+
+
+def network_line(network: nn.Module) -> str:
+    """Detector, backbone, parameters, kernel sizes, what trains."""
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    ksize = f"ksize {','.join(map(str, network.ksize))}" if network.ksize else "no ECA"
+    legacy = ", mmdetection v1's geometry" if network.model_kwargs["legacy"] else ""
+    return (
+        f"network: {network.arch} on {network.backbone_arch}, {ksize}, {trained:,} trained "
+        f"parameters, norm {network.model_kwargs['norm']}{legacy}"
+    )
+
+
+def recipe_line(recipe: DetectionRecipe, lr_asked: float | str | None) -> str:
+    """The numbers of training in one line."""
+    auto = " (auto: 0.01 for 8 images)" if lr_asked in (None, AUTO) else ""
+    decays = ", ".join(map(str, recipe.lr_steps))
+    return (
+        f"recipe: {recipe.epochs} epochs, batch {recipe.batch_size}, lr {recipe.lr:g}{auto} times "
+        f"{recipe.lr_decay:g} after epochs {decays}, warm-up {recipe.warmup_steps} steps, momentum "
+        f"{recipe.momentum:g}, weight decay {recipe.weight_decay:g}, clip {recipe.clip:g}, sides "
+        f"{recipe.min_size} to {recipe.max_size}"
+    )
+
+
+def epoch_line(row: dict[str, float], epochs: int, speed: float, improved: bool) -> str:
+    """One finished epoch."""
+    figures = "  ".join(
+        f"{kind} AP {row[f'{kind}_AP']:.1f} AP50 {row[f'{kind}_AP50']:.1f}"
+        for kind in KINDS.values()
+        if f"{kind}_AP" in row
+    )
+    return (
+        f"epoch {row['epoch'] + 1}/{epochs}  train loss {row['train_loss']:.4f}  val {figures}  "
+        f"{speed:,.1f} images/s" + ("  (best)" if improved else "")
+    )
+
+
+def summary_lines(summaries: dict[str, Summary]) -> list[str]:
+    """COCO's twelve figures and every class's AP, in %; "-" where nothing was to be found."""
+
+    def percent(value: float) -> str:
+        return f"{100 * value:.1f}" if value >= 0 else "-"
+
+    lines = ["       " + "".join(f"{name:>7}" for name in FIGURES)]
+    for kind, summary in summaries.items():
+        values = "".join(f"{percent(value):>7}" for value in summary.figures.values())
+        lines.append(f"{KINDS[kind]:<7}{values}")
+    names = list(next(iter(summaries.values())).per_class)
+    width = max(map(len, names))
+    heads = "".join(f"{KINDS[kind] + ' AP':>9}" for kind in summaries)
+    lines.append(f"{'class':<{width}}{heads}")
+    for name in names:
+        values = "".join(f"{percent(s.per_class[name]):>9}" for s in summaries.values())
+        lines.append(f"{name:<{width}}{values}")
+    return lines
+
+
+def write_picture(
+    path: Path,
+    split: CocoSplit,
+    results: Sequence[Result],
+    count: int = PICTURED,
+) -> None:
+    """Draws the first `count` images of `split`, ground truth left and detections right.
+
+    Args:
+        results: in COCO's format, of these images among others.
+    """
+    dataset = CocoDataset(split, first_label=0)
+    images, truths, found = [], [], []
+    for index in range(min(count, len(split))):
+        sample = dataset[(0, index)]
+        if isinstance(sample, BrokenImageError):
+            continue
+        image, truth, image_id = sample
+        images.append(image)
+        truths.append(truth)
+        mine = [result for result in results if result["image_id"] == image_id]
+        found.append(_as_tensors(mine, split.category_ids, split.masks is not None))
+    write_atomically(path, png(side_by_side(images, truths, found, split.classes)))
+
+
+def _as_tensors(
+    results: Sequence[Result], category_ids: Sequence[int], masks: bool
+) -> dict[str, torch.Tensor]:
+    boxes = torch.tensor([result["bbox"] for result in results]).reshape(-1, 4)
+    found = {
+        "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
+        "scores": torch.tensor([result["score"] for result in results]),
+        "labels": torch.tensor([category_ids.index(r["category_id"]) for r in results]),
+    }
+    if masks and results:
+        decoded = [
+            coco_masks.decode(coco_masks.to_rle(r["segmentation"], *r["segmentation"]["size"]))
+            for r in results
+        ]
+        found["masks"] = torch.from_numpy(np.stack(decoded))
+    return found
