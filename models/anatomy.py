@@ -1,0 +1,97 @@
+"""Where a network's stages and attention layers are, and the gates they compute.
+
+For tools that look inside: the networks themselves know nothing of being watched.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.eca_mobilenetv2 import STAGE_OF_BLOCK, STAGES, MobileNetV2
+from models.eca_module import ECALayer
+from models.eca_resnet import ResNet
+
+
+class AttentionLayer(NamedTuple):
+    """One attention layer and where it stands; stages and blocks count from 1."""
+
+    name: str  # in the network, such as layer3.0.eca
+    stage: int
+    block: int  # within the stage
+    layer: nn.Module
+
+
+def feature_maps(network: nn.Module) -> dict[str, nn.Module]:
+    """The modules that put out the last feature map of each resolution, finest first.
+
+    ResNet: layer1 to layer4, at 1/4 to 1/32 of the input's side; MobileNetV2: 1/2 to 1/32, the last
+    of them after the 1280-channel convolution.
+    """
+    if isinstance(network, ResNet):
+        return {f"layer{i}": getattr(network, f"layer{i}") for i in (1, 2, 3, 4)}
+    _check(network)
+    last = len(STAGE_OF_BLOCK) + 1
+    ends = [
+        STAGE_OF_BLOCK.index(
+            stage
+        )  # the module before the stage's first, as features.0 is the stem
+        for stage, (*_, stride) in enumerate(STAGES)
+        if stride == 2
+    ]
+    return {f"features.{i}": network.features[i] for i in (*ends, last)}
+
+
+def attention_layers(network: nn.Module) -> list[AttentionLayer]:
+    """The attention layers of one of our networks, first to last; none for a plain network."""
+    found = []
+    if isinstance(network, ResNet):
+        for stage, name in enumerate(feature_maps(network), 1):
+            for i, block in enumerate(getattr(network, name)):
+                if block.slot:
+                    layer = getattr(block, block.slot)
+                    found.append(AttentionLayer(f"{name}.{i}.{block.slot}", stage, i + 1, layer))
+        return found
+    _check(network)
+    for i, stage in enumerate(STAGE_OF_BLOCK):
+        inside = network.features[i + 1].conv
+        last = len(inside) - 1
+        if not isinstance(inside[last], nn.BatchNorm2d):
+            block = i - STAGE_OF_BLOCK.index(stage) + 1
+            name = f"features.{i + 1}.conv.{last}"
+            found.append(AttentionLayer(name, stage + 1, block, inside[last]))
+    return found
+
+
+def gate(layer: nn.Module, x: Tensor) -> Tensor:
+    """The factors by which an attention layer scales the channels of x: (N, C, H, W) → (N, C)."""
+    y = x.mean((2, 3))
+    if isinstance(layer, ECALayer):
+        return torch.sigmoid(layer.conv(y.unsqueeze(1))).squeeze(1)
+    return torch.sigmoid(layer.f(y))
+
+
+@contextmanager
+def recorded_gates(network: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """While open, each forward pass leaves every attention layer's gate (N, C) under its name."""
+    gates: dict[str, Tensor] = {}
+
+    def watch(name: str):
+        def record(layer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+            gates[name] = gate(layer, inputs[0])
+
+        return record
+
+    handles = [a.layer.register_forward_hook(watch(a.name)) for a in attention_layers(network)]
+    try:
+        yield gates
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check(network: nn.Module) -> None:
+    if not isinstance(network, MobileNetV2):
+        raise ValueError(f"a network of models.MODELS is wanted, not {type(network).__name__}")

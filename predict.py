@@ -1,0 +1,242 @@
+"""Says what is in a user's images, with the network and the preprocessing that a checkpoint holds.
+
+examples:
+  predict.py CKPT photo.jpg                     the five most likely classes
+  predict.py CKPT photos/ --maps --grid         every image of a folder, with pictures
+  predict.py CKPT 'photos/**/*.jpg' --format csv > out.csv
+  find photos -newer last | predict.py CKPT -
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.anatomy import feature_maps
+from models.weights import network_from_checkpoint
+from utils import checkpoint, distributed, outputs, pictures
+from utils.class_activation import grad_cam
+from utils.cli import Parser, count, number, positive_int, run_script
+from utils.errors import EXIT_FAILED, UserError, as_user_error
+from utils.files import write_atomically
+from utils.image_io import DECODERS, printable, read_image
+from utils.predictions import FORMATS, Guess, Prediction, PredictionLog
+from utils.report import network_line
+from utils.saved import class_names, preprocessing
+from utils.user_images import UserBatch, find_images, read_batches
+
+FINE_ENOUGH = 4  # positions a side: with fewer, a map hardly tells where
+COARSEST = 32  # pixels a position of the last feature map; each one before it is twice as fine
+MOST_IN_GRID = 400
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    parser.add_argument("checkpoint", metavar="CKPT", help="of main.py, or released weights")
+    parser.add_argument(
+        "images", metavar="IMAGES", nargs="+",
+        help="files, folders, quoted patterns, or - for one path a line on standard input",
+    )  # fmt: skip
+    parser.add_argument(
+        "-k", "--topk", type=positive_int, default=5, metavar="K", help="classes (default: 5)"
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, default="table", help="on standard output (default: table)"
+    )
+    parser.add_argument(
+        "--maps", action="store_true", help="write each image with its class-activation map"
+    )
+    parser.add_argument(
+        "--map-stage", type=positive_int, metavar="N",
+        help="of this feature map, 1 the finest (default: the last with at least 4 x 4 positions)",
+    )  # fmt: skip
+    parser.add_argument("--grid", action="store_true", help="write one picture of all images")
+    parser.add_argument(
+        "--output", metavar="DIR",
+        help="folder for predictions.csv, predictions.json and the pictures (default with --maps "
+        "or --grid: runs/predict-N, a new one)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--names", metavar="FILE", help="class names, one a line (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--img-size", type=positive_int, metavar="S", help="pixels (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--crop-pct", type=number(float, 0, 1, above=True), metavar="F",
+        help="share of the resized image that is kept (default: the checkpoint's)",
+    )  # fmt: skip
+    parser.add_argument("--decoder", choices=DECODERS, default="torchvision", help="as for main.py")
+    parser.add_argument(
+        "-b", "--batch-size", type=positive_int, default=32, metavar="N", help="default: 32"
+    )
+    parser.add_argument(
+        "-j", "--workers", type=count, metavar="N",
+        help="loader processes (default: 4, or what the machine has; none for a few images)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    return parser
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    outputs.check_free(args.output)
+    paths = find_images(args.images)
+    saved = checkpoint.load(args.checkpoint)
+    with as_user_error(f"{args.checkpoint}: "):
+        network = network_from_checkpoint(saved)
+    names = class_names(saved, network.num_classes, args.names)
+    img_size, crop_pct = preprocessing(saved, args.img_size, args.crop_pct)
+    stage = map_stage(network, img_size, args.map_stage) if args.maps else None
+    device = distributed.setup(args.device).device
+    network.to(device).eval().requires_grad_(False)
+    say(f"{network_line(network)}; the middle {img_size} of {round(img_size / crop_pct)} pixels")
+
+    folder = None
+    if args.output or args.maps or args.grid:
+        folder = outputs.new_folder("predict", args.output)
+    workers = args.workers
+    if workers is None:  # processes take longer to start than a few images take to read
+        workers = 0 if len(paths) <= 2 * args.batch_size else min(4, os.cpu_count() or 1)
+    batches = read_batches(
+        paths, img_size, crop_pct, args.batch_size, device, workers, args.decoder
+    )
+    files = [printable(path) for path in paths]
+    log = PredictionLog(args.format, files, min(args.topk, network.num_classes))
+    try:
+        for i, prediction, heat in classify(network, batches, files, names, log.topk, stage):
+            if prediction.error is not None:
+                say(f"! {prediction.file}: {prediction.error}; passed over")
+            if heat is not None:
+                drawn = folder / "maps" / f"{i + 1:04}_{Path(prediction.file).stem}.png"
+                write_map(drawn, paths[i], prediction, heat, img_size, crop_pct, stage)
+                prediction = replace(prediction, map=str(drawn))
+            log.add(prediction)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise UserError(
+            f"out of memory with -b {args.batch_size}: give a smaller -b", EXIT_FAILED
+        ) from None
+    log.close()
+
+    broken = sum(prediction.error is not None for prediction in log.predictions)
+    if folder is not None:
+        log.write(folder)
+        if args.grid and broken < len(paths):
+            write_grid(folder / "grid.png", paths, log.predictions, names, args.checkpoint)
+        say(f"written to {folder}")
+    if broken:
+        say(f"{broken} of {len(paths)} images could not be read")
+    return EXIT_FAILED if broken else 0
+
+
+def say(text: str) -> None:
+    """To standard error: standard output is for the predictions alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def map_stage(network: nn.Module, img_size: int, number: int | None) -> str:
+    """The name of the module whose output the maps are made from.
+
+    Raises:
+        UserError: `number` is more than there are.
+    """
+    stages = list(feature_maps(network))
+    if number is not None:
+        if number > len(stages):
+            raise UserError(
+                f"--map-stage {number}: {network.arch} has feature maps 1 to {len(stages)}"
+            )
+        return stages[number - 1]
+    pixels, back = COARSEST, 1
+    while img_size < FINE_ENOUGH * pixels and back < len(stages):
+        pixels, back = pixels // 2, back + 1
+    if back > 1:
+        say(f"maps of {stages[-back]}: of {img_size} pixels {stages[-1]} keeps too few positions")
+    return stages[-back]
+
+
+def classify(
+    network: nn.Module,
+    batches: Iterable[UserBatch],
+    files: Sequence[str],
+    names: Sequence[str],
+    topk: int,
+    stage: str | None,
+) -> Iterator[tuple[int, Prediction, np.ndarray | None]]:
+    """(index, prediction, map or None) of each image in turn; `stage` is None without maps."""
+    for batch in batches:
+        found = {i: (Prediction(files[i], error=reason), None) for i, reason in batch.broken}
+        heats = [None] * len(batch.indices)
+        if batch.indices and stage is None:
+            with torch.inference_mode():
+                logits = network(batch.images)
+        elif batch.indices:
+            logits, maps = grad_cam(network, network.get_submodule(stage), batch.images)
+            heats = maps.cpu().numpy()
+        for row, i in enumerate(batch.indices):
+            confidences, classes = logits[row].float().softmax(0).topk(topk)
+            guesses = zip(classes.tolist(), confidences.tolist(), strict=True)
+            guesses = tuple(Guess(c, names[c], confidence) for c, confidence in guesses)
+            found[i] = Prediction(files[i], guesses), heats[row]
+            if not logits[row].isfinite().all():
+                found[i] = Prediction(files[i], error="the network's output is not finite"), None
+        for i in sorted(found):
+            yield i, *found[i]
+
+
+def write_map(
+    target: Path,
+    path: bytes,
+    prediction: Prediction,
+    heat: np.ndarray,
+    img_size: int,
+    crop_pct: float,
+    stage: str,
+) -> None:
+    image = read_image(path, "pil")
+    square = pictures.seen_square(*image.size, img_size, crop_pct)
+    ranking = [(guess.name, guess.confidence) for guess in prediction.guesses]
+    where = f"{stage}, {heat.shape[0]} × {heat.shape[1]} positions"
+    target.parent.mkdir(exist_ok=True)
+    write_atomically(
+        target, pictures.draw_map(image, heat, square, Path(prediction.file).name, ranking, where)
+    )
+
+
+def write_grid(
+    target: Path,
+    paths: Sequence[bytes],
+    predictions: Sequence[Prediction],
+    names: Sequence[str],
+    title: str,
+) -> None:
+    """One picture of the readable images; in folders named like a class, right ones are green."""
+    cells, checked, right = [], 0, 0
+    for path, prediction in zip(paths, predictions, strict=True):
+        if prediction.error is not None:
+            continue
+        if len(cells) == MOST_IN_GRID:
+            say(f"grid.png holds the first {MOST_IN_GRID} images")
+            break
+        guess, file = prediction.guesses[0], Path(prediction.file)
+        colour, note = pictures.PLAIN, file.name
+        if file.parent.name in names:
+            agrees = file.parent.name == guess.name
+            checked, right = checked + 1, right + agrees
+            colour = pictures.RIGHT if agrees else pictures.WRONG
+            note = f"{file.parent.name}/{file.name}"
+        image = read_image(path, "pil")
+        note = f"{100 * guess.confidence:.0f} %  {note}"
+        cells.append(pictures.Cell(image, guess.name, note, colour))
+    if checked:
+        title += f": {right} of {checked} as the folder says"
+    write_atomically(target, pictures.draw_grid(cells, title))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,289 @@
+"""predict.py: the right images, the right numbers, and pictures of what the network saw."""
+
+import csv
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms.v2 import functional as tv
+
+import predict
+from models import create_model, weights
+from models.anatomy import feature_maps
+from models.eca_resnet import BasicBlock, ResNet
+from utils import checkpoint
+from utils.class_activation import grad_cam
+from utils.cli import run_script
+from utils.data import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from utils.errors import UserError
+from utils.image_io import read_image
+from utils.pictures import seen_square
+from utils.user_images import find_images, read_batches
+
+CLASSES = ["cat", "dog", "emu"]
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    torch.manual_seed(0)
+    network = create_model("eca_resnet18", num_classes=3).eval()
+    nn.init.normal_(network.fc.weight)
+    path = tmp_path_factory.mktemp("ckpt") / "best.pth"
+    fields = {"classes": CLASSES, "img_size": 64, "crop_pct": 0.8}
+    state = {**weights.describe_network(network), **fields, "state_dict": network.state_dict()}
+    checkpoint.save(path, state)
+    return path, network
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Four images of several shapes and one broken file."""
+    folder = tmp_path / "photos"
+    (folder / "cat" / ".hidden").mkdir(parents=True)
+    chance = np.random.default_rng(0)
+    shapes = {"a.png": (50, 90), "b.jpg": (90, 50), "cat/c.png": (70, 70), "cat/d[1].png": (33, 80)}
+    for name, shape in shapes.items():
+        pixels = chance.integers(0, 256, (*(side // 8 + 1 for side in shape), 3), np.uint8)
+        Image.fromarray(pixels).resize(shape[::-1], Image.Resampling.BICUBIC).save(folder / name)
+    (folder / "bad.png").write_bytes(b"no image")
+    (folder / "cat" / ".hidden" / "e.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs predict.py's main and gives (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_script(predict.main)
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+def expected_confidences(network, path):
+    """By hand, from the file to the softmax."""
+    image = read_image(path)
+    image = tv.center_crop(tv.resize(image, [80], antialias=True), [64]).float() / 255
+    image = tv.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
+    with torch.no_grad():
+        return network(image[None]).softmax(1)[0]
+
+
+def test_what_names_stand_for(photos, monkeypatch):
+    def found(*names):
+        return [p.decode().removeprefix(f"{photos}/") for p in find_images(list(map(str, names)))]
+
+    everything = ["a.png", "b.jpg", "bad.png", "cat/c.png", "cat/d[1].png"]
+    assert found(photos) == everything
+    assert found(photos / "cat", photos) == everything[3:] + everything[:3]  # each once, in order
+    assert found(photos / "*.png") == ["a.png", "bad.png"]
+    assert found(f"{photos}/**/*.png") == ["a.png", "bad.png", "cat/c.png", "cat/d[1].png"]
+    assert found(photos / "cat/d[1].png") == ["cat/d[1].png"]  # a file before a pattern
+    assert found(photos / "notes.txt") == ["notes.txt"]  # named: it will be tried
+
+    lines = [f"{photos}/b.jpg\n".encode(), b"\n", f"{photos}/a.png".encode()]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=lines))
+    assert found("-") == ["b.jpg", "a.png"]
+    lines.clear()
+    (photos / "empty").mkdir()
+    for name, message in [
+        ("-", "no path came in"),
+        (photos / "none*.png", "no such file, folder or pattern"),
+        (photos / "empty", "no image below this folder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            find_images([str(name)])
+    lines.append(b"/nowhere/x.png\n")
+    with pytest.raises(UserError, match=r"/nowhere/x.png: no such file \(1 of 1 paths"):
+        find_images(["-"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_keep_the_order_and_set_broken_images_aside(photos, workers):
+    paths = find_images([str(photos)]) + [str(photos / "bad.png").encode()]
+    batches = list(read_batches(paths, 64, 0.8, 2, torch.device("cpu"), workers))
+    assert [batch.indices for batch in batches] == [[0, 1], [3], [4]]
+    assert [batch.broken for batch in batches] == [[], [(2, "not an image")], [(5, "not an image")]]
+    assert all(batch.images.shape == (len(batch.indices), 3, 64, 64) for batch in batches)
+    assert [
+        b.images.shape[0] for b in read_batches(paths[5:], 64, 0.8, 2, torch.device("cpu"))
+    ] == [0]
+    pil = next(read_batches(paths, 64, 0.8, 2, torch.device("cpu"), decoder="pil"))
+    assert (pil.images - batches[0].images).abs().mean() < 0.05  # another decoder, the same image
+
+
+def test_table_csv_and_json_hold_the_right_numbers(ckpt, photos, cli, tmp_path):
+    path, network = ckpt
+    out = tmp_path / "out"
+    code, table, notes = cli(path, photos, "-k", 2, "-b", 2, "--output", out)
+    assert code == 1
+    assert f"! {photos}/bad.png: not an image; passed over" in notes
+    assert "1 of 5 images could not be read" in notes
+    found = json.loads((out / "predictions.json").read_text())
+    assert [entry["file"].removeprefix(f"{photos}/") for entry in found] == [
+        "a.png", "b.jpg", "bad.png", "cat/c.png", "cat/d[1].png",
+    ]  # fmt: skip
+    assert found.pop(2) == {"file": f"{photos}/bad.png", "error": "not an image"}
+    lines = table.splitlines()
+    assert len(lines) == 4
+    for entry, line in zip(found, lines, strict=True):
+        expected = expected_confidences(network, entry["file"])
+        order = expected.argsort(descending=True)[:2].tolist()
+        assert [guess["index"] for guess in entry["guesses"]] == order
+        assert [guess["name"] for guess in entry["guesses"]] == [CLASSES[i] for i in order]
+        given = torch.tensor([guess["confidence"] for guess in entry["guesses"]])
+        torch.testing.assert_close(given, expected[order], rtol=1e-3, atol=1e-4)
+        assert line.startswith(entry["file"])
+        assert f"{CLASSES[order[0]]} {100 * given[0]:.1f} %" in line
+
+    code, text, _ = cli(path, photos, "-k", 2, "-b", 2, "--format", "csv")
+    assert text == (out / "predictions.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    assert rows[2]["error"] == "not an image"
+    assert rows[0]["class_1"] == found[0]["guesses"][0]["name"]
+    code, text, _ = cli(path, photos / "a.png", "-k", 9, "--format", "json")
+    assert code == 0
+    (entry,) = json.loads(text)
+    assert sum(guess["confidence"] for guess in entry["guesses"]) == pytest.approx(1)
+
+
+def test_pictures_go_to_a_new_folder(ckpt, photos, cli, tmp_path, monkeypatch):
+    path, network = ckpt
+    monkeypatch.chdir(tmp_path)
+    code, _, notes = cli(path, photos, "--maps", "--grid")
+    assert code == 1
+    assert "maps of layer3: of 64 pixels layer4 keeps too few positions" in notes
+    folder = tmp_path / "runs" / "predict-1"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "grid.png", "maps", "predictions.csv", "predictions.json",
+    ]  # fmt: skip
+    names = ["0001_a.png", "0002_b.png", "0004_c.png", "0005_d[1].png"]
+    assert sorted(p.name for p in (folder / "maps").iterdir()) == names
+    maps = [e["map"] for e in json.loads((folder / "predictions.json").read_text()) if "map" in e]
+    assert maps == [f"runs/predict-1/maps/{name}" for name in names]
+    grid = np.asarray(Image.open(folder / "grid.png").convert("RGB")).reshape(-1, 3).tolist()
+    # c and d lie in a folder named like a class: each has a frame that says whether it is right.
+    frames = [[0x1A, 0x7F, 0x37], [0xCF, 0x22, 0x2E]]
+    hits = [
+        expected_confidences(network, photos / "cat" / name).argmax() == 0
+        for name in ("c.png", "d[1].png")
+    ]
+    assert [frame in grid for frame in frames] == [any(hits), not all(hits)]
+
+    cli(path, photos / "a.png", "--maps", "--map-stage", 4)
+    assert (tmp_path / "runs" / "predict-2" / "maps" / "0001_a.png").stat().st_size > 5000
+    code, _, notes = cli(path, photos / "a.png", "--output", folder)
+    assert (code, "is in use; choose a new --output" in notes) == (2, True)
+
+
+def test_released_weights(ckpt, photos, cli, tmp_path):
+    _, network = ckpt
+    released = tmp_path / "released.pth.tar"
+    state = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"epoch": 1, "arch": "wrong", "state_dict": state}, released)
+    code, table, notes = cli(released, photos / "a.png")
+    assert (code, "class 0 " in table) == (0, True)
+    assert "the middle 224 of 256 pixels" in notes
+    names = tmp_path / "names.txt"
+    names.write_text("n1\nn2\n\nn3\n")
+    options = ("--names", names, "--img-size", 64, "--crop-pct", 0.8, "--format", "json")
+    _, text, _ = cli(released, photos / "a.png", *options)
+    guesses = json.loads(text)[0]["guesses"]
+    given = {guess["name"]: guess["confidence"] for guess in guesses}
+    expected = expected_confidences(network, photos / "a.png")
+    assert [given[f"n{i}"] for i in (1, 2, 3)] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_what_is_wrong_is_said_in_one_line(ckpt, photos, cli, tmp_path):
+    path, _ = ckpt
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    for arguments, message in [
+        ((path, "nowhere.jpg"), "nowhere.jpg: no such file, folder or pattern"),
+        (("nowhere.pth", photos), "nowhere.pth: no such file"),
+        ((photos / "a.png", photos), "damaged, or not a checkpoint"),
+        ((path, photos, "--names", tmp_path / "two.txt"), "2 names for 3 classes"),
+        ((path, photos, "--names", tmp_path), "give a text file"),
+        ((path, photos, "--maps", "--map-stage", 5), "has feature maps 1 to 4"),
+        ((path, photos, "--output", photos / "a.png"), "is a file"),
+        ((path, photos, "--topk", 0), "'0' is not a whole number at least 1"),
+        ((path, photos, "--map"), "unknown argument --map; did you mean --maps"),
+    ]:
+        code, out, notes = cli(*arguments)
+        assert (code, out) == (2, "")
+        assert message in notes
+        assert len(notes.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["eca_resnet18", "eca_mobilenetv2", "resnet18"])
+def test_map_of_the_last_stage_is_the_class_weights_map(name):
+    """With a global mean and one linear layer behind it, Grad-CAM is CAM."""
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=4).eval().requires_grad_(False)
+    images = torch.randn(3, 3, 96, 128)
+    stages = feature_maps(network)
+    for classes in (None, torch.tensor([1, 2, 0])):
+        logits, maps = grad_cam(network, list(stages.values())[-1], images, classes)
+        assert maps.shape == (3, 3, 4)
+        torch.testing.assert_close(logits, network(images))
+        chosen = logits.argmax(1) if classes is None else classes
+        head = network.get_submodule(network.head).weight[chosen]
+        features = network.forward_features(images)
+        cam = torch.einsum("nc,nchw->nhw", head, features).clamp(min=0)
+        expected = cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
+        torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)
+    sides = [grad_cam(network, stage, images)[1].shape[1] for stage in stages.values()]
+    assert sides == [96 // 2**i for i in range(6 - len(sides), 6)]
+
+
+def test_map_finds_where_the_evidence_is():
+    class Corner(nn.Module):
+        """Class 1 is brightness."""
+
+        def __init__(self):
+            super().__init__()
+            self.stage = nn.Conv2d(3, 2, 1)
+            nn.init.constant_(self.stage.weight, 1)
+
+        def forward(self, x):
+            y = self.stage(x).mean((2, 3))
+            return torch.stack((torch.zeros(len(y)), y[:, 0]), 1)
+
+    images = torch.zeros(1, 3, 8, 8)
+    images[:, :, :2, 5:] = 1
+    network = Corner()
+    nn.init.zeros_(network.stage.bias)
+    _, maps = grad_cam(network, network.stage, images)
+    assert torch.equal(maps[0], images[0, 0])
+    _, maps = grad_cam(network, network.stage, images, torch.tensor([0]))
+    assert torch.equal(maps[0], torch.zeros(8, 8))  # nothing speaks for class 0: no NaN
+
+
+@pytest.mark.parametrize(("width", "height"), [(300, 200), (200, 300), (250, 250)])
+def test_the_square_shown_is_the_one_seen(width, height):
+    x = torch.arange(width).expand(height, -1) * 200 / width
+    y = torch.arange(height)[:, None].expand(-1, width) * 200 / height
+    image = torch.stack((x, y, x)).to(torch.uint8)
+    seen = eval_transform(64, 0.8)(image).float()
+    left, top, side = seen_square(width, height, 64, 0.8)
+    for axis, begin, whole in ((0, left, width), (1, top, height)):
+        line = seen[axis].amin(axis), seen[axis].amax(axis)
+        assert seen[axis].min() == pytest.approx(begin * 200 / whole, abs=5), line
+        assert seen[axis].max() == pytest.approx((begin + side) * 200 / whole, abs=5), line
+
+
+def test_a_network_that_gives_no_numbers(photos):
+    network = ResNet(BasicBlock, (1, 1, 1, 1), "eca", "3333", num_classes=3).eval()
+    nn.init.constant_(network.fc.bias, float("nan"))
+    batches = read_batches(find_images([str(photos / "a.png")]), 64, 0.8, 2, torch.device("cpu"))
+    ((_, prediction, heat),) = predict.classify(network, batches, ["a.png"], CLASSES, 2, None)
+    assert prediction.error == "the network's output is not finite"
+    assert heat is None

@@ -1,0 +1,186 @@
+"""Pictures of predictions: one image with its class-activation map, many images in a grid."""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 448  # pixels of a picture's longer side beside its map
+CELL = 132  # pixels of a picture in the grid, and the two lines of text below it
+TEXT = 34
+COLOURS = LinearSegmentedColormap.from_list("heat", ["#3b0f70", "#b73779", "#fc8961", "#fcfdbf"])
+RIGHT, WRONG, PLAIN = "#1a7f37", "#cf222e", "#1f2328"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of the grid."""
+
+    image: Image.Image
+    label: str
+    note: str  # the smaller second line
+    colour: str = PLAIN
+
+
+def seen_square(width: int, height: int, img_size: int, crop_pct: float) -> tuple[float, ...]:
+    """What `eval_transform` leaves of an image: (left, top, side) in its own pixels."""
+    short = min(width, height)
+    side = short * img_size / round(img_size / crop_pct)
+    return (width - side) / 2, (height - side) / 2, side
+
+
+def draw_map(
+    image: Image.Image,
+    heat: np.ndarray,
+    square: tuple[float, ...],
+    title: str,
+    ranking: Sequence[tuple[str, float]],
+    where: str,
+) -> bytes:
+    """A PNG: the image, its class-activation map over it, and the most likely classes.
+
+    Args:
+        image: as the user has it.
+        heat: (h, w) from 0 to 1, of the part that the network saw.
+        square: that part, see `seen_square`; what lies outside is darkened.
+        title: of the whole, such as the file name.
+        ranking: (class, confidence from 0 to 1), the most likely first; the map is for the first.
+        where: the layer that the map is of.
+    """
+    scale = SIDE / max(image.size)
+    size = tuple(max(1, round(scale * side)) for side in image.size)
+    # Few pixels are shown as pixels: smoothing would invent what the network did not have.
+    shown = image.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC)
+    overlay = _overlay(np.asarray(shown) / 255, heat, [scale * value for value in square])
+
+    # In inches: two pictures of one size, the colours' scale, and the bars.
+    wide, tall = (3.2 * pixels / SIDE for pixels in size)
+    gap, head, foot, bars, least = 0.15, 0.4, 0.3, 1.6, 2.3
+    names = 0.2 + 0.065 * max(len(_short(name)) for name, _ in ranking)
+    width = gap + 2 * (max(wide, least) + gap) + 0.7 + names + bars + gap
+    height = head + max(tall, least) + foot
+    figure = plt.figure(figsize=(width, height))
+
+    def axes(x: float, w: float, h: float) -> plt.Axes:
+        return figure.add_axes((x / width, (height - head - h) / height, w / width, h / height))
+
+    shift = max(0, least - wide) / 2
+    left = axes(gap + shift, wide, tall)
+    middle = axes(2 * gap + max(wide, least) + shift, wide, tall)
+    x = 2 * gap + 2 * max(wide, least) - shift
+    scale = axes(x + 0.08, 0.1, tall)
+    right = axes(x + 0.7 + shift + names, bars, max(tall, least))
+
+    left.imshow(shown)
+    middle.imshow(overlay)
+    for axis, text in ((left, title), (middle, f"evidence for “{_short(ranking[0][0])}”")):
+        axis.set_title(_short(text, 36), fontsize=9)
+        axis.axis("off")
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(cmap=COLOURS), cax=scale, ticks=(0, 1))
+    bar.ax.set_yticklabels(("none", "most"), fontsize=7)
+    bar.ax.tick_params(length=0)
+    bar.outline.set_visible(False)
+    middle.text(
+        0.5, -0.07 / tall, f"Grad-CAM on {where}", transform=middle.transAxes, ha="center",
+        va="top", fontsize=7, color="0.4",
+    )  # fmt: skip
+
+    names = [_short(name) for name, _ in ranking]
+    shares = [100 * confidence for _, confidence in ranking]
+    places = range(len(names))
+    right.barh(places, shares, color=["#b73779", *["#b6bcc4"] * (len(names) - 1)], height=0.62)
+    for place, share in zip(places, shares, strict=True):
+        right.text(share + 2, place, f"{share:.1f} %", va="center", fontsize=8)
+    right.set(xlim=(0, 140), xticks=(), ylim=(max(4.6, len(names) - 0.4), -0.6))
+    right.set_yticks(places, names, fontsize=8)
+    right.tick_params(left=False)
+    right.spines[:].set_visible(False)
+    right.set_title("confidence", fontsize=9, loc="left")
+    return _png(figure)
+
+
+def _overlay(picture: np.ndarray, heat: np.ndarray, square: Sequence[float]) -> np.ndarray:
+    """`heat` in colour over the square of `picture` (H, W, 3 from 0 to 1) that it is of."""
+    left, top, side = square
+    tall, wide = picture.shape[:2]
+    smooth = Image.fromarray(heat.astype(np.float32)).resize(
+        (max(1, round(side)),) * 2, Image.Resampling.BICUBIC
+    )
+    whole = Image.new("F", (wide, tall), -1.0)
+    whole.paste(smooth, (round(left), round(top)))
+    warmth = np.asarray(whole)
+    grey = 0.8 * picture.mean(2, keepdims=True) + 0.2 * picture
+    seen = warmth >= -0.5
+    warmth = warmth.clip(0, 1)
+    colour = COLOURS(warmth)[..., :3]
+    share = (0.75 * warmth)[..., None]
+    return np.where(seen[..., None], grey * (1 - share) + colour * share, 0.3 * grey)
+
+
+def draw_grid(cells: Sequence[Cell], title: str) -> bytes:
+    """A PNG of all `cells`, row by row, with the text below each picture."""
+    columns = min(len(cells), max(4, math.ceil(math.sqrt(1.25 * len(cells)))))
+    rows = math.ceil(len(cells) / columns)
+    gap, head = 10, 34
+    font, small = _font("DejaVuSans-Bold.ttf", 14), _font("DejaVuSans.ttf", 11)
+    width = max(columns * (CELL + gap) + gap, 320)
+    sheet = Image.new("RGB", (width, head + rows * (CELL + TEXT + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, head / 2), _fit(draw, title, small, width - 2 * gap), "#59636e", small, "lm")
+    for i, cell in enumerate(cells):
+        x = gap + (i % columns) * (CELL + gap)
+        y = head + (i // columns) * (CELL + TEXT + gap)
+        picture = _thumbnail(cell.image)
+        at = (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2)
+        draw.rectangle((x - 1, y - 1, x + CELL, y + CELL), "#f6f8fa")
+        sheet.paste(picture, at)
+        if cell.colour != PLAIN:
+            draw.rectangle((x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=cell.colour, width=2)
+        centre = x + CELL / 2
+        label = _fit(draw, cell.label, font, CELL)
+        draw.text((centre, y + CELL + 4), label, cell.colour, font, "ma")
+        note = _fit(draw, cell.note, small, CELL)
+        draw.text((centre, y + CELL + 21), note, "#59636e", small, "ma")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    scale = CELL / max(image.size)
+    size = tuple(max(1, round(scale * side)) for side in image.size)
+    return image.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC)
+
+
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
+
+
+def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """`text`, with its end cut off if it is wider than `width` pixels."""
+    if draw.textlength(text, font) <= width:
+        return text
+    while text and draw.textlength(text + "…", font) > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _short(text: str, most: int = 24) -> str:
+    text = text.replace("$", r"\$")  # matplotlib would take it for a formula
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _png(figure: plt.Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,55 @@
+"""What a saved network says about its own use: weights, class names, preprocessing."""
+
+from pathlib import Path
+
+from utils import checkpoint
+from utils.errors import UserError
+from utils.image_io import printable
+
+IMG_SIZE, CROP_PCT = 224, 0.875  # of released weights, which do not say
+
+
+def class_names(saved: dict, num_classes: int, file: str | None = None) -> list[str]:
+    """A name for each of the network's outputs.
+
+    Args:
+        saved: a checkpoint; ours hold the names of the class folders.
+        num_classes: outputs. Those without a name are called by their number.
+        file: one name a line, instead of the checkpoint's.
+
+    Raises:
+        UserError: the file cannot be read or has another number of names.
+    """
+    if file is None:
+        names = list(saved.get("classes") or ())
+    else:
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise UserError(
+                f"--names {file}: {reason}; give a text file, one name a line"
+            ) from None
+        names = [line.strip() for line in lines if line.strip()]
+        if len(names) != num_classes:
+            raise UserError(
+                f"--names {file}: {len(names)} names for {num_classes} classes; give one a line, "
+                "in the order of the class numbers"
+            )
+    names = [printable(name) for name in names[:num_classes]]
+    return names + [f"class {i}" for i in range(len(names), num_classes)]
+
+
+def preprocessing(
+    saved: dict, img_size: int | None = None, crop_pct: float | None = None
+) -> tuple[int, float]:
+    """Image size and crop of a checkpoint, or those given instead, see `data.eval_transform`."""
+    return (
+        img_size or saved.get("img_size") or IMG_SIZE,
+        crop_pct or saved.get("crop_pct") or CROP_PCT,
+    )
+
+
+def is_detector(saved: dict) -> bool:
+    """Whether a checkpoint of ours holds a detector."""
+    return checkpoint.is_ours(saved) and "backbone" in saved

@@ -1,0 +1,132 @@
+"""Images that a user names on the command line: found, read in batches, broken ones set aside."""
+
+import glob
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from utils.data import device_batches, eval_transform
+from utils.errors import UserError
+from utils.image_io import EXTENSIONS, BrokenImageError, printable, read_image
+
+
+@dataclass(frozen=True)
+class UserBatch:
+    """Some of the images, and what became of the others."""
+
+    images: torch.Tensor  # (n, 3, S, S) float32, normalised; n can be 0
+    indices: list[int]  # (n,) where in the list of paths each image is from
+    broken: list[tuple[int, str]]  # index and reason of those that cannot be read
+
+
+def find_images(names: Sequence[str]) -> list[bytes]:
+    """The paths that `names` stand for, each once, in the order given.
+
+    Args:
+        names: files; folders, which stand for all images below them, sorted; glob patterns (`**`
+            crosses folders); or "-" for one path a line on standard input.
+
+    Raises:
+        UserError: a name that stands for nothing.
+    """
+    found: dict[bytes, None] = {}
+    for name in names:
+        if name == "-":
+            lines = [line.rstrip(b"\r\n") for line in sys.stdin.buffer]
+            here = [line for line in lines if line]
+            if missing := [path for path in here if not os.path.isfile(path)]:
+                raise UserError(
+                    f"{printable(missing[0])}: no such file ({len(missing)} of {len(here)} paths "
+                    "on standard input)"
+                )
+            nothing = "no path came in on standard input"
+        elif os.path.isdir(name):
+            here = _images_below(os.fsencode(name))
+            nothing = f"{printable(name)}: no image below this folder ({' '.join(EXTENSIONS)})"
+        elif os.path.exists(name):  # before patterns: names may hold brackets
+            here = [os.fsencode(name)]
+            nothing = ""
+        else:
+            paths = sorted(glob.glob(name, recursive=True))
+            here = [os.fsencode(path) for path in paths if os.path.isfile(path)]
+            nothing = f"{printable(name)}: no such file, folder or pattern that matches a file"
+        if not here:
+            raise UserError(nothing)
+        found.update(dict.fromkeys(here))
+    return list(found)
+
+
+def _images_below(folder: bytes) -> list[bytes]:
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(b".")]
+        for name in files:
+            if os.fsdecode(name).lower().endswith(EXTENSIONS) and not name.startswith(b"."):
+                found.append(os.path.join(root, name))
+    return sorted(found)
+
+
+class _Paths(Dataset):
+    def __init__(self, paths: Sequence[bytes], img_size: int, crop_pct: float, decoder: str):
+        self.paths, self.decoder = paths, decoder
+        self.transform = eval_transform(img_size, crop_pct)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | str]:
+        try:
+            image = self.transform(read_image(self.paths[index], self.decoder))
+        except BrokenImageError as error:
+            return index, error.reason
+        if not isinstance(image, torch.Tensor):
+            image = pil_to_tensor(image)
+        return index, image
+
+
+def read_batches(
+    paths: Sequence[bytes],
+    img_size: int,
+    crop_pct: float,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    decoder: str = "torchvision",
+) -> Iterator[UserBatch]:
+    """The images at `paths` in order, prepared as for evaluation, on `device`.
+
+    Args:
+        img_size, crop_pct: see `eval_transform`.
+        workers: loader processes; 0 reads in this one.
+        decoder: see `read_image`.
+    """
+    loader = DataLoader(
+        _Paths(paths, img_size, crop_pct, decoder),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=partial(_collate, img_size=img_size),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_interrupts_to_the_main_process,
+    )
+    for batch in device_batches(loader, device):
+        yield UserBatch(batch.images, batch.targets.tolist(), list(batch.broken))
+
+
+def _collate(items: list[tuple[int, torch.Tensor | str]], img_size: int):
+    broken = [item for item in items if isinstance(item[1], str)]
+    good = [item for item in items if not isinstance(item[1], str)]
+    images = torch.empty(len(good), 3, img_size, img_size, dtype=torch.uint8)
+    for place, (_, image) in zip(images, good, strict=True):
+        place.copy_(image)
+    return images, torch.tensor([index for index, _ in good], dtype=torch.int64), broken
+
+
+def _leave_interrupts_to_the_main_process(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
