@@ -27,6 +27,7 @@ from utils import (
     detection_engine,
     detection_report,
     distributed,
+    faults,
     report,
     resume,
 )
@@ -41,7 +42,7 @@ from utils.detection_log import DetectionFiles, DetectionProgress, DetectionStat
 from utils.detection_options import build_parser
 from utils.detection_recipe import DetectionRecipe, lr_at
 from utils.engine import NonFiniteGuard
-from utils.errors import EXIT_FAILED, UserError, as_user_error
+from utils.errors import UserError, as_user_error
 from utils.sampler import mix_seed
 from utils.stop import StopRequest, Votes
 
@@ -83,14 +84,10 @@ def main() -> int:
         context = replace(context, data_parallel=())
     try:
         if args.evaluate:
-            return evaluate(args, saved, context)
-        with StopRequest() as stop:
+            with faults.in_one_line(1):
+                return evaluate(args, saved, context)
+        with StopRequest() as stop, faults.in_one_line(recipe.batch_size, stop):
             return train(args, asked, recipe, saved, folder, context, stop)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise UserError(
-            f"out of memory with --batch-size {recipe.batch_size}: give a smaller --batch-size or "
-            "--min-size, or --amp bf16", EXIT_FAILED,
-        ) from None  # fmt: skip
     finally:
         distributed.tear_down()
 
@@ -111,7 +108,7 @@ def evaluate(args: Namespace, saved: dict, context: distributed.Context) -> int:
         *split.report("val"),
         *truth.lines,
         detection_report.network_line(network),
-        *report.device_lines(context, args.amp, is_channels_last(args, context), compiled=False),
+        *device_lines(args, context),
     )
     reading = put(network, args, context)
     batches = evaluation_batches(
@@ -184,7 +181,7 @@ def train(
         *truth.lines,
         detection_report.network_line(network),
         *notes,
-        *report.device_lines(context, args.amp, is_channels_last(args, context), compiled=False),
+        *device_lines(args, context),
         detection_report.recipe_line(recipe, args.lr),
     )
 
@@ -201,7 +198,7 @@ def train(
         torch.amp.GradScaler(context.device.type, enabled=args.amp == "fp16"),
         detection_engine.LossMeter(context.device, losses),
         NonFiniteGuard(context.device),
-        context.is_main,
+        context.rank,
     )  # fmt: skip
     if saved is not None:
         state.restore(saved)
@@ -231,7 +228,7 @@ def train(
         "environment": runs.environment(),
     }
     if context.is_main:
-        folder = runs.open_folder(name, args.output, folder, resumed=saved is not None)
+        folder = runs.open_folder(name, args.output, folder)
         context.say(f"run folder: {folder}")
     files = DetectionFiles(
         folder if context.is_main else None, fixed, name, state.epoch, args.save_every,
@@ -262,6 +259,7 @@ def train(
             if stopping or saving:
                 files.save(state.snapshot())
             if stopping:
+                distributed.barrier()  # torchrun ends the others as soon as one has ended
                 return files.stopped(state.epoch, state.step, stop.exit_code)
         votes.settle()
         speed = progress.close()
@@ -419,6 +417,11 @@ def build_network(
     return network, [
         f"! no --backbone-weights: the backbone starts from nothing, with --norm {norm}"
     ]
+
+
+def device_lines(args: Namespace, context: distributed.Context) -> list[str]:
+    last = is_channels_last(args, context)
+    return report.device_lines(context, args.amp, last, compiled=False, fused=True)
 
 
 def is_channels_last(args: Namespace, context: distributed.Context) -> bool:

@@ -41,8 +41,9 @@ class DetectionState(TrainState):
     meter: LossMeter
 
     def begin(self, epoch: int) -> None:
-        """Moves to the first step of `epoch`, with an empty meter."""
+        """Moves to the first step of `epoch`, with an empty meter and no rows from it on."""
         self.epoch, self.step = epoch, 0
+        self.history = [row for row in self.history if row["epoch"] < epoch]
         self.meter = LossMeter(self.meter.sums.device, self.meter.names)
 
     def finish_epoch(self, lr: float, val: dict[str, float]) -> bool:
