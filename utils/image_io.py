@@ -11,6 +11,7 @@ Every reader of user images (training, evaluation, prediction, the data check) g
 
 import io
 import os
+import stat
 import warnings
 
 import numpy as np
@@ -51,7 +52,10 @@ def read_image(path: str | bytes, decoder: str = "torchvision") -> torch.Tensor 
         BrokenImageError: empty, truncated, not an image, or more than `MAX_PIXELS` pixels.
     """
     try:
-        with open(path, "rb") as file:
+        # Not to wait for ever for the other end of a pipe that lies among the images.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("not a regular file")
             data = file.read()
         if not data:
             raise ValueError("the file is empty")
@@ -63,10 +67,14 @@ def read_image(path: str | bytes, decoder: str = "torchvision") -> torch.Tensor 
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         return pil_to_tensor(_pil_rgb(data))
+    except MemoryError:  # not the file's fault
+        raise
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error
         reason = f"{error}".splitlines()[0] if f"{error}" else type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not an image"
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
         elif isinstance(error, RuntimeError):  # torchvision names its source file; keep the end
             reason = reason.rsplit(": ", 1)[-1]
         raise BrokenImageError(printable(path), reason) from None
