@@ -24,7 +24,8 @@ from utils import backends, checkpoint, demo_data, distributed, engine, image_fo
 from utils import run_folder as runs
 from utils.cli import run_script
 from utils.data import Reading, broken_paths, training_batches, validation_batches
-from utils.errors import EXIT_FAILED, UserError, as_user_error
+from utils.errors import UserError, as_user_error
+from utils.faults import in_one_line
 from utils.logger import Progress
 from utils.metrics import ClassificationMeter
 from utils.options import build_parser
@@ -49,16 +50,19 @@ def main(recipe: Recipe = RECIPE, demo: Recipe = DEMO) -> int:
     """One run from the command line: `recipe` is the script's default, `demo` that of demo data."""
     parser = build_parser(recipe, models.MODELS, __doc__.replace("main.py", Path(sys.argv[0]).name))
     args = asked = parser.parse_args()
-    saved, folder = read_weights(args, recipe)
     on_demo = (args.data or "").startswith(demo_data.PREFIX)
-    if saved is not None and checkpoint.is_ours(saved):
+    recipe = demo if on_demo else recipe
+    saved, folder = read_weights(args, recipe)
+    if saved is not None:
         refuse_another_network(asked, saved)
+    if saved is not None and checkpoint.is_run(saved):
         parser.set_defaults(**saved["args"])
         args = parser.parse_args()
         recipe = Recipe.from_dict(saved["recipe"])
-    elif on_demo:
-        recipe = demo
     recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
+    if saved is None:
+        with as_user_error(), torch.device("meta"):  # costs nothing, and finds a bad --ksize now
+            models.create_model(recipe.arch, args.ksize)
     if args.data is None:
         raise UserError(f"no DATA given: a folder with train/ and val/, or {demo_data.DIGITS}")
     if args.workers is None:  # a demo's images are so small that processes would cost more
@@ -67,14 +71,10 @@ def main(recipe: Recipe = RECIPE, demo: Recipe = DEMO) -> int:
     context = distributed.setup(args.device, args.gpu)
     try:
         if args.evaluate:
-            return evaluate(args, recipe, saved, context)
-        with StopRequest() as stop:
+            with in_one_line(recipe.batch_size):
+                return evaluate(args, recipe, saved, context)
+        with StopRequest() as stop, in_one_line(recipe.batch_size, stop):
             return train(args, asked, recipe, saved, folder, context, stop)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise UserError(
-            f"out of memory with -b {recipe.batch_size}: give a smaller -b or --img-size, or "
-            "--amp bf16", EXIT_FAILED,
-        ) from None  # fmt: skip
     finally:
         distributed.tear_down()
 
@@ -82,10 +82,11 @@ def main(recipe: Recipe = RECIPE, demo: Recipe = DEMO) -> int:
 def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.Context) -> int:
     """Evaluates a checkpoint on the validation images, each once."""
     source = args.resume or args.pretrained
-    classes = saved["classes"] if checkpoint.is_ours(saved) else None
+    classes = saved.get("classes")
     with as_user_error(f"{source}: "):
         network = weights.network_from_checkpoint(saved)
     _, images = image_folder.open_split(data_root(args.data, context), classes, with_train=False)
+    distributed.refuse_differences(validation_images=len(images))
     if classes is None and len(images.classes) != network.num_classes:
         raise UserError(
             f"{images.root} has {len(images.classes)} class folders, {source} "
@@ -136,6 +137,10 @@ def train(
     train_images, val_images = image_folder.open_split(
         data_root(args.data, context), saved and saved["classes"]
     )
+    distributed.refuse_differences(
+        training_images=len(train_images), validation_images=len(val_images),
+        checkpoint=saved and tuple(saved["progress"][k] for k in ("epoch", "step")),
+    )  # fmt: skip
     check_batch(recipe.batch_size, len(train_images), context.replicas, recipe.img_size)
     if saved is not None:
         resume.refuse_changes(
@@ -170,8 +175,9 @@ def train(
         state.restore(saved)
     if args.start_epoch is not None:
         state.begin(args.start_epoch)
-    if state.epoch >= recipe.epochs:
-        raise UserError(f"all {recipe.epochs} epochs are done: give more with --epochs")
+    if state.epoch >= recipe.epochs:  # no fault: a scheduler may start a finished run once more
+        context.say(f"all {recipe.epochs} epochs are done: give more with --epochs")
+        return 0
 
     # Batches, and the learning rate of each.
     order = SeededBatches(
@@ -203,12 +209,15 @@ def train(
         "environment": runs.environment(),
     }
     if context.is_main:
-        folder = runs.open_folder(name, args.output, folder, resumed=saved is not None)
+        folder = runs.open_folder(name, args.output, folder)
         context.say(f"run folder: {folder}")
     files = RunFiles(
         folder if context.is_main else None, fixed, name, state.epoch, args.save_every,
         args.save_minutes,
     )  # fmt: skip
+
+    if files.lacks_best():
+        state.best = {}
 
     wrapped, bare = distributed.wrap(network, context), distributed.spread(network, context)
     autocast = partial(backends.autocast, context.device, args.amp)
@@ -235,13 +244,16 @@ def train(
             if stopping or saving:
                 files.save(state.snapshot())
             if stopping:
+                distributed.barrier()  # torchrun ends the others as soon as one has ended
                 return files.stopped(state.epoch, state.step, stop.exit_code)
         votes.settle()
         speed = progress.close()
 
         distributed.broadcast_buffers(network)
-        snapshot = state.snapshot()  # now: a stop below may reach one rank before the others
-        figures = engine.evaluate(bare, val_batches(), context.device, autocast, stop.__bool__)
+        snapshot = state.snapshot()  # now: a stop below reaches one rank before the others
+        figures = engine.evaluate(
+            bare, val_batches(), context.device, autocast, lambda: context.is_main and bool(stop)
+        )
         if figures is None:
             files.save(snapshot)
             return files.stopped(state.epoch, state.step, stop.exit_code)
@@ -277,13 +289,14 @@ def read_weights(args: Namespace, recipe: Recipe) -> tuple[dict | None, Path | N
         if args.pretrained is None:
             raise UserError("-e needs weights to evaluate: add --resume CKPT")
         return checkpoint.load(args.pretrained), None
-    name = run_name(args.arch or recipe.arch, args.action)
+    of_any_run = args.data is None and args.arch is None and args.action is None
+    name = None if of_any_run else run_name(args.arch or recipe.arch, args.action)
     saved, folder, notes = resume.find(args.resume, name, args.output, args.evaluate)
     if distributed.is_first():
         print(*notes, sep="\n", flush=True)
     if args.evaluate and saved is None:
         raise UserError("-e needs weights to evaluate: name them with --resume CKPT")
-    if saved is not None and not args.evaluate and not checkpoint.is_ours(saved):
+    if saved is not None and not args.evaluate and not checkpoint.is_run(saved):
         raise UserError(
             f"{args.resume}: holds weights, not a run of this program; start from them with "
             f"--pretrained {args.resume}"
@@ -293,21 +306,26 @@ def read_weights(args: Namespace, recipe: Recipe) -> tuple[dict | None, Path | N
 
 def refuse_another_network(asked: Namespace, saved: dict) -> None:
     """Ends the run when its flags ask for a network that the checkpoint does not hold."""
+    source, held = asked.resume or asked.pretrained, saved
+    if not checkpoint.is_ours(saved):
+        with as_user_error(f"{source}: "):
+            held = weights.describe_weights(weights.find_state_dict(saved))
+    arch, ksize, classes = (held.get(k) for k in ("arch", "ksize", "num_classes"))
+    if arch not in models.MODELS:
+        raise UserError(f"{source} holds {arch}, which is not for this script")
     given = {k: getattr(asked, k) for k in ("arch", "ksize", "num_classes")}
-    ksize = given["ksize"] or (None if given["arch"] else saved["ksize"])
     with as_user_error(), torch.device("meta"):
         wanted = weights.describe_network(
             models.create_model(
-                given["arch"] or saved["arch"], ksize, given["num_classes"] or saved["num_classes"]
+                asked.arch or arch, asked.ksize or (None if asked.arch else ksize),
+                asked.num_classes or classes,
             )
-        )
-    differing = [k for k, v in given.items() if v is not None and wanted[k] != saved[k]]
-    if differing:
+        )  # fmt: skip
+    if differing := [k for k, v in given.items() if v is not None and wanted[k] != held[k]]:
         flags = ", ".join(f"--{k.replace('_', '-')} {given[k]}" for k in differing)
-        held = f"{saved['arch']}, ksize {saved['ksize']}, {saved['num_classes']} classes"
         raise UserError(
-            f"{asked.resume or asked.pretrained} holds {held}: leave {flags} out, or start a new "
-            "run with --pretrained"
+            f"{source} holds {arch}, ksize {ksize}, {classes} classes: leave {flags} out, or start "
+            "a new run with --pretrained"
         )
 
 

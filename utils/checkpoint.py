@@ -16,6 +16,7 @@ from utils.errors import UserError
 from utils.files import remove_leftovers, write_atomically
 
 FORMAT = 1
+RUN = {"optimizer", "scaler", "progress", "history", "recipe", "args", "seed", "classes"}
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
 
 
@@ -89,6 +90,11 @@ def is_whole(path: Path) -> bool:
 def is_ours(state: dict) -> bool:
     """Whether `load` returned a checkpoint that this project's scripts wrote."""
     return "format" in state and "state_dict" in state
+
+
+def is_run(state: dict) -> bool:
+    """Whether training can go on from it: ours, with all that the scripts save."""
+    return is_ours(state) and state.keys() >= RUN
 
 
 class CheckpointFolder:

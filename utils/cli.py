@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from utils.errors import EXIT_INTERRUPTED, UserError
+from utils.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from utils.processes import end_children
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -54,7 +55,7 @@ def number(
     if math.isinf(high):
         wanted = f"{'above' if above else 'at least'} {low:g}"
     else:
-        ends = f"{low:g} and {high:g}"
+        ends = f"{low:g} and {high if kind is int else f'{high:g}'}"
         wanted = f"between {ends}" + (", ends excluded" if above or below else "")
     noun = "a whole number" if kind is int else "a number"
 
@@ -65,7 +66,7 @@ def number(
             value = math.nan
         low_ok = value > low if above else value >= low
         high_ok = value < high if below else value <= high
-        if not (math.isfinite(value) and low_ok and high_ok):
+        if not (abs(value) < math.inf and low_ok and high_ok):
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {wanted}")
         return value
 
@@ -80,16 +81,27 @@ fraction = number(float, 0, 1)
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Calls `main` and exits with its code; a UserError becomes one line on stderr."""
+    """Calls `main` and exits with its code; a UserError becomes one line on stderr.
+
+    No process that `main` started outlives this one.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names that a terminal cannot show
     try:
         code = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK")  # several processes may each have a line to say
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:  # `… | head` closed our output: not worth a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = EXIT_FAILED
+    except SystemExit as error:  # argparse, or a fault that others answer for
+        code = error.code
+    if not end_children():
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else EXIT_FAILED)
     sys.exit(code)

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from utils.errors import EXIT_FAILED, UserError
 from utils.image_folder import ImageFolder
 from utils.image_io import BrokenImageError, printable, read_image
+from utils.processes import die_with_parent
 from utils.recipe import Recipe
 from utils.sampler import Key, SeededBatches, ShardedBatches, mix_seed
 
@@ -183,7 +184,8 @@ def device_batches(
     On CUDA the next batch is copied on a side stream while the present one is worked on.
 
     Raises:
-        UserError: a broken image (with its path), or a loader worker that died or hung.
+        UserError: a broken image (with its path), or a loader worker that hangs. (One that died is
+            an exception that can arise anywhere, see `faults.in_one_line`.)
     """
     scale = [1 / (255 * s) for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
@@ -222,17 +224,10 @@ def _checked(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor, l
         except StopIteration:
             return
         except RuntimeError as error:
-            text = str(error)
-            if "timed out" in text:
+            if "DataLoader timed out" in str(error):
                 raise UserError(
                     f"no batch from the loader workers for {loader.timeout:g} s: they hang (slow "
                     "or stuck storage?); raise --worker-timeout or use fewer workers (-j)",
-                    EXIT_FAILED,
-                ) from None
-            if "DataLoader worker" in text and ("exited" in text or "killed" in text):
-                raise UserError(
-                    "a loader worker died (out of memory or killed); use fewer workers (-j), and "
-                    "resume with --resume auto",
                     EXIT_FAILED,
                 ) from None
             raise
@@ -254,6 +249,7 @@ def _collate(items: list):
 
 
 def _init_worker(_: int) -> None:
+    die_with_parent()
     # Stop requests are for the main process, which finishes its step, saves and ends the workers.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)

@@ -4,6 +4,7 @@ Every function works in a single process too, where it does nothing; callers hav
 """
 
 import os
+import signal
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from utils.errors import UserError
+from utils.processes import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def setup(device: str = "auto", gpu: int | None = None) -> Context:
     if not launched:
         parallel = tuple(range(visible)) if found.type == "cuda" and several else ()
         return Context(found, data_parallel=parallel)
+    die_with_parent(signal.SIGTERM)  # a launcher that was killed leaves no runs behind
     dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
     votes = dist.new_group(backend="gloo")
     return Context(found, dist.get_rank(), dist.get_world_size(), votes=votes)
@@ -150,6 +153,23 @@ def gather(value: object) -> list:
     values = [None] * ranks()
     dist.all_gather_object(values, value)
     return values
+
+
+def refuse_differences(**facts: object) -> None:
+    """Ends a run whose processes do not see the same, before they wait for each other in vain.
+
+    Raises:
+        UserError: names the first fact that differs, with its value on each rank.
+    """
+    everywhere = gather(facts)
+    for name in facts:
+        values = [seen[name] for seen in everywhere]
+        if any(value != values[0] for value in values):
+            shown = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise UserError(
+                f"the processes see different files ({name.replace('_', ' ')}: {shown}): put data "
+                "and run folder where every machine reads the same"
+            )
 
 
 def barrier() -> None:

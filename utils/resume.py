@@ -7,26 +7,28 @@ from utils.errors import UserError
 
 
 def find(
-    resume: str, name: str, output: str | None, evaluate: bool = False
+    resume: str, name: str | None, output: str | None, evaluate: bool = False
 ) -> tuple[dict | None, Path | None, list[str]]:
     """Reads the checkpoint that `--resume` names.
 
     Args:
         resume: a path, or "auto": the newest good checkpoint of `output`, or else of the newest
-            `runs/<name>-N`.
+            `runs/<name>-N`, or else, without a name, of the run that saved last.
         evaluate: the best checkpoint before the newest.
 
     Returns:
-        Its contents (None where "auto" finds no checkpoint yet), the run folder it stands in, and
-        lines to print.
+        Its contents (None where "auto" finds no checkpoint yet), the run folder to go on in (None
+        for a new one), and lines to print.
+
+    Raises:
+        UserError: no such file, damaged, or not a checkpoint.
     """
     if resume != "auto":
-        path = Path(resume)
-        return checkpoint.load(path), path.parent, []
+        return _named(Path(resume), evaluate)
     folder = Path(output) if output else run_folder.newest(name)
     found = checkpoint.CheckpointFolder(folder).newest_good(evaluate) if folder else None
     if found is None:
-        place = folder or f"{run_folder.RUNS}/{name}-*"
+        place = folder or f"{run_folder.RUNS}/{name or '*'}-*"
         return None, folder, [f"no checkpoint in {place} yet: starting from the beginning"]
     path, saved, notes = found
     return saved, folder, [*notes, f"{'evaluating' if evaluate else 'resuming'} {path}"]
@@ -63,3 +65,17 @@ def refuse_changes(
             f"the run stopped inside an epoch over {saved['train_images']:,} training images, and "
             f"there are {train_images:,} now: restore the data, {remedy}"
         )
+
+
+def _named(path: Path, evaluate: bool) -> tuple[dict, Path | None, list[str]]:
+    folder = checkpoint.CheckpointFolder(path.parent)
+    try:
+        saved = checkpoint.load(path)
+    except checkpoint.CorruptCheckpointError as error:
+        raise UserError(
+            f"{error}; --resume auto --output {path.parent} takes the newest good one there"
+        ) from None
+    # From an older checkpoint the run takes another course: not over what followed the first time.
+    if not evaluate and path.name != checkpoint.LAST and checkpoint.is_whole(folder.last):
+        return saved, None, [f"{path} is not its run's newest checkpoint: going on in a new folder"]
+    return saved, path.parent, []

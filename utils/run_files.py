@@ -41,6 +41,10 @@ class RunFiles:
             self.checkpoints = CheckpointFolder(folder)
             self.logger = RunLogger(folder, title, first_epoch)
 
+    def lacks_best(self) -> bool:
+        """Whether there is no `best` here: a new folder, also of a run that began in another."""
+        return self.folder is not None and not self.checkpoints.best.exists()
+
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` steps of the epoch."""
         if self.save_every is not None and step % self.save_every == 0:

@@ -15,6 +15,7 @@ from utils.errors import EXIT_FAILED, UserError
 from utils.files import write_atomically
 
 RUNS = Path("runs")
+LOCK = ".lock"  # locked while a run writes to the folder; it stays, as the mark of a run folder
 
 
 def create(name: str, output: str | None = None) -> Path:
@@ -50,27 +51,33 @@ def create(name: str, output: str | None = None) -> Path:
         ) from None
 
 
-def open_folder(name: str, output: str | None, found: Path | None, resumed: bool) -> Path:
+def open_folder(name: str, output: str | None, found: Path | None) -> Path:
     """The folder that a run writes to: a resumed one's own, else a new one.
 
     Args:
         output: --output.
         found: where --resume looked. Without a checkpoint in it, that run was killed before its
-            first one, and is begun again in its place.
-        resumed: whether --resume found a checkpoint.
+            first one, and is begun again in its place; but a folder that no run has locked is
+            somebody else's, and never written to.
 
     Raises:
         UserError: see `create`; or a resumed run is sent to another folder that is in use.
     """
     same = found is not None and (output is None or Path(output).resolve() == found.resolve())
-    if same and (resumed or found.is_dir()):
+    if same and (found / LOCK).exists():
         return found
     return create(name, output)
 
 
-def newest(name: str) -> Path | None:
-    """The `runs/<name>-N` with the highest number, if there is one."""
-    return max(_numbered(name), default=(0, None))[1]
+def newest(name: str | None) -> Path | None:
+    """The `runs/<name>-N` with the highest number, if there is one.
+
+    Without a name, the folder below runs/ whose checkpoints changed last.
+    """
+    if name is not None:
+        return max(_numbered(name), default=(0, None))[1]
+    saved = [(path.stat().st_mtime, path.parent) for path in RUNS.glob("*-*/*.pth")]
+    return max(saved, default=(0, None))[1]
 
 
 def lock(folder: Path):
@@ -83,7 +90,7 @@ def lock(folder: Path):
         UserError: another process holds the lock.
     """
     try:
-        handle = open(folder / ".lock", "w")  # noqa: SIM115 - stays open for the whole run
+        handle = open(folder / LOCK, "w")  # noqa: SIM115 - stays open for the whole run
     except OSError as error:
         raise UserError(
             f"{folder}: cannot write there ({error.strerror}); mend its rights, or start a new run",
@@ -114,8 +121,8 @@ def environment() -> dict[str, str | int]:
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torch": str(torch.__version__),  # a TorchVersion would not load with weights_only
+        "torchvision": str(torchvision.__version__),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "cpu_threads": torch.get_num_threads(),

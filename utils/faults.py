@@ -1,0 +1,79 @@
+"""What the world outside does to a run while it trains, answered in one line each."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import EXIT_FAILED, UserError
+from utils.stop import StopRequest
+
+# The CPU's allocator has no exception type of its own; these are its words, and its backends'.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "Cannot allocate memory",
+)
+LOST_PEER = ("peer", "gloo", "NCCL", "Broken pipe", "Timed out waiting", "process group")
+
+
+@contextmanager
+def in_one_line(batch_size: int, stop: StopRequest | None = None) -> Iterator[None]:
+    """Turns outside faults within it into UserErrors (exit code 1).
+
+    They are: no memory; a loader worker that was killed (torch raises that wherever the main
+    process happens to be when the news arrives, so no smaller place could catch it); a process of
+    the run that ended while this one waited for it.
+
+    Args:
+        batch_size: to name in the remedy.
+        stop: where it says that the run was asked to stop, a lost process is no fault.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise _out_of_memory(batch_size) from None
+    except RuntimeError as error:
+        text = str(error)
+        if any(sign in text for sign in OUT_OF_MEMORY):
+            raise _out_of_memory(batch_size) from None
+        if "DataLoader worker" in text:
+            raise _dead_worker(text) from None
+        if dist.is_initialized() and any(sign in text for sign in LOST_PEER):
+            if stop:
+                raise SystemExit(stop.exit_code) from None
+            raise UserError(
+                "another process of this run ended or hangs (its own lines say why); nothing saved "
+                "is lost: go on with --resume auto",
+                EXIT_FAILED,
+            ) from None
+        raise
+
+
+def _out_of_memory(batch_size: int) -> UserError:
+    return UserError(
+        f"out of memory with -b {batch_size}: give a smaller -b or --img-size, or --amp bf16",
+        EXIT_FAILED,
+    )
+
+
+def _dead_worker(text: str) -> UserError:
+    if "Bus error" in text or "shared memory" in text:
+        return UserError(
+            "a loader worker found no room in shared memory (/dev/shm): enlarge it (docker: "
+            "--shm-size), or use fewer workers (-j); go on with --resume auto",
+            EXIT_FAILED,
+        )
+    how = next((f" by {s.name}" for s in signal.Signals if _described(s) in text), "")
+    return UserError(
+        f"a loader worker was killed{how} (out of memory?): use fewer workers (-j) or a smaller "
+        "-b; go on with --resume auto",
+        EXIT_FAILED,
+    )
+
+
+def _described(signum: signal.Signals) -> str:
+    return f"killed by signal: {signal.strsignal(signum)}."

@@ -1,0 +1,37 @@
+"""Processes that end together: what a run started never outlives it."""
+
+import ctypes
+import multiprocessing
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+PATIENCE = 5.0  # seconds for a killed process to go
+
+
+def die_with_parent(signum: signal.Signals = signal.SIGKILL) -> None:
+    """Has the kernel send `signum` to this process when its parent ends, however it ends.
+
+    Linux only; elsewhere it does nothing.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signum))
+
+
+def end_children() -> bool:
+    """Kills what this process started, at the very end of a script.
+
+    Loader workers ignore SIGTERM (it is the main process that answers it), so nothing softer ends
+    one that hangs in a read.
+
+    Returns:
+        Whether all are gone. One that waits for a dead disk cannot be killed, and Python would wait
+        for it for ever at exit.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take this for a fault
+    children = multiprocessing.active_children()
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join(PATIENCE)
+    return not any(child.is_alive() for child in children)
