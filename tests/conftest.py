@@ -1,0 +1,51 @@
+"""Small image trees, and scripts run the way a user runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_tree(root: Path, train: int = 8, val: int = 5, classes: str = "abc") -> Path:
+    """root/{train,val}/CLASS/N.png: one colour a class, with noise, so that a net can learn it."""
+    chance = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val)):
+        for label, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = chance.integers(0, 120, (40, 40, 3))
+                pixels[..., label % 3] += 120
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training and 15 validation images of three classes. Read only."""
+    return write_tree(tmp_path_factory.mktemp("tree"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `python SCRIPT ARGUMENTS…` in an empty folder and returns what it printed."""
+
+    def start(script: str, *arguments: object, ranks: int = 0) -> subprocess.CompletedProcess:
+        launcher = [sys.executable]
+        if ranks:
+            launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+            launcher += ["--master-port=0", "--standalone"]
+        return subprocess.run(
+            [*launcher, str(ROOT / script), *map(str, arguments)],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    return start

@@ -1,0 +1,76 @@
+"""Two processes on the CPU do what one does, and one of them writes."""
+
+import json
+from pathlib import Path
+
+import torch
+
+import models
+from utils import checkpoint
+from utils.data import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, train_transform
+from utils.image_folder import scan
+from utils.sampler import SeededBatches
+
+
+def test_two_ranks_train_and_evaluate_as_one(run, tree, tmp_path):
+    # One step at 96 pixels: BatchNorm over the few values that small batches and images leave it
+    # blows rounding up a hundredfold at every further step.
+    flags = ("-a", "resnet18", "--img-size", 96, "-b", 24, "-j", 0, "--epochs", 1, "--lr", 0.001,
+             "--seed", 1, "--min-scale", 0.7)  # fmt: skip
+    done = run("main.py", *flags, "--output", "two", tree, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run folder: two") == 1
+    assert "2 processes (DistributedDataParallel)" in done.stdout
+    saved = checkpoint.load(tmp_path / "two" / "last.pth")
+    assert not any(key.startswith("module.") for key in saved["state_dict"])
+
+    # 15 images over two ranks: 8 and 7, each once, and the figures of one process.
+    for name, ranks in (("one", 0), ("both", 2)):
+        done = run("main.py", "-e", "--resume", "two/best.pth", "--output", name, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    one, both = (
+        json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("one", "both")
+    )
+    assert one["images"] == both["images"] == 15
+    assert one["top1"] == both["top1"]
+    assert one["top5"] == both["top5"]
+    assert abs(one["loss"] - both["loss"]) < 1e-6 * one["loss"]
+    row = saved["history"][0]
+    assert abs(row["val_loss"] - one["loss"]) < 1e-6 * one["loss"]
+
+    # Training against a loop written out here: each half batch by itself, gradients averaged.
+    reference = two_halves(tree, batch=24, lr=0.001, seed=1)
+    assert saved["state_dict"]["bn1.num_batches_tracked"] == 1
+    for key, value in saved["state_dict"].items():
+        torch.testing.assert_close(value, reference[key], rtol=1e-4, atol=2e-6, msg=key)
+
+
+def two_halves(tree: Path, batch: int, lr: float, seed: int) -> dict[str, torch.Tensor]:
+    """One epoch of data-parallel SGD over two replicas, in one process and without fusing."""
+    images = scan(str(tree / "train"))
+    dataset = ImageDataset(images, train_transform(96, 0.7, 0.5), seed)
+    torch.manual_seed(seed)
+    network = models.create_model("resnet18", num_classes=3)
+    models.set_fused(network, False)
+    optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=1e-4)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    halves = [SeededBatches(len(images), batch, seed, rank, 2) for rank in (0, 1)]
+    for keys in zip(*halves, strict=True):
+        optimizer.zero_grad()
+        for rank in (1, 0):
+            items = [dataset[key] for key in keys[rank]]
+            x = (torch.stack([item[0] for item in items]) / 255 - mean) / std
+            y = torch.tensor([item[1] for item in items])
+            before = [buffer.clone() for buffer in network.buffers()]
+            (torch.nn.functional.cross_entropy(network(x), y) / 2).backward()
+            if rank == 1:  # BatchNorm's statistics are those of rank 0
+                for buffer, old in zip(network.buffers(), before, strict=True):
+                    buffer.copy_(old)
+        optimizer.step()
+    return network.state_dict()
+
+
+def test_a_batch_that_does_not_divide_is_refused(run, tree):
+    done = run("main.py", "-a", "resnet18", "--img-size", 32, "-b", 9, "-j", 0, tree, ranks=2)
+    assert done.returncode != 0
+    assert "does not divide over 2 devices: give 8 or 10" in done.stderr
