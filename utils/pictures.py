@@ -105,7 +105,7 @@ def draw_map(
     right.tick_params(left=False)
     right.spines[:].set_visible(False)
     right.set_title("confidence", fontsize=9, loc="left")
-    return _png(figure)
+    return png(figure)
 
 
 def _overlay(picture: np.ndarray, heat: np.ndarray, square: Sequence[float]) -> np.ndarray:
@@ -179,8 +179,17 @@ def _short(text: str, most: int = 24) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _png(figure: plt.Figure) -> bytes:
+def png(figure: plt.Figure, colours: int | None = None) -> bytes:
+    """The figure as a PNG file, and no longer in memory.
+
+    Args:
+        colours: at most so many: enough for curves at 256, which makes the file a third as big.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
+    if colours is not None:
+        image = Image.open(buffer).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

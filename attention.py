@@ -1,0 +1,187 @@
+"""Shows what a trained network's channel attention does, class by class and block by block.
+
+examples:
+  attention.py CKPT DATA                        over DATA/val, or a folder of class folders
+  attention.py CKPT DATA --curves 0 3 8         these classes' curves in the picture
+  attention.py CKPT demo:digits --all-blocks    a panel for every block, not one a stage
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.anatomy import attention_layers, recorded_gates
+from models.eca_module import ECALayer
+from models.weights import network_from_checkpoint
+from utils import checkpoint, demo_data, distributed, gate_pictures, image_folder, outputs
+from utils.cli import Parser, count, did_you_mean, number, positive_int, run_script
+from utils.errors import EXIT_FAILED, UserError, as_user_error
+from utils.files import write_atomically
+from utils.gate_statistics import GateStatistics, LayerWeights, table, write_npz
+from utils.image_folder import ImageFolder
+from utils.image_io import DECODERS, printable
+from utils.report import network_line
+from utils.saved import preprocessing
+from utils.user_images import read_batches
+
+CURVES = 4  # as in the paper's figure
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    parser.add_argument("checkpoint", metavar="CKPT", help="of main.py, or released weights")
+    parser.add_argument(
+        "data", metavar="DATA", help="a folder with val/, a folder of class folders, demo:digits"
+    )
+    parser.add_argument(
+        "--curves", metavar="CLASS", nargs="+",
+        help=f"classes to draw (default: {CURVES}, evenly over the classes)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--all-blocks", action="store_true",
+        help="draw the weights of every block (default: the last one of each stage)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--per-class", type=positive_int, metavar="N", help="images of each class (default: all)"
+    )
+    parser.add_argument("--output", metavar="DIR", help="default: runs/attention-N, a new folder")
+    parser.add_argument(
+        "--img-size", type=positive_int, metavar="S", help="pixels (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--crop-pct", type=number(float, 0, 1, above=True), metavar="F",
+        help="share of the resized image that is kept (default: the checkpoint's)",
+    )  # fmt: skip
+    parser.add_argument("--decoder", choices=DECODERS, default="torchvision", help="as for main.py")
+    parser.add_argument(
+        "-b", "--batch-size", type=positive_int, default=64, metavar="N", help="default: 64"
+    )
+    parser.add_argument(
+        "-j", "--workers", type=count, metavar="N",
+        help="loader processes (default: 4, or what the machine has; demos: 0)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    return parser
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    outputs.check_free(args.output)
+    saved = checkpoint.load(args.checkpoint)
+    with as_user_error(f"{args.checkpoint}: "):
+        network = network_from_checkpoint(saved)
+    if not attention_layers(network):
+        raise UserError(
+            f"{args.checkpoint}: {network.arch} has no attention layers to look at; give a "
+            "checkpoint of an ECA or SE network"
+        )
+    on_demo = args.data.startswith(demo_data.PREFIX)
+    images = only(open_images(args.data, on_demo), args.per_class)
+    shown = chosen_classes(images.classes, args.curves)
+    img_size, crop_pct = preprocessing(saved, args.img_size, args.crop_pct)
+    device = distributed.setup(args.device).device
+    network.to(device).eval().requires_grad_(False)
+    print(network_line(network), *image_folder.describe(images, "images"), sep="\n", flush=True)
+
+    workers = args.workers
+    if workers is None:
+        workers = 0 if on_demo else min(4, os.cpu_count() or 1)
+    paths = [images.path(i) for i in range(len(images))]
+    batches = read_batches(
+        paths, img_size, crop_pct, args.batch_size, device, workers, args.decoder
+    )
+    try:
+        layers, broken = gather(network, batches, images)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise UserError(
+            f"out of memory with -b {args.batch_size}: give a smaller -b", EXIT_FAILED
+        ) from None
+
+    folder = outputs.new_folder("attention", args.output)
+    names = [printable(name) for name in images.classes]
+    title = f"{network.arch}, {len(images) - len(broken):,} images of {len(names)} classes"
+    drawn = layers if args.all_blocks else last_of_each_stage(layers)
+    pictures = {
+        "channel_weights.png": gate_pictures.draw_weights(drawn, names, shown, title),
+        "spread.png": gate_pictures.draw_spread(layers, title),
+    }
+    if layers[0].kernel is not None:
+        pictures["kernels.png"] = gate_pictures.draw_kernels(layers, f"{network.arch}, ECA kernels")
+    for name, picture in pictures.items():
+        write_atomically(folder / name, picture)
+    write_npz(folder / "attention.npz", layers, names)
+    print(table(layers))
+    print(f"written to {folder}: {', '.join(pictures)}, attention.npz")
+    return EXIT_FAILED if broken else 0
+
+
+def open_images(data: str, on_demo: bool) -> ImageFolder:
+    """DATA/val, or DATA itself where it has no val/; its classes need not be the checkpoint's."""
+    if on_demo:
+        data = str(demo_data.prepare(data))
+    inner = os.path.join(data, "val")
+    return image_folder.scan(inner if os.path.isdir(inner) else data)
+
+
+def only(images: ImageFolder, per_class: int | None) -> ImageFolder:
+    """The first `per_class` images of each class; None for all."""
+    if per_class is None:
+        return images
+    kept = [np.flatnonzero(images.labels == i)[:per_class] for i in range(len(images.classes))]
+    kept = np.concatenate(kept)
+    return replace(images, paths=images.paths[kept], labels=images.labels[kept])
+
+
+def chosen_classes(classes: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
+    """The indices of the classes whose curves are drawn."""
+    if wanted is None:
+        return (
+            np.linspace(0, len(classes) - 1, min(CURVES, len(classes))).round().astype(int).tolist()
+        )
+    for name in wanted:
+        if name not in classes:
+            hint = did_you_mean(name, classes) or f"; there is {', '.join(classes[:5])}, …"
+            raise UserError(f"--curves: no class {name!r}{hint}")
+    return [classes.index(name) for name in wanted]
+
+
+def gather(
+    network: nn.Module, batches, images: ImageFolder
+) -> tuple[list[LayerWeights], list[int]]:
+    """The channel weights of every attention layer by class, and the images left out."""
+    statistics = GateStatistics(len(images.classes))
+    labels = torch.from_numpy(images.labels)
+    broken: list[int] = []
+    with torch.inference_mode(), recorded_gates(network) as gates:
+        for batch in batches:
+            for i, reason in batch.broken:
+                print(f"! {printable(images.path(i))}: {reason}; passed over", flush=True)
+                broken.append(i)
+            if batch.indices:
+                network(batch.images)
+                statistics.update(gates, labels[batch.indices])
+    if empty := [images.classes[i] for i in (statistics.counts == 0).nonzero().flatten()]:
+        raise UserError(
+            f"no readable image of class {empty[0]!r} ({len(empty)} such classes); remove or fill "
+            "its folder"
+        )
+    layers = [
+        statistics.layer(
+            found.name, found.stage, found.block,
+            found.layer.conv.weight if isinstance(found.layer, ECALayer) else None,
+        )
+        for found in attention_layers(network)
+    ]  # fmt: skip
+    return layers, broken
+
+
+def last_of_each_stage(layers: Sequence[LayerWeights]) -> list[LayerWeights]:
+    return list({layer.stage: layer for layer in layers}.values())
+
+
+if __name__ == "__main__":
+    run_script(main)
