@@ -13,7 +13,7 @@ from utils.processes import end_children
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """A hint such as `; did you mean eca_resnet50?`, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
@@ -101,6 +101,9 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = EXIT_FAILED
     except SystemExit as error:  # argparse, or a fault that others answer for
         code = error.code
+    except BaseException:  # our own fault: shown with its traceback
+        end_children()
+        raise
     if not end_children():
         sys.stdout.flush()
         os._exit(code if isinstance(code, int) else EXIT_FAILED)

@@ -1,0 +1,76 @@
+"""Flags, numbers and exits."""
+
+import pytest
+
+from utils.cli import (
+    Parser,
+    did_you_mean,
+    fraction,
+    number,
+    positive_float,
+    positive_int,
+    run_script,
+)
+from utils.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (positive_int, {"1": 1, "256": 256}, ["0", "-1", "1.5", "x", "", "1e3"]),
+        (positive_float, {"0.1": 0.1, "1e-4": 1e-4}, ["0", "-1", "nan", "inf", "x"]),
+        (fraction, {"0": 0, "1": 1}, ["-0.1", "1.01", "nan"]),
+        (number(float, 0, 1, above=True, below=True), {"0.5": 0.5}, ["0", "1"]),
+    ],
+)
+def test_numbers_are_checked(kind, good, bad, capsys):
+    parser = Parser(prog="x")
+    parser.add_argument("--n", type=kind)
+    for text, value in good.items():
+        assert parser.parse_args([f"--n={text}"]).n == value
+    for text in bad:
+        with pytest.raises(SystemExit) as stopped:
+            parser.parse_args([f"--n={text}"])
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err
+        assert repr(text) in said
+        assert len(said.splitlines()) == 1
+
+
+def test_unknown_flags_get_the_nearest_one(capsys):
+    parser = Parser(prog="x")
+    parser.add_argument("--epochs", type=int)
+    for word in ("--epoch", "--epoch=3", "--epocs"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([word])
+        assert "did you mean --epochs?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--zzz"])
+    assert "see x -h" in capsys.readouterr().err
+
+
+def test_did_you_mean():
+    assert did_you_mean("eca_resnet5", ["eca_resnet50", "mobilenetv2"]) == (
+        "; did you mean eca_resnet50?"
+    )
+    assert did_you_mean("qqq", ["eca_resnet50"]) == ""
+
+
+def test_exits(capsys):
+    def user_error() -> int:
+        raise UserError("the thing: the remedy", 3)
+
+    def ctrl_c() -> int:
+        raise KeyboardInterrupt
+
+    for script, code in ((user_error, 3), (ctrl_c, 130), (lambda: None, 0), (lambda: 143, 143)):
+        with pytest.raises(SystemExit) as stopped:
+            run_script(script)
+        assert stopped.value.code == code
+    assert "error: the thing: the remedy\n" in capsys.readouterr().err
+
+    def own_fault() -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):  # our own faults keep their traceback
+        run_script(own_fault)

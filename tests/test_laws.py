@@ -1,0 +1,49 @@
+"""The house's laws that a program can check."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("utils/*.py")])
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_models_and_utils_never_import_each_other(path: Path):
+    home, names = path.parent.name, imported(path)
+    if home == "models":
+        assert "utils" not in names
+        assert not names & {"numpy", "PIL", "matplotlib", "timm", "argparse", "main"}
+    if home == "utils":
+        assert not names & {"models", "main", "light_main"}
+
+
+def test_the_layer_needs_torch_alone():
+    standard = {"math", "collections", "numbers"}
+    assert imported(ROOT / "models" / "eca_module.py") <= {"torch", *standard}
+
+
+def test_args_stop_at_the_scripts():
+    """No function below the scripts takes a parsed command line."""
+    for path in SOURCES:
+        if path.parent == ROOT:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                taken = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]}
+                annotated = {ast.unparse(a.annotation) for a in node.args.args if a.annotation}
+                assert not annotated & {"Namespace", "argparse.Namespace"}, f"{path}: {node.name}"
+                if node.name not in ("parse_args",):  # argparse's own signature
+                    assert not taken & {"args", "opts"}, f"{path}: {node.name}"

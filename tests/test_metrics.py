@@ -1,0 +1,58 @@
+"""Counts and means against loops over samples."""
+
+import math
+
+import pytest
+import torch
+
+from utils.metrics import ClassificationMeter, count_correct, cross_entropy
+
+
+def slow_correct(logits: torch.Tensor, targets: torch.Tensor, k: int) -> int:
+    hits = 0
+    for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
+        ranked = sorted(range(len(row)), key=lambda c: -row[c])
+        hits += target in ranked[:k]
+    return hits
+
+
+@pytest.mark.parametrize("classes", [1, 3, 5, 50])
+def test_correct_counts(classes):
+    torch.manual_seed(classes)
+    logits = torch.randn(64, classes).t().contiguous().t()  # not contiguous
+    targets = torch.randint(classes, (64,))
+    found = count_correct(logits, targets, (1, 5)).tolist()
+    assert found == [slow_correct(logits, targets, 1), slow_correct(logits, targets, 5)]
+
+
+def test_a_ruined_network_is_never_right():
+    logits = torch.full((4, 10), math.nan)
+    assert count_correct(logits, torch.zeros(4, dtype=torch.long), (1, 5)).tolist() == [0, 0]
+    logits = torch.full((4, 10), math.inf)
+    assert count_correct(logits, torch.zeros(4, dtype=torch.long), (1, 5)).tolist() == [0, 0]
+
+
+def test_meter_weighs_batches_by_their_size():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(13, 7, dtype=torch.float64), torch.randint(7, (13,))
+    meter = ClassificationMeter(torch.device("cpu"))
+    for part in (slice(0, 8), slice(8, 12), slice(12, 13)):
+        loss = torch.nn.functional.cross_entropy(logits[part], targets[part])
+        meter.update(loss, logits[part], targets[part])
+    means = meter.means(meter.total())
+    assert means["loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-12
+    )
+    assert means["top1"] == pytest.approx(100 * slow_correct(logits, targets, 1) / 13)
+    assert means["top5"] == pytest.approx(100 * slow_correct(logits, targets, 5) / 13)
+
+
+def test_an_empty_meter_has_no_figures():
+    meter = ClassificationMeter(torch.device("cpu"))
+    assert all(math.isnan(v) for v in meter.means(meter.total()).values())
+
+
+def test_cross_entropy_is_float32_for_half_logits():
+    logits = torch.randn(4, 3, dtype=torch.bfloat16)
+    loss = cross_entropy(logits, torch.tensor([0, 1, 2, 0]))
+    assert loss.dtype == torch.float32

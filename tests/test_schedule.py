@@ -1,0 +1,36 @@
+"""The learning rate against the paper's two schedules and a cosine worked out by hand."""
+
+import math
+
+import pytest
+
+from utils.schedule import lr_at
+
+
+def test_step_divides_by_ten_every_thirty_epochs():
+    rates = [lr_at(e * 5, 5, lr=0.1, epochs=100, schedule="step") for e in range(100)]
+    assert rates[:30] == [0.1] * 30
+    assert rates[30:60] == pytest.approx([0.01] * 30)
+    assert rates[90:] == pytest.approx([1e-4] * 10)
+    assert lr_at(149, 5, lr=0.1, epochs=100) == 0.1  # the last step of epoch 29
+
+
+def test_exp_decays_every_epoch():
+    rates = [lr_at(e * 3 + 2, 3, lr=0.045, epochs=400, schedule="exp", lr_decay=0.98)
+             for e in (0, 1, 399)]  # fmt: skip
+    assert rates == pytest.approx([0.045, 0.045 * 0.98, 0.045 * 0.98**399])
+
+
+def test_cosine_after_a_linear_warmup():
+    rates = [
+        lr_at(s, 10, lr=0.2, epochs=5, schedule="cosine", warmup_epochs=1) for s in range(50)
+    ]
+    assert rates[:10] == pytest.approx([0.02 * (s + 1) for s in range(10)])
+    assert rates[10] == pytest.approx(0.2)
+    assert rates[30] == pytest.approx(0.1)  # half way
+    assert rates[49] == pytest.approx(0.1 * (1 + math.cos(math.pi * 39 / 40)))
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_run_that_is_longer_than_planned_stays_at_zero():
+    assert lr_at(99, 10, lr=0.2, epochs=5, schedule="cosine") == pytest.approx(0, abs=1e-12)
