@@ -33,11 +33,17 @@ from utils import (
 )
 from utils import run_folder as runs
 from utils.cli import run_script
-from utils.coco_data import CocoSplit, load_split
+from utils.coco_data import load_split
 from utils.coco_eval import GroundTruth, Result, Summary, gather, write_results
 from utils.coco_files import Place, locate
 from utils.data import Reading
-from utils.detection_data import GroupedBatches, evaluation_batches, training_batches
+from utils.detection_data import (
+    GroupedBatches,
+    check_batch,
+    evaluation_batches,
+    match_classes,
+    training_batches,
+)
 from utils.detection_log import DetectionFiles, DetectionProgress, DetectionState, val_columns
 from utils.detection_options import build_parser
 from utils.detection_recipe import DetectionRecipe, lr_at
@@ -265,11 +271,12 @@ def train(
         speed = progress.close()
 
         distributed.broadcast_buffers(network)
-        snapshot = state.snapshot()  # now: a stop below may reach one rank before the others
+        snapshot = state.snapshot()  # now: a stop below reaches one rank before the others
         found = detection_engine.detect(
-            network, val_batches(), ids, first_label, autocast, stop.__bool__
-        )
-        if not all_finished(found, context):
+            network, val_batches(), ids, first_label, autocast,
+            lambda: context.is_main and bool(stop),
+        )  # fmt: skip
+        if found is None:
             files.save(snapshot)
             return files.stopped(state.epoch, state.step, stop.exit_code)
         results, summaries = judge(found, truth, context)
@@ -298,12 +305,6 @@ def judge(
     return results, distributed.share(truth.judge(results) if context.is_main else None, context)
 
 
-def all_finished(found: list[Result] | None, context: distributed.Context) -> bool:
-    """Whether no rank was stopped on the way."""
-    stopped = torch.tensor(float(found is None), device=context.device)
-    return not distributed.all_reduce(stopped)
-
-
 def run_name(arch: str, backbone: str, action: str | None) -> str:
     """The run folder's name without its number."""
     return "_".join(filter(None, (arch, backbone, action)))
@@ -322,35 +323,6 @@ def train_place(args: Namespace, root: str) -> Place:
 
 def val_place(args: Namespace, root: str) -> Place:
     return locate(root, "val", args.val_images, args.val_annotations)
-
-
-def check_batch(batch_size: int, images: int, ranks: int) -> None:
-    """Refuses a batch that does not divide, or that the data cannot fill."""
-    if batch_size % ranks:
-        lower = batch_size // ranks * ranks
-        near = " or ".join(str(n) for n in (lower, lower + ranks) if n)
-        raise UserError(
-            f"--batch-size {batch_size} is the global batch and does not divide over {ranks} "
-            f"processes: give {near}"
-        )
-    if batch_size > images:
-        raise UserError(f"--batch-size {batch_size} is more than the {images} training images")
-
-
-def match_classes(classes: list[str], split: CocoSplit, source: str) -> list[int]:
-    """The category ids that `split` gives to `classes`, in their order.
-
-    Raises:
-        UserError: it has other classes.
-    """
-    if sorted(classes) != sorted(split.classes):
-        odd = sorted(set(classes) ^ set(split.classes)) or ["a name twice"]
-        raise UserError(
-            f"the validation annotations have {len(split.classes)} classes, {source} "
-            f"{len(classes)}, and they differ in {odd[0]}: the names must agree"
-        )
-    id_of = dict(zip(split.classes, split.category_ids, strict=True))
-    return [id_of[name] for name in classes]
 
 
 def read_checkpoint(args: Namespace) -> tuple[dict | None, Path | None]:

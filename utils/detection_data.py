@@ -52,6 +52,39 @@ class GroupedBatches(SeededBatches):
             yield [(epoch, int(index)) for index in order[start : start + self.share]]
 
 
+def check_batch(batch_size: int, images: int, ranks: int) -> None:
+    """Refuses, before the run starts, a global batch that cannot be trained on.
+
+    Raises:
+        UserError: it does not divide over the ranks, or is larger than the data.
+    """
+    if batch_size % ranks:
+        lower = batch_size // ranks * ranks
+        near = " or ".join(str(n) for n in (lower, lower + ranks) if n)
+        raise UserError(
+            f"--batch-size {batch_size} is the global batch and does not divide over {ranks} "
+            f"processes: give {near}"
+        )
+    if batch_size > images:
+        raise UserError(f"--batch-size {batch_size} is more than the {images} training images")
+
+
+def match_classes(classes: list[str], split: CocoSplit, source: str) -> list[int]:
+    """The category ids that `split` gives to `classes`, in their order.
+
+    Raises:
+        UserError: it has other classes.
+    """
+    if sorted(classes) != sorted(split.classes):
+        odd = sorted(set(classes) ^ set(split.classes)) or ["a name twice"]
+        raise UserError(
+            f"the validation annotations have {len(split.classes)} classes, {source} "
+            f"{len(classes)}, and they differ in {odd[0]}: the names must agree"
+        )
+    id_of = dict(zip(split.classes, split.category_ids, strict=True))
+    return [id_of[name] for name in classes]
+
+
 def training_batches(
     split: CocoSplit,
     order: GroupedBatches,

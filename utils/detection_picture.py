@@ -1,11 +1,11 @@
 """Detections drawn on images: boxes, masks, class and score, beside the ground truth."""
 
+import io
 from collections.abc import Sequence
 
-import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.io import encode_png
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f032e6", "#bfef45")
@@ -40,7 +40,10 @@ def draw(
     if "masks" in found:
         masks = found["masks"].reshape(len(labels), *image.shape[1:]) > 0.5
         image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colours)
-    return draw_bounding_boxes(image, found["boxes"], captions, colours, width=1)
+    return draw_bounding_boxes(
+        image, found["boxes"], captions, colours, width=1,
+        label_colors="black", label_background_colors=colours, fill_labels=True,
+    )  # fmt: skip
 
 
 def enlarge(image: Tensor, found: dict[str, Tensor], factor: int) -> tuple[Tensor, dict]:
@@ -88,9 +91,6 @@ def side_by_side(
 
 def png(picture: Tensor) -> bytes:
     """The (3, H, W) uint8 picture as a PNG file's bytes."""
-    return bytes(encode_png(picture.contiguous()).numpy())
-
-
-def zero_based(found: dict[str, Tensor], first_label: int) -> dict[str, Tensor]:
-    """Labels as indices of the class names."""
-    return {**found, "labels": torch.as_tensor(found["labels"]) - first_label}
+    buffer = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,105 @@
+"""What a detection run leaves: state, columns, curves, progress."""
+
+import csv
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from utils.coco_eval import FIGURES, Summary
+from utils.detection_engine import LossMeter
+from utils.detection_log import (
+    DetectionFiles,
+    DetectionProgress,
+    DetectionState,
+    val_columns,
+)
+from utils.engine import NonFiniteGuard
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def summaries(ap, masks=True):
+    figures = dict.fromkeys(FIGURES, ap) | {"APl": -1.0}
+    kinds = ("bbox", "segm") if masks else ("bbox",)
+    return {kind: Summary(figures, {"cat": ap}) for kind in kinds}
+
+
+def new_state():
+    network = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return DetectionState(
+        network, optimizer, scaler, LossMeter(CPU, ("a", "b")), NonFiniteGuard(CPU), 0
+    )
+
+
+def finish(state, ap, masks=True):
+    state.meter.update({"a": torch.tensor(1.0), "b": torch.tensor(2.0)})
+    return state.finish_epoch(0.1, val_columns(summaries(ap, masks)))
+
+
+def test_columns_are_percent_and_minus_one_stays():
+    columns = val_columns(summaries(0.25))
+    assert len(columns) == 24
+    assert (columns["box_AP"], columns["mask_AP50"], columns["box_APl"]) == (25, 25, -1)
+
+
+def test_the_best_epoch_has_the_highest_ap():
+    state = new_state()
+    assert finish(state, 0.0)  # nothing found yet is still the best so far
+    assert finish(state, 0.2)
+    assert not finish(state, 0.1)
+    assert state.best["epoch"] == 1
+    assert state.epoch == 3
+    assert state.history[0]["train_loss"] == 3.0
+
+
+def test_a_state_goes_on_where_it_was_saved():
+    state = new_state()
+    finish(state, 0.3)
+    state.meter.update({"a": torch.tensor(5.0), "b": torch.tensor(1.0)})
+    state.step = 1
+    saved = state.snapshot()
+    again = new_state()
+    again.restore(saved)
+    assert (again.epoch, again.step, again.best) == (1, 1, state.best)
+    assert torch.equal(again.meter.sums, state.meter.sums)
+    assert finish(again, 0.4)
+    assert [row["epoch"] for row in again.history] == [0, 1]
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_run_folder(tmp_path, masks):
+    state = new_state()
+    files = DetectionFiles(tmp_path, {"arch": "x"}, "title", 0, save_every=2, save_minutes=None)
+    assert files.due(2)
+    assert not files.due(3)
+    with pytest.raises(UserError, match="another process"):
+        DetectionFiles(tmp_path, {}, "title", 0, None, None)
+    for ap in (0.1, 0.2):
+        improved = finish(state, ap, masks)
+        files.finish_epoch(state.snapshot(), 1.0, improved)
+    lines = files.farewell(state.best, "DATA")
+    files.close()
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert float(rows[1]["box_AP"]) == 20
+    assert ("mask_AP" in rows[0]) == masks
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (1100, 770)
+    assert lines[0].startswith("done: best box AP 20.0 AP50 20.0")
+    assert lines[0].endswith("(epoch 2)")
+
+
+def test_progress_names_the_losses(capsys):
+    progress = DetectionProgress("epoch 1/2", total=4, images=8, every=2)
+    assert not progress.advance()
+    assert progress.advance()
+    progress.show({"loss": 1.5, "loss_mask": 1.0, "loss_objectness": 0.5}, 0.01)
+    line = capsys.readouterr().out
+    assert line.startswith(
+        "epoch 1/2  step 2/4  loss 1.500 (mask 1.000, objectness 0.500)  lr 0.01"
+    )
