@@ -15,6 +15,7 @@ The same operation without ECA, residual or ReLU serves the other networks. `blo
 blocks call: it takes this path where `can_fuse` allows it, else the modules one by one.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,11 @@ from torch.nn import functional as F
 
 from models.eca_module import ECALayer
 from models.eca_passes import Chunked, Whole, accumulation_dtype
+
+eca_triton = None
+if torch.cuda.is_available():  # where it is not, Triton's import would only cost time
+    with contextlib.suppress(ImportError):
+        from models import eca_triton
 
 
 def _windows(x: Tensor, kernel: Tensor) -> Tensor:
@@ -149,13 +155,55 @@ def tail_backward(
     )
 
 
+def _on_triton(z: Tensor) -> bool:
+    return eca_triton is not None and z.is_cuda and z.dtype in eca_triton.DTYPES
+
+
+def _forward(z, weight, bias, kernel, residual, statistics, eps, activation):
+    """`tail_forward` by whatever serves z best."""
+    if not _on_triton(z):
+        return tail_forward(z, weight, bias, kernel, residual, statistics, eps, activation)
+    mean, variance = statistics or (None, None)
+    out, *found, inverse_std, pooled, gate = eca_triton.tail_forward(
+        z, weight, bias, kernel, residual, mean, variance, eps, activation
+    )
+    mean, variance = statistics or found
+    return out, variance, _Kept(mean, inverse_std, pooled, gate)
+
+
+def _backward(grad, z, out, weight, bias, kernel, kept, batch_statistics, wanted):
+    """`tail_backward` likewise."""
+    if not _on_triton(z):
+        given = (grad, z, out, weight, bias, kernel, kept, batch_statistics, wanted)
+        return tail_backward(*given)
+    dz, d_weight, d_bias, d_kernel, d = eca_triton.tail_backward(
+        _dense(grad, z), z, out, weight, bias, kernel, *kept,
+        batch_statistics, wanted.z, wanted.residual,
+    )  # fmt: skip
+    found = (dz, d_weight, d_bias, d_kernel, grad if out is None else d)
+    return _Gradients(*(g if want else None for g, want in zip(found, wanted, strict=True)))
+
+
+def _widened(small: Tensor | None, z: Tensor) -> Tensor | None:
+    return None if small is None else small.to(accumulation_dtype(z.dtype))
+
+
+def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """x with its elements side by side, in the memory format of `like`, or else of its own."""
+    like = x if like is None else like
+    if x is not like or not like.is_contiguous():
+        nhwc = like.stride(1) == 1 and not like.is_contiguous()
+        return x.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+    return x
+
+
 class _FusedTail(torch.autograd.Function):
     """(z, weight, bias, kernel, residual) → out, and the mean and variance that were used."""
 
     @staticmethod
     def forward(ctx, z, weight, bias, kernel, residual, statistics, eps, activation):
         small = [_widened(t, z) for t in (weight, bias, kernel)]
-        out, variance, kept = tail_forward(z, *small, residual, statistics, eps, activation)
+        out, variance, kept = _forward(z, *small, residual, statistics, eps, activation)
         ctx.save_for_backward(z, out if activation else None, weight, bias, kernel, *kept)
         ctx.batch_statistics = statistics is None
         ctx.mark_non_differentiable(kept.mean, variance)
@@ -171,14 +219,10 @@ class _FusedTail(torch.autograd.Function):
         z, out, weight, bias, kernel, *kept = ctx.saved_tensors
         small = [_widened(t, z) for t in (weight, bias, kernel)]
         wanted = _Wanted(*ctx.needs_input_grad[:5])
-        found = tail_backward(grad, z, out, *small, _Kept(*kept), ctx.batch_statistics, wanted)
+        found = _backward(grad, z, out, *small, _Kept(*kept), ctx.batch_statistics, wanted)
         like = (z, weight, bias, kernel, grad)
         found = [g if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)]
         return *found, None, None, None
-
-
-def _widened(small: Tensor | None, z: Tensor) -> Tensor | None:
-    return None if small is None else small.to(accumulation_dtype(z.dtype))
 
 
 def fused_tail(
@@ -206,9 +250,9 @@ def fused_tail(
     if not batch_statistics:
         statistics = (_widened(bn.running_mean, z), _widened(bn.running_var, z))
     kernel = None if attention is None else attention.conv.weight.flatten()
-    if not z.is_contiguous() and not z.is_contiguous(memory_format=torch.channels_last):
-        nhwc = z.stride(1) == 1
-        z = z.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+    z = _dense(z)
+    if residual is not None:
+        residual = _dense(residual, z)
     out, mean, variance = _FusedTail.apply(
         z, bn.weight, bn.bias, kernel, residual, statistics, bn.eps, activation
     )
@@ -254,7 +298,8 @@ def can_fuse(
     No, so that the modules are called one by one, for: other modules than BatchNorm2d, ECALayer
     and ReLU, or with another forward than theirs (SyncBatchNorm); BatchNorm without affine
     parameters; hooks on a module, as FLOPs counters attach them; tracing and export; a residual
-    that broadcasts or differs in dtype; a batch of one value a channel.
+    that broadcasts or differs in dtype; a batch of one value a channel; an accelerator without
+    kernels for the dtype, unless compiled.
     """
     modules = [(bn, nn.BatchNorm2d)]
     if attention is not None:
@@ -280,6 +325,10 @@ def can_fuse(
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
     if z.dim() != 4 or not z.is_floating_point() or z.numel() <= z.shape[1]:
+        return False
+    if z.device.type not in ("cpu", "meta") and not (
+        torch.compiler.is_compiling() or _on_triton(z)
+    ):
         return False
     return residual is None or (residual.shape == z.shape and residual.dtype == z.dtype)
 

@@ -241,6 +241,24 @@ class Chunked:
         return dz
 
 
+def scale_in_place(z: Tensor, scale: Tensor, residual: Tensor | None, activation: bool) -> Tensor:
+    """act(z · scale + residual) in the place of z, where nothing else needs z: without gradients.
+
+    scale is (N, C, 1, 1), and all are of one dtype.
+    """
+    if z.device.type != "cpu" or torch.compiler.is_compiling():
+        y = z * scale if residual is None else torch.addcmul(residual, z, scale)
+        return y.relu() if activation else y
+    for s in _Chunks(z).slices:
+        if residual is None:
+            y = z[s].mul_(scale[s])
+        else:
+            y = torch.addcmul(residual[s], z[s], scale[s], out=z[s])
+        if activation:
+            y.relu_()
+    return z
+
+
 def _mask(grad: Tensor, out: Tensor, into: Tensor) -> Tensor:
     """grad where out > 0, else 0."""
     into = into[: len(grad)]

@@ -1,0 +1,210 @@
+"""The fused tail on CUDA: two custom operators that launch the kernels of `eca_triton_kernels`.
+
+The algebra is that of `eca_fused`. Tensors are dense, in channels_last or contiguous format, of
+float32, bfloat16 or float16. Having shapes for fake tensors, the operators are opaque calls to
+torch.compile and export. With TRITON_INTERPRET=1 in the environment they take CPU tensors.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from models import eca_triton_kernels as kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILE = 4096  # elements that a program holds at a time
+REDUCE, APPLY = 1024, 8192  # programs: parts are few where they must be added up
+SMALL = {"BN": 128, "BC": 8}  # tiles of the kernels that reduce (N, C) over N
+ROW = 128  # channels a program of the kernels that work along them
+
+
+class _Grid(NamedTuple):
+    """How a pass over (N, C, H, W) is cut into programs."""
+
+    n: int
+    c: int
+    hw: int
+    nhwc: bool
+    block_c: int
+    block_p: int
+    splits: int  # of the pixels
+    per: int  # pixels in a split, a multiple of block_p
+
+    @classmethod
+    def of(cls, z: Tensor, programs: int) -> "_Grid":
+        """About `programs` programs. A function of the shape alone, so that sums do not vary."""
+        n, c, h, w = z.shape
+        hw = h * w
+        nhwc = not z.is_contiguous()
+        if nhwc:  # a row of 64 channels is a full line of memory in 16 bits and two in 32
+            block_c = min(64, triton.next_power_of_2(c))
+            block_p = min(TILE // block_c, triton.next_power_of_2(hw))
+        else:
+            block_p = min(1024, TILE, triton.next_power_of_2(hw))
+            block_c = min(TILE // block_p, 64, triton.next_power_of_2(c))
+        wanted = triton.cdiv(programs, n * triton.cdiv(c, block_c))
+        per = triton.cdiv(triton.cdiv(hw, wanted), block_p) * block_p
+        return cls(n, c, hw, nhwc, block_c, block_p, triton.cdiv(hw, per), per)
+
+    @property
+    def programs(self) -> tuple[int, int, int]:
+        return self.n, triton.cdiv(self.c, self.block_c), self.splits
+
+    @property
+    def tile(self) -> dict[str, int | bool]:
+        return {"NHWC": self.nhwc, "BC": self.block_c, "BP": self.block_p}
+
+
+def _small_grid(c: int) -> tuple[int]:
+    return (triton.cdiv(c, SMALL["BC"]),)
+
+
+def _on(z: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext()
+
+
+@torch.library.custom_op("eca_net::tail_forward", mutates_args=())
+def tail_forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    activation: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """→ out, mean, variance, inverse_std (C,), pooled, gate (N, C), as in `eca_fused`.
+
+    mean and variance are given, and come back empty, or are the batch's. Without a kernel pooled
+    and gate are empty. All but z, residual and out are float32.
+    """
+    batch, eca = mean is None, kernel is not None
+    n, c = z.shape[:2]
+    vector = z.new_empty(c, dtype=torch.float32)
+    out = torch.empty_like(z)
+    pooled = gate = means = z.new_empty((n, c) if eca else 0, dtype=torch.float32)
+    if batch:
+        new_mean, new_variance, inverse_std = (torch.empty_like(vector) for _ in range(3))
+        mean, variance = new_mean, new_variance
+    else:
+        new_mean, new_variance = vector[:0].clone(), vector[:0].clone()
+        inverse_std = (variance + eps).rsqrt()
+    with _on(z):
+        if batch or eca:
+            g = _Grid.of(z, REDUCE)
+            means = z.new_empty((n, c), dtype=torch.float32)
+            parts = z.new_empty((2, g.splits, n, c), dtype=torch.float32)
+            kernels.moments[g.programs](z, parts[0], parts[1], c, g.hw, g.per, **g.tile)
+            kernels.statistics[_small_grid(c)](
+                parts[0], parts[1], means, mean, variance, inverse_std, n, c, g.hw, g.per,
+                g.splits, eps, BATCH=batch, **SMALL,
+            )  # fmt: skip
+        if eca:
+            gate = torch.empty_like(pooled)
+            kernels.gate[n, triton.cdiv(c, ROW)](
+                means, mean, inverse_std, weight, bias, kernel, pooled, gate, c,
+                K=kernel.numel(), BC=ROW,
+            )  # fmt: skip
+        g = _Grid.of(z, APPLY)
+        kernels.apply[g.programs](
+            z, mean, inverse_std, weight, bias, gate, z if residual is None else residual, out,
+            c, g.hw, g.per,
+            ECA=eca, RESIDUAL=residual is not None, ACTIVATION=activation, **g.tile,
+        )  # fmt: skip
+    if not eca:
+        pooled, gate = vector[:0].clone(), vector[:0].clone()
+    return out, new_mean, new_variance, inverse_std, pooled, gate
+
+
+@tail_forward.register_fake
+def _(z, weight, bias, kernel, residual, mean, variance, eps, activation):
+    n, c = z.shape[:2]
+
+    def small(*shape):
+        return z.new_empty(shape, dtype=torch.float32)
+
+    statistics = (c,) if mean is None else (0,)
+    rows = (0,) if kernel is None else (n, c)
+    return (
+        torch.empty_like(z), small(*statistics), small(*statistics), small(c), small(*rows),
+        small(*rows),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("eca_net::tail_backward", mutates_args=())
+def tail_backward(
+    grad: Tensor,
+    z: Tensor,
+    out: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+    pooled: Tensor | None,
+    gate: Tensor | None,
+    batch_statistics: bool,
+    want_z: bool,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """→ ∂z, ∂weight, ∂bias, ∂kernel, ∂residual; the first and last are empty if not wanted.
+
+    Without activation `out` is None and ∂residual, which is grad itself, comes back empty.
+    """
+    eca, activation = kernel is not None, out is not None
+    want_residual = want_residual and activation
+    n, c = z.shape[:2]
+    dz = torch.empty_like(z) if want_z else z.new_empty(0)
+    dr = torch.empty_like(z) if want_residual else z.new_empty(0)
+    d_weight, d_bias = torch.empty_like(mean), torch.empty_like(mean)
+    d_kernel = d_pooled = mean.new_empty(0)
+    masked_by = out if activation else z
+    g = _Grid.of(z, REDUCE)
+    parts = z.new_empty((2, g.splits * n, c), dtype=torch.float32)
+    with _on(z):
+        kernels.gradient_sums[g.programs](
+            grad, masked_by, z, mean, parts[0], parts[1], c, g.hw, g.per,
+            ACTIVATION=activation, **g.tile,
+        )  # fmt: skip
+        rows = parts
+        if eca:
+            k, blocks = kernel.numel(), triton.cdiv(c, ROW)
+            rows = z.new_empty((2, n, c), dtype=torch.float32)
+            d_pooled = torch.empty_like(rows[0])
+            of_blocks = z.new_empty((n * blocks, k), dtype=torch.float32)
+            kernels.gate_backward[n, blocks](
+                parts[0], parts[1], inverse_std, weight, bias, kernel, pooled, gate, rows[0],
+                rows[1], d_pooled, of_blocks, n, c, g.splits, K=k, BC=ROW,
+            )  # fmt: skip
+            d_kernel = of_blocks.sum(0)
+        kernels.parameter_gradients[_small_grid(c)](
+            rows[0], rows[1], inverse_std, d_weight, d_bias, rows.shape[1], c, NORMALISED=eca,
+            **SMALL,
+        )  # fmt: skip
+        if want_z or want_residual:
+            g = _Grid.of(z, APPLY)
+            kernels.gradient_input[g.programs](
+                grad, masked_by, z, mean, inverse_std, weight, gate if eca else mean, d_pooled,
+                d_weight, d_bias, dz, dr, n, c, g.hw, g.per,
+                BATCH=batch_statistics, ECA=eca, ACTIVATION=activation, WANT_Z=want_z,
+                WANT_R=want_residual, **g.tile,
+            )  # fmt: skip
+    return dz, d_weight, d_bias, d_kernel, dr
+
+
+@tail_backward.register_fake
+def _(grad, z, out, weight, bias, kernel, mean, inverse_std, pooled, gate, batch_statistics,
+      want_z, want_residual):  # fmt: skip
+    nothing = z.new_empty(0)
+    return (
+        torch.empty_like(z) if want_z else nothing,
+        torch.empty_like(mean),
+        torch.empty_like(mean),
+        mean.new_empty(0 if kernel is None else kernel.numel()),
+        torch.empty_like(z) if want_residual and out is not None else z.new_empty(0),
+    )

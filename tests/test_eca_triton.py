@@ -1,0 +1,316 @@
+"""The Triton kernels: on a GPU where there is one, else through Triton's interpreter; and compiled
+ahead of time for GPUs that need not be there.
+
+The interpreter must be chosen before Triton is imported, so those tests run in a process of their
+own: `test_the_kernels_through_the_interpreter` starts it on this very file.
+"""
+
+import copy
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+triton = pytest.importorskip("triton", reason="Triton is not installed here")
+
+from models import eca_fused, eca_triton  # noqa: E402
+from models import eca_triton_kernels as kernels  # noqa: E402
+from models.eca_fused import fused_tail  # noqa: E402
+from models.eca_module import ECALayer  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+on_device = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="no CUDA device; these run through the interpreter in a process of their own",
+)
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+FORMS = list(itertools.product((True, False), repeat=3))  # ECA, residual, activation
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_the_kernels_through_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert re.search(r"\b[1-9]\d+ passed", done.stdout), done.stdout
+
+
+@pytest.fixture
+def operators(monkeypatch):
+    """Every tail goes through the operators."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(eca_fused, "eca_triton", eca_triton)
+    monkeypatch.setattr(eca_fused, "_on_triton", lambda z: z.dtype in eca_triton.DTYPES)
+
+
+@pytest.fixture
+def calls(operators, monkeypatch):
+    """How often each operator has been called."""
+    found = {"forward": 0, "backward": 0}
+
+    def counted(name, function):
+        def call(*given):
+            found[name] += 1
+            return function(*given)
+
+        return call
+
+    for name in found:
+        function = getattr(eca_triton, f"tail_{name}")
+        monkeypatch.setattr(eca_triton, f"tail_{name}", counted(name, function))
+    return found
+
+
+def make_case(shape, dtype=torch.float32, memory_format=torch.contiguous_format, ksize=3):
+    """Modules, and z, residual and the output's gradient."""
+    bn, attention = nn.BatchNorm2d(shape[1]).to(DEVICE), ECALayer(ksize).to(DEVICE)
+    nn.init.normal_(bn.weight)
+    nn.init.normal_(bn.bias)
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2)
+    tensors = (torch.randn(shape, device=DEVICE) for _ in range(3))
+    return bn, attention, *(t.to(dtype).to(memory_format=memory_format) for t in tensors)
+
+
+def outcome(bn, attention, z, residual, grad, activation=True):
+    bn, attention = copy.deepcopy((bn, attention))
+    z = z.detach().requires_grad_()
+    residual = None if residual is None else residual.detach().requires_grad_()
+    out = fused_tail(z, bn, attention, residual, activation)
+    out.backward(grad.to(out.dtype))
+    found = {"out": out.detach(), "z": z.grad, "weight": bn.weight.grad, "bias": bn.bias.grad}
+    found |= dict(bn.named_buffers())
+    if residual is not None:
+        found["residual"] = residual.grad
+    if attention is not None:
+        found["kernel"] = attention.conv.weight.grad
+    return found
+
+
+def exact_outcome(bn, attention, z, residual, grad, activation=True):
+    """In double precision, which the kernels do not take."""
+    bn, attention = copy.deepcopy((bn, attention))
+    if attention is not None:
+        attention.double()
+    residual = None if residual is None else residual.double()
+    return outcome(bn.double(), attention, z.double(), residual, grad.double(), activation)
+
+
+def assert_close(found, exact, tolerances):
+    """Relative to the largest value; a pair of tolerances: for large tensors, for small ones."""
+    assert found.keys() == exact.keys()
+    for name, value in exact.items():
+        tolerance = tolerances[value.dim() != 4]
+        error = (found[name].double() - value.double()).abs().max()
+        scale = value.double().abs().max().clamp_min(1e-12)
+        assert error <= tolerance * scale, f"{name}: {(error / scale).item():.1e}"
+
+
+@on_device
+@pytest.mark.parametrize(("eca", "residual", "activation"), FORMS)
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_equals_double_precision(memory_format, eca, residual, activation, calls):
+    # Running statistics where one more flag would make the table twice as long.
+    bn, attention, z, r, grad = make_case((2, 20, 5, 7), memory_format=FORMATS[memory_format])
+    bn.train(residual == (memory_format == "nchw"))
+    case = (bn, attention if eca else None, z, r if residual else None, grad, activation)
+    found = outcome(*case)
+    assert calls == {"forward": 1, "backward": 1}
+    assert_close(found, exact_outcome(*case), (1e-5, 1e-5))
+    assert calls == {"forward": 1, "backward": 1}
+    assert found["out"].is_contiguous(memory_format=FORMATS[memory_format])
+    assert found["z"].is_contiguous(memory_format=FORMATS[memory_format])
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_half_precision_rounds_once(memory_format, dtype, calls):
+    case = make_case((2, 64, 7, 7), dtype, FORMATS[memory_format])
+    case = (*case, False)  # no activation, whose mask flips where rounding crosses zero
+    half_a_digit = torch.finfo(dtype).eps / 2
+    if INTERPRETED and dtype == torch.bfloat16:
+        half_a_digit *= 2  # the interpreter cuts the digits off where a GPU rounds
+    assert_close(outcome(*case), exact_outcome(*case), (1.01 * half_a_digit, 1e-5))
+
+
+@on_device
+@pytest.mark.parametrize(
+    ("shape", "ksize"),
+    [((1, 3, 7, 7), 9), ((2, 1, 4, 4), 1), ((5, 33, 1, 1), 3), ((1, 130, 1, 9), 7)],
+)
+def test_odd_shapes(shape, ksize, calls):
+    for memory_format in FORMATS.values():
+        case = make_case(shape, memory_format=memory_format, ksize=ksize)
+        assert_close(outcome(*case), exact_outcome(*case), (2e-5, 2e-5))
+    assert calls["backward"] == len(FORMATS)
+
+
+@on_device
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_pixels_split_among_programs(memory_format, calls, monkeypatch):
+    """Splits of unequal size, more than one tile in each, and a last tile that is not full."""
+    monkeypatch.setattr(eca_triton, "TILE", 64 if memory_format == "nchw" else 512)
+    bn, attention, z, r, grad = make_case((1, 10, 15, 17), memory_format=FORMATS[memory_format])
+    blocks = eca_triton._Grid.of(z, 1).programs[1]
+    monkeypatch.setattr(eca_triton, "REDUCE", 2 * blocks)
+    monkeypatch.setattr(eca_triton, "APPLY", 2 * blocks)
+    grid = eca_triton._Grid.of(z, eca_triton.REDUCE)
+    assert grid.splits > 1
+    assert grid.per > grid.block_p
+    assert grid.hw % grid.per % grid.block_p
+    case = (bn, attention, z, r, grad)
+    assert_close(outcome(*case), exact_outcome(*case), (1e-5, 1e-5))
+
+
+@on_device
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_no_cancellation_where_the_mean_dwarfs_the_deviation(memory_format, calls):
+    bn, attention, z, _, grad = make_case((4, 16, 9, 9), memory_format=FORMATS[memory_format])
+    case = (bn, attention, z + 4096, None, grad, False)
+    # z's own grid is 2^-11 of a deviation here; Σz² - (Σz)²/M in float32 would be off by about 1.
+    assert_close(outcome(*case), exact_outcome(*case), (5e-3, 5e-3))
+
+
+@on_device
+def test_same_bits_every_time(operators):
+    case = make_case((2, 16, 14, 14), memory_format=torch.channels_last)
+    first, second = outcome(*case), outcome(*case)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@on_device
+def test_gradients_of_any_stride(calls):
+    bn, attention, z, r, _ = make_case((2, 8, 6, 6), memory_format=torch.channels_last)
+    case = (bn, attention, z, r.contiguous(), torch.ones(1, device=DEVICE).expand_as(z))
+    assert_close(outcome(*case), exact_outcome(*case), (1e-5, 1e-5))
+
+
+@on_device
+def test_only_the_wanted_gradients(operators):
+    bn, attention, z, r, _ = make_case((2, 8, 6, 6))
+    bn.requires_grad_(False)
+    fused_tail(z, bn, attention, r).sum().backward()
+    assert bn.weight.grad is None
+    found = attention.conv.weight.grad.clone()
+    attention.zero_grad()
+    fused_tail(z, bn, attention, r.requires_grad_()).sum().backward()
+    assert torch.equal(attention.conv.weight.grad, found)
+    assert r.grad is not None
+
+
+@on_device
+def test_operators_keep_torchs_rules(operators):
+    """Schemas, fake tensors and tracing, by torch's own checker."""
+    bn, attention, z, r, grad = make_case((2, 8, 5, 5), memory_format=torch.channels_last)
+    kernel = attention.conv.weight.detach().flatten()
+    weight, bias = bn.weight.detach(), bn.bias.detach()
+    statistics = (bn.running_mean, bn.running_var)
+    checks = ("test_schema", "test_faketensor")
+    for k, s, x in ((kernel, statistics, r), (None, (None, None), None)):
+        given = (z, weight, bias, k, x, *s, 1e-5, True)
+        torch.library.opcheck(torch.ops.eca_net.tail_forward, given, test_utils=checks)
+        out, mean, _, inverse_std, pooled, gate = torch.ops.eca_net.tail_forward(*given)
+        mean = mean if s[0] is None else s[0]
+        for masked, want in ((out, True), (None, False)):
+            given = (grad, z, masked, weight, bias, k, mean, inverse_std, pooled, gate)
+            given = (*given, s[0] is None, want, want)
+            torch.library.opcheck(torch.ops.eca_net.tail_backward, given, test_utils=checks)
+
+
+@on_device
+def test_compiles_into_one_graph(operators):
+    bn, attention, z, r, grad = make_case((2, 8, 5, 5), memory_format=torch.channels_last)
+    expected = outcome(bn, attention, z, r, grad)
+    z.requires_grad_()
+    out = torch.compile(fused_tail, backend="aot_eager", fullgraph=True)(z, bn, attention, r)
+    out.backward(grad)
+    assert torch.equal(out, expected["out"])
+    assert torch.equal(z.grad, expected["z"])
+    assert torch.equal(bn.weight.grad, expected["weight"])
+    assert torch.equal(bn.running_var, expected["running_var"])
+
+
+LARGE = {"z", "grad", "out", "residual", "dz", "dr"}
+WHOLE_NUMBERS = {"n", "c", "hw", "per", "splits", "rows"}
+FLAGS = {
+    "moments": {},
+    "apply": {"ECA": True, "RESIDUAL": True, "ACTIVATION": True},
+    "gradient_sums": {"ACTIVATION": True},
+    "gradient_input": {
+        "BATCH": True, "ECA": True, "ACTIVATION": True, "WANT_Z": True, "WANT_R": True,
+    },
+    "statistics": {"BATCH": True, **eca_triton.SMALL},
+    "parameter_gradients": {"NORMALISED": True, **eca_triton.SMALL},
+    "gate": {"K": 5, "BC": eca_triton.ROW},
+    "gate_backward": {"K": 5, "BC": eca_triton.ROW},
+}  # fmt: skip
+
+
+def ptx(name, capability, dtype, memory_format):
+    """The code of a kernel for a GPU that need not be there."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, constants = getattr(kernels, name), dict(FLAGS[name])
+    if memory_format is not None:
+        z = torch.empty(16, 256, 16, 16, device="meta").to(memory_format=memory_format)
+        constants |= eca_triton._Grid.of(z, eca_triton.REDUCE).tile
+    types = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            types[argument] = "constexpr"
+        elif argument in WHOLE_NUMBERS:
+            types[argument] = "i32"
+        elif argument == "eps":
+            types[argument] = "fp32"
+        else:
+            types[argument] = f"*{dtype}" if argument in LARGE else "*fp32"
+    # Triton finds such divisors itself at run time: of addresses, of C and, here, of H·W.
+    even = [kind.startswith("*") or key in ("c", "hw", "per") for key, kind in types.items()]
+    source = ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, yes in enumerate(even) if yes},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+
+
+ahead_of_time = pytest.mark.skipif(
+    INTERPRETED, reason="the interpreter has taken the compiler's place here"
+)
+
+
+@ahead_of_time
+@pytest.mark.parametrize("name", [name for name, flags in FLAGS.items() if "BC" not in flags])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_large_kernels_compile_and_move_16_bytes_at_a_time(name, capability, dtype):
+    for memory_format in FORMATS.values():
+        code = ptx(name, capability, dtype, memory_format)
+        assert f"sm_{capability}" in code
+        assert "ld.global.v4.b32" in code
+        assert not re.search(r"(?:ld|st)\.global\.[bu]16", code)
+        if name in ("apply", "gradient_input"):  # nothing small is stored
+            assert set(re.findall(r"st\.global\S*", code)) == {"st.global.v4.b32"}
+
+
+@ahead_of_time
+@pytest.mark.parametrize("name", [name for name, flags in FLAGS.items() if "BC" in flags])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_small_kernels_compile(name, capability):
+    assert f"sm_{capability}" in ptx(name, capability, "fp32", None)
+
+
+@ahead_of_time
+@pytest.mark.parametrize("name", ["apply", "gradient_input"])
+def test_float16_compiles(name):
+    assert ".f16" in ptx(name, 90, "fp16", torch.channels_last)
