@@ -1,0 +1,141 @@
+"""Comparing runs: the right row of each, what differs, and one-line answers to what is no run."""
+
+import csv
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from utils import compare_runs
+from utils.cli import run_script
+from utils.compare_runs import differences, read_run, repeat_lines, result_rows
+
+TOP1 = {"a": (50.0, 90.0, 90.0), "b": (40.0, float("nan"), 80.5), "c": (10.0, 94.0, 20.0)}
+
+
+def write_run(folder, top1, seed=1, arch="eca_resnet18", ksize=(3, 5, 7, 7), **recipe):
+    """A run folder as main.py leaves it, with these accuracies."""
+    folder.mkdir(parents=True)
+    with open(folder / "metrics.csv", "w") as file:
+        writer = csv.writer(file)
+        parts = [f"{part}_{name}" for part in ("train", "val") for name in ("loss", "top1", "top5")]
+        writer.writerow(["epoch", "lr", *parts])
+        for i, value in enumerate(top1):
+            writer.writerow([i, 0.1, 1.5, 80, 99, 2 - i / 10, value, 99.5])
+    saved = {
+        "arch": arch, "attention": "eca", "ksize": list(ksize) if ksize else None, "seed": seed,
+        "recipe": {"arch": arch, "epochs": 4, "lr": 0.1, **recipe},
+        "args": {"data": "demo:digits", "print_freq": seed, "amp": "off"},
+        "environment": {"commit": str(seed)}, "train_images": 100, "classes": ["x"],
+    }  # fmt: skip
+    (folder / "args.json").write_text(json.dumps(saved))
+    return folder
+
+
+def write_detection(folder, masks):
+    folder.mkdir()
+    kinds = ("box", "mask") if masks else ("box",)
+    names = [f"{kind}_{name}" for kind in kinds for name in ("AP", "AP50", "AP75")]
+    lines = [["epoch", "lr", "train_loss", *names]]
+    lines += [[i, 0.1, 1.0, *[10 + i * (5 - 4 * i)] * len(names)] for i in range(3)]
+    (folder / "metrics.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+    saved = {"arch": "mask_rcnn", "backbone": "resnet18", "recipe": {"epochs": 3}, "args": {}}
+    (folder / "args.json").write_text(json.dumps(saved))
+    return folder
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """Runs the module's main in an empty folder and gives (exit code, all that it printed)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compare_runs", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_script(compare_runs.main)
+        return end.value.code, "".join(capsys.readouterr())
+
+    return call
+
+
+def test_the_best_epoch_is_the_first_highest_finite_one(tmp_path):
+    best = {n: read_run(write_run(tmp_path / n, top1)).best["epoch"] for n, top1 in TOP1.items()}
+    assert best == {"a": 1, "b": 2, "c": 1}
+
+
+def test_settings_that_differ_and_seeds_that_repeat(tmp_path):
+    runs = [
+        read_run(write_run(tmp_path / "a", TOP1["a"])),
+        read_run(write_run(tmp_path / "b", TOP1["b"], seed=2)),
+        read_run(write_run(tmp_path / "c", TOP1["c"], lr=0.5)),
+        read_run(write_run(tmp_path / "d", TOP1["a"], arch="resnet18", ksize=None)),
+    ]
+    assert differences(runs) == {"lr": ["0.1", "0.1", "0.5", "0.1"], "seed": ["1", "2", "1", "1"]}
+    assert differences(runs[:1]) == {}
+    assert repeat_lines(runs) == ["eca_resnet18 3577: top-1 85.25 ± 6.72 over 2 seeds (a, b)"]
+    rows = result_rows(runs)
+    assert rows[0][:4] == ["run", "network", "ksize", "epochs"]
+    assert rows[0][-2:] == ["lr", "seed"]
+    assert rows[2][:8] == ["b", "eca_resnet18", "3577", "3/4", "80.50", "99.50", "1.8000", "3"]
+    assert rows[4][2] == "-"
+    # Equal last names do not tell runs apart.
+    twins = [read_run(write_run(tmp_path / part / "run-1", TOP1["a"])) for part in ("x", "y")]
+    assert [row[0] for row in result_rows(twins)[1:]] == [str(twin.folder) for twin in twins]
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_detection_runs_go_by_their_ap(tmp_path, cli, masks):
+    run = read_run(write_detection(tmp_path / "det", masks))
+    assert (run.arch, run.ksize) == ("mask_rcnn/resnet18", None)
+    assert run.decides == ("mask_AP" if masks else "box_AP")
+    assert run.best["epoch"] == 1
+    code, text = cli("det")
+    assert (code, "mask AP50" in text) == (0, masks)
+
+
+def test_command(tmp_path, cli):
+    for i, name in enumerate("abc"):
+        write_run(tmp_path / "runs" / name, TOP1[name], seed=i)
+    (tmp_path / "runs" / "predict-1").mkdir()
+    code, text = cli("runs/a", "runs/b", "runs/c", "runs/predict-1", "runs/a")
+    assert code == 0
+    lines = text.splitlines()
+    assert lines[0] == "! runs/predict-1: has no metrics.csv; passed over"
+    assert [line.split()[0] for line in lines[1:5]] == ["run", "a", "b", "c"]
+    assert "over 3 seeds (a, b, c)" in text
+    folder = tmp_path / "runs" / "comparison-1"
+    with open(folder / "comparison.csv") as file:
+        assert [row["top-1"] for row in csv.DictReader(file)] == ["90.00", "80.50", "94.00"]
+    assert Image.open(folder / "comparison.png").size[0] > 800
+    code, _ = cli("runs/a", "--output", "kept")
+    assert code == 0
+    code, text = cli("runs/a", "--output", "kept")
+    assert (code, "kept: is in use; choose a new --output" in text) == (2, True)
+
+    write_detection(tmp_path / "det", True)
+    write_run(tmp_path / "empty", [])
+    (write_run(tmp_path / "torn", TOP1["a"]) / "metrics.csv").write_text("epoch,val_top1\n0,x\n")
+    (write_run(tmp_path / "less", TOP1["a"]) / "args.json").unlink()
+    for arguments, message in [
+        (("runs/a", "det"), "measure different things (mask_AP, val_top1)"),
+        (("runs/predict-1",), "no run to compare"),
+        (("nowhere",), "nowhere/metrics.csv: No such file or directory"),
+        (("empty",), "empty: no epoch is finished yet"),
+        (("torn",), "torn: metrics.csv or args.json is not what a run writes"),
+        (("less",), "less/args.json: No such file"),
+    ]:
+        code, text = cli(*arguments)
+        assert (code, message in text) == (2, True), text
+        assert "Traceback" not in text
+
+
+def test_reads_what_main_writes(tmp_path, tree, run):
+    """The columns and fields of a real run."""
+    network = ("-a", "eca_resnet18", "--img-size", 32, "-j", 0)
+    done = run("main.py", tree, *network, "--epochs", 1, "-b", 8, "--output", "real")
+    assert done.returncode == 0, done.stderr
+    found = read_run(tmp_path / "real")
+    assert (found.arch, found.ksize, found.epochs) == ("eca_resnet18", (3, 5, 7, 7), 1)
+    assert 0 <= found.best["val_top1"] <= 100
+    assert found.settings["batch_size"] == "8"

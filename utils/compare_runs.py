@@ -1,0 +1,206 @@
+"""Compares training runs: one table of results and of what differs, one picture of the curves.
+
+python -m utils.compare_runs runs/eca_resnet18-1 runs/resnet18-1
+python -m utils.compare_runs runs/* --output results/digits
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils import outputs
+from utils.cli import Parser, run_script
+from utils.errors import UserError
+from utils.files import write_atomically
+from utils.text_tables import columns, ksize_text
+
+# The figure that decides which epoch is the best, and what is shown of that epoch.
+RESULTS = {
+    "val_top1": (("top-1", "val_top1"), ("top-5", "val_top5"), ("val loss", "val_loss")),
+    "mask_AP": (("mask AP", "mask_AP"), ("mask AP50", "mask_AP50"), ("box AP", "box_AP")),
+    "box_AP": (("box AP", "box_AP"), ("box AP50", "box_AP50"), ("box AP75", "box_AP75")),
+}
+PANELS = {
+    "val_top1": ("val_top1", "val_loss", "train_top1", "train_loss"),
+    "mask_AP": ("mask_AP", "mask_AP50", "box_AP", "train_loss"),
+    "box_AP": ("box_AP", "box_AP50", "box_AP75", "train_loss"),
+}
+# Of args.json, what does not make two runs different experiments, or is shown by itself.
+UNTOLD = {"arch", "ksize", "epochs", "classes", "environment", "action", "print_freq", "workers"}
+UNTOLD |= {"worker_timeout", "save_every", "save_minutes", "attention", "num_classes"}
+COLOURS = ("#0b5fa5", "#d1495b", "#2e8b57", "#e08e0b", "#6a4c93", "#00798c", "#8d5524", "#7f7f7f")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    folder: Path
+    arch: str
+    ksize: tuple[int, ...] | None
+    epochs: int  # planned
+    history: list[dict[str, float]]  # one row a finished epoch
+    settings: dict[str, str] = field(default_factory=dict)  # what may differ from run to run
+
+    @property
+    def decides(self) -> str:
+        return next(name for name in RESULTS if name in self.history[0])
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The row with the highest deciding figure; the first of equal ones, as `best.pth` is."""
+        finite = [row for row in self.history if math.isfinite(row[self.decides])]
+        return max(finite or self.history, key=lambda row: row[self.decides])
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder's metrics.csv and args.json.
+
+    Raises:
+        UserError: a file is missing, or is not what a run writes.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())))
+        history = [{name: float(value) for name, value in row.items()} for row in rows]
+        saved = json.loads((folder / "args.json").read_text())
+        settings = {**saved.get("args", {}), **saved.get("recipe", {})}
+        settings |= {k: saved[k] for k in ("attention", "seed", "train_images") if k in saved}
+        settings |= saved.get("model_kwargs") or {}
+        ksize = tuple(saved["ksize"]) if saved.get("ksize") else None
+        run = Run(
+            folder,
+            "/".join(filter(None, (saved["arch"], saved.get("backbone")))),
+            ksize,
+            saved["recipe"]["epochs"],
+            history,
+            {k: str(v) for k, v in settings.items() if k not in UNTOLD - {"attention"}},
+        )
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; give folders of runs") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{folder}: metrics.csv or args.json is not what a run writes") from None
+    if not history:
+        raise UserError(f"{folder}: no epoch is finished yet")
+    if not any(name in history[0] for name in RESULTS):
+        raise UserError(f"{folder}: metrics.csv has none of {', '.join(RESULTS)}")
+    return run
+
+
+def short_names(runs: Sequence[Run]) -> list[str]:
+    """The folders' last names where they tell the runs apart, else the whole paths."""
+    names = [run.folder.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """{setting: its value in each run} for those that are not the same in all of them."""
+    known = dict.fromkeys(name for run in runs for name in run.settings)
+    values = {name: [run.settings.get(name, "-") for run in runs] for name in known}
+    return {name: found for name, found in values.items() if len(set(found)) > 1}
+
+
+def result_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """The table of results, its titles first, with the settings that differ in the last columns."""
+    shown = RESULTS[runs[0].decides]
+    differing = differences(runs)
+    titles = ["run", "network", "ksize", "epochs", *(title for title, _ in shown), "at epoch"]
+    rows = [[*titles, *differing]]
+    for i, (name, run) in enumerate(zip(short_names(runs), runs, strict=True)):
+        best = run.best
+        figures = [f"{best[c]:.4f}" if "loss" in c else f"{best[c]:.2f}" for _, c in shown]
+        epochs = f"{len(run.history)}/{run.epochs}"
+        settings = [values[i] for values in differing.values()]
+        rows.append(
+            [name, run.arch, ksize_text(run.ksize), epochs, *figures, f"{best['epoch'] + 1:.0f}"]
+            + settings
+        )
+    return rows
+
+
+def repeat_lines(runs: Sequence[Run]) -> list[str]:
+    """Mean and standard deviation of runs that differ in nothing but their seed."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        rest = tuple(sorted((k, v) for k, v in run.settings.items() if k != "seed"))
+        groups.setdefault((run.arch, run.ksize, run.epochs, rest), []).append(run)
+    lines = []
+    for (arch, ksize, *_), members in groups.items():
+        if len(members) > 1:
+            values = [run.best[run.decides] for run in members]
+            mean = sum(values) / len(values)
+            std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+            title = RESULTS[members[0].decides][0][0]
+            lines.append(
+                f"{arch} {ksize_text(ksize)}: {title} {mean:.2f} ± {std:.2f} over "
+                f"{len(values)} seeds ({', '.join(short_names(members))})"
+            )
+    return lines
+
+
+def draw(runs: Sequence[Run]) -> bytes:
+    """A PNG with one panel a figure and one curve a run."""
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    from utils.pictures import png
+
+    decides = runs[0].decides
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for axis, column in zip(axes.flat, PANELS[decides], strict=True):
+        for i, (name, run) in enumerate(zip(short_names(runs), runs, strict=True)):
+            rows = [row for row in run.history if math.isfinite(row.get(column, math.nan))]
+            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < 8 else "--"}
+            x, y = [row["epoch"] + 1 for row in rows], [row[column] for row in rows]
+            axis.plot(x, y, marker="o", markersize=3, linewidth=1.3, label=name, **style)
+        part, _, what = column.partition("_")
+        what = {"top1": "top-1 (%)", "loss": "loss"}.get(what, f"{what} (%)")
+        title = {"val": f"validation {what}", "train": f"training {what}"}.get(part)
+        axis.set_title(title or f"{part} {what}", fontsize=10)
+        if column.endswith("loss"):
+            axis.set_yscale("log")
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3, which="both", linewidth=0.5)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), fontsize=9)
+    return png(figure, colours=256)
+
+
+def main() -> int:
+    parser = Parser(prog="python -m utils.compare_runs", description=__doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
+    parser.add_argument("--output", metavar="DIR", help="default: runs/comparison-N, a new folder")
+    args = parser.parse_args()
+    outputs.check_free(args.output)
+    folders = list(dict.fromkeys(Path(name) for name in args.runs))
+    runs = []
+    for folder in folders:
+        if folder.is_dir() and not (folder / "metrics.csv").exists():
+            print(f"! {folder}: has no metrics.csv; passed over")
+        else:
+            runs.append(read_run(folder))
+    if not runs:
+        raise UserError("no run to compare; give folders that main.py wrote, such as runs/*")
+    kinds = {run.decides for run in runs}
+    if len(kinds) > 1:
+        what = ", ".join(sorted(kinds))
+        raise UserError(f"the runs measure different things ({what}); compare like with like")
+    rows = result_rows(runs)
+    print(columns(rows, left=2))
+    if repeats := repeat_lines(runs):
+        print("", *repeats, sep="\n")
+    folder = outputs.new_folder("comparison", args.output)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomically(folder / "comparison.csv", text.getvalue().encode())
+    write_atomically(folder / "comparison.png", draw(runs))
+    print(f"\nwritten to {folder}: comparison.csv, comparison.png")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
