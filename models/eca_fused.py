@@ -198,7 +198,7 @@ def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 class _FusedTail(torch.autograd.Function):
-    """(z, weight, bias, kernel, residual) → out, and the mean and variance that were used."""
+    """(z, weight, bias, kernel, residual) → out; and the batch's mean and variance, or None."""
 
     @staticmethod
     def forward(ctx, z, weight, bias, kernel, residual, statistics, eps, activation):
@@ -206,6 +206,8 @@ class _FusedTail(torch.autograd.Function):
         out, variance, kept = _forward(z, *small, residual, statistics, eps, activation)
         ctx.save_for_backward(z, out if activation else None, weight, bias, kernel, *kept)
         ctx.batch_statistics = statistics is None
+        if statistics is not None:
+            return out, None, None
         ctx.mark_non_differentiable(kept.mean, variance)
         return out, kept.mean, variance
 
