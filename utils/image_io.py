@@ -17,8 +17,13 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # announced for a torchvision after 0.29: Pillow reads everything then
+    decode_jpeg = None
+warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 DECODERS = ("torchvision", "pil")
@@ -62,7 +67,7 @@ def read_image(path: str | bytes, decoder: str = "torchvision") -> torch.Tensor 
         if decoder == "pil":
             return _pil_rgb(data)
         # libjpeg through torchvision is the quick road for what nearly every photo is.
-        frame = _jpeg_frame(data)
+        frame = None if decode_jpeg is None else _jpeg_frame(data)
         if frame is not None and frame[2] in (1, 3) and frame[0] * frame[1] <= MAX_PIXELS:
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)

@@ -1,0 +1,79 @@
+"""Class folders and their labels."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from utils.errors import UserError
+from utils.image_folder import describe, list_classes, open_split, scan
+
+
+def make(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+def test_labels_follow_names_not_positions(tmp_path):
+    make(tmp_path, "train/ant/1.jpg", "train/bee/1.jpg", "train/cat/1.jpg",
+         "val/bee/1.jpg", "val/cat/1.jpg", "val/cat/2.jpg")  # fmt: skip
+    train, val = open_split(str(tmp_path))
+    assert train.classes == val.classes == ("ant", "bee", "cat")
+    assert train.labels.tolist() == [0, 1, 2]
+    assert val.labels.tolist() == [1, 2, 2]  # by position they would be 0, 1, 1
+    assert val.empty_classes() == ["ant"]
+    assert any("no val image for 1 class (ant)" in line for line in describe(val, "val"))
+
+
+def test_a_val_class_that_train_lacks_is_refused(tmp_path):
+    make(tmp_path, "train/ant/1.jpg", "val/ant/1.jpg", "val/wasp/1.jpg")
+    with pytest.raises(UserError, match=r"wasp.* not among the 1 known classes"):
+        open_split(str(tmp_path))
+
+
+def test_what_is_passed_over_is_counted(tmp_path):
+    make(tmp_path, "a/1.JPG", "a/deep/er/2.png", "a/.hidden.jpg", "a/notes.txt", "a/x.txt",
+         "a/README", ".cache/3.jpg", "b/4.webp", "c/.keep", "stray.jpg")  # fmt: skip
+    folder = scan(str(tmp_path))
+    assert [os.fsdecode(p) for p in folder.paths] == ["a/1.JPG", "a/deep/er/2.png", "b/4.webp"]
+    assert folder.ignored == {".txt": 2, "no ending": 1}
+    assert folder.hidden == 3
+    assert folder.empty_classes() == ["c"]
+    text = "\n".join(describe(folder, "train"))
+    assert "3 images in 2 classes" in text
+    assert "2 .txt, 1 no ending" in text
+
+
+def test_links(tmp_path):
+    make(tmp_path, "real/1.jpg", "root/a/1.jpg")
+    (tmp_path / "root" / "b").symlink_to(tmp_path / "real")
+    assert len(scan(str(tmp_path / "root"))) == 2
+    (tmp_path / "root" / "a" / "loop").symlink_to(tmp_path / "root")
+    with pytest.raises(UserError, match="link that leads back"):
+        scan(str(tmp_path / "root"))
+
+
+def test_missing_and_empty(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        scan(str(tmp_path / "none"))
+    make(tmp_path, "data/trian/a/1.jpg")
+    with pytest.raises(UserError, match="did you mean trian"):
+        open_split(str(tmp_path / "data"))
+    (tmp_path / "flat").mkdir()
+    with pytest.raises(UserError, match="no class folders"):
+        list_classes(str(tmp_path / "flat"))
+    make(tmp_path, "empty/a/x.txt")
+    with pytest.raises(UserError, match=r"no image in 1 class folders \(1 .txt passed over\)"):
+        scan(str(tmp_path / "empty"))
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    root = os.fsencode(tmp_path) + b"/d"
+    os.makedirs(root + b"/caf\xe9")
+    open(root + b"/caf\xe9/\xff.jpg", "wb").close()
+    folder = scan(os.fsdecode(root))
+    assert os.path.exists(folder.path(0))
+    "\n".join(describe(folder, "train")).encode("utf-8")

@@ -1,0 +1,71 @@
+"""The order of samples as a function of (seed, epoch, step, rank)."""
+
+import pytest
+
+from utils.errors import UserError
+from utils.sampler import SeededBatches, ShardedBatches, check_batch, mix_seed
+
+
+def batches(epoch: int, step: int = 0, **kwargs) -> list:
+    order = SeededBatches(103, 10, **({"seed": 7} | kwargs))
+    order.seek(epoch, step)
+    found = list(order)
+    assert len(found) == len(order)
+    return found
+
+
+def test_an_epoch_is_a_shuffle_without_repeats():
+    for epoch in (0, 1):
+        seen = [index for batch in batches(epoch) for at, index in batch if at == epoch]
+        assert len(seen) == len(set(seen)) == 100
+        assert set(seen) <= set(range(103))
+    assert batches(0) != batches(1)
+    assert batches(0) != batches(0, seed=8)
+    assert batches(0) == batches(0)
+    left_out = [set(range(103)) - {i for b in batches(e) for _, i in b} for e in range(3)]
+    assert len({frozenset(s) for s in left_out}) == 3  # not always the same ones
+
+
+def test_it_finds_its_place_again():
+    for step in range(11):
+        assert batches(3, step) == batches(3)[step:]
+
+
+def test_ranks_share_the_same_global_batches():
+    whole = batches(2)
+    for world in (2, 5):
+        parts = [batches(2, 4, rank=rank, world_size=world) for rank in range(world)]
+        joined = [[k for share in shares for k in share] for shares in zip(*parts, strict=True)]
+        assert joined == whole[4:]
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 16, 17])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_sees_each_image_once(size, world):
+    seen = []
+    for rank in range(world):
+        shards = ShardedBatches(size, 4, rank, world)
+        found = list(shards)
+        assert len(found) == len(shards)
+        assert all(1 <= len(batch) <= 4 for batch in found)
+        seen += [index for batch in found for _, index in batch]
+    assert sorted(seen) == list(range(size))
+
+
+def test_seeds_do_not_collide():
+    seeds = {mix_seed(s, e, i) for s in range(8) for e in range(8) for i in range(64)}
+    assert len(seeds) == 8 * 8 * 64
+    assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_batches_that_cannot_be_trained_on():
+    check_batch(256, 1000, 8, 224)
+    check_batch(8, 8, 8, 224)  # one image per device is enough where maps have 49 values
+    for arguments, words in (
+        ((10, 100, 4, 224), "give 8 or 12"),
+        ((3, 100, 4, 224), "give 4"),
+        ((101, 100, 1, 224), "more than the 100 training images"),
+        ((4, 100, 4, 32), "give -b 8 or more"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_batch(*arguments)
