@@ -27,7 +27,6 @@ from utils import (
     detection_engine,
     detection_report,
     distributed,
-    faults,
     report,
     resume,
 )
@@ -49,6 +48,7 @@ from utils.detection_options import build_parser
 from utils.detection_recipe import DetectionRecipe, lr_at
 from utils.engine import NonFiniteGuard
 from utils.errors import UserError, as_user_error
+from utils.faults import in_one_line
 from utils.sampler import mix_seed
 from utils.stop import StopRequest, Votes
 
@@ -90,9 +90,9 @@ def main() -> int:
         context = replace(context, data_parallel=())
     try:
         if args.evaluate:
-            with faults.in_one_line(1):
+            with in_one_line(1):
                 return evaluate(args, saved, context)
-        with StopRequest() as stop, faults.in_one_line(recipe.batch_size, stop):
+        with StopRequest() as stop, in_one_line(recipe.batch_size, stop):
             return train(args, asked, recipe, saved, folder, context, stop)
     finally:
         distributed.tear_down()
@@ -110,6 +110,7 @@ def evaluate(args: Namespace, saved: dict, context: distributed.Context) -> int:
     split = load_split(place, drop_crowds=False)
     ids = match_classes(saved["classes"], split, args.resume)
     truth = GroundTruth(place, network.arch == "mask_rcnn")
+    distributed.refuse_differences(validation_images=len(split))
     context.say(
         *split.report("val"),
         *truth.lines,
@@ -172,6 +173,10 @@ def train(
     val_split = load_split(val_place(args, root), drop_crowds=False)
     ids = match_classes(train_split.classes, val_split, "the training annotations")
     truth = GroundTruth(val_place(args, root), masks)
+    distributed.refuse_differences(
+        training_images=len(train_split), validation_images=len(val_split),
+        checkpoint=saved and tuple(saved["progress"][k] for k in ("epoch", "step")),
+    )  # fmt: skip
     check_batch(recipe.batch_size, len(train_split), context.world_size)
     if saved is not None:
         if saved["classes"] != train_split.classes:
@@ -208,8 +213,9 @@ def train(
     )  # fmt: skip
     if saved is not None:
         state.restore(saved)
-    if state.epoch >= recipe.epochs:
-        raise UserError(f"all {recipe.epochs} epochs are done: give more with --epochs")
+    if state.epoch >= recipe.epochs:  # no fault: a scheduler may start a finished run once more
+        context.say(f"all {recipe.epochs} epochs are done: give more with --epochs")
+        return 0
 
     # Batches, and the learning rate of each.
     order = GroupedBatches(
@@ -240,6 +246,9 @@ def train(
         folder if context.is_main else None, fixed, name, state.epoch, args.save_every,
         args.save_minutes,
     )  # fmt: skip
+
+    if files.lacks_best():
+        state.best = {}
 
     wrapped = distributed.wrap(network, context)
     autocast = partial(backends.autocast, context.device, args.amp)
@@ -332,7 +341,9 @@ def read_checkpoint(args: Namespace) -> tuple[dict | None, Path | None]:
             raise UserError("-e needs weights to evaluate: add --resume CKPT")
         return None, None
     recipe = DEMO if args.data == demo_shapes.SHAPES else RECIPE
+    of_any_run = not any((args.data, args.arch, args.backbone, args.action))
     name = run_name(args.arch or recipe.arch, args.backbone or recipe.backbone, args.action)
+    name = None if of_any_run else name
     saved, folder, notes = resume.find(args.resume, name, args.output, args.evaluate)
     if distributed.is_first():
         print(*notes, sep="\n", flush=True)

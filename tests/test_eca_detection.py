@@ -344,3 +344,20 @@ def test_defaults_are_the_published_networks():
         detector = eca_mask_rcnn()
     assert (detector.arch, detector.backbone_arch) == ("mask_rcnn", "eca_resnet50")
     assert (detector.ksize, detector.num_classes) == ((3, 3, 7, 7), 81)
+
+
+def test_padding_reaches_everything_through_ecas_mean():
+    """Why images are evaluated one by one: far from any padding a plain network sees nothing of it,
+    ECA's pool does."""
+    picture = torch.randn(1, 3, 64, 96)
+    padded = torch.cat([picture, torch.zeros(1, 3, 64, 160)], 3)
+    moved = {}
+    for name in ("resnet18", "eca_resnet18"):
+        torch.manual_seed(0)
+        network = create_model(name, num_classes=2).eval()
+        stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.layer1)
+        with torch.no_grad():
+            alone, beside = stem(picture)[..., :16], stem(padded)[..., :16]
+        moved[name] = ((alone - beside).norm() / alone.norm()).item()
+    assert moved["resnet18"] == 0
+    assert moved["eca_resnet18"] > 0.01

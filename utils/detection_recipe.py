@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 AUTO = "auto"
+OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,9 @@ class DetectionRecipe:
     backbone: str = "eca_resnet50"
     epochs: int = 12
     batch_size: int = 8
+    optimizer: str = "sgd"
     lr: float | str = AUTO
-    momentum: float = 0.9
+    momentum: float = 0.9  # of SGD
     weight_decay: float = 1e-4
     lr_steps: tuple[int, ...] = (8, 11)  # finished epochs after which the rate decays
     lr_decay: float = 0.1
