@@ -201,11 +201,7 @@ def train(
     losses = detection.LOSSES[recipe.arch]
     state = DetectionState(
         network,
-        torch.optim.SGD(
-            [p for p in network.parameters() if p.requires_grad], lr=recipe.lr,
-            momentum=recipe.momentum, weight_decay=recipe.weight_decay,
-            fused=context.device.type in ("cpu", "cuda") or None,
-        ),
+        detection_engine.make_optimizer(network, recipe, context.device),
         torch.amp.GradScaler(context.device.type, enabled=args.amp == "fp16"),
         detection_engine.LossMeter(context.device, losses),
         NonFiniteGuard(context.device),

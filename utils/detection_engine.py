@@ -12,6 +12,7 @@ from torch import nn
 from utils import distributed
 from utils.coco_eval import Result, to_results
 from utils.detection_data import DetectionBatch
+from utils.detection_recipe import DetectionRecipe
 from utils.engine import AutocastFactory, NonFiniteGuard
 from utils.sampler import mix_seed
 
@@ -41,6 +42,21 @@ class LossMeter:
         *sums, steps = total.tolist()
         means = [value / (steps or float("nan")) for value in sums]
         return {"loss": sum(means), **dict(zip(self.names, means, strict=True))}
+
+
+def make_optimizer(
+    network: nn.Module, recipe: DetectionRecipe, device: torch.device
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the parameters that train."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    shared = {
+        "lr": recipe.lr,
+        "weight_decay": recipe.weight_decay,
+        "fused": device.type in ("cpu", "cuda") or None,
+    }
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(trained, **shared)
+    return torch.optim.SGD(trained, momentum=recipe.momentum, **shared)
 
 
 def train_epoch(

@@ -13,7 +13,7 @@ from utils.cli import (
     positive_float,
     positive_int,
 )
-from utils.detection_recipe import AUTO, DetectionRecipe
+from utils.detection_recipe import AUTO, OPTIMIZERS, DetectionRecipe
 
 
 def build_parser(
@@ -125,6 +125,10 @@ def _optimisation_flags(group, recipe: DetectionRecipe) -> None:
     group.add_argument(
         "--batch-size", type=positive_int, metavar="N",
         help=f"global batch, over all devices (default: {recipe.batch_size})",
+    )  # fmt: skip
+    group.add_argument(
+        "--optimizer", choices=OPTIMIZERS,
+        help=f"adamw learns quicker without pretrained weights (default: {recipe.optimizer})",
     )  # fmt: skip
     group.add_argument(
         "--lr", type=learning_rate, metavar="F",

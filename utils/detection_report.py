@@ -34,11 +34,12 @@ def recipe_line(recipe: DetectionRecipe, lr_asked: float | str | None) -> str:
     """The numbers of training in one line."""
     auto = " (auto: 0.01 for 8 images)" if lr_asked in (None, AUTO) else ""
     decays = ", ".join(map(str, recipe.lr_steps))
+    momentum = f", momentum {recipe.momentum:g}" if recipe.optimizer == "sgd" else ""
     return (
-        f"recipe: {recipe.epochs} epochs, batch {recipe.batch_size}, lr {recipe.lr:g}{auto} times "
-        f"{recipe.lr_decay:g} after epochs {decays}, warm-up {recipe.warmup_steps} steps, momentum "
-        f"{recipe.momentum:g}, weight decay {recipe.weight_decay:g}, clip {recipe.clip:g}, sides "
-        f"{recipe.min_size} to {recipe.max_size}"
+        f"recipe: {recipe.epochs} epochs, batch {recipe.batch_size}, {recipe.optimizer} lr "
+        f"{recipe.lr:g}{auto} times {recipe.lr_decay:g} after epochs {decays}, warm-up "
+        f"{recipe.warmup_steps} steps{momentum}, weight decay {recipe.weight_decay:g}, clip "
+        f"{recipe.clip:g}, sides {recipe.min_size} to {recipe.max_size}"
     )
 
 
