@@ -4,6 +4,8 @@ Workers decode, crop and flip 8-bit images; the division by the standard deviati
 device, on a batch that crossed the bus at a quarter of its float size.
 """
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from torchvision.transforms import v2
 from utils.errors import EXIT_FAILED, UserError
 from utils.image_folder import ImageFolder
 from utils.image_io import BrokenImageError, printable, read_image
-from utils.processes import die_with_parent
+from utils.processes import die_with_parent, end_children_at_exit
 from utils.recipe import Recipe
 from utils.sampler import Key, SeededBatches, ShardedBatches, mix_seed
 
@@ -217,6 +219,8 @@ def device_batches(
 
 def _checked(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
     """The loader's batches; what goes wrong in it becomes one line."""
+    if loader.num_workers:
+        end_children_at_exit()
     batches = iter(loader)
     while True:
         try:
@@ -246,6 +250,15 @@ def _collate(items: list):
             return item
     images, labels, broken = zip(*items, strict=True)
     return default_collate(images), torch.tensor(labels), [i for i in broken if i >= 0]
+
+
+@atexit.register
+def _end_workers() -> None:
+    # multiprocessing would send SIGTERM at exit, which workers ignore, and wait for ever.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise at every worker's end
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _init_worker(_: int) -> None:
