@@ -119,7 +119,8 @@ def open_split(
     Raises:
         UserError: see `scan`; also when val has a class that train has not.
     """
-    list_classes(data)
+    if not os.path.isdir(data):
+        list_classes(data)  # says so, with the nearest name
     train = scan(os.path.join(data, "train"), classes) if with_train else None
     return train, scan(os.path.join(data, "val"), train.classes if train else classes)
 

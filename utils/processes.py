@@ -1,6 +1,8 @@
 """Processes that end together: what a run started never outlives it."""
 
+import atexit
 import ctypes
+import functools
 import multiprocessing
 import signal
 import sys
@@ -19,7 +21,7 @@ def die_with_parent(signum: signal.Signals = signal.SIGKILL) -> None:
 
 
 def end_children() -> bool:
-    """Kills what this process started, at the very end of a script.
+    """Kills what this process started, at its very end.
 
     Loader workers ignore SIGTERM (it is the main process that answers it), so nothing softer ends
     one that hangs in a read.
@@ -35,3 +37,9 @@ def end_children() -> bool:
     for child in children:
         child.join(PATIENCE)
     return not any(child.is_alive() for child in children)
+
+
+@functools.cache
+def end_children_at_exit() -> None:
+    """Sees to `end_children` where nothing calls it; else Python waits for them for ever at exit."""
+    atexit.register(end_children)
