@@ -164,7 +164,7 @@ def _run_flags(group) -> None:
         "--save-minutes", type=positive_float, metavar="M", help="the same, by the clock"
     )
     group.add_argument(
-        "--seed", type=count, metavar="N",
+        "--seed", type=number(int, 0, 2**63 - 1), metavar="N",
         help="repeatable run: bit for bit on the CPU; on CUDA with deterministic kernels, slower",
     )  # fmt: skip
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
