@@ -1,0 +1,47 @@
+"""A run that is killed anywhere ends bit for bit as one that was not."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def kill_and_resume(tree, tmp_path, kills: int, script: str, *flags: object) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "kill_driver.py"), script, str(tree),
+         str(tmp_path / "runs"), str(kills), *map(str, flags)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=1500,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    log = tmp_path / "runs" / "moments.txt"
+    assert done.returncode == 0, done.stderr + log.read_text()[-3000:]
+    return done.stdout.splitlines()
+
+
+FLAGS = ("--img-size", 32, "-b", 8, "--min-scale", 0.5, "--epochs", 2, "--seed", 1,
+         "--save-every", 2, "--lr", 0.01, "-p", 1)  # fmt: skip
+
+
+def test_three_kills(tree, tmp_path):
+    """MobileNetV2 has dropout, whose chance must be the same after a resumption, too."""
+    lines = kill_and_resume(tree, tmp_path, 3, "light_main.py", *FLAGS)
+    assert len(lines) == 3
+    assert all(line.endswith("equal") for line in lines)
+
+
+@pytest.mark.faults
+def test_twenty_four_kills(tree, tmp_path):
+    lines = kill_and_resume(tree, tmp_path, 24, "light_main.py", *FLAGS)
+    assert len(lines) == 24
+    assert all(line.endswith("equal") for line in lines)
+
+
+@pytest.mark.faults
+def test_kills_of_a_fused_resnet_in_bf16(tree, tmp_path):
+    lines = kill_and_resume(
+        tree, tmp_path, 3, "main.py", "-a", "eca_resnet18", "--amp", "bf16", "--channels-last",
+        *FLAGS,
+    )  # fmt: skip
+    assert len(lines) == 3
