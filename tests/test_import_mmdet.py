@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from models.eca_detection import create_detector, detector_from_checkpoint
 from utils.errors import UserError
@@ -103,12 +104,18 @@ def test_tensors_with_one_shape_are_not_swapped():
         assert named[name] is given[old]
 
 
-def test_eighty_classes_are_cocos():
+@pytest.mark.parametrize("spelling", [None, "_", " "])
+def test_eighty_classes_are_cocos(spelling):
     file = file_of_v1("faster_rcnn", classes=80)
     del file["meta"]["CLASSES"]
+    if spelling:
+        known = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]
+        names = tuple(name.replace(" ", spelling) for name in known if name != "N/A")
+        file["meta"]["CLASSES"] = names
     fields = convert(file)
     assert len(fields["classes"]) == 80
-    assert fields["classes"][:2] == ["person", "bicycle"]
+    assert fields["classes"][0] == "person"
+    assert fields["classes"][9] == "traffic light"
     assert (fields["category_ids"][0], fields["category_ids"][-1]) == (1, 90)
     assert fields["num_classes"] == 81
 

@@ -167,12 +167,14 @@ def _ksize(named: Tensors) -> list[int]:
 
 
 def _classes(meta: Any, count: int) -> tuple[list[str], list[int]]:
-    """Names and category ids: the file's own, COCO's for 80, else numbers."""
+    """Names and category ids: COCO's where the file's names are COCO's or missing, else its own."""
     coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     ids = [i for i, name in enumerate(coco) if name not in ("__background__", "N/A")]
+    coco = [coco[i] for i in ids]
     names = list(meta.get("CLASSES") or []) if isinstance(meta, Mapping) else []
-    if count == len(ids):
-        return names or [coco[i] for i in ids], ids
+    spelt = [str(name).replace("_", " ") for name in names]  # v1 wrote traffic_light
+    if count == len(ids) and (not names or spelt == coco):
+        return coco, ids
     if names and len(names) != count:
         raise UserError(f"the file names {len(names)} classes and has outputs for {count}")
     return names or [str(i) for i in range(count)], list(range(1, count + 1))
