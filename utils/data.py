@@ -4,8 +4,6 @@ Workers decode, crop and flip 8-bit images; the division by the standard deviati
 device, on a batch that crossed the bus at a quarter of its float size.
 """
 
-import atexit
-import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -250,15 +248,6 @@ def _collate(items: list):
             return item
     images, labels, broken = zip(*items, strict=True)
     return default_collate(images), torch.tensor(labels), [i for i in broken if i >= 0]
-
-
-@atexit.register
-def _end_workers() -> None:
-    # multiprocessing would send SIGTERM at exit, which workers ignore, and wait for ever.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise at every worker's end
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
 
 
 def _init_worker(_: int) -> None:
