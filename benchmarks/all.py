@@ -1,0 +1,45 @@
+"""Every benchmark of this folder, one after the other, with a JSON file for each.
+
+    python benchmarks/all.py --out DIR [--smoke]
+
+Each runs in a process of its own; one that fails is named at the end, and the others still run.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+BENCHMARKS = ("memory", "tail", "train_step", "inference", "data_loading")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON files")
+    parser.add_argument("--smoke", action="store_true", help="tiny and short: does it run?")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name in BENCHMARKS:
+        command = [
+            sys.executable,
+            str(HERE / f"{name}.py"),
+            "--json",
+            str(args.out / f"{name}.json"),
+        ]
+        print(f"\n== {name}", flush=True)
+        began = time.perf_counter()
+        if subprocess.run(command + ["--smoke"] * args.smoke).returncode:
+            failed.append(name)
+        print(f"== {name}: {time.perf_counter() - began:.0f} s", flush=True)
+    if failed:
+        print(f"error: failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

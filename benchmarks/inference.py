@@ -1,0 +1,120 @@
+"""Inference of ECA-ResNet-50 and ECA-MobileNetV2 beside the textbook form and plain networks.
+
+    python benchmarks/inference.py [--network resnet50|mobilenetv2|both] [--no-compile]
+                                   [--batch N] [--json FILE] [--smoke]
+
+Eager networks run without gradients; `optimised` is models.optimise_for_inference, `compiled` the
+same with compile=True. bfloat16 only where the device has it.
+"""
+
+import side_by_side as side  # first: it puts the repository on the path
+
+# isort: split
+import copy
+
+import textbook
+import torch
+from torch import nn
+
+import models
+from models.inference import optimise_for_inference
+from utils.cli import run_script
+
+BASE = "textbook ECA, eager float32 NCHW"
+
+
+class Eager:
+    """A network as it is, without gradients."""
+
+    def __init__(self, network: nn.Module, images: torch.Tensor, dtype: torch.dtype, layout):
+        self.network = network.to(images.device, memory_format=layout).eval()
+        self.images, self.dtype = images.to(memory_format=layout), dtype
+
+    def __call__(self) -> torch.Tensor:
+        enabled = self.dtype != torch.float32
+        with torch.inference_mode(), torch.autocast(self.images.device.type, self.dtype, enabled):
+            return self.network(self.images)
+
+
+class Optimised:
+    def __init__(
+        self, network: nn.Module, images: torch.Tensor, dtype: torch.dtype, compiled: bool
+    ):
+        self.network = optimise_for_inference(network.to(images.device), dtype, compiled)
+        self.images = images.to(memory_format=torch.channels_last)
+
+    def __call__(self) -> torch.Tensor:
+        return self.network(self.images)
+
+
+def families(smoke: bool) -> dict[str, dict[str, nn.Module | None]]:
+    depth = 18 if smoke else 50
+    ours = {kind: f"{kind}_" if kind else "" for kind in ("", "eca", "se")}
+    return {
+        "resnet50": {
+            "textbook ECA": textbook.eca_resnet(depth),
+            "torchvision's plain": textbook.plain_resnet(depth),
+            "textbook SE": textbook.se_resnet(depth),
+            "timm's ECA": textbook.timm_eca_resnet(depth),
+            **{f"our {k or 'plain'}": models.create_model(f"{p}resnet{depth}")
+               for k, p in ours.items()},
+        },
+        "mobilenetv2": {
+            "textbook ECA": textbook.eca_mobilenetv2(),
+            "torchvision's plain": textbook.plain_mobilenetv2(),
+            **{f"our {k or 'plain'}": models.create_model(f"{p}mobilenetv2")
+               for k, p in ours.items()},
+        },
+    }  # fmt: skip
+
+
+def measure(network: str, built: dict, args, compile: bool) -> list[dict[str, object]]:
+    images = torch.randn(args.batch, 3, args.img_size, args.img_size, device=args.device)
+    nchw, nhwc = torch.contiguous_format, torch.channels_last
+    calls = {BASE: Eager(copy.deepcopy(built["textbook ECA"]), images, torch.float32, nchw)}
+    dtypes, pairs, tax = {BASE: "float32"}, [], []
+    for dtype_name in side.dtypes_for(args.device):
+        dtype = side.DTYPES[dtype_name]
+        added = {}
+        for name, module in built.items():
+            if module is None:
+                continue
+            added[f"{name}, eager {dtype_name}"] = Eager(copy.deepcopy(module), images, dtype, nhwc)
+            if name.startswith("our "):
+                for how in ("optimised", "compiled") if compile else ("optimised",):
+                    label = f"{name}, {how} {dtype_name}"
+                    added[label] = Optimised(module, images, dtype, how == "compiled")
+                    if name != "our plain":
+                        tax.append((label, f"our plain, {how} {dtype_name}"))
+        tax += [
+            (label, f"torchvision's plain, eager {dtype_name}")
+            for label in added
+            if ", eager" in label and "plain" not in label
+        ]
+        calls |= added
+        pairs += [(label, BASE) for label in added]
+        dtypes |= dict.fromkeys(added, dtype_name)
+    repeat = 10 if args.device.type == "cuda" else 1
+    times = side.interleave(calls, args.rounds, args.device, repeat)
+    common = side.settings(args) | {"network": network}
+    rows = side.compare("inference", times, pairs + tax, dtypes, common)
+    for row in rows:
+        row["images_per_second"] = args.batch / row["seconds_median"]
+    return rows
+
+
+def main() -> None:
+    parser = side.make_parser(__doc__, batch=(16, 256), rounds=15)
+    parser.add_argument("--network", choices=("resnet50", "mobilenetv2", "both"), default="both")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    args = side.settle(parser.parse_args())
+    rows = []
+    for network, built in families(args.smoke).items():
+        if args.network in (network, "both"):
+            rows += measure(network, built, args, not (args.no_compile or args.smoke))
+    shown = [{**row, "variant": f"{row['network']}: {row['variant']}"} for row in rows]
+    side.report(args, rows, "the variant's speed over the other's; NHWC unless said", shown)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,202 @@
+"""Timing side by side: what the benchmarks share.
+
+The variants run in one process, in a new random order in each round, so that whatever disturbs the
+machine disturbs them alike. A ratio is a baseline's time over a variant's in the same round: above
+1 the variant is faster.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts' own packages
+
+import torch  # noqa: E402
+import torchvision  # noqa: E402
+
+from utils.cli import Parser, positive_int  # noqa: E402
+from utils.errors import UserError  # noqa: E402
+from utils.text_tables import columns  # noqa: E402
+
+Times = dict[str, list[float]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def make_parser(description: str, *, batch: tuple[int, int], rounds: int) -> Parser:
+    """The flags that all have; `batch` is the default on CPU and on CUDA."""
+    parser = Parser(description=description)
+    parser.add_argument("--device", help="cuda if there is one, else cpu")
+    parser.add_argument("--batch", type=positive_int, help=f"{batch[0]} on CPU, {batch[1]} on CUDA")
+    parser.add_argument("--rounds", type=positive_int, default=rounds)
+    parser.add_argument("--img-size", type=positive_int, default=224)
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows there")
+    parser.add_argument("--smoke", action="store_true", help="tiny and short: does it run?")
+    parser.set_defaults(batch_of_device=batch)
+    return parser
+
+
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """Fills in what depends on the device, and sets torch as a training run would."""
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device: leave --device out")
+    args.device = torch.device(name)
+    if args.smoke:
+        args.rounds, args.img_size, args.batch = 1, 32, 2
+    args.batch = args.batch or args.batch_of_device[args.device.type == "cuda"]
+    if args.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32, for every variant
+    return args
+
+
+def bfloat16_is_native(device: torch.device) -> bool:
+    """Elsewhere it is emulated, many times slower, and there is nothing to compare."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def dtypes_for(device: torch.device) -> list[str]:
+    return ["float32", "bfloat16"] if bfloat16_is_native(device) else ["float32"]
+
+
+def interleave(
+    variants: dict[str, Callable[[], object]], rounds: int, device: torch.device, repeat: int = 1
+) -> Times:
+    """Seconds a call of each variant, one figure a round, after warm-up.
+
+    Args:
+        repeat: calls that are timed together.
+    """
+
+    def timed(function: Callable[[], object]) -> float:
+        _wait(device)
+        began = time.perf_counter()
+        for _ in range(repeat):
+            function()
+        _wait(device)
+        return (time.perf_counter() - began) / repeat
+
+    for function in variants.values():
+        for _ in range(3 if device.type == "cuda" else 1):
+            timed(function)
+    times: Times = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name in random.sample(list(variants), len(variants)):
+            times[name].append(timed(variants[name]))
+    return times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """What every row carries about where it was measured."""
+    found = {
+        "device": device_name(args.device),
+        "batch": args.batch,
+        "img_size": args.img_size,
+        "rounds": args.rounds,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+        "malloc": {k: v for k, v in os.environ.items() if "MALLOC" in k or k == "GLIBC_TUNABLES"},
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "commit": _commit(),
+    }
+    try:
+        import timm
+
+        found["timm"] = timm.__version__
+    except ImportError:
+        found["timm"] = None
+    return found
+
+
+def compare(
+    benchmark: str,
+    times: Times,
+    pairs: list[tuple[str, str]],
+    dtypes: dict[str, str],
+    common: dict[str, object],
+) -> list[dict[str, object]]:
+    """A row for each (variant, baseline)."""
+    rows = []
+    for variant, baseline in pairs:
+        ratios = [b / v for b, v in zip(times[baseline], times[variant], strict=True)]
+        rows.append({
+            "benchmark": benchmark,
+            "variant": variant,
+            "baseline": baseline,
+            "dtype": dtypes[variant],
+            "ratio_min": min(ratios),
+            "ratio_median": statistics.median(ratios),
+            "ratio_max": max(ratios),
+            "seconds_median": statistics.median(times[variant]),
+            **common,
+        })  # fmt: skip
+    return rows
+
+
+def report(
+    args: argparse.Namespace,
+    rows: list[dict[str, object]],
+    unit: str,
+    shown: list[dict[str, object]] | None = None,
+) -> None:
+    """Prints the rows as a table under the settings, and writes them where --json says.
+
+    Args:
+        unit: what the ratio is.
+        shown: the rows to print in place of `rows`.
+    """
+    common = rows[0]
+    print(
+        f"{common['device']}; torch {common['torch']}, torchvision {common['torchvision']},"
+        f" timm {common['timm'] or 'not installed'}; batch {common['batch']},"
+        f" {common['img_size']}×{common['img_size']}, {common['rounds']} rounds"
+        f"{', smoke run: the figures mean nothing' if args.smoke else ''}"
+    )
+    print(f"ratio = {unit}")
+    table = [["variant", "against", "min", "median", "max"]]
+    for row in shown or rows:
+        ratios = [f"{row[key]:.3f}" for key in ("ratio_min", "ratio_median", "ratio_max")]
+        table.append([row["variant"], row["baseline"], *ratios])
+    print(columns(table, left=2))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        print(f"{len(rows)} rows in {args.json}")

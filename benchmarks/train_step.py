@@ -1,0 +1,95 @@
+"""A training step (forward, loss, backward, SGD) of ECA-ResNet-50, beside what it competes with.
+
+    python benchmarks/train_step.py [--depth 50] [--batch N] [--compile] [--json FILE] [--smoke]
+
+bfloat16 is by autocast, and only where the device has it.
+"""
+
+import itertools
+
+import side_by_side as side  # first: it puts the repository on the path
+
+# isort: split
+import textbook
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import models
+from utils.cli import run_script
+
+BASE, PLAIN = "textbook ECA, float32 NCHW", "torchvision's plain"
+COMPILED = (PLAIN, "textbook ECA", "ours, ECA")  # those that --compile adds
+
+
+class Step:
+    """One network with its optimizer; calling it takes a step."""
+
+    def __init__(self, network, images, labels, dtype, channels_last, compiled=False):
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.device, self.dtype = images.device, dtype
+        self.network = network.to(self.device, memory_format=layout).train()
+        self.run = torch.compile(self.network) if compiled else self.network
+        self.images, self.labels = images.to(memory_format=layout), labels
+        self.optimizer = torch.optim.SGD(
+            network.parameters(), 1e-4, momentum=0.9, weight_decay=1e-4, fused=True
+        )
+
+    def __call__(self) -> None:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = F.cross_entropy(self.run(self.images), self.labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def networks(depth: int) -> dict[str, nn.Module]:
+    """Each in channels_last, by the name it has in the table."""
+    built = {
+        PLAIN: textbook.plain_resnet(depth),
+        "textbook ECA": textbook.eca_resnet(depth),
+        "textbook SE": textbook.se_resnet(depth),
+        "timm's ECA": textbook.timm_eca_resnet(depth),
+        "ours, ECA": models.create_model(f"eca_resnet{depth}"),
+        "ours, ECA, module by module": models.create_model(f"eca_resnet{depth}"),
+        "ours, plain": models.create_model(f"resnet{depth}"),
+    }
+    models.set_fused(built["ours, ECA, module by module"], False)
+    return {name: network for name, network in built.items() if network is not None}
+
+
+def main() -> None:
+    parser = side.make_parser(__doc__, batch=(16, 256), rounds=15)
+    parser.add_argument("--depth", type=int, choices=(18, 50), default=50)
+    parser.add_argument("--compile", action="store_true", help="also through torch.compile")
+    args = side.settle(parser.parse_args())
+    depth = 18 if args.smoke else args.depth
+    size = (args.batch, 3, args.img_size, args.img_size)
+    images = torch.randn(size, device=args.device)
+    labels = torch.randint(1000, (args.batch,), device=args.device)
+
+    steps = {BASE: Step(textbook.eca_resnet(depth), images, labels, torch.float32, False)}
+    dtypes, pairs = {BASE: "float32"}, []
+    for dtype, compiled in itertools.product(side.dtypes_for(args.device), (False, True)):
+        if compiled and not args.compile:
+            continue
+        suffix = f", {dtype}{', compiled' if compiled else ''}"
+        for name, network in networks(depth).items():
+            if compiled and name not in COMPILED:
+                continue
+            label = name + suffix
+            steps[label] = Step(network, images, labels, side.DTYPES[dtype], True, compiled)
+            dtypes[label] = dtype
+            pairs += [(label, f"{PLAIN}{suffix}"), (label, BASE)]
+    times = side.interleave(steps, args.rounds, args.device)
+    pairs = [pair for pair in pairs if pair[0] != pair[1]]
+    pairs.sort(key=lambda pair: pair[1] == BASE)
+    common = side.settings(args) | {"depth": depth}
+    rows = side.compare("train_step", times, pairs, dtypes, common)
+    for row in rows:
+        row["images_per_second"] = args.batch / row["seconds_median"]
+    side.report(args, rows, "the variant's speed over the other's; channels_last unless said")
+
+
+if __name__ == "__main__":
+    run_script(main)

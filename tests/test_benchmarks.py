@@ -1,0 +1,73 @@
+"""Each benchmark runs, and writes rows of the agreed form; what they measure is not tested."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+COLUMNS = {
+    "benchmark", "variant", "baseline", "device", "dtype", "batch", "ratio_min", "ratio_median",
+    "ratio_max",
+}  # fmt: skip
+
+
+def run(script, *flags):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", ["train_step", "inference", "tail", "memory"])
+def test_smoke(name, tmp_path):
+    to = tmp_path / "new" / "rows.json"
+    done = run(f"{name}.py", "--smoke", "--device", "cpu", "--json", to)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(to.read_text())
+    assert rows
+    for row in rows:
+        assert row.keys() >= COLUMNS
+        assert row["benchmark"] == name
+        assert row["batch"] == 2
+        assert row["variant"] != row["baseline"] or name == "memory"
+        assert 0 < row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"] < math.inf
+    assert any("ECA" in row["variant"] for row in rows)
+    assert rows[0]["variant"] in done.stdout
+
+
+def test_textbook_networks_are_ours():
+    """The same function under other names, or the comparison would not be of like with like."""
+    import torch
+
+    import models
+
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import textbook
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    x = torch.randn(2, 3, 64, 64)
+    pairs = {
+        "eca_resnet18": textbook.eca_resnet(18),
+        "se_resnet18": textbook.se_resnet(18),
+        "eca_mobilenetv2": textbook.eca_mobilenetv2(),
+        "mobilenetv2": textbook.plain_mobilenetv2(),
+    }
+    for name, theirs in pairs.items():
+        ours = models.create_model(name)
+        state = dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True))
+        ours.load_state_dict(state)
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    ours, theirs = models.create_model("eca_resnet18"), textbook.timm_eca_resnet(18)
+    if theirs is not None:  # it chooses kernel sizes by the block's width: a few weights' odds
+        count, timms = (sum(p.numel() for p in n.parameters()) for n in (ours, theirs))
+        assert abs(count - timms) < 50
+
+
+def test_a_device_that_is_not_there_is_refused_in_one_line():
+    done = run("tail.py", "--smoke", "--device", "tpu")
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0
+    assert "tpu" in done.stderr
