@@ -77,3 +77,49 @@ def test_names_that_are_not_utf8(tmp_path):
     folder = scan(os.fsdecode(root))
     assert os.path.exists(folder.path(0))
     "\n".join(describe(folder, "train")).encode("utf-8")
+
+
+def test_the_classes_of_a_checkpoint_rule(tmp_path):
+    make(tmp_path, "val/b/1.jpg")
+    _, val = open_split(str(tmp_path), ["z", "b"], with_train=False)
+    assert val.labels.tolist() == [1]
+    with pytest.raises(UserError, match=r"val: 1 class \(b\) not among the 2 known classes"):
+        open_split(str(tmp_path), ["y", "z"], with_train=False)
+
+
+def test_files_come_in_one_order_whatever_the_disk_says(tmp_path, monkeypatch):
+    make(tmp_path, "b/2.JPG", "b/10.png", "b/sub/1.webp", "a/z.jpeg")
+    listed = [scan(str(tmp_path)).paths.tolist()]
+    real = os.scandir
+
+    class Backwards:
+        def __init__(self, path):
+            self.entries = sorted(real(path), key=lambda e: e.name, reverse=True)
+
+        def __enter__(self):
+            return iter(self.entries)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(os, "scandir", Backwards)
+    listed.append(scan(str(tmp_path)).paths.tolist())
+    assert listed == [[b"a/z.jpeg", b"b/10.png", b"b/2.JPG", b"b/sub/1.webp"]] * 2
+
+
+def test_an_empty_data_folder_says_what_belongs_in_it(tmp_path):
+    with pytest.raises(UserError, match=r"train: no such folder; DATA holds train/ and val/"):
+        open_split(str(tmp_path))
+    with pytest.raises(UserError, match=r"gone: no such folder"):
+        open_split(str(tmp_path / "gone"))
+
+
+def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch):
+    make(tmp_path, "a/1.jpg")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="Permission denied; check its permissions"):
+        scan(str(tmp_path))

@@ -2,6 +2,9 @@
 
 import io
 import os
+import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -129,3 +132,82 @@ def test_names_that_are_not_utf8(tmp_path):
     assert read_image(path).shape == (3, 60, 80)
     assert printable(path).endswith("/caf\\xe9.png")
     printable(path).encode("utf-8")  # fit for any terminal
+
+
+@pytest.mark.parametrize("decoder", image_io.DECODERS)
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "gif", "bmp"])
+def test_every_truncation_is_noticed(tmp_path, decoder, kind):
+    path = tmp_path / f"x.{kind}"
+    SMOOTH.save(path)
+    whole = path.read_bytes()
+    for share in (0.05, 0.3, 0.6, 0.9):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(BrokenImageError):
+            read_image(path, decoder)
+
+
+def test_16_bit_colour_and_grey_of_other_formats(tmp_path):
+    row = np.array([[[0, 32768, 65535], [65535, 256, 0]]], dtype=">u2")
+
+    def chunk(name: bytes, data: bytes) -> bytes:  # by hand: Pillow cannot write such a PNG
+        body = name + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row.tobytes()))
+    data = b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+    (tmp_path / "rgb.png").write_bytes(data)
+    for found in both(tmp_path / "rgb.png"):
+        assert found[0].tolist() == [[0, 128, 255], [255, 1, 0]]
+    grey = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    (tmp_path / "grey.pgm").write_bytes(b"P5 5 1 65535\n" + grey.astype(">u2").tobytes())
+    Image.fromarray(grey).save(tmp_path / "grey.tif")
+    for name in ("grey.pgm", "grey.tif"):
+        for found in both(tmp_path / name):
+            assert found[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_a_transparent_palette_colour_is_white(tmp_path):
+    keyed = Image.new("P", (2, 1))
+    keyed.putpalette([10, 20, 30, 40, 50, 60])
+    keyed.putpixel((1, 0), 1)
+    keyed.save(tmp_path / "keyed.png", transparency=1)
+    for found in both(tmp_path / "keyed.png"):
+        assert found[0].tolist() == [[10, 20, 30], [255] * 3]
+
+
+@pytest.mark.parametrize("decoder", image_io.DECODERS)
+def test_a_pipe_or_a_folder_is_refused_without_waiting(tmp_path, decoder):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(BrokenImageError, match="not a regular file"):
+        read_image(tmp_path / "pipe.jpg", decoder)
+    (tmp_path / "folder.jpg").mkdir()
+    with pytest.raises(BrokenImageError, match=r"folder\.jpg: "):
+        read_image(tmp_path / "folder.jpg", decoder)
+    with pytest.raises(BrokenImageError, match=r"gone\.jpg: No such file or directory"):
+        read_image(tmp_path / "gone.jpg", decoder)
+
+
+def test_no_memory_is_not_the_files_fault(tmp_path, monkeypatch):
+    SMOOTH.save(tmp_path / "a.png")
+
+    def fail(_):
+        raise MemoryError
+
+    monkeypatch.setattr(image_io, "_pil_rgb", fail)
+    with pytest.raises(MemoryError):
+        read_image(tmp_path / "a.png")
+
+
+def test_the_error_survives_the_way_out_of_a_worker():
+    error = pickle.loads(pickle.dumps(BrokenImageError("a.jpg", "the file is empty")))
+    assert (error.path, error.reason) == ("a.jpg", "the file is empty")
+
+
+def test_the_frame_header_behind_other_segments():
+    """What decides between the two decoders, on hand-made headers."""
+    frame = b"\xff\xc2\x00\x11\x08" + struct.pack(">HHB", 16, 24, 3) + bytes(9)
+    comment = b"\xff\xfe\x00\x06abcd"
+    assert image_io._jpeg_frame(b"\xff\xd8" + comment + b"\xff\xff" + frame) == (24, 16, 3)
+    assert image_io._jpeg_frame(b"\xff\xd8" + comment) is None
+    assert image_io._jpeg_frame(b"\x89PNG") is None

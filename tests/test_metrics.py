@@ -56,3 +56,24 @@ def test_cross_entropy_is_float32_for_half_logits():
     logits = torch.randn(4, 3, dtype=torch.bfloat16)
     loss = cross_entropy(logits, torch.tensor([0, 1, 2, 0]))
     assert loss.dtype == torch.float32
+
+
+def test_counts_are_exact_beyond_float32():
+    meter = ClassificationMeter(torch.device("cpu"))
+    meter.sums[3] = 2**24
+    meter.update(torch.tensor(1.0), torch.eye(1), torch.tensor([0]))
+    assert meter.total()[3] == 2**24 + 1
+
+
+def test_the_total_is_a_copy():
+    meter = ClassificationMeter(torch.device("cpu"))
+    total = meter.total()
+    meter.update(torch.tensor(1.0), torch.eye(1), torch.tensor([0]))
+    assert total.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_ruined_row_leaves_the_others(bad):
+    logits = torch.eye(3)
+    logits[0, 1] = bad
+    assert count_correct(logits, torch.arange(3), (1, 2)).tolist() == [2, 2]

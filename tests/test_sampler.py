@@ -1,6 +1,7 @@
 """The order of samples as a function of (seed, epoch, step, rank)."""
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import UserError
 from utils.sampler import SeededBatches, ShardedBatches, check_batch, mix_seed
@@ -69,3 +70,35 @@ def test_batches_that_cannot_be_trained_on():
     ):
         with pytest.raises(UserError, match=words):
             check_batch(*arguments)
+
+
+def test_a_pass_under_way_does_not_follow_a_new_seek():
+    order = SeededBatches(103, 10, seed=7)
+    order.seek(2, 1)
+    under_way = iter(order)
+    first = next(under_way)
+    order.seek(5)  # a loader reads ahead
+    assert [first, *under_way] == batches(2, 1)
+
+
+class Echo(Dataset):
+    def __getitem__(self, key):
+        return key
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_loader_workers_change_nothing(workers):
+    order = SeededBatches(103, 10, seed=7)
+    loader = DataLoader(
+        Echo(), batch_sampler=order, num_workers=workers, collate_fn=list,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
+    for epoch, step in ((0, 0), (1, 4), (2, 0)):
+        order.seek(epoch, step)
+        assert list(loader) == batches(epoch, step)
+
+
+def test_the_order_is_the_same_in_every_version():
+    """Saved runs depend on it."""
+    assert mix_seed(1, 2) == 7764949442709860949
+    assert batches(0)[0] == [(0, index) for index in (72, 64, 97, 26, 71, 17, 16, 56, 82, 93)]

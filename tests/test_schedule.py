@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from utils.schedule import lr_at
+from utils.schedule import SCHEDULES, lr_at
 
 
 def test_step_divides_by_ten_every_thirty_epochs():
@@ -34,3 +34,24 @@ def test_cosine_after_a_linear_warmup():
 
 def test_a_run_that_is_longer_than_planned_stays_at_zero():
     assert lr_at(99, 10, lr=0.2, epochs=5, schedule="cosine") == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_rises_to_the_peak_before_any_schedule(schedule):
+    rates = [
+        lr_at(s, 10, lr=0.1, epochs=9, schedule=schedule, warmup_epochs=2.5) for s in range(90)
+    ]
+    assert rates[:25] == pytest.approx([0.1 * (s + 1) / 25 for s in range(25)])
+    assert max(rates) == pytest.approx(0.1)
+
+
+def test_it_remembers_nothing():
+    settings = {"lr": 0.1, "epochs": 9, "schedule": "cosine", "warmup_epochs": 1}
+    forwards = [lr_at(s, 10, **settings) for s in range(90)]
+    assert [lr_at(s, 10, **settings) for s in reversed(range(90))][::-1] == forwards
+
+
+def test_a_run_that_is_all_warm_up():
+    for epochs, last in ((1, 0.1), (5, 0.02)):
+        rate = lr_at(9, 10, lr=0.1, epochs=1, schedule="cosine", warmup_epochs=epochs)
+        assert rate == pytest.approx(last)

@@ -54,7 +54,7 @@ class NonFiniteGuard:
         step = int(self.first_bad)
         if step >= 0:
             raise UserError(
-                f"the {what} of step {step} is not a finite number; the weights were left as they "
+                f"the {what} of step {step + 1} is not a finite number; the weights were left as they "
                 "were before it. Lower --lr, lengthen --warmup-epochs, or use --amp off",
                 EXIT_NON_FINITE,
             )
