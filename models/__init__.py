@@ -30,6 +30,7 @@ from models.eca_resnet import (
     se_resnet101,
     se_resnet152,
 )
+from models.inference import optimise_for_inference
 
 __all__ = [
     "MODELS",
@@ -40,6 +41,7 @@ __all__ = [
     "adaptive_kernel_size",
     "add_eca",
     "create_model",
+    "optimise_for_inference",
     "parse_ksize",
     "set_fused",
 ]

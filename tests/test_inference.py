@@ -1,0 +1,182 @@
+"""Networks rebuilt for inference against the networks they stand for."""
+
+import copy
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from models import inference
+from models.inference import InferenceBlock, fastest_dtype, optimise_for_inference
+
+NETWORKS = (
+    "eca_resnet18",
+    "eca_resnet50",
+    "resnet18",
+    "resnet50",
+    "se_resnet18",
+    "eca_mobilenetv2",
+    "mobilenetv2",
+    "se_mobilenetv2",
+)
+
+
+def make_network(name, **kwargs):
+    """A network whose BatchNorms have something to fold."""
+    torch.manual_seed(0)
+    network = models.create_model(name, num_classes=7, **kwargs)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 2)
+    return network.eval()
+
+
+def apart(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_computes_the_same_in_single_precision(name):
+    network = make_network(name)
+    optimised = optimise_for_inference(network, torch.float32)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in optimised.modules())
+    for shape in ((2, 3, 64, 64), (1, 3, 75, 50)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            expected = network(x)
+        found = optimised(x)
+        assert found.dtype == torch.float32
+        assert not found.requires_grad
+        assert apart(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("attention", ["eca_ns", "se_var2"])
+def test_other_attentions_are_called_as_they_are(attention):
+    ksize = "3333" if attention == "eca_ns" else None
+    network = make_network("eca_resnet18", attention=attention, ksize=ksize)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert apart(optimise_for_inference(network, torch.float32)(x), network(x)) <= 1e-5
+
+
+def test_a_subclass_of_eca_keeps_its_own_gate():
+    class Doubled(models.ECALayer):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    network = make_network("eca_resnet18")
+    network.layer2[0].eca.__class__ = Doubled
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert apart(optimise_for_inference(network, torch.float32)(x), network(x)) <= 1e-5
+
+
+def test_bfloat16_is_near():
+    network = make_network("eca_resnet50")
+    x = torch.randn(2, 3, 64, 64)
+    optimised = optimise_for_inference(network, torch.bfloat16)
+    assert {p.dtype for p in optimised.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert apart(optimised(x), network(x)) <= 0.03
+
+
+def test_the_gate_comes_first_where_the_last_convolution_is_pointwise():
+    first = {}
+    for name in ("eca_resnet50", "eca_resnet18", "eca_mobilenetv2"):
+        blocks = optimise_for_inference(make_network(name), torch.float32).modules()
+        first[name] = {block.gate_first for block in blocks if isinstance(block, InferenceBlock)}
+    assert first == {"eca_resnet50": {True}, "eca_resnet18": {False}, "eca_mobilenetv2": {True}}
+
+
+def test_gate_first_and_gate_last_agree(monkeypatch):
+    network = make_network("eca_resnet50")
+    x = torch.randn(2, 3, 64, 64)
+    optimised = optimise_for_inference(network, torch.float32)
+    expected = optimised(x)
+    for block in optimised.modules():
+        if isinstance(block, InferenceBlock):
+            block.gate_first = False
+    assert apart(optimised(x), expected) <= 1e-6
+
+
+def test_the_original_stays_as_it_was():
+    network = make_network("eca_resnet18").train()
+    before = copy.deepcopy(network.state_dict())
+    optimised = optimise_for_inference(network, torch.float32)
+    optimised(torch.randn(2, 3, 32, 32))
+    assert network.training
+    assert all(p.requires_grad for p in network.parameters())
+    assert network.layer1[0].conv1.weight.is_contiguous()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert optimised.network.arch == "eca_resnet18"
+
+
+def test_the_input_is_left_alone():
+    optimised = optimise_for_inference(make_network("eca_resnet18"), torch.float32)
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    first = optimised(x)
+    assert torch.equal(x, before)
+    assert torch.equal(optimised(x), first)
+
+
+def test_dropout_stays_off():
+    optimised = optimise_for_inference(make_network("eca_mobilenetv2"), torch.float32).train()
+    x = torch.randn(2, 3, 32, 32)
+    assert not any(module.training for module in optimised.modules())
+    assert torch.equal(optimised(x), optimised(x))
+
+
+def test_compiles_into_one_graph(monkeypatch):
+    """Captured whole; what inductor makes of it is not tested here, as that takes a minute."""
+    asked = {}
+
+    def compile(module, options):
+        asked.update(options)
+        return captured(module)
+
+    captured = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(inference.torch, "compile", compile)
+    network = make_network("eca_resnet50")
+    x = torch.randn(2, 3, 64, 64)
+    found = optimise_for_inference(network, torch.float32, compile=True)(x)
+    assert asked == {"freezing": True}
+    with torch.no_grad():
+        assert apart(found, network(x)) <= 1e-5
+
+
+def test_the_fastest_dtype_is_one_that_the_device_has(monkeypatch):
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert fastest_dtype("cpu") == dtype
+        assert optimise_for_inference(make_network("resnet18")).dtype == dtype
+    assert fastest_dtype("meta") == torch.float32
+
+
+@pytest.mark.parametrize("other", [nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(3))])
+def test_other_networks_are_refused(other):
+    with pytest.raises(ValueError, match=f"create_model.*not {type(other).__name__}"):
+        optimise_for_inference(other)
+
+
+def test_statistics_are_needed():
+    network = make_network("resnet18")
+    network.bn1 = nn.BatchNorm2d(64, track_running_stats=False)
+    with pytest.raises(ValueError, match="running statistics"):
+        optimise_for_inference(network)
+
+
+def test_triton_is_not_imported_where_there_is_no_gpu():
+    code = "import sys, models, torch; print('triton' in sys.modules, torch.cuda.is_available())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported, gpu = done.stdout.split()
+    assert gpu == "True" or imported == "False"
