@@ -54,8 +54,8 @@ class NonFiniteGuard:
         step = int(self.first_bad)
         if step >= 0:
             raise UserError(
-                f"the {what} of step {step + 1} is not a finite number; the weights were left as they "
-                "were before it. Lower --lr, lengthen --warmup-epochs, or use --amp off",
+                f"the {what} of step {step + 1} is not a finite number; the weights were left as "
+                "they were before it. Lower --lr, lengthen --warmup-epochs, or use --amp off",
                 EXIT_NON_FINITE,
             )
 

@@ -41,5 +41,5 @@ def end_children() -> bool:
 
 @functools.cache
 def end_children_at_exit() -> None:
-    """Sees to `end_children` where nothing calls it; else Python waits for them for ever at exit."""
+    """Sees to `end_children` where nothing calls it; else Python waits for ever at exit."""
     atexit.register(end_children)
