@@ -247,7 +247,8 @@ class CocoDataset(Dataset):
         if image.shape[1:] != (height, width):
             return BrokenImageError(
                 printable(str(path)),
-                f"{image.shape[2]}x{image.shape[1]} pixels, {width}x{height} in the annotations",
+                f"{image.shape[2]}x{image.shape[1]} pixels, "
+                f"but {width}x{height} in the annotations",
             )
         target = self._target(index, height, width)
         if self.hflip and torch.rand((), generator=self._chance(epoch, index)) < self.hflip:
