@@ -17,7 +17,7 @@ from torch import nn
 from models.anatomy import attention_layers, recorded_gates
 from models.eca_module import ECALayer
 from models.weights import network_from_checkpoint
-from utils import checkpoint, demo_data, distributed, gate_pictures, image_folder, outputs
+from utils import demo_data, distributed, gate_pictures, image_folder, outputs
 from utils.cli import Parser, count, did_you_mean, number, positive_int, run_script
 from utils.errors import EXIT_FAILED, UserError, as_user_error
 from utils.files import write_atomically
@@ -25,7 +25,7 @@ from utils.gate_statistics import GateStatistics, LayerWeights, table, write_npz
 from utils.image_folder import ImageFolder
 from utils.image_io import DECODERS, printable
 from utils.report import network_line
-from utils.saved import preprocessing
+from utils.saved import load, preprocessing, refuse_detector
 from utils.user_images import read_batches
 
 CURVES = 4  # as in the paper's figure
@@ -71,7 +71,8 @@ def build_parser() -> Parser:
 def main() -> int:
     args = build_parser().parse_args()
     outputs.check_free(args.output)
-    saved = checkpoint.load(args.checkpoint)
+    saved = load(args.checkpoint)
+    refuse_detector(saved, args.checkpoint)
     with as_user_error(f"{args.checkpoint}: "):
         network = network_from_checkpoint(saved)
     if not attention_layers(network):

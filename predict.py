@@ -19,7 +19,7 @@ from torch import nn
 
 from models.anatomy import feature_maps
 from models.weights import network_from_checkpoint
-from utils import checkpoint, distributed, outputs, pictures
+from utils import distributed, outputs, pictures
 from utils.class_activation import grad_cam
 from utils.cli import Parser, count, number, positive_int, run_script
 from utils.errors import EXIT_FAILED, UserError, as_user_error
@@ -27,7 +27,7 @@ from utils.files import write_atomically
 from utils.image_io import DECODERS, printable, read_image
 from utils.predictions import FORMATS, Guess, Prediction, PredictionLog
 from utils.report import network_line
-from utils.saved import class_names, preprocessing
+from utils.saved import class_names, load, preprocessing
 from utils.user_images import UserBatch, find_images, read_batches
 
 FINE_ENOUGH = 4  # positions a side: with fewer, a map hardly tells where
@@ -87,7 +87,7 @@ def main() -> int:
     args = build_parser().parse_args()
     outputs.check_free(args.output)
     paths = find_images(args.images)
-    saved = checkpoint.load(args.checkpoint)
+    saved = load(args.checkpoint)
     with as_user_error(f"{args.checkpoint}: "):
         network = network_from_checkpoint(saved)
     names = class_names(saved, network.num_classes, args.names)

@@ -1,0 +1,160 @@
+"""export.py: what is written computes what the checkpoint computes, at any batch and size."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import export
+import predict
+from models import create_model, weights
+from utils import checkpoint, export_files, saved
+from utils.cli import run_script
+from utils.errors import UserError
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """Runs a script's main in an empty folder and gives (exit code, all that it printed)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, main=export.main):
+        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_script(main)
+        return end.value.code, "".join(capsys.readouterr())
+
+    return call
+
+
+def write_checkpoint(path, name="eca_resnet18", img_size=48, **kwargs):
+    """A checkpoint as main.py writes it, of a network whose BatchNorms have seen something."""
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=3, **kwargs)
+    with torch.no_grad():
+        network(torch.randn(8, 3, 64, 64) * 2 + 1)
+    state = {
+        **weights.describe_network(network), "classes": ["a", "b", "ü"], "img_size": img_size,
+        "crop_pct": 0.9, "state_dict": network.state_dict(),
+    }  # fmt: skip
+    checkpoint.save(path, state)
+    return network.eval()
+
+
+def test_all_formats(cli, tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("safetensors")
+    network = write_checkpoint(tmp_path / "best.pth")
+    code, text = cli("best.pth")
+    assert code == 0, text
+    assert "MB, any batch, any size; logits within" in text
+    assert "best.pt2" in text
+    assert "sizes above 32" in text
+
+    images = [torch.randn(n, 3, h, w) for n, h, w in ((1, 48, 48), (5, 40, 72), (2, 33, 33))]
+    expected = [network(x).detach() for x in images]
+    data = (tmp_path / "best.onnx").read_bytes()
+    session = runtime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    assert [x.shape for x in session.get_inputs()] == [["batch", 3, "height", "width"]]
+    assert [x.shape for x in session.get_outputs()] == [["batch", 3]]
+    for x, y in zip(images, expected, strict=True):
+        (found,) = session.run(None, {"images": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), y, rtol=1e-4, atol=1e-4)
+    model = onnx.load_from_string(data)
+    assert not [node for node in model.graph.node if node.op_type == "BatchNormalization"]
+    held = {entry.key: entry.value for entry in model.metadata_props}
+    assert held["arch"] == "eca_resnet18"
+    assert json.loads(held["classes"]) == ["a", "b", "ü"]
+    assert json.loads(held["mean"]) == [0.485, 0.456, 0.406]
+    assert (held["img_size"], held["crop_pct"], held["ksize"]) == ("48", "0.9", "[3, 5, 7, 7]")
+
+    extra = {export_files.METADATA: ""}
+    program = torch.export.load(tmp_path / "best.pt2", extra_files=extra)
+    assert json.loads(extra[export_files.METADATA])["classes"] == ["a", "b", "ü"]
+    for x, y in zip(images, expected, strict=True):
+        torch.testing.assert_close(program.module()(x), y, rtol=1e-4, atol=1e-4)
+
+    # safetensors hold the checkpoint's own tensors, and make a checkpoint again.
+    loaded = saved.load(tmp_path / "best.safetensors")
+    again = weights.network_from_checkpoint(loaded)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items())
+    assert saved.preprocessing(loaded) == (48, 0.9)
+    (tmp_path / "x.ppm").write_bytes(b"P6 2 2 255 " + bytes(range(12)))
+    one, two = (cli(ckpt, "x.ppm", main=predict.main) for ckpt in ("best.pth", "best.safetensors"))
+    assert one == two
+    assert one[0] == 0
+
+    # Nothing is overwritten; a missing package is said before any work.
+    before = (tmp_path / "best.onnx").read_bytes()
+    code, text = cli("best.pth")
+    assert (code, "best.onnx: is there already; move it, or choose another --output" in text) == (
+        2, True,
+    )  # fmt: skip
+    assert (tmp_path / "best.onnx").read_bytes() == before
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if "onnx" in name else found(name)
+    )
+    code, text = cli("best.pth", "--output", "other")
+    assert code == 2
+    assert text == (
+        "error: --to onnx needs onnx, onnxscript, onnxruntime: "
+        "pip install -r requirements-export.txt\n"
+    )
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"), [("eca_resnet18", ("--no-fold",)), ("eca_mobilenetv2", ())]
+)
+def test_small_images(cli, tmp_path, name, flags):
+    network = write_checkpoint(tmp_path / "tiny.pth.tar", name, img_size=32)
+    code, text = cli("tiny.pth.tar", "--to", "pt2", "--output", "new/folder", *flags)
+    assert code == 0, text
+    assert "any batch, 32 x 32 pixels" in text
+    program = torch.export.load(tmp_path / "new/folder/tiny.pt2")
+    assert ("batch_norm" in program.graph_module.code) == bool(flags)
+    for n in (1, 7):
+        images = torch.randn(n, 3, 32, 32)
+        torch.testing.assert_close(program.module()(images), network(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_computes_something_else_is_refused():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+
+    def check(written):
+        return export_files.largest_difference(written, network, [(2, 2, 2)], "x.onnx")
+
+    assert check(network) == 0
+    assert check(lambda x: network(x) * (1 + 5e-5)) == pytest.approx(5e-5, rel=0.1)
+    for wrong in (lambda x: network(x) * 1.001, lambda x: network(x) * float("nan")):
+        with pytest.raises(UserError, match=r"x\.onnx differs from the network by"):
+            check(wrong)
+    with pytest.raises(UserError, match=r"does not run at \(2, 3, 2, 2\): .*mat1 and mat2"):
+        check(lambda x: network(x[:, 1:]))
+
+
+def test_what_is_wrong_is_said_in_one_line(cli, tmp_path):
+    write_checkpoint(tmp_path / "best.pth")
+    (tmp_path / "bad.safetensors").write_bytes(b"no")
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    detector = {"format": 1, "state_dict": {}, "arch": "retinanet", "backbone": "resnet18"}
+    torch.save(detector, tmp_path / "det.pth")
+    for arguments, message in [
+        (("nowhere.pth",), "nowhere.pth: no such file"),
+        (("nowhere.safetensors",), "nowhere.safetensors: no such file"),
+        (("bad.safetensors", "--to", "pt2"), "damaged, or not a safetensors file"),
+        (("foreign.safetensors", "--to", "pt2"), "damaged, or not a safetensors file"),
+        (("det.pth",), "det.pth: holds a detector; give the checkpoint of a classifier"),
+        (("best.pth", "--to", "onyx"), "invalid choice: 'onyx'"),
+        (("best.pth", "--output", "bad.safetensors"), "choose another --output"),
+    ]:
+        code, text = cli(*arguments)
+        assert (code, message in text) == (2, True), text
+        assert len(text.splitlines()) == 1 + text.startswith("network:"), text
