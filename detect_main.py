@@ -45,7 +45,7 @@ from utils.detection_data import (
 )
 from utils.detection_log import DetectionFiles, DetectionProgress, DetectionState, val_columns
 from utils.detection_options import build_parser
-from utils.detection_recipe import DetectionRecipe, lr_at
+from utils.detection_recipe import AUTO, DetectionRecipe, lr_at
 from utils.engine import NonFiniteGuard
 from utils.errors import UserError, as_user_error
 from utils.faults import in_one_line
@@ -75,7 +75,6 @@ def main() -> int:
         args = parser.parse_args()
         recipe = DetectionRecipe.from_dict(saved["recipe"])
     recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
-    recipe = recipe.resolved()
     if args.data is None:
         raise UserError(f"no DATA given: a folder in COCO's layout, or {demo_shapes.SHAPES}")
     if args.workers is None:  # the demo's images are so small that processes would cost more
@@ -162,6 +161,7 @@ def train(
     stop: StopRequest,
 ) -> int:
     """Trains from the start, or on from `saved`, to the last epoch or until asked to stop."""
+    auto, recipe = recipe.lr == AUTO, recipe.resolved()
     seed = args.seed if saved is None else saved["seed"]
     seed = distributed.share(runs.fresh_seed() if seed is None else seed, context)
     backends.configure(deterministic=args.seed is not None)
@@ -193,7 +193,7 @@ def train(
         detection_report.network_line(network),
         *notes,
         *device_lines(args, context),
-        detection_report.recipe_line(recipe, args.lr),
+        detection_report.recipe_line(recipe, auto),
     )
 
     # All that changes from here on.
@@ -374,8 +374,9 @@ def build_network(
 ) -> tuple[nn.Module, list[str]]:
     """The network with its first weights (saved, or with a backbone's, or fresh), and notes."""
     with as_user_error():
+        sizes = {"min_size": recipe.min_size, "max_size": recipe.max_size}
         if saved is not None:
-            return detection.detector_from_checkpoint(saved), []
+            return detection.detector_from_checkpoint(saved, **sizes), []
         pretrained = args.backbone_weights is not None
         norm = args.norm or ("eval" if pretrained else "bn")
         layers = args.trainable_layers
@@ -383,8 +384,7 @@ def build_network(
             layers = 3 if pretrained else 5
         network = detection.create_detector(
             recipe.arch, recipe.backbone, args.ksize, outputs, trainable_layers=layers, norm=norm,
-            legacy=args.legacy, min_size=recipe.min_size, max_size=recipe.max_size,
-            **recipe.settings,
+            legacy=args.legacy, **sizes, **recipe.settings,
         )  # fmt: skip
         if pretrained:
             weights = checkpoint.load(args.backbone_weights)

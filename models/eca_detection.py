@@ -5,6 +5,7 @@ networks of the published COCO table: which layers train, what BatchNorm does, t
 C5. The layers whose outputs become boxes, scores and masks compute in float32 under autocast.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -169,6 +170,10 @@ def create_detector(
     """
     if arch not in DETECTORS:
         raise ValueError(f"unknown detector {arch!r}: use one of {', '.join(DETECTORS)}")
+    # RetinaNet hands what it does not know to its transform, which drops it without a word.
+    known = inspect.signature(DETECTORS[arch]).parameters.keys() | {"size_divisible", "fixed_size"}
+    for name in settings.keys() - known:
+        raise ValueError(f"{arch} has no setting {name!r}: give one such as min_size")
     if num_classes is None:
         num_classes = 80 + FIRST_LABEL[arch]
     if num_classes <= FIRST_LABEL[arch]:

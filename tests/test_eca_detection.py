@@ -332,6 +332,7 @@ def test_foreign_checkpoints_are_refused():
         ({"trainable_layers": 6}, "trainable_layers must be 0 to 5"),
         ({"ksize": "3344"}, "odd kernel sizes"),
         ({"num_classes": 1}, "no category"),
+        ({"arch": "retinanet", "minsize": 64}, "no setting 'minsize'"),
     ],
 )
 def test_bad_arguments(kwargs, message):

@@ -19,24 +19,27 @@ from utils.errors import UserError
 
 SHAPES = "demo:shapes"
 SIDE = 96  # of an image, in pixels
-COUNTS = {"train": 1000, "val": 100}
+COUNTS = {"train": 800, "val": 80}
 DIGITS = (0, 1, 2, 3, 4)
-OBJECTS = (1, 3)  # in an image, ends included
-SIZES = (24, 56)  # of a digit, in pixels
-INK = 0.45  # of full ink: where the stroke ends
-VISIBLE = 0.6  # of a digit's pixels that later ones must leave
+OBJECTS = (1, 2)  # in an image, ends included
+SIZES = (28, 60)  # of a digit, in pixels
+INK = 0.35  # of full ink: where the stroke ends
+VISIBLE = 0.8  # of a digit's pixels that later ones must leave
 # Small images, small digits, never mirrored, and few regions: a CPU is to learn it in minutes.
 RECIPE = {
     "arch": "mask_rcnn",
     "backbone": "eca_resnet18",
     "epochs": 2,
     "batch_size": 8,
-    "lr": 0.02,
+    "optimizer": "adamw",
+    "lr": 7e-4,
+    "weight_decay": 0.01,
     "lr_steps": (1,),
-    "warmup_steps": 25,
+    "lr_decay": 0.2,
+    "warmup_steps": 20,
     "clip": 10.0,
-    "min_size": SIDE,
-    "max_size": SIDE,
+    "min_size": 64,
+    "max_size": 64,
     "hflip": 0.0,
     "settings": {
         "anchor_scale": 4.0,

@@ -12,7 +12,7 @@ from utils.coco_data import CocoDataset, CocoSplit
 from utils.coco_eval import FIGURES, Result, Summary
 from utils.detection_log import KINDS
 from utils.detection_picture import png, side_by_side
-from utils.detection_recipe import AUTO, DetectionRecipe
+from utils.detection_recipe import DetectionRecipe
 from utils.files import write_atomically
 from utils.image_io import BrokenImageError
 
@@ -30,14 +30,14 @@ def network_line(network: nn.Module) -> str:
     )
 
 
-def recipe_line(recipe: DetectionRecipe, lr_asked: float | str | None) -> str:
-    """The numbers of training in one line."""
-    auto = " (auto: 0.01 for 8 images)" if lr_asked in (None, AUTO) else ""
+def recipe_line(recipe: DetectionRecipe, auto: bool) -> str:
+    """The numbers of training in one line; `auto` says that the learning rate was scaled."""
+    scaled = " (auto: 0.01 for 8 images)" if auto else ""
     decays = ", ".join(map(str, recipe.lr_steps))
     momentum = f", momentum {recipe.momentum:g}" if recipe.optimizer == "sgd" else ""
     return (
         f"recipe: {recipe.epochs} epochs, batch {recipe.batch_size}, {recipe.optimizer} lr "
-        f"{recipe.lr:g}{auto} times {recipe.lr_decay:g} after epochs {decays}, warm-up "
+        f"{recipe.lr:g}{scaled} times {recipe.lr_decay:g} after epochs {decays}, warm-up "
         f"{recipe.warmup_steps} steps{momentum}, weight decay {recipe.weight_decay:g}, clip "
         f"{recipe.clip:g}, sides {recipe.min_size} to {recipe.max_size}"
     )
