@@ -172,14 +172,13 @@ def _forward(z, weight, bias, kernel, residual, statistics, eps, activation):
 
 
 def _backward(grad, z, out, weight, bias, kernel, kept, batch_statistics, wanted):
-    """`tail_backward` likewise."""
+    """`tail_backward` likewise. grad and z are of one memory format."""
     if not _on_triton(z):
         given = (grad, z, out, weight, bias, kernel, kept, batch_statistics, wanted)
         return tail_backward(*given)
     dz, d_weight, d_bias, d_kernel, d = eca_triton.tail_backward(
-        _dense(grad, z), z, out, weight, bias, kernel, *kept,
-        batch_statistics, wanted.z, wanted.residual,
-    )  # fmt: skip
+        grad, z, out, weight, bias, kernel, *kept, batch_statistics, wanted.z, wanted.residual
+    )
     found = (dz, d_weight, d_bias, d_kernel, grad if out is None else d)
     return _Gradients(*(g if want else None for g, want in zip(found, wanted, strict=True)))
 
@@ -188,13 +187,10 @@ def _widened(small: Tensor | None, z: Tensor) -> Tensor | None:
     return None if small is None else small.to(accumulation_dtype(z.dtype))
 
 
-def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """x with its elements side by side, in the memory format of `like`, or else of its own."""
-    like = x if like is None else like
-    if x is not like or not like.is_contiguous():
-        nhwc = like.stride(1) == 1 and not like.is_contiguous()
-        return x.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-    return x
+def _format_of(z: Tensor) -> torch.memory_format:
+    """The format that z has, or, if it has gaps, that its copy should have."""
+    nhwc = z.stride(1) == 1 and not z.is_contiguous()
+    return torch.channels_last if nhwc else torch.contiguous_format
 
 
 class _FusedTail(torch.autograd.Function):
@@ -206,6 +202,7 @@ class _FusedTail(torch.autograd.Function):
         out, variance, kept = _forward(z, *small, residual, statistics, eps, activation)
         ctx.save_for_backward(z, out if activation else None, weight, bias, kernel, *kept)
         ctx.batch_statistics = statistics is None
+        ctx.memory_format = _format_of(z)  # backward must not ask: Dynamo does not know it there
         if statistics is not None:
             return out, None, None
         ctx.mark_non_differentiable(kept.mean, variance)
@@ -221,6 +218,7 @@ class _FusedTail(torch.autograd.Function):
         z, out, weight, bias, kernel, *kept = ctx.saved_tensors
         small = [_widened(t, z) for t in (weight, bias, kernel)]
         wanted = _Wanted(*ctx.needs_input_grad[:5])
+        grad = grad.contiguous(memory_format=ctx.memory_format)
         found = _backward(grad, z, out, *small, _Kept(*kept), ctx.batch_statistics, wanted)
         like = (z, weight, bias, kernel, grad)
         found = [g if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)]
@@ -252,9 +250,10 @@ def fused_tail(
     if not batch_statistics:
         statistics = (_widened(bn.running_mean, z), _widened(bn.running_var, z))
     kernel = None if attention is None else attention.conv.weight.flatten()
-    z = _dense(z)
+    memory_format = _format_of(z)
+    z = z.contiguous(memory_format=memory_format)
     if residual is not None:
-        residual = _dense(residual, z)
+        residual = residual.contiguous(memory_format=memory_format)
     out, mean, variance = _FusedTail.apply(
         z, bn.weight, bn.bias, kernel, residual, statistics, bn.eps, activation
     )

@@ -194,17 +194,11 @@ class Chunked:
         masked = out is not None
         d = torch.empty_like(z) if masked and keep else grad
         scratch = torch.empty_like(chunks.like) if masked and not keep else None
-        buffer_z = chunks.buffer()
-        buffer_d = chunks.buffer() if z.dtype != chunks.dtype else None
         sum_d = z.new_empty(z.shape[:2], dtype=chunks.dtype)
         sum_dz = torch.empty_like(sum_d)
-        mean = mean[:, None, None]
         for s in chunks.slices:
             part = _mask(grad[s], out[s], d[s] if keep else scratch) if masked else grad[s]
-            wide = chunks.widen(part, buffer_d)
-            torch.sum(wide, (2, 3), out=sum_d[s])
-            x = torch.sub(chunks.widen(z[s], buffer_z), mean, out=buffer_z[: len(part)])
-            torch.sum(x.mul_(wide), (2, 3), out=sum_dz[s])
+            _sums_of_products(part, z[s], mean, sum_d[s], sum_dz[s])
         return d, sum_d, sum_dz
 
     @staticmethod
@@ -257,6 +251,28 @@ def scale_in_place(z: Tensor, scale: Tensor, residual: Tensor | None, activation
         if activation:
             y.relu_()
     return z
+
+
+def _sums_of_products(d: Tensor, z: Tensor, mean: Tensor, sum_d: Tensor, sum_dz: Tensor) -> None:
+    """Σd and Σd·(z - mean) over the pixels, into (N, C).
+
+    BatchNorm's backward has them as the gradients of its bias and, for σ = 1, its weight: per
+    channel and in one loop over both tensors. So each (sample, channel) pair is made a channel of
+    one large sample, or in channels_last, where that is no view, each sample a batch of its own.
+    """
+    n, c, h, w = z.shape
+    if z.is_contiguous():
+        mean, shape = mean.repeat(n), (1, n * c, h, w)
+        pairs = [(d.view(shape), z.view(shape), sum_d.view(-1), sum_dz.view(-1))]
+    else:
+        pairs = [(d[i : i + 1], z[i : i + 1], sum_d[i], sum_dz[i]) for i in range(n)]
+    ones = torch.ones_like(mean)
+    for d_part, z_part, to_d, to_dz in pairs:
+        _, found_dz, found_d = torch.ops.aten.native_batch_norm_backward(
+            d_part, z_part, None, None, None, mean, ones, True, 0.0, [False, True, True]
+        )
+        to_d.copy_(found_d)
+        to_dz.copy_(found_dz)
 
 
 def _mask(grad: Tensor, out: Tensor, into: Tensor) -> Tensor:
