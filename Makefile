@@ -25,10 +25,10 @@ demo-light: $(READY)
 	$(RUN) light_main.py -e --resume auto --action demo
 
 test: $(READY)
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 test-faults: $(READY)
-	$(RUN) -m pytest -m faults
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m faults -n 2
 
 lint: $(READY)
 	$(RUN) -m ruff check .

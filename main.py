@@ -43,7 +43,9 @@ RECIPE = Recipe(  # the paper's, for ResNets
 DEMO = RECIPE.override(arch="eca_resnet18", **demo_data.DIGITS_RECIPE)
 
 # Flags of one start of the program; the others are the run's own and come back with --resume.
-OF_ONE_START = ("resume", "evaluate", "pretrained", "output", "start_epoch", "device", "gpu")
+OF_ONE_START = (
+    "resume", "evaluate", "fast", "pretrained", "output", "start_epoch", "device", "gpu",
+)  # fmt: skip
 
 
 def main(recipe: Recipe = RECIPE, demo: Recipe = DEMO) -> int:
@@ -67,6 +69,9 @@ def main(recipe: Recipe = RECIPE, demo: Recipe = DEMO) -> int:
         raise UserError(f"no DATA given: a folder with train/ and val/, or {demo_data.DIGITS}")
     if args.workers is None:  # a demo's images are so small that processes would cost more
         args.workers = 0 if on_demo else min(4, os.cpu_count() or 1)
+
+    if args.fast and not args.evaluate:
+        raise UserError("--fast rebuilds a network for evaluation: it goes with -e")
 
     context = distributed.setup(args.device, args.gpu)
     try:
@@ -99,9 +104,14 @@ def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.
             context, args.amp, args.channels_last, args.compile, args.fused
         ),
     )
-    reading = place(network, args, context)
+    reading = place(network, args, context, compiled=args.compile and not args.fast)
+    amp = args.amp
+    if args.fast:
+        dtype, amp = backends.DTYPES[amp], "off"
+        network = models.optimise_for_inference(network, dtype, compile=args.compile)
+        context.say(f"  rebuilt for inference: BatchNorm folded, gate first, weights in {dtype}")
     batches = validation_batches(images, recipe, reading, context.rank, context.world_size)
-    autocast = partial(backends.autocast, context.device, args.amp)
+    autocast = partial(backends.autocast, context.device, amp)
     began = time.perf_counter()
     figures = engine.evaluate(
         distributed.spread(network, context), batches(), context.device, autocast
@@ -159,7 +169,7 @@ def train(
     )
 
     # All that changes from here on.
-    reading = place(network, args, context)
+    reading = place(network, args, context, compiled=args.compile)
     state = TrainState(
         network,
         torch.optim.SGD(
@@ -351,12 +361,14 @@ def build_network(
     return network, [f"pretrained: {args.pretrained}", *(f"  {note}" for note in notes)]
 
 
-def place(network: nn.Module, args: Namespace, context: distributed.Context) -> Reading:
+def place(
+    network: nn.Module, args: Namespace, context: distributed.Context, compiled: bool
+) -> Reading:
     """Puts the network on its device in its layout, and says how its batches are to be read."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     network.to(context.device, memory_format=layout)
     models.set_fused(network, args.fused)
-    if args.compile:
+    if compiled:
         network.compile()
     return Reading(context.device, args.workers, args.worker_timeout, args.decoder, layout)
 

@@ -22,7 +22,9 @@ def configure(deterministic: bool) -> None:
         torch.set_float32_matmul_precision("high")
 
 
+DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     """The context of forward and loss; `amp` is "off", "bf16" or "fp16"."""
-    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
+    return torch.autocast(device.type, dtype=DTYPES[amp], enabled=amp != "off")

@@ -144,6 +144,10 @@ def _optimisation_flags(group, recipe: Recipe) -> None:
 def _run_flags(group) -> None:
     group.add_argument("-e", "--evaluate", action="store_true", help="evaluate only")
     group.add_argument(
+        "--fast", action="store_true",
+        help="with -e: BatchNorm folded, ECA's gate before the last convolution, --amp as weights",
+    )  # fmt: skip
+    group.add_argument(
         "--resume", metavar="CKPT",
         help="go on from this checkpoint with its run's own settings; auto: the newest good one "
         "of --output or of the newest run",
