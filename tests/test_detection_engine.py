@@ -63,7 +63,7 @@ def test_the_gradient_is_clipped():
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights():
     network = Losses()
-    with pytest.raises(UserError, match="step 8") as caught:
+    with pytest.raises(UserError, match="step 9") as caught:
         run(network, [1.0, float("nan")])
     assert caught.value.exit_code == EXIT_NON_FINITE
     assert network.weight.item() == pytest.approx(-3.0)
