@@ -219,9 +219,11 @@ def _checked(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor, l
     """The loader's batches; what goes wrong in it becomes one line."""
     if loader.num_workers:
         end_children_at_exit()
-    batches = iter(loader)
+    batches = None
     while True:
         try:
+            if batches is None:
+                batches = iter(loader)  # which waits for the workers, too
             batch = next(batches)
         except StopIteration:
             return

@@ -1,0 +1,247 @@
+"""What goes wrong with a run's files and flags: one line, the right exit code, and nothing lost.
+
+The table in docs/RELIABILITY.md names these tests. Harm done to processes is in test_harm.py.
+"""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_tree
+
+import main as script
+from utils import checkpoint, cli
+
+SMALL = ("-a", "mobilenetv2", "--img-size", 32, "-b", 6, "--lr", 0.01, "-j", 0, "--seed", 1)
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capfd):
+    """main.py's main in this process: (exit code, lines on stdout, lines on stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "end_children", lambda: True)
+
+    def start(*arguments):
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.run_script(script.main)
+        out, err = capfd.readouterr()
+        return ended.value.code, out.splitlines(), err.splitlines()
+
+    yield start
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def finished(tree, tmp_path_factory):
+    """The folder of a run of two epochs. Read only: copy it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, ["main.py", *SMALL, "--epochs", 2, "--output",
+                                                  folder, tree])))  # fmt: skip
+        assert script.main() == 0
+    torch.use_deterministic_algorithms(False)
+    return folder
+
+
+@pytest.fixture
+def run_folder(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def place(folder: Path, name: str = "last.pth") -> tuple[int, int]:
+    progress = checkpoint.load(folder / name)["progress"]
+    return progress["epoch"], progress["step"]
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # in the middle of some tensor
+    path.write_bytes(data)
+
+
+def test_a_finished_run_started_again_is_no_fault(call, run_folder):
+    before = {p.name: p.read_bytes() for p in run_folder.iterdir()}
+    code, out, _ = call("--resume", "auto", "--output", run_folder)
+    assert code == 0
+    assert out[-1] == "all 2 epochs are done: give more with --epochs"
+    assert {p.name: p.read_bytes() for p in run_folder.iterdir()} == before
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(call, run_folder):
+    flip_a_bit(run_folder / "last.pth")
+    code, out, err = call("--resume", run_folder / "last.pth")
+    assert (code, out) == (2, [])
+    assert len(err) == 1
+    assert re.search(r"last\.pth: damaged \(checksum of .*--resume auto --output .*run ", err[0])
+
+    wanted = checkpoint.load(run_folder / "previous.pth")
+    csv = (run_folder / "metrics.csv").read_text()
+    code, out, err = call("--resume", "auto", "--output", run_folder)
+    assert (code, err) == (0, [])
+    assert re.match(r"! .*last\.pth: damaged \(.*\); taking the one before it$", out[0])
+    assert out[1].endswith("previous.pth")
+    assert wanted["progress"]["epoch"] == 1
+    assert (run_folder / "metrics.csv").read_text() == csv  # the lost epoch, bit for bit
+    assert place(run_folder) == (2, 0)
+    assert place(run_folder, "previous.pth") == (1, 0)  # the damaged file did not push it out
+
+
+def test_a_run_goes_on_from_an_older_checkpoint_in_a_new_folder(call, run_folder, tmp_path):
+    """From an older checkpoint it takes another course, and what followed stays."""
+    before = {p.name: p.read_bytes() for p in run_folder.iterdir()}
+    code, out, _ = call("--resume", run_folder / "previous.pth")
+    assert code == 0
+    assert "is not its run's newest checkpoint: going on in a new folder" in out[0]
+    assert {p.name: p.read_bytes() for p in run_folder.iterdir()} == before
+    other = tmp_path / "runs" / "mobilenetv2-1"
+    assert (other / "best.pth").exists()  # as its closing lines say
+    assert (other / "metrics.csv").read_bytes() == before["metrics.csv"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        (("-a", "eca_mobilenetv2"), "leave --arch eca_mobilenetv2 out"),
+        (("--num-classes", 7), "leave --num-classes 7 out"),
+        (("--ksize", "13"), "ksize"),
+    ],
+)
+@pytest.mark.parametrize("how", [(), ("-e",)])
+def test_another_network_than_the_files_is_refused(call, run_folder, flags, asked, how):
+    code, out, err = call(*how, "--resume", run_folder / "last.pth", *flags)
+    assert code == 2
+    assert len(err) == 1
+    assert asked in err[0]
+    if "leave" in asked:
+        assert "holds mobilenetv2, ksize None, 3 classes" in err[0]
+    assert not any("epoch" in line for line in out)
+
+
+def test_weights_are_not_a_run(call, run_folder, tree):
+    torch.save(checkpoint.load(run_folder / "last.pth")["state_dict"], "weights.pth")
+    code, _, err = call("--resume", "weights.pth", tree)
+    assert code == 2
+    assert err == ["error: weights.pth: holds weights, not a run of this program; start from them "
+                   "with --pretrained weights.pth"]  # fmt: skip
+    code, _, err = call("-e", "--resume", "weights.pth", "-a", "resnet18", tree)
+    assert code == 2
+    assert "weights.pth holds mobilenetv2, ksize None, 3 classes: leave --arch resnet18" in err[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--seed", 2), "the run's seed is 1: leave --seed 2 out"),
+        (("-b", 8), "after 2 batches of 6: leave -b 8 out, or begin at an epoch's start"),
+    ],
+)
+def test_what_would_make_a_resumption_inexact_is_refused(call, run_folder, flags, message):
+    saved = checkpoint.load(run_folder / "last.pth")
+    saved["progress"].update(epoch=1, step=2)
+    checkpoint.save(run_folder / "last.pth", saved)
+    code, _, err = call("--resume", run_folder / "last.pth", *flags)
+    assert code == 2
+    assert message in err[0]
+
+
+def test_other_data_inside_an_epoch_is_refused(call, run_folder, tmp_path):
+    saved = checkpoint.load(run_folder / "last.pth")
+    saved["progress"].update(epoch=1, step=2)
+    checkpoint.save(run_folder / "last.pth", saved)
+    other = write_tree(tmp_path / "other", train=9)
+    code, _, err = call("--resume", run_folder / "last.pth", other)
+    assert code == 2
+    assert "over 24 training images, and there are 27 now: restore the data" in err[0]
+
+
+def test_momentum_and_decay_can_change_on_the_way(call, run_folder):
+    code, *_ = call("--resume", run_folder / "last.pth", "--epochs", 3, "--momentum", 0.5,
+                    "--wd", 0)  # fmt: skip
+    assert code == 0
+    saved = checkpoint.load(run_folder / "last.pth")
+    group = saved["optimizer"]["param_groups"][0]
+    assert (group["momentum"], group["weight_decay"]) == (0.5, 0.0)
+    assert saved["recipe"]["momentum"] == 0.5
+    assert [row["epoch"] for row in saved["history"]] == [0, 1, 2]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(call, tree, tmp_path):
+    flags = (*SMALL, "--epochs", 2, "--output", tmp_path / "run")
+    code, out, err = call(*flags, "--lr", 1e30, tree)
+    assert code == 3
+    assert len(err) == 1
+    assert re.match(r"error: the loss of step \d is not a finite number; the weights were", err[0])
+    assert not any(line.startswith("epoch 1/2  train") for line in out)
+    assert not list((tmp_path / "run").glob("*.pth"))  # nothing ruined was written
+
+
+def test_the_last_finite_checkpoint_stays(call, run_folder):
+    before = {p.name: p.read_bytes() for p in run_folder.glob("*.pth")}
+    code, _, err = call("--resume", run_folder / "last.pth", "--epochs", 4, "--lr", 1e30)
+    assert code == 3
+    assert re.match(r"error: the loss of step (9|1\d) ", err[0])  # 8 steps lay behind
+    assert {p.name: p.read_bytes() for p in run_folder.glob("*.pth")} == before
+
+
+def test_broken_images(call, tree, tmp_path):
+    data = Path(shutil.copytree(tree, tmp_path / "data"))
+    spoilt = [data / "train" / "a" / "3.png", data / "train" / "b" / "0.png"]
+    spoilt[0].write_bytes(spoilt[0].read_bytes()[:100])
+    spoilt[1].write_bytes(b"")
+    flags = (*SMALL, "--epochs", 1)
+    code, _, err = call(*flags, data)
+    assert code == 1
+    assert len(err) == 1
+    assert any(str(path) in err[0] for path in spoilt)
+    assert "or train with --skip-bad-images" in err[0]
+
+    code, out, _ = call(*flags, "--skip-bad-images", data)
+    assert code == 0
+    at = out.index("2 times an image that cannot be read was replaced:")
+    assert out[at + 1 : at + 3] == [str(path) for path in spoilt]
+
+    (data / "val" / "c" / "1.png").write_text("no image")
+    code, _, err = call(*flags, "--skip-bad-images", data)
+    assert code == 1
+    assert f"{data}/val/c/1.png: not an image" in err[0]
+
+
+def test_an_output_folder_in_use(call, run_folder, tree, tmp_path):
+    before = {p.name: p.read_bytes() for p in run_folder.iterdir()}
+    code, _, err = call(*SMALL, "--output", run_folder, tree)
+    assert code == 2
+    assert "run: is in use; choose a new --output, or continue the run in it with --resu" in err[0]
+    assert {p.name: p.read_bytes() for p in run_folder.iterdir()} == before
+
+    # Nor does --resume auto take somebody's folder for a run killed before its first checkpoint.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "args.json").write_text("precious")
+    code, _, err = call(*SMALL, "--resume", "auto", "--output", tmp_path / "mine", tree)
+    assert code == 2
+    assert "mine: is in use" in err[0]
+    assert (tmp_path / "mine" / "args.json").read_text() == "precious"
+
+
+def test_auto_without_anything_begins_and_then_goes_on(call, tree, tmp_path):
+    """The one command of a preempted job, with no folder named."""
+    flags = (*SMALL, "--epochs", 1, "--resume", "auto")
+    code, out, _ = call(*flags, tree)
+    assert code == 0
+    assert out[0] == "no checkpoint in runs/mobilenetv2-* yet: starting from the beginning"
+    code, out, _ = call(*flags, "--epochs", 2, tree)
+    assert code == 0
+    assert out[0] == "resuming runs/mobilenetv2-1/last.pth"
+    assert place(tmp_path / "runs" / "mobilenetv2-1") == (2, 0)
+    code, out, _ = call("--resume", "auto")  # no name at all: the run that saved last
+    assert code == 0
+    assert out[0] == "resuming runs/mobilenetv2-1/last.pth"
+
+
+def test_a_demo_resumes_as_the_demo(call):
+    """Its network is another than the script's default; auto has to look for that one's runs."""
+    code, out, _ = call("demo:digits", "--resume", "auto", "-b", "100000")
+    assert code == 2
+    assert out[0] == "no checkpoint in runs/eca_resnet18-* yet: starting from the beginning"

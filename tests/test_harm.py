@@ -1,0 +1,237 @@
+"""Harm done to running processes: each run ends with a line and leaves no process and no loss.
+
+All of it is real: signals, kills, full and read-only disks, missing memory. `make test-faults`.
+"""
+
+import contextlib
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from utils import checkpoint
+
+pytestmark = pytest.mark.faults
+
+SMALL = ("-a", "mobilenetv2", "--img-size", 32, "-b", 6, "--lr", 0.01, "-j", 0, "--seed", 1)
+LONG = (*SMALL, "--epochs", 500, "-p", 1)
+PATIENCE = 120  # seconds
+
+
+class Running:
+    """A script under way in a folder, with what it has printed so far."""
+
+    def __init__(self, folder: Path, *command: object, **options):
+        self.out, self.err = folder / "stdout", folder / "stderr"
+        with open(self.out, "w") as out, open(self.err, "w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, *map(str, command)], cwd=folder, stdout=out, stderr=err,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                start_new_session=True, **options,
+            )  # fmt: skip
+
+    def wait_for(self, pattern: str, since: int = 0) -> None:
+        """Until a line of stdout matches."""
+        end = time.monotonic() + PATIENCE
+        while not re.search(pattern, self.out.read_text()[since:]):
+            assert self.process.poll() is None, self.err.read_text()
+            assert time.monotonic() < end, self.out.read_text()
+            time.sleep(0.05)
+
+    def end(self) -> tuple[int, list[str], list[str]]:
+        """(exit code, lines on stdout, lines on stderr)."""
+        code = self.process.wait(PATIENCE)
+        return code, self.out.read_text().splitlines(), self.err.read_text().splitlines()
+
+    def children(self) -> list[int]:
+        return children(self.process.pid)
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += map(int, task.read_text().split())
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def all_gone(pids: list[int]) -> bool:
+    end = time.monotonic() + 20
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not any(map(alive, pids))
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts main.py (or torchrun with `ranks`) with arguments; kills it after the test."""
+    started = []
+
+    def begin(*arguments, ranks: int = 0, **options) -> Running:
+        launcher = []
+        if ranks:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        started.append(Running(tmp_path, *launcher, ROOT / "main.py", *arguments, **options))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        with contextlib.suppress(OSError):
+            os.killpg(running.process.pid, signal.SIGKILL)
+        running.process.wait()
+
+
+def progress(folder: Path) -> dict:
+    return checkpoint.load(folder / "last.pth")["progress"]
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_saves_at_the_next_step(start, tree, tmp_path, signum, code):
+    """The whole process group gets it, workers included, as a scheduler or a terminal sends it."""
+    running = start(*LONG, "-j", 1, "--output", "run", tree)
+    running.wait_for("epoch 2/500  step 2/4")
+    workers = running.children()
+    assert workers
+    os.killpg(running.process.pid, signum)
+    ended, out, err = running.end()
+    assert (ended, err) == (code, [])
+    told = re.fullmatch(r"asked to stop: saved in epoch (\d+) after step (\d); go on with", out[-2])
+    assert out[-1] == "  python main.py --resume run/last.pth"
+    saved = progress(tmp_path / "run")
+    assert (saved["epoch"] + 1, saved["step"]) == tuple(map(int, told.groups()))
+    assert all_gone(workers)
+
+    # The line it printed goes on from there.
+    epochs = int(told[1]) + 1
+    again = start(*out[-1].split()[2:], "--epochs", epochs)
+    ended, out, err = again.end()
+    assert (ended, err) == (0, [])
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == list(range(epochs))
+
+
+def test_a_signal_during_evaluation_loses_no_epoch(start, tree, tmp_path):
+    slow = start(*SMALL, "-b", 1, "--img-size", 64, "--epochs", 500, "-p", 8, "--output", "run",
+                 tree)  # fmt: skip
+    slow.wait_for("epoch 1/500  step 24/24")  # evaluation of 15 images one by one comes now
+    slow.process.send_signal(signal.SIGTERM)
+    code, _, _ = slow.end()
+    assert code == 143
+    saved = progress(tmp_path / "run")
+    assert (saved["epoch"], saved["step"]) in ((0, 24), (1, 1))  # in it, or just behind
+    again = start("--resume", "auto", "--output", "run", "--epochs", 1)
+    assert again.end()[0] == 0
+    assert progress(tmp_path / "run")["epoch"] >= 1
+
+
+def test_kill_9_and_resume_auto(start, tree, tmp_path):
+    """Nothing but the operating system's kill; what it comes to is compared in test_resume.py."""
+    running = start(*LONG, "-j", 2, "--save-every", 1, "--output", "run", tree)
+    running.wait_for("epoch 2/500  step 2/4")
+    workers = running.children()
+    assert len(workers) >= 2
+    running.process.kill()
+    assert running.end()[0] == -signal.SIGKILL
+    assert all_gone(workers)
+    saved = progress(tmp_path / "run")
+    again = start("--resume", "auto", "--output", "run")
+    again.wait_for(f"epoch {saved['epoch'] + 1}/500  step {saved['step'] + 1}/4")
+
+
+def test_a_killed_worker(start, tree, tmp_path):
+    running = start(*LONG, "-j", 2, "--save-every", 1, "--output", "run", tree)
+    running.wait_for("epoch 2/500  step 1/4")
+    workers = running.children()
+    os.kill(workers[0], signal.SIGKILL)
+    code, _, err = running.end()
+    assert code == 1
+    assert err == ["error: a loader worker was killed by SIGKILL (out of memory?): use fewer "
+                   "workers (-j) or a smaller -b; go on with --resume auto"]  # fmt: skip
+    assert all_gone(workers)
+    assert progress(tmp_path / "run")["epoch"] >= 1
+
+
+# A disk that stops answering: from the moment that the file exists, every read waits for ever.
+HANGING = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+sys.argv = ["main.py", *sys.argv[1:]]
+from utils import data
+read = data.read_image
+def read_image(*arguments):
+    while os.path.exists({mark!r}):
+        time.sleep(0.1)
+    return read(*arguments)
+data.read_image = read_image
+import main
+main.run_script(main.main)
+"""
+
+
+def start_hanging(tree, tmp_path, *flags) -> tuple[Running, list[int]]:
+    """A run whose workers all hang, and their process ids."""
+    code = HANGING.format(root=str(ROOT), mark=str(tmp_path / "hang"))
+    running = Running(tmp_path, "-c", code, *LONG, *flags, "--output", "run", tree)
+    running.wait_for("epoch 2/500  step 1/4")
+    workers = running.children()
+    assert len(workers) == 4  # two read for training, two for validation
+    (tmp_path / "hang").touch()
+    return running, workers
+
+
+def test_hung_workers(tree, tmp_path):
+    running, workers = start_hanging(tree, tmp_path, "-j", 2, "--worker-timeout", 2)
+    code, _, err = running.end()
+    assert code == 1
+    assert err == ["error: no batch from the loader workers for 2 s: they hang (slow or stuck "
+                   "storage?); raise --worker-timeout or use fewer workers (-j)"]  # fmt: skip
+    assert all_gone(workers)
+
+
+def test_hung_workers_go_with_a_killed_run(tree, tmp_path):
+    running, workers = start_hanging(tree, tmp_path, "-j", 2)
+    running.process.kill()
+    running.end()
+    assert all_gone(workers)
+
+
+def test_two_runs_in_one_folder(start, tree, tmp_path):
+    first = start(*LONG, "--output", "run", tree)
+    first.wait_for("epoch 2/500  step 1/4")
+    second = Running(
+        tmp_path, ROOT / "main.py", "--resume", "auto", "--output", tmp_path / "run"
+    )  # fmt: skip
+    code, _, err = second.end()
+    assert code == 1
+    assert len(err) == 1
+    assert "run: another process is training in this folder; wait for it to end" in err[0]
+    assert first.process.poll() is None  # and undisturbed
+    first.process.send_signal(signal.SIGTERM)
+    assert first.process.wait(PATIENCE) == 143
+
+
+def test_no_memory(start, tree, tmp_path):
+    def little_memory():
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+
+    running = start(*SMALL, "-b", 24, "--img-size", 2000, "--epochs", 1, "--output", "run", tree,
+                    preexec_fn=little_memory)  # fmt: skip
+    code, _, err = running.end()
+    assert code == 1
+    assert err == ["error: out of memory with -b 24: give a smaller -b or --img-size, or --amp "
+                   "bf16"]  # fmt: skip
