@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from models import eca_fused, eca_passes
+from models import eca_algebra, eca_passes
 from models.eca_fused import block_tail, can_fuse, fused_tail
 from models.eca_module import ECALayer
 
@@ -134,7 +134,7 @@ def test_whole_and_chunked_passes_agree(memory_format, dtype, small_chunks, monk
         given = (True, bn, attention, z, residual, activation, grad)
         chunked = run(*given)
         with monkeypatch.context() as patch:
-            patch.setattr(eca_fused, "_passes", lambda z: eca_passes.Whole)
+            patch.setattr(eca_algebra, "passes_for", lambda z: eca_passes.Whole)
             whole = run(*given)
         assert_close(chunked, whole, 1e-5 if dtype == torch.float32 else 5e-3)
 
