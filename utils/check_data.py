@@ -1,0 +1,150 @@
+"""Reads every image below a folder and lists the broken ones.
+
+    python -m utils.check_data DATA                 a CSV of broken files on stdout
+    python -m utils.check_data DATA --output BAD.csv
+
+Ends with 0 when all can be read, with 1 when some cannot.
+"""
+
+import argparse
+import csv
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from utils.cli import Parser, positive_int, run_script
+from utils.errors import EXIT_FAILED, UserError
+from utils.image_io import DECODERS, EXTENSIONS, BrokenImageError, printable, read_image
+from utils.processes import die_with_parent
+
+CHUNK = 16  # files that a process takes at a time
+
+
+def find_images(root: str) -> tuple[list[bytes], dict[str, int]]:
+    """All files with an image's ending below `root`, sorted, and how many others there are.
+
+    Hidden (.name) files and folders are passed over, as in training.
+
+    Raises:
+        UserError: no such folder, or one that cannot be listed.
+    """
+    if not os.path.isdir(root):
+        raise UserError(f"{printable(root)}: no such folder; give the folder that holds the images")
+
+    def refuse(error: OSError) -> None:
+        where = printable(error.filename or root)
+        raise UserError(f"{where}: {error.strerror}; check its permissions")
+
+    found, others = [], {}
+    for folder, folders, files in os.walk(os.fsencode(root), onerror=refuse, followlinks=True):
+        here = os.path.realpath(folder)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(b".") and not _leads_back(os.path.join(folder, name), here)
+        ]
+        for name in files:
+            ending = os.fsdecode(os.path.splitext(name)[1]).lower()
+            if name.startswith(b"."):
+                continue
+            if ending in EXTENSIONS:
+                found.append(os.path.join(folder, name))
+            else:
+                others[ending or "no ending"] = others.get(ending or "no ending", 0) + 1
+    return sorted(found), others
+
+
+def find_broken(
+    paths: list[bytes], decoder: str, processes: int
+) -> Iterator[BrokenImageError | None]:
+    """For each of `paths`, in order: why it cannot be read, or None.
+
+    Raises:
+        UserError: a process that read them was killed.
+    """
+    if processes == 1:
+        yield from (_read(path, decoder) for path in paths)
+        return
+    pool = ProcessPoolExecutor(processes, initializer=_init_process)
+    try:
+        yield from pool.map(_read, paths, [decoder] * len(paths), chunksize=CHUNK)
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that read images was killed (out of memory?): use fewer with -j",
+            EXIT_FAILED,
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the rest
+
+
+def write_csv(file, broken: Iterable[BrokenImageError]) -> None:
+    """Columns: path, reason."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("path", "reason"))
+    writer.writerows((error.path, error.reason) for error in broken)
+
+
+def main() -> int:
+    parser = Parser(prog="check_data", description=__doc__)
+    parser.add_argument("data", metavar="DATA", help="a folder; every image below it is read")
+    parser.add_argument("--output", metavar="FILE", help="write the CSV here (a new file)")
+    parser.add_argument(
+        "-j", "--processes", type=positive_int, default=os.cpu_count() or 1, metavar="N",
+        help="that read at a time (default: one a core)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decoder", choices=DECODERS, default="torchvision", help="as training will read"
+    )
+    args: argparse.Namespace = parser.parse_args()
+    if args.output and os.path.exists(args.output):
+        raise UserError(f"{args.output}: exists already; choose a new --output")
+
+    paths, others = find_images(args.data)
+    results = find_broken(paths, args.decoder, args.processes)
+    bar = tqdm(results, total=len(paths), unit="image", disable=not sys.stderr.isatty())
+    broken = [error for error in bar if error is not None]
+
+    passed = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
+    print(
+        f"{len(paths):,} images read, {len(broken):,} broken"
+        + (f"; passed over: {passed}" if passed else ""),
+        file=sys.stderr,
+    )
+    if args.output:
+        with open(Path(args.output), "x", newline="", encoding="utf-8") as file:
+            write_csv(file, broken)
+    else:
+        write_csv(sys.stdout, broken)
+    return EXIT_FAILED if broken else 0
+
+
+def _read(path: bytes, decoder: str) -> BrokenImageError | None:
+    try:
+        read_image(path, decoder)
+    except BrokenImageError as error:
+        return error
+    return None
+
+
+def _init_process() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers it
+    torch.set_num_threads(1)
+
+
+def _leads_back(folder: bytes, here: bytes) -> bool:
+    if not os.path.islink(folder):
+        return False
+    target = os.path.realpath(folder)
+    return here == target or here.startswith(os.path.join(target, b""))
+
+
+if __name__ == "__main__":
+    run_script(main)
