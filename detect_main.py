@@ -111,7 +111,7 @@ def evaluate(args: Namespace, saved: dict, context: distributed.Context) -> int:
     truth = GroundTruth(place, network.arch == "mask_rcnn")
     distributed.refuse_differences(validation_images=len(split))
     context.say(
-        *split.report("val"),
+        split.report("val")[0],
         *truth.lines,
         detection_report.network_line(network),
         *device_lines(args, context),
@@ -188,7 +188,7 @@ def train(
         raise UserError("--norm sync runs on CUDA alone: give --norm bn")
     context.say(
         *train_split.report("train"),
-        *val_split.report("val"),
+        val_split.report("val")[0],
         *truth.lines,
         detection_report.network_line(network),
         *notes,

@@ -86,6 +86,9 @@ def test_images_without_objects_are_dropped_on_request(tmp_path):
         ({"segmentation": {"size": [48, 64], "counts": [48 * 64]}}, "without a pixel"),
         ({"segmentation": {"size": [64, 48], "counts": [1, 48 * 64 - 1]}}, "run-length"),
         ({"segmentation": {"size": [48, 64], "counts": [1, 2]}}, "run-length"),
+        ({"segmentation": {"size": [48, 64], "counts": "zzzz"}}, "run-length"),
+        ({"segmentation": {"size": [48, 64], "counts": "P"}}, "run-length"),
+        ({"segmentation": {"size": [48, 64], "counts": "\x01"}}, "run-length"),
     ],
 )
 def test_what_cannot_be_trained_on_is_dropped_and_said(tmp_path, changes, reason):
@@ -138,6 +141,10 @@ def test_wrong_ids_are_errors(tmp_path, changes, message):
         (lambda c: c["images"].clear(), "the list 'images' is empty"),
         (lambda c: c["images"][1].pop("width"), r"images\[1\] has no 'width'"),
         (lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\] has no 'bbox'"),
+        (lambda c: c["images"][1].update(height="48"), "picture-2.png.*height and width"),
+        (lambda c: c["images"][1].update(width=0), "picture-2.png.*height and width"),
+        (lambda c: c["images"][1].update(file_name=7), r"images\[1\].*file_name"),
+        (lambda c: c["annotations"][0].update(image_id=[1]), r"image_id \[1\]"),
         (lambda c: c["images"].append(c["images"][0]), "id 1 twice"),
         (lambda c: c["categories"].append(c["categories"][0]), "id 7 twice"),
         (lambda c: c["images"][2].update(file_name="gone.png"), "1 of 3 images are missing.*gone"),
@@ -207,12 +214,13 @@ def test_mirroring_depends_on_epoch_and_index_alone(tmp_path):
 
 def test_run_lengths_are_cocos():
     chance = np.random.default_rng(0)
-    for share in (0.0, 0.3, 1.0):
-        mask = (chance.random((7, 5)) < share).astype(np.uint8)
-        rle = coco_masks.to_rle({"size": [7, 5], "counts": coco_masks.run_lengths(mask)}, 7, 5)
+    for share in (0.0, 0.01, 0.3, 1.0):
+        mask = (chance.random((70, 50)) < share).astype(np.uint8)
+        rle = coco_masks.to_rle({"size": [70, 50], "counts": coco_masks.run_lengths(mask)}, 70, 50)
         assert np.array_equal(coco_masks.decode(rle), mask)
         (text,) = coco_masks.encode(mask[None])
-        assert np.array_equal(coco_masks.decode(coco_masks.to_rle(text, 7, 5)), mask)
+        assert coco_masks._runs(text["counts"].encode()) == coco_masks.run_lengths(mask)
+        assert np.array_equal(coco_masks.decode(coco_masks.to_rle(text, 70, 50)), mask)
 
 
 def test_the_demo_reads_without_a_loss(tmp_path):

@@ -70,12 +70,19 @@ def read_json(path: Path) -> dict[str, Any]:
             lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if lacking:
                 raise UserError(f"{path}: {part}[{number}] has no {lacking[0]!r}: add it")
+    for number, image in enumerate(content["images"]):
+        if not isinstance(image["file_name"], str):
+            raise UserError(f"{path}: images[{number}]: file_name is no text")
+        if not all(_is_id(image[side]) and image[side] > 0 for side in ("height", "width")):
+            raise UserError(
+                f"{path}: {image['file_name']}: height and width must be whole numbers of pixels"
+            )
     for part in ("images", "categories"):
         if not content[part]:
             raise UserError(f"{path}: the list {part!r} is empty")
         seen: set[int] = set()
         for entry in content[part]:
-            if not isinstance(entry["id"], int) or entry["id"] in seen:
+            if not _is_id(entry["id"]) or entry["id"] in seen:
                 raise UserError(f"{path}: {part} have the id {entry['id']!r} twice, or no number")
             seen.add(entry["id"])
     return content
@@ -92,13 +99,17 @@ def check_references(path: Path, content: dict[str, Any]) -> None:
     categories = {category["id"] for category in content["categories"]}
     for number, entry in enumerate(content["annotations"]):
         name = entry.get("id", f"[{number}]")
-        if entry["image_id"] not in images:
+        if not _is_id(entry["image_id"]) or entry["image_id"] not in images:
             raise UserError(
                 f"{path}: annotation {name} is of image_id {entry['image_id']!r}, which is not "
                 "among the images; mend or remove it"
             )
-        if entry["category_id"] not in categories:
+        if not _is_id(entry["category_id"]) or entry["category_id"] not in categories:
             raise UserError(
                 f"{path}: annotation {name} of image {images[entry['image_id']]} has category_id "
                 f"{entry['category_id']!r}, which is not among the categories; mend or remove it"
             )
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -54,18 +54,43 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
         size, counts = segmentation.get("size"), segmentation.get("counts")
         if not isinstance(size, Sequence) or list(size) != [height, width]:
             return None
-        if isinstance(counts, list):
-            whole = all(isinstance(run, int) and run >= 0 for run in counts)
-            if not whole or sum(counts) != height * width:
-                return None
-            return _api().frPyObjects(segmentation, height, width)
         if isinstance(counts, str):
             counts = counts.encode()
-        return {"size": [height, width], "counts": counts} if counts else None
+        runs = _runs(counts) if isinstance(counts, bytes) else counts
+        if not isinstance(runs, list) or not all(isinstance(n, int) and n >= 0 for n in runs):
+            return None
+        if sum(runs) != height * width:  # pycocotools would read memory that is not its own
+            return None
+        if isinstance(counts, bytes):
+            return {"size": [height, width], "counts": counts}
+        return _api().frPyObjects(segmentation, height, width)
     polygons = usable_polygons(segmentation)
     if not polygons:
         return None
     return _api().merge(_api().frPyObjects(polygons, height, width))
+
+
+def _runs(text: bytes) -> list[int] | None:
+    """The run lengths that COCO's text stands for; None if it is no such text.
+
+    Six bits a character: five of the number, lowest first, and whether more follow; signed, and
+    from the fourth run on less the run two before.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for byte in text:
+        bits = byte - 48
+        if not 0 <= bits < 64:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return None if shift else runs
 
 
 def decode(rle: dict[str, Any]) -> np.ndarray:
