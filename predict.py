@@ -5,10 +5,12 @@ examples:
   predict.py CKPT photos/ --maps --grid         every image of a folder, with pictures
   predict.py CKPT 'photos/**/*.jpg' --format csv > out.csv
   find photos -newer last | predict.py CKPT -
+  predict.py DETECTOR photos/                   boxes and masks, drawn and as COCO's JSON
 """
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +18,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torchvision.transforms.v2.functional import to_pil_image
 
 from models.anatomy import feature_maps
 from models.weights import network_from_checkpoint
 from utils import distributed, outputs, pictures
 from utils.class_activation import grad_cam
-from utils.cli import Parser, count, number, positive_int, run_script
+from utils.cli import run_script
 from utils.errors import EXIT_FAILED, UserError, as_user_error
 from utils.files import write_atomically
-from utils.image_io import DECODERS, printable, read_image
-from utils.predictions import FORMATS, Guess, Prediction, PredictionLog
+from utils.found_objects import CocoDocument, class_table, find_objects, picture, sentence
+from utils.image_io import printable, read_image
+from utils.predict_options import build_parser
+from utils.predictions import Guess, Prediction, PredictionLog, path_width
 from utils.report import network_line
-from utils.saved import class_names, load, preprocessing
+from utils.saved import class_names, is_detector, load, preprocessing
 from utils.user_images import UserBatch, find_images, read_batches
 
 FINE_ENOUGH = 4  # positions a side: with fewer, a map hardly tells where
@@ -35,59 +40,13 @@ COARSEST = 32  # pixels a position of the last feature map; each one before it i
 MOST_IN_GRID = 400
 
 
-def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    parser.add_argument("checkpoint", metavar="CKPT", help="of main.py, or released weights")
-    parser.add_argument(
-        "images", metavar="IMAGES", nargs="+",
-        help="files, folders, quoted patterns, or - for one path a line on standard input",
-    )  # fmt: skip
-    parser.add_argument(
-        "-k", "--topk", type=positive_int, default=5, metavar="K", help="classes (default: 5)"
-    )
-    parser.add_argument(
-        "--format", choices=FORMATS, default="table", help="on standard output (default: table)"
-    )
-    parser.add_argument(
-        "--maps", action="store_true", help="write each image with its class-activation map"
-    )
-    parser.add_argument(
-        "--map-stage", type=positive_int, metavar="N",
-        help="of this feature map, 1 the finest (default: the last with at least 4 x 4 positions)",
-    )  # fmt: skip
-    parser.add_argument("--grid", action="store_true", help="write one picture of all images")
-    parser.add_argument(
-        "--output", metavar="DIR",
-        help="folder for predictions.csv, predictions.json and the pictures (default with --maps "
-        "or --grid: runs/predict-N, a new one)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--names", metavar="FILE", help="class names, one a line (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--img-size", type=positive_int, metavar="S", help="pixels (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--crop-pct", type=number(float, 0, 1, above=True), metavar="F",
-        help="share of the resized image that is kept (default: the checkpoint's)",
-    )  # fmt: skip
-    parser.add_argument("--decoder", choices=DECODERS, default="torchvision", help="as for main.py")
-    parser.add_argument(
-        "-b", "--batch-size", type=positive_int, default=32, metavar="N", help="default: 32"
-    )
-    parser.add_argument(
-        "-j", "--workers", type=count, metavar="N",
-        help="loader processes (default: 4, or what the machine has; none for a few images)",
-    )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    return parser
-
-
 def main() -> int:
-    args = build_parser().parse_args()
+    args = build_parser(__doc__).parse_args()
     outputs.check_free(args.output)
     paths = find_images(args.images)
     saved = load(args.checkpoint)
+    if is_detector(saved):
+        return predict_objects(args, saved, paths)
     with as_user_error(f"{args.checkpoint}: "):
         network = network_from_checkpoint(saved)
     names = class_names(saved, network.num_classes, args.names)
@@ -128,9 +87,56 @@ def main() -> int:
         log.write(folder)
         if args.grid and broken < len(paths):
             write_grid(folder / "grid.png", paths, log.predictions, names, args.checkpoint)
+    return finish(folder, broken, len(paths))
+
+
+def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int:
+    """The same with a detector: every image is drawn with what was found in it."""
+    from models.eca_detection import FIRST_LABEL, detector_from_checkpoint
+
+    for flag in ("maps", "map_stage", "names", "img_size", "crop_pct"):
+        if getattr(args, flag):
+            name = f"--{flag.replace('_', '-')}"
+            raise UserError(f"{name}: {args.checkpoint} holds a detector; leave it out")
+    with as_user_error(f"{args.checkpoint}: "):
+        network = detector_from_checkpoint(saved).eval()
+    first_label = FIRST_LABEL[network.arch]
+    names, ids = class_table(saved, network.num_classes - first_label)
+    device = distributed.setup(args.device).device
+    say(f"{network.arch} on {network.backbone_arch}, {len(names)} classes")
+    folder = outputs.new_folder("predict", args.output)
+    document, cells, broken = CocoDocument(names, ids), [], 0
+    width = path_width([printable(path) for path in paths])
+    network.to(device)
+    for i, found in enumerate(find_objects(network, paths, device, first_label)):
+        if found.error is not None:
+            say(f"! {found.file}: {found.error}; passed over")
+            broken += 1
+            continue
+        document.add(found)
+        drawn = to_pil_image(picture(found, names, args.min_score))
+        target = folder / "pictures" / f"{i + 1:04}_{Path(found.file).stem}.png"
+        target.parent.mkdir(exist_ok=True)
+        write_atomically(target, pictures.encoded(drawn))
+        if args.grid and len(cells) < MOST_IN_GRID:
+            sure = int((found.objects["scores"] >= args.min_score).sum())
+            cells.append(pictures.Cell(drawn, Path(found.file).name, f"{sure} objects"))
+        if args.format == "table":
+            print(sentence(found, names, args.min_score, width), flush=True)
+    if args.format != "table":
+        print(document.json() if args.format == "json" else document.csv(), end="")
+    document.write(folder)
+    if cells:
+        write_atomically(folder / "grid.png", pictures.draw_grid(cells, args.checkpoint))
+    return finish(folder, broken, len(paths))
+
+
+def finish(folder: Path | None, broken: int, images: int) -> int:
+    """Closing lines, and the exit code."""
+    if folder is not None:
         say(f"written to {folder}")
     if broken:
-        say(f"{broken} of {len(paths)} images could not be read")
+        say(f"{broken} of {images} images could not be read")
     return EXIT_FAILED if broken else 0
 
 

@@ -1,6 +1,8 @@
 """predict.py: the right images, the right numbers, and pictures of what the network saw."""
 
+import contextlib
 import csv
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -15,12 +17,14 @@ from torchvision.transforms.v2 import functional as tv
 import predict
 from models import create_model, weights
 from models.anatomy import feature_maps
+from models.eca_detection import create_detector, describe_detector
 from models.eca_resnet import BasicBlock, ResNet
 from utils import checkpoint
 from utils.class_activation import grad_cam
 from utils.cli import run_script
 from utils.data import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from utils.errors import UserError
+from utils.found_objects import Found, picture
 from utils.image_io import read_image
 from utils.pictures import seen_square
 from utils.user_images import find_images, read_batches
@@ -287,3 +291,86 @@ def test_a_network_that_gives_no_numbers(photos):
     ((_, prediction, heat),) = predict.classify(network, batches, ["a.png"], CLASSES, 2, None)
     assert prediction.error == "the network's output is not finite"
     assert heat is None
+
+
+# Detectors
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """A checkpoint of a small Mask R-CNN, as detect_main.py writes it."""
+    torch.manual_seed(0)
+    settings = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.3}
+    network = create_detector("mask_rcnn", "resnet18", num_classes=3, norm="bn", **settings)
+    path = tmp_path_factory.mktemp("detector") / "best.pth"
+    state = {**describe_detector(network), "classes": ["ant", "bee"], "category_ids": [7, 3]}
+    checkpoint.save(path, {**state, "state_dict": network.state_dict()})
+    return path, network.eval()
+
+
+def test_detector_finds_draws_and_writes_coco(detector, photos, cli, tmp_path):
+    path, network = detector
+    code, table, notes = cli(
+        path, photos, "--output", tmp_path / "out", "--min-score", 0.4, "--grid"
+    )
+    assert code == 1
+    assert "mask_rcnn on resnet18, 2 classes" in notes
+    assert f"! {photos}/bad.png: not an image; passed over" in notes
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.iterdir()) == [
+        "detections.csv", "detections.json", "grid.png", "pictures",
+    ]  # fmt: skip
+    document = json.loads((out / "detections.json").read_text())
+    assert document["categories"] == [{"id": 7, "name": "ant"}, {"id": 3, "name": "bee"}]
+    files = [photos / name for name in ("a.png", "b.jpg", "cat/c.png", "cat/d[1].png")]
+    assert [image["file_name"] for image in document["images"]] == list(map(str, files))
+    assert [line.split()[0] for line in table.splitlines()] == list(map(str, files))
+    assert document["annotations"]
+    for i, (file, image) in enumerate(zip(files, document["images"], strict=True)):
+        pixels = read_image(file)
+        assert (image["height"], image["width"]) == tuple(pixels.shape[1:])
+        with torch.no_grad():
+            (expected,) = network([pixels.float() / 255])
+        found = [a for a in document["annotations"] if a["image_id"] == image["id"]]
+        assert [a["score"] for a in found] == pytest.approx(expected["scores"].tolist(), abs=1e-4)
+        ids = [{1: 7, 2: 3}[label] for label in expected["labels"].tolist()]
+        assert [a["category_id"] for a in found] == ids
+        for annotation, box in zip(found, expected["boxes"].tolist(), strict=True):
+            x, y, width, height = annotation["bbox"]
+            assert (x, y, x + width, y + height) == pytest.approx(box, abs=0.05)
+            assert annotation["segmentation"]["size"] == list(pixels.shape[1:])
+        told = table.splitlines()[i].count("ant") + table.splitlines()[i].count("bee")
+        assert told == sum(a["score"] >= 0.4 for a in found)
+        drawn = np.asarray(Image.open(out / "pictures" / f"{i + (i > 1) + 1:04}_{file.stem}.png"))
+        assert max(drawn.shape[:2]) >= 200  # small images are enlarged, so that one can read
+    rows = list(csv.DictReader((out / "detections.csv").read_text().splitlines()))
+    assert len(rows) == len(document["annotations"])
+    assert {row["class"] for row in rows} <= {"ant", "bee"}
+
+    # COCO's own tools read the document.
+    tools = pytest.importorskip("pycocotools.coco")
+    with contextlib.redirect_stdout(io.StringIO()):  # they narrate
+        coco = tools.COCO(str(out / "detections.json"))
+    annotation = document["annotations"][0]
+    mask = coco.annToMask(coco.loadAnns([annotation["id"]])[0])
+    assert mask.sum() == annotation["area"]
+
+    code, text, _ = cli(path, photos / "a.png", "--format", "json", "--output", tmp_path / "two")
+    assert code == 0
+    assert json.loads(text)["images"][0]["file_name"] == f"{photos}/a.png"
+    for flag in (("--maps",), ("--img-size", 64), ("--names", "x")):
+        code, _, notes = cli(path, photos, *flag)
+        assert (code, f"{flag[0]}: {path} holds a detector; leave it out" in notes) == (2, True)
+
+
+def test_large_pictures_are_shrunk_with_their_objects():
+    image = torch.zeros(3, 500, 2000, dtype=torch.uint8)
+    objects = {
+        "boxes": torch.tensor([[200.0, 100.0, 1000.0, 400.0]]), "labels": torch.tensor([0]),
+        "scores": torch.tensor([0.9]), "masks": torch.zeros(1, 1, 500, 2000),
+    }  # fmt: skip
+    drawn = picture(Found("x", image, objects), ["ant"], 0.5)
+    assert drawn.shape == (3, 250, 1000)
+    ys, xs = drawn.amax(0).nonzero(as_tuple=True)
+    assert (xs.min(), xs.max(), ys.max()) == (100, 500, 200)  # the caption stands above the box
+    assert picture(Found("x", image[:, :8, :40], objects), ["ant"], 0.95).shape == (3, 64, 320)

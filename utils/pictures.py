@@ -150,8 +150,13 @@ def draw_grid(cells: Sequence[Cell], title: str) -> bytes:
         draw.text((centre, y + CELL + 4), label, cell.colour, font, "ma")
         note = _fit(draw, cell.note, small, CELL)
         draw.text((centre, y + CELL + 21), note, "#59636e", small, "ma")
+    return encoded(sheet)
+
+
+def encoded(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -190,6 +195,5 @@ def png(figure: plt.Figure, colours: int | None = None) -> bytes:
     plt.close(figure)
     if colours is not None:
         image = Image.open(buffer).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", optimize=True)
+        return encoded(image)
     return buffer.getvalue()

@@ -50,7 +50,7 @@ class PredictionLog:
 
     def __init__(self, form: str, files: Sequence[str], topk: int):
         self.form, self.topk = form, topk
-        self.width = min(WIDEST_PATH, max(map(len, files), default=0))
+        self.width = path_width(files)
         self.predictions: list[Prediction] = []
         if form == "csv":
             print(_csv_lines([self._titles()]), end="")
@@ -85,6 +85,11 @@ class PredictionLog:
         return (
             json.dumps([p.as_dict() for p in self.predictions], indent=2, ensure_ascii=False) + "\n"
         )
+
+
+def path_width(files: Sequence[str]) -> int:
+    """Characters of the table's first column."""
+    return min(WIDEST_PATH, max(map(len, files), default=0))
 
 
 def _percentages(prediction: Prediction) -> str:

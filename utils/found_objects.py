@@ -1,0 +1,167 @@
+"""What a detector found in a user's images: found one by one, told, drawn, and in COCO's format."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from utils import coco_masks
+from utils.coco_eval import to_results
+from utils.detection_picture import draw, enlarge
+from utils.errors import UserError
+from utils.files import write_atomically
+from utils.image_io import BrokenImageError, printable, read_image
+
+SMALLEST, LARGEST = 320, 1000  # pixels of a drawn picture's longer side
+
+
+@dataclass(frozen=True)
+class Found:
+    """The detections in one image, highest score first, or why there are none.
+
+    Attributes:
+        objects: boxes (n, 4) as x1, y1, x2, y2 in the image's pixels, scores (n,), labels (n,) as
+            indices of class names, and with a mask network masks (n, 1, H, W) from 0 to 1.
+    """
+
+    file: str
+    image: Tensor | None = None  # (3, H, W) uint8
+    objects: dict[str, Tensor] | None = None
+    error: str | None = None
+
+
+@torch.inference_mode()
+def find_objects(
+    detector: nn.Module, paths: Sequence[bytes], device: torch.device, first_label: int
+) -> Iterator[Found]:
+    """Runs the detector on one image after the other, as it is evaluated: unpadded.
+
+    Args:
+        detector: a list of (3, H, W) in 0…1 → one dict of boxes, labels, scores (and masks) each.
+        first_label: the label of the first class.
+    """
+    for path in paths:
+        file = printable(path)
+        try:
+            image = read_image(path)
+        except BrokenImageError as error:
+            yield Found(file, error=error.reason)
+            continue
+        (objects,) = detector([image.to(device).float() / 255])
+        objects = {name: value.cpu() for name, value in objects.items()}
+        objects["labels"] = objects["labels"] - first_label
+        if not all(objects[name].isfinite().all() for name in ("boxes", "scores")):
+            yield Found(file, error="the network's output is not finite")
+            continue
+        yield Found(file, image, objects)
+
+
+def sentence(found: Found, names: Sequence[str], least_score: float, width: int) -> str:
+    """One line: the path, and the objects with at least this score."""
+    told = [
+        f"{names[label]} {score:.2f}"
+        for label, score in zip(
+            found.objects["labels"].tolist(), found.objects["scores"].tolist(), strict=True
+        )
+        if score >= least_score
+    ]
+    return f"{found.file:<{width}}  {'   '.join(told) or '-'}"
+
+
+def picture(found: Found, names: Sequence[str], least_score: float) -> Tensor:
+    """The image with its objects drawn on it, at a size at which captions can be read."""
+    image, objects = found.image, found.objects
+    longest = max(image.shape[1:])
+    if longest > LARGEST:
+        image, objects = _shrink(image, objects, LARGEST / longest)
+    return draw(*enlarge(image, objects, max(1, SMALLEST // longest)), names, least_score)
+
+
+def _shrink(
+    image: Tensor, objects: dict[str, Tensor], scale: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    size = [max(1, round(scale * side)) for side in image.shape[1:]]
+    image = F.interpolate(image[None].float(), size, mode="area")[0].to(torch.uint8)
+    objects = {**objects, "boxes": objects["boxes"] * scale}
+    if "masks" in objects:
+        objects["masks"] = F.interpolate(objects["masks"], size, mode="bilinear")
+    return image, objects
+
+
+class CocoDocument:
+    """Images, detections and categories in one JSON document, as COCO annotates a data set.
+
+    Every detection is an annotation with a `score`; its list is COCO's result format too.
+
+    Args:
+        names: of the classes; `category_ids` are theirs in the training data.
+    """
+
+    def __init__(self, names: Sequence[str], category_ids: Sequence[int]):
+        self.names, self.category_ids = names, category_ids
+        self.images: list[dict] = []
+        self.annotations: list[dict] = []
+
+    def add(self, found: Found) -> None:
+        height, width = found.image.shape[1:]
+        image_id = len(self.images) + 1
+        self.images.append(
+            {"id": image_id, "file_name": found.file, "width": width, "height": height}
+        )
+        for result in to_results(found.objects, image_id, self.category_ids, first_label=0):
+            area = result["bbox"][2] * result["bbox"][3]
+            if "segmentation" in result:
+                area = coco_masks.area(result["segmentation"])
+            extra = {"id": len(self.annotations) + 1, "area": area, "iscrowd": 0}
+            self.annotations.append(result | extra)
+
+    def json(self) -> str:
+        categories = [
+            {"id": i, "name": name} for i, name in zip(self.category_ids, self.names, strict=True)
+        ]
+        document = {
+            "images": self.images, "annotations": self.annotations, "categories": categories,
+        }  # fmt: skip
+        return json.dumps(document, ensure_ascii=False) + "\n"
+
+    def csv(self) -> str:
+        """One line a detection: file, class, score, and the box's corners in pixels."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["file", "class", "score", "x1", "y1", "x2", "y2"])
+        name_of = dict(zip(self.category_ids, self.names, strict=True))
+        for found in self.annotations:
+            x, y, width, height = found["bbox"]
+            corners = [f"{v:.2f}" for v in (x, y, x + width, y + height)]
+            file = self.images[found["image_id"] - 1]["file_name"]
+            writer.writerow(
+                [file, name_of[found["category_id"]], f"{found['score']:.6f}", *corners]
+            )
+        return text.getvalue()
+
+    def write(self, folder: Path) -> None:
+        """Writes detections.json and detections.csv to `folder`."""
+        write_atomically(folder / "detections.json", self.json().encode())
+        write_atomically(folder / "detections.csv", self.csv().encode())
+
+
+def class_table(saved: dict, classes: int) -> tuple[list[str], list[int]]:
+    """Names and category ids of a detector's checkpoint.
+
+    Raises:
+        UserError: it does not name each of its classes.
+    """
+    names = [printable(name) for name in saved.get("classes") or ()]
+    ids = list(saved.get("category_ids") or range(1, len(names) + 1))
+    if not len(names) == len(ids) == classes:
+        raise UserError(
+            f"the checkpoint names {len(names)} of its detector's {classes} classes; give one that "
+            "detect_main.py wrote"
+        )
+    return names, ids
