@@ -1,5 +1,6 @@
 """attention.py: the weights are those the layers apply, averaged over the right images."""
 
+import io
 import sys
 
 import numpy as np
@@ -13,7 +14,7 @@ from models import create_model, weights
 from models.anatomy import attention_layers, feature_maps, gate, recorded_gates
 from models.attention import ATTENTIONS
 from models.eca_resnet import BasicBlock, ResNet
-from utils import checkpoint
+from utils import checkpoint, gate_pictures
 from utils.cli import run_script
 from utils.gate_statistics import GateStatistics, LayerWeights
 from utils.image_io import read_image
@@ -194,3 +195,10 @@ def test_squeeze_and_excitation_has_no_kernels(cli, tmp_path, tree):
     code, text = cli(ckpt, tree, "--per-class", 1, "-j", 0)
     assert code == 0
     assert "written to runs/attention-1: channel_weights.png, spread.png, attention.npz" in text
+
+
+def test_class_names_are_not_read_as_formulas():
+    layer = LayerWeights("x", 1, 1, np.eye(2, 8), np.ones((2, 8)), np.full(2, 3), None)
+    drawn = gate_pictures.draw_weights([layer], [r"$\broken{$", "a long name " * 3], [0, 1], "t")
+    with Image.open(io.BytesIO(drawn)) as image:
+        assert image.width > 900

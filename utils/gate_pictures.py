@@ -9,9 +9,10 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from utils.gate_statistics import LayerWeights
-from utils.pictures import png
+from utils.pictures import png, short
 
 CURVES = ("#0b5fa5", "#d1495b", "#2e8b57", "#e08e0b", "#6a4c93", "#00798c", "#8d5524", "#7f7f7f")
+STEPS = matplotlib.colormaps["RdBu_r"].resampled(21)  # so few that the file's palette holds them
 
 
 def draw_weights(
@@ -19,30 +20,39 @@ def draw_weights(
 ) -> bytes:
     """A PNG: one panel a layer, channels on x, one curve for each class in `shown`.
 
-    Each panel has the weights above, as in the paper's figure, and how they differ from the mean of
-    all classes below, on a scale of its own.
+    Each panel has the weights above, as in the paper's figure. Below, one row a class, is how they
+    differ from the mean of all classes: where hundreds of channels make the curves a thicket, the
+    rows can still be compared.
     """
-    figure = plt.figure(figsize=(10, 2.3 * len(layers) + 0.6), layout="constrained")
-    grid = figure.add_gridspec(2 * len(layers), 1, height_ratios=[2, 1] * len(layers))
+    tall = 0.25 + 0.13 * len(shown)  # inches
+    figure = plt.figure(figsize=(10, (1.75 + tall) * len(layers) + 0.6), layout="constrained")
+    grid = figure.add_gridspec(2 * len(layers), 1, height_ratios=[1.5, tall] * len(layers))
     for i, layer in enumerate(layers):
         upper = figure.add_subplot(grid[2 * i])
         lower = figure.add_subplot(grid[2 * i + 1], sharex=upper)
-        centre = layer.mean.mean(0)
-        reach = np.abs(layer.mean[list(shown)] - centre).max() or 1.0
+        differences = layer.mean[list(shown)] - layer.mean.mean(0)
+        reach = np.abs(differences).max() or 1.0
         for j, label in enumerate(shown):
-            style = {"color": CURVES[j % len(CURVES)], "linewidth": 0.9}
-            upper.plot(layer.mean[label], label=str(classes[label]), **style)
-            lower.plot(layer.mean[label] - centre, **style)
+            upper.plot(
+                layer.mean[label], label=short(classes[label]), color=CURVES[j % len(CURVES)],
+                linewidth=0.9 if len(differences[0]) <= 256 else 0.6,
+            )  # fmt: skip
         upper.set_title(panel_title(layer), fontsize=9, loc="left")
-        upper.set(ylabel="weight s", xlim=(0, len(centre) - 1))
+        upper.set(ylabel="weight s", xlim=(-0.5, len(differences[0]) - 0.5))
         upper.tick_params(labelbottom=False)
-        lower.axhline(0, color="0.6", linewidth=0.6)
-        lower.set(ylim=(-1.1 * reach, 1.1 * reach))
-        lower.set_ylabel("− mean", fontsize=8)
-        lower.yaxis.set_major_locator(MaxNLocator(3, symmetric=True))
-        for axis in (upper, lower):
-            axis.grid(alpha=0.25, linewidth=0.5)
-            axis.tick_params(labelsize=8)
+        upper.grid(alpha=0.25, linewidth=0.5)
+        rows = lower.imshow(
+            differences, cmap=STEPS, vmin=-reach, vmax=reach, aspect="auto",
+            interpolation="nearest",
+        )  # fmt: skip
+        lower.set_yticks(range(len(shown)), [short(classes[label], 12) for label in shown])
+        for j, text in enumerate(lower.get_yticklabels()):
+            text.set(color=CURVES[j % len(CURVES)], fontsize=8)
+        lower.tick_params("y", length=0)
+        bar = figure.colorbar(rows, ax=[upper, lower], fraction=0.02, pad=0.01, aspect=25)
+        bar.set_label("s − mean of all classes", fontsize=8)
+        for axis in (upper, lower, bar.ax):
+            axis.tick_params("x" if axis is lower else "both", labelsize=8)
     lower.set_xlabel("channel")
     handles, labels = upper.get_legend_handles_labels()
     figure.legend(

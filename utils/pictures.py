@@ -65,7 +65,7 @@ def draw_map(
     # In inches: two pictures of one size, the colours' scale, and the bars.
     wide, tall = (3.2 * pixels / SIDE for pixels in size)
     gap, head, foot, bars, least = 0.15, 0.4, 0.3, 1.6, 2.3
-    names = 0.2 + 0.065 * max(len(_short(name)) for name, _ in ranking)
+    names = 0.2 + 0.065 * max(len(short(name)) for name, _ in ranking)
     width = gap + 2 * (max(wide, least) + gap) + 0.7 + names + bars + gap
     height = head + max(tall, least) + foot
     figure = plt.figure(figsize=(width, height))
@@ -82,8 +82,8 @@ def draw_map(
 
     left.imshow(shown)
     middle.imshow(overlay)
-    for axis, text in ((left, title), (middle, f"evidence for “{_short(ranking[0][0])}”")):
-        axis.set_title(_short(text, 36), fontsize=9)
+    for axis, text in ((left, title), (middle, f"evidence for “{short(ranking[0][0])}”")):
+        axis.set_title(short(text, 36), fontsize=9)
         axis.axis("off")
     bar = figure.colorbar(matplotlib.cm.ScalarMappable(cmap=COLOURS), cax=scale, ticks=(0, 1))
     bar.ax.set_yticklabels(("none", "most"), fontsize=7)
@@ -94,7 +94,7 @@ def draw_map(
         va="top", fontsize=7, color="0.4",
     )  # fmt: skip
 
-    names = [_short(name) for name, _ in ranking]
+    names = [short(name) for name, _ in ranking]
     shares = [100 * confidence for _, confidence in ranking]
     places = range(len(names))
     right.barh(places, shares, color=["#b73779", *["#b6bcc4"] * (len(names) - 1)], height=0.62)
@@ -179,8 +179,9 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, wid
     return text + "…"
 
 
-def _short(text: str, most: int = 24) -> str:
-    text = text.replace("$", r"\$")  # matplotlib would take it for a formula
+def short(text: str, most: int = 24) -> str:
+    """`text` as matplotlib is to draw it: not longer than `most`, and never taken for a formula."""
+    text = text.replace("$", r"\$")
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
