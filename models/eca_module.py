@@ -109,3 +109,12 @@ def parse_ksize(
             f" write for example {example}, or {ADAPTIVE}"
         )
     return tuple(int(k) for k in sizes)
+
+
+def __getattr__(name: str) -> object:
+    """`add_eca` is found here as well. Its file is read only then: this one can be copied alone."""
+    if name == "add_eca":
+        from models.eca_anywhere import add_eca
+
+        return add_eca
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 
 import models
+from models import eca_module
 from models.eca_anywhere import SQUEEZES, InsertedECA, add_eca
 from models.eca_module import ECALayer
 
@@ -108,6 +109,12 @@ def test_on(name):
         for insertion in done:
             nn.init.zeros_(network.get_submodule(insertion.name).conv.weight)
         torch.testing.assert_close(twin(images), out, rtol=0, atol=0)
+
+
+def test_it_has_three_addresses():
+    assert eca_module.add_eca is models.add_eca is add_eca
+    with pytest.raises(AttributeError, match="no attribute 'ad_eca'"):
+        _ = eca_module.ad_eca
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
