@@ -341,7 +341,7 @@ def read_checkpoint(args: Namespace) -> tuple[dict | None, Path | None]:
     name = run_name(args.arch or recipe.arch, args.backbone or recipe.backbone, args.action)
     name = None if of_any_run else name
     saved, folder, notes = resume.find(args.resume, name, args.output, args.evaluate)
-    if distributed.is_first():
+    if notes and distributed.is_first():
         print(*notes, sep="\n", flush=True)
     if args.evaluate and saved is None:
         raise UserError("-e needs weights to evaluate: name them with --resume CKPT")

@@ -4,6 +4,7 @@ examples:
   main.py -a eca_resnet50 --ksize 3557 DATA       all visible GPUs, one GPU, or the CPU
   torchrun --nproc-per-node=2 main.py … DATA      one process per GPU, faster
   main.py -e --resume CKPT DATA                   evaluate
+  main.py --recipe modern DATA                    600 epochs for what the network can do
   main.py --resume auto                           go on with the newest run
   main.py demo:digits                             real images without a download
 """
@@ -12,6 +13,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -22,17 +24,20 @@ import models
 from models import weights
 from utils import backends, checkpoint, demo_data, distributed, engine, image_folder, report, resume
 from utils import run_folder as runs
+from utils.averaging import WeightAverage
 from utils.cli import run_script
-from utils.data import Reading, broken_paths, training_batches, validation_batches
+from utils.data import Reading, replaced_lines, training_batches, validation_batches
 from utils.errors import UserError, as_user_error
 from utils.faults import in_one_line
 from utils.logger import Progress
-from utils.metrics import ClassificationMeter
+from utils.metrics import ClassificationMeter, cross_entropy
+from utils.mixing import make_mix
+from utils.optimizer import make_sgd
 from utils.options import build_parser
-from utils.recipe import Recipe
+from utils.recipe import PAPER, RECIPES, Recipe
 from utils.run_files import RunFiles
 from utils.sampler import SeededBatches, check_batch, mix_seed
-from utils.schedule import lr_at
+from utils.schedule import rate_of
 from utils.stop import StopRequest, Votes
 from utils.train_state import TrainState
 
@@ -40,7 +45,7 @@ RECIPE = Recipe(  # the paper's, for ResNets
     arch="eca_resnet50", epochs=100, batch_size=256, lr=0.1, momentum=0.9, weight_decay=1e-4,
     schedule="step", lr_step=30, lr_decay=0.1,
 )  # fmt: skip
-DEMO = RECIPE.override(arch="eca_resnet18", **demo_data.DIGITS_RECIPE)
+DEMO = {"arch": "eca_resnet18", **demo_data.DIGITS_RECIPE}
 
 # Flags of one start of the program; the others are the run's own and come back with --resume.
 OF_ONE_START = (
@@ -48,12 +53,17 @@ OF_ONE_START = (
 )  # fmt: skip
 
 
-def main(recipe: Recipe = RECIPE, demo: Recipe = DEMO) -> int:
-    """One run from the command line: `recipe` is the script's default, `demo` that of demo data."""
+def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
+    """One run from the command line.
+
+    Args:
+        recipe: the script's default, the paper's.
+        demo: what demo data needs otherwise, whatever the --recipe.
+    """
     parser = build_parser(recipe, models.MODELS, __doc__.replace("main.py", Path(sys.argv[0]).name))
     args = asked = parser.parse_args()
     on_demo = (args.data or "").startswith(demo_data.PREFIX)
-    recipe = demo if on_demo else recipe
+    recipe = recipe.override(**RECIPES[args.recipe or PAPER]).override(**demo if on_demo else {})
     saved, folder = read_weights(args, recipe)
     if saved is not None:
         refuse_another_network(asked, saved)
@@ -90,7 +100,8 @@ def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.
     classes = saved.get("classes")
     with as_user_error(f"{source}: "):
         network = weights.network_from_checkpoint(saved)
-    _, images = image_folder.open_split(data_root(args.data, context), classes, with_train=False)
+    root = demo_data.find_root(args.data, context)
+    _, images = image_folder.open_split(root, classes, with_train=False)
     distributed.refuse_differences(validation_images=len(images))
     if classes is None and len(images.classes) != network.num_classes:
         raise UserError(
@@ -145,17 +156,23 @@ def train(
 
     # Data first: what a user can have wrong is said before anything heavy.
     train_images, val_images = image_folder.open_split(
-        data_root(args.data, context), saved and saved["classes"]
+        demo_data.find_root(args.data, context), saved and saved["classes"]
     )
     distributed.refuse_differences(
         training_images=len(train_images), validation_images=len(val_images),
         checkpoint=saved and tuple(saved["progress"][k] for k in ("epoch", "step")),
     )  # fmt: skip
-    check_batch(recipe.batch_size, len(train_images), context.replicas, recipe.img_size)
+    check_batch(
+        recipe.batch_size, len(train_images), context.replicas, recipe.crop_size,
+        recipe.accumulate, recipe.repeats,
+    )  # fmt: skip
+    if recipe.sync_bn:
+        distributed.refuse_sync_bn(context)
     if saved is not None:
         resume.refuse_changes(
             saved, asked.seed, asked.batch_size, len(train_images), args.start_epoch
         )
+        resume.refuse_another_recipe(saved, asked.recipe, recipe, args.start_epoch)
     torch.manual_seed(seed)
     network, notes = build_network(args, recipe, saved, len(train_images.classes))
     context.say(
@@ -165,22 +182,20 @@ def train(
         *report.device_lines(
             context, args.amp, args.channels_last, args.compile, args.fused
         ),
-        report.recipe_line(recipe),
+        *report.recipe_lines(recipe, args.recipe or PAPER),
     )
 
     # All that changes from here on.
     reading = place(network, args, context, compiled=args.compile)
     state = TrainState(
         network,
-        torch.optim.SGD(
-            network.parameters(), lr=recipe.lr, momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay, fused=context.device.type in ("cpu", "cuda") or None,
-        ),
+        make_sgd(network, recipe.lr, recipe.momentum, recipe.weight_decay, recipe.norm_decay),
         torch.amp.GradScaler(context.device.type, enabled=args.amp == "fp16"),
         ClassificationMeter(context.device),
         engine.NonFiniteGuard(context.device),
         context.rank,
-    )  # fmt: skip
+        average=WeightAverage(network, recipe.ema) if recipe.ema else None,
+    )
     if saved is not None:
         state.restore(saved)
     if args.start_epoch is not None:
@@ -189,24 +204,30 @@ def train(
         context.say(f"all {recipe.epochs} epochs are done: give more with --epochs")
         return 0
 
-    # Batches, and the learning rate of each.
+    # Batches, and how a step is done with each.
     order = SeededBatches(
-        len(train_images), recipe.batch_size, seed, context.rank, context.world_size
-    )
+        len(train_images), recipe.batch_size, seed, context.rank, context.world_size,
+        recipe.repeats,
+    )  # fmt: skip
     train_batches = training_batches(
         train_images, order, recipe, seed, reading, args.skip_bad_images
     )
     val_batches = validation_batches(
         val_images, recipe, reading, context.rank, context.world_size
     )
-    rate = partial(
-        lr_at, steps_per_epoch=order.steps, lr=recipe.lr, epochs=recipe.epochs,
-        schedule=recipe.schedule, warmup_epochs=recipe.warmup_epochs, lr_step=recipe.lr_step,
-        lr_decay=recipe.lr_decay,
-    )  # fmt: skip
+    autocast = partial(backends.autocast, context.device, args.amp)
+    rule = engine.StepRule(
+        lr_at=rate_of(recipe, order.steps),
+        seed=mix_seed(seed, context.rank),
+        autocast=autocast,
+        loss_fn=partial(cross_entropy, label_smoothing=recipe.label_smoothing),
+        mix=make_mix(recipe.mixup, recipe.cutmix, network.num_classes),
+        accumulate=recipe.accumulate,
+        clip_grad=recipe.clip_grad,
+    )
 
     # The run folder, which rank 0 alone writes.
-    name = run_name(recipe.arch, args.action)
+    name = runs.run_name(recipe.arch, args.action)
     fixed = {
         **weights.describe_network(network),
         "classes": list(train_images.classes),
@@ -229,8 +250,8 @@ def train(
     if files.lacks_best():
         state.best = {}
 
-    wrapped, bare = distributed.wrap(network, context), distributed.spread(network, context)
-    autocast = partial(backends.autocast, context.device, args.amp)
+    wrapped = distributed.wrap(network, context, recipe.sync_bn)
+    evaluated = distributed.spread(state.evaluated, context)
     votes = Votes(context.votes)
     while state.epoch < recipe.epochs:
         first = state.epoch * order.steps  # the epoch's first step, counted over the run
@@ -240,16 +261,14 @@ def train(
             args.print_freq, done=state.step, quiet=not context.is_main,
         )  # fmt: skip
         for batch in engine.train_epoch(
-            wrapped, train_batches(), state.optimizer, state.meter, state.guard,
-            first_step=first + state.step, lr_at=rate, seed=mix_seed(seed, context.rank),
-            autocast=autocast, scaler=state.scaler,
+            wrapped, train_batches(), state.optimizer, state.scaler, state.meter, state.guard, rule,
+            first_step=first + state.step,
         ):  # fmt: skip
-            state.step += 1
-            state.broken += batch.broken
+            state.finish_step(batch.broken)
             if progress.advance():
                 state.guard.check()
                 means = state.meter.means(state.meter.total())
-                progress.show(means, rate(first + state.step - 1))
+                progress.show(means, rule.lr_at(first + state.step - 1))
             stopping, saving = votes.cast(bool(stop), files.due(state.step))
             if stopping or saving:
                 files.save(state.snapshot())
@@ -259,36 +278,22 @@ def train(
         votes.settle()
         speed = progress.close()
 
-        distributed.broadcast_buffers(network)
+        state.share_buffers()
         snapshot = state.snapshot()  # now: a stop below reaches one rank before the others
         figures = engine.evaluate(
-            bare, val_batches(), context.device, autocast, lambda: context.is_main and bool(stop)
+            evaluated, val_batches(), context.device, autocast, lambda: context.is_main and bool(stop)
         )
         if figures is None:
             files.save(snapshot)
             return files.stopped(state.epoch, state.step, stop.exit_code)
-        improved = state.finish_epoch(rate(first), figures)
+        improved = state.finish_epoch(rule.lr_at(first), figures)
         files.finish_epoch(state.snapshot(), speed, improved)
         context.say(report.epoch_line(state.history[-1], recipe.epochs, speed, improved))
 
     files.close()
-    if broken := state.all_broken():
-        context.say(f"{len(broken)} times an image that cannot be read was replaced:")
-        context.say(*broken_paths(train_images, sorted(set(broken))))
+    context.say(*replaced_lines(train_images, state.all_broken()))
     context.say(*files.farewell(state.best, args.data))
     return 0
-
-
-def run_name(arch: str, action: str | None) -> str:
-    """The run folder's name without its number."""
-    return f"{arch}_{action}" if action else arch
-
-
-def data_root(data: str, context: distributed.Context) -> str:
-    """The data folder; demo data is written by rank 0 while the others wait."""
-    if data.startswith(demo_data.PREFIX):
-        return distributed.share(demo_data.prepare(data) if context.is_main else None, context)
-    return data
 
 
 def read_weights(args: Namespace, recipe: Recipe) -> tuple[dict | None, Path | None]:
@@ -300,9 +305,9 @@ def read_weights(args: Namespace, recipe: Recipe) -> tuple[dict | None, Path | N
             raise UserError("-e needs weights to evaluate: add --resume CKPT")
         return checkpoint.load(args.pretrained), None
     of_any_run = args.data is None and args.arch is None and args.action is None
-    name = None if of_any_run else run_name(args.arch or recipe.arch, args.action)
+    name = None if of_any_run else runs.run_name(args.arch or recipe.arch, args.action)
     saved, folder, notes = resume.find(args.resume, name, args.output, args.evaluate)
-    if distributed.is_first():
+    if notes and distributed.is_first():
         print(*notes, sep="\n", flush=True)
     if args.evaluate and saved is None:
         raise UserError("-e needs weights to evaluate: name them with --resume CKPT")
