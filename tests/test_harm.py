@@ -235,3 +235,78 @@ def test_no_memory(start, tree, tmp_path):
     assert code == 1
     assert err == ["error: out of memory with -b 24: give a smaller -b or --img-size, or --amp "
                    "bf16"]  # fmt: skip
+
+
+def test_torchrun_asked_to_stop_saves_once(start, tree, tmp_path):
+    """The launcher passes SIGTERM on; its own lines and exit code (1) are not ours to choose."""
+    running = start(*LONG, "--output", "run", tree, ranks=2)
+    running.wait_for("epoch 2/500  step 2/4")
+    ranks = running.children()
+    running.process.send_signal(signal.SIGTERM)
+    _, out, _ = running.end()
+    told = re.fullmatch(r"asked to stop: saved in epoch (\d+) after step (\d); go on with", out[-2])
+    assert out[-1] == "  torchrun --nproc-per-node=2 main.py --resume run/last.pth"
+    saved = progress(tmp_path / "run")
+    assert (saved["epoch"] + 1, saved["step"]) == tuple(map(int, told.groups()))
+    assert all_gone(ranks)
+    again = start(*out[-1].split()[3:], "--epochs", int(told[1]) + 1, ranks=2)
+    code, out, err = again.end()
+    assert code == 0, err
+    epochs = int(told[1]) + 1
+    assert any(line.startswith(f"epoch {epochs}/{epochs}  train loss") for line in out)
+
+
+def test_every_rank_exits_143_on_sigusr1(start, tree):
+    """Sent to the ranks: the launcher itself does not know SIGUSR1 unless it is told to."""
+    running = start(*LONG, "--output", "run", tree, ranks=2)
+    running.wait_for("epoch 2/500  step 2/4")
+    for rank in running.children():
+        os.kill(rank, signal.SIGUSR1)
+    _, out, err = running.end()
+    assert out[-1] == "  torchrun --nproc-per-node=2 main.py --resume run/last.pth"
+    assert any("exitcode: 143" in line for line in err)
+
+
+def test_a_killed_rank(start, tree, tmp_path):
+    running = start(*LONG, "--save-every", 1, "--output", "run", tree, ranks=2)
+    running.wait_for("epoch 2/500  step 2/4")
+    ranks = running.children()
+    os.kill(ranks[1], signal.SIGKILL)
+    code, _, err = running.end()
+    assert code == 1
+    assert ("error (rank 0): another process of this run ended or hangs (its own lines say why); "
+            "nothing saved is lost: go on with --resume auto") in err  # fmt: skip
+    assert all_gone(ranks)
+    saved = progress(tmp_path / "run")
+    assert (saved["epoch"], saved["step"]) >= (1, 0)
+
+
+def test_a_full_disk(start, tree, tmp_path):
+    """No file may grow beyond a limit, which a process meets as it meets a full disk."""
+    first = start(*SMALL, "--epochs", 1, "--output", "run", tree)
+    assert first.end()[0] == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.pth")}
+
+    def little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20))
+
+    again = start("--resume", "auto", "--output", "run", "--epochs", 2, preexec_fn=little_room)
+    code, _, err = again.end()
+    assert code == 1
+    assert len(err) == 1
+    assert re.match(r"error: no room to write run/last.pth .*: [\d.]+ MB needed, .* free; what was "
+                    "written before it is whole. Make room, and resume$", err[0])  # fmt: skip
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.pth")} == before
+    assert not list((tmp_path / "run").glob("*tmp*"))
+    last = start("--resume", "auto", "--output", "run", "--epochs", 2)
+    assert last.end()[0] == 0
+
+
+def test_a_folder_that_cannot_be_written(start, tree, tmp_path):
+    (tmp_path / "file").touch()
+    for output in ("/sys/run", "file/run"):
+        code, out, err = start(*SMALL, "--output", output, tree).end()
+        assert code == 1
+        assert len(err) == 1
+        assert err[0].startswith(f"error: {output}: ")
+        assert not any("step" in line for line in out)

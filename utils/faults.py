@@ -30,7 +30,7 @@ def in_one_line(batch_size: int, stop: StopRequest | None = None) -> Iterator[No
 
     Args:
         batch_size: to name in the remedy.
-        stop: where it says that the run was asked to stop, a lost process is no fault.
+        stop: where it says that the run was asked to stop, its exit code is that of stopping.
     """
     try:
         yield
@@ -43,12 +43,11 @@ def in_one_line(batch_size: int, stop: StopRequest | None = None) -> Iterator[No
         if "DataLoader worker" in text:
             raise _dead_worker(text) from None
         if dist.is_initialized() and any(sign in text for sign in LOST_PEER):
-            if stop:
-                raise SystemExit(stop.exit_code) from None
+            # Asked to stop, too? The launcher asks the others as soon as one has been killed.
             raise UserError(
                 "another process of this run ended or hangs (its own lines say why); nothing saved "
                 "is lost: go on with --resume auto",
-                EXIT_FAILED,
+                stop.exit_code if stop else EXIT_FAILED,
             ) from None
         raise
 
