@@ -17,8 +17,8 @@ from utils.data import (
     IMAGENET_STD,
     ImageDataset,
     Reading,
-    broken_paths,
     eval_transform,
+    replaced_lines,
     train_transform,
     training_batches,
     validation_batches,
@@ -157,7 +157,11 @@ def test_skipping_takes_the_next_readable_one_and_reports_it(folder):
     wanted = [i for b in keys for _, i in b]
     assert sorted(broken) == [i for i in (5, 6) if i in wanted]
     assert broken  # the seed is such that there is one
-    assert broken_paths(folder, [5]) == [os.fsdecode(folder.path(5))]
+    assert replaced_lines(folder, [6, 5, 6]) == [
+        "3 times an image that cannot be read was replaced:",
+        *(os.fsdecode(folder.path(i)) for i in (5, 6)),
+    ]
+    assert replaced_lines(folder, []) == []
 
     dataset = ImageDataset(folder, train_transform(16, 0.2, 0.5), 0, skip_broken=True)
     image, label, reported = dataset[0, 5]

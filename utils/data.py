@@ -49,12 +49,41 @@ class CropResized(v2.RandomResizedCrop):
         return v2.functional.resize(crop, self.size, self.interpolation, antialias=True)[0]
 
 
-def train_transform(img_size: int, min_scale: float, hflip: float) -> v2.Compose:
-    """A random crop of `min_scale` to all of the area, resized to S x S, and a random flip."""
-    return v2.Compose([
+# Photographic operations of one strength or another, as published for ImageNet.
+AUTO_AUGMENTS = {
+    "none": None,
+    "trivial": partial(v2.TrivialAugmentWide, interpolation=v2.InterpolationMode.BILINEAR),
+    "rand": partial(v2.RandAugment, interpolation=v2.InterpolationMode.BILINEAR),
+}
+
+
+def train_transform(
+    img_size: int,
+    min_scale: float,
+    hflip: float,
+    auto_augment: str = "none",
+    random_erasing: float = 0.0,
+) -> v2.Compose:
+    """What a training image goes through, up to 8-bit pixels.
+
+    Args:
+        img_size: S; a random crop is resized to S x S.
+        min_scale: the smallest crop's share of the area; the largest is all of it.
+        hflip: probability of a mirrored image.
+        auto_augment: a key of `AUTO_AUGMENTS`; torchvision's defaults.
+        random_erasing: probability that a rectangle takes the mean colour, which is what
+            torchvision's 0 after the normalisation is.
+    """
+    steps = [
         CropResized(img_size, scale=(min_scale, 1.0), antialias=True),
         v2.RandomHorizontalFlip(hflip),
-    ])  # fmt: skip
+    ]
+    if (augment := AUTO_AUGMENTS[auto_augment]) is not None:
+        steps.append(augment())
+    if random_erasing:
+        mean = [round(255 * m) for m in IMAGENET_MEAN]
+        steps += [v2.PILToTensor(), v2.RandomErasing(random_erasing, value=mean)]
+    return v2.Compose(steps)
 
 
 def eval_transform(img_size: int, crop_pct: float) -> v2.Compose:
@@ -66,13 +95,13 @@ def eval_transform(img_size: int, crop_pct: float) -> v2.Compose:
 
 
 class ImageDataset(Dataset):
-    """Images of a folder by (epoch, index), as (uint8 (3, S, S), label, broken index or -1).
+    """Images of a folder by key, as (uint8 (3, S, S), label, broken index or -1).
 
     Args:
         folder: what to read.
         transform: applied to the decoded image.
-        seed: makes random transforms a pure function of (seed, epoch, index), so that neither the
-            number of workers nor an interruption changes them; None for transforms without chance.
+        seed: makes random transforms a pure function of (seed, key), so that neither the number of
+            workers nor an interruption changes them; None for transforms without chance.
         decoder: see `read_image`.
         skip_broken: take the next readable image in the place of a broken one, and report it.
 
@@ -95,7 +124,7 @@ class ImageDataset(Dataset):
         return len(self.folder)
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int] | BrokenImageError:
-        epoch, wanted = key
+        wanted = key[1]
         tries = REPLACEMENT_TRIES if self.skip_broken else 1
         for attempt in range(tries):
             index = (wanted + attempt) % len(self.folder)
@@ -111,7 +140,7 @@ class ImageDataset(Dataset):
         else:
             # Not torch.manual_seed: that would also reseed the accelerators.
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(mix_seed(self.seed, epoch, wanted))
+                torch.default_generator.manual_seed(mix_seed(self.seed, *key))
                 image = self.transform(image)
         if not isinstance(image, torch.Tensor):
             image = v2.functional.pil_to_tensor(image)
@@ -157,7 +186,10 @@ def training_batches(
     skip_broken: bool = False,
 ) -> Callable[[], Iterator[Batch]]:
     """Augmented batches in the order that `order` was told to seek."""
-    transform = train_transform(recipe.img_size, recipe.min_scale, recipe.hflip)
+    transform = train_transform(
+        recipe.crop_size, recipe.min_scale, recipe.hflip, recipe.auto_augment,
+        recipe.random_erasing,
+    )  # fmt: skip
     dataset = ImageDataset(images, transform, seed, reading.decoder, skip_broken)
     return reading.batches(dataset, order)
 
@@ -260,6 +292,9 @@ def _init_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def broken_paths(folder: ImageFolder, indices: Sequence[int]) -> list[str]:
-    """Printable paths of the images at `indices`."""
-    return [printable(folder.path(index)) for index in indices]
+def replaced_lines(folder: ImageFolder, broken: Sequence[int]) -> list[str]:
+    """What to say of images that could not be read: how many times, and each path once."""
+    if not broken:
+        return []
+    paths = [printable(folder.path(index)) for index in sorted(set(broken))]
+    return [f"{len(broken)} times an image that cannot be read was replaced:", *paths]

@@ -52,9 +52,16 @@ class ClassificationMeter:
         return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}
 
 
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in float32, whatever the precision of the logits (N, C)."""
-    return F.cross_entropy(logits.float(), targets)
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Mean cross-entropy in float32, whatever the precision of the logits (N, C).
+
+    Args:
+        targets: (N,) class indices, or (N, C) shares of the classes.
+        label_smoothing: share of each target that is spread evenly over the classes.
+    """
+    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
 
 def _wide(device: torch.device) -> torch.dtype:

@@ -1,6 +1,7 @@
 """A training recipe as one frozen value: what a script proposes and flags override."""
 
 from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,24 @@ class Recipe:
     crop_pct: float = 0.875  # evaluation: 224 out of 256
     min_scale: float = 0.08  # training: the smallest crop's share of the area
     hflip: float = 0.5
+    # Parts of the modern recipes, off unless asked for: a run saved before they existed is itself.
+    label_smoothing: float = 0.0
+    mixup: float = 0.0  # alpha of the Beta distribution of the shares; 0: no mixup
+    cutmix: float = 0.0  # likewise; with both, each batch takes one of them by even chance
+    auto_augment: str = "none"  # or "trivial", "rand", see utils.data
+    random_erasing: float = 0.0  # probability
+    ema: float = 0.0  # decay per step of the averaged weights; 0: none
+    norm_decay: bool = True  # weight decay on norms, biases and ECA kernels, too
+    repeats: int = 1  # copies of each image in a batch, each with its own augmentation
+    train_size: int = 0  # pixels of training crops; 0: img_size
+    accumulate: int = 1  # parts of a device's batch, taken one after the other
+    clip_grad: float = 0.0  # largest norm of the gradient; 0: any
+    sync_bn: bool = False  # BatchNorm's statistics over all processes
+
+    @property
+    def crop_size(self) -> int:
+        """Pixels of a training image; `img_size` is that of evaluation."""
+        return self.train_size or self.img_size
 
     def override(self, **values) -> "Recipe":
         """A recipe with the given values; None leaves a field as it is."""
@@ -37,3 +56,23 @@ class Recipe:
         """The recipe saved with a run; fields that it did not know yet take their defaults."""
         known = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in values.items() if k in known})
+
+
+# What --recipe changes of a script's own recipe, the paper's. docs/RECIPES.md gives every number's
+# source. MODERN is torchvision's for its V2 weights; MODERN_100 a hundred epochs with the weaker
+# regularisation of timm's A3.
+MODERN = MappingProxyType({
+    "epochs": 600, "batch_size": 1024, "lr": 0.5, "weight_decay": 2e-5, "norm_decay": False,
+    "schedule": "cosine", "warmup_epochs": 5.0, "label_smoothing": 0.1, "mixup": 0.2, "cutmix": 1.0,
+    "auto_augment": "trivial", "random_erasing": 0.1, "repeats": 4, "ema": 0.99997,
+    "train_size": 176, "crop_pct": 224 / 232,
+})  # fmt: skip
+MODERN_100 = MappingProxyType({
+    "epochs": 100, "batch_size": 1024, "lr": 0.5, "weight_decay": 1e-4, "norm_decay": False,
+    "schedule": "cosine", "warmup_epochs": 5.0, "mixup": 0.1, "cutmix": 1.0,
+    "auto_augment": "rand", "ema": 0.9998, "train_size": 160, "crop_pct": 0.95,
+})  # fmt: skip
+PAPER = "paper"
+RECIPES = MappingProxyType({
+    PAPER: MappingProxyType({}), "modern": MODERN, "modern100": MODERN_100,
+})  # fmt: skip

@@ -12,7 +12,9 @@ from torch.utils.data import Sampler
 
 from utils.errors import UserError
 
-Key = tuple[int, int]  # (epoch, index of the image): all that a sample's augmentation depends on
+# (epoch, index of the image), and from the second copy on the copy's number: all that a sample's
+# augmentation depends on.
+Key = tuple[int, int] | tuple[int, int, int]
 
 
 def mix_seed(*numbers: int) -> int:
@@ -26,16 +28,32 @@ class SeededBatches(Sampler[list[Key]]):
     Rank r takes the r-th slice of each global batch. The images that do not fill a last batch are
     left out of that epoch (another shuffle, others left out), so every step has the same size.
 
+    With `repeats` above 1 (repeated augmentation, Berman et al. 2019, Hoffer et al. 2020) a global
+    batch holds that many copies of each of its images, each augmented by its own chance. An epoch
+    has as many steps as without, so it sees one image in `repeats`. The copies come in rounds, each
+    in another order: with as many ranks as rounds, or more, no rank sees an image twice in a step,
+    as in torchvision; and mixing, which pairs neighbours, finds other pairs in each round.
+
     Args:
         size: number of images.
-        batch_size: global batch; must divide by `world_size` and not exceed `size`.
+        batch_size: global batch; must divide by `world_size` and `repeats` and not exceed `size`.
         seed, rank, world_size: what the order and the slice depend on.
+        repeats: copies of each image in a batch.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        repeats: int = 1,
+    ):
         assert batch_size % world_size == 0
+        assert batch_size % repeats == 0
         assert batch_size <= size
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.size, self.batch_size, self.seed, self.repeats = size, batch_size, seed, repeats
         self.rank, self.share = rank, batch_size // world_size
         self.epoch = self.first_step = 0
 
@@ -55,9 +73,16 @@ class SeededBatches(Sampler[list[Key]]):
         epoch, first_step = self.epoch, self.first_step
         shuffle = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         order = torch.randperm(self.size, generator=shuffle)
+        distinct = self.batch_size // self.repeats
         for step in range(first_step, self.steps):
-            start = step * self.batch_size + self.rank * self.share
-            yield [(epoch, index) for index in order[start : start + self.share].tolist()]
+            images = order[step * distinct : (step + 1) * distinct]
+            keys: list[Key] = [(epoch, index) for index in images.tolist()]
+            if self.repeats > 1:
+                shuffle.manual_seed(mix_seed(self.seed, epoch, step, self.repeats))
+            for copy in range(1, self.repeats):
+                again = images[torch.randperm(distinct, generator=shuffle)]
+                keys += [(epoch, index, copy) for index in again.tolist()]
+            yield keys[self.rank * self.share : (self.rank + 1) * self.share]
 
 
 class ShardedBatches(Sampler[list[Key]]):
@@ -75,7 +100,14 @@ class ShardedBatches(Sampler[list[Key]]):
             yield [(0, index) for index in self.indices[start : start + self.batch_size]]
 
 
-def check_batch(batch_size: int, images: int, replicas: int, img_size: int) -> None:
+def check_batch(
+    batch_size: int,
+    images: int,
+    replicas: int,
+    img_size: int,
+    accumulate: int = 1,
+    repeats: int = 1,
+) -> None:
     """Refuses, before the run starts, a batch that cannot be trained on.
 
     Args:
@@ -83,10 +115,17 @@ def check_batch(batch_size: int, images: int, replicas: int, img_size: int) -> N
         images: in the training set.
         replicas: devices that the batch is divided over.
         img_size: pixels; at most 32 leave a last feature map of one pixel.
+        accumulate: parts that a device takes one after the other.
+        repeats: copies of each image in a batch.
 
     Raises:
         UserError: it does not divide, is larger than the data, or leaves BatchNorm one value.
     """
+    if batch_size % repeats:
+        raise UserError(
+            f"-b {batch_size} does not hold each image --repeats {repeats} times: give a multiple "
+            f"of {repeats}"
+        )
     if batch_size % replicas:
         lower = batch_size // replicas * replicas
         near = [str(n) for n in (lower, lower + replicas) if n]
@@ -94,10 +133,16 @@ def check_batch(batch_size: int, images: int, replicas: int, img_size: int) -> N
             f"-b {batch_size} is the global batch and does not divide over {replicas} devices: "
             f"give {' or '.join(near)}"
         )
+    if batch_size % (replicas * accumulate):
+        raise UserError(
+            f"-b {batch_size} on {replicas} device{'s' * (replicas > 1)} does not divide into "
+            f"--accumulate {accumulate} parts: give a multiple of {replicas * accumulate}"
+        )
     if batch_size > images:
         raise UserError(f"-b {batch_size} is more than the {images} training images: give fewer")
-    if batch_size == replicas and img_size <= 32:
+    if batch_size == replicas * accumulate and img_size <= 32:
         raise UserError(
-            f"-b {batch_size} leaves one image per device, whose last feature map is one pixel at "
-            f"--img-size {img_size}: BatchNorm needs two values, so give -b {2 * replicas} or more"
+            f"-b {batch_size} leaves one image at a time per device, whose last feature map is one "
+            f"pixel at {img_size} pixels: BatchNorm needs two values, so give "
+            f"-b {2 * replicas * accumulate} or more"
         )
