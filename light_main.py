@@ -9,7 +9,7 @@ RECIPE = Recipe(  # the paper's, for MobileNetV2
     arch="eca_mobilenetv2", epochs=400, batch_size=96, lr=0.045, momentum=0.9, weight_decay=4e-5,
     schedule="exp", lr_decay=0.98,
 )  # fmt: skip
-DEMO = RECIPE.override(**demo_data.DIGITS_RECIPE | {"img_size": 64})  # it halves a map 5 times
+DEMO = demo_data.DIGITS_RECIPE | {"img_size": 64}  # it halves a map 5 times
 
 if __name__ == "__main__":
     run_script(lambda: main(RECIPE, DEMO))

@@ -30,14 +30,12 @@ from utils.data import Reading, replaced_lines, training_batches, validation_bat
 from utils.errors import UserError, as_user_error
 from utils.faults import in_one_line
 from utils.logger import Progress
-from utils.metrics import ClassificationMeter, cross_entropy
-from utils.mixing import make_mix
+from utils.metrics import ClassificationMeter
 from utils.optimizer import make_sgd
 from utils.options import build_parser
 from utils.recipe import PAPER, RECIPES, Recipe
 from utils.run_files import RunFiles
 from utils.sampler import SeededBatches, check_batch, mix_seed
-from utils.schedule import rate_of
 from utils.stop import StopRequest, Votes
 from utils.train_state import TrainState
 
@@ -64,7 +62,9 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     args = asked = parser.parse_args()
     on_demo = (args.data or "").startswith(demo_data.PREFIX)
     recipe = recipe.override(**RECIPES[args.recipe or PAPER]).override(**demo if on_demo else {})
-    saved, folder = read_weights(args, recipe)
+    of_any_run = args.data is None and args.arch is None and args.action is None
+    name = None if of_any_run else runs.run_name(args.arch or recipe.arch, args.action)
+    saved, folder = resume.read(args.resume, args.pretrained, name, args.output, args.evaluate)
     if saved is not None:
         refuse_another_network(asked, saved)
     if saved is not None and checkpoint.is_run(saved):
@@ -127,11 +127,7 @@ def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.
     figures = engine.evaluate(
         distributed.spread(network, context), batches(), context.device, autocast
     )
-    speed = figures["images"] / (time.perf_counter() - began)
-    context.say(
-        f"{figures['images']:,} images  top-1 {figures['top1']:.3f} %  "
-        f"top-5 {figures['top5']:.3f} %  loss {figures['loss']:.4f}  {speed:,.0f} images/s"
-    )
+    context.say(report.evaluation_line(figures, time.perf_counter() - began))
     if args.output and context.is_main:
         target = runs.create("", args.output) / "evaluation.json"
         inputs = {"checkpoint": str(source), "data": args.data}
@@ -196,6 +192,8 @@ def train(
         context.rank,
         average=WeightAverage(network, recipe.ema) if recipe.ema else None,
     )
+    if args.compile and state.average is not None:
+        state.evaluated.compile()  # a copy of a compiled network is not compiled
     if saved is not None:
         state.restore(saved)
     if args.start_epoch is not None:
@@ -216,14 +214,8 @@ def train(
         val_images, recipe, reading, context.rank, context.world_size
     )
     autocast = partial(backends.autocast, context.device, args.amp)
-    rule = engine.StepRule(
-        lr_at=rate_of(recipe, order.steps),
-        seed=mix_seed(seed, context.rank),
-        autocast=autocast,
-        loss_fn=partial(cross_entropy, label_smoothing=recipe.label_smoothing),
-        mix=make_mix(recipe.mixup, recipe.cutmix, network.num_classes),
-        accumulate=recipe.accumulate,
-        clip_grad=recipe.clip_grad,
+    rule = engine.StepRule.of(
+        recipe, order.steps, mix_seed(seed, context.rank), autocast, network.num_classes
     )
 
     # The run folder, which rank 0 alone writes.
@@ -281,8 +273,9 @@ def train(
         state.share_buffers()
         snapshot = state.snapshot()  # now: a stop below reaches one rank before the others
         figures = engine.evaluate(
-            evaluated, val_batches(), context.device, autocast, lambda: context.is_main and bool(stop)
-        )
+            evaluated, val_batches(), context.device, autocast,
+            lambda: context.is_main and bool(stop),
+        )  # fmt: skip
         if figures is None:
             files.save(snapshot)
             return files.stopped(state.epoch, state.step, stop.exit_code)
@@ -294,29 +287,6 @@ def train(
     context.say(*replaced_lines(train_images, state.all_broken()))
     context.say(*files.farewell(state.best, args.data))
     return 0
-
-
-def read_weights(args: Namespace, recipe: Recipe) -> tuple[dict | None, Path | None]:
-    """The checkpoint to go on from or to evaluate, if any, and the run folder it stands in."""
-    if args.resume is None:
-        if not args.evaluate:
-            return None, None
-        if args.pretrained is None:
-            raise UserError("-e needs weights to evaluate: add --resume CKPT")
-        return checkpoint.load(args.pretrained), None
-    of_any_run = args.data is None and args.arch is None and args.action is None
-    name = None if of_any_run else runs.run_name(args.arch or recipe.arch, args.action)
-    saved, folder, notes = resume.find(args.resume, name, args.output, args.evaluate)
-    if notes and distributed.is_first():
-        print(*notes, sep="\n", flush=True)
-    if args.evaluate and saved is None:
-        raise UserError("-e needs weights to evaluate: name them with --resume CKPT")
-    if saved is not None and not args.evaluate and not checkpoint.is_run(saved):
-        raise UserError(
-            f"{args.resume}: holds weights, not a run of this program; start from them with "
-            f"--pretrained {args.resume}"
-        )
-    return saved, folder
 
 
 def refuse_another_network(asked: Namespace, saved: dict) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from utils.data import Batch
-from utils.engine import NonFiniteGuard, evaluate, train_epoch
+from utils.engine import NonFiniteGuard, StepRule, evaluate, train_epoch
 from utils.errors import EXIT_NON_FINITE, UserError
 from utils.metrics import ClassificationMeter, cross_entropy
 
@@ -32,13 +32,18 @@ def sgd(net, **kwargs):
     return torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-3, **kwargs)
 
 
-def train(net, given, first_step=0, lr_at=lambda step: 0.1, guard=None, optimizer=None, seed=7):
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def train(
+    net, given, first_step=0, lr_at=lambda step: 0.1, guard=None, optimizer=None, seed=7,
+    scaler=NO_SCALER, **rule,
+):  # fmt: skip
     meter = ClassificationMeter(CPU)
     passed = list(
         train_epoch(
-            net, given, optimizer or sgd(net), meter, guard or NonFiniteGuard(CPU),
-            first_step=first_step, lr_at=lr_at, seed=seed, autocast=PLAIN,
-            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            net, given, optimizer or sgd(net), scaler, meter, guard or NonFiniteGuard(CPU),
+            StepRule(lr_at, seed, PLAIN, **rule), first_step,
         )
     )  # fmt: skip
     return meter, passed
@@ -68,9 +73,8 @@ def test_it_rests_after_each_step():
     net = network()
     before = [p.detach().clone() for p in net.parameters()]
     steps = train_epoch(
-        net, batches(), sgd(net), ClassificationMeter(CPU), NonFiniteGuard(CPU), first_step=0,
-        lr_at=lambda step: 0.1, seed=0, autocast=PLAIN,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        net, batches(), sgd(net), NO_SCALER, ClassificationMeter(CPU), NonFiniteGuard(CPU),
+        StepRule(lambda step: 0.1, 0, PLAIN), first_step=0,
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
     next(steps)

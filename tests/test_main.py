@@ -190,5 +190,5 @@ def test_recipes_are_the_papers():
     assert (RECIPE.schedule, RECIPE.lr_step, RECIPE.lr_decay) == ("step", 30, 0.1)
     assert (LIGHT.epochs, LIGHT.batch_size, LIGHT.lr, LIGHT.weight_decay) == (400, 96, 0.045, 4e-5)
     assert (LIGHT.schedule, LIGHT.lr_decay) == ("exp", 0.98)
-    assert DEMO.arch == "eca_resnet18"
+    assert DEMO["arch"] == "eca_resnet18"
     assert Path(models.__file__).parent.parent == Path(__file__).parent.parent

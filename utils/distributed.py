@@ -5,6 +5,7 @@ Every function works in a single process too, where it does nothing; callers hav
 
 import os
 import signal
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +36,8 @@ class Context:
         return max(self.world_size, len(self.data_parallel), 1)
 
     def say(self, *lines: str) -> None:
-        """Prints on rank 0 only, at once."""
-        if self.is_main:
+        """Prints on rank 0 only, at once; without lines, nothing."""
+        if self.is_main and lines:
             print(*lines, sep="\n", flush=True)
 
 
@@ -109,6 +110,26 @@ def wrap(network: nn.Module, context: Context, sync_bn: bool = False) -> nn.Modu
             gradient_as_bucket_view=True,
         )
     return spread(network, context)
+
+
+def refuse_sync_bn(context: Context) -> None:
+    """Ends a run for which SyncBatchNorm would do nothing, or is not made.
+
+    Raises:
+        UserError: not several processes on GPUs.
+    """
+    if context.world_size == 1 or context.device.type != "cuda":
+        raise UserError(
+            "--sync-bn is for several processes on GPUs: start them with torchrun, or add "
+            "--no-sync-bn"
+        )
+
+
+def apart(network: nn.Module) -> AbstractContextManager:
+    """A context in which a wrapped network's backward leaves each rank its own gradients."""
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        return network.no_sync()
+    return nullcontext()
 
 
 def spread(network: nn.Module, context: Context) -> nn.Module:

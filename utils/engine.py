@@ -6,7 +6,9 @@ state is whole.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,7 +17,10 @@ from utils import distributed
 from utils.data import Batch
 from utils.errors import EXIT_NON_FINITE, UserError
 from utils.metrics import ClassificationMeter, cross_entropy
+from utils.mixing import Mix, leading_class, make_mix, unmixed
+from utils.recipe import Recipe
 from utils.sampler import mix_seed
+from utils.schedule import rate_of
 
 AutocastFactory = Callable[[], AbstractContextManager]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -60,50 +65,117 @@ class NonFiniteGuard:
             )
 
 
+@dataclass(frozen=True)
+class StepRule:
+    """How an optimizer step is done, the same all run long.
+
+    Args:
+        lr_at: step of the run → learning rate.
+        seed: with the step number it seeds everything random in it (mixing, dropout), so that a
+            resumed run needs no generator state.
+        autocast: makes the context in which forward and loss run.
+        loss_fn: (logits, targets) → mean loss.
+        mix: blends images and targets, see `utils.mixing`.
+        accumulate: equal parts of a batch that are taken one after the other, for a memory that
+            does not hold the whole; but for BatchNorm, which sees parts, the gradient is the same.
+        clip_grad: the gradient's largest norm over all parameters; 0 leaves it as it is.
+    """
+
+    lr_at: Callable[[int], float]
+    seed: int
+    autocast: AutocastFactory
+    loss_fn: Loss = cross_entropy
+    mix: Mix = unmixed
+    accumulate: int = 1
+    clip_grad: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        steps_per_epoch: int,
+        seed: int,
+        autocast: AutocastFactory,
+        num_classes: int,
+    ) -> "StepRule":
+        """The recipe's rule; `num_classes` are the network's outputs."""
+        return cls(
+            lr_at=rate_of(recipe, steps_per_epoch),
+            seed=seed,
+            autocast=autocast,
+            loss_fn=partial(cross_entropy, label_smoothing=recipe.label_smoothing),
+            mix=make_mix(recipe.mixup, recipe.cutmix, num_classes),
+            accumulate=recipe.accumulate,
+            clip_grad=recipe.clip_grad,
+        )
+
+
 def train_epoch(
     network: nn.Module,
     batches: Iterable[Batch],
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     meter: ClassificationMeter,
     guard: NonFiniteGuard,
-    *,
+    rule: StepRule,
     first_step: int,
-    lr_at: Callable[[int], float],
-    seed: int,
-    autocast: AutocastFactory,
-    scaler: torch.amp.GradScaler,
-    loss_fn: Loss = cross_entropy,
 ) -> Iterator[Batch]:
     """Trains on `batches`, yielding each batch after its step.
 
     Args:
         network: in any parallel wrapping; images (N, 3, S, S) → logits (N, C).
         optimizer: SGD with `fused=True` on CUDA (the guard needs it).
-        first_step: the run's step number of the first batch.
-        lr_at: step → learning rate.
-        seed: with the step number it seeds everything random in the network (dropout), so that a
-            resumed run needs no generator state.
-        autocast: makes the context in which forward and loss run.
         scaler: gradient scaler, disabled unless fp16 is used.
+        meter: gets the loss that is trained on; of mixed images top-1 and top-5 count for the class
+            with the larger share, and so stay below what they are on whole images.
+        first_step: the run's step number of the first batch.
 
     Raises:
         UserError: exit code 3, when the loss is not finite (see NonFiniteGuard).
     """
     network.train()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     for step, batch in enumerate(batches, first_step):
-        torch.manual_seed(mix_seed(seed, step))
+        torch.manual_seed(mix_seed(rule.seed, step))
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step)
-        with autocast():
-            logits = network(batch.images)
-            loss = loss_fn(logits, batch.targets)
+            group["lr"] = rule.lr_at(step)
+        images, targets = rule.mix(batch.images, batch.targets)
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        guard.before_update(loss, step, optimizer, "loss")
+        doubtful = _backward(network, images, targets, scaler, meter, rule)
+        if rule.clip_grad:
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(trained, rule.clip_grad)
+            # With a scaler an overflowing gradient is in order: it skips the step and scales less.
+            doubtful = doubtful if scaler.is_enabled() else doubtful + norm
+        what = "loss or gradient" if rule.clip_grad else "loss"
+        guard.before_update(doubtful, step, optimizer, what)
         scaler.step(optimizer)
         scaler.update()
-        meter.update(loss, logits, batch.targets)
         yield batch
+
+
+def _backward(
+    network: nn.Module,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    scaler: torch.amp.GradScaler,
+    meter: ClassificationMeter,
+    rule: StepRule,
+) -> torch.Tensor:
+    """Adds the gradient of the batch's mean loss, part by part, and returns that loss."""
+    parts = zip(images.chunk(rule.accumulate), targets.chunk(rule.accumulate), strict=True)
+    total = torch.zeros((), device=images.device)
+    for number, (x, y) in enumerate(parts, 1):
+        # Ranks add up their gradients once, in the last part's backward.
+        last = number == rule.accumulate
+        with nullcontext() if last else distributed.apart(network):
+            with rule.autocast():
+                logits = network(x)
+                loss = rule.loss_fn(logits, y)
+            scaler.scale(loss / rule.accumulate).backward()
+        total += loss.detach() / rule.accumulate
+        meter.update(loss, logits, leading_class(y))
+    return total
 
 
 @torch.inference_mode()

@@ -13,8 +13,9 @@ from utils.cli import (
     positive_float,
     positive_int,
 )
+from utils.data import AUTO_AUGMENTS
 from utils.image_io import DECODERS
-from utils.recipe import Recipe
+from utils.recipe import PAPER, RECIPES, Recipe
 from utils.schedule import SCHEDULES
 
 
@@ -32,6 +33,7 @@ def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> P
     _data_flags(parser.add_argument_group("data"), recipe)
     _network_flags(parser.add_argument_group("network"), recipe, list(networks))
     _optimisation_flags(parser.add_argument_group("optimisation"), recipe)
+    _modern_flags(parser.add_argument_group("parts of the modern recipes, off in the paper's"))
     _run_flags(parser.add_argument_group("run"))
     return parser
 
@@ -95,6 +97,11 @@ def _network_flags(group, recipe: Recipe, networks: list[str]) -> None:
 
 def _optimisation_flags(group, recipe: Recipe) -> None:
     group.add_argument(
+        "--recipe", choices=RECIPES,
+        help=f"the values of all that follows, where no flag says otherwise (default: {PAPER}, "
+        "whose numbers stand here; of a demo its sizes and schedule stay)",
+    )  # fmt: skip
+    group.add_argument(
         "--epochs", type=positive_int, metavar="N", help=f"default: {recipe.epochs}"
     )
     group.add_argument(
@@ -138,6 +145,55 @@ def _optimisation_flags(group, recipe: Recipe) -> None:
     group.add_argument(
         "--fused", action=argparse.BooleanOptionalAction, default=True,
         help="run BatchNorm, ECA, addition and ReLU as one operation (default: yes)",
+    )  # fmt: skip
+
+
+def _modern_flags(group) -> None:
+    group.add_argument(
+        "--label-smoothing", type=number(float, 0, 1, below=True), metavar="F",
+        help="share of each target that is spread over all classes",
+    )  # fmt: skip
+    group.add_argument(
+        "--mixup", type=non_negative_float, metavar="ALPHA",
+        help="blend pairs of images; their shares are drawn from Beta(ALPHA, ALPHA)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cutmix", type=non_negative_float, metavar="ALPHA",
+        help="paste a rectangle of one image into another; with --mixup, one of them per batch",
+    )  # fmt: skip
+    group.add_argument(
+        "--auto-augment", choices=AUTO_AUGMENTS, help="torchvision's TrivialAugment or RandAugment"
+    )
+    group.add_argument(
+        "--random-erasing", type=fraction, metavar="P",
+        help="probability of a rectangle in the mean colour",
+    )  # fmt: skip
+    group.add_argument(
+        "--train-size", type=count, metavar="S",
+        help="pixels of training images (0: --img-size, which is then evaluation's alone)",
+    )  # fmt: skip
+    group.add_argument(
+        "--repeats", type=positive_int, metavar="N",
+        help="repeated augmentation: each image of a batch N times, an epoch as long as ever",
+    )  # fmt: skip
+    group.add_argument(
+        "--ema", type=number(float, 0, 1, below=True), metavar="DECAY",
+        help="evaluate and save averaged weights; decay per step, lower in the first steps",
+    )  # fmt: skip
+    group.add_argument(
+        "--norm-decay", action=argparse.BooleanOptionalAction,
+        help="weight decay on norms, biases and ECA kernels, too (the paper: yes)",
+    )  # fmt: skip
+    group.add_argument(
+        "--clip-grad", type=non_negative_float, metavar="NORM", help="the gradient's largest norm"
+    )
+    group.add_argument(
+        "--accumulate", type=positive_int, metavar="N",
+        help="take each batch in N parts, for less memory",
+    )  # fmt: skip
+    group.add_argument(
+        "--sync-bn", action=argparse.BooleanOptionalAction,
+        help="BatchNorm over all processes' images (torchrun on GPUs)",
     )  # fmt: skip
 
 

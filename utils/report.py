@@ -5,7 +5,9 @@ from torch import nn
 
 from utils.distributed import Context
 from utils.image_folder import ImageFolder, describe
-from utils.recipe import Recipe
+from utils.recipe import PAPER, Recipe
+
+AUGMENT_NAMES = {"trivial": "TrivialAugment", "rand": "RandAugment"}
 
 
 def network_line(network: nn.Module) -> str:
@@ -40,19 +42,45 @@ def device_lines(
     return lines
 
 
-def recipe_line(recipe: Recipe) -> str:
-    """The numbers of training in one line."""
+def recipe_lines(recipe: Recipe, name: str) -> list[str]:
+    """The numbers of training, and in a second line what is on beyond the paper's.
+
+    Args:
+        name: of the recipe that flags may have changed since.
+    """
     how = recipe.schedule
     if how == "step":
         how = f"times {recipe.lr_decay:g} every {recipe.lr_step} epochs"
     elif how == "exp":
         how = f"times {recipe.lr_decay:g} every epoch"
     warm = f", warm-up {recipe.warmup_epochs:g} epochs" if recipe.warmup_epochs else ""
-    return (
-        f"recipe: {recipe.epochs} epochs, batch {recipe.batch_size}, lr {recipe.lr:g} {how}{warm}, "
-        f"momentum {recipe.momentum:g}, weight decay {recipe.weight_decay:g}, "
-        f"{recipe.img_size} pixels"
+    title = "recipe" if name == PAPER else f"recipe {name}"
+    pixels = f"{recipe.img_size} pixels"
+    if recipe.crop_size != recipe.img_size:
+        pixels = f"{recipe.crop_size} pixels (evaluation {recipe.img_size})"
+    lines = [
+        f"{title}: {recipe.epochs} epochs, batch {recipe.batch_size}, "
+        f"lr {recipe.lr:g} {how}{warm}, momentum {recipe.momentum:g}, "
+        f"weight decay {recipe.weight_decay:g}, {pixels}"
+    ]
+    parts = [
+        f"{words} {value:g}"
+        for words, value in (
+            ("label smoothing", recipe.label_smoothing), ("mixup", recipe.mixup),
+            ("cutmix", recipe.cutmix), ("random erasing", recipe.random_erasing),
+            ("EMA", recipe.ema), ("gradient norm at most", recipe.clip_grad),
+        )
+        if value
+    ]  # fmt: skip
+    switches = (
+        (recipe.auto_augment != "none", AUGMENT_NAMES.get(recipe.auto_augment)),
+        (not recipe.norm_decay, "no decay on norms, biases and ECA kernels"),
+        (recipe.repeats > 1, f"each image {recipe.repeats} times a batch"),
+        (recipe.accumulate > 1, f"each batch in {recipe.accumulate} parts"),
+        (recipe.sync_bn, "SyncBatchNorm"),
     )
+    parts += [words for on, words in switches if on]
+    return [*lines, f"  {', '.join(parts)}"] if parts else lines
 
 
 def data_lines(train: ImageFolder | None, val: ImageFolder) -> list[str]:
@@ -69,4 +97,13 @@ def epoch_line(row: dict[str, float], epochs: int, speed: float, improved: bool)
         f"top-1 {row['train_top1']:.2f} %  val loss {row['val_loss']:.4f} "
         f"top-1 {row['val_top1']:.2f} % top-5 {row['val_top5']:.2f} %  {speed:,.0f} images/s"
         + ("  (best)" if improved else "")
+    )
+
+
+def evaluation_line(figures: dict[str, float], seconds: float) -> str:
+    """What an evaluation found."""
+    return (
+        f"{figures['images']:,} images  top-1 {figures['top1']:.3f} %  "
+        f"top-5 {figures['top5']:.3f} %  loss {figures['loss']:.4f}  "
+        f"{figures['images'] / seconds:,.0f} images/s"
     )

@@ -2,8 +2,43 @@
 
 from pathlib import Path
 
-from utils import checkpoint, run_folder
+from utils import checkpoint, distributed, run_folder
 from utils.errors import UserError
+from utils.recipe import PAPER, Recipe
+
+
+def read(
+    resume: str | None, pretrained: str | None, name: str | None, output: str | None, evaluate: bool
+) -> tuple[dict | None, Path | None]:
+    """The checkpoint that a classifier's run goes on from, or that is to be evaluated.
+
+    Args:
+        resume, name, output, evaluate: as in `find`; `resume` may be None.
+        pretrained: what -e takes in its place.
+
+    Returns:
+        Its contents and the run folder to go on in; each may be None.
+
+    Raises:
+        UserError: nothing to evaluate, weights alone where a run is wanted, or as in `find`.
+    """
+    if resume is None:
+        if not evaluate:
+            return None, None
+        if pretrained is None:
+            raise UserError("-e needs weights to evaluate: add --resume CKPT")
+        return checkpoint.load(pretrained), None
+    saved, folder, notes = find(resume, name, output, evaluate)
+    if notes and distributed.is_first():
+        print(*notes, sep="\n", flush=True)
+    if evaluate and saved is None:
+        raise UserError("-e needs weights to evaluate: name them with --resume CKPT")
+    if saved is not None and not evaluate and not checkpoint.is_run(saved):
+        raise UserError(
+            f"{resume}: holds weights, not a run of this program; start from them with "
+            f"--pretrained {resume}"
+        )
+    return saved, folder
 
 
 def find(
@@ -64,6 +99,40 @@ def refuse_changes(
         raise UserError(
             f"the run stopped inside an epoch over {saved['train_images']:,} training images, and "
             f"there are {train_images:,} now: restore the data, {remedy}"
+        )
+
+
+def refuse_another_recipe(
+    saved: dict, name: str | None, recipe: Recipe, at_epoch: int | None
+) -> None:
+    """Stops a resumption whose flags ask for what cannot be taken up.
+
+    Args:
+        saved: the checkpoint.
+        name: --recipe, or None.
+        recipe: the saved one with this start's flags.
+        at_epoch: --start-epoch.
+
+    Raises:
+        UserError: another recipe by name; other copies of images inside an epoch; other parameters
+            with weight decay, whose momentum is saved by their order.
+    """
+    held = Recipe.from_dict(saved["recipe"])
+    held_name = saved["args"].get("recipe") or PAPER
+    if name not in (None, held_name):
+        raise UserError(
+            f"the run's recipe is {held_name}: leave --recipe {name} out (flags such as --epochs "
+            "change single values)"
+        )
+    if recipe.norm_decay != held.norm_decay:
+        verb, flag = ("spares", "") if recipe.norm_decay else ("decays", "no-")
+        raise UserError(
+            f"the run {verb} norms, biases and ECA kernels: leave --{flag}norm-decay out"
+        )
+    if saved["progress"]["step"] and at_epoch is None and recipe.repeats != held.repeats:
+        raise UserError(
+            f"the run stopped inside an epoch with each image {held.repeats} times a batch: leave "
+            f"--repeats {recipe.repeats} out, or begin at an epoch's start with --start-epoch"
         )
 
 

@@ -18,6 +18,11 @@ RUNS = Path("runs")
 LOCK = ".lock"  # locked while a run writes to the folder; it stays, as the mark of a run folder
 
 
+def run_name(arch: str, action: str | None) -> str:
+    """A run folder's name without its number."""
+    return f"{arch}_{action}" if action else arch
+
+
 def create(name: str, output: str | None = None) -> Path:
     """Makes the folder of a new run: `output`, or the first free `runs/<name>-N`.
 

@@ -1,6 +1,10 @@
 """The learning rate as a pure function of the step, so that there is no schedule to save."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+
+from utils.recipe import Recipe
 
 SCHEDULES = ("step", "exp", "cosine")
 
@@ -40,3 +44,12 @@ def lr_at(
     total = max(1, epochs * steps_per_epoch - warmup_steps)
     done = min(1.0, (step - warmup_steps) / total)
     return lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def rate_of(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
+    """A recipe's learning rate as a function of the step."""
+    return partial(
+        lr_at, steps_per_epoch=steps_per_epoch, lr=recipe.lr, epochs=recipe.epochs,
+        schedule=recipe.schedule, warmup_epochs=recipe.warmup_epochs, lr_step=recipe.lr_step,
+        lr_decay=recipe.lr_decay,
+    )  # fmt: skip

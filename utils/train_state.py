@@ -1,12 +1,14 @@
 """All that training changes, as one object that can be written down and taken up again."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from utils import distributed
+from utils.averaging import WeightAverage
 from utils.engine import NonFiniteGuard
 from utils.metrics import ClassificationMeter
 
@@ -30,12 +32,31 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)  # the history row with the highest top-1
     history: list[dict[str, float]] = field(default_factory=list)  # one row per finished epoch
     broken: list[int] = field(default_factory=list)  # images that this rank had to replace
+    average: WeightAverage | None = None  # of the network's weights, where there is one
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated, and that a checkpoint's user gets."""
+        return self.network if self.average is None else self.average.module
+
+    def finish_step(self, broken: Sequence[int]) -> None:
+        """Counts a step that the optimizer has done; `broken` are images replaced in it."""
+        self.step += 1
+        self.broken += broken
+        if self.average is not None:
+            self.average.update_parameters(self.network)
 
     def begin(self, epoch: int) -> None:
         """Moves to the first step of `epoch`, with an empty meter and no rows from it on."""
         self.epoch, self.step = epoch, 0
         self.history = [row for row in self.history if row["epoch"] < epoch]
         self.meter = ClassificationMeter(self.meter.sums.device)
+
+    def share_buffers(self) -> None:
+        """Gives every rank rank 0's BatchNorm statistics. Call on every rank."""
+        distributed.broadcast_buffers(self.network)
+        if self.average is not None:
+            distributed.broadcast_buffers(self.average.module)
 
     def finish_epoch(self, lr: float, val: dict[str, float]) -> bool:
         """Writes the epoch into the history and moves on. Call on every rank.
@@ -69,8 +90,13 @@ class TrainState:
         # One row a rank, not their total: floating-point sums resumed from a total would end in
         # other bits than sums that were never interrupted.
         sums = torch.tensor(distributed.gather(self.meter.sums.tolist()), dtype=torch.float64)
+        raw = {}
+        if self.average is not None:
+            averaged = int(self.average.n_averaged)
+            raw = {"raw_state_dict": self.network.state_dict(), "averaged_steps": averaged}
         return {
-            "state_dict": self.network.state_dict(),
+            "state_dict": self.evaluated.state_dict(),
+            **raw,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": {
@@ -88,10 +114,16 @@ class TrainState:
         return sorted(index for broken in distributed.gather(self.broken) for index in broken)
 
     def restore(self, saved: dict) -> None:
-        """Takes up what `snapshot` returned; the network's weights are loaded by the caller.
+        """Takes up what `snapshot` returned; the caller has loaded `state_dict` into the network.
 
         The optimizer's settings (momentum, weight decay, …) stay as this run's flags made them.
+        An average that the saved run did not keep begins here, at the network's weights.
         """
+        if "raw_state_dict" in saved:
+            self.network.load_state_dict(saved["raw_state_dict"])
+            if self.average is not None:
+                self.average.module.load_state_dict(saved["state_dict"])
+                self.average.n_averaged.fill_(saved["averaged_steps"])
         own = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": own})
         if self.scaler.is_enabled() and saved["scaler"]:

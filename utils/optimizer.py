@@ -1,0 +1,37 @@
+"""Stochastic gradient descent, and which parameters its weight decay is for."""
+
+import torch
+from torch import nn
+
+DECAYED_AXES = (2, 4)  # of linear layers and 2-d convolutions
+
+
+def make_sgd(
+    network: nn.Module, lr: float, momentum: float, weight_decay: float, norm_decay: bool = True
+) -> torch.optim.SGD:
+    """SGD for a network that is already on its device.
+
+    Args:
+        norm_decay: decay every parameter, as the paper does; False spares what `split` says.
+    """
+    parameters = list(network.parameters())
+    groups = [{"params": parameters}]
+    if not norm_decay:
+        decayed, spared = split(network)
+        groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    fused = parameters[0].device.type in ("cpu", "cuda")  # the guard needs it on CUDA
+    return torch.optim.SGD(
+        groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused or None
+    )
+
+
+def split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters to decay, and to spare: norms, biases and ECA kernels, told by their axes.
+
+    Weights of linear layers have two axes and those of 2-d convolutions four. Norms and biases have
+    one, and ECA's 1-d convolutions three: each of its few numbers serves all channels of a layer.
+    """
+    decayed, spared = [], []
+    for parameter in network.parameters():
+        (decayed if parameter.ndim in DECAYED_AXES else spared).append(parameter)
+    return decayed, spared
