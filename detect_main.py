@@ -164,7 +164,7 @@ def train(
     auto, recipe = recipe.lr == AUTO, recipe.resolved()
     seed = args.seed if saved is None else saved["seed"]
     seed = distributed.share(runs.fresh_seed() if seed is None else seed, context)
-    backends.configure(deterministic=args.seed is not None)
+    context.say(*backends.configure(args.seed is not None, context.device))
 
     # Data first: what a user can have wrong is said before anything heavy.
     masks, first_label = recipe.arch == "mask_rcnn", detection.FIRST_LABEL[recipe.arch]

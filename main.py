@@ -148,7 +148,7 @@ def train(
     """Trains from the start, or on from `saved`, to the last epoch or until asked to stop."""
     seed = args.seed if saved is None else saved["seed"]
     seed = distributed.share(runs.fresh_seed() if seed is None else seed, context)
-    backends.configure(deterministic=args.seed is not None)
+    context.say(*backends.configure(args.seed is not None, context.device))
 
     # Data first: what a user can have wrong is said before anything heavy.
     train_images, val_images = image_folder.open_split(

@@ -1,0 +1,30 @@
+"""docs/RELIABILITY.md names tests that exist, and the exit codes that the code has."""
+
+import re
+
+from conftest import ROOT
+
+from utils import errors
+
+TEXT = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
+
+
+def test_every_named_test_exists():
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", TEXT)
+    assert len(named) > 40
+    for file, function in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"def {function}(" in source, f"{file}::{function}"
+
+
+def test_every_fault_has_a_test():
+    rows = [line for line in TEXT.splitlines() if line.startswith("|") and "**" not in line][2:]
+    assert len(rows) > 30
+    for row in rows:
+        assert "::" in row or row.endswith("| the same |"), row
+
+
+def test_the_exit_codes_are_the_codes():
+    (sentence,) = re.findall(r"Exit codes: (.*?)\. ", TEXT, re.DOTALL)
+    told = set(map(int, re.findall(r"\b\d+\b", sentence)))
+    assert told == {0} | {v for k, v in vars(errors).items() if k.startswith("EXIT_")}
