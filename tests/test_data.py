@@ -246,3 +246,52 @@ def test_an_error_of_our_own_keeps_its_traceback(folder):
 def test_a_broken_image_is_one_value_of_the_batch():
     broken = BrokenImageError("a.jpg", "the file is empty")
     assert data._collate([(torch.zeros(3, 1, 1), 0, -1), broken]) is broken
+
+
+@pytest.mark.parametrize("decoder", ["torchvision", "pil"])
+@pytest.mark.parametrize("auto_augment", ["trivial", "rand"])
+def test_strong_augmentation_is_a_function_of_the_key(folder, decoder, auto_augment):
+    transform = train_transform(16, 0.2, 0.5, auto_augment, random_erasing=0.5)
+    dataset = ImageDataset(folder, transform, seed=0, decoder=decoder)
+    keys = [(0, 3), (0, 3, 1), (0, 3, 2), (1, 3), (0, 4)]
+    views = [dataset[key][0] for key in keys]
+    torch.manual_seed(5)
+    torch.rand(9)
+    for key, view in zip(keys, views, strict=True):
+        assert view.dtype == torch.uint8
+        assert view.shape == (3, 16, 16)
+        assert torch.equal(dataset[key][0], view)
+    assert len({v.numpy().tobytes() for v in views}) == len(keys)
+
+
+def test_strong_augmentation_comes_after_the_crop(folder):
+    """The same chance gives the same crop and flip first; only then do the operations differ."""
+    plain = ImageDataset(folder, train_transform(16, 0.2, 0.5), seed=0)
+    trivial = ImageDataset(folder, train_transform(16, 0.2, 0.5, "trivial"), seed=0)
+    views = [(plain[0, i][0], trivial[0, i][0]) for i in range(len(folder))]
+    assert any(torch.equal(a, b) for a, b in views)  # one of its 14 operations is the identity
+    assert any(not torch.equal(a, b) for a, b in views)
+
+
+def test_erased_rectangles_are_zero_once_normalised(folder):
+    dataset = ImageDataset(folder, train_transform(16, 1.0, 0.0, random_erasing=1.0), seed=0)
+    plain = ImageDataset(folder, train_transform(16, 1.0, 0.0), seed=0)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    for index in range(len(folder)):
+        image, whole = dataset[0, index][0], plain[0, index][0]
+        erased = (image != whole).any(dim=0)
+        rows, columns = erased.any(dim=1), erased.any(dim=0)
+        box = rows[:, None] & columns
+        normalised = (image / 255 - mean) / std
+        assert normalised[:, box].abs().max() < 0.01
+        assert 0.01 < box.float().mean() < 0.4
+        assert torch.equal(image[:, ~box], whole[:, ~box])
+
+
+def test_crops_may_be_smaller_than_what_is_evaluated(folder):
+    recipe = RECIPE.override(train_size=12, auto_augment="trivial")
+    order = SeededBatches(len(folder), 4, 0)
+    batch = next(training_batches(folder, order, recipe, 0, Reading(CPU, 0))())
+    assert batch.images.shape == (4, 3, 12, 12)
+    batch = next(validation_batches(folder, recipe, Reading(CPU, 0))())
+    assert batch.images.shape == (4, 3, 16, 16)

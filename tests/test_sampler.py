@@ -1,5 +1,7 @@
 """The order of samples as a function of (seed, epoch, step, rank)."""
 
+import itertools
+
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
@@ -102,3 +104,53 @@ def test_the_order_is_the_same_in_every_version():
     """Saved runs depend on it."""
     assert mix_seed(1, 2) == 7764949442709860949
     assert batches(0)[0] == [(0, index) for index in (72, 64, 97, 26, 71, 17, 16, 56, 82, 93)]
+
+
+def test_repeats_show_each_image_of_a_batch_several_times():
+    for step, batch in enumerate(batches(1, repeats=5)):
+        copies = {}
+        for epoch, index, *copy in batch:
+            assert epoch == 1
+            copies.setdefault(index, []).append(copy)
+        assert len(copies) == 2
+        assert all(sorted(c) == [[], [1], [2], [3], [4]] for c in copies.values())
+        # The first of them are those of the run without copies, at its own pace.
+        plain = [index for b in batches(1) for _, index in b]
+        assert [key[1] for key in batch[:2]] == plain[2 * step : 2 * step + 2]
+    assert len(batches(1, repeats=5)) == len(batches(1)) == 10  # an epoch has as many steps
+
+
+def test_copies_of_different_rounds_have_different_neighbours():
+    order = SeededBatches(1000, 64, seed=1, repeats=4)
+    neighbours = set()
+    batch = next(iter(order))
+    for left, right in itertools.pairwise(batch):
+        neighbours.add((left[1], right[1]))
+    assert len(neighbours) > 55  # of 63; were the rounds alike, it would be 16
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_copies(world):
+    order = {"size": 200, "batch_size": 16, "seed": 3, "repeats": 4}
+    whole = list(SeededBatches(**order))
+    parts = [list(SeededBatches(**order, rank=r, world_size=world)) for r in range(world)]
+    assert [[k for share in s for k in share] for s in zip(*parts, strict=True)] == whole
+    if world == 4:  # as many ranks as copies: none sees an image twice in a step
+        assert all(len({key[1] for key in share}) == 4 for part in parts for share in part)
+
+
+def test_repeats_find_their_place_again():
+    for step in range(11):
+        assert batches(3, step, repeats=2) == batches(3, repeats=2)[step:]
+
+
+def test_batches_that_do_not_divide_into_parts_or_copies():
+    check_batch(256, 1000, 8, 224, accumulate=4, repeats=4)
+    for arguments, words in (
+        ((10, 100, 2, 224, 4), "-b 10 on 2 devices does not divide into --accumulate 4 parts.* 8"),
+        ((9, 100, 1, 224, 2), "-b 9 on 1 device does not divide"),
+        ((10, 100, 1, 224, 1, 4), "-b 10 does not hold each image --repeats 4 times.* of 4"),
+        ((4, 100, 2, 32, 2), "give -b 8 or more"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_batch(*arguments)

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from utils.schedule import SCHEDULES, lr_at
+from utils.recipe import Recipe
+from utils.schedule import SCHEDULES, lr_at, rate_of
 
 
 def test_step_divides_by_ten_every_thirty_epochs():
@@ -55,3 +56,14 @@ def test_a_run_that_is_all_warm_up():
     for epochs, last in ((1, 0.1), (5, 0.02)):
         rate = lr_at(9, 10, lr=0.1, epochs=1, schedule="cosine", warmup_epochs=epochs)
         assert rate == pytest.approx(last)
+
+
+def test_a_recipe_s_rate():
+    recipe = Recipe(
+        arch="x", epochs=5, batch_size=4, lr=0.2, momentum=0.9, weight_decay=0, schedule="cosine",
+        warmup_epochs=1,
+    )  # fmt: skip
+    rate = rate_of(recipe, steps_per_epoch=10)
+    assert [rate(s) for s in (0, 10, 30)] == pytest.approx([0.02, 0.2, 0.1])
+    step = recipe.override(schedule="step", warmup_epochs=0.0, lr_step=2, lr_decay=0.5)
+    assert [rate_of(step, 10)(s) for s in (0, 19, 20, 49)] == [0.2, 0.2, 0.1, 0.05]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from utils import checkpoint, distributed
+from utils.averaging import WeightAverage
 from utils.engine import NonFiniteGuard
 from utils.errors import EXIT_NON_FINITE, UserError
 from utils.metrics import ClassificationMeter
@@ -15,7 +16,7 @@ from utils.train_state import TrainState
 CPU = torch.device("cpu")
 
 
-def fresh(momentum=0.9, weight_decay=1e-4, rank=0, fp16=False):
+def fresh(momentum=0.9, weight_decay=1e-4, rank=0, fp16=False, ema=0.0):
     torch.manual_seed(0)
     network = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(
@@ -23,8 +24,9 @@ def fresh(momentum=0.9, weight_decay=1e-4, rank=0, fp16=False):
     )
     scaler = torch.amp.GradScaler("cpu", enabled=fp16)
     return TrainState(
-        network, optimizer, scaler, ClassificationMeter(CPU), NonFiniteGuard(CPU), rank
-    )
+        network, optimizer, scaler, ClassificationMeter(CPU), NonFiniteGuard(CPU), rank,
+        average=WeightAverage(network, ema) if ema else None,
+    )  # fmt: skip
 
 
 def train(state, steps, first=0):
@@ -36,7 +38,7 @@ def train(state, steps, first=0):
         loss.backward()
         state.optimizer.step()
         state.meter.update(loss, logits, torch.tensor([0, 1, 0, 1]))
-        state.step += 1
+        state.finish_step([])
 
 
 def val(loss=1.0, top1=50.0):
@@ -144,3 +146,30 @@ def test_each_rank_goes_on_with_its_own_sums(monkeypatch, ranks, own):
         state.restore(saved)
     assert [s.meter.sums.tolist() for s in states] == own
     assert [s.broken for s in states] == [[3, 3, 9]] + [[]] * (ranks - 1)
+
+
+def test_averaged_weights_are_what_a_checkpoint_s_user_gets(tmp_path):
+    through, first = fresh(ema=0.9), fresh(ema=0.9)
+    train(through, 15)
+    train(first, 11)
+    saved = first.snapshot()
+    assert not torch.equal(saved["state_dict"]["weight"], first.network.weight)
+    assert torch.equal(saved["state_dict"]["weight"], first.average.module.weight)
+    assert torch.equal(saved["raw_state_dict"]["weight"], first.network.weight)
+    assert first.evaluated is first.average.module
+    second = taken_up(tmp_path / "a", first, ema=0.9)
+    train(second, 4, first=11)
+    assert bits(second) == bits(through)
+
+
+def test_an_average_can_begin_and_end_on_the_way(tmp_path):
+    without = fresh()
+    train(without, 3)
+    begun = taken_up(tmp_path / "a", without, ema=0.9)
+    assert torch.equal(begun.average.module.weight, without.network.weight)
+    assert begun.average.n_averaged == 0
+    train(begun, 3, first=3)
+    ended = taken_up(tmp_path / "b", begun)
+    assert torch.equal(ended.network.weight, begun.network.weight)
+    assert ended.evaluated is ended.network
+    assert "raw_state_dict" not in ended.snapshot()

@@ -117,13 +117,13 @@ class TrainState:
         """Takes up what `snapshot` returned; the caller has loaded `state_dict` into the network.
 
         The optimizer's settings (momentum, weight decay, …) stay as this run's flags made them.
-        An average that the saved run did not keep begins here, at the network's weights.
+        An average that the saved run did not keep begins here, at its weights.
         """
         if "raw_state_dict" in saved:
             self.network.load_state_dict(saved["raw_state_dict"])
-            if self.average is not None:
-                self.average.module.load_state_dict(saved["state_dict"])
-                self.average.n_averaged.fill_(saved["averaged_steps"])
+        if self.average is not None:
+            self.average.module.load_state_dict(saved["state_dict"])
+            self.average.n_averaged.fill_(saved.get("averaged_steps", 0))
         own = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": own})
         if self.scaler.is_enabled() and saved["scaler"]:

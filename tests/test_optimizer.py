@@ -1,0 +1,65 @@
+"""Which parameters weight decay is for, by their names."""
+
+import pytest
+import torch
+
+import models
+from utils.optimizer import make_sgd, split
+
+
+def names(network, parameters):
+    of = {id(p): name for name, p in network.named_parameters()}
+    return {of[id(p)] for p in parameters}
+
+
+@pytest.mark.parametrize("arch", ["eca_resnet18", "eca_resnet50", "se_resnet18", "resnet18"])
+def test_resnets_spare_norms_biases_and_eca_kernels(arch):
+    network = models.create_model(arch, num_classes=3)
+    everything = {name for name, _ in network.named_parameters()}
+    norms = {n for n in everything if ".bn" in n or n.startswith("bn1.") or "downsample.1" in n}
+    kernels = {n for n in everything if n.endswith("eca.conv.weight")}
+    assert bool(kernels) == arch.startswith("eca")
+    decayed, spared = (names(network, group) for group in split(network))
+    assert spared == norms | kernels | {"fc.bias"}
+    assert decayed == everything - spared
+
+
+def test_mobilenets_do_too():
+    network = models.create_model("eca_mobilenetv2", num_classes=3)
+    spared = set()
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            spared |= {f"{name}.weight", f"{name}.bias"}
+        if isinstance(module, models.ECALayer):
+            spared.add(f"{name}.conv.weight")
+    assert names(network, split(network)[1]) == spared | {"classifier.1.bias"}
+
+
+def after_a_step_without_gradient(norm_decay):
+    torch.manual_seed(0)
+    network = models.create_model("eca_resnet18", num_classes=3)
+    before = {n: p.detach().clone() for n, p in network.named_parameters()}
+    optimizer = make_sgd(network, 0.1, 0.9, 0.01, norm_decay)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return before, dict(network.named_parameters())
+
+
+def test_decay_is_all_that_a_step_without_gradient_does():
+    before, after = after_a_step_without_gradient(norm_decay=True)
+    for name, old in before.items():
+        torch.testing.assert_close(after[name], old * (1 - 0.1 * 0.01))
+    before, after = after_a_step_without_gradient(norm_decay=False)
+    for name, old in before.items():
+        kept = old.ndim not in (2, 4)
+        torch.testing.assert_close(after[name], old if kept else old * (1 - 0.1 * 0.01))
+
+
+def test_the_paper_s_optimizer_has_one_group_in_the_network_s_order():
+    """Saved momentum is found again by that order."""
+    network = models.create_model("eca_resnet18", num_classes=3)
+    (group,) = make_sgd(network, 0.1, 0.9, 1e-4).param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in network.parameters()]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 1e-4)
+    assert group["fused"] is True
