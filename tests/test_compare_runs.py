@@ -14,7 +14,7 @@ from utils.compare_runs import differences, read_run, repeat_lines, result_rows
 TOP1 = {"a": (50.0, 90.0, 90.0), "b": (40.0, float("nan"), 80.5), "c": (10.0, 94.0, 20.0)}
 
 
-def write_run(folder, top1, seed=1, arch="eca_resnet18", ksize=(3, 5, 7, 7), **recipe):
+def write_run(folder, top1, seed=1, arch="eca_resnet18", ksize=(3, 5, 7, 7), command="", **recipe):
     """A run folder as main.py leaves it, with these accuracies."""
     folder.mkdir(parents=True)
     with open(folder / "metrics.csv", "w") as file:
@@ -27,7 +27,8 @@ def write_run(folder, top1, seed=1, arch="eca_resnet18", ksize=(3, 5, 7, 7), **r
         "arch": arch, "attention": "eca", "ksize": list(ksize) if ksize else None, "seed": seed,
         "recipe": {"arch": arch, "epochs": 4, "lr": 0.1, **recipe},
         "args": {"data": "demo:digits", "print_freq": seed, "amp": "off"},
-        "environment": {"commit": str(seed)}, "train_images": 100, "classes": ["x"],
+        "environment": {"commit": str(seed), "command": command},
+        "train_images": 100, "classes": ["x"],
     }  # fmt: skip
     (folder / "args.json").write_text(json.dumps(saved))
     return folder
@@ -82,6 +83,18 @@ def test_settings_that_differ_and_seeds_that_repeat(tmp_path):
     # Equal last names do not tell runs apart.
     twins = [read_run(write_run(tmp_path / part / "run-1", TOP1["a"])) for part in ("x", "y")]
     assert [row[0] for row in result_rows(twins)[1:]] == [str(twin.folder) for twin in twins]
+
+
+def test_runs_that_began_elsewhere_are_no_repetition(tmp_path):
+    """What weights a run began with stands in its command, and nowhere else."""
+    commands = ("main.py data", "main.py --pretrained=x.pth data", "main.py --pretrained x.pth d")
+    runs = [
+        read_run(write_run(tmp_path / str(i), TOP1["a"], seed=i, command=command))
+        for i, command in enumerate(commands)
+    ]
+    assert differences(runs)["pretrained"] == ["-", "x.pth", "x.pth"]
+    (line,) = repeat_lines(runs)
+    assert line.endswith("over 2 seeds (1, 2)")
 
 
 @pytest.mark.parametrize("masks", [False, True])

@@ -6,8 +6,10 @@ python -m utils.compare_runs runs/* --output results/digits
 
 import csv
 import io
+import itertools
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +72,7 @@ def read_run(folder: Path) -> Run:
         settings = {**saved.get("args", {}), **saved.get("recipe", {})}
         settings |= {k: saved[k] for k in ("attention", "seed", "train_images") if k in saved}
         settings |= saved.get("model_kwargs") or {}
+        settings |= first_weights(saved)
         ksize = tuple(saved["ksize"]) if saved.get("ksize") else None
         run = Run(
             folder,
@@ -88,6 +91,15 @@ def read_run(folder: Path) -> Run:
     if not any(name in history[0] for name in RESULTS):
         raise UserError(f"{folder}: metrics.csv has none of {', '.join(RESULTS)}")
     return run
+
+
+def first_weights(saved: dict) -> dict[str, str]:
+    """Where a run's weights began, which its command alone tells; nothing for fresh ones."""
+    words = shlex.split(saved.get("environment", {}).get("command", ""))
+    pairs = [tuple(word.split("=", 1)) for word in words if "=" in word]
+    pairs += itertools.pairwise(words)
+    flags = {"--pretrained": "pretrained", "--backbone-weights": "backbone_weights"}
+    return {flags[flag]: value for flag, value in pairs if flag in flags}
 
 
 def short_names(runs: Sequence[Run]) -> list[str]:
