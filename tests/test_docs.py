@@ -1,0 +1,159 @@
+"""Every command and every Python block of the documents runs, and prints what they show."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from documents import COMMANDS, blocks, check, command_lines, pattern, run, within
+from PIL import Image
+
+from models.eca_detection import create_detector, describe_detector
+from utils import checkpoint, demo_data
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = {"--epochs 6": "--epochs 1"}
+
+# A document, and what is written instead of its words so that it takes seconds. To add one: a line
+# here, and in `workspace` whatever its commands find in a reader's folder.
+DOCUMENTS = {
+    "docs/PREDICT.md": {**SHORT, "[359]/0[0-2]*.png": "5/00*.png"},
+    "docs/ECA_ANYWHERE.md": SHORT,
+}
+
+
+@pytest.fixture(scope="module")
+def few_digits(tmp_path_factory):
+    """The demo's tree with a twentieth of its images: those whose names the documents have."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("home")
+    demo_data.write_digits(folder / "digits")
+    for part in ("train", "val"):
+        for place in (folder / "digits" / part).iterdir():
+            files = sorted(place.iterdir())
+            kept = [file for file in files if file.name < "03"] if part == "val" else files[:7]
+            for file in set(files) - set(kept):
+                file.unlink()
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path, few_digits, monkeypatch):
+    """The folder that a reader is in: the repository, the demo's data, images and a detector."""
+    for source in (*ROOT.glob("*.py"), ROOT / "Makefile", ROOT / "utils", ROOT / "models"):
+        (tmp_path / source.name).symlink_to(source)
+    shutil.copytree(few_digits, tmp_path / "demo_data")
+    monkeypatch.setattr(demo_data, "HOME", Path("demo_data"))
+    (tmp_path / "photos").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    Image.fromarray(pixels).resize((80, 60)).save(tmp_path / "photos" / "a.jpg")
+
+    torch.manual_seed(0)
+    settings = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.3}
+    network = create_detector("mask_rcnn", "resnet18", num_classes=3, norm="bn", **settings)
+    state = {**describe_detector(network), "classes": ["ant", "bee"], "category_ids": [1, 2]}
+    path = tmp_path / "runs" / "mask_rcnn_eca_resnet18-1" / "best.pth"
+    path.parent.mkdir(parents=True)
+    checkpoint.save(path, {**state, "state_dict": network.state_dict()})
+
+    deterministic, precision = (
+        torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
+    )  # fmt: skip
+    yield tmp_path
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_runs_and_prints_what_it_shows(name, workspace):
+    found = blocks((ROOT / name).read_text())
+    assert found
+    names = {"__name__": "document"}
+    with within(workspace):
+        for block in found:
+            check(block, run(block, ROOT, names, DOCUMENTS[name]))
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_pictures_and_links_are_there_and_lines_fit(name):
+    text = (ROOT / name).read_text()
+    for part in text.split("](")[1:]:
+        target = part.split(")")[0].split("#")[0]
+        if target and "://" not in target:
+            file = (ROOT / name).parent / target
+            assert file.exists(), target
+            assert file.stat().st_size < 300_000
+    in_block = False
+    for line in text.splitlines():
+        in_block ^= line.startswith("```")
+        assert in_block or line.startswith("|") or len(line) <= 120, line
+
+
+def test_every_document_of_these_tools_is_checked_for_machine_paths():
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text()
+        for word in ("/tmp/", "/home/", "/root/", os.sep + "work" + os.sep):
+            assert word not in text, f"{name}: {word}"
+
+
+# The reader of documents itself.
+
+PAGE = """
+Text, with `python x.py` in it.
+
+```
+python main.py a  # a comment
+find . | \\
+  python predict.py x
+```
+
+```text
+run 1: 3.5 %
+…
+done (5e-07)
+```
+
+```python
+print(1)
+```
+
+Not shown by the last block:
+
+| a table |
+
+```
+train: 5 images
+python in a line of output
+```
+"""
+
+
+def test_blocks_are_found():
+    first, second = blocks(PAGE)
+    assert (first.kind, first.line, second.kind, second.text) == (
+        "commands", 5, "python", "print(1)\n",
+    )  # fmt: skip
+    assert command_lines(first.text) == ["python main.py a", "find . |    python predict.py x"]
+    assert first.shown.startswith("run 1")
+    assert second.shown.startswith("train")
+    assert first.text.startswith(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("output", "fits"),
+    [
+        ("run 2:   99 %\ndone (1e-06)\n", True),
+        ("run 2: 99 %\nand\nmuch more\ndone (0e+00)\n", True),
+        ("run 2: nan %\ndone (1e-06)\n", False),
+        ("run 2: 99 %\n", False),
+        ("run 2: 99 %\ndone (1e-06)\nTraceback\n", False),
+    ],
+)
+def test_outputs_may_differ_in_numbers_alone(output, fits):
+    first, _ = blocks(PAGE)
+    assert bool(pattern(first.shown).fullmatch(output)) is fits
+    if not fits:
+        with pytest.raises(AssertionError, match="line 5 shows"):
+            check(first, output)
