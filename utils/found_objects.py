@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from utils import coco_masks
-from utils.coco_eval import to_results
+from utils.coco_eval import MASK_THRESHOLD, to_results
 from utils.detection_picture import draw, enlarge
 from utils.errors import UserError
 from utils.files import write_atomically
@@ -26,12 +26,15 @@ class Found:
     """The detections in one image, highest score first, or why there are none.
 
     Attributes:
-        objects: boxes (n, 4) as x1, y1, x2, y2 in the image's pixels, scores (n,), labels (n,) as
-            indices of class names, and with a mask network masks (n, 1, H, W) from 0 to 1.
+        size: height and width of the image file.
+        image: (3, H, W) uint8, smaller than the file where that is larger than the network's input.
+        objects: boxes (n, 4) as x1, y1, x2, y2 in the pixels of `image`, scores (n,), labels (n,)
+            as indices of class names, and with a mask network masks (n, 1, H, W) from 0 to 1.
     """
 
     file: str
-    image: Tensor | None = None  # (3, H, W) uint8
+    size: tuple[int, int] = (0, 0)
+    image: Tensor | None = None
     objects: dict[str, Tensor] | None = None
     error: str | None = None
 
@@ -41,6 +44,9 @@ def find_objects(
     detector: nn.Module, paths: Sequence[bytes], device: torch.device, first_label: int
 ) -> Iterator[Found]:
     """Runs the detector on one image after the other, as it is evaluated: unpadded.
+
+    An image larger than the detector's input is first reduced to it: a hundred masks in the size of
+    a 12-megapixel photograph would take 5 GB.
 
     Args:
         detector: a list of (3, H, W) in 0…1 → one dict of boxes, labels, scores (and masks) each.
@@ -53,13 +59,16 @@ def find_objects(
         except BrokenImageError as error:
             yield Found(file, error=error.reason)
             continue
+        size = tuple(image.shape[1:])
+        if max(size) > detector.transform.max_size:
+            image = _resized(image, detector.transform.max_size / max(size))
         (objects,) = detector([image.to(device).float() / 255])
         objects = {name: value.cpu() for name, value in objects.items()}
         objects["labels"] = objects["labels"] - first_label
         if not all(objects[name].isfinite().all() for name in ("boxes", "scores")):
             yield Found(file, error="the network's output is not finite")
             continue
-        yield Found(file, image, objects)
+        yield Found(file, size, image, objects)
 
 
 def sentence(found: Found, names: Sequence[str], least_score: float, width: int) -> str:
@@ -86,12 +95,16 @@ def picture(found: Found, names: Sequence[str], least_score: float) -> Tensor:
 def _shrink(
     image: Tensor, objects: dict[str, Tensor], scale: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    size = [max(1, round(scale * side)) for side in image.shape[1:]]
-    image = F.interpolate(image[None].float(), size, mode="area")[0].to(torch.uint8)
+    image = _resized(image, scale)
     objects = {**objects, "boxes": objects["boxes"] * scale}
     if "masks" in objects:
-        objects["masks"] = F.interpolate(objects["masks"], size, mode="bilinear")
+        objects["masks"] = F.interpolate(objects["masks"], image.shape[1:], mode="bilinear")
     return image, objects
+
+
+def _resized(image: Tensor, scale: float) -> Tensor:
+    size = [max(1, round(scale * side)) for side in image.shape[1:]]
+    return F.interpolate(image[None].float(), size, mode="area")[0].round().to(torch.uint8)
 
 
 class CocoDocument:
@@ -109,14 +122,20 @@ class CocoDocument:
         self.annotations: list[dict] = []
 
     def add(self, found: Found) -> None:
-        height, width = found.image.shape[1:]
+        height, width = found.size
         image_id = len(self.images) + 1
         self.images.append(
             {"id": image_id, "file_name": found.file, "width": width, "height": height}
         )
-        for result in to_results(found.objects, image_id, self.category_ids, first_label=0):
+        across, down = width / found.image.shape[2], height / found.image.shape[1]
+        boxes = found.objects["boxes"] * torch.tensor([across, down, across, down])
+        plain = {**found.objects, "boxes": boxes}
+        masks = plain.pop("masks", None)
+        for i, result in enumerate(to_results(plain, image_id, self.category_ids, first_label=0)):
             area = result["bbox"][2] * result["bbox"][3]
-            if "segmentation" in result:
+            if masks is not None:  # one by one, for they can be large
+                mask = F.interpolate(masks[i : i + 1], found.size, mode="bilinear")[0]
+                (result["segmentation"],) = coco_masks.encode((mask > MASK_THRESHOLD).numpy())
                 area = coco_masks.area(result["segmentation"])
             extra = {"id": len(self.annotations) + 1, "area": area, "iscrowd": 0}
             self.annotations.append(result | extra)
