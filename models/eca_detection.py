@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -43,7 +45,6 @@ DETECTOR_KSIZE = {
 }
 NORMS = ("eval", "frozen", "bn", "sync")
 STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
-FPN_CHANNELS = 256
 
 
 class FixedBatchNorm2d(nn.BatchNorm2d):
@@ -140,6 +141,7 @@ def create_detector(
     legacy: bool = False,
     anchor_scale: float | None = None,
     mask_pool: int = 14,
+    width: int = 256,
     **settings: Any,
 ) -> FasterRCNN | RetinaNet:
     """Builds a detector with fresh weights. The defaults are the published table's networks.
@@ -157,6 +159,7 @@ def create_detector(
         anchor_scale: an anchor's side in strides of its level; None for 8, RetinaNet 4 (times 1,
             2^(1/3) and 2^(2/3)).
         mask_pool: side of the regions that Mask R-CNN's mask head sees; its masks have twice that.
+        width: channels of the pyramid and the heads; the box head has 4 · width hidden units.
         **settings: the torchvision class's other arguments, such as `min_size`.
 
     Returns:
@@ -194,7 +197,7 @@ def create_detector(
     anchors = PyramidAnchors(
         _anchor_sizes(single_stage, anchor_scale, strides, legacy), strides, legacy
     )
-    pyramid = _pyramid(network, (2, 3, 4) if single_stage else (1, 2, 3, 4), legacy)
+    pyramid = _pyramid(network, (2, 3, 4) if single_stage else (1, 2, 3, 4), width, legacy)
     if single_stage:
         given = {"detections_per_img": 100, **settings}
         detector = RetinaNet(pyramid, num_classes, anchor_generator=anchors, **given)
@@ -202,9 +205,8 @@ def create_detector(
         _compute_in_float32(detector.head.regression_head, "bbox_reg")
     else:
         given = {"rpn_anchor_generator": anchors, **settings}
-        if arch == "mask_rcnn":
-            given["mask_roi_pool"] = MultiScaleRoIAlign(["0", "1", "2", "3"], mask_pool, 2)
-        detector = DETECTORS[arch](pyramid, num_classes, **given)
+        given |= _heads(arch, num_classes, width, mask_pool)
+        detector = DETECTORS[arch](pyramid, **given)
         _initialise_box_head(detector.roi_heads)
         _compute_in_float32(detector.rpn.head, "cls_logits", "bbox_pred")
         _compute_in_float32(detector.roi_heads.box_predictor, "cls_score", "bbox_pred")
@@ -224,6 +226,7 @@ def create_detector(
         "legacy": legacy,
         "anchor_scale": anchor_scale,
         "mask_pool": mask_pool,
+        "width": width,
         **settings,
     }
     return detector
@@ -263,16 +266,31 @@ def _anchor_sizes(
     return [tuple(cut(scale * stride * octave) for octave in octaves) for stride in strides]
 
 
-def _pyramid(network: ResNet, levels: Sequence[int], legacy: bool) -> BackboneWithFPN:
+def _heads(arch: str, num_classes: int, width: int, mask_pool: int) -> dict[str, nn.Module]:
+    """The R-CNNs' heads as torchvision makes them, but of any width."""
+    heads = {
+        "box_head": TwoMLPHead(width * 7**2, 4 * width),
+        "box_predictor": FastRCNNPredictor(4 * width, num_classes),
+    }
+    if arch == "mask_rcnn":
+        heads["mask_roi_pool"] = MultiScaleRoIAlign(["0", "1", "2", "3"], mask_pool, 2)
+        heads["mask_head"] = MaskRCNNHeads(width, (width,) * 4, 1)
+        heads["mask_predictor"] = MaskRCNNPredictor(width, width, num_classes)
+    return heads
+
+
+def _pyramid(
+    network: ResNet, levels: Sequence[int], width: int, legacy: bool
+) -> BackboneWithFPN:
     deepest = network.fc.in_features
     extra = LastLevelMaxPool()
     if 1 not in levels:  # RetinaNet: P6 comes from C5, not from P5
-        extra = (LegacyP6P7 if legacy else LastLevelP6P7)(deepest, FPN_CHANNELS)
+        extra = (LegacyP6P7 if legacy else LastLevelP6P7)(deepest, width)
     return BackboneWithFPN(
         network,
         {f"layer{level}": str(i) for i, level in enumerate(levels)},
         [deepest >> (4 - level) for level in levels],
-        FPN_CHANNELS,
+        width,
         extra,
     )
 

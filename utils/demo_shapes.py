@@ -44,6 +44,7 @@ RECIPE = {
     "settings": {
         "anchor_scale": 4.0,
         "mask_pool": 7,
+        "width": 64,
         "rpn_pre_nms_top_n_train": 500,
         "rpn_post_nms_top_n_train": 100,
         "rpn_pre_nms_top_n_test": 200,
