@@ -406,3 +406,13 @@ def test_photographs_larger_than_the_input(tmp_path):
     assert annotation["bbox"] == pytest.approx([96, 48, 192, 96])
     assert annotation["segmentation"]["size"] == [240, 480]
     assert annotation["area"] == pytest.approx(192 * 96, rel=0.02)
+
+
+def test_an_image_that_does_not_fit_into_memory_is_passed_over(photos):
+    def detector(images):
+        raise torch.OutOfMemoryError
+
+    detector.transform = SimpleNamespace(max_size=100)
+    paths = find_images([str(photos / "*.png")])
+    found = list(find_objects(detector, paths, torch.device("cpu"), first_label=1))
+    assert [one.error for one in found] == ["out of memory", "not an image"]

@@ -62,7 +62,11 @@ def find_objects(
         size = tuple(image.shape[1:])
         if max(size) > detector.transform.max_size:
             image = _resized(image, detector.transform.max_size / max(size))
-        (objects,) = detector([image.to(device).float() / 255])
+        try:
+            (objects,) = detector([image.to(device).float() / 255])
+        except (torch.OutOfMemoryError, MemoryError):
+            yield Found(file, error="out of memory")
+            continue
         objects = {name: value.cpu() for name, value in objects.items()}
         objects["labels"] = objects["labels"] - first_label
         if not all(objects[name].isfinite().all() for name in ("boxes", "scores")):
