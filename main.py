@@ -24,14 +24,11 @@ import models
 from models import weights
 from utils import backends, checkpoint, demo_data, distributed, engine, image_folder, report, resume
 from utils import run_folder as runs
-from utils.averaging import WeightAverage
 from utils.cli import run_script
 from utils.data import Reading, replaced_lines, training_batches, validation_batches
 from utils.errors import UserError, as_user_error
 from utils.faults import in_one_line
 from utils.logger import Progress
-from utils.metrics import ClassificationMeter
-from utils.optimizer import make_sgd
 from utils.options import build_parser
 from utils.recipe import PAPER, RECIPES, Recipe
 from utils.run_files import RunFiles
@@ -74,7 +71,7 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
     if saved is None:
         with as_user_error(), torch.device("meta"):  # costs nothing, and finds a bad --ksize now
-            models.create_model(recipe.arch, args.ksize)
+            create_network(recipe.arch, args.ksize, args.attention)
     if args.data is None:
         raise UserError(f"no DATA given: a folder with train/ and val/, or {demo_data.DIGITS}")
     if args.workers is None:  # a demo's images are so small that processes would cost more
@@ -111,9 +108,7 @@ def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.
     context.say(
         *report.data_lines(None, images),
         report.network_line(network),
-        *report.device_lines(
-            context, args.amp, args.channels_last, args.compile, args.fused
-        ),
+        *report.device_lines(context, args.amp, args.channels_last, args.compile, args.fused),
     )
     reading = place(network, args, context, compiled=args.compile and not args.fast)
     amp = args.amp
@@ -129,10 +124,8 @@ def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.
     )
     context.say(report.evaluation_line(figures, time.perf_counter() - began))
     if args.output and context.is_main:
-        target = runs.create("", args.output) / "evaluation.json"
         inputs = {"checkpoint": str(source), "data": args.data}
-        runs.write_json(target, {**figures, **inputs, **runs.environment()})
-        print(f"written to {target}")
+        print(f"written to {runs.write_evaluation(args.output, {**figures, **inputs})}")
     return 0
 
 
@@ -175,25 +168,15 @@ def train(
         *report.data_lines(train_images, val_images),
         report.network_line(network),
         *notes,
-        *report.device_lines(
-            context, args.amp, args.channels_last, args.compile, args.fused
-        ),
+        *report.device_lines(context, args.amp, args.channels_last, args.compile, args.fused),
         *report.recipe_lines(recipe, args.recipe or PAPER),
     )
 
     # All that changes from here on.
     reading = place(network, args, context, compiled=args.compile)
-    state = TrainState(
-        network,
-        make_sgd(network, recipe.lr, recipe.momentum, recipe.weight_decay, recipe.norm_decay),
-        torch.amp.GradScaler(context.device.type, enabled=args.amp == "fp16"),
-        ClassificationMeter(context.device),
-        engine.NonFiniteGuard(context.device),
-        context.rank,
-        average=WeightAverage(network, recipe.ema) if recipe.ema else None,
+    state = TrainState.fresh(
+        network, recipe, context.device, context.rank, args.amp == "fp16", args.compile
     )
-    if args.compile and state.average is not None:
-        state.evaluated.compile()  # a copy of a compiled network is not compiled
     if saved is not None:
         state.restore(saved)
     if args.start_epoch is not None:
@@ -210,9 +193,7 @@ def train(
     train_batches = training_batches(
         train_images, order, recipe, seed, reading, args.skip_bad_images
     )
-    val_batches = validation_batches(
-        val_images, recipe, reading, context.rank, context.world_size
-    )
+    val_batches = validation_batches(val_images, recipe, reading, context.rank, context.world_size)
     autocast = partial(backends.autocast, context.device, args.amp)
     rule = engine.StepRule.of(
         recipe, order.steps, mix_seed(seed, context.rank), autocast, network.num_classes
@@ -222,6 +203,7 @@ def train(
     name = runs.run_name(recipe.arch, args.action)
     fixed = {
         **weights.describe_network(network),
+        "parameters": sum(p.numel() for p in network.parameters()),
         "classes": list(train_images.classes),
         "img_size": recipe.img_size,
         "crop_pct": recipe.crop_pct,
@@ -241,7 +223,6 @@ def train(
 
     if files.lacks_best():
         state.best = {}
-
     wrapped = distributed.wrap(network, context, recipe.sync_bn)
     evaluated = distributed.spread(state.evaluated, context)
     votes = Votes(context.votes)
@@ -289,6 +270,14 @@ def train(
     return 0
 
 
+def create_network(
+    arch: str, ksize: str | None, attention: str | None, classes: int = 1000
+) -> nn.Module:
+    """`models.create_model`, with the attention that the name says unless another is given."""
+    chosen = {} if attention is None else {"attention": attention}
+    return models.create_model(arch, ksize, classes, **chosen)
+
+
 def refuse_another_network(asked: Namespace, saved: dict) -> None:
     """Ends the run when its flags ask for a network that the checkpoint does not hold."""
     source, held = asked.resume or asked.pretrained, saved
@@ -298,14 +287,14 @@ def refuse_another_network(asked: Namespace, saved: dict) -> None:
     arch, ksize, classes = (held.get(k) for k in ("arch", "ksize", "num_classes"))
     if arch not in models.MODELS:
         raise UserError(f"{source} holds {arch}, which is not for this script")
-    given = {k: getattr(asked, k) for k in ("arch", "ksize", "num_classes")}
+    given = {k: getattr(asked, k) for k in ("arch", "attention", "ksize", "num_classes")}
+    of_file = (None, None) if asked.arch else (ksize, held.get("attention"))
     with as_user_error(), torch.device("meta"):
-        wanted = weights.describe_network(
-            models.create_model(
-                asked.arch or arch, asked.ksize or (None if asked.arch else ksize),
-                asked.num_classes or classes,
-            )
+        network = create_network(
+            asked.arch or arch, asked.ksize or of_file[0], asked.attention or of_file[1],
+            asked.num_classes or classes,
         )  # fmt: skip
+    wanted = weights.describe_network(network)
     if differing := [k for k, v in given.items() if v is not None and wanted[k] != held[k]]:
         flags = ", ".join(f"--{k.replace('_', '-')} {given[k]}" for k in differing)
         raise UserError(
@@ -328,10 +317,10 @@ def build_network(
             return weights.network_from_checkpoint(saved), []
         classes = args.num_classes or classes
         if not args.pretrained:
-            return models.create_model(recipe.arch, args.ksize, classes), []
+            return create_network(recipe.arch, args.ksize, args.attention, classes), []
         tensors = weights.find_state_dict(checkpoint.load(args.pretrained))
         ksize = args.ksize or weights.read_ksize(tensors)
-        network = models.create_model(recipe.arch, ksize, classes)
+        network = create_network(recipe.arch, ksize, args.attention, classes)
         notes = weights.load_weights(network, tensors, replace_head=True)
     return network, [f"pretrained: {args.pretrained}", *(f"  {note}" for note in notes)]
 

@@ -11,6 +11,7 @@ from utils.averaging import WeightAverage
 from utils.engine import NonFiniteGuard
 from utils.errors import EXIT_NON_FINITE, UserError
 from utils.metrics import ClassificationMeter
+from utils.recipe import Recipe
 from utils.train_state import TrainState
 
 CPU = torch.device("cpu")
@@ -173,3 +174,21 @@ def test_an_average_can_begin_and_end_on_the_way(tmp_path):
     assert torch.equal(ended.network.weight, begun.network.weight)
     assert ended.evaluated is ended.network
     assert "raw_state_dict" not in ended.snapshot()
+
+
+def test_a_fresh_state_is_the_recipe_s():
+    recipe = Recipe(
+        arch="x", epochs=1, batch_size=4, lr=0.3, momentum=0.8, weight_decay=0.01, schedule="step"
+    )
+    network = nn.Linear(3, 2)
+    state = TrainState.fresh(network, recipe, CPU)
+    assert state.evaluated is network
+    assert len(state.optimizer.param_groups) == 1
+    assert not state.scaler.is_enabled()
+    modern = recipe.override(ema=0.9, norm_decay=False)
+    state = TrainState.fresh(network, modern, CPU, rank=1, fp16=True)
+    assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.01, 0]
+    assert [group["momentum"] for group in state.optimizer.param_groups] == [0.8, 0.8]
+    assert state.average.decay == 0.9
+    assert state.rank == 1
+    assert state.scaler.is_enabled()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
@@ -20,9 +19,8 @@ from utils.image_io import BrokenImageError, printable, read_image
 from utils.processes import die_with_parent, end_children_at_exit
 from utils.recipe import Recipe
 from utils.sampler import Key, SeededBatches, ShardedBatches, mix_seed
+from utils.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 REPLACEMENT_TRIES = 100  # consecutive broken files after which skipping gives up
 
 
@@ -33,65 +31,6 @@ class Batch:
     images: torch.Tensor  # (N, 3, S, S) float32, normalised
     targets: torch.Tensor  # (N,) int64
     broken: Sequence[int]  # indices of images that were replaced because they could not be read
-
-
-class CropResized(v2.RandomResizedCrop):
-    """RandomResizedCrop that hands the crop to `resize` channels_last, its quick road for uint8.
-
-    The pixels are the same; a 500 x 375 photo's crop takes two thirds of the time.
-    """
-
-    def transform(self, image: torch.Tensor | Image.Image, params: dict[str, int]):
-        if not isinstance(image, torch.Tensor):
-            return super().transform(image, params)
-        box = (params[k] for k in ("top", "left", "height", "width"))
-        crop = v2.functional.crop(image, *box)[None].contiguous(memory_format=torch.channels_last)
-        return v2.functional.resize(crop, self.size, self.interpolation, antialias=True)[0]
-
-
-# Photographic operations of one strength or another, as published for ImageNet.
-AUTO_AUGMENTS = {
-    "none": None,
-    "trivial": partial(v2.TrivialAugmentWide, interpolation=v2.InterpolationMode.BILINEAR),
-    "rand": partial(v2.RandAugment, interpolation=v2.InterpolationMode.BILINEAR),
-}
-
-
-def train_transform(
-    img_size: int,
-    min_scale: float,
-    hflip: float,
-    auto_augment: str = "none",
-    random_erasing: float = 0.0,
-) -> v2.Compose:
-    """What a training image goes through, up to 8-bit pixels.
-
-    Args:
-        img_size: S; a random crop is resized to S x S.
-        min_scale: the smallest crop's share of the area; the largest is all of it.
-        hflip: probability of a mirrored image.
-        auto_augment: a key of `AUTO_AUGMENTS`; torchvision's defaults.
-        random_erasing: probability that a rectangle takes the mean colour, which is what
-            torchvision's 0 after the normalisation is.
-    """
-    steps = [
-        CropResized(img_size, scale=(min_scale, 1.0), antialias=True),
-        v2.RandomHorizontalFlip(hflip),
-    ]
-    if (augment := AUTO_AUGMENTS[auto_augment]) is not None:
-        steps.append(augment())
-    if random_erasing:
-        mean = [round(255 * m) for m in IMAGENET_MEAN]
-        steps += [v2.PILToTensor(), v2.RandomErasing(random_erasing, value=mean)]
-    return v2.Compose(steps)
-
-
-def eval_transform(img_size: int, crop_pct: float) -> v2.Compose:
-    """Shorter side to S / crop_pct, then the central S x S (0.875: 256 and 224)."""
-    return v2.Compose([
-        v2.Resize(round(img_size / crop_pct), antialias=True),
-        v2.CenterCrop(img_size),
-    ])  # fmt: skip
 
 
 class ImageDataset(Dataset):

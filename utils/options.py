@@ -13,10 +13,10 @@ from utils.cli import (
     positive_float,
     positive_int,
 )
-from utils.data import AUTO_AUGMENTS
 from utils.image_io import DECODERS
 from utils.recipe import PAPER, RECIPES, Recipe
 from utils.schedule import SCHEDULES
+from utils.transforms import AUTO_AUGMENTS
 
 
 def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> Parser:
@@ -88,6 +88,11 @@ def _network_flags(group, recipe: Recipe, networks: list[str]) -> None:
     group.add_argument(
         "--ksize", metavar="K",
         help="kernel sizes: 3557, 3,5,5,11, adaptive, or 13 for MobileNetV2 (default: published)",
+    )  # fmt: skip
+    group.add_argument(
+        "--attention", metavar="NAME",
+        help="another attention in the same network, as in the paper's ablation: eca_ns, se_var1, "
+        "se_var2, se_var3, … (default: what the network's name says)",
     )  # fmt: skip
     group.add_argument(
         "--num-classes", type=positive_int, metavar="N", help="default: read from the data"

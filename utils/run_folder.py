@@ -120,6 +120,13 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
+def write_evaluation(output: str, result: dict) -> Path:
+    """Writes `result` with the environment to a new folder, and returns the file's path."""
+    target = create("", output) / "evaluation.json"
+    write_json(target, {**result, **environment()})
+    return target
+
+
 def environment() -> dict[str, str | int]:
     """What a result depends on besides the arguments: versions, commit, device."""
     cuda = torch.cuda.is_available()

@@ -11,6 +11,8 @@ from utils import distributed
 from utils.averaging import WeightAverage
 from utils.engine import NonFiniteGuard
 from utils.metrics import ClassificationMeter
+from utils.optimizer import make_sgd
+from utils.recipe import Recipe
 
 
 @dataclass
@@ -33,6 +35,30 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)  # one row per finished epoch
     broken: list[int] = field(default_factory=list)  # images that this rank had to replace
     average: WeightAverage | None = None  # of the network's weights, where there is one
+
+    @classmethod
+    def fresh(
+        cls,
+        network: nn.Module,
+        recipe: Recipe,
+        device: torch.device,
+        rank: int = 0,
+        fp16: bool = False,
+        compiled: bool = False,
+    ) -> "TrainState":
+        """The state in which a run begins. `network` is on its device, with its first weights."""
+        average = WeightAverage(network, recipe.ema) if recipe.ema else None
+        if compiled and average is not None:
+            average.module.compile()  # a copy of a compiled network is not compiled
+        return cls(
+            network,
+            make_sgd(network, recipe.lr, recipe.momentum, recipe.weight_decay, recipe.norm_decay),
+            torch.amp.GradScaler(device.type, enabled=fp16),
+            ClassificationMeter(device),
+            NonFiniteGuard(device),
+            rank,
+            average=average,
+        )
 
     @property
     def evaluated(self) -> nn.Module:
