@@ -23,6 +23,8 @@ import torch  # noqa: E402
 import main as _main  # noqa: E402, F401 - imported before forking
 from utils import checkpoint, engine  # noqa: E402
 
+STATE = ("state_dict", "raw_state_dict", "averaged_steps", "optimizer", "progress", "history")
+
 
 class Moments:
     """Counts moments; at number `fatal` the process is killed. `log` gets the number reached."""
@@ -92,7 +94,7 @@ def state(folder: Path) -> dict:
     found = {}
     for name in (checkpoint.LAST, checkpoint.BEST):
         saved = checkpoint.load(folder / name)
-        found[name] = {k: saved[k] for k in ("state_dict", "optimizer", "progress", "history")}
+        found[name] = {k: saved[k] for k in STATE if k in saved}
     found["metrics.csv"] = (folder / "metrics.csv").read_bytes()
     return found
 

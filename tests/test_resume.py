@@ -45,3 +45,12 @@ def test_kills_of_a_fused_resnet_in_bf16(tree, tmp_path):
         *FLAGS,
     )  # fmt: skip
     assert len(lines) == 3
+
+
+@pytest.mark.faults
+def test_kills_with_every_part_of_the_modern_recipe(tree, tmp_path):
+    lines = kill_and_resume(
+        tree, tmp_path, 6, "light_main.py", *FLAGS, "--recipe", "modern", "--warmup-epochs", 1,
+        "--train-size", 32, "--accumulate", 2, "--clip-grad", 1,
+    )  # fmt: skip
+    assert len(lines) == 6
