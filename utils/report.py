@@ -14,8 +14,11 @@ def network_line(network: nn.Module) -> str:
     """Name, parameters, kernel sizes per stage, classes."""
     parameters = sum(p.numel() for p in network.parameters())
     ksize = f"ksize {','.join(map(str, network.ksize))}" if network.ksize else "no ECA"
+    prefix = network.arch.partition("_")[0]
+    named = prefix if prefix in ("eca", "se") else "none"
+    other = "" if network.attention == named else f" with {network.attention}"
     return (
-        f"network: {network.arch}, {parameters:,} parameters, {ksize}, "
+        f"network: {network.arch}{other}, {parameters:,} parameters, {ksize}, "
         f"{network.num_classes} classes"
     )
 
