@@ -1,6 +1,6 @@
 """Reads the fenced blocks of a markdown file, and runs them as a reader would.
 
-A block is Python (```python), commands (its first line begins with one of `COMMANDS`), or what the
+A block is Python (```python), commands (its first line matches `COMMAND`), or what the
 block before it prints. What is printed must be what the document shows, but for numbers, and where
 the document has an ellipsis.
 """
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-COMMANDS = ("python ", "torchrun ", "find ", "make ", "pip ", "tensorboard ")
+COMMAND = re.compile(r"(\w+=\S* )*(python|torchrun|find|make|pip|git|tensorboard) ")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 NUMBER = re.compile(r"[+-]?\d[\d,.]*(?:e[+-]?\d+)?")
 
@@ -39,7 +39,7 @@ def blocks(document: str) -> list[Block]:
         line = document[: match.start()].count("\n") + 2
         if language == "python":
             found.append(Block("python", text, line))
-        elif text.startswith(COMMANDS):
+        elif COMMAND.match(text):
             found.append(Block("commands", text, line))
         elif language in ("", "text") and found and found[-1].shown is None:
             found[-1].shown = text
@@ -73,7 +73,8 @@ def run(block: Block, root: Path, names: dict, replaced: Mapping[str, str]) -> s
     Args:
         root: of the repository, where the scripts are.
         names: of the Python blocks of one document, from block to block.
-        replaced: what to write instead of the document's words, to make it short.
+        replaced: what to write instead of the document's words, to make it short; nothing instead
+            of a whole command leaves it out.
     """
     text = block.text
     for old, new in replaced.items():
@@ -86,16 +87,18 @@ def run(block: Block, root: Path, names: dict, replaced: Mapping[str, str]) -> s
 
 
 def run_command(line: str, root: Path, shown: str) -> str:
-    if re.search(r"[|<>;&]", re.sub(r"'[^']*'", "", line)):
-        python = f"{shlex.quote(sys.executable)} {shlex.quote(str(root))}/"
+    program, *arguments = shlex.split(line)
+    if program != "python" or re.search(r"[|<>;&]", re.sub(r"'[^']*'", "", line)):
+        own = shlex.quote(sys.executable)
         done = subprocess.run(
-            ["bash", "-c", f"set -eo pipefail; {line.replace('python ', python)}"],
+            ["bash", "-eo", "pipefail", "-c", f'''
+                python() {{ {own} "$@"; }}
+                torchrun() {{ {own} -m torch.distributed.run "$@"; }}
+                {line}'''],
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         return done.stdout + done.stderr
-    program, *arguments = shlex.split(line)
-    assert program == "python", f"not known how to run: {line}"
     code = 0
     with printed() as page:
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from documents import COMMANDS, blocks, check, command_lines, pattern, run, within
+from documents import COMMAND, blocks, check, command_lines, pattern, run, within
 from PIL import Image
 
 from models.eca_detection import create_detector, describe_detector
@@ -21,7 +21,11 @@ SHORT = {"--epochs 6": "--epochs 1"}
 DOCUMENTS = {
     "docs/PREDICT.md": {**SHORT, "[359]/0[0-2]*.png": "5/00*.png"},
     "docs/ECA_ANYWHERE.md": SHORT,
-}
+    "docs/FINE_TUNING.md": {
+        **SHORT, "epochs: int = 10": "epochs: int = 1",
+        "[fine_tune(lr_of, seed) for seed in (1, 2, 3)]": "[fine_tune(lr_of, 1)] * 3",
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +142,8 @@ def test_blocks_are_found():
     assert command_lines(first.text) == ["python main.py a", "find . |    python predict.py x"]
     assert first.shown.startswith("run 1")
     assert second.shown.startswith("train")
-    assert first.text.startswith(COMMANDS)
+    assert COMMAND.match("CUDA_VISIBLE_DEVICES=0,1 python main.py DATA")
+    assert not COMMAND.match("train: 5 images")
 
 
 @pytest.mark.parametrize(
