@@ -103,8 +103,8 @@ def _network_flags(group, recipe: Recipe, networks: list[str]) -> None:
 def _optimisation_flags(group, recipe: Recipe) -> None:
     group.add_argument(
         "--recipe", choices=RECIPES,
-        help=f"the values of all that follows, where no flag says otherwise (default: {PAPER}, "
-        "whose numbers stand here; of a demo its sizes and schedule stay)",
+        help=f"values for the flags below and --crop-pct, where none is given (default: {PAPER}, "
+        "whose numbers stand here); a demo keeps its sizes and schedule; see docs/RECIPES.md",
     )  # fmt: skip
     group.add_argument(
         "--epochs", type=positive_int, metavar="N", help=f"default: {recipe.epochs}"
