@@ -1,5 +1,8 @@
-# make demo    set up, train ECA-ResNet-18 on handwritten digits, evaluate the best checkpoint
-# make test    set up, run the tests
+# make demo          set up, train ECA-ResNet-18 on handwritten digits, evaluate the best checkpoint
+# make demo-light    the same with ECA-MobileNetV2
+# make demo-detect   Mask R-CNN with ECA-ResNet-18 on digits over photographs, with a picture
+# make ablation      no attention, SE, ECA-NS and ECA of every k on the digits, three seeds each
+# make test          set up, run the tests; make test-faults: kills and full disks, minutes long
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -8,7 +11,7 @@ READY := $(VENV)/.ready
 # every step: 1.05-1.4 times the speed of a CPU training step (see docs/PERFORMANCE.md).
 MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864
 
-.PHONY: demo demo-light test test-faults lint format clean
+.PHONY: demo demo-light demo-detect ablation test test-faults lint format clean
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
@@ -23,6 +26,13 @@ demo: $(READY)
 demo-light: $(READY)
 	$(MALLOC) $(RUN) light_main.py demo:digits --action demo --seed 0
 	$(RUN) light_main.py -e --resume auto --action demo
+
+demo-detect: $(READY)
+	$(MALLOC) $(RUN) detect_main.py demo:shapes --action demo --seed 0
+	$(RUN) detect_main.py -e --resume auto -a mask_rcnn -b eca_resnet18 --action demo
+
+ablation: $(READY)
+	$(MALLOC) $(RUN) -m utils.ablation demo:digits --jobs 2
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
