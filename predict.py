@@ -38,6 +38,7 @@ from utils.user_images import UserBatch, find_images, read_batches
 FINE_ENOUGH = 4  # positions a side: with fewer, a map hardly tells where
 COARSEST = 32  # pixels a position of the last feature map; each one before it is twice as fine
 MOST_IN_GRID = 400
+MOST_LARGE = 100  # of those with captions in them
 
 
 def main() -> int:
@@ -118,7 +119,7 @@ def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int
         target = folder / "pictures" / f"{i + 1:04}_{Path(found.file).stem}.png"
         target.parent.mkdir(exist_ok=True)
         write_atomically(target, pictures.encoded(drawn))
-        if args.grid and len(cells) < MOST_IN_GRID:
+        if args.grid and len(cells) < MOST_LARGE:
             sure = int((found.objects["scores"] >= args.min_score).sum())
             cells.append(pictures.Cell(drawn, Path(found.file).name, f"{sure} objects"))
         if args.format == "table":
@@ -127,7 +128,10 @@ def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int
         print(document.json() if args.format == "json" else document.csv(), end="")
     document.write(folder)
     if cells:
-        write_atomically(folder / "grid.png", pictures.draw_grid(cells, args.checkpoint))
+        if len(cells) == MOST_LARGE:
+            say(f"grid.png holds the first {MOST_LARGE} images")
+        grid = pictures.draw_grid(cells, args.checkpoint, pictures.LARGE_CELL)
+        write_atomically(folder / "grid.png", grid)
     return finish(folder, broken, len(paths))
 
 

@@ -50,9 +50,10 @@ def workspace(tmp_path, few_digits, monkeypatch):
         (tmp_path / source.name).symlink_to(source)
     shutil.copytree(few_digits, tmp_path / "demo_data")
     monkeypatch.setattr(demo_data, "HOME", Path("demo_data"))
-    (tmp_path / "photos").mkdir()
+    photos = tmp_path / "demo_data" / "shapes" / "val2017"
+    photos.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
-    Image.fromarray(pixels).resize((80, 60)).save(tmp_path / "photos" / "a.jpg")
+    Image.fromarray(pixels).resize((80, 60)).save(photos / "000001.png")
 
     torch.manual_seed(0)
     settings = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.3}

@@ -15,8 +15,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 448  # pixels of a picture's longer side beside its map
-CELL = 132  # pixels of a picture in the grid, and the two lines of text below it
-TEXT = 34
+CELL = 132  # pixels of a picture in the grid ...
+LARGE_CELL = 288  # ... where there are captions in it to be read
+TEXT = 34  # pixels of the two lines below it
 COLOURS = LinearSegmentedColormap.from_list("heat", ["#3b0f70", "#b73779", "#fc8961", "#fcfdbf"])
 RIGHT, WRONG, PLAIN = "#1a7f37", "#cf222e", "#1f2328"
 
@@ -126,30 +127,31 @@ def _overlay(picture: np.ndarray, heat: np.ndarray, square: Sequence[float]) -> 
     return np.where(seen[..., None], grey * (1 - share) + colour * share, 0.3 * grey)
 
 
-def draw_grid(cells: Sequence[Cell], title: str) -> bytes:
-    """A PNG of all `cells`, row by row, with the text below each picture."""
-    columns = min(len(cells), max(4, math.ceil(math.sqrt(1.25 * len(cells)))))
+def draw_grid(cells: Sequence[Cell], title: str, side: int = CELL) -> bytes:
+    """A PNG of all `cells`, row by row, `side` pixels each, with the text below each picture."""
+    least = max(1, 4 * CELL // side)  # columns
+    columns = min(len(cells), max(least, math.ceil(math.sqrt(1.25 * len(cells)))))
     rows = math.ceil(len(cells) / columns)
     gap, head = 10, 34
     font, small = _font("DejaVuSans-Bold.ttf", 14), _font("DejaVuSans.ttf", 11)
-    width = max(columns * (CELL + gap) + gap, 320)
-    sheet = Image.new("RGB", (width, head + rows * (CELL + TEXT + gap) + gap), "white")
+    width = max(columns * (side + gap) + gap, 320)
+    sheet = Image.new("RGB", (width, head + rows * (side + TEXT + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, head / 2), _fit(draw, title, small, width - 2 * gap), "#59636e", small, "lm")
     for i, cell in enumerate(cells):
-        x = gap + (i % columns) * (CELL + gap)
-        y = head + (i // columns) * (CELL + TEXT + gap)
-        picture = _thumbnail(cell.image)
-        at = (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2)
-        draw.rectangle((x - 1, y - 1, x + CELL, y + CELL), "#f6f8fa")
+        x = gap + (i % columns) * (side + gap)
+        y = head + (i // columns) * (side + TEXT + gap)
+        picture = _thumbnail(cell.image, side)
+        at = (x + (side - picture.width) // 2, y + (side - picture.height) // 2)
+        draw.rectangle((x - 1, y - 1, x + side, y + side), "#f6f8fa")
         sheet.paste(picture, at)
         if cell.colour != PLAIN:
-            draw.rectangle((x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=cell.colour, width=2)
-        centre = x + CELL / 2
-        label = _fit(draw, cell.label, font, CELL)
-        draw.text((centre, y + CELL + 4), label, cell.colour, font, "ma")
-        note = _fit(draw, cell.note, small, CELL)
-        draw.text((centre, y + CELL + 21), note, "#59636e", small, "ma")
+            draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=cell.colour, width=2)
+        centre = x + side / 2
+        label = _fit(draw, cell.label, font, side)
+        draw.text((centre, y + side + 4), label, cell.colour, font, "ma")
+        note = _fit(draw, cell.note, small, side)
+        draw.text((centre, y + side + 21), note, "#59636e", small, "ma")
     return encoded(sheet)
 
 
@@ -160,8 +162,8 @@ def encoded(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _thumbnail(image: Image.Image) -> Image.Image:
-    scale = CELL / max(image.size)
+def _thumbnail(image: Image.Image, most: int) -> Image.Image:
+    scale = most / max(image.size)
     size = tuple(max(1, round(scale * side)) for side in image.size)
     return image.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC)
 
