@@ -32,7 +32,7 @@ demo-detect: $(READY)
 	$(RUN) detect_main.py -e --resume auto -a mask_rcnn -b eca_resnet18 --action demo
 
 ablation: $(READY)
-	$(MALLOC) $(RUN) -m utils.ablation demo:digits --jobs 2
+	$(MALLOC) $(RUN) -m utils.ablation demo:digits --jobs 2 -- --epochs 4
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
