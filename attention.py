@@ -8,7 +8,6 @@ examples:
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from models.anatomy import attention_layers, recorded_gates
 from models.eca_module import ECALayer
 from models.weights import network_from_checkpoint
-from utils import demo_data, distributed, gate_pictures, image_folder, outputs
+from utils import demo_data, distributed, gate_pictures, image_folder, image_sets, outputs
 from utils.cli import Parser, count, did_you_mean, number, positive_int, run_script
 from utils.errors import EXIT_FAILED, UserError, as_user_error
 from utils.files import write_atomically
@@ -125,7 +124,7 @@ def open_images(data: str, on_demo: bool) -> ImageFolder:
     if on_demo:
         data = str(demo_data.prepare(data))
     inner = os.path.join(data, "val")
-    return image_folder.scan(inner if os.path.isdir(inner) else data)
+    return image_sets.open_images(inner if os.path.isdir(inner) else data)
 
 
 def only(images: ImageFolder, per_class: int | None) -> ImageFolder:
@@ -134,7 +133,7 @@ def only(images: ImageFolder, per_class: int | None) -> ImageFolder:
         return images
     kept = [np.flatnonzero(images.labels == i)[:per_class] for i in range(len(images.classes))]
     kept = np.concatenate(kept)
-    return replace(images, paths=images.paths[kept], labels=images.labels[kept])
+    return images.take(kept)
 
 
 def chosen_classes(classes: Sequence[str], wanted: Sequence[str] | None) -> list[int]:

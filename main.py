@@ -22,7 +22,7 @@ from torch import nn
 
 import models
 from models import weights
-from utils import backends, checkpoint, demo_data, distributed, engine, image_folder, report, resume
+from utils import backends, checkpoint, demo_data, distributed, engine, image_sets, report, resume
 from utils import run_folder as runs
 from utils.cli import run_script
 from utils.data import Reading, replaced_lines, training_batches, validation_batches
@@ -98,7 +98,7 @@ def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.
     with as_user_error(f"{source}: "):
         network = weights.network_from_checkpoint(saved)
     root = demo_data.find_root(args.data, context)
-    _, images = image_folder.open_split(root, classes, with_train=False)
+    _, images = image_sets.open_split(root, classes, with_train=False)
     distributed.refuse_differences(validation_images=len(images))
     if classes is None and len(images.classes) != network.num_classes:
         raise UserError(
@@ -144,7 +144,7 @@ def train(
     context.say(*backends.configure(args.seed is not None, context.device))
 
     # Data first: what a user can have wrong is said before anything heavy.
-    train_images, val_images = image_folder.open_split(
+    train_images, val_images = image_sets.open_split(
         demo_data.find_root(args.data, context), saved and saved["classes"]
     )
     distributed.refuse_differences(

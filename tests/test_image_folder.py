@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError
-from utils.image_folder import describe, list_classes, open_split, scan
+from utils.image_folder import describe, list_classes, scan
+from utils.image_sets import open_split
 
 
 def make(root: Path, *names: str) -> Path:

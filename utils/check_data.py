@@ -1,4 +1,4 @@
-"""Reads every image below a folder and lists the broken ones.
+"""Reads every image below a folder, or in its tar shards, and lists the broken ones.
 
     python -m utils.check_data DATA                 a CSV of broken files on stdout
     python -m utils.check_data DATA --output BAD.csv
@@ -11,6 +11,7 @@ import csv
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,22 +20,30 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from utils import shards, storage
 from utils.cli import Parser, positive_int, run_script
 from utils.errors import EXIT_FAILED, UserError
 from utils.image_io import DECODERS, EXTENSIONS, BrokenImageError, printable, read_image
 from utils.processes import die_with_parent
+from utils.shards import Member
 
 CHUNK = 16  # files that a process takes at a time
 
 
-def find_images(root: str) -> tuple[list[bytes], dict[str, int]]:
+def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
     """All files with an image's ending below `root`, sorted, and how many others there are.
 
-    Hidden (.name) files and folders are passed over, as in training.
+    Hidden (.name) files and folders are passed over, as in training. Images in tar shards come
+    first, where `root`, or its train/ or val/, holds such shards as main.py would read.
 
     Raises:
-        UserError: no such folder, or one that cannot be listed.
+        UserError: no such folder, or one that cannot be listed; shards that are damaged.
     """
+    parts = [os.path.join(root, part) for part in ("train", "val")]
+    if storage.is_remote(root):
+        return _in_shards(parts)
+    sharded = [folder for folder in (root, *parts) if shards.in_shards(folder)]
+    members, others = _in_shards(sharded)
     if not os.path.isdir(root):
         raise UserError(f"{printable(root)}: no such folder; give the folder that holds the images")
 
@@ -42,9 +51,11 @@ def find_images(root: str) -> tuple[list[bytes], dict[str, int]]:
         where = printable(error.filename or root)
         raise UserError(f"{where}: {error.strerror}; check its permissions")
 
-    found, others = [], {}
+    found = []
     for folder, folders, files in os.walk(os.fsencode(root), onerror=refuse, followlinks=True):
         here = os.path.realpath(folder)
+        if os.fsdecode(folder) in sharded:
+            files = []
         folders[:] = [
             name
             for name in folders
@@ -57,12 +68,12 @@ def find_images(root: str) -> tuple[list[bytes], dict[str, int]]:
             if ending in EXTENSIONS:
                 found.append(os.path.join(folder, name))
             else:
-                others[ending or "no ending"] = others.get(ending or "no ending", 0) + 1
-    return sorted(found), others
+                others[ending or "no ending"] += 1
+    return members + sorted(found), others
 
 
 def find_broken(
-    paths: list[bytes], decoder: str, processes: int
+    paths: list[bytes | Member], decoder: str, processes: int
 ) -> Iterator[BrokenImageError | None]:
     """For each of `paths`, in order: why it cannot be read, or None.
 
@@ -125,7 +136,15 @@ def main() -> int:
     return EXIT_FAILED if broken else 0
 
 
-def _read(path: bytes, decoder: str) -> BrokenImageError | None:
+def _in_shards(folders: list[str]) -> tuple[list[Member], dict[str, int]]:
+    members, others = [], Counter()
+    for images in map(shards.scan, folders):
+        members += map(images.path, range(len(images)))
+        others.update(images.ignored)
+    return members, others
+
+
+def _read(path: bytes | Member, decoder: str) -> BrokenImageError | None:
     try:
         read_image(path, decoder)
     except BrokenImageError as error:

@@ -44,8 +44,8 @@ class ImageDataset(Dataset):
         decoder: see `read_image`.
         skip_broken: take the next readable image in the place of a broken one, and report it.
 
-    A broken image comes back as a value, not as an exception: one raised in a worker process
-    arrives as a traceback in a RuntimeError, without the path.
+    A broken image comes back as a value, not as an exception, and so does a fault of the storage,
+    which nothing replaces: what a worker raises arrives as a traceback, without the path.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.folder)
 
-    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int] | BrokenImageError:
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int] | BrokenImageError | UserError:
         wanted = key[1]
         tries = REPLACEMENT_TRIES if self.skip_broken else 1
         for attempt in range(tries):
@@ -70,6 +70,8 @@ class ImageDataset(Dataset):
             try:
                 image = read_image(self.folder.path(index), self.decoder)
                 break
+            except UserError as error:
+                return error
             except BrokenImageError as error:
                 failure = error
         else:
@@ -206,6 +208,8 @@ def _checked(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor, l
                     EXIT_FAILED,
                 ) from None
             raise
+        if isinstance(batch, UserError):
+            raise batch
         if isinstance(batch, BrokenImageError):
             raise UserError(
                 f"{batch}; mend or remove the file (python -m utils.check_data lists all broken "
@@ -217,7 +221,7 @@ def _checked(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor, l
 
 def _collate(items: list):
     for item in items:
-        if isinstance(item, BrokenImageError):
+        if isinstance(item, BrokenImageError | UserError):
             return item
     images, labels, broken = zip(*items, strict=True)
     return default_collate(images), torch.tensor(labels), [i for i in broken if i >= 0]

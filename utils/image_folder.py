@@ -8,7 +8,7 @@ validation accuracy sticks near chance.)
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -31,12 +31,21 @@ class ImageFolder:
     labels: np.ndarray  # (n,) int64 index into classes
     ignored: dict[str, int] = field(default_factory=dict)  # extension → files passed over
     hidden: int = 0  # files and folders whose name begins with a dot
+    notes: tuple[str, ...] = ()  # what else a user should know
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def where(self) -> str:
+        return printable(self.root)
+
     def path(self, index: int) -> bytes:
         return os.path.join(os.fsencode(self.root), self.paths[index])
+
+    def take(self, indices: np.ndarray) -> "ImageFolder":
+        """Some of the images, with the same classes."""
+        return replace(self, paths=self.paths[indices], labels=self.labels[indices])
 
     def empty_classes(self) -> list[str]:
         counts = np.bincount(self.labels, minlength=len(self.classes))
@@ -78,8 +87,8 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
     unknown = sorted(set(found) - set(classes))
     if unknown:
         raise UserError(
-            f"{printable(root)}: {_names(unknown)} not among the {len(classes)} known classes; "
-            "rename or move these folders (labels go by folder name)"
+            f"{printable(root)}: {count_names(unknown)} not among the {len(classes)} known "
+            "classes; rename or move these folders (labels go by folder name)"
         )
     label_of = {name: label for label, name in enumerate(classes)}
     paths: list[bytes] = []
@@ -107,35 +116,17 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
     )
 
 
-def open_split(
-    data: str, classes: Sequence[str] | None = None, with_train: bool = True
-) -> tuple[ImageFolder | None, ImageFolder]:
-    """The images of data/train and data/val, labelled by the same class names.
-
-    Args:
-        classes: the names in label order; by default the folders of data/train.
-        with_train: False looks at data/val alone.
-
-    Raises:
-        UserError: see `scan`; also when val has a class that train has not.
-    """
-    if not os.path.isdir(data):
-        list_classes(data)  # says so, with the nearest name
-    train = scan(os.path.join(data, "train"), classes) if with_train else None
-    return train, scan(os.path.join(data, "val"), train.classes if train else classes)
-
-
 def describe(folder: ImageFolder, title: str) -> list[str]:
     """Lines for the report at the start of a run: counts, and whatever a user should look at."""
     present = len(folder.classes) - len(folder.empty_classes())
-    lines = [f"{title}: {len(folder):,} images in {present} classes ({printable(folder.root)})"]
+    lines = [f"{title}: {len(folder):,} images in {present} classes ({folder.where})"]
     if empty := folder.empty_classes():
-        lines.append(f"  ! no {title} image for {_names(empty)}")
+        lines.append(f"  ! no {title} image for {count_names(empty)}")
     if folder.ignored:
         lines.append(f"  ! passed over: {_counts(folder.ignored)}")
     if folder.hidden:
         lines.append(f"  ! passed over: {folder.hidden} hidden (.name) entries")
-    return lines
+    return lines + [f"  ! {note}" for note in folder.notes]
 
 
 def _scandir(path: str):
@@ -170,7 +161,8 @@ def _collect(
     return hidden
 
 
-def _names(names: Sequence[str], most: int = 5) -> str:
+def count_names(names: Sequence[str], most: int = 5) -> str:
+    """How many classes, and the first of their names."""
     shown = ", ".join(printable(n) for n in names[:most])
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{len(names)} class{'es' if len(names) > 1 else ''} ({shown}{more})"

@@ -13,11 +13,14 @@ import io
 import os
 import stat
 import warnings
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
+
+from utils.errors import UserError
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -41,27 +44,48 @@ class BrokenImageError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def printable(path: str | bytes) -> str:
+class Stored(Protocol):
+    """What stands for the path of an image that is no file: `str()` names it for messages."""
+
+    def read(self) -> bytes: ...
+
+
+def printable(path: str | bytes | Stored) -> str:
     """A path fit for a terminal: bytes that are not UTF-8 are shown as \\xNN."""
+    path = path if isinstance(path, str | bytes | os.PathLike) else str(path)
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def read_image(path: str | bytes, decoder: str = "torchvision") -> torch.Tensor | Image.Image:
-    """Reads one image file.
+def read_file(path: str | bytes) -> bytes:
+    """The bytes of a file that lies among images.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a pipe, a device, a folder.
+    """
+    # Not to wait for ever for the other end of a pipe.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")
+        return file.read()
+
+
+def read_image(
+    path: str | bytes | Stored, decoder: str = "torchvision"
+) -> torch.Tensor | Image.Image:
+    """Reads one image.
 
     Args:
-        path: the file; bytes for names that are not UTF-8.
+        path: a file (bytes for names that are not UTF-8), or what gives its bytes.
         decoder: "torchvision" gives a uint8 tensor (3, H, W); "pil" a PIL image in mode RGB.
 
     Raises:
         BrokenImageError: empty, truncated, not an image, or more than `MAX_PIXELS` pixels.
+        UserError: the place where it is stored is at fault, not the image.
     """
     try:
-        # Not to wait for ever for the other end of a pipe that lies among the images.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError("not a regular file")
-            data = file.read()
+        is_file = isinstance(path, str | bytes | os.PathLike)
+        data = read_file(path) if is_file else path.read()
         if not data:
             raise ValueError("the file is empty")
         if decoder == "pil":
@@ -72,7 +96,7 @@ def read_image(path: str | bytes, decoder: str = "torchvision") -> torch.Tensor 
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         return pil_to_tensor(_pil_rgb(data))
-    except MemoryError:  # not the file's fault
+    except (MemoryError, UserError):  # not the image's fault
         raise
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error
         reason = f"{error}".splitlines()[0] if f"{error}" else type(error).__name__

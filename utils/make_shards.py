@@ -1,0 +1,186 @@
+"""Writes class folders as tar shards in webdataset's format: few large files for many small ones.
+
+    python -m utils.make_shards SRC DST                 DST/train/*.tar, DST/val/*.tar, classes.txt
+    python -m utils.make_shards SRC DST --shard-mb 1000
+
+SRC holds train/ and val/ of class folders; the images go into the shards as they are. main.py takes
+DST as it takes SRC, and a run on it is the same run. A shard that is there already is not written
+again, so the same command goes on where an interrupted one stopped.
+"""
+
+import io
+import os
+import re
+import signal
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from utils import image_folder, shard_index, shards
+from utils.cli import Parser, positive_int, run_script
+from utils.errors import EXIT_FAILED, UserError
+from utils.files import remove_leftovers, write_atomically
+from utils.image_folder import ImageFolder
+from utils.image_io import printable, read_file
+from utils.processes import die_with_parent
+
+SHUFFLE = 0  # seed
+
+
+def file_sizes(images: ImageFolder) -> np.ndarray:
+    """Bytes of each image.
+
+    Raises:
+        UserError: a link that leads nowhere.
+    """
+    sizes = []
+    for path in map(images.path, range(len(images))):
+        try:
+            sizes.append(os.stat(path).st_size)
+        except OSError as error:
+            raise _unreadable(path, error) from None
+    return np.array(sizes, np.int64)
+
+
+def plan_shards(sizes: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """The images of each shard, of at most `most` bytes if no image alone is larger.
+
+    They are shuffled, always in the same way. It makes no difference to a run here, but readers
+    that stream shards mix only neighbours.
+    """
+    order = np.random.default_rng(SHUFFLE).permutation(len(sizes))
+    begin, filled = 0, 0
+    for at, size in enumerate(sizes[order].tolist()):
+        if at > begin and filled + size > most:
+            yield order[begin:at]
+            begin, filled = at, 0
+        filled += size
+    yield order[begin:]
+
+
+def write_shard(images: ImageFolder, target: Path) -> None:
+    """Writes one shard, unless it is there: each image, and its class number in KEY.cls.
+
+    Raises:
+        UserError: an image that cannot be read, no room.
+    """
+    if target.exists():
+        return
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for index in range(len(images)):
+            name = os.fsdecode(images.paths[index])
+            path = images.path(index)
+            try:
+                data = read_file(path)
+            except (OSError, ValueError) as error:
+                raise _unreadable(path, error) from None
+            key, _ = os.path.splitext(name)
+            for member, content in ((name, data), (f"{key}.cls", b"%d" % images.labels[index])):
+                header = tarfile.TarInfo(member)
+                header.size = len(content)
+                tar.addfile(header, io.BytesIO(content))
+    write_atomically(target, buffer.getbuffer())
+
+
+def refuse_strangers(folder: Path) -> None:
+    """Ends the program where `folder` holds what it did not write.
+
+    Raises:
+        UserError: names the first such file or folder.
+    """
+    pattern = re.compile(rf"\.?({folder.name}-\d{{5}}\.tar|{shard_index.NAME})(\.tmp-\d+)?")
+    held = sorted(os.listdir(folder)) if folder.is_dir() else []
+    if strange := [name for name in held if not pattern.fullmatch(name)]:
+        raise UserError(f"{folder}: holds {printable(strange[0])}; give a new DST")
+
+
+def write_split(images: ImageFolder, folder: Path, most: int, processes: int) -> int:
+    """Writes all shards of one side and their index; returns their number.
+
+    Raises:
+        UserError: `folder` holds shards of other images, an image cannot be read, no room.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    sizes = file_sizes(images)
+    plan = list(plan_shards(sizes, most))
+    targets = [folder / f"{folder.name}-{number:05}.tar" for number in range(len(plan))]
+    with ProcessPoolExecutor(processes, initializer=_init_process) as pool:
+        written = pool.map(write_shard, map(images.take, plan), targets)
+        for _ in tqdm(written, desc=folder.name, total=len(plan), unit="shard"):
+            pass
+
+    # What an earlier command left there may have been made from other images.
+    written = shards.scan(str(folder), images.classes)
+    if not (
+        np.array_equal(written.paths, images.paths)
+        and np.array_equal(written.labels, images.labels)
+        and np.array_equal(written.members["size"], sizes)
+    ):
+        raise UserError(
+            f"{folder}: holds shards of other images, or of another --shard-mb; give a new DST"
+        )
+    return len(plan)
+
+
+def split_names(images: ImageFolder) -> int:
+    """How many names webdataset's own reader would cut at another place: it takes the first dot of
+    a file's name for the beginning of its ending."""
+    return sum(os.path.basename(path).count(b".") > 1 for path in images.paths)
+
+
+def main() -> int:
+    parser = Parser(prog="make_shards", description=__doc__)
+    parser.add_argument("source", metavar="SRC")
+    parser.add_argument("target", metavar="DST")
+    parser.add_argument(
+        "--shard-mb", type=positive_int, default=256, metavar="MB", help="size of a shard (256)"
+    )
+    parser.add_argument(
+        "-j", "--processes", type=positive_int, default=min(4, os.cpu_count() or 1), metavar="N",
+        help="that write at a time, each with a shard in memory (default: up to 4)",
+    )  # fmt: skip
+    args = parser.parse_args()
+    source, target = os.path.realpath(args.source), os.path.realpath(args.target)
+    if os.path.commonpath([source, target]) == source:
+        raise UserError(f"{args.target}: lies in SRC; give a DST outside it")
+    train = image_folder.scan(os.path.join(args.source, "train"))
+    val = image_folder.scan(os.path.join(args.source, "val"), train.classes)
+    if odd := [name for name in train.classes if "\n" in name or "\r" in name]:
+        raise UserError(f"{args.source}: {image_folder.count_names(odd)} with a line break; rename")
+    names = os.fsencode("".join(f"{name}\n" for name in train.classes))
+    for part in ("train", "val"):
+        refuse_strangers(Path(args.target, part))
+    listed = Path(args.target, shards.CLASSES)
+    if not listed.exists():
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(listed, names)
+    elif listed.read_bytes() != names:
+        raise UserError(f"{listed}: holds other classes than SRC; give a new DST")
+    for part, images in (("train", train), ("val", val)):
+        count = write_split(
+            images, Path(args.target, part), args.shard_mb * 1_000_000, args.processes
+        )
+        print(f"{part}: {len(images):,} images in {count} shards ({args.target}/{part})")
+        if dots := split_names(images):
+            print(f"  ! {dots:,} names with a second dot, which the webdataset package cuts there")
+    return 0
+
+
+def _unreadable(path: bytes, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"{printable(path)}: {reason}; mend or remove the file", EXIT_FAILED)
+
+
+def _init_process() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers it
+
+
+if __name__ == "__main__":
+    run_script(main)

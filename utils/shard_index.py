@@ -1,0 +1,234 @@
+"""Where each image of a folder of tar shards lies: an index, made once and kept beside them.
+
+The shards are webdataset's: tar files in which `KEY.jpg` (or another image ending) has its class
+number in `KEY.cls`. With the place of each image known they are read like files: any image at any
+time, so that order, augmentation and exact resumption are those of class folders. (webdataset
+itself streams them through a shuffle buffer, whose contents an interrupted run cannot find again.)
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from utils import storage
+from utils.errors import UserError
+from utils.files import write_atomically
+from utils.image_io import EXTENSIONS, printable
+
+NAME = "shard-index.npz"
+VERSION = 1
+BLOCK = 512  # of a tar file
+MEMBER = np.dtype([
+    ("shard", np.int32),
+    ("offset", np.int64),  # of the image's bytes
+    ("size", np.int64),
+    ("header", np.uint32),  # CRC-32 of the block in front of them, which names them
+])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The images of some shards, in the order of the shards."""
+
+    shards: tuple[str, ...]  # file names
+    sizes: tuple[int, ...]  # of the shards, in bytes
+    names: np.ndarray  # (n,) bytes, of the images inside of the shards
+    labels: np.ndarray  # (n,) int64, as in their .cls
+    members: np.ndarray  # (n,) MEMBER
+    ignored: dict[str, int]  # what was passed over, and how often
+
+    def fits(self, listed: dict[str, int | None]) -> bool:
+        """Whether the index is of these shards. Where nothing can be listed it has to be believed:
+        each image is checked against its header when it is read."""
+        return not listed or (
+            tuple(listed) == self.shards
+            and all(n in (None, own) for n, own in zip(listed.values(), self.sizes, strict=True))
+        )
+
+    def to_bytes(self) -> bytes:
+        about = {
+            "version": VERSION, "shards": self.shards, "sizes": self.sizes, "ignored": self.ignored,
+        }  # fmt: skip
+        file = io.BytesIO()
+        np.savez(
+            file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), names=self.names,
+            labels=self.labels, members=self.members,
+        )  # fmt: skip
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "ShardIndex | None":
+        """None for what is damaged, or of another version: it is made again."""
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as held:
+                about = json.loads(held["about"].tobytes())
+                if about["version"] != VERSION or held["members"].dtype != MEMBER:
+                    return None
+                return cls(
+                    tuple(about["shards"]), tuple(about["sizes"]), held["names"], held["labels"],
+                    held["members"], about["ignored"],
+                )  # fmt: skip
+        except Exception:  # numpy, zipfile and json each have several
+            return None
+
+
+def find_index(root: str) -> ShardIndex | None:
+    """The index of the shards in a folder, made if need be; None where there are no shards.
+
+    It is kept beside the shards, or, where that cannot be written, in the user's cache folder.
+
+    Raises:
+        UserError: a shard that is damaged, or no webdataset.
+    """
+    storage.close_files()
+    listed = storage.sizes(root, ".tar")
+    cached = _cache_file(root)
+    if (found := _stored(root, cached, listed)) is not None or not listed:
+        return found
+    with _alone(root, cached):  # the other processes of a run wait for the first one's index
+        if (found := _stored(root, cached, listed)) is None:
+            found = make_index(root, listed)
+            _store(root, cached, found.to_bytes())
+    return found
+
+
+def make_index(root: str, listed: dict[str, int | None]) -> ShardIndex:
+    """Reads the headers of all shards, from a store all that is in them.
+
+    Raises:
+        UserError: see `find_index`.
+    """
+    names: list[bytes] = []
+    labels: list[int] = []
+    members: list[tuple[int, int, int, int]] = []
+    sizes: list[int] = []
+    ignored: Counter[str] = Counter()
+    bar = tqdm(listed, desc="indexing", unit="shard", disable=not sys.stderr.isatty())
+    for number, shard in enumerate(bar):
+        place = f"{root}/{shard}"
+        images, classes = [], {}
+        try:
+            with storage.open_whole(place) as file:
+                for name, content, offset, size, header in _members(file, place, ignored):
+                    key, ending = os.path.splitext(name)
+                    if content is not None:
+                        classes[key] = content
+                    elif ending.lower() in EXTENSIONS:
+                        images.append((key, name, (number, offset, size, header)))
+                    else:
+                        ignored[ending.lower() or "no ending"] += 1
+                sizes.append(file.seek(0, os.SEEK_END))
+        except OSError as error:
+            raise UserError(f"{printable(place)}: {error.strerror or error}") from None
+        for key, name, member in images:
+            if key not in classes:
+                ignored["image without .cls"] += 1
+                continue
+            names.append(os.fsencode(name))
+            labels.append(classes[key])
+            members.append(member)
+    if not names:
+        raise UserError(
+            f"{printable(root)}: no image with its class number beside it (KEY.jpg and KEY.cls) in "
+            f"{len(listed)} tar files; python -m utils.make_shards writes such shards"
+        )
+    return ShardIndex(
+        tuple(listed), tuple(sizes), np.array(names), np.array(labels, np.int64),
+        np.array(members, MEMBER), dict(ignored),
+    )  # fmt: skip
+
+
+def _members(
+    file, place: str, ignored: Counter[str]
+) -> Iterator[tuple[str, int | None, int, int, int]]:
+    """(name, class number if it is a .cls, offset, size, CRC of the header) of each file."""
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (`file` is the caller's)
+        for member in tar:
+            name = member.name.removeprefix("./")
+            if not member.isfile():
+                if name.lower().endswith(EXTENSIONS):
+                    ignored["link"] += 1
+                continue
+            if os.path.basename(name).startswith("."):
+                ignored["hidden"] += 1
+                continue
+            file.seek(member.offset_data - BLOCK)
+            header = zlib.crc32(file.read(BLOCK))
+            content = None
+            if name.endswith(".cls"):
+                content = _class_number(file.read(member.size), f"{place}:{name}")
+            yield name, content, member.offset_data, member.size, header
+        file.seek(tar.offset)
+        if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end, too
+            raise tarfile.ReadError(f"no end mark behind {len(tar.members)} files")
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{printable(place)}: damaged or cut short ({error}); copy or make it again"
+        ) from None
+
+
+def _class_number(text: bytes, name: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise UserError(
+            f"{printable(name)}: holds {text[:20]!r}, not the number of a class; "
+            "python -m utils.make_shards writes such numbers"
+        )
+    return number
+
+
+def _stored(root: str, cached: Path, listed: dict[str, int | None]) -> ShardIndex | None:
+    for place in (f"{root}/{NAME}", str(cached)):
+        data = storage.read_whole(place)
+        if data is not None:
+            found = ShardIndex.from_bytes(data)
+            if found is not None and found.fits(listed):
+                return found
+    return None
+
+
+def _store(root: str, cached: Path, data: bytes) -> None:
+    """Beside the shards, else in the cache, else nowhere: the next run makes it again."""
+    if not storage.is_remote(root):
+        with contextlib.suppress(UserError):
+            return write_atomically(Path(root, NAME), data)
+    with contextlib.suppress(UserError, OSError):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cached, data)
+
+
+def _cache_file(root: str) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    where = root if storage.is_remote(root) else os.path.realpath(root)
+    return home / "eca-net" / f"{hashlib.sha256(os.fsencode(where)).hexdigest()[:32]}.npz"
+
+
+@contextlib.contextmanager
+def _alone(root: str, cached: Path) -> Iterator[None]:
+    """One process at a time, where the file system can see to it."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            if storage.is_remote(root):
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                root = str(cached.parent)
+            handle = os.open(root, os.O_RDONLY)
+            held.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,135 @@
+"""Bytes by place and range: from local files, or from whatever fsspec reads (s3://, https://, …).
+
+fsspec comes with torch; the package for a particular store (s3fs, gcsfs, aiohttp) is the user's to
+install.
+"""
+
+import functools
+import os
+import time
+from typing import BinaryIO
+
+from utils.errors import EXIT_FAILED, UserError
+
+OPEN_FILES = 256  # kept open by each process, well below the usual limit of 1,024
+PAUSES = (1, 4, 16)  # seconds before a request to a store is made again
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is a URL."""
+    return "://" in path
+
+
+def sizes(folder: str, ending: str) -> dict[str, int | None]:
+    """The files of a folder whose name has this ending, sorted, with their sizes in bytes.
+
+    None for a size that the store does not tell; nothing at all where there is no such folder, or
+    a store (a plain web server) that does not list one.
+
+    Raises:
+        UserError: the store does not answer, or wants a package.
+    """
+    if is_remote(folder):
+        entries = _ask(folder, lambda fs, path: fs.ls(path, detail=True), missing=[])
+        found = {e["name"].rstrip("/").rpartition("/")[2]: e["size"] for e in entries}
+    else:
+        try:
+            with os.scandir(folder) as entries:
+                found = {e.name: e.stat().st_size for e in entries if e.is_file()}
+        except OSError:
+            return {}
+    names = sorted(n for n in found if n.lower().endswith(ending) and not n.startswith("."))
+    return {name: found[name] for name in names}
+
+
+def read_whole(path: str) -> bytes | None:
+    """A small file; None where there is none.
+
+    Raises:
+        UserError: the store does not answer, or the file cannot be read.
+    """
+    if is_remote(path):
+        return _ask(path, lambda fs, inner: fs.cat_file(inner), missing=None)
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; check its permissions") from None
+
+
+def read_range(path: str, start: int, size: int) -> bytes:
+    """`size` bytes from `start` on; fewer where the file ends.
+
+    Raises:
+        OSError: a local file that cannot be read.
+        UserError: a store that does not answer.
+    """
+    if is_remote(path):
+        return _ask(path, lambda fs, inner: fs.cat_file(inner, start=start, end=start + size))
+    return os.pread(_opened(path).fileno(), size, start)  # which moves no shared file position
+
+
+def open_whole(path: str) -> BinaryIO:
+    """A file to read through from its beginning.
+
+    Raises:
+        OSError, UserError: see `read_range`.
+    """
+    if is_remote(path):
+        return _ask(path, lambda fs, inner: fs.open(inner, "rb"))
+    return open(path, "rb")
+
+
+def close_files() -> None:
+    """Forgets open files, which would go on showing what has been replaced since."""
+    _opened.cache_clear()
+
+
+@functools.lru_cache(OPEN_FILES)
+def _opened(path: str) -> BinaryIO:
+    # Opening costs a network file system a round trip; one less for each image is what large files
+    # are for. The one that is dropped from the cache is closed with its last reference.
+    return open(path, "rb", buffering=0)
+
+
+@functools.lru_cache(4096)
+def _filesystem(url: str, _process: int) -> tuple:
+    import fsspec  # here: it is of no use to local runs
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:  # fsspec names the package: "Install s3fs to access S3"
+        raise UserError(f"{url}: {error}".splitlines()[0] + " (pip install …)") from None
+    except ValueError as error:
+        raise UserError(f"{url}: {error}".splitlines()[0]) from None
+
+
+_NEEDED = object()
+
+
+def _ask(url: str, request, missing: object = _NEEDED):
+    """`request(filesystem, path)`, made again when it fails: a store's hiccup is no broken image.
+
+    Raises:
+        UserError: it failed every time, or no such file where `missing` gives nothing instead.
+    """
+    # A forked worker must not use its parent's connections.
+    fs, path = _filesystem(url, os.getpid())
+    for pause in (*PAUSES, None):
+        try:
+            return request(fs, path)
+        except (FileNotFoundError, NotADirectoryError):
+            if missing is not _NEEDED:
+                return missing
+            raise UserError(f"{url}: no such file; was it removed?", EXIT_FAILED) from None
+        except Exception as error:  # every store has errors of its own
+            if pause is None:
+                reason = f"{type(error).__name__} {error}".splitlines()[0]
+                raise UserError(
+                    f"{url}: {reason} ({len(PAUSES) + 1} tries); check the address, the rights and "
+                    "the network, and go on with --resume auto",
+                    EXIT_FAILED,
+                ) from None
+        time.sleep(pause)
