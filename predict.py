@@ -29,7 +29,7 @@ from utils.errors import EXIT_FAILED, UserError, as_user_error
 from utils.files import write_atomically
 from utils.found_objects import CocoDocument, class_table, find_objects, picture, sentence
 from utils.image_io import printable, read_image
-from utils.predict_options import build_parser
+from utils.predict_options import build_parser, settle
 from utils.predictions import Guess, Prediction, PredictionLog, path_width
 from utils.report import network_line
 from utils.saved import class_names, is_detector, load, preprocessing
@@ -46,6 +46,7 @@ def main() -> int:
     outputs.check_free(args.output)
     paths = find_images(args.images)
     saved = load(args.checkpoint)
+    settle(args, is_detector(saved))
     if is_detector(saved):
         return predict_objects(args, saved, paths)
     with as_user_error(f"{args.checkpoint}: "):
@@ -95,10 +96,6 @@ def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int
     """The same with a detector: every image is drawn with what was found in it."""
     from models.eca_detection import FIRST_LABEL, detector_from_checkpoint
 
-    for flag in ("maps", "map_stage", "names", "img_size", "crop_pct"):
-        if getattr(args, flag):
-            name = f"--{flag.replace('_', '-')}"
-            raise UserError(f"{name}: {args.checkpoint} holds a detector; leave it out")
     with as_user_error(f"{args.checkpoint}: "):
         network = detector_from_checkpoint(saved).eval()
     first_label = FIRST_LABEL[network.arch]

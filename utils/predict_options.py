@@ -1,6 +1,9 @@
 """The flags of predict.py."""
 
+import argparse
+
 from utils.cli import Parser, count, fraction, number, positive_int
+from utils.errors import UserError
 from utils.image_io import DECODERS
 from utils.predictions import FORMATS
 
@@ -15,18 +18,19 @@ def build_parser(description: str) -> Parser:
         help="files, folders, quoted patterns, or - for one path a line on standard input",
     )  # fmt: skip
     parser.add_argument(
-        "-k", "--topk", type=positive_int, default=5, metavar="K", help="classes (default: 5)"
+        "-k", "--topk", type=positive_int, metavar="K", help="classes (default: 5)"
     )
     parser.add_argument(
-        "--min-score", type=fraction, default=0.5, metavar="F",
+        "--min-score", type=fraction, metavar="F",
         help="detectors: show objects from this score on (default: 0.5); files hold all",
     )  # fmt: skip
     parser.add_argument(
         "--format", choices=FORMATS, default="table", help="on standard output (default: table)"
     )
     parser.add_argument(
-        "--maps", action="store_true", help="write each image with its class-activation map"
-    )
+        "--maps", action="store_true", default=None,
+        help="write each image with its class-activation map",
+    )  # fmt: skip
     parser.add_argument(
         "--map-stage", type=positive_int, metavar="N",
         help="of this feature map, 1 the finest (default: the last with at least 4 x 4 positions)",
@@ -47,9 +51,9 @@ def build_parser(description: str) -> Parser:
         "--crop-pct", type=number(float, 0, 1, above=True), metavar="F",
         help="share of the resized image that is kept (default: the checkpoint's)",
     )  # fmt: skip
-    parser.add_argument("--decoder", choices=DECODERS, default="torchvision", help="as for main.py")
+    parser.add_argument("--decoder", choices=DECODERS, help="as for main.py")
     parser.add_argument(
-        "-b", "--batch-size", type=positive_int, default=32, metavar="N", help="default: 32"
+        "-b", "--batch-size", type=positive_int, metavar="N", help="default: 32"
     )
     parser.add_argument(
         "-j", "--workers", type=count, metavar="N",
@@ -57,3 +61,34 @@ def build_parser(description: str) -> Parser:
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return parser
+
+
+# The flags that one kind of network alone uses, with their defaults.
+OF_CLASSIFIERS = {
+    "topk": 5, "maps": False, "map_stage": None, "names": None, "img_size": None,
+    "crop_pct": None, "decoder": "torchvision", "batch_size": 32, "workers": None,
+}  # fmt: skip
+OF_DETECTORS = {"min_score": 0.5}
+
+
+def settle(args: argparse.Namespace, detector: bool) -> None:
+    """Fills in the defaults, in place, once it is known what kind of network the checkpoint holds.
+
+    Raises:
+        UserError: a flag was given that this kind does not use.
+    """
+    used, unused = OF_CLASSIFIERS, OF_DETECTORS
+    kind, at_work = "classifier", "detectors"
+    if detector:
+        used, unused, kind, at_work = unused, used, "detector", "classifiers"
+    for name in unused:
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} is for {at_work}, and {args.checkpoint} holds a "
+                f"{kind}: leave it out"
+            )
+    for name, default in used.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.map_stage is not None and not args.maps:
+        raise UserError("--map-stage says which map --maps writes: add --maps, or leave it out")
