@@ -100,6 +100,11 @@ class RunFiles:
 
 def command(*arguments: object) -> str:
     """A command line for this script, started the way this process was."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE")
-    launcher = ["torchrun", f"--nproc-per-node={ranks}"] if ranks else ["python"]
-    return shlex.join([*launcher, Path(sys.argv[0]).name, *map(str, arguments)])
+    own = shlex.join([Path(sys.argv[0]).name, *map(str, arguments)])
+    ranks, nodes = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_WORLD_SIZE", "1")
+    if ranks is None:
+        return f"python {own}"
+    if nodes == "1":
+        return f"torchrun --nproc-per-node={ranks} {own}"
+    # The rest differs from node to node, and from start to start.
+    return f"torchrun --nnodes={nodes} --nproc-per-node={ranks} … {own}"
