@@ -46,8 +46,8 @@ def test_what_it_writes(tree, tmp_path):
     code, out, err = call(tree, tmp_path / "data", "-j", 2)
     assert code == 0, err
     assert out.splitlines() == [
-        f"train: 24 images in 1 shards ({tmp_path}/data/train)",
-        f"val: 15 images in 1 shards ({tmp_path}/data/val)",
+        f"train: 24 images ({tmp_path}/data/train, 1 shard)",
+        f"val: 15 images ({tmp_path}/data/val, 1 shard)",
     ]
     assert sorted(contents(tmp_path / "data")) == [
         "classes.txt", "train/shard-index.npz", "train/train-00000.tar", "val/shard-index.npz",

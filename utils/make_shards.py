@@ -27,6 +27,7 @@ from utils.files import remove_leftovers, write_atomically
 from utils.image_folder import ImageFolder
 from utils.image_io import printable, read_file
 from utils.processes import die_with_parent
+from utils.shards import ShardFolder
 
 SHUFFLE = 0  # seed
 
@@ -99,8 +100,8 @@ def refuse_strangers(folder: Path) -> None:
         raise UserError(f"{folder}: holds {printable(strange[0])}; give a new DST")
 
 
-def write_split(images: ImageFolder, folder: Path, most: int, processes: int) -> int:
-    """Writes all shards of one side and their index; returns their number.
+def write_split(images: ImageFolder, folder: Path, most: int, processes: int) -> ShardFolder:
+    """Writes all shards of one side and their index.
 
     Raises:
         UserError: `folder` holds shards of other images, an image cannot be read, no room.
@@ -111,8 +112,8 @@ def write_split(images: ImageFolder, folder: Path, most: int, processes: int) ->
     plan = list(plan_shards(sizes, most))
     targets = [folder / f"{folder.name}-{number:05}.tar" for number in range(len(plan))]
     with ProcessPoolExecutor(processes, initializer=_init_process) as pool:
-        written = pool.map(write_shard, map(images.take, plan), targets)
-        for _ in tqdm(written, desc=folder.name, total=len(plan), unit="shard"):
+        done = pool.map(write_shard, map(images.take, plan), targets)
+        for _ in tqdm(done, desc=folder.name, total=len(plan), unit="shard", disable=None):
             pass
 
     # What an earlier command left there may have been made from other images.
@@ -125,7 +126,7 @@ def write_split(images: ImageFolder, folder: Path, most: int, processes: int) ->
         raise UserError(
             f"{folder}: holds shards of other images, or of another --shard-mb; give a new DST"
         )
-    return len(plan)
+    return written
 
 
 def split_names(images: ImageFolder) -> int:
@@ -163,10 +164,9 @@ def main() -> int:
     elif listed.read_bytes() != names:
         raise UserError(f"{listed}: holds other classes than SRC; give a new DST")
     for part, images in (("train", train), ("val", val)):
-        count = write_split(
-            images, Path(args.target, part), args.shard_mb * 1_000_000, args.processes
-        )
-        print(f"{part}: {len(images):,} images in {count} shards ({args.target}/{part})")
+        target = Path(args.target, part)
+        written = write_split(images, target, args.shard_mb * 1_000_000, args.processes)
+        print(f"{part}: {len(images):,} images ({written.where})")
         if dots := split_names(images):
             print(f"  ! {dots:,} names with a second dot, which the webdataset package cuts there")
     return 0

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -116,7 +115,7 @@ def make_index(root: str, listed: dict[str, int | None]) -> ShardIndex:
     members: list[tuple[int, int, int, int]] = []
     sizes: list[int] = []
     ignored: Counter[str] = Counter()
-    bar = tqdm(listed, desc="indexing", unit="shard", disable=not sys.stderr.isatty())
+    bar = tqdm(listed, desc="indexing", unit="shard", disable=None)
     for number, shard in enumerate(bar):
         place = f"{root}/{shard}"
         images, classes = [], {}
