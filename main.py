@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -163,7 +163,7 @@ def train(
         )
         resume.refuse_another_recipe(saved, asked.recipe, recipe, args.start_epoch)
     torch.manual_seed(seed)
-    network, notes = build_network(args, recipe, saved, len(train_images.classes))
+    network, notes = build_network(args, recipe, saved, train_images.classes)
     context.say(
         *report.data_lines(train_images, val_images),
         report.network_line(network),
@@ -210,6 +210,7 @@ def train(
         "recipe": recipe.as_dict(),
         "args": {k: v for k, v in vars(args).items() if k not in OF_ONE_START},
         "seed": seed,
+        "pretrained": args.pretrained if saved is None else saved.get("pretrained"),
         "train_images": len(train_images),
         "environment": runs.environment(),
     }
@@ -304,24 +305,29 @@ def refuse_another_network(asked: Namespace, saved: dict) -> None:
 
 
 def build_network(
-    args: Namespace, recipe: Recipe, saved: dict | None, classes: int
+    args: Namespace, recipe: Recipe, saved: dict | None, names: Sequence[str]
 ) -> tuple[nn.Module, list[str]]:
     """The network with its first weights (saved, pretrained or fresh), and what to say of them."""
-    if args.num_classes and args.num_classes < classes:
+    if args.num_classes and args.num_classes < len(names):
         raise UserError(
-            f"--num-classes {args.num_classes}: the data has {classes} classes; give at least as "
-            "many, or leave it out"
+            f"--num-classes {args.num_classes}: the data has {len(names)} classes; give at least "
+            "as many, or leave it out"
         )
     with as_user_error():
         if saved is not None:
             return weights.network_from_checkpoint(saved), []
-        classes = args.num_classes or classes
+        classes = args.num_classes or len(names)
         if not args.pretrained:
             return create_network(recipe.arch, args.ksize, args.attention, classes), []
-        tensors = weights.find_state_dict(checkpoint.load(args.pretrained))
+        source = checkpoint.load(args.pretrained)
+        tensors = weights.find_state_dict(source)
         ksize = args.ksize or weights.read_ksize(tensors)
         network = create_network(recipe.arch, ksize, args.attention, classes)
-        notes = weights.load_weights(network, tensors, replace_head=True)
+        known = source.get("classes") if checkpoint.is_ours(source) else None
+        notes = weights.load_weights(
+            network, tensors, replace_head=True,
+            other_classes=known is not None and list(known) != list(names),
+        )  # fmt: skip
     return network, [f"pretrained: {args.pretrained}", *(f"  {note}" for note in notes)]
 
 

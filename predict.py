@@ -46,7 +46,7 @@ def main() -> int:
     outputs.check_free(args.output)
     paths = find_images(args.images)
     saved = load(args.checkpoint)
-    settle(args, is_detector(saved))
+    args = Namespace(**settle(vars(args), is_detector(saved)))
     if is_detector(saved):
         return predict_objects(args, saved, paths)
     with as_user_error(f"{args.checkpoint}: "):

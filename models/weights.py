@@ -120,7 +120,10 @@ def describe_weights(state_dict: StateDict) -> dict[str, Any]:
 
 
 def load_weights(
-    network: nn.Module, state_dict: StateDict, replace_head: bool = False
+    network: nn.Module,
+    state_dict: StateDict,
+    replace_head: bool = False,
+    other_classes: bool = False,
 ) -> list[str]:
     """Copies weights into `network`, all or nothing.
 
@@ -129,6 +132,8 @@ def load_weights(
         state_dict: its weights, with wrappers' prefixes or without.
         replace_head: where the weights have another number of classes, leave the last layer as it
             is initialised and load the rest.
+        other_classes: with `replace_head`, leave it even where the number is the same: the weights
+            are known to be for classes of other names.
 
     Returns:
         What was done, one sentence each.
@@ -141,7 +146,7 @@ def load_weights(
     head = (f"{network.head}.weight", f"{network.head}.bias")
     classes = weights[head[0]].shape[0] if head[0] in weights else network.num_classes
     fresh = {}
-    if replace_head and classes != network.num_classes:
+    if replace_head and (other_classes or classes != network.num_classes):
         fresh = {name: own[name] for name in head}
         weights |= fresh
 
@@ -161,10 +166,10 @@ def load_weights(
     if weights.keys() - state_dict.keys():
         notes.append("Took the wrappers' prefixes off their names.")
     if fresh:
-        notes.append(
-            f"Left {network.head} as initialised: the weights have {classes} classes,"
-            f" the network {network.num_classes}."
-        )
+        why = f"the weights have {classes} classes, the network {network.num_classes}"
+        if classes == network.num_classes:
+            why = f"the weights' {classes} classes have other names"
+        notes.append(f"Left {network.head} as initialised: {why}.")
     return notes
 
 

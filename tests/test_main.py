@@ -86,11 +86,11 @@ def test_trains_evaluates_and_starts_from_its_weights(run, tree, tmp_path):
     (tmp_path / "two").mkdir()
     for part in ("train", "val"):
         (tmp_path / "two" / part).mkdir()
-        for name in "ab":
-            (tmp_path / "two" / part / name).symlink_to(tree / part / name)
+        for name in "abx":  # as many classes as before, but not the same
+            (tmp_path / "two" / part / name).symlink_to(tree / part / name.replace("x", "c"))
     pretrained = ("--pretrained", folder / "best.pth")
     lines = succeed(run("main.py", *SMALL, "--epochs", 1, *pretrained, tmp_path / "two"))
-    assert any("Left fc as initialised" in line for line in lines)
+    assert "  Left fc as initialised: the weights' 3 classes have other names." in lines
     assert (tmp_path / "runs" / "resnet18-1" / "last.pth").exists()
 
     # Going on needs the checkpoint alone; the settings are the run's.

@@ -186,6 +186,16 @@ def test_replace_head():
     assert network.fc.weight.eq(1).all()
 
 
+def test_classes_of_other_names_get_a_new_head():
+    source = create_model("eca_resnet18", num_classes=3)
+    network = create_model("eca_resnet18", num_classes=3)
+    before = network.fc.weight.clone()
+    notes = load_weights(network, source.state_dict(), replace_head=True, other_classes=True)
+    assert notes[1] == "Left fc as initialised: the weights' 3 classes have other names."
+    assert torch.equal(network.fc.weight, before)
+    assert torch.equal(network.conv1.weight, source.conv1.weight)
+
+
 def test_batch_norms_of_old_files_lack_a_step_counter():
     network = build()
     old = {k: v for k, v in network.state_dict().items() if "num_batches_tracked" not in k}

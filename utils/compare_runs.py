@@ -94,7 +94,9 @@ def read_run(folder: Path) -> Run:
 
 
 def first_weights(saved: dict) -> dict[str, str]:
-    """Where a run's weights began, which its command alone tells; nothing for fresh ones."""
+    """Where a run's weights began, as saved or as its command tells; nothing for fresh ones."""
+    if saved.get("pretrained"):
+        return {"pretrained": saved["pretrained"]}
     words = shlex.split(saved.get("environment", {}).get("command", ""))
     pairs = [tuple(word.split("=", 1)) for word in words if "=" in word]
     pairs += itertools.pairwise(words)

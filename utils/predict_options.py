@@ -1,6 +1,6 @@
 """The flags of predict.py."""
 
-import argparse
+from typing import Any
 
 from utils.cli import Parser, count, fraction, number, positive_int
 from utils.errors import UserError
@@ -71,8 +71,11 @@ OF_CLASSIFIERS = {
 OF_DETECTORS = {"min_score": 0.5}
 
 
-def settle(args: argparse.Namespace, detector: bool) -> None:
-    """Fills in the defaults, in place, once it is known what kind of network the checkpoint holds.
+def settle(given: dict[str, Any], detector: bool) -> dict[str, Any]:
+    """The flags with their defaults, once it is known what kind of network the checkpoint holds.
+
+    Args:
+        given: {flag: value, None where it was left out}.
 
     Raises:
         UserError: a flag was given that this kind does not use.
@@ -82,13 +85,11 @@ def settle(args: argparse.Namespace, detector: bool) -> None:
     if detector:
         used, unused, kind, at_work = unused, used, "detector", "classifiers"
     for name in unused:
-        if getattr(args, name) is not None:
+        if given[name] is not None:
             raise UserError(
-                f"--{name.replace('_', '-')} is for {at_work}, and {args.checkpoint} holds a "
+                f"--{name.replace('_', '-')} is for {at_work}, and {given['checkpoint']} holds a "
                 f"{kind}: leave it out"
             )
-    for name, default in used.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    if args.map_stage is not None and not args.maps:
+    if given["map_stage"] is not None and not given["maps"]:
         raise UserError("--map-stage says which map --maps writes: add --maps, or leave it out")
+    return given | {name: used[name] for name in used if given[name] is None}
