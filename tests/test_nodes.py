@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import stat
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_harm import LONG, Running, all_gone, progress
+from test_harm import LONG, SMALL, Running, all_gone, progress
 from test_torchrun import two_halves
 
 from utils import checkpoint
@@ -74,6 +75,42 @@ def test_two_nodes_train_and_evaluate_as_one_process(run, tree, tmp_path):
     assert abs(one["loss"] - row["val_loss"]) < 1e-6 * one["loss"]
 
 
+def guide(program: str) -> list[list[str]]:
+    """The commands of docs/SCALING.md that take several nodes, as words."""
+    text = (ROOT / "docs" / "SCALING.md").read_text()
+    lines = "".join(re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)).splitlines()
+    return [shlex.split(line) for line in lines if line.startswith(program)]
+
+
+def in_short(command: list[str], tree: Path) -> list[str]:
+    """A command of the guide with a network and data of seconds."""
+    short = {"eca_resnet50": ["mobilenetv2", *map(str, SMALL[2:])], "DATA": [str(tree)],
+             "main.py": [str(ROOT / "main.py")], "light_main.py": [str(ROOT / "light_main.py")],
+             "--master-addr=HEAD": ["--master-addr=127.0.0.1"],
+             "--master-port=29500": [f"--master-port={os.getpid() % 10000 + 20000}"],
+             "--nproc-per-node=8": ["--nproc-per-node=1"]}  # fmt: skip
+    return [word for old in command for word in short.get(old, [old])]
+
+
+@pytest.mark.faults
+def test_the_commands_for_two_nodes(tree, tmp_path):
+    agents = [
+        Running(make_folder(tmp_path / name), "-m", "torch.distributed.run",
+                *in_short(command[1:], tree), "--epochs", "1", "--output", tmp_path / "run")
+        for name, command in zip(("first", "second"), guide("torchrun"), strict=True)
+    ]  # fmt: skip
+    for agent in agents:
+        code, _, err = agent.end()
+        assert code == 0, err
+    assert "done: best top-1" in agents[0].out.read_text()
+    assert agents[1].out.read_text() == ""
+
+
+def make_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
 SRUN = """
 import os, signal, subprocess, sys
 command = sys.argv[1:]
@@ -124,7 +161,10 @@ def slurm(tmp_path, monkeypatch):
 
 @pytest.mark.faults
 def test_a_job_before_its_time_limit_saves_and_is_requeued(slurm, tree, tmp_path):
-    command = ("-c", AS_BASH, SCRIPT, ROOT / "main.py", *LONG, "--output", "run", tree)
+    first, second = (in_short(command, tree) for command in guide("sbatch"))
+    assert second[1:4] == ["--nodes=4", "--gpus-per-node=8", "slurm/train.sbatch"]
+    assert first[:2] == ["sbatch", "slurm/train.sbatch"]
+    command = ("-c", AS_BASH, SCRIPT, *first[2:], *LONG[len(SMALL):])
     job = Running(tmp_path, *command)
     try:
         job.wait_for("epoch 2/500  step 2/4")
@@ -134,17 +174,17 @@ def test_a_job_before_its_time_limit_saves_and_is_requeued(slurm, tree, tmp_path
         assert code == 0, err
         assert (tmp_path / "asked.txt").read_text() == f"requeue {os.getpid()}\n"
         assert all_gone([srun])
-        saved = progress(tmp_path / "run")
+        saved = progress(tmp_path / "runs/big")
         assert (saved["epoch"], saved["step"]) >= (1, 2)
-        assert any("no checkpoint in run yet" in line for line in out)
+        assert any("no checkpoint in runs/big yet" in line for line in out)
 
         # The same command again; here with an end.
         job = Running(tmp_path, *command, "--epochs", saved["epoch"] + 1)
         code, out, err = job.end()
         assert code == 0, err
-        assert "resuming run/last.pth" in out
+        assert "resuming runs/big/last.pth" in out
         assert any("2 processes (DistributedDataParallel)" in line for line in out)
-        rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]
+        rows = (tmp_path / "runs/big" / "metrics.csv").read_text().splitlines()[1:]
         assert [int(row.split(",")[0]) for row in rows] == list(range(saved["epoch"] + 1))
         assert (tmp_path / "asked.txt").read_text().count("requeue") == 1  # a run at its end is not
     finally:
