@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shard_sets import make
 from torch import nn
 
 import attention
@@ -188,13 +189,21 @@ def test_script_from_images_to_files(cli, tmp_path):
     assert "Traceback" not in text
 
 
-def test_squeeze_and_excitation_has_no_kernels(cli, tmp_path, tree):
+def test_squeeze_and_excitation_has_no_kernels(cli, tmp_path, tree, monkeypatch):
     torch.manual_seed(0)
     network = ResNet(BasicBlock, (2, 2, 2, 2), "se", None, 2, "se_resnet18")
     ckpt = saved(tmp_path / "se.pth", network)
     code, text = cli(ckpt, tree, "--per-class", 1, "-j", 0)
     assert code == 0
     assert "written to runs/attention-1: channel_weights.png, spread.png, attention.npz" in text
+
+    # The same images in shards.
+    shards = make(monkeypatch, tree, tmp_path / "shards", "-j", 1)
+    code, _ = cli(ckpt, shards, "--per-class", 1, "-j", 0)
+    assert code == 0
+    folder, sharded = (np.load(f"runs/attention-{i}/attention.npz") for i in (1, 2))
+    for name in folder:
+        np.testing.assert_array_equal(folder[name], sharded[name])
 
 
 def test_class_names_are_not_read_as_formulas():

@@ -1,8 +1,10 @@
 """The index of tar shards: when it is made, kept, believed and made again."""
 
 import io
+import multiprocessing
 import os
 import tarfile
+import time
 
 import pytest
 from shard_sets import write_tar
@@ -89,6 +91,27 @@ def test_a_folder_that_cannot_be_written_leaves_it_to_the_cache(folder, made, mo
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
     assert len(find_index(str(folder)).names) == 2
     assert len(made) == 2
+
+
+def test_many_processes_make_one_index(folder, tmp_path, monkeypatch):
+    """As the processes of a run that start together on one machine."""
+    log, make_index = tmp_path / "log", shard_index.make_index
+
+    def slowly(*arguments):
+        with open(log, "a") as file:
+            file.write("made\n")
+        time.sleep(0.5)
+        return make_index(*arguments)
+
+    monkeypatch.setattr(shard_index, "make_index", slowly)
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        found = pool.map(_names, [str(folder)] * 3, chunksize=1)
+    assert found == [[b"a/0.png", b"b/0.jpg"]] * 3
+    assert log.read_text() == "made\n"
+
+
+def _names(folder):
+    return find_index(folder).names.tolist()
 
 
 def test_no_shards_no_index(tmp_path):

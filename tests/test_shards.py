@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_tree
 from kill_driver import same, state
 from shard_sets import make, write_tar
@@ -15,6 +16,7 @@ from utils.check_data import find_broken, find_images
 from utils.errors import UserError
 from utils.image_folder import describe
 from utils.image_sets import open_images, open_split
+from utils.user_images import read_batches
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +145,14 @@ def test_a_run_on_shards_is_the_run_on_the_folder(run, tree, sharded, tmp_path):
         assert same(content, found[part]), part
 
 
+def test_some_of_the_images(tree, sharded):
+    chosen = np.array([7, 1, 20])
+    assert_same_images(
+        open_images(str(tree / "train")).take(chosen),
+        open_images(str(sharded / "train")).take(chosen),
+    )
+
+
 @pytest.mark.faults
 def test_kills_on_shards(sharded, tmp_path):
     """Resumed with other numbers of workers."""
@@ -174,6 +184,10 @@ def test_faults_in_shards_end_in_one_line(run, sharded, tmp_path):
 
     # Other images where the index says they are: nothing is replaced.
     place.write_bytes(whole[512:] + whole[:512])
+    for workers in (0, 1):
+        batches = read_batches([train.path(0)], 32, 1.0, 1, torch.device("cpu"), workers)
+        with pytest.raises(UserError, match=r"a/0\.png: the shard has changed"):
+            next(batches)
     done = run("main.py", *flags, "-j", 1, "data")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

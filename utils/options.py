@@ -28,8 +28,8 @@ def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> P
     """
     parser = Parser(
         description=description,
-        epilog="DATA is a folder with train/ and val/, each of one folder per class or of tar shards "
-        "(docs/SCALING.md), the URL of such shards, or demo:digits.",
+        epilog="DATA is a folder with train/ and val/, each of one folder per class or of tar "
+        "shards (docs/SCALING.md), the URL of such shards, or demo:digits.",
     )
     _data_flags(parser.add_argument_group("data"), recipe)
     _network_flags(parser.add_argument_group("network"), recipe, list(networks))

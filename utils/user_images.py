@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from utils.data import device_batches, eval_transform
 from utils.errors import UserError
-from utils.image_io import EXTENSIONS, BrokenImageError, printable, read_image
+from utils.image_io import EXTENSIONS, BrokenImageError, Stored, printable, read_image
 
 
 @dataclass(frozen=True)
@@ -74,25 +74,29 @@ def _images_below(folder: bytes) -> list[bytes]:
 
 
 class _Paths(Dataset):
-    def __init__(self, paths: Sequence[bytes], img_size: int, crop_pct: float, decoder: str):
+    def __init__(
+        self, paths: Sequence[bytes | Stored], img_size: int, crop_pct: float, decoder: str
+    ):
         self.paths, self.decoder = paths, decoder
         self.transform = eval_transform(img_size, crop_pct)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | str]:
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | str] | UserError:
         try:
             image = self.transform(read_image(self.paths[index], self.decoder))
         except BrokenImageError as error:
             return index, error.reason
+        except UserError as error:  # raised in a worker it would arrive as a traceback
+            return error
         if not isinstance(image, torch.Tensor):
             image = pil_to_tensor(image)
         return index, image
 
 
 def read_batches(
-    paths: Sequence[bytes],
+    paths: Sequence[bytes | Stored],
     img_size: int,
     crop_pct: float,
     batch_size: int,
@@ -119,7 +123,9 @@ def read_batches(
         yield UserBatch(batch.images, batch.targets.tolist(), list(batch.broken))
 
 
-def _collate(items: list[tuple[int, torch.Tensor | str]], img_size: int):
+def _collate(items: list[tuple[int, torch.Tensor | str] | UserError], img_size: int):
+    if faults := [item for item in items if isinstance(item, UserError)]:
+        return faults[0]
     broken = [item for item in items if isinstance(item[1], str)]
     good = [item for item in items if not isinstance(item[1], str)]
     images = torch.empty(len(good), 3, img_size, img_size, dtype=torch.uint8)
