@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 # every step: 1.05-1.4 times the speed of a CPU training step (see docs/PERFORMANCE.md).
 MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864
 
-.PHONY: demo demo-light demo-detect ablation test test-faults lint format clean
+.PHONY: demo demo-light demo-detect ablation test test-faults lint clean
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'

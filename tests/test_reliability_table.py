@@ -18,7 +18,8 @@ def test_every_named_test_exists():
 
 
 def test_every_fault_has_a_test():
-    rows = [line for line in TEXT.splitlines() if line.startswith("|") and "**" not in line][2:]
+    table = TEXT[TEXT.index("## Faults") :]
+    rows = [line for line in table.splitlines() if line.startswith("|") and "**" not in line][2:]
     assert len(rows) > 30
     for row in rows:
         assert "::" in row or row.endswith("| the same |"), row
