@@ -20,6 +20,7 @@ from torch import nn
 
 import models
 from models import eca_detection as detection
+from models.eca_detection_norm import NORMS
 from utils import (
     backends,
     checkpoint,
@@ -33,7 +34,7 @@ from utils import (
 from utils import run_folder as runs
 from utils.cli import run_script
 from utils.coco_data import load_split
-from utils.coco_eval import GroundTruth, Result, Summary, gather, write_results
+from utils.coco_eval import GroundTruth, judge, write_results
 from utils.coco_files import Place, locate
 from utils.data import Reading
 from utils.detection_data import (
@@ -64,7 +65,7 @@ BACKBONES = [name for name in models.MODELS if "resnet" in name]
 
 def main() -> int:
     """One run from the command line."""
-    parser = build_parser(RECIPE, list(detection.DETECTORS), BACKBONES, detection.NORMS, __doc__)
+    parser = build_parser(RECIPE, list(detection.DETECTORS), BACKBONES, NORMS, __doc__)
     args = asked = parser.parse_args()
     saved, folder = read_checkpoint(args)
     on_demo = args.data == demo_shapes.SHAPES
@@ -105,7 +106,7 @@ def evaluate(args: Namespace, saved: dict, context: distributed.Context) -> int:
     sizes = {k: getattr(args, k) for k in ("min_size", "max_size") if getattr(args, k)}
     with as_user_error(f"{args.resume}: "):
         network = detection.detector_from_checkpoint(saved, **sizes)
-    place = val_place(args, data_root(args.data, context))
+    place = val_place(args, demo_shapes.find_root(args.data, context))
     split = load_split(place, drop_crowds=False)
     ids = match_classes(saved["classes"], split, args.resume)
     truth = GroundTruth(place, network.arch == "mask_rcnn")
@@ -131,23 +132,18 @@ def evaluate(args: Namespace, saved: dict, context: distributed.Context) -> int:
         *detection_report.summary_lines(summaries),
         f"{len(split):,} images, {speed:,.1f} images/s",
     )
-    if not context.is_main:
-        return 0
-    if args.results_json:
-        write_results(Path(args.results_json), results)
-        print(f"{len(results):,} detections written to {args.results_json}")
-    if args.picture:
-        masks = network.arch == "mask_rcnn"
-        detection_report.write_picture(
-            Path(args.picture), load_split(place, masks, drop_crowds=False), results
-        )
-        print(f"picture written to {args.picture}")
-    if args.output:
-        target = runs.create("", args.output) / "evaluation.json"
-        figures = {kind: vars(summary) for kind, summary in summaries.items()}
-        inputs = {"checkpoint": str(args.resume), "data": args.data, "images": len(split)}
-        runs.write_json(target, {**figures, **inputs, **runs.environment()})
-        print(f"written to {target}")
+    if context.is_main:
+        if args.results_json:
+            write_results(Path(args.results_json), results)
+            print(f"{len(results):,} detections written to {args.results_json}")
+        if args.picture:
+            pictured = load_split(place, network.arch == "mask_rcnn", drop_crowds=False)
+            detection_report.write_picture(Path(args.picture), pictured, results)
+            print(f"picture written to {args.picture}")
+        if args.output:
+            figures = {kind: vars(summary) for kind, summary in summaries.items()}
+            inputs = {"checkpoint": str(args.resume), "data": args.data, "images": len(split)}
+            print(f"written to {runs.write_evaluation(args.output, {**figures, **inputs})}")
     return 0
 
 
@@ -168,7 +164,7 @@ def train(
 
     # Data first: what a user can have wrong is said before anything heavy.
     masks, first_label = recipe.arch == "mask_rcnn", detection.FIRST_LABEL[recipe.arch]
-    root = data_root(args.data, context)
+    root = demo_shapes.find_root(args.data, context)
     train_split = load_split(train_place(args, root), masks, drop_empty=args.drop_empty)
     val_split = load_split(val_place(args, root), drop_crowds=False)
     ids = match_classes(train_split.classes, val_split, "the training annotations")
@@ -224,7 +220,7 @@ def train(
     rate = partial(lr_at, steps_per_epoch=order.steps, recipe=recipe)
 
     # The run folder, which rank 0 alone writes.
-    name = run_name(recipe.arch, recipe.backbone, args.action)
+    name = runs.run_name(recipe.arch, recipe.backbone, args.action)
     fixed = {
         **detection.describe_detector(network),
         "classes": train_split.classes,
@@ -302,26 +298,6 @@ def train(
     return 0
 
 
-def judge(
-    found: list[Result], truth: GroundTruth, context: distributed.Context
-) -> tuple[list[Result] | None, dict[str, Summary]]:
-    """COCO's figures of all ranks' detections, on every rank; the detections on rank 0 alone."""
-    results = gather(found, context)
-    return results, distributed.share(truth.judge(results) if context.is_main else None, context)
-
-
-def run_name(arch: str, backbone: str, action: str | None) -> str:
-    """The run folder's name without its number."""
-    return "_".join(filter(None, (arch, backbone, action)))
-
-
-def data_root(data: str, context: distributed.Context) -> str:
-    """The data folder; demo data is written by rank 0 while the others wait."""
-    if data == demo_shapes.SHAPES:
-        return distributed.share(demo_shapes.prepare() if context.is_main else None, context)
-    return data
-
-
 def train_place(args: Namespace, root: str) -> Place:
     return locate(root, "train", args.train_images, args.train_annotations)
 
@@ -338,7 +314,7 @@ def read_checkpoint(args: Namespace) -> tuple[dict | None, Path | None]:
         return None, None
     recipe = DEMO if args.data == demo_shapes.SHAPES else RECIPE
     of_any_run = not any((args.data, args.arch, args.backbone, args.action))
-    name = run_name(args.arch or recipe.arch, args.backbone or recipe.backbone, args.action)
+    name = runs.run_name(args.arch or recipe.arch, args.backbone or recipe.backbone, args.action)
     name = None if of_any_run else name
     saved, folder, notes = resume.find(args.resume, name, args.output, args.evaluate)
     if notes and distributed.is_first():

@@ -1,28 +1,24 @@
 """Faster R-CNN, Mask R-CNN and RetinaNet on a feature pyramid over any ResNet of this project.
 
 The detectors are torchvision's, its parameter names included. What is set here makes them the
-networks of the published COCO table: which layers train, what BatchNorm does, the classes, P6 on
-C5. The layers whose outputs become boxes, scores and masks compute in float32 under autocast.
+networks of the published COCO table: the classes, the anchors, P6 on C5; and, from the files
+beside this one, which layers train, what BatchNorm does, what stays in float32.
 """
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from models import create_model
 from models.building import Ksize
 from models.eca_detection_geometry import LegacyP6P7, LegacyTransform, PyramidAnchors
+from models.eca_detection_heads import compute_in_float32, initialise_box_head, make_heads
+from models.eca_detection_norm import freeze
 from models.eca_resnet import ResNet
 from models.weights import FORMAT, find_state_dict, load_weights, strip_prefixes
 
@@ -43,91 +39,6 @@ DETECTOR_KSIZE = {
     ("mask_rcnn", "eca_resnet50"): "3377",
     ("retinanet", "eca_resnet50"): "3377",
 }
-NORMS = ("eval", "frozen", "bn", "sync")
-STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
-
-
-class FixedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that normalises by its stored statistics in training too.
-
-    `requires_grad=False` stops only the affine part: statistics move wherever `train()` reaches.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.train()
-
-    def train(self, mode: bool = True) -> "FixedBatchNorm2d":
-        return super().train(False)
-
-
-def set_norm(body: nn.Module, norm: str, trained: Sequence[str]) -> None:
-    """Makes the BatchNorms of `body` behave as `norm` says, in place; all names stay.
-
-    Args:
-        body: a network with the children `STAGES`.
-        norm: "eval": statistics fixed, affine trained, as the authors did; "frozen": affine fixed
-            too; "bn": both move; "sync": as "bn", with statistics over all processes.
-        trained: the stages that train; the others' statistics are fixed whatever `norm` says.
-
-    Raises:
-        ValueError: for another `norm`.
-    """
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {', '.join(NORMS)}, such as eval, not {norm!r}")
-    for name in STAGES:
-        stage = nn.Sequential(getattr(body, name))  # a parent, as bn1 is itself a BatchNorm
-        if norm in ("eval", "frozen") or name not in trained:
-            _fix_statistics(stage)
-        elif norm == "sync":
-            stage = nn.SyncBatchNorm.convert_sync_batchnorm(stage)
-        if norm == "frozen":
-            for module in stage.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.requires_grad_(False)
-        setattr(body, name, stage[0])
-
-
-def _fix_statistics(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            fixed = FixedBatchNorm2d(child.num_features, child.eps, child.momentum)
-            fixed._parameters, fixed._buffers = child._parameters, child._buffers
-            setattr(module, name, fixed)
-        else:
-            _fix_statistics(child)
-
-
-class _Float32Conv2d(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        with _without_autocast(x):
-            return super().forward(x.float())
-
-
-class _Float32Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        with _without_autocast(x):
-            return super().forward(x.float())
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager:
-    kind = x.device.type  # meta has no autocast to leave
-    known = torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if known else nullcontext()
-
-
-def _compute_in_float32(head: nn.Module, *names: str) -> None:
-    """Takes the layers `names` of `head` out of autocast; parameters and names stay."""
-    for name in names:
-        old = getattr(head, name)
-        if isinstance(old, nn.Linear):
-            new = _Float32Linear(old.in_features, old.out_features)
-        else:
-            new = _Float32Conv2d(
-                old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding
-            )
-        new._parameters = old._parameters
-        setattr(head, name, new)
 
 
 def create_detector(
@@ -154,7 +65,7 @@ def create_detector(
             for RetinaNet (80), as in FIRST_LABEL + the number of categories.
         attention: another attention in the backbone's blocks; None for the backbone's own.
         trainable_layers: 3 trains layer2 to layer4, 4 layer1 too, 5 all, 0 nothing of the backbone.
-        norm: see `set_norm`.
+        norm: see `eca_detection_norm.set_norm`.
         legacy: mmdetection v1's geometry, for weights that were trained with it.
         anchor_scale: an anchor's side in strides of its level; None for 8, RetinaNet 4 (times 1,
             2^(1/3) and 2^(2/3)).
@@ -189,7 +100,7 @@ def create_detector(
     network = create_model(backbone, ksize, num_classes=1, **chosen)
     if not isinstance(network, ResNet):
         raise ValueError(f"a detector takes a ResNet such as eca_resnet50, not {backbone!r}")
-    _freeze(network, trainable_layers, norm)
+    freeze(network, trainable_layers, norm)
 
     single_stage = arch == "retinanet"
     strides = (8, 16, 32, 64, 128) if single_stage else (4, 8, 16, 32, 64)
@@ -201,18 +112,18 @@ def create_detector(
     if single_stage:
         given = {"detections_per_img": 100, **settings}
         detector = RetinaNet(pyramid, num_classes, anchor_generator=anchors, **given)
-        _compute_in_float32(detector.head.classification_head, "cls_logits")
-        _compute_in_float32(detector.head.regression_head, "bbox_reg")
+        compute_in_float32(detector.head.classification_head, "cls_logits")
+        compute_in_float32(detector.head.regression_head, "bbox_reg")
     else:
         given = {"rpn_anchor_generator": anchors, **settings}
-        given |= _heads(arch, num_classes, width, mask_pool)
+        given |= make_heads(arch, num_classes, width, mask_pool)
         detector = DETECTORS[arch](pyramid, **given)
-        _initialise_box_head(detector.roi_heads)
-        _compute_in_float32(detector.rpn.head, "cls_logits", "bbox_pred")
-        _compute_in_float32(detector.roi_heads.box_predictor, "cls_score", "bbox_pred")
+        initialise_box_head(detector.roi_heads)
+        compute_in_float32(detector.rpn.head, "cls_logits", "bbox_pred")
+        compute_in_float32(detector.roi_heads.box_predictor, "cls_score", "bbox_pred")
     if arch == "mask_rcnn":
         nn.init.normal_(detector.roi_heads.mask_predictor.mask_fcn_logits.weight, std=0.01)
-        _compute_in_float32(detector.roi_heads.mask_predictor, "mask_fcn_logits")
+        compute_in_float32(detector.roi_heads.mask_predictor, "mask_fcn_logits")
     if legacy:
         new = detector.transform
         detector.transform = LegacyTransform(
@@ -232,29 +143,6 @@ def create_detector(
     return detector
 
 
-def _freeze(network: ResNet, trainable_layers: int, norm: str) -> None:
-    if not 0 <= trainable_layers <= 5:
-        raise ValueError(f"trainable_layers must be 0 to 5, such as 3, not {trainable_layers}")
-    trained = STAGES if trainable_layers == 5 else STAGES[6 - trainable_layers :]
-    for name in STAGES:
-        getattr(network, name).requires_grad_(name in trained)
-    set_norm(network, norm, trained)
-
-
-def _initialise_box_head(heads: RoIHeads) -> None:
-    """As mmdetection does. torch's own initialisation shrinks the signal threefold in two layers,
-    which costs a network without pretrained weights its first hundred steps."""
-    for layer in (heads.box_head.fc6, heads.box_head.fc7):
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    for layer, std in (
-        (heads.box_predictor.cls_score, 0.01),
-        (heads.box_predictor.bbox_pred, 1e-3),
-    ):
-        nn.init.normal_(layer.weight, std=std)
-        nn.init.zeros_(layer.bias)
-
-
 def _anchor_sizes(
     single_stage: bool, scale: float, strides: Sequence[int], legacy: bool
 ) -> list[tuple[float, ...]]:
@@ -264,19 +152,6 @@ def _anchor_sizes(
     # torchvision cuts the sizes between the powers of two to whole pixels.
     cut = float if legacy else int
     return [tuple(cut(scale * stride * octave) for octave in octaves) for stride in strides]
-
-
-def _heads(arch: str, num_classes: int, width: int, mask_pool: int) -> dict[str, nn.Module]:
-    """The R-CNNs' heads as torchvision makes them, but of any width."""
-    heads = {
-        "box_head": TwoMLPHead(width * 7**2, 4 * width),
-        "box_predictor": FastRCNNPredictor(4 * width, num_classes),
-    }
-    if arch == "mask_rcnn":
-        heads["mask_roi_pool"] = MultiScaleRoIAlign(["0", "1", "2", "3"], mask_pool, 2)
-        heads["mask_head"] = MaskRCNNHeads(width, (width,) * 4, 1)
-        heads["mask_predictor"] = MaskRCNNPredictor(width, width, num_classes)
-    return heads
 
 
 def _pyramid(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from utils import coco_masks
 from utils.coco_files import Place, check_references, read_json
-from utils.distributed import Context
+from utils.distributed import Context, share
 from utils.errors import UserError
 from utils.files import write_atomically
 
@@ -186,6 +186,14 @@ class GroundTruth:
             of_class = of_class[of_class > -1]
             per_class[str(category["name"])] = float(of_class.mean()) if of_class.size else -1.0
         return Summary(figures, per_class)
+
+
+def judge(
+    found: list[Result], truth: GroundTruth, context: Context
+) -> tuple[list[Result] | None, dict[str, Summary]]:
+    """COCO's figures of all ranks' detections, on every rank; the detections on rank 0 alone."""
+    results = gather(found, context)
+    return results, share(truth.judge(results) if context.is_main else None, context)
 
 
 def find_backend(name: str | None = None) -> tuple[type, type]:

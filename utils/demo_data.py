@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +57,16 @@ def prepare(name: str) -> Path:
     """
     if name != DIGITS:
         raise UserError(f"no demo data {name!r}; there is {DIGITS}")
-    target = HOME / "digits"
+    return write_once(HOME / "digits", write_digits)
+
+
+def write_once(target: Path, write: Callable[[Path], None]) -> Path:
+    """`target`, made by `write` in a folder beside it if it is not there: whole, or not at all."""
     if not target.is_dir():
-        HOME.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".digits-", dir=HOME))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
-            write_digits(staging)
+            write(staging)
             os.chmod(staging, 0o755)
             os.rename(staging, target)
         except OSError:

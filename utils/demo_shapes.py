@@ -5,16 +5,14 @@ digit and every pixel that a digit painted, and no later digit covered, is in it
 """
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from utils.coco_masks import run_lengths
-from utils.demo_data import HOME, SPLIT_SEED, VAL_SHARE
+from utils.demo_data import HOME, SPLIT_SEED, VAL_SHARE, write_once
+from utils.distributed import Context, share
 from utils.errors import UserError
 
 SHAPES = "demo:shapes"
@@ -58,26 +56,20 @@ RECIPE = {
 FRONTIER = 480  # column of the 640-wide photographs: train looks left of it, val right
 
 
+def find_root(data: str, context: Context) -> str | Path:
+    """The folder that DATA names; demo data is written by rank 0 while the others wait."""
+    if data == SHAPES:
+        return share(prepare() if context.is_main else None, context)
+    return data
+
+
 def prepare(home: Path = HOME) -> Path:
     """The folder of the demo's COCO tree, written the first time.
 
     Raises:
         UserError: scikit-learn is not installed.
     """
-    target = home / "shapes"
-    if not target.is_dir():
-        home.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".shapes-", dir=home))
-        try:
-            write_shapes(staging)
-            os.chmod(staging, 0o755)
-            os.rename(staging, target)
-        except OSError:
-            if not target.is_dir():  # else another process was first, with the same files
-                raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    return target
+    return write_once(home / "shapes", write_shapes)
 
 
 def write_shapes(folder: Path, counts: dict[str, int] | None = None, side: int = SIDE) -> None:

@@ -18,9 +18,9 @@ RUNS = Path("runs")
 LOCK = ".lock"  # locked while a run writes to the folder; it stays, as the mark of a run folder
 
 
-def run_name(arch: str, action: str | None) -> str:
-    """A run folder's name without its number."""
-    return f"{arch}_{action}" if action else arch
+def run_name(*parts: str | None) -> str:
+    """A run folder's name without its number, of network, backbone and --action if given."""
+    return "_".join(filter(None, parts))
 
 
 def create(name: str, output: str | None = None) -> Path:

@@ -1,0 +1,73 @@
+"""The R-CNNs' heads, of any width, and output layers that keep float32 under autocast.
+
+Boxes that are decoded from bfloat16 lose pixels: a layer whose output becomes a box, a score or a
+mask computes in float32.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import MultiScaleRoIAlign
+
+
+def make_heads(arch: str, num_classes: int, width: int, mask_pool: int) -> dict[str, nn.Module]:
+    """The R-CNNs' heads as torchvision makes them, but of any width."""
+    heads = {
+        "box_head": TwoMLPHead(width * 7**2, 4 * width),
+        "box_predictor": FastRCNNPredictor(4 * width, num_classes),
+    }
+    if arch == "mask_rcnn":
+        heads["mask_roi_pool"] = MultiScaleRoIAlign(["0", "1", "2", "3"], mask_pool, 2)
+        heads["mask_head"] = MaskRCNNHeads(width, (width,) * 4, 1)
+        heads["mask_predictor"] = MaskRCNNPredictor(width, width, num_classes)
+    return heads
+
+
+def initialise_box_head(heads: RoIHeads) -> None:
+    """As mmdetection does. torch's own initialisation shrinks the signal threefold in two layers,
+    which costs a network without pretrained weights its first hundred steps."""
+    for layer in (heads.box_head.fc6, heads.box_head.fc7):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    for layer, std in (
+        (heads.box_predictor.cls_score, 0.01),
+        (heads.box_predictor.bbox_pred, 1e-3),
+    ):
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+
+
+class _Float32Conv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        with _without_autocast(x):
+            return super().forward(x.float())
+
+
+class _Float32Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with _without_autocast(x):
+            return super().forward(x.float())
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    kind = x.device.type  # meta has no autocast to leave
+    known = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if known else nullcontext()
+
+
+def compute_in_float32(head: nn.Module, *names: str) -> None:
+    """Takes the layers `names` of `head` out of autocast; parameters and names stay."""
+    for name in names:
+        old = getattr(head, name)
+        if isinstance(old, nn.Linear):
+            new = _Float32Linear(old.in_features, old.out_features)
+        else:
+            new = _Float32Conv2d(
+                old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding
+            )
+        new._parameters = old._parameters
+        setattr(head, name, new)
