@@ -1,0 +1,39 @@
+"""Children at the end of a process."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from utils.processes import end_children
+
+
+@pytest.fixture
+def child():
+    # "spawn" would import torch again; the child does nothing but sleep.
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    former = signal.getsignal(signal.SIGCHLD)
+    yield process
+    signal.signal(signal.SIGCHLD, former)
+    if not multiprocessing.connection.wait([process.sentinel], 0):
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def test_a_child_is_killed(child):
+    assert end_children()
+    assert multiprocessing.connection.wait([child.sentinel], 0)
+
+
+def test_a_child_whose_exit_status_another_took_counts_as_gone(child):
+    os.kill(child.pid, signal.SIGKILL)
+    os.waitpid(child.pid, 0)  # as the thread of a ProcessPoolExecutor may, a moment before us
+    assert end_children()
+
+
+def test_a_child_that_does_not_die_is_told(child, monkeypatch):
+    monkeypatch.setattr("utils.processes.PATIENCE", 0.05)
+    monkeypatch.setattr(child, "kill", lambda: None)  # as in an uninterruptible read
+    assert not end_children()
