@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,13 @@ from utils import checkpoint, demo_data
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"--epochs 6": "--epochs 1"}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
 
 # A document, and what is written instead of its words so that it takes seconds. To add one: a line
 # here, and in `workspace` whatever its commands find in a reader's folder.
@@ -31,7 +39,7 @@ DOCUMENTS = {
            "--nproc-per-node=8 main.py -a eca_resnet50 DATA": "" for rank in (0, 1)},
         "demo:digits --epochs 1": "DATA -a eca_resnet50", " DATA": " demo_data/digits",
         "s3://bucket/imagenet": "file://shards", "--nproc-per-node=8": "--nproc-per-node=2",
-        "-b 1024": "-b 16", "-j 16": "-j 2",
+        "29511": free_port(), "-b 1024": "-b 16", "-j 16": "-j 2",
         "-a eca_resnet50": "-a eca_resnet18 --img-size 32 --epochs 1 -j 0 -b 32",
     },
 }  # fmt: skip
