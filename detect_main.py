@@ -67,9 +67,13 @@ def main() -> int:
     """One run from the command line."""
     parser = build_parser(RECIPE, list(detection.DETECTORS), BACKBONES, NORMS, __doc__)
     args = asked = parser.parse_args()
-    saved, folder = read_checkpoint(args)
     on_demo = args.data == demo_shapes.SHAPES
     recipe = DEMO if on_demo else RECIPE
+    of_any_run = not any((args.data, args.arch, args.backbone, args.action))
+    name = runs.run_name(args.arch or recipe.arch, args.backbone or recipe.backbone, args.action)
+    saved, folder = resume.read_detector(
+        args.resume, None if of_any_run else name, args.output, args.evaluate
+    )
     if saved is not None and "recipe" in saved:
         refuse_another_network(asked, saved)
         parser.set_defaults(**saved["args"])
@@ -79,7 +83,7 @@ def main() -> int:
     if args.data is None:
         raise UserError(f"no DATA given: a folder in COCO's layout, or {demo_shapes.SHAPES}")
     if args.workers is None:  # the demo's images are so small that processes would cost more
-        args.workers = 0 if args.data == demo_shapes.SHAPES else min(4, os.cpu_count() or 1)
+        args.workers = 0 if on_demo else min(4, os.cpu_count() or 1)
 
     context = distributed.setup(args.device, args.gpu)
     if context.data_parallel:
@@ -304,28 +308,6 @@ def train_place(args: Namespace, root: str) -> Place:
 
 def val_place(args: Namespace, root: str) -> Place:
     return locate(root, "val", args.val_images, args.val_annotations)
-
-
-def read_checkpoint(args: Namespace) -> tuple[dict | None, Path | None]:
-    """The checkpoint to go on from or to evaluate, if any, and the run folder it stands in."""
-    if args.resume is None:
-        if args.evaluate:
-            raise UserError("-e needs weights to evaluate: add --resume CKPT")
-        return None, None
-    recipe = DEMO if args.data == demo_shapes.SHAPES else RECIPE
-    of_any_run = not any((args.data, args.arch, args.backbone, args.action))
-    name = runs.run_name(args.arch or recipe.arch, args.backbone or recipe.backbone, args.action)
-    name = None if of_any_run else name
-    saved, folder, notes = resume.find(args.resume, name, args.output, args.evaluate)
-    if notes and distributed.is_first():
-        print(*notes, sep="\n", flush=True)
-    if args.evaluate and saved is None:
-        raise UserError("-e needs weights to evaluate: name them with --resume CKPT")
-    if saved is not None and not (checkpoint.is_ours(saved) and "backbone" in saved):
-        raise UserError(f"{args.resume}: no detector's checkpoint; give one of detect_main.py")
-    if saved is not None and not args.evaluate and "recipe" not in saved:
-        raise UserError(f"{args.resume}: holds weights, not a run; it can be evaluated with -e")
-    return saved, folder
 
 
 def refuse_another_network(asked: Namespace, saved: dict) -> None:

@@ -28,16 +28,43 @@ def read(
         if pretrained is None:
             raise UserError("-e needs weights to evaluate: add --resume CKPT")
         return checkpoint.load(pretrained), None
-    saved, folder, notes = find(resume, name, output, evaluate)
-    if notes and distributed.is_first():
-        print(*notes, sep="\n", flush=True)
-    if evaluate and saved is None:
-        raise UserError("-e needs weights to evaluate: name them with --resume CKPT")
+    saved, folder = _find_and_say(resume, name, output, evaluate)
     if saved is not None and not evaluate and not checkpoint.is_run(saved):
         raise UserError(
             f"{resume}: holds weights, not a run of this program; start from them with "
             f"--pretrained {resume}"
         )
+    return saved, folder
+
+
+def read_detector(
+    resume: str | None, name: str | None, output: str | None, evaluate: bool
+) -> tuple[dict | None, Path | None]:
+    """As `read`, for a detector's run.
+
+    Raises:
+        UserError: nothing to evaluate, another kind of checkpoint, or as in `find`.
+    """
+    if resume is None:
+        if evaluate:
+            raise UserError("-e needs weights to evaluate: add --resume CKPT")
+        return None, None
+    saved, folder = _find_and_say(resume, name, output, evaluate)
+    if saved is not None and not (checkpoint.is_ours(saved) and "backbone" in saved):
+        raise UserError(f"{resume}: no detector's checkpoint; give one of detect_main.py")
+    if saved is not None and not evaluate and "recipe" not in saved:
+        raise UserError(f"{resume}: holds weights, not a run; it can be evaluated with -e")
+    return saved, folder
+
+
+def _find_and_say(
+    resume: str, name: str | None, output: str | None, evaluate: bool
+) -> tuple[dict | None, Path | None]:
+    saved, folder, notes = find(resume, name, output, evaluate)
+    if notes and distributed.is_first():
+        print(*notes, sep="\n", flush=True)
+    if evaluate and saved is None:
+        raise UserError("-e needs weights to evaluate: name them with --resume CKPT")
     return saved, folder
 
 
