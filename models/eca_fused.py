@@ -219,6 +219,8 @@ def block_tail(
 ) -> Tensor:
     """activation(attention(bn(z)) + residual): at once if wanted and possible, else in turn."""
     if fused and can_fuse(z, bn, attention, residual, activation):
+        if attention is None and z.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _plain_tail(z, bn, residual, activation is not None)
         return fused_tail(z, bn, attention, residual, activation is not None)
     y = bn(z)
     if attention is not None:
@@ -226,6 +228,17 @@ def block_tail(
     if residual is not None:
         y = y + residual
     return y if activation is None else activation(y)
+
+
+def _plain_tail(z: Tensor, bn: nn.Module, residual: Tensor | None, activation: bool) -> Tensor:
+    """What serves an eager CPU best without attention: BatchNorm's own kernel, the rest in place.
+
+    It keeps what `fused_tail` keeps, and nothing looks at what comes in between: no hooks.
+    """
+    y = bn(z)
+    if residual is not None:
+        y = y.add_(residual)
+    return y.relu_() if activation else y
 
 
 def set_fused(network: nn.Module, fused: bool) -> int:

@@ -42,7 +42,9 @@ def run(fused, bn, attention, z, residual, activation, grad):
     relu = nn.ReLU() if activation else None
     if fused:
         assert can_fuse(z, bn, attention, residual, relu)
-    out = block_tail(z, bn, attention, residual, relu, fused=fused)
+    out = fused_tail(z, bn, attention, residual, activation) if fused else block_tail(
+        z, bn, attention, residual, relu, fused=False
+    )  # fmt: skip
     out.backward(grad.to(out.dtype))
     found = {"out": out.detach(), "z": z.grad, "weight": bn.weight.grad, "bias": bn.bias.grad}
     found |= dict(bn.named_buffers())
@@ -468,6 +470,22 @@ def test_switch_off():
         assert calls == []
         block_tail(z, bn, attention, fused=False)
         assert calls == [1]
+
+
+@pytest.mark.parametrize("activation", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+def test_without_attention_an_eager_cpu_runs_batch_norms_own_kernel(residual, activation):
+    bn, _ = make_modules(8, eca=False, dtype=torch.float32)
+    z, r = (torch.randn(2, 8, 16, 16, requires_grad=True) for _ in range(2))
+    before = z.detach().clone(), r.detach().clone()
+    given = (z, bn, None, r if residual else None, nn.ReLU() if activation else None)
+    expected = block_tail(*given, fused=False)
+    bn.reset_running_stats()
+    kept = saved_bytes(lambda: block_tail(*given))
+    assert z.nbytes < kept <= (1 + activation) * z.nbytes + 64 * 8
+    assert torch.equal(block_tail(*given), expected)
+    assert torch.equal(z, before[0])
+    assert torch.equal(r, before[1])
 
 
 def test_matches_functional_batch_norm_alone():
