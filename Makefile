@@ -2,6 +2,7 @@
 # make demo-light    the same with ECA-MobileNetV2
 # make demo-detect   Mask R-CNN with ECA-ResNet-18 on digits over photographs, with a picture
 # make ablation      no attention, SE, ECA-NS and ECA of every k on the digits, three seeds each
+# make benchmarks    every benchmark, with JSON files in runs/benchmarks: half an hour on a CPU
 # make test          set up, run the tests; make test-faults: kills and full disks, minutes long
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ READY := $(VENV)/.ready
 # every step: 1.05-1.4 times the speed of a CPU training step (see docs/PERFORMANCE.md).
 MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864
 
-.PHONY: demo demo-light demo-detect ablation test test-faults lint clean
+.PHONY: demo demo-light demo-detect ablation benchmarks test test-faults lint clean
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
@@ -33,6 +34,9 @@ demo-detect: $(READY)
 
 ablation: $(READY)
 	$(MALLOC) $(RUN) -m utils.ablation demo:digits --jobs 2 -- --epochs 4
+
+benchmarks: $(READY)
+	$(MALLOC) $(RUN) benchmarks/all.py --out runs/benchmarks
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2

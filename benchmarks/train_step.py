@@ -81,6 +81,15 @@ def main() -> None:
             steps[label] = Step(network, images, labels, side.DTYPES[dtype], True, compiled)
             dtypes[label] = dtype
             pairs += [(label, f"{PLAIN}{suffix}"), (label, BASE)]
+    if args.device.type == "cpu":  # where this format is the usual one, and no slower
+        nchw = {
+            f"{PLAIN}, float32 NCHW": textbook.plain_resnet(depth),
+            "ours, ECA, float32 NCHW": models.create_model(f"eca_resnet{depth}"),
+        }
+        for label, network in nchw.items():
+            steps[label] = Step(network, images, labels, torch.float32, False)
+            dtypes[label] = "float32"
+            pairs += [(label, f"{PLAIN}, float32 NCHW"), (label, BASE)]
     times = side.interleave(steps, args.rounds, args.device)
     pairs = [pair for pair in pairs if pair[0] != pair[1]]
     pairs.sort(key=lambda pair: pair[1] == BASE)
