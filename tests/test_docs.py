@@ -38,7 +38,8 @@ DOCUMENTS = {
         **{f"torchrun --nnodes=2 --node-rank={rank} --master-addr=HEAD --master-port=29500 "
            "--nproc-per-node=8 main.py -a eca_resnet50 DATA": "" for rank in (0, 1)},
         "demo:digits --epochs 1": "DATA -a eca_resnet50", " DATA": " demo_data/digits",
-        "s3://bucket/imagenet": "file://shards", "--nproc-per-node=8": "--nproc-per-node=2",
+        "s3://bucket/imagenet": "file://shards",
+        "--nproc-per-node=8": "--nproc-per-node=1",  # two: the agents below, and test_torchrun.py
         "29511": free_port(), "-b 1024": "-b 16", "-j 16": "-j 2",
         "-a eca_resnet50": "-a eca_resnet18 --img-size 32 --epochs 1 -j 0 -b 32",
     },
