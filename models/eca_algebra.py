@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.eca_passes import Chunked, Whole
+from models.eca_passes import passes_for
 
 
 def _neighbours(x: Tensor, k: int) -> list[Tensor]:
@@ -63,10 +63,6 @@ class Wanted(NamedTuple):
     bias: bool
     kernel: bool
     residual: bool
-
-
-def passes_for(z: Tensor) -> type[Whole] | type[Chunked]:
-    return Chunked if z.device.type == "cpu" and not torch.compiler.is_compiling() else Whole
 
 
 def tail_forward(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models.eca_algebra import Gradients, Kept, Wanted, tail_backward, tail_forward
 from models.eca_module import ECALayer
-from models.eca_passes import accumulation_dtype
+from models.eca_passes import Chunked, accumulation_dtype, passes_for
 
 eca_triton = None
 if torch.cuda.is_available():  # where it is not, Triton's import would only cost time
@@ -219,7 +219,7 @@ def block_tail(
 ) -> Tensor:
     """activation(attention(bn(z)) + residual): at once if wanted and possible, else in turn."""
     if fused and can_fuse(z, bn, attention, residual, activation):
-        if attention is None and z.device.type == "cpu" and not torch.compiler.is_compiling():
+        if attention is None and passes_for(z) is Chunked:
             return _plain_tail(z, bn, residual, activation is not None)
         return fused_tail(z, bn, attention, residual, activation is not None)
     y = bn(z)
@@ -231,7 +231,8 @@ def block_tail(
 
 
 def _plain_tail(z: Tensor, bn: nn.Module, residual: Tensor | None, activation: bool) -> Tensor:
-    """What serves an eager CPU best without attention: BatchNorm's own kernel, the rest in place.
+    """What serves an eager CPU best without attention, unless the passes are compiled: BatchNorm's
+    own kernel, the rest in place.
 
     It keeps what `fused_tail` keeps, and nothing looks at what comes in between: no hooks.
     """

@@ -1,9 +1,10 @@
 """The passes over (N, C, H, W) that `eca_fused` consists of, in plain PyTorch.
 
-Each comes in two forms of the same signature. `Whole` writes a pass as one expression on the whole
+Each comes in forms of the same signature. `Whole` writes a pass as one expression on the whole
 tensor, which torch.compile turns into one loop. `Chunked` is for eager CPU: it takes a few samples
 at a time through in-place operations, so that all but the first and the last of them hit the cache,
-and half precision is widened once a chunk.
+and half precision is widened once a chunk. `eca_native.Native` is compiled, and takes its place
+where that is possible.
 
 z, residual, out and grad are (N, C, H, W) in one dtype and memory format. Everything small is
 (C,), (1, C) or (N, C) in the accumulation dtype: float64 for float64, else float32.
@@ -11,6 +12,8 @@ z, residual, out and grad are (N, C, H, W) in one dtype and memory format. Every
 
 import torch
 from torch import Tensor
+
+from models.eca_native import Native, serves
 
 CHUNK_BYTES = 2 << 20  # per thread; measured, flat between 1 and 4 MiB
 
@@ -235,19 +238,40 @@ class Chunked:
         return dz
 
 
-def scale_in_place(z: Tensor, scale: Tensor, residual: Tensor | None, activation: bool) -> Tensor:
+def passes_for(z: Tensor) -> type[Whole] | type[Chunked] | type[Native]:
+    """The form of the passes that serves z best."""
+    if z.device.type != "cpu" or torch.compiler.is_compiling():
+        return Whole
+    return Native if serves(z) else Chunked
+
+
+def finish_in_place(
+    z: Tensor, scale: Tensor | None, residual: Tensor | None, activation: bool
+) -> Tensor:
     """act(z · scale + residual) in the place of z, where nothing else needs z: without gradients.
 
-    scale is (N, C, 1, 1), and all are of one dtype.
+    scale is (N, C, 1, 1), in the dtype of z and residual, or None for 1.
     """
-    if z.device.type != "cpu" or torch.compiler.is_compiling():
-        y = z * scale if residual is None else torch.addcmul(residual, z, scale)
+    passes = passes_for(z)
+    if passes is Native and (residual is None or residual.stride() == z.stride()):
+        n, c = z.shape[:2]
+        scale = z.new_ones(1, c) if scale is None else scale.reshape(n, c)
+        scale = scale.float()
+        return Native.scale_and_add(z, scale, torch.zeros_like(scale), residual, activation, z)
+    if passes is Whole:
+        if scale is None:
+            y = z if residual is None else z + residual
+        else:
+            y = z * scale if residual is None else torch.addcmul(residual, z, scale)
         return y.relu() if activation else y
     for s in _Chunks(z).slices:
-        if residual is None:
-            y = z[s].mul_(scale[s])
-        else:
-            y = torch.addcmul(residual[s], z[s], scale[s], out=z[s])
+        y = z[s]
+        if scale is not None and residual is not None:
+            torch.addcmul(residual[s], y, scale[s], out=y)
+        elif scale is not None:
+            y.mul_(scale[s])
+        elif residual is not None:
+            y.add_(residual[s])
         if activation:
             y.relu_()
     return z

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.eca_mobilenetv2 import ConvBNReLU, InvertedResidual, MobileNetV2
 from models.eca_module import ECALayer
-from models.eca_passes import scale_in_place
+from models.eca_passes import finish_in_place
 from models.eca_resnet import BasicBlock, Bottleneck, ResNet
 
 
@@ -84,13 +84,12 @@ class InferenceBlock(nn.Module):
         h = self.body(x)
         z = self.last(h)
         identity = None if self.shortcut is None else self.shortcut(x)
+        gate = None
         if self.gated:
-            return scale_in_place(z, self._gate(h, z), identity, self.activation)
-        if self.attention is not None:
+            gate = self._gate(h, z)
+        elif self.attention is not None:
             z = self.attention(z)
-        if identity is not None:
-            z = z + identity
-        return z.relu() if self.activation else z
+        return finish_in_place(z, gate, identity, self.activation)
 
 
 class InferenceNetwork(nn.Module):

@@ -69,6 +69,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _operations(monkeypatch):
+    """PyTorch's operations everywhere; the compiled passes are for test_eca_native."""
+    monkeypatch.setattr(eca_passes, "serves", lambda z: False)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """So little room that each sample is a chunk of its own."""

@@ -1,0 +1,187 @@
+"""The fused tail's passes for an eager CPU, compiled from eca_native.cpp when first needed.
+
+PyTorch's own operations take several passes over memory for each of them, and widen bfloat16 on the
+way. Compiling takes some seconds, once: the library is kept in `~/.cache/eca-net`, under a name
+that changes with the source, the compiler and the processor. Where there is no C++ compiler, or
+anything else is missing, `serves` says no and the passes of `eca_passes` do the work.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+SOURCE = Path(__file__).with_name("eca_native.cpp")
+DTYPES = (torch.float32, torch.bfloat16)
+# No -ffast-math: infinities and NaN must come out as PyTorch's do.
+FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+X86_FLAGS = ("-mprefer-vector-width=256",)  # measured on Zen 4; also narrow rows fill such vectors
+SECONDS = 120  # for the compiler
+
+
+class BuildError(Exception):
+    """There is no library, and why."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | BuildError:
+    """The compiled passes, or why there are none."""
+    try:
+        library = ctypes.CDLL(_build())
+    except subprocess.CalledProcessError as error:
+        return BuildError(f"the C++ compiler failed: {error.stderr.decode(errors='replace')[:200]}")
+    except (OSError, subprocess.TimeoutExpired, BuildError) as error:
+        return BuildError(str(error))
+    flag, size, pointer = ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p
+    shape = [flag, flag, size, size, size]
+    for name, others in {
+        "moments": [pointer] * 3,
+        "scale_and_add": [pointer, pointer, pointer, size, pointer, flag, pointer],
+        "gradient_sums": [pointer] * 7,
+        "gradient_input": [*[pointer] * 6, size, pointer],
+    }.items():
+        function = getattr(library, f"eca_{name}")
+        function.argtypes, function.restype = shape + others, None
+    return library
+
+
+def _build() -> str:
+    """Compiles the source unless that was done before; returns the library's path."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        raise BuildError("no C++ compiler")
+    flags = FLAGS + (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
+    key = hashlib.sha256(SOURCE.read_bytes())
+    for part in (compiler, *flags, torch.__version__, _processor()):
+        key.update(part.encode() + b"\0")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eca-net"
+    target = cache / f"passes-{key.hexdigest()[:16]}.so"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as place:
+            compiled, linked = Path(place, "passes.o"), Path(place, "passes.so")
+            # Linked without OpenMP: its functions are found in the copy that torch has loaded. A
+            # second copy would keep threads of its own, and the two would take turns waiting.
+            to_object = [*flags, "-c", SOURCE, "-o", compiled]
+            for command in (to_object, ["-shared", compiled, "-o", linked]):
+                subprocess.run(
+                    [compiler, *command], check=True, capture_output=True, timeout=SECONDS
+                )
+            os.replace(linked, target)
+    return str(target)
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    known = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip() in known}))
+
+
+def serves(z: Tensor) -> bool:
+    """Whether `Native` takes z. Compiles the library when asked for the first time."""
+    return (
+        z.device.type == "cpu"
+        and z.dtype in DTYPES
+        and not torch.compiler.is_compiling()
+        and type(z) in (Tensor, nn.Parameter)  # a fake tensor has no memory to point at
+        and isinstance(library(), ctypes.CDLL)
+    )
+
+
+def _shape(z: Tensor) -> tuple[bool, bool, int, int, int]:
+    n, c, h, w = z.shape
+    return z.dtype == torch.bfloat16, not z.is_contiguous(), n, c, h * w
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Native:
+    """The passes of `eca_passes`, with their signatures, each in one loop over memory."""
+
+    @staticmethod
+    def means(z: Tensor) -> Tensor:
+        return Native._moments(z)[0]
+
+    @staticmethod
+    def moments(z: Tensor, per_sample: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        means, variances = Native._moments(z)
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
+        return means if per_sample else None, mean, variance
+
+    @staticmethod
+    def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
+        means = z.new_empty(z.shape[:2], dtype=torch.float32)
+        variances = torch.empty_like(means)
+        library().eca_moments(*_shape(z), *map(_pointer, (z, means, variances)))
+        return means, variances
+
+    @staticmethod
+    def scale_and_add(
+        z: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        activation: bool,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """`out` may be z itself."""
+        out = torch.empty_like(z) if out is None else out
+        scale, shift, step = _rows(scale, shift, len(z))
+        library().eca_scale_and_add(
+            *_shape(z), *map(_pointer, (z, scale, shift)), step, _pointer(residual), activation,
+            _pointer(out),
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    def gradient_sums(
+        grad: Tensor, out: Tensor | None, z: Tensor, mean: Tensor, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        d = torch.empty_like(z) if keep and out is not None else None
+        sum_d = z.new_empty(z.shape[:2], dtype=torch.float32)
+        sum_dz = torch.empty_like(sum_d)
+        tensors = (grad, out, z, mean.contiguous(), d, sum_d, sum_dz)
+        library().eca_gradient_sums(*_shape(z), *map(_pointer, tensors))
+        return grad if d is None else d, sum_d, sum_dz
+
+    @staticmethod
+    def gradient_input(
+        grad: Tensor,
+        out: Tensor | None,
+        z: Tensor,
+        on_grad: Tensor,
+        on_z: Tensor | None,
+        constant: Tensor | None,
+    ) -> Tensor:
+        dz = torch.empty_like(z)
+        constant = torch.zeros_like(on_grad) if constant is None else constant
+        on_grad, constant, step = _rows(on_grad, constant, len(z))
+        on_z = None if on_z is None else on_z.contiguous()
+        library().eca_gradient_input(
+            *_shape(z), *map(_pointer, (grad, out, z, on_grad, on_z, constant)), step,
+            _pointer(dz),
+        )  # fmt: skip
+        return dz
+
+
+def _rows(a: Tensor, b: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
+    """Two tensors (1, C) or (N, C), made alike, and how many numbers on the next sample's are."""
+    if len(a) != len(b):
+        a, b = torch.broadcast_tensors(a, b)
+    step = a.shape[1] if len(a) == n else 0
+    return a.contiguous(), b.contiguous(), step
