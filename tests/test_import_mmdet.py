@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
+from models import create_model
 from models.eca_detection import create_detector, detector_from_checkpoint
 from utils.errors import UserError
 from utils.import_mmdet import convert
@@ -15,8 +16,8 @@ from utils.import_mmdet import convert
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def shapes_of_v1(arch, classes):
-    """Names and shapes of mmdetection v1's detectors on a ResNet-18, without the backbone's.
+def shapes_of_v1(arch, classes, expansion=1):
+    """Names and shapes of mmdetection v1's detectors on a ResNet, without the backbone's.
 
     Written down from its modules (FPN, RPNHead, SharedFCBBoxHead, FCNMaskHead, RetinaHead), apart
     from the importer's table.
@@ -33,11 +34,12 @@ def shapes_of_v1(arch, classes):
         shapes[f"{name}.bias"] = (outputs,)
 
     levels = [128, 256, 512] if arch == "retinanet" else [64, 128, 256, 512]
+    levels = [expansion * width for width in levels]
     for i, width in enumerate(levels):
         conv(f"neck.lateral_convs.{i}.conv", width, c, 1)
         conv(f"neck.fpn_convs.{i}.conv", c, c, 3)
     if arch == "retinanet":
-        conv("neck.fpn_convs.3.conv", 512, c, 3)
+        conv("neck.fpn_convs.3.conv", levels[-1], c, 3)
         conv("neck.fpn_convs.4.conv", c, c, 3)
         for i in range(4):
             conv(f"bbox_head.cls_convs.{i}.conv", c, c, 3)
@@ -61,11 +63,12 @@ def shapes_of_v1(arch, classes):
     return shapes
 
 
-def file_of_v1(arch, classes=2, **kwargs):
+def file_of_v1(arch, classes=2, backbone="eca_resnet18", **kwargs):
     torch.manual_seed(0)
-    body = create_detector("faster_rcnn", "eca_resnet18", **kwargs).backbone.body.state_dict()
-    tensors = {f"backbone.{name}": value for name, value in body.items()}
-    tensors |= {k: 0.02 * torch.randn(s) for k, s in shapes_of_v1(arch, classes).items()}
+    body = create_model(backbone, num_classes=1, **kwargs)
+    expansion = body.fc.in_features // 512
+    tensors = {f"backbone.{k}": v for k, v in body.state_dict().items() if k[:3] != "fc."}
+    tensors |= {k: 0.02 * torch.randn(s) for k, s in shapes_of_v1(arch, classes, expansion).items()}
     meta = {"mmdet_version": "1.0rc0", "CLASSES": ("cat", "dog"), "epoch": 12, "iter": 99}
     return {"meta": meta, "state_dict": tensors, "optimizer": {}}
 
@@ -73,6 +76,7 @@ def file_of_v1(arch, classes=2, **kwargs):
 @pytest.mark.parametrize("arch", ["faster_rcnn", "mask_rcnn", "retinanet"])
 def test_every_tensor_finds_its_place(arch):
     file = file_of_v1(arch, ksize="3577")
+    del file["state_dict"]["backbone.bn1.num_batches_tracked"]  # torch 0.4 had none
     fields = {"format": 1, **convert(file)}
     assert fields["arch"] == arch
     assert (fields["backbone"], fields["ksize"]) == ("eca_resnet18", [3, 5, 7, 7])
@@ -81,6 +85,17 @@ def test_every_tensor_finds_its_place(arch):
     assert detector.model_kwargs["legacy"]
     used = {value.data_ptr() for value in fields["state_dict"].values()}
     assert used == {value.data_ptr() for value in file["state_dict"].values()}
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "se_resnet34", "eca_resnet50", "eca_resnet101"])
+@pytest.mark.parametrize("arch", ["mask_rcnn", "retinanet"])
+def test_every_backbone_has_the_tensors_of_ours(arch, backbone):
+    with torch.device("meta"):
+        fields = convert(file_of_v1(arch, backbone=backbone))
+        ours = create_detector(arch, backbone, fields["ksize"], fields["num_classes"])
+    assert fields["backbone"] == backbone
+    shapes = {name: value.shape for name, value in fields["state_dict"].items()}
+    assert shapes == {name: value.shape for name, value in ours.state_dict().items()}
 
 
 def test_tensors_with_one_shape_are_not_swapped():
@@ -130,10 +145,26 @@ def test_eighty_classes_are_cocos(spelling):
         (lambda t: t.pop("backbone.layer2.1.conv1.weight"), "no ResNet known here"),
         (lambda t: t.update({"backbone.layer2.1.eca.conv.weight": torch.ones(1, 1, 9)}),
          r"sizes \[5, 9\]"),
+        (lambda t: [t.update({f"backbone.layer4.{i}.eca.conv.weight": torch.ones(1, 1, 4)})
+                    for i in (0, 1)], r"sizes \[4\]: one odd"),
+        (lambda t: t.update({"rpn_head.rpn_cls.weight": 3}), "rpn_cls.weight: a int, not a tensor"),
+        (lambda t: [t.update({name.replace(".eca.", ".attn."): t.pop(name)})
+                    for name in list(t) if ".eca." in name], "layer1.0.attn.conv.weight: a fas"),
+        (lambda t: t.update({"backbone.nonsense": torch.ones(1)}), "backbone.nonsense: a fas"),
+        (lambda t: t.update({"backbone.layer1.0.conv1.nonsense": torch.ones(1)}), "conv1.nonsense"),
+        (lambda t: [t.pop(f"bbox_head.fc_reg.{part}") for part in ("bias", "weight")],
+         "lacks 2 tensors of a faster_rcnn on eca_resnet18, such as .*bbox_pred.bias"),
+        (lambda t: t.pop("backbone.layer3.1.conv2.weight"), "lacks 1 .*layer3.1.conv2.weight"),
+        (lambda t: t.pop("backbone.layer3.1.bn2.running_var"), "lacks 1 .*bn2.running_var"),
+        (lambda t: t.pop("backbone.layer2.1.eca.conv.weight"), "lacks 1 .*layer2.1.eca"),
+        (lambda t: t.update({"backbone.layer1.0.bn3.weight": torch.ones(64)}),
+         "has 1 tensors that a faster_rcnn on eca_resnet18 has not, .*layer1.0.bn3"),
+        (lambda t: t.update({"bbox_head.fc_reg.bias": torch.ones(9)}), "1 tensors of other shapes"),
     ],
 )  # fmt: skip
 def test_unfit_files_are_refused(change, message):
-    file = file_of_v1("faster_rcnn")
+    with torch.device("meta"):
+        file = file_of_v1("faster_rcnn")
     change(file["state_dict"])
     with pytest.raises(UserError, match=message):
         convert(file)

@@ -2,18 +2,27 @@
 
 The authors' detectors were trained with mmdetection 1, whose files mmdetection 2 and 3 no longer
 read. Names are mapped one to one; what the network is (detector, depth, kernel sizes, classes) is
-read off names and shapes. Its geometry differed from torchvision's (anchor centres, whole-pixel
-boxes, no ReLU before P7), so the result asks for the legacy geometry, which the detectors here
-offer.
+read off names and shapes, and a file without exactly that network's tensors is refused. Its
+geometry differed from torchvision's (anchor centres, whole-pixel boxes, no ReLU before P7), so the
+result asks for the legacy geometry, which the detectors here offer.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+from torch import nn
+from torchvision.models import get_model
+from torchvision.models.detection import (
+    FasterRCNN,
+    MaskRCNN,
+    MaskRCNN_ResNet50_FPN_Weights,
+    RetinaNet,
+)
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from utils import checkpoint
 from utils.cli import Parser, run_script
@@ -21,7 +30,11 @@ from utils.errors import UserError
 
 # mmdetection v1's names, and torchvision's. The first that matches a whole name counts.
 COMMON = (
-    (r"backbone\.(.+)", r"backbone.body.\1"),
+    (
+        r"backbone\.((?:conv1|bn1|layer[1-4]\.\d+\.(?:conv[123]|bn[123]|downsample\.[01]|eca\.conv"
+        r"|se\.fc\.[02]))\.(?:weight|bias|running_mean|running_var|num_batches_tracked))",
+        r"backbone.body.\1",
+    ),
     (r"neck\.lateral_convs\.(\d+)\.conv\.(weight|bias)", r"backbone.fpn.inner_blocks.\1.0.\2"),
 )
 PYRAMID = r"neck\.fpn_convs\.(\d+)\.conv\.(weight|bias)"
@@ -55,6 +68,7 @@ DEPTHS = {
     (3, 4, 23, 3, True): 101,
     (3, 8, 36, 3, True): 152,
 }
+DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet}
 RETINA_ANCHORS = 9  # on a cell: 3 sizes of 3 shapes
 
 Tensors = Mapping[str, torch.Tensor]
@@ -67,8 +81,8 @@ def convert(file: Mapping[str, Any]) -> dict[str, Any]:
         file: {"state_dict", "meta"} or a bare state dict.
 
     Raises:
-        UserError: a name without a place here, a file of mmdetection 2 or 3, or shapes that
-            contradict each other.
+        UserError: a file of mmdetection 2 or 3, a name without a place here, a tensor that is
+            missing or has another shape than the network's.
     """
     tensors = file["state_dict"] if isinstance(file.get("state_dict"), Mapping) else file
     tensors = {str(name).removeprefix("module."): value for name, value in tensors.items()}
@@ -81,13 +95,17 @@ def convert(file: Mapping[str, Any]) -> dict[str, Any]:
     arch = _arch(tensors)
     named = rename(tensors, arch)
     classes, ids = _classes(file.get("meta"), _outputs(named, arch) - (arch != "retinanet"))
-    attention = _attention(named)
+    depth, attention = _depth(named), _attention(named)
+    ksize = _ksize(named) if attention == "eca" else None
     prefix = f"{attention}_" if attention != "none" else ""
+    backbone = f"{prefix}resnet{depth}"
+    shapes = _shapes(arch, depth, attention, ksize, _outputs(named, arch))
+    _check_all(named, shapes, f"{arch} on {backbone}")
     return {
         "arch": arch,
-        "backbone": f"{prefix}resnet{_depth(named)}",
+        "backbone": backbone,
         "attention": attention,
-        "ksize": _ksize(named) if attention == "eca" else None,
+        "ksize": ksize,
         "num_classes": _outputs(named, arch),
         "model_kwargs": {"legacy": True},
         "classes": classes,
@@ -105,6 +123,8 @@ def rename(tensors: Tensors, arch: str) -> dict[str, torch.Tensor]:
     table = COMMON + (ONE_STAGE if arch == "retinanet" else TWO_STAGES)
     named = {}
     for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{name}: a {type(value).__name__}, not a tensor; not imported")
         for pattern, replacement in table:
             match = re.fullmatch(pattern, name)
             if match:
@@ -159,11 +179,59 @@ def _ksize(named: Tensors) -> list[int]:
     found = []
     for stage in (1, 2, 3, 4):
         pattern = rf"backbone\.body\.layer{stage}\.\d+\.eca\.conv\.weight"
-        sizes = {value.shape[-1] for name, value in named.items() if re.fullmatch(pattern, name)}
-        if len(sizes) != 1:
-            raise UserError(f"layer{stage} has ECA kernels of sizes {sorted(sizes)}: one is wanted")
+        sizes = {value.numel() for name, value in named.items() if re.fullmatch(pattern, name)}
+        if len(sizes) != 1 or any(size % 2 == 0 for size in sizes):
+            raise UserError(
+                f"layer{stage} has ECA kernels of sizes {sorted(sizes)}: one odd size is wanted"
+            )
         found += sizes
     return found
+
+
+def _shapes(
+    arch: str, depth: int, attention: str, ksize: Sequence[int] | None, outputs: int
+) -> dict[str, torch.Size]:
+    """Names and shapes of the detector's tensors, from torchvision's modules without memory."""
+    levels = (2, 3, 4) if arch == "retinanet" else (1, 2, 3, 4)
+    with torch.device("meta"):
+        body = get_model(f"resnet{depth}", weights=None)
+        widths = [body.fc.in_features >> (4 - level) for level in (1, 2, 3, 4)]
+        stages = (body.layer1, body.layer2, body.layer3, body.layer4)
+        for i, (stage, width) in enumerate(zip(stages, widths, strict=True)):
+            for block in stage:
+                if attention == "eca":
+                    conv = nn.Conv1d(1, 1, ksize[i], bias=False)
+                    block.eca = nn.ModuleDict({"conv": conv})
+                elif attention == "se":
+                    squeeze = nn.Linear(width, width // 16, bias=False)
+                    excite = nn.Linear(width // 16, width, bias=False)
+                    fc = nn.Sequential(squeeze, nn.ReLU(), excite)
+                    block.se = nn.ModuleDict({"fc": fc})
+        pyramid = BackboneWithFPN(
+            body,
+            {f"layer{level}": str(i) for i, level in enumerate(levels)},
+            [widths[level - 1] for level in levels],
+            256,
+            LastLevelP6P7(widths[-1], 256) if arch == "retinanet" else LastLevelMaxPool(),
+        )
+        detector = DETECTORS[arch](pyramid, outputs)
+    return {name: value.shape for name, value in detector.state_dict().items()}
+
+
+def _check_all(named: Tensors, shapes: Mapping[str, torch.Size], network: str) -> None:
+    # torch fills in these counters where a file has none, as files of torch 0.4 do
+    needed = {name for name in shapes if not name.endswith(".num_batches_tracked")}
+    reshaped = {n for n, shape in shapes.items() if n in named and named[n].shape != shape}
+    for names, which in (
+        (needed - named.keys(), f"lacks %d tensors of a {network}"),
+        (named.keys() - shapes.keys(), f"has %d tensors that a {network} has not"),
+        (reshaped, f"has %d tensors of other shapes than a {network}'s"),
+    ):
+        if names:
+            raise UserError(
+                f"the file {which % len(names)}, such as {min(names)} (torchvision's name); not "
+                "imported"
+            )
 
 
 def _classes(meta: Any, count: int) -> tuple[list[str], list[int]]:
