@@ -77,12 +77,17 @@ def test_images_without_objects_are_dropped_on_request(tmp_path):
         ({"bbox": (64, 10, 20, 30)}, "outside the image"),
         ({"bbox": (-30, 10, 30.5, 30)}, "outside the image"),
         ({"bbox": (1, 2, 3, "4"), "area": 1}, "not four numbers"),
+        ({"bbox": (1, 2, 3, 10**400), "area": 1}, "not finite"),
         ({"iscrowd": 1}, "crowd"),
         ({"segmentation": [[1.0, 2.0, 3.0, 4.0]]}, "no polygon"),
         ({"segmentation": [[1, 1, 5, 5, 9, 9]]}, "no polygon"),
         ({"segmentation": [[1, 1, NAN, 5, 9, 2]]}, "no polygon"),
         ({"segmentation": []}, "no polygon"),
         ({"segmentation": None}, "no polygon"),
+        ({"segmentation": [[1, 1, 1e9, 5, 9, 2]]}, "no polygon"),
+        ({"segmentation": [[100, 100, 110, 100, 110, 110]]}, "without a pixel"),
+        ({"segmentation": [[10.1, 10.1, 10.3, 10.1, 10.3, 10.3]]}, "without a pixel"),
+        ({"segmentation": [[5, 10.1, 60, 10.1, 60, 10.2]]}, "without a pixel"),
         ({"segmentation": {"size": [48, 64], "counts": [48 * 64]}}, "without a pixel"),
         ({"segmentation": {"size": [64, 48], "counts": [1, 48 * 64 - 1]}}, "run-length"),
         ({"segmentation": {"size": [48, 64], "counts": [1, 2]}}, "run-length"),
@@ -210,6 +215,22 @@ def test_mirroring_depends_on_epoch_and_index_alone(tmp_path):
     plain = CocoDataset(split, 1)
     flips = [not torch.equal(dataset[key][0], plain[key][0]) for key in keys]
     assert 4 < sum(flips) < 28
+
+
+def test_polygons_that_are_not_drawn_have_a_pixel(monkeypatch):
+    chance = np.random.default_rng(0)
+    draw, drawn = coco_masks._draw, []
+    monkeypatch.setattr(coco_masks, "_draw", lambda *a: drawn.append(0) or draw(*a))
+    seen = {True: 0, False: 0}
+    for _ in range(300):
+        angle = np.sort(chance.uniform(0, 2 * np.pi, 7))
+        spread = chance.uniform(0.1, 12) * chance.uniform(0.3, 1, (7, 1))
+        corners = chance.uniform(-2, 48, 2) + spread * np.stack([np.cos(angle), np.sin(angle)], 1)
+        polygons, before = [corners.flatten().tolist()], len(drawn)
+        covers = coco_masks.covers_a_pixel(polygons, 48, 64)
+        seen[len(drawn) > before] += 1
+        assert covers == (coco_masks.area(draw(polygons, 48, 64)) > 0)
+    assert min(seen.values()) > 50
 
 
 def test_run_lengths_are_cocos():

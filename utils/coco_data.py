@@ -5,7 +5,6 @@ image of another size than stated) ends the run with one line that names the ima
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from utils import coco_masks
-from utils.coco_files import Place, check_references, read_json
+from utils.coco_files import Place, box_fault, check_references, read_json
 from utils.errors import UserError
 from utils.image_io import BrokenImageError, printable, read_image
 from utils.sampler import Key, mix_seed
@@ -121,12 +120,9 @@ class TextArray:
 
 def clip_box(box: Any, height: int, width: int) -> tuple[float, float, float, float] | str:
     """COCO's [x, y, w, h] as x1, y1, x2, y2 inside the image, or why it is no box."""
-    if not isinstance(box, Sequence) or len(box) != 4:
-        return "box is not four numbers"
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box):
-        return "box is not four numbers"
-    if not all(map(math.isfinite, box)):
-        return "box is not finite"
+    fault = box_fault(box)
+    if fault:
+        return fault
     x, y, w, h = box
     x1, x2 = max(x, 0), min(x + w, width)
     y1, y2 = max(y, 0), min(y + h, height)
@@ -215,7 +211,11 @@ def _mask_fault(segmentation: Any, image: dict[str, Any]) -> str | None:
         if rle is None:
             return "mask is no run-length code of the image's size"
         return None if coco_masks.area(rle) else "mask without a pixel"
-    return None if coco_masks.usable_polygons(segmentation) else "mask is no polygon"
+    polygons = coco_masks.usable_polygons(segmentation)
+    if not polygons:
+        return "mask is no polygon"
+    seen = coco_masks.covers_a_pixel(polygons, image["height"], image["width"])
+    return None if seen else "mask without a pixel"
 
 
 class CocoDataset(Dataset):

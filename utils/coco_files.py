@@ -1,6 +1,8 @@
 """COCO's files on disk: where a split's images and annotations are, and whether the ids hold."""
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,23 @@ def check_references(path: Path, content: dict[str, Any]) -> None:
                 f"{path}: annotation {name} of image {images[entry['image_id']]} has category_id "
                 f"{entry['category_id']!r}, which is not among the categories; mend or remove it"
             )
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value from JSON is a number that a float can hold: not text, NaN or infinite."""
+    largest = sys.float_info.max  # a comparison takes integers of any size, which float() does not
+    return _is_number(value) and -largest <= value <= largest
+
+
+def box_fault(box: Any) -> str | None:
+    """Why a value from JSON is not COCO's [x, y, w, h], or None if it is."""
+    if not isinstance(box, Sequence) or len(box) != 4 or not all(map(_is_number, box)):
+        return "box is not four numbers"
+    return None if all(map(is_finite, box)) else "box is not finite"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_id(value: Any) -> bool:

@@ -3,13 +3,15 @@
 faster-coco-eval's routines where installed, else pycocotools'; both give the same bytes.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from utils.coco_files import is_finite
 from utils.errors import UserError
+
+FARTHEST = 1e6  # pixels: the rasteriser walks along an edge, and would fill the memory with more
 
 try:
     from faster_coco_eval import mask as api
@@ -29,7 +31,7 @@ def _api() -> Any:
 
 
 def usable_polygons(segmentation: Any) -> list[list[float]]:
-    """The parts of a COCO segmentation that are polygons: 3 or more finite corners, some area."""
+    """The parts of a COCO segmentation that are polygons: 3 or more corners, some area."""
     if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
         return []
     return [part for part in segmentation if _is_polygon(part)]
@@ -38,10 +40,36 @@ def usable_polygons(segmentation: Any) -> list[list[float]]:
 def _is_polygon(part: Any) -> bool:
     if not isinstance(part, Sequence) or len(part) < 6 or len(part) % 2:
         return False
-    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in part):
+    if not all(is_finite(v) and abs(v) <= FARTHEST for v in part):
         return False
-    x, y = np.asarray(part, dtype=float).reshape(-1, 2).T
-    return abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) > 1e-6  # twice the area
+    return _area_and_length(part)[0] > 5e-7
+
+
+def _area_and_length(polygon: Sequence[float]) -> tuple[float, float]:
+    """A polygon's area and the length of its outline, in pixels."""
+    corners = np.array(polygon, dtype=float).view(complex)
+    edges = np.diff(corners, append=corners[:1])
+    return abs(np.vdot(corners, edges).imag) / 2, float(np.abs(edges).sum())
+
+
+def covers_a_pixel(polygons: Sequence[Sequence[float]], height: int, width: int) -> bool:
+    """Whether the mask of polygons, from `usable_polygons`, has a pixel.
+
+    Drawing all of COCO's would take minutes. A polygon that does not cross itself holds a circle of
+    radius area / outline (Bonnesen's inequality), and one of radius 1 holds a pixel's centre; so
+    only what is tiny or thin, or reaches outside the image, is drawn.
+    """
+    for polygon in polygons:
+        size, length = _area_and_length(polygon)
+        x, y = polygon[::2], polygon[1::2]
+        inside = min(x) >= 0 and min(y) >= 0 and max(x) <= width and max(y) <= height
+        if inside and size > length:
+            return True
+    return area(_draw(polygons, height, width)) > 0
+
+
+def _draw(polygons: Sequence[Sequence[float]], height: int, width: int) -> dict[str, Any]:
+    return _api().merge(_api().frPyObjects(polygons, height, width))
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
@@ -65,9 +93,7 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
             return {"size": [height, width], "counts": counts}
         return _api().frPyObjects(segmentation, height, width)
     polygons = usable_polygons(segmentation)
-    if not polygons:
-        return None
-    return _api().merge(_api().frPyObjects(polygons, height, width))
+    return _draw(polygons, height, width) if polygons else None
 
 
 def _runs(text: bytes) -> list[int] | None:
