@@ -140,6 +140,22 @@ def test_annotations_that_pycocotools_would_break_on(tmp_path):
         assert truth.judge(results, backend)["bbox"].figures["AP"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("area", [float("nan"), float("inf"), "600", -1, True, [600]])
+@pytest.mark.parametrize("masks", [False, True])
+def test_an_area_that_is_none_is_counted_anew(tmp_path, area, masks):
+    tree = write_tree(tmp_path, [annotation(area=area)])
+    (kept,) = GroundTruth(locate(tree, "val"), masks).content["annotations"]
+    assert kept["area"] == 600
+
+
+@pytest.mark.parametrize("box", [[1, 2, 3, "4"], [1, 2, 3, "x"], [1, 2, True, 4], [1, 2, 3], None])
+def test_a_box_that_is_none_is_not_judged(tmp_path, box):
+    bad = {**annotation(2, 2), "bbox": box}
+    truth = GroundTruth(locate(write_tree(tmp_path, [annotation(), bad]), "val"), masks=False)
+    assert [kept["bbox"] for kept in truth.content["annotations"]] == [[10, 10, 20, 30]]
+    assert truth.left_out == 1
+
+
 def test_what_cannot_be_judged_is_said(tmp_path):
     bad = [annotation(), annotation(2, 2, segmentation=None), annotation(3, 2, bbox=(0, 0, 9, 9))]
     bad[2]["bbox"][0] = float("nan")

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from utils import coco_masks
-from utils.coco_files import Place, check_references, read_json
+from utils.coco_files import Place, box_fault, check_references, is_finite, read_json
 from utils.distributed import Context, share
 from utils.errors import UserError
 from utils.files import write_atomically
@@ -228,18 +228,16 @@ def _index(coco: type, content: dict[str, Any]) -> Any:
 
 def _complete(entry: dict, image: dict, masks: bool) -> dict | None:
     """An annotation with all that the evaluation reads; None if it cannot be judged."""
-    box = entry["bbox"]
-    numbers = isinstance(box, Sequence) and len(box) == 4
-    if not numbers or not np.isfinite(np.asarray(box, dtype=float)).all():
+    if box_fault(entry["bbox"]):
         return None
     whole = {key: entry[key] for key in ("image_id", "category_id", "bbox")}
     whole["iscrowd"] = int(bool(entry.get("iscrowd", 0)))
-    whole["area"] = entry.get("area")
     if masks:
         rle = coco_masks.to_rle(entry.get("segmentation"), image["height"], image["width"])
         if rle is None:
             return None
         whole["segmentation"] = rle
-    if whole["area"] is None:
-        whole["area"] = coco_masks.area(rle) if masks else box[2] * box[3]
-    return whole
+    area = entry.get("area")
+    if not is_finite(area) or area < 0:  # missing, or as good as missing
+        area = coco_masks.area(rle) if masks else entry["bbox"][2] * entry["bbox"][3]
+    return {**whole, "area": area}
