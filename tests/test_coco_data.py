@@ -1,6 +1,7 @@
 """A COCO split: bad annotations one by one, targets, mirroring, batches by aspect ratio."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from utils import coco_masks
 from utils.coco_data import CocoDataset, load_split, mirror
 from utils.coco_files import locate
 from utils.demo_shapes import write_shapes
+from utils.detection_options import build_parser
+from utils.detection_recipe import DetectionRecipe
 from utils.errors import UserError
 from utils.image_io import BrokenImageError
 
@@ -144,17 +147,24 @@ def test_wrong_ids_are_errors(tmp_path, changes, message):
     [
         (lambda c: c.pop("images"), "the list 'images' is missing"),
         (lambda c: c["images"].clear(), "the list 'images' is empty"),
-        (lambda c: c["images"][1].pop("width"), r"images\[1\] has no 'width'"),
-        (lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\] has no 'bbox'"),
+        (lambda c: c["images"][1].pop("width"), r"\[1\] of image picture-2.png has no 'width'"),
+        (lambda c: c["images"][1].pop("file_name"), r"images\[1\] has no 'file_name'"),
+        (lambda c: c["annotations"][0].pop("bbox"),
+         r"annotations\[0\] of image picture-1.png has no 'bbox'"),
+        (lambda c: c["annotations"][0].pop("image_id"), r"annotations\[0\] has no 'image_id'"),
+        (lambda c: c["annotations"].append(7), r"annotations\[1\] has no 'image_id'"),
+        (lambda c: c["images"][1].update(id="2"), "picture-2.png has the id '2', no whole"),
         (lambda c: c["images"][1].update(height="48"), "picture-2.png.*height and width"),
         (lambda c: c["images"][1].update(width=0), "picture-2.png.*height and width"),
         (lambda c: c["images"][1].update(file_name=7), r"images\[1\].*file_name"),
         (lambda c: c["annotations"][0].update(image_id=[1]), r"image_id \[1\]"),
         (lambda c: c["images"].append(c["images"][0]), "id 1 twice"),
+        (lambda c: c["images"][1].update(id=1), "id 1 twice, picture-1.png and picture-2.png"),
         (lambda c: c["categories"].append(c["categories"][0]), "id 7 twice"),
+        (lambda c: c["categories"][0].update(name="cat"), "categories 7 and 1 .* named 'cat'"),
         (lambda c: c["images"][2].update(file_name="gone.png"), "1 of 3 images are missing.*gone"),
     ],
-)
+)  # fmt: skip
 def test_bad_files_are_errors(tmp_path, change, message):
     root = write_tree(tmp_path, [annotation()])
     with pytest.raises(UserError, match=message):
@@ -182,6 +192,26 @@ def test_places(tmp_path):
         locate(root / "nowhere", "val")
     (root / "val2017").rename(root / "pictures")
     assert locate(root, "val", images="pictures").images == root / "pictures"
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_messages_name_flags_that_exist(tmp_path, part):
+    parser = build_parser(DetectionRecipe(), ["faster_rcnn"], ["resnet18"], ["bn"], "")
+    place = locate(write_tree(tmp_path, [], part=part), part)
+
+    def flags_of(function, *arguments):
+        with pytest.raises(UserError) as error:
+            function(*arguments)
+        return re.findall(r"--[\w-]+", str(error.value))
+
+    images, annotations = [f"--{part}-images"], [f"--{part}-annotations"]
+    assert {*images, *annotations} <= parser._option_string_actions.keys()
+    assert flags_of(locate, tmp_path, part, "gone") == images
+    assert flags_of(locate, tmp_path, part, None, "gone") == annotations
+    (place.images / "picture-2.png").unlink()
+    assert flags_of(load_split, place) == images
+    place.annotations.unlink()
+    assert flags_of(load_split, place) == annotations
 
 
 def test_an_image_of_another_size_is_named(tmp_path):

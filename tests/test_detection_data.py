@@ -103,3 +103,5 @@ def test_classes_are_matched_by_name(tmp_path):
     assert match_classes(["dog", "cat"], split, "x") == [7, 1]
     with pytest.raises(UserError, match="x 2, and they differ in cat"):
         match_classes(["dog", "cow"], split, "x")
+    with pytest.raises(UserError, match="differ in a name twice"):
+        match_classes(["dog", "cat", "cat"], split, "x")

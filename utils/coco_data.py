@@ -1,7 +1,7 @@
 """A COCO split as training samples: the JSON checked once, images read one by one.
 
 What cannot be trained on is dropped, counted and said; what is wrong (an id that leads nowhere, an
-image of another size than stated) ends the run with one line that names the image.
+image of another size than stated) ends the run with one line that names the image if it is known.
 """
 
 import json
@@ -150,7 +150,7 @@ def load_split(
             left.
     """
     folder, annotations = place.images, place.annotations
-    content = read_json(annotations)
+    content = read_json(place)
     check_references(annotations, content)
     images = content["images"]
     missing = [
@@ -159,7 +159,7 @@ def load_split(
     if missing:
         raise UserError(
             f"{folder}: {len(missing):,} of {len(images):,} images are missing, such as "
-            f"{missing[0]}; name the folder with --images"
+            f"{missing[0]}; name the folder with --{place.part}-images"
         )
     categories = sorted(content["categories"], key=lambda category: category["id"])
     index_of = {category["id"]: i for i, category in enumerate(categories)}

@@ -117,7 +117,7 @@ class GroundTruth:
     """
 
     def __init__(self, place: Place, masks: bool, image_ids: Iterable[int] | None = None):
-        content = read_json(place.annotations)
+        content = read_json(place)
         check_references(place.annotations, content)
         images = {image["id"]: image for image in content["images"]}
         self.image_ids = sorted(images if image_ids is None else map(int, image_ids))

@@ -14,6 +14,7 @@ from utils.errors import UserError
 class Place:
     """A split's folder of images and its annotation file."""
 
+    part: str  # "train" or "val", as in the flags
     images: Path
     annotations: Path
 
@@ -32,6 +33,7 @@ def locate(
     """
     root = Path(root)
     place = Place(
+        part,
         root / (images or f"{part}2017"),
         root / (annotations or f"annotations/instances_{part}2017.json"),
     )
@@ -46,16 +48,19 @@ def locate(
     return place
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A COCO annotation file with its three lists and their ids checked.
+def read_json(place: Place) -> dict[str, Any]:
+    """A split's annotation file with its three lists, their ids and the classes' names checked.
 
     Raises:
-        UserError: no such file, no JSON, a list or an id is missing, double or leads nowhere.
+        UserError: no such file, no JSON, a list or field missing, an id or a class name twice.
     """
+    path = place.annotations
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; name another with --annotations") from None
+        raise UserError(
+            f"{path}: no such file; name another with --{place.part}-annotations"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); write it again") from None
     if not isinstance(content, dict):
@@ -71,23 +76,50 @@ def read_json(path: Path) -> dict[str, Any]:
         for number, entry in enumerate(content[part]):
             lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if lacking:
-                raise UserError(f"{path}: {part}[{number}] has no {lacking[0]!r}: add it")
+                where = f"{part}[{number}]{_of_image(entry, part, content['images'])}"
+                raise UserError(f"{path}: {where} has no {lacking[0]!r}: add it")
     for number, image in enumerate(content["images"]):
         if not isinstance(image["file_name"], str):
-            raise UserError(f"{path}: images[{number}]: file_name is no text")
+            raise UserError(f"{path}: images[{number}], id {image['id']!r}: file_name is no text")
         if not all(_is_id(image[side]) and image[side] > 0 for side in ("height", "width")):
             raise UserError(
                 f"{path}: {image['file_name']}: height and width must be whole numbers of pixels"
             )
-    for part in ("images", "categories"):
+    for part, named in (("images", "file_name"), ("categories", "name")):
         if not content[part]:
             raise UserError(f"{path}: the list {part!r} is empty")
-        seen: set[int] = set()
+        seen: dict[int, Any] = {}
         for entry in content[part]:
-            if not _is_id(entry["id"]) or entry["id"] in seen:
-                raise UserError(f"{path}: {part} have the id {entry['id']!r} twice, or no number")
-            seen.add(entry["id"])
+            number, name = entry["id"], entry[named]
+            if not _is_id(number):
+                raise UserError(f"{path}: {part}: {name} has the id {number!r}, no whole number")
+            if number in seen:
+                raise UserError(
+                    f"{path}: {part} have the id {number} twice, {seen[number]} and {name}: give "
+                    "each its own"
+                )
+            seen[number] = name
+    id_of: dict[str, int] = {}
+    for category in content["categories"]:
+        name = str(category["name"])
+        if name in id_of:
+            raise UserError(
+                f"{path}: categories {id_of[name]} and {category['id']} are both named {name!r}: "
+                "rename one, as classes are told apart by their names"
+            )
+        id_of[name] = category["id"]
     return content
+
+
+def _of_image(entry: Any, part: str, images: list[dict[str, Any]]) -> str:
+    """" of image FILE", where the file lets know which."""
+    if not isinstance(entry, dict) or part == "categories":
+        return ""
+    if part == "images":
+        names = [entry["file_name"]] if "file_name" in entry else []
+    else:
+        names = [image["file_name"] for image in images if image["id"] == entry.get("image_id")]
+    return f" of image {names[0]}" if names else ""
 
 
 def check_references(path: Path, content: dict[str, Any]) -> None:
