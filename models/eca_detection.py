@@ -16,7 +16,12 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from models import create_model
 from models.building import Ksize
-from models.eca_detection_geometry import LegacyP6P7, LegacyTransform, PyramidAnchors
+from models.eca_detection_geometry import (
+    LegacyBoxCoder,
+    LegacyP6P7,
+    LegacyTransform,
+    PyramidAnchors,
+)
 from models.eca_detection_heads import compute_in_float32, initialise_box_head, make_heads
 from models.eca_detection_norm import freeze
 from models.eca_resnet import ResNet
@@ -116,7 +121,7 @@ def create_detector(
         compute_in_float32(detector.head.regression_head, "bbox_reg")
     else:
         given = {"rpn_anchor_generator": anchors, **settings}
-        given |= make_heads(arch, num_classes, width, mask_pool)
+        given |= make_heads(arch, num_classes, width, mask_pool, legacy)
         detector = DETECTORS[arch](pyramid, **given)
         initialise_box_head(detector.roi_heads)
         compute_in_float32(detector.rpn.head, "cls_logits", "bbox_pred")
@@ -129,6 +134,8 @@ def create_detector(
         detector.transform = LegacyTransform(
             new.min_size, new.max_size, new.image_mean, new.image_std, new.size_divisible
         )
+        for part in (detector,) if single_stage else (detector.rpn, detector.roi_heads):
+            part.box_coder = LegacyBoxCoder(part.box_coder.weights)
     detector.arch, detector.backbone_arch, detector.num_classes = arch, backbone, num_classes
     detector.attention, detector.ksize = network.attention, network.ksize
     detector.model_kwargs = {

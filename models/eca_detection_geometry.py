@@ -1,8 +1,9 @@
 """Anchors and resizing of the detectors: this project's, and mmdetection v1's ("legacy").
 
 Boxes are (x1, y1, x2, y2) with the end one past the last pixel, everywhere. mmdetection v1 kept the
-last pixel itself and added 1 to every width. Written with ends, its box coding, IoU and RoIAlign
-are the same formulas as torchvision's; what remains different is in this file.
+last pixel itself and added 1 to every width. Written with ends, its IoU is the same formula as
+torchvision's, and so are its box coding and RoIAlign but for boxes that shrink very much and for
+very small regions; what remains different is in this file.
 """
 
 from collections.abc import Sequence
@@ -10,11 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.ops.poolers import LevelMapper
 
 RATIOS = (0.5, 1.0, 2.0)  # height over width
 
@@ -98,6 +102,46 @@ def _scale_pixels(boxes: Tensor, old: Sequence[int], new: Sequence[int]) -> Tens
     ratio = boxes.new_tensor([new[1] / old[1], new[0] / old[0]] * 2)
     end = boxes.new_tensor([0, 0, 1, 1])
     return (boxes - end) * ratio + end
+
+
+class LegacyBoxCoder(BoxCoder):
+    """mmdetection v1's box coding: a side shrinks, as it grows, at most 62.5-fold.
+
+    torchvision's limits growth alone.
+    """
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        codes = rel_codes.clone()
+        for i in (2, 3):
+            codes[:, i::4].clamp_(min=-self.bbox_xform_clip * self.weights[i])
+        return super().decode_single(codes, boxes)
+
+
+class LegacyRoIAlign(MultiScaleRoIAlign):
+    """mmdetection v1's RoIAlign on P2 to P5: a region smaller than a cell stays as small as it is.
+
+    torchvision's makes it one cell wide, unless it is "aligned", which moves all by half a cell.
+    """
+
+    def __init__(self, output_size: int):
+        super().__init__(["0", "1", "2", "3"], output_size, sampling_ratio=2)
+
+    def forward(
+        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        regions = torch.cat([F.pad(b, (1, 0), value=float(i)) for i, b in enumerate(boxes)])
+        levels = LevelMapper(2, 5)(boxes)
+        pooled = x["0"].new_zeros(len(regions), x["0"].shape[1], *self.output_size)
+        for level, name in enumerate(self.featmap_names):
+            cell = 4 << level
+            chosen = torch.where(levels == level)[0]
+            moved = regions[chosen]
+            moved[:, 1:] += cell / 2
+            found = roi_align(
+                x[name], moved, self.output_size, 1 / cell, self.sampling_ratio, aligned=True
+            )
+            pooled[chosen] = found.to(pooled.dtype)  # autocast may give the levels several
+        return pooled
 
 
 class LegacyP6P7(LastLevelP6P7):

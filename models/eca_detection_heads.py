@@ -13,15 +13,22 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 
+from models.eca_detection_geometry import LegacyRoIAlign
 
-def make_heads(arch: str, num_classes: int, width: int, mask_pool: int) -> dict[str, nn.Module]:
-    """The R-CNNs' heads as torchvision makes them, but of any width."""
+
+def make_heads(
+    arch: str, num_classes: int, width: int, mask_pool: int, legacy: bool
+) -> dict[str, nn.Module]:
+    """The R-CNNs' heads as torchvision makes them, but of any width; `legacy`: its RoIAlign."""
     heads = {
         "box_head": TwoMLPHead(width * 7**2, 4 * width),
         "box_predictor": FastRCNNPredictor(4 * width, num_classes),
     }
+    if legacy:
+        heads["box_roi_pool"] = LegacyRoIAlign(7)
     if arch == "mask_rcnn":
-        heads["mask_roi_pool"] = MultiScaleRoIAlign(["0", "1", "2", "3"], mask_pool, 2)
+        pool = MultiScaleRoIAlign(["0", "1", "2", "3"], mask_pool, 2)
+        heads["mask_roi_pool"] = LegacyRoIAlign(mask_pool) if legacy else pool
         heads["mask_head"] = MaskRCNNHeads(width, (width,) * 4, 1)
         heads["mask_predictor"] = MaskRCNNPredictor(width, width, num_classes)
     return heads
