@@ -219,8 +219,8 @@ def _is_done(model: nn.Module, name: str) -> bool:
 
 def _channels(model: nn.Module, name: str, instead: bool) -> int:
     """Channels of the output of module `name`, read off its parameters."""
-    if name.rpartition(".")[2] == "drop_path":
-        block, _ = _parent(model, name)
+    block, own = _parent(model, name)
+    if _ends_convnext(block, own):
         found = [m.out_features for m in block.modules() if isinstance(m, nn.Linear)]
         found += [m.out_channels for m in block.modules() if isinstance(m, nn.Conv2d)]
         return min(found)  # all but the MLP's wide layer have the block's channels
@@ -249,7 +249,7 @@ def _insert(model: nn.Module, name: str, layer: InsertedECA, instead: bool) -> s
     if instead:
         setattr(parent, own, layer)
         return name
-    if own == "drop_path":  # nothing in it has a name to keep; dropping comes after ECA
+    if _ends_convnext(parent, own):  # nothing in it has a name to keep; dropping comes after ECA
         setattr(parent, own, nn.Sequential())
         getattr(parent, own).add_module("eca", layer)
         getattr(parent, own).add_module("drop", place)
@@ -266,6 +266,11 @@ def _insert(model: nn.Module, name: str, layer: InsertedECA, instead: bool) -> s
 def _attend(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     """A forward hook: it finds its layer through `module`, so that it survives deepcopy."""
     return module.eca(output)
+
+
+def _ends_convnext(parent: nn.Module, own: str) -> bool:
+    """Whether it is where timm's ConvNeXt block has its branch in the layout of the addition."""
+    return own == "drop_path" and type(parent).__name__ == "ConvNeXtBlock"
 
 
 def _runs_in_order(module: nn.Module) -> bool:
