@@ -21,10 +21,13 @@ from models.eca_module import ADAPTIVE, ECALayer, adaptive_kernel_size
 BLOCKS = frozenset({
     "BasicBlock", "Bottleneck",  # ResNet, ResNeXt; timm's RegNet
     "ResBottleneckBlock",  # torchvision's RegNet
+    "BottleneckBlock",  # timm's networks of configured blocks, such as GENet
     "InvertedResidual", "UniversalInvertedResidual", "DepthwiseSeparableConv",  # MobileNets
     "MBConv", "FusedMBConv", "EdgeResidual",  # EfficientNet
     "CNBlock", "ConvNeXtBlock",
 })  # fmt: skip
+# ... those that are residual only if their `has_skip` says so, ...
+MAYBE_BLOCKS = frozenset({"ConvBnAct"})  # timm's EfficientNetV2, whose other ones are plain layers
 # ... squeeze-and-excitation, ECA of whatever make, and the branch that the last addition adds to.
 SQUEEZES = frozenset({"SqueezeExcitation", "SqueezeExcite", "SEModule", "SELayer"})
 ECAS = frozenset({"ECALayer", "InsertedECA", "EcaModule", "CecaModule", "eca_layer"})
@@ -92,8 +95,8 @@ def add_eca(
     off). Blocks that have ECA are passed over, so a second call changes nothing.
 
     Args:
-        model: ResNet, ResNeXt, RegNet, MobileNetV2 and V3, EfficientNet and ConvNeXt of torchvision
-            and timm are known; others with `after`.
+        model: ResNet, ResNeXt, RegNet, MobileNetV2 and V3, EfficientNet, EfficientNetV2 and
+            ConvNeXt of torchvision and timm, and timm's GENet, are known; others with `after`.
         after: the type of the residual blocks, or several; or a pattern for the names of the
             modules right after which ECA goes, such as "layer*.*.bn3" (`*` stays between dots).
         ksize: "adaptive" (eq. 12, by each layer's channels) or an odd integer.
@@ -156,14 +159,18 @@ def _places(
 ) -> Iterator[tuple[str, bool, bool]]:
     """For each residual block: ECA's place, whether in its stead, and whether there is one yet."""
     for name, block in model.named_modules():
-        known = type(block).__name__ in BLOCKS if types is None else isinstance(block, types)
-        if not known:
+        if not (_is_known(block) if types is None else isinstance(block, types)):
             continue
         if any(map(_is_eca, block.modules())):
             yield name, False, True
             continue
         place, instead = _end_of_branch(name, block, replace_se)
         yield ".".join(filter(None, (name, place))), instead, False
+
+
+def _is_known(block: nn.Module) -> bool:
+    kind = type(block).__name__
+    return kind in BLOCKS or (kind in MAYBE_BLOCKS and getattr(block, "has_skip", False))
 
 
 def _end_of_branch(name: str, block: nn.Module, replace_se: bool) -> tuple[str, bool]:

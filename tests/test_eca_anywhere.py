@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 import models
 from models import eca_module
-from models.eca_anywhere import SQUEEZES, InsertedECA, add_eca
+from models.eca_anywhere import SQUEEZES, InsertedECA, _is_known, add_eca
 from models.eca_module import ECALayer
 
 timm = pytest.importorskip("timm")
@@ -36,6 +38,9 @@ NETWORKS = {
     "timm mobilenetv2_050": (tm("mobilenetv2_050"), 17, 0),
     "timm mobilenetv3_small_050": (tm("mobilenetv3_small_050"), 11, 9),
     "timm efficientnet_b0": (tm("efficientnet_b0"), 16, 16),
+    "timm tf_efficientnetv2_s": (tm("tf_efficientnetv2_s", channel_multiplier=0.25), 40, 30),
+    "timm tf_efficientnetv2_b0": (tm("tf_efficientnetv2_b0"), 20, 16),
+    "timm gernet_s": (tm("gernet_s"), 14, 0),
     "timm convnext_atto": (tm("convnext_atto"), 12, 0),
 }
 
@@ -56,6 +61,28 @@ def without_squeezes(network):
             parent, _, own = name.rpartition(".")
             setattr(bare.get_submodule(parent), own, nn.Identity())
     return bare
+
+
+@torch.no_grad()
+def compile_each_kind(network, done, images):
+    """Compiles one block of each kind that has ECA: a whole network would take seconds."""
+    blocks = {}
+    for insertion in done:
+        path = insertion.name.split(".")
+        above = [".".join(path[:i]) for i in range(len(path), 0, -1)]
+        name = next(name for name in above if _is_known(network.get_submodule(name)))
+        block = network.get_submodule(name)
+        blocks.setdefault((type(block), insertion.name[len(name) :]), block)
+    seen = {}
+    for block in blocks.values():
+        block.register_forward_pre_hook(lambda m, inputs: seen.update({m: inputs[0].clone()}))
+    network(images)
+    for block in blocks.values():
+        block._forward_pre_hooks.clear()
+        expected = block(seen[block].clone())
+        compiled = torch.compile(block, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(seen[block]), expected, rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -109,6 +136,34 @@ def test_on(name):
         for insertion in done:
             nn.init.zeros_(network.get_submodule(insertion.name).conv.weight)
         torch.testing.assert_close(twin(images), out, rtol=0, atol=0)
+    compile_each_kind(twin, done, images)
+
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "ECA_ANYWHERE.md"
+ROW = re.compile(r"\| ((?:torchvision|timm) `.*?) \| (\d+) \| (.*?) \| ([\d,]+) \| ([\d,]+) \|")
+ROWS = ROW.findall(DOCUMENT.read_text())
+
+
+def test_the_table_of_the_document_is_read():
+    assert len(ROWS) >= 11
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "row"),
+    [(*pair, row) for row in ROWS for pair in re.findall(r"(torchvision|timm) `(\w+)`", row[0])],
+)
+def test_the_table_of_the_document(library, name, row):
+    _, layers, place, before, after = row
+    build = torchvision.models.get_model if library == "torchvision" else timm.create_model
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):  # RegNet computes its widths
+        network = build(name)
+    assert sum(p.numel() for p in network.parameters()) == int(before.replace(",", ""))
+    done = add_eca(network, quiet=True)
+    assert len(done) == int(layers)
+    assert sum(p.numel() for p in network.parameters()) == int(after.replace(",", ""))
+    instead = re.match(r"(\d*) ?in place of", place)
+    squeezes = int(instead[1] or layers) if instead else 0
+    assert sum("in place of" in insertion.place for insertion in done) == squeezes
 
 
 def test_it_has_three_addresses():
