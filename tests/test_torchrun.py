@@ -38,20 +38,29 @@ def test_two_ranks_train_and_evaluate_as_one(run, tree, tmp_path):
     row = saved["history"][0]
     assert abs(row["val_loss"] - one["loss"]) < 1e-6 * one["loss"]
 
-    # Training against a loop written out here: each half batch by itself, gradients averaged.
-    reference = two_halves(tree, batch=24, lr=0.001, seed=1)
+    # Training against a loop written out here: each half batch by itself, gradients averaged. What
+    # a step changed is compared, not the weights: they hardly move, and would hide a wrong step.
+    # Rounding alone comes to 0.4 % in the first layers (float32 on AVX-512); a gradient that is not
+    # shared, to more than half.
+    before, reference = two_halves(tree, batch=24, lr=0.001, seed=1)
     assert saved["state_dict"]["bn1.num_batches_tracked"] == 1
-    for key, value in saved["state_dict"].items():
-        torch.testing.assert_close(value, reference[key], rtol=1e-4, atol=2e-6, msg=key)
+    for key, start in before.items():
+        expected = (reference[key] - start).double()
+        off = (saved["state_dict"][key] - reference[key]).double()
+        assert off.norm() <= 0.02 * expected.norm() + 1e-7, key
 
 
-def two_halves(tree: Path, batch: int, lr: float, seed: int) -> dict[str, torch.Tensor]:
-    """One epoch of data-parallel SGD over two replicas, in one process and without fusing."""
+def two_halves(
+    tree: Path, batch: int, lr: float, seed: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """One epoch of data-parallel SGD over two replicas, in one process, without fusing and in
+    double precision: the state before and after."""
     images = scan(str(tree / "train"))
     dataset = ImageDataset(images, train_transform(96, 0.7, 0.5), seed)
     torch.manual_seed(seed)
-    network = models.create_model("resnet18", num_classes=3)
+    network = models.create_model("resnet18", num_classes=3).double()
     models.set_fused(network, False)
+    first = {key: value.clone() for key, value in network.state_dict().items()}
     optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=1e-4)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     halves = [SeededBatches(len(images), batch, seed, rank, 2) for rank in (0, 1)]
@@ -59,7 +68,7 @@ def two_halves(tree: Path, batch: int, lr: float, seed: int) -> dict[str, torch.
         optimizer.zero_grad()
         for rank in (1, 0):
             items = [dataset[key] for key in keys[rank]]
-            x = (torch.stack([item[0] for item in items]) / 255 - mean) / std
+            x = (torch.stack([item[0] for item in items]).double() / 255 - mean) / std
             y = torch.tensor([item[1] for item in items])
             before = [buffer.clone() for buffer in network.buffers()]
             (torch.nn.functional.cross_entropy(network(x), y) / 2).backward()
@@ -67,7 +76,7 @@ def two_halves(tree: Path, batch: int, lr: float, seed: int) -> dict[str, torch.
                 for buffer, old in zip(network.buffers(), before, strict=True):
                     buffer.copy_(old)
         optimizer.step()
-    return network.state_dict()
+    return first, network.state_dict()
 
 
 def test_a_batch_that_does_not_divide_is_refused(run, tree):
