@@ -11,8 +11,9 @@ from kill_driver import same, state
 from shard_sets import make, write_tar
 from test_resume import FLAGS, kill_and_resume
 
-from utils import shard_index, shards
+from utils import shard_index, shards, storage
 from utils.check_data import find_broken, find_images
+from utils.data import ImageDataset, eval_transform
 from utils.errors import UserError
 from utils.image_folder import describe
 from utils.image_sets import open_images, open_split
@@ -181,6 +182,15 @@ def test_faults_in_shards_end_in_one_line(run, sharded, tmp_path):
     assert len(paths) == 39
     found = [str(error) for error in find_broken(paths, "torchvision", 2) if error is not None]
     assert found == [f"{place}:a/5.png: not an image"]
+
+    # A shard that cannot be read is no broken image.
+    place.unlink()
+    storage.close_files()
+    fault = ImageDataset(train, eval_transform(32, 1.0), skip_broken=True)[0, 5]
+    assert isinstance(fault, UserError)
+    assert (str(fault), fault.exit_code) == (
+        f"{place}: No such file or directory; see to it, and go on with --resume auto", 1
+    )  # fmt: skip
 
     # Other images where the index says they are: nothing is replaced.
     place.write_bytes(whole[512:] + whole[:512])

@@ -38,10 +38,18 @@ class Member:
         """Its bytes.
 
         Raises:
-            UserError: other bytes lie there than when the index was made, or a store does not
-                answer. No fault of the image's: it is not to be replaced by another.
+            UserError: other bytes lie there than when the index was made, the shard cannot be read,
+                or a store does not answer. No fault of the image's: it is not to be replaced by
+                another.
         """
-        data = storage.read_range(self.shard, self.offset - BLOCK, BLOCK + self.size)
+        try:
+            data = storage.read_range(self.shard, self.offset - BLOCK, BLOCK + self.size)
+        except OSError as error:
+            raise UserError(
+                f"{printable(self.shard)}: {error.strerror or error}; see to it, and go on with "
+                "--resume auto",
+                EXIT_FAILED,
+            ) from None
         if zlib.crc32(data[:BLOCK]) != self.header or len(data) != BLOCK + self.size:
             index = f"{os.path.dirname(self.shard)}/{NAME}"
             raise UserError(
