@@ -1,5 +1,7 @@
 """Ranges of local files, and of a store: fsspec's own, in memory, as no other is reached here."""
 
+import io
+import itertools
 import multiprocessing
 
 import fsspec
@@ -47,6 +49,46 @@ def test_without_an_index_there_one_is_made_in_the_cache(store, tmp_path, monkey
     assert len(list((tmp_path / "cache" / "eca-net").iterdir())) == 2
     monkeypatch.setattr(shard_index, "make_index", None)  # it is found the next time
     open_split(url)
+
+
+def test_indexing_starts_a_shard_again(store, tmp_path, monkeypatch):
+    """A read inside of a shard fails, not the opening of it, as when a connection breaks."""
+    source, url = store
+    fsspec.filesystem("memory").rm(f"/bucket/data/train/{shard_index.NAME}")
+    monkeypatch.setattr(storage, "PAUSES", (0, 0, 0))
+    failures, calls = [4], itertools.count()  # the reads that fail
+
+    class Flaky(io.BytesIO):
+        def read(self, *arguments):
+            if next(calls) in failures:
+                raise TimeoutError("slow\ndown")
+            return super().read(*arguments)
+
+    opened = MemoryFileSystem.open
+    monkeypatch.setattr(MemoryFileSystem, "open", lambda fs, path, mode="rb", **k: (
+        Flaky(fs.cat_file(path)) if (path[-4:], mode) == (".tar", "rb") else
+        opened(fs, path, mode, **k)
+    ))  # fmt: skip
+    found = shard_index.find_index(f"{url}/train")
+    assert next(calls) > 5
+    wanted = shard_index.find_index(str(tmp_path / "local/train"))
+    assert found.names.tolist() == wanted.names.tolist()
+    assert found.members.tolist() == wanted.members.tolist()
+    assert found.ignored == {}
+    assert_same_images(open_split(str(source))[0], open_split(url)[0])
+
+    (cached,) = (tmp_path / "cache" / "eca-net").iterdir()
+    cached.unlink()
+    failures = range(1000)
+    with pytest.raises(UserError, match=r"train-00000\.tar: TimeoutError slow \(4 tries\); check"):
+        shard_index.find_index(f"{url}/train")
+
+    # What is damaged is so the next time: no second try.
+    failures, calls = [], itertools.count()
+    fsspec.filesystem("memory").pipe("/bucket/data/train/train-00000.tar", b"no tar" * 200)
+    with pytest.raises(UserError, match="damaged or cut short"):
+        shard_index.find_index(f"{url}/train")
+    assert next(calls) == 1
 
 
 def test_a_server_that_lists_nothing_needs_the_index(store, monkeypatch):

@@ -17,7 +17,9 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -118,27 +120,20 @@ def make_index(root: str, listed: dict[str, int | None]) -> ShardIndex:
     bar = tqdm(listed, desc="indexing", unit="shard", disable=None)
     for number, shard in enumerate(bar):
         place = f"{root}/{shard}"
-        images, classes = [], {}
         try:
-            with storage.open_whole(place) as file:
-                for name, content, offset, size, header in _members(file, place, ignored):
-                    key, ending = os.path.splitext(name)
-                    if content is not None:
-                        classes[key] = content
-                    elif ending.lower() in EXTENSIONS:
-                        images.append((key, name, (number, offset, size, header)))
-                    else:
-                        ignored[ending.lower() or "no ending"] += 1
-                sizes.append(file.seek(0, os.SEEK_END))
+            contents = storage.read_through(place, partial(_contents, place=place))
         except OSError as error:
             raise UserError(f"{printable(place)}: {error.strerror or error}") from None
+        images, classes, size, passed_over = contents
+        sizes.append(size)
+        ignored += passed_over
         for key, name, member in images:
             if key not in classes:
                 ignored["image without .cls"] += 1
                 continue
             names.append(os.fsencode(name))
             labels.append(classes[key])
-            members.append(member)
+            members.append((number, *member))
     if not names:
         raise UserError(
             f"{printable(root)}: no image with its class number beside it (KEY.jpg and KEY.cls) in "
@@ -148,6 +143,22 @@ def make_index(root: str, listed: dict[str, int | None]) -> ShardIndex:
         tuple(listed), tuple(sizes), np.array(names), np.array(labels, np.int64),
         np.array(members, MEMBER), dict(ignored),
     )  # fmt: skip
+
+
+def _contents(
+    file: BinaryIO, place: str
+) -> tuple[list[tuple[str, str, tuple[int, int, int]]], dict[str, int], int, Counter[str]]:
+    """One shard: (key, name, place) of its images, class numbers by key, size, what is no image."""
+    images, classes, ignored = [], {}, Counter()
+    for name, content, offset, size, header in _members(file, place, ignored):
+        key, ending = os.path.splitext(name)
+        if content is not None:
+            classes[key] = content
+        elif ending.lower() in EXTENSIONS:
+            images.append((key, name, (offset, size, header)))
+        else:
+            ignored[ending.lower() or "no ending"] += 1
+    return images, classes, file.seek(0, os.SEEK_END), ignored
 
 
 def _members(

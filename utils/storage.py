@@ -7,12 +7,14 @@ install.
 import functools
 import os
 import time
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import BinaryIO, TypeVar
 
 from utils.errors import EXIT_FAILED, UserError
 
 OPEN_FILES = 256  # kept open by each process, well below the usual limit of 1,024
 PAUSES = (1, 4, 16)  # seconds before a request to a store is made again
+T = TypeVar("T")
 
 
 def is_remote(path: str) -> bool:
@@ -71,15 +73,21 @@ def read_range(path: str, start: int, size: int) -> bytes:
     return os.pread(_opened(path).fileno(), size, start)  # which moves no shared file position
 
 
-def open_whole(path: str) -> BinaryIO:
-    """A file to read through from its beginning.
+def read_through(path: str, read: Callable[[BinaryIO], T]) -> T:
+    """What `read` makes of the file, opened at its beginning; from a store perhaps more than once.
 
     Raises:
-        OSError, UserError: see `read_range`.
+        OSError, UserError: see `read_range`, and those of `read`.
     """
+
+    def request(fs, inner: str) -> T:
+        with fs.open(inner, "rb") as file:
+            return read(file)
+
     if is_remote(path):
-        return _ask(path, lambda fs, inner: fs.open(inner, "rb"))
-    return open(path, "rb")
+        return _ask(path, request)
+    with open(path, "rb") as file:
+        return read(file)
 
 
 def close_files() -> None:
@@ -124,6 +132,8 @@ def _ask(url: str, request, missing: object = _NEEDED):
             if missing is not _NEEDED:
                 return missing
             raise UserError(f"{url}: no such file; was it removed?", EXIT_FAILED) from None
+        except UserError:  # the fault of what is stored, and the same the next time
+            raise
         except Exception as error:  # every store has errors of its own
             if pause is None:
                 reason = f"{type(error).__name__} {error}".splitlines()[0]
