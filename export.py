@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from models.anatomy import COARSEST
 from models.inference import optimise_for_inference
 from models.weights import describe_network, network_from_checkpoint
 from utils import export_files, saved
@@ -19,7 +20,6 @@ from utils.errors import UserError, as_user_error
 from utils.files import write_atomically
 from utils.report import network_line
 
-COARSEST = 32  # pixels a position of the last feature map
 FORMATS = {
     "onnx": (export_files.to_onnx, export_files.run_onnx),
     "pt2": (export_files.to_pt2, export_files.run_pt2),
@@ -42,13 +42,18 @@ def build_parser() -> Parser:
     )  # fmt: skip
     parser.add_argument(
         "--img-size", type=positive_int, metavar="S",
-        help="recorded in the files (default: the checkpoint's); they take any size",
+        help="pixels, recorded in the files (default: the checkpoint's); up to 32, a .pt2 takes "
+        "this size alone",
     )  # fmt: skip
     return parser
 
 
 def main() -> None:
     args = build_parser().parse_args()
+    if args.no_fold and not set(args.to) & FORMATS.keys():
+        raise UserError(
+            "--no-fold is for onnx and pt2, and safetensors holds BatchNorm as it is: leave it out"
+        )
     export_files.check_packages(args.to)
     source = Path(args.checkpoint)
     folder = Path(args.output) if args.output else source.parent
@@ -78,11 +83,12 @@ def main() -> None:
         raise UserError(f"{folder}: {error.strerror}; choose another --output") from None
 
     form = network
-    if not args.no_fold and set(args.to) & {"onnx", "pt2"}:
+    if not args.no_fold and set(args.to) & FORMATS.keys():
         form = optimise_for_inference(network, torch.float32).network
     for name, target in targets.items():
         if name == "safetensors":
             data = export_files.to_safetensors(network.state_dict(), metadata)
+            export_files.check_safetensors(data, network.state_dict(), target.name)
             note = "the tensors of the checkpoint"
         else:
             # A .pt2 is for one position of the last feature map, or for more: not for both.

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from models.anatomy import feature_maps
+from models.anatomy import COARSEST, feature_maps
 from models.weights import network_from_checkpoint
 from utils import distributed, outputs, pictures
 from utils.class_activation import grad_cam
@@ -36,7 +36,6 @@ from utils.saved import class_names, is_detector, load, preprocessing
 from utils.user_images import UserBatch, find_images, read_batches
 
 FINE_ENOUGH = 4  # positions a side: with fewer, a map hardly tells where
-COARSEST = 32  # pixels a position of the last feature map; each one before it is twice as fine
 MOST_IN_GRID = 400
 MOST_LARGE = 100  # of those with captions in them
 

@@ -14,6 +14,8 @@ from models.eca_mobilenetv2 import STAGE_OF_BLOCK, STAGES, MobileNetV2
 from models.eca_module import ECALayer
 from models.eca_resnet import ResNet
 
+COARSEST = 32  # pixels a position of the last feature map; each before it is twice as fine
+
 
 class AttentionLayer(NamedTuple):
     """One attention layer and where it stands; stages and blocks count from 1."""

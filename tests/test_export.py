@@ -110,15 +110,18 @@ def test_all_formats(cli, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "flags"), [("eca_resnet18", ("--no-fold",)), ("eca_mobilenetv2", ())]
+    ("name", "img_size", "flags"),
+    [("eca_resnet18", 32, ("--no-fold",)), ("eca_mobilenetv2", 48, ("--img-size", 32))],
 )
-def test_small_images(cli, tmp_path, name, flags):
-    network = write_checkpoint(tmp_path / "tiny.pth.tar", name, img_size=32)
+def test_small_images(cli, tmp_path, name, img_size, flags):
+    network = write_checkpoint(tmp_path / "tiny.pth.tar", name, img_size)
     code, text = cli("tiny.pth.tar", "--to", "pt2", "--output", "new/folder", *flags)
     assert code == 0, text
     assert "any batch, 32 x 32 pixels" in text
-    program = torch.export.load(tmp_path / "new/folder/tiny.pt2")
-    assert ("batch_norm" in program.graph_module.code) == bool(flags)
+    extra = {export_files.METADATA: ""}
+    program = torch.export.load(tmp_path / "new/folder/tiny.pt2", extra_files=extra)
+    assert json.loads(extra[export_files.METADATA])["img_size"] == 32
+    assert ("batch_norm" in program.graph_module.code) == ("--no-fold" in flags)
     for n in (1, 7):
         images = torch.randn(n, 3, 32, 32)
         torch.testing.assert_close(program.module()(images), network(images), rtol=1e-4, atol=1e-4)
@@ -139,6 +142,21 @@ def test_a_file_that_computes_something_else_is_refused():
         check(lambda x: network(x[:, 1:]))
 
 
+@pytest.mark.parametrize("damage", [0, 1])
+def test_tensors_that_are_not_the_checkpoints_are_refused(cli, tmp_path, monkeypatch, damage):
+    pytest.importorskip("safetensors")
+    write_checkpoint(tmp_path / "best.pth")
+    write = export_files.to_safetensors
+    monkeypatch.setattr(  # one bit of the last tensor's last byte
+        export_files, "to_safetensors", lambda *a: (d := write(*a))[:-1] + bytes([d[-1] ^ damage])
+    )
+    code, text = cli("best.pth", "--to", "safetensors")
+    assert code == damage, text
+    assert (tmp_path / "best.safetensors").exists() == (damage == 0)
+    said = "error: best.safetensors does not hold the checkpoint's " in text
+    assert said == (damage == 1)
+
+
 def test_what_is_wrong_is_said_in_one_line(cli, tmp_path):
     write_checkpoint(tmp_path / "best.pth")
     (tmp_path / "bad.safetensors").write_bytes(b"no")
@@ -152,6 +170,7 @@ def test_what_is_wrong_is_said_in_one_line(cli, tmp_path):
         (("bad.safetensors", "--to", "pt2"), "damaged, or not a safetensors file"),
         (("foreign.safetensors", "--to", "pt2"), "damaged, or not a safetensors file"),
         (("det.pth",), "det.pth: holds a detector; give the checkpoint of a classifier"),
+        (("best.pth", "--to", "safetensors", "--no-fold"), "--no-fold is for onnx and pt2"),
         (("best.pth", "--to", "onyx"), "invalid choice: 'onyx'"),
         (("best.pth", "--output", "bad.safetensors"), "choose another --output"),
     ]:

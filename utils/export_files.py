@@ -92,6 +92,30 @@ def to_safetensors(state_dict: Mapping[str, Tensor], metadata: Mapping[str, obje
     return save({k: v.contiguous() for k, v in state_dict.items()}, {"format": "pt", **texts})
 
 
+def check_safetensors(data: bytes, state_dict: Mapping[str, Tensor], name: str) -> None:
+    """Reads a safetensors file back.
+
+    Raises:
+        UserError: it does not hold the tensors of `state_dict`, bit for bit; `name` is the file's.
+    """
+    from safetensors.torch import load
+
+    held = load(data)
+    differing = sorted(held.keys() ^ state_dict.keys())
+    differing += [k for k in held.keys() & state_dict.keys() if not _same(held[k], state_dict[k])]
+    if differing:
+        raise UserError(
+            f"{name} does not hold the checkpoint's {differing[0]}: not written", EXIT_FAILED
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    a, b = (t.flatten().view(torch.uint8) for t in (a, b))  # as bytes, in which NaN equals NaN
+    return torch.equal(a, b)
+
+
 def read_safetensors(path: str | Path) -> dict:
     """A file that `to_safetensors` wrote, as the checkpoint that it came from.
 
