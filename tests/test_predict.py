@@ -19,6 +19,7 @@ from models import create_model, weights
 from models.anatomy import feature_maps
 from models.eca_detection import create_detector, describe_detector
 from models.eca_resnet import BasicBlock, ResNet
+from models.inference import fastest_dtype
 from utils import checkpoint
 from utils.class_activation import grad_cam
 from utils.cli import run_script
@@ -160,6 +161,25 @@ def test_table_csv_and_json_hold_the_right_numbers(ckpt, photos, cli, tmp_path):
     assert sum(guess["confidence"] for guess in entry["guesses"]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("amp", [None, "off", "bf16"])
+def test_fast_predicts_the_same(ckpt, photos, cli, amp):
+    path, network = ckpt
+    flags = ("--fast", "--amp", amp) if amp else ("--fast",)
+    code, text, notes = cli(path, photos, "--format", "json", *flags)
+    assert code == 1
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float32 if amp else fastest_dtype("cpu")
+    assert f"rebuilt for inference: BatchNorm folded, gate first, weights in {dtype}" in notes
+    near = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0, "atol": 0.05}
+    found = [entry for entry in json.loads(text) if "error" not in entry]
+    assert len(found) == 4
+    for entry in found:
+        confidences = torch.zeros(3)
+        for guess in entry["guesses"]:
+            confidences[guess["index"]] = guess["confidence"]
+        expected = expected_confidences(network, entry["file"])
+        torch.testing.assert_close(confidences, expected, **near)
+
+
 def test_pictures_go_to_a_new_folder(ckpt, photos, cli, tmp_path, monkeypatch):
     path, network = ckpt
     monkeypatch.chdir(tmp_path)
@@ -218,6 +238,8 @@ def test_what_is_wrong_is_said_in_one_line(ckpt, photos, cli, tmp_path):
         ((path, photos, "--names", tmp_path), "give a text file"),
         ((path, photos, "--maps", "--map-stage", 5), "has feature maps 1 to 4"),
         ((path, photos, "--map-stage", 1), "add --maps, or leave it out"),
+        ((path, photos, "--amp", "off"), "--amp says in what --fast computes: add --fast"),
+        ((path, photos, "--fast", "--maps"), "--maps takes gradients, which --fast leaves no"),
         ((path, photos, "--min-score", 0.4), "--min-score is for detectors, and"),
         ((path, photos, "--output", photos / "a.png"), "is a file"),
         ((path, photos, "--topk", 0), "'0' is not a whole number at least 1"),
@@ -360,7 +382,7 @@ def test_detector_finds_draws_and_writes_coco(detector, photos, cli, tmp_path):
     code, text, _ = cli(path, photos / "a.png", "--format", "json", "--output", tmp_path / "two")
     assert code == 0
     assert json.loads(text)["images"][0]["file_name"] == f"{photos}/a.png"
-    for flag in (("--maps",), ("--img-size", 64), ("--names", "x"), ("--topk", 3)):
+    for flag in (("--maps",), ("--img-size", 64), ("--names", "x"), ("--topk", 3), ("--fast",)):
         code, _, notes = cli(path, photos, *flag)
         assert code == 2
         assert f"{flag[0]} is for classifiers, and {path} holds a detector: leave it out" in notes

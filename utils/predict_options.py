@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from utils.backends import DTYPES
 from utils.cli import Parser, count, fraction, number, positive_int
 from utils.errors import UserError
 from utils.image_io import DECODERS
@@ -51,6 +52,14 @@ def build_parser(description: str) -> Parser:
         "--crop-pct", type=number(float, 0, 1, above=True), metavar="F",
         help="share of the resized image that is kept (default: the checkpoint's)",
     )  # fmt: skip
+    parser.add_argument(
+        "--fast", action="store_true", default=None,
+        help="BatchNorm folded, ECA's gate before the last convolution, --amp as weights",
+    )  # fmt: skip
+    parser.add_argument(
+        "--amp", choices=DTYPES,
+        help="with --fast (default: bf16 where the device is faster in it, else off)",
+    )  # fmt: skip
     parser.add_argument("--decoder", choices=DECODERS, help="as for main.py")
     parser.add_argument(
         "-b", "--batch-size", type=positive_int, metavar="N", help="default: 32"
@@ -66,7 +75,8 @@ def build_parser(description: str) -> Parser:
 # The flags that one kind of network alone uses, with their defaults.
 OF_CLASSIFIERS = {
     "topk": 5, "maps": False, "map_stage": None, "names": None, "img_size": None,
-    "crop_pct": None, "decoder": "torchvision", "batch_size": 32, "workers": None,
+    "crop_pct": None, "fast": False, "amp": None, "decoder": "torchvision", "batch_size": 32,
+    "workers": None,
 }  # fmt: skip
 OF_DETECTORS = {"min_score": 0.5}
 
@@ -92,4 +102,8 @@ def settle(given: dict[str, Any], detector: bool) -> dict[str, Any]:
             )
     if given["map_stage"] is not None and not given["maps"]:
         raise UserError("--map-stage says which map --maps writes: add --maps, or leave it out")
+    if given["amp"] is not None and not given["fast"]:
+        raise UserError("--amp says in what --fast computes: add --fast, or leave it out")
+    if given["fast"] and given["maps"]:
+        raise UserError("--maps takes gradients, which --fast leaves no way to: give one of them")
     return given | {name: used[name] for name in used if given[name] is None}
