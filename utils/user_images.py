@@ -31,7 +31,7 @@ def find_images(names: Sequence[str]) -> list[bytes]:
 
     Args:
         names: files; folders, which stand for all images below them, sorted; glob patterns (`**`
-            crosses folders); or "-" for one path a line on standard input.
+            crosses folders); or "-" for one path a line on standard input, there or not.
 
     Raises:
         UserError: a name that stands for nothing.
@@ -40,12 +40,7 @@ def find_images(names: Sequence[str]) -> list[bytes]:
     for name in names:
         if name == "-":
             lines = [line.rstrip(b"\r\n") for line in sys.stdin.buffer]
-            here = [line for line in lines if line]
-            if missing := [path for path in here if not os.path.isfile(path)]:
-                raise UserError(
-                    f"{printable(missing[0])}: no such file ({len(missing)} of {len(here)} paths "
-                    "on standard input)"
-                )
+            here = [line for line in lines if line]  # one that is gone is told when it is read
             nothing = "no path came in on standard input"
         elif os.path.isdir(name):
             here = _images_below(os.fsencode(name))
