@@ -2,6 +2,7 @@
 
 import io
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from models.attention import ATTENTIONS
 from models.eca_resnet import BasicBlock, ResNet
 from utils import checkpoint, gate_pictures
 from utils.cli import run_script
-from utils.gate_statistics import GateStatistics, LayerWeights
+from utils.gate_statistics import GateStatistics, LayerWeights, table
 from utils.image_io import read_image
 
 
@@ -108,6 +109,30 @@ def test_spreads_tell_classes_from_chance():
     assert spreads(0, 0, classes=1)[0] == 0
 
 
+def test_a_single_image_says_nothing_of_a_spread():
+    torch.manual_seed(0)
+    s = torch.rand(5, 4)
+    statistics = GateStatistics(3)
+    statistics.update({"a": s}, torch.tensor([0, 0, 1, 2, 2]))
+    layer = statistics.layer("a", 1, 1, None)
+    assert np.isnan(layer.std).all(1).tolist() == [False, True, False]
+    variances = [s[part].double().var(0) for part in (slice(0, 2), slice(3, 5))]
+    pooled = sum(variances) / 2
+    assert layer.within == pytest.approx(pooled.sqrt().mean().item(), rel=1e-6)
+    noise = (variances[0] / 2 + pooled / 1 + variances[1] / 2) / 3
+    assert layer.noise == pytest.approx(noise.sqrt().mean().item(), rel=1e-6)
+
+    statistics = GateStatistics(2)
+    statistics.update({"a": s[:2]}, torch.tensor([0, 1]))
+    layer = statistics.layer("a", 1, 1, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan([layer.within, layer.noise]).all()
+        cells = table([layer]).splitlines()[1].split()
+    between = s[:2].double().std(0).mean().item()
+    assert cells == ["a", "4", f"{s[:2].mean():.4f}", f"{between:.4f}", "-", "-", "-"]
+
+
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
     """Runs attention.py's main in an empty folder and gives (exit code, all that it printed)."""
@@ -196,6 +221,9 @@ def test_squeeze_and_excitation_has_no_kernels(cli, tmp_path, tree, monkeypatch)
     code, text = cli(ckpt, tree, "--per-class", 1, "-j", 0)
     assert code == 0
     assert "written to runs/attention-1: channel_weights.png, spread.png, attention.npz" in text
+    for line in text.splitlines()[3:-1]:  # noise, within and kernel
+        assert line.split()[-3:] == ["-", "-", "-"]
+        assert float(line.split()[-4]) > 0
 
     # The same images in shards.
     shards = make(monkeypatch, tree, tmp_path / "shards", "-j", 1)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from utils.files import write_atomically
+from utils.text_tables import columns
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,10 @@ class LayerWeights:
     """The channel weights s of one attention layer over a set of images.
 
     Attributes:
-        title: "stage 3, block 2", with the layer's name in the network.
-        stage: counted from 1.
+        name: the layer's in the network.
+        stage, block: counted from 1.
         mean: (classes, channels) mean over the images of each class.
-        std: (classes, channels) standard deviation over the images of each class.
+        std: (classes, channels) standard deviation over the images of each class; NaN for one.
         counts: (classes,) images.
         kernel: (k,) ECA's learned weights, or None.
     """
@@ -39,13 +40,27 @@ class LayerWeights:
 
     @property
     def within(self) -> float:
-        """How much the images of one class differ: the same for images, over the classes."""
-        return float(np.sqrt((self.std**2).mean(0)).mean())
+        """How much the images of one class differ: the same for images, over the classes.
+
+        NaN where every class has a single image.
+        """
+        return float(np.sqrt(self._variance).mean())
 
     @property
     def noise(self) -> float:
-        """The `between` that chance alone gives, when classes do not differ at all."""
-        return float(np.sqrt((self.std**2 / self.counts[:, None]).mean(0)).mean())
+        """The `between` that chance alone gives, when classes do not differ at all.
+
+        A class with a single image, whose own variance is unknown, has that of the others.
+        """
+        alone = self.counts[:, None] < 2
+        variance = np.where(alone, self._variance, self.std**2)
+        return float(np.sqrt((variance / self.counts[:, None]).mean(0)).mean())
+
+    @property
+    def _variance(self) -> np.ndarray:
+        """(channels,) of the images of one class: the mean over the classes where it is known."""
+        known = self.std[self.counts > 1] ** 2
+        return known.mean(0) if len(known) else np.full(self.std.shape[1], np.nan)
 
 
 class GateStatistics:
@@ -70,7 +85,8 @@ class GateStatistics:
         """What was gathered for the layer `name`."""
         counts = self.counts[:, None]
         mean, square = self.sums[name] / counts
-        variance = (square - mean.square()).clamp(min=0) * counts / (counts - 1).clamp(min=1)
+        # 0 / 0 for a single image, which says nothing of a variance.
+        variance = (square - mean.square()).clamp(min=0) * counts * (counts > 1) / (counts - 1)
         return LayerWeights(
             name, stage, block, mean.numpy(), variance.sqrt().numpy(), self.counts.numpy(),
             None if kernel is None else kernel.flatten().double().cpu().numpy(),
@@ -79,14 +95,16 @@ class GateStatistics:
 
 def table(layers: Sequence[LayerWeights]) -> str:
     """One line a layer: what the pictures show, in numbers."""
-    from utils.text_tables import columns
-
     rows = [["layer", "channels", "mean s", "between", "noise", "within", "kernel"]]
     for layer in layers:
         kernel = "-" if layer.kernel is None else " ".join(f"{w:+.3f}" for w in layer.kernel)
         figures = (layer.mean.mean(), layer.between, layer.noise, layer.within)
-        rows.append([layer.name, str(layer.mean.shape[1]), *(f"{v:.4f}" for v in figures), kernel])
+        rows.append([layer.name, str(layer.mean.shape[1]), *map(_figure, figures), kernel])
     return columns(rows)
+
+
+def _figure(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.4f}"
 
 
 def write_npz(path: Path, layers: Sequence[LayerWeights], classes: Sequence[str]) -> None:
