@@ -35,6 +35,16 @@ def test_gains_are_paired_by_seed():
     assert table[3][4:6] == ["+0.50", "0.76"]  # within the noise: no star
 
 
+def test_a_star_takes_more_with_few_seeds():
+    """Gains of 3.5 standard errors: with 3 seeds chance alone gives such in 7 of 100 cases."""
+    for seeds, star in ((2, ""), (3, ""), (4, "*"), (40, "*")):
+        spread = [(-1) ** i * (i < seeds - seeds % 2) for i in range(seeds)]
+        error = gain(Result("", tuple(spread), 1), Result("", (0,) * seeds, 1))[1]
+        better = Result("SE", tuple(90 + x + 3.5 * error for x in spread), 1)
+        (cell,) = [row[4] for row in rows([Result("none", (90.0,) * seeds, 1), better])[2:]]
+        assert cell == f"{3.5 * error:+.2f}{star}"
+
+
 def test_one_seed_has_no_spread():
     table = rows([Result("none", (90.0,), 10), Result("SE", (95.0,), 12)])
     assert table[1][3] == "-"
@@ -75,6 +85,7 @@ def test_from_end_to_end_and_again(tree, tmp_path):
     assert counts[3] - counts[0] == 2 * (3 + 5 + 5 + 5)
     Image.open(tmp_path / "out" / "ablation.png").verify()
     assert f"written to {tmp_path}/out" in done.stdout
+    assert "top-1: of each run's best epoch, chosen on the same validation images" in done.stdout
 
     # Given again, what is done is not done again.
     weights = tmp_path / "out" / "none_seed0" / "best.pth"

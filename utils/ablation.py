@@ -33,6 +33,13 @@ from utils.text_tables import columns
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 KERNELS = (1, 3, 5, 7, 9)  # of the paper's figure on k
 PLAIN = "none"
+# Student's t: its 97.5 % quantile by degrees of freedom, from 1, so that 95 % lie between -t and t;
+# as in the NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2.
+STUDENT_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,15 +91,24 @@ def gain(result: Result, plain: Result) -> tuple[float, float]:
     return statistics.fmean(each), error
 
 
+def stands_out(result: Result, plain: Result) -> bool:
+    """Whether 0 is outside of the gain's 95 % confidence interval, by Student's t."""
+    mean, error = gain(result, plain)
+    freedom = len(result.top1) - 1
+    if freedom < 1:
+        return False
+    return abs(mean) > STUDENT_T[min(freedom, len(STUDENT_T)) - 1] * error
+
+
 def rows(results: Sequence[Result]) -> list[list[str]]:
-    """The table, its titles first. A gain beyond two standard errors is marked with a star."""
+    """The table, its titles first. A gain that stands out is marked with a star."""
     table = [["attention", "parameters", "top-1", "± std", "gain", "± error", "runs"]]
     plain = next((r for r in results if r.name == PLAIN), None)
     for r in results:
         cells = ["-", "-"]
         if plain is not None and r is not plain:
             mean, error = gain(r, plain)
-            cells = [f"{mean:+.2f}{'*' if abs(mean) > 2 * error else ''}", _figure(error)]
+            cells = [f"{mean:+.2f}{'*' if stands_out(r, plain) else ''}", _figure(error)]
         table.append(
             [r.name, f"{r.parameters:,}", f"{r.mean:.2f}", _figure(r.std), *cells,
              str(len(r.top1))]
@@ -249,7 +265,8 @@ def main() -> int:
     results = collect(folders)
     table = rows(results)
     print(columns(table, left=1))
-    print("gain: over none, seed by seed, with its standard error; * beyond two of them")
+    print("top-1: of each run's best epoch, chosen on the same validation images")
+    print("gain: over none, seed by seed, with its standard error; * 95 % interval without 0")
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(table)
     write_atomically(root / "ablation.csv", text.getvalue().encode())
