@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,3 +49,16 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
         )  # fmt: skip
 
     return start
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
+    """The matplotlib figures that are made into files meanwhile, to see what they show."""
+    from utils.pictures import plt
+
+    kept = []
+    with monkeypatch.context() as patch:
+        patch.setattr(plt, "close", kept.append)
+        yield kept
+    for figure in kept:
+        plt.close(figure)

@@ -51,6 +51,25 @@ def test_one_seed_has_no_spread():
     assert table[2][3:6] == ["-", "+5.00", "-"]
 
 
+def test_the_picture_holds_every_run_and_the_sweep(figures):
+    results = [Result("none", (90.0, 92.0), 1), Result("SE", (94.0, 95.0), 1),
+               Result("ECA k=3", (93.0, 96.0), 1), Result("ECA k=9", (97.0, 98.0), 1)]  # fmt: skip
+    ablation.draw(results, "t")
+    left, right = figures[0].axes
+    assert [text.get_text() for text in left.get_yticklabels()] == [r.name for r in results]
+    each, means = left.lines[::4], left.lines[1::4]  # two lines are the caps of a bar
+    for i, r in enumerate(results):
+        assert each[i].get_xydata().tolist() == [[top1, i] for top1 in r.top1]
+        assert means[i].get_xydata().tolist() == [[r.mean, i]]
+        (bar,) = left.collections[i].get_segments()
+        assert bar[:, 0].tolist() == pytest.approx([r.mean - r.std, r.mean + r.std])
+    (sweep,) = [line for line in right.lines if line.get_linestyle() == "-" and
+                len(line.get_xdata()) == 2 and line.get_xdata()[0] == 3]  # fmt: skip
+    assert sweep.get_xydata().tolist() == [[3, 94.5], [9, 97.5]]
+    levels = {line.get_label(): line.get_ydata()[0] for line in right.lines}
+    assert (levels["none"], levels["SE"]) == (91.0, 94.5)
+
+
 def test_the_variants_are_the_papers():
     command = ablation.command_of(
         ablation.VARIANTS["ECA-NS k=3"], "DATA", "resnet50", 2, ROOT / "x", ["--amp", "bf16"]

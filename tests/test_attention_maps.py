@@ -239,3 +239,63 @@ def test_class_names_are_not_read_as_formulas():
     drawn = gate_pictures.draw_weights([layer], [r"$\broken{$", "a long name " * 3], [0, 1], "t")
     with Image.open(io.BytesIO(drawn)) as image:
         assert image.width > 900
+
+
+@pytest.fixture
+def layers():
+    """Two blocks of stage 1 and one of stage 2, three classes."""
+    chance = np.random.default_rng(0)
+
+    def layer(stage, block, k):
+        mean, std = chance.random((2, 3, 6))
+        return LayerWeights("x", stage, block, mean, std, np.full(3, 4), chance.normal(size=k))
+
+    return [layer(1, 1, 3), layer(1, 2, 3), layer(2, 1, 5)]
+
+
+def lines(axis):
+    return {line.get_label(): np.array(line.get_data()) for line in axis.lines}
+
+
+def test_weights_are_drawn_class_by_class(layers, figures):
+    gate_pictures.draw_weights(layers[1:], ["ant", "bee", "cat"], [2, 0], "t")
+    panels = figures[0].axes
+    uppers = [axis for axis in panels if axis.get_ylabel() == "weight s"]
+    lowers = [axis for axis in panels if axis.images and len(axis.get_yticks()) == 2]
+    assert [axis.get_title("left") for axis in uppers] == [
+        "stage 1, block 2: 6 channels, k = 3", "stage 2, block 1: 6 channels, k = 5",
+    ]  # fmt: skip
+    for layer, upper, lower in zip(layers[1:], uppers, lowers, strict=True):
+        assert list(lines(upper)) == ["cat", "ant"]
+        for label, name in ((2, "cat"), (0, "ant")):
+            np.testing.assert_array_equal(lines(upper)[name], [range(6), layer.mean[label]])
+        differences = layer.mean[[2, 0]] - layer.mean.mean(0)
+        np.testing.assert_allclose(lower.images[0].get_array(), differences)
+        assert [text.get_text() for text in lower.get_yticklabels()] == ["cat", "ant"]
+        low, high = lower.images[0].get_clim()
+        assert -low == high == np.abs(differences).max()
+
+
+def test_spreads_are_drawn_block_by_block(layers, figures):
+    gate_pictures.draw_spread(layers, "t")
+    upper, lower = figures[0].axes
+    for label, name in (
+        ("between images of one class", "within"),
+        ("between the classes' means", "between"),
+        ("… expected by chance", "noise"),
+    ):
+        np.testing.assert_array_equal(lines(lower)[label][1], [getattr(a, name) for a in layers])
+    medians = [np.median(layer.mean.mean(0)) for layer in layers]
+    np.testing.assert_allclose(upper.lines[0].get_ydata(), medians)
+    assert [text.get_text() for text in lower.get_xticklabels()] == ["1.1", "1.2", "2.1"]
+    assert [line.get_xdata()[0] for line in lower.lines[3:]] == [1.5]  # where a stage begins
+
+
+def test_kernels_are_drawn_stage_by_stage(layers, figures):
+    gate_pictures.draw_kernels(layers, "t")
+    first, second = figures[0].axes
+    assert [axis.get_title() for axis in (first, second)] == ["stage 1, k = 3", "stage 2, k = 5"]
+    for axis, block, layer in ((first, "1", 0), (first, "2", 1), (second, "1", 2)):
+        kernel = layers[layer].kernel
+        reach = len(kernel) // 2
+        np.testing.assert_array_equal(lines(axis)[block], [range(-reach, reach + 1), kernel])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from utils import compare_runs
 from utils.cli import run_script
-from utils.compare_runs import differences, read_run, repeat_lines, result_rows
+from utils.compare_runs import PANELS, differences, read_run, repeat_lines, result_rows
 
 TOP1 = {"a": (50.0, 90.0, 90.0), "b": (40.0, float("nan"), 80.5), "c": (10.0, 94.0, 20.0)}
 
@@ -105,6 +105,25 @@ def test_detection_runs_go_by_their_ap(tmp_path, cli, masks):
     assert run.best["epoch"] == 1
     code, text = cli("det")
     assert (code, "mask AP50" in text) == (0, masks)
+
+
+def test_curves_are_drawn_run_by_run(tmp_path, figures):
+    names = "abcdefghi"
+    runs = [read_run(write_run(tmp_path / n, TOP1.get(n, TOP1["a"]))) for n in names]
+    compare_runs.draw(runs)
+    panels = dict(zip(PANELS["val_top1"], figures[0].axes, strict=True))
+    assert [axis.get_title() for axis in panels.values()] == [
+        "validation top-1 (%)", "validation loss", "training top-1 (%)", "training loss",
+    ]  # fmt: skip
+    assert [axis.get_yscale() for axis in panels.values()] == ["linear", "log"] * 2
+    for axis in panels.values():
+        assert [line.get_label() for line in axis.lines] == list(names)
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in panels["val_top1"].lines}
+    assert drawn["a"] == [[1, 50], [2, 90], [3, 90]]
+    assert drawn["b"] == [[1, 40], [3, 80.5]]  # without the epoch that was not finite
+    assert panels["val_loss"].lines[0].get_ydata().tolist() == [2, 1.9, 1.8]
+    styles = [(line.get_color(), line.get_linestyle()) for line in panels["val_top1"].lines]
+    assert len(set(styles)) == len(names)  # more than there are colours
 
 
 def test_command(tmp_path, cli):

@@ -27,7 +27,7 @@ from utils.data import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from utils.errors import UserError
 from utils.found_objects import CocoDocument, Found, find_objects, picture
 from utils.image_io import read_image
-from utils.pictures import seen_square
+from utils.pictures import COLOURS, draw_map, seen_square
 from utils.user_images import find_images, read_batches
 
 CLASSES = ["cat", "dog", "emu"]
@@ -312,6 +312,35 @@ def test_the_square_shown_is_the_one_seen(width, height):
         line = seen[axis].amin(axis), seen[axis].amax(axis)
         assert seen[axis].min() == pytest.approx(begin * 200 / whole, abs=5), line
         assert seen[axis].max() == pytest.approx((begin + side) * 200 / whole, abs=5), line
+
+
+@pytest.mark.parametrize("size", [(160, 80), (80, 160)])
+def test_map_is_drawn_where_it_is_hot(size, figures):
+    """One hot position of 4 x 4, which no turn or reflection of the square leaves in its place."""
+    heat = np.zeros((4, 4))
+    heat[0, 2] = 1
+    square = seen_square(*size, 64, 0.8)  # of 64 of the short side's 80 pixels
+    ranking = [("ant", 0.75), ("bee", 0.25)]
+    draw_map(Image.new("RGB", size, (128,) * 3), heat, square, "a.png", ranking, "layer4")
+    (figure,) = figures
+    plain, overlay, _, bars = figure.axes
+    shown, coloured = (axis.images[0].get_array() for axis in (plain, overlay))
+    scale = 448 / 160
+    assert shown.shape == coloured.shape == (scale * size[1], scale * size[0], 3)
+    left, top = (scale * (side - 64) / 2 for side in size)
+    seen = np.zeros(shown.shape[:2], bool)
+    seen[round(top) : round(top + 64 * scale), round(left) : round(left + 64 * scale)] = True
+    grey, cell = 128 / 255, 16 * scale
+    hottest = 0.75 * np.array(COLOURS(1.0)[:3]) + 0.25 * grey
+    distance = np.abs(coloured - hottest).sum(2)
+    row, column = np.unravel_index(np.where(seen, distance, 9).argmin(), seen.shape)
+    assert round(top) <= row < top + cell
+    assert left + 2 * cell < column < left + 3 * cell
+    assert distance[row, column] < 0.05
+    assert (np.abs(coloured[seen] - grey).max(1) < 1e-6).mean() > 0.5  # cold: as it is, in grey
+    np.testing.assert_allclose(coloured[~seen], 0.3 * grey)  # not seen: dark
+    assert [bar.get_width() for bar in bars.patches] == [75, 25]
+    assert [text.get_text() for text in bars.get_yticklabels()] == ["ant", "bee"]
 
 
 def test_a_network_that_gives_no_numbers(photos):
