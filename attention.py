@@ -16,7 +16,7 @@ from torch import nn
 from models.anatomy import attention_layers, recorded_gates
 from models.eca_module import ECALayer
 from models.weights import network_from_checkpoint
-from utils import demo_data, distributed, gate_pictures, image_folder, image_sets, outputs
+from utils import demo_data, distributed, gate_pictures, image_folder, image_sets, run_folder
 from utils.cli import Parser, count, did_you_mean, number, positive_int, run_script
 from utils.errors import EXIT_FAILED, UserError, as_user_error
 from utils.files import write_atomically
@@ -69,7 +69,7 @@ def build_parser() -> Parser:
 
 def main() -> int:
     args = build_parser().parse_args()
-    outputs.check_free(args.output)
+    run_folder.check_free(args.output)
     saved = load(args.checkpoint)
     refuse_detector(saved, args.checkpoint)
     with as_user_error(f"{args.checkpoint}: "):
@@ -101,7 +101,7 @@ def main() -> int:
             f"out of memory with -b {args.batch_size}: give a smaller -b", EXIT_FAILED
         ) from None
 
-    folder = outputs.new_folder("attention", args.output)
+    folder = run_folder.create("attention", args.output)
     names = [printable(name) for name in images.classes]
     title = f"{network.arch}, {len(images) - len(broken):,} images of {len(names)} classes"
     drawn = layers if args.all_blocks else last_of_each_stage(layers)

@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from models.anatomy import COARSEST, feature_maps
 from models.inference import optimise_for_inference
 from models.weights import network_from_checkpoint
-from utils import distributed, outputs, pictures
+from utils import distributed, pictures, run_folder
 from utils.backends import DTYPES
 from utils.class_activation import grad_cam
 from utils.cli import run_script
@@ -44,7 +44,7 @@ MOST_LARGE = 100  # of those with captions in them
 
 def main() -> int:
     args = build_parser(__doc__).parse_args()
-    outputs.check_free(args.output)
+    run_folder.check_free(args.output)
     paths = find_images(args.images)
     saved = load(args.checkpoint)
     args = Namespace(**settle(vars(args), is_detector(saved)))
@@ -64,7 +64,7 @@ def main() -> int:
 
     folder = None
     if args.output or args.maps or args.grid:
-        folder = outputs.new_folder("predict", args.output)
+        folder = run_folder.create("predict", args.output)
     workers = args.workers
     if workers is None:  # processes take longer to start than a few images take to read
         workers = 0 if len(paths) <= 2 * args.batch_size else min(4, os.cpu_count() or 1)
@@ -106,7 +106,7 @@ def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int
     names, ids = class_table(saved, network.num_classes - first_label)
     device = distributed.setup(args.device).device
     say(f"{network.arch} on {network.backbone_arch}, {len(names)} classes")
-    folder = outputs.new_folder("predict", args.output)
+    folder = run_folder.create("predict", args.output)
     document, cells, broken = CocoDocument(names, ids), [], 0
     width = path_width([printable(path) for path in paths])
     network.to(device)

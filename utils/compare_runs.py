@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import outputs
+from utils import run_folder
 from utils.cli import Parser, run_script
 from utils.errors import UserError
 from utils.files import write_atomically
@@ -34,7 +34,6 @@ PANELS = {
 # Of args.json, what does not make two runs different experiments, or is shown by itself.
 UNTOLD = {"arch", "ksize", "epochs", "classes", "environment", "action", "print_freq", "workers"}
 UNTOLD |= {"worker_timeout", "save_every", "save_minutes", "attention", "num_classes"}
-COLOURS = ("#0b5fa5", "#d1495b", "#2e8b57", "#e08e0b", "#6a4c93", "#00798c", "#8d5524", "#7f7f7f")
 
 
 @dataclass(frozen=True)
@@ -160,14 +159,17 @@ def draw(runs: Sequence[Run]) -> bytes:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    from utils.pictures import png
+    from utils.pictures import CURVES, png
 
     decides = runs[0].decides
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for axis, column in zip(axes.flat, PANELS[decides], strict=True):
         for i, (name, run) in enumerate(zip(short_names(runs), runs, strict=True)):
             rows = [row for row in run.history if math.isfinite(row.get(column, math.nan))]
-            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < 8 else "--"}
+            style = {
+                "color": CURVES[i % len(CURVES)],
+                "linestyle": "-" if i < len(CURVES) else "--",
+            }
             x, y = [row["epoch"] + 1 for row in rows], [row[column] for row in rows]
             axis.plot(x, y, marker="o", markersize=3, linewidth=1.3, label=name, **style)
         part, _, what = column.partition("_")
@@ -189,7 +191,7 @@ def main() -> int:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
     parser.add_argument("--output", metavar="DIR", help="default: runs/comparison-N, a new folder")
     args = parser.parse_args()
-    outputs.check_free(args.output)
+    run_folder.check_free(args.output)
     folders = list(dict.fromkeys(Path(name) for name in args.runs))
     runs = []
     for folder in folders:
@@ -207,7 +209,7 @@ def main() -> int:
     print(columns(rows, left=2))
     if repeats := repeat_lines(runs):
         print("", *repeats, sep="\n")
-    folder = outputs.new_folder("comparison", args.output)
+    folder = run_folder.create("comparison", args.output)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_atomically(folder / "comparison.csv", text.getvalue().encode())

@@ -9,9 +9,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from utils.gate_statistics import LayerWeights
-from utils.pictures import png, short
+from utils.pictures import CURVES, png, short
 
-CURVES = ("#0b5fa5", "#d1495b", "#2e8b57", "#e08e0b", "#6a4c93", "#00798c", "#8d5524", "#7f7f7f")
 STEPS = matplotlib.colormaps["RdBu_r"].resampled(21)  # so few that the file's palette holds them
 
 

@@ -19,6 +19,7 @@ CELL = 132  # pixels of a picture in the grid ...
 LARGE_CELL = 288  # ... where there are captions in it to be read
 TEXT = 34  # pixels of the two lines below it
 COLOURS = LinearSegmentedColormap.from_list("heat", ["#3b0f70", "#b73779", "#fc8961", "#fcfdbf"])
+CURVES = ("#0b5fa5", "#d1495b", "#2e8b57", "#e08e0b", "#6a4c93", "#00798c", "#8d5524", "#7f7f7f")
 RIGHT, WRONG, PLAIN = "#1a7f37", "#cf222e", "#1f2328"
 
 
