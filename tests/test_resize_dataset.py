@@ -33,9 +33,9 @@ def source(tmp_path: Path) -> Path:
     folder = tmp_path / "src"
     chance = np.random.default_rng(0)
     for name, shape in (("train/a/wide.jpg", (60, 100)), ("train/b/tall.png", (90, 45)),
-                        ("val/a/small.jpg", (20, 30))):  # fmt: skip
+                        ("val/a/small.jpg", (20, 30)), ("val/a/square.png", (40, 40))):  # fmt: skip
         path = folder / name
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(chance.integers(0, 255, (6, 6, 3), dtype=np.uint8))
         coarse.resize(shape[::-1], Image.Resampling.BICUBIC).save(path)
     return folder
@@ -48,13 +48,16 @@ def test_copies_reduces_and_goes_on(source: Path, tmp_path: Path, monkeypatch):
     assert done.returncode == 1  # one image is broken
     assert "left out" in done.stderr
     assert "broken.jpg: not an image" in done.stderr
-    assert "3 images in" in done.stdout
+    assert "4 images in" in done.stdout
     sizes = {p.relative_to(target).as_posix(): Image.open(p).size for p in target.rglob("*.*g")}
     assert sizes == {
         "train/a/wide.jpg": (67, 40),
         "train/b/tall.png": (40, 80),
         "val/a/small.jpg": (30, 20),
+        "val/a/square.png": (40, 40),
     }
+    for name in ("small.jpg", "square.png"):  # small enough: not encoded once more
+        assert (target / "val/a" / name).read_bytes() == (source / "val/a" / name).read_bytes()
     before = np.asarray(Image.open(source / "train/a/wide.jpg").resize((67, 40)), dtype=float)
     after = np.asarray(Image.open(target / "train/a/wide.jpg"), dtype=float)
     assert np.abs(before - after).mean() < 4

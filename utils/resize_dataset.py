@@ -2,8 +2,9 @@
 
     python -m utils.resize_dataset SRC DST --size 256
 
-Folder and file names stay; every copy is a JPEG, also where the name ends otherwise. What is there
-already is not written again, so the same command goes on where an interrupted one stopped.
+Folder and file names stay; what is reduced becomes a JPEG, also where the name ends otherwise, and
+what is small enough is copied byte for byte. What is there already is not written again, so the
+same command goes on where an interrupted one stopped.
 """
 
 import io
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from utils.cli import Parser, positive_int, run_script
 from utils.errors import EXIT_FAILED, UserError
 from utils.files import write_atomically
-from utils.image_io import EXTENSIONS, BrokenImageError, printable, read_image
+from utils.image_io import EXTENSIONS, BrokenImageError, printable, read_file, read_image
 
 
 def resize_one(
@@ -27,23 +28,28 @@ def resize_one(
 ) -> str | None:
     """Writes one reduced image, unless it is there; returns what was wrong with it, if anything.
 
-    An image whose shorter side is `size` or less keeps its pixels.
+    An image whose shorter side is `size` or less is copied as it is: encoding it once more would
+    cost quality for nothing.
     """
     place = Path(os.fsdecode(os.path.join(target, relative)))
     if place.exists():
         return None
+    path = os.path.join(source, relative)
     try:
-        image = read_image(os.path.join(source, relative), "pil")
+        image = read_image(path, "pil")
     except BrokenImageError as error:
         return str(error)
     scale = size / min(image.size)
     if scale < 1:
         shape = tuple(max(size, round(side * scale)) for side in image.size)
         image = image.resize(shape, Image.Resampling.BILINEAR, reducing_gap=3.0)
-    encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=quality, subsampling=0)
+        encoded = io.BytesIO()
+        image.save(encoded, "JPEG", quality=quality, subsampling=0)
+        data = encoded.getvalue()
+    else:
+        data = read_file(path)
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(place, encoded.getvalue())
+    write_atomically(place, data)
     return None
 
 
