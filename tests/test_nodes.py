@@ -161,8 +161,7 @@ def slurm(tmp_path, monkeypatch):
 
 @pytest.mark.faults
 def test_a_job_before_its_time_limit_saves_and_is_requeued(slurm, tree, tmp_path):
-    first, second = (in_short(command, tree) for command in guide("sbatch"))
-    assert second[1:4] == ["--nodes=4", "--gpus-per-node=8", "slurm/train.sbatch"]
+    first, _ = (in_short(command, tree) for command in guide("sbatch"))
     assert first[:2] == ["sbatch", "slurm/train.sbatch"]
     command = ("-c", AS_BASH, SCRIPT, *first[2:], *LONG[len(SMALL):])
     job = Running(tmp_path, *command)
@@ -191,6 +190,20 @@ def test_a_job_before_its_time_limit_saves_and_is_requeued(slurm, tree, tmp_path
         with contextlib.suppress(OSError):
             os.killpg(job.process.pid, signal.SIGKILL)
         job.process.wait()
+
+
+@pytest.mark.faults
+def test_a_job_of_light_main(slurm, tree, tmp_path):
+    """On two nodes, where the guide asks for four."""
+    _, command = (in_short(command, tree) for command in guide("sbatch"))
+    assert command[1:4] == ["--nodes=4", "--gpus-per-node=8", "slurm/train.sbatch"]
+    flags = (*SMALL[2:], "--epochs", 1)
+    code, out, err = Running(tmp_path, "-c", AS_BASH, SCRIPT, *command[4:], *flags).end()
+    assert code == 0, err
+    assert any(line.startswith("network: eca_mobilenetv2") for line in out)
+    assert any("2 processes (DistributedDataParallel)" in line for line in out)
+    assert checkpoint.load(tmp_path / "runs/light" / "last.pth")["progress"]["epoch"] == 1
+    assert not (tmp_path / "asked.txt").exists()
 
 
 @pytest.mark.faults
