@@ -36,7 +36,10 @@ def build_parser(description: str) -> Parser:
         "--map-stage", type=positive_int, metavar="N",
         help="of this feature map, 1 the finest (default: the last with at least 4 x 4 positions)",
     )  # fmt: skip
-    parser.add_argument("--grid", action="store_true", help="write one picture of all images")
+    parser.add_argument(
+        "--grid", action="store_true",
+        help="write one picture of all images, of the first 400 at most (detectors: 100)",
+    )  # fmt: skip
     parser.add_argument(
         "--output", metavar="DIR",
         help="folder for predictions.csv, predictions.json and the pictures (default with --maps "
