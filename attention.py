@@ -22,7 +22,7 @@ from utils.errors import EXIT_FAILED, UserError, as_user_error
 from utils.files import write_atomically
 from utils.gate_statistics import GateStatistics, LayerWeights, table, write_npz
 from utils.image_folder import ImageFolder
-from utils.image_io import DECODERS, printable
+from utils.image_io import decoder_name, printable
 from utils.report import network_line
 from utils.saved import load, preprocessing, refuse_detector
 from utils.user_images import read_batches
@@ -55,7 +55,10 @@ def build_parser() -> Parser:
         "--crop-pct", type=number(float, 0, 1, above=True), metavar="F",
         help="share of the resized image that is kept (default: the checkpoint's)",
     )  # fmt: skip
-    parser.add_argument("--decoder", choices=DECODERS, default="torchvision", help="as for main.py")
+    parser.add_argument(
+        "--decoder", type=decoder_name, metavar="NAME", default="torchvision",
+        help="as for main.py",
+    )  # fmt: skip
     parser.add_argument(
         "-b", "--batch-size", type=positive_int, default=64, metavar="N", help="default: 64"
     )

@@ -48,7 +48,7 @@ def call(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("decoder", ["torchvision", "pil"])
+@pytest.mark.parametrize("decoder", ["torchvision", "simplejpeg", "pil"])
 def test_broken_files_are_listed_as_csv(call, data, processes, decoder):
     code, out, err = call(data, "-j", processes, "--decoder", decoder)
     assert code == 1

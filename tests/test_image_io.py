@@ -1,5 +1,6 @@
 """Odd files as a user's folders hold them."""
 
+import argparse
 import io
 import os
 import pickle
@@ -19,8 +20,9 @@ SMOOTH = Image.fromarray(CHANCE.integers(0, 255, (6, 8, 3), dtype=np.uint8)).res
 
 
 def both(path) -> list[np.ndarray]:
-    """What the two decoders make of a file, as (H, W, 3)."""
+    """What the decoders make of a file, as (H, W, 3): the quick ones, which agree, and Pillow."""
     tensor, image = read_image(path), read_image(path, "pil")
+    assert torch.equal(read_image(path, "simplejpeg"), tensor)
     assert tensor.dtype == torch.uint8
     assert image.mode == "RGB"
     return [tensor.permute(1, 2, 0).numpy(), np.asarray(image)]
@@ -87,6 +89,26 @@ def test_exif_orientation(tmp_path, orientation):
     quick, pillow = both(tmp_path / "o.jpg")
     assert quick.shape == ((60, 80, 3) if orientation < 5 else (80, 60, 3))
     np.testing.assert_array_equal(quick, pillow)
+
+
+def test_simplejpeg_reads_what_it_can_and_is_asked_for_by_name(tmp_path, monkeypatch):
+    asked, black = [], np.zeros((60, 80, 3), np.uint8)
+    monkeypatch.setattr("simplejpeg.decode_jpeg", lambda _, **how: asked.append(how) or black)
+    SMOOTH.save(tmp_path / "x.jpg")
+    read_image(tmp_path / "x.jpg")
+    assert not asked
+    assert not read_image(tmp_path / "x.jpg", "simplejpeg").any()
+    assert len(asked) == 1
+
+
+def test_a_decoder_that_is_not_there_is_named(monkeypatch):
+    assert image_io.decoder_name("simplejpeg") == "simplejpeg"
+    with pytest.raises(argparse.ArgumentTypeError, match="not one of torchvision, simplejpeg, pil"):
+        image_io.decoder_name("turbo")
+    monkeypatch.setattr(image_io.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(argparse.ArgumentTypeError, match="pip install simplejpeg"):
+        image_io.decoder_name("simplejpeg")
+    assert image_io.decoder_name("pil") == "pil"
 
 
 def encoded(kind: str) -> bytes:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from utils import shards, storage
 from utils.cli import Parser, positive_int, run_script
 from utils.errors import EXIT_FAILED, UserError
-from utils.image_io import DECODERS, EXTENSIONS, BrokenImageError, printable, read_image
+from utils.image_io import EXTENSIONS, BrokenImageError, decoder_name, printable, read_image
 from utils.processes import die_with_parent
 from utils.shards import Member
 
@@ -111,8 +111,9 @@ def main() -> int:
         help="that read at a time (default: one a core)",
     )  # fmt: skip
     parser.add_argument(
-        "--decoder", choices=DECODERS, default="torchvision", help="as training will read"
-    )
+        "--decoder", type=decoder_name, metavar="NAME", default="torchvision",
+        help="as training will read",
+    )  # fmt: skip
     args: argparse.Namespace = parser.parse_args()
     if args.output and os.path.exists(args.output):
         raise UserError(f"{args.output}: exists already; choose a new --output")

@@ -13,7 +13,7 @@ from utils.cli import (
     positive_float,
     positive_int,
 )
-from utils.image_io import DECODERS
+from utils.image_io import decoder_name
 from utils.recipe import PAPER, RECIPES, Recipe
 from utils.schedule import SCHEDULES
 from utils.transforms import AUTO_AUGMENTS
@@ -63,8 +63,9 @@ def _data_flags(group, recipe: Recipe) -> None:
         help=f"training: probability of a mirrored image (default: {recipe.hflip})",
     )  # fmt: skip
     group.add_argument(
-        "--decoder", choices=DECODERS, default="torchvision",
-        help="pil reads and resizes exactly as published evaluations did, more slowly",
+        "--decoder", type=decoder_name, default="torchvision", metavar="NAME",
+        help="torchvision; simplejpeg, if installed, reads the same pixels quicker; pil reads and "
+        "resizes exactly as published evaluations did, more slowly",
     )  # fmt: skip
     group.add_argument(
         "--skip-bad-images", action="store_true",
