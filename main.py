@@ -82,6 +82,8 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
 
     context = distributed.setup(args.device, args.gpu)
     try:
+        if args.compile:
+            distributed.refuse_compile(context)
         if args.evaluate:
             with in_one_line(recipe.batch_size):
                 return evaluate(args, recipe, saved, context)

@@ -1,6 +1,7 @@
 """Wrapping a network for several processes, in a process group of one."""
 
 import contextlib
+import threading
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import models
-from utils import distributed
+from utils import distributed, report
 from utils.distributed import Context
 from utils.errors import UserError
 
@@ -56,6 +57,96 @@ def test_sync_bn_needs_processes_on_gpus(context):
     with pytest.raises(UserError, match="start them with torchrun, or add --no-sync-bn"):
         distributed.refuse_sync_bn(context)
     distributed.refuse_sync_bn(Context(torch.device("cuda", 0), 0, 2))
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine that seems to have two GPUs, for as long as nothing is put on them."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+
+
+@pytest.mark.parametrize(
+    ("given", "index", "parallel"),
+    [
+        (("auto", None), 0, (0, 1)),
+        (("cuda", None), 0, (0, 1)),
+        (("cuda:1", None), 1, ()),
+        (("auto", 1), 1, ()),
+    ],
+)
+def test_without_a_launcher_all_gpus_or_the_named_one(two_gpus, given, index, parallel):
+    context = distributed.setup(*given)
+    assert context == Context(torch.device("cuda", index), data_parallel=parallel)
+    assert context.replicas == len(parallel or (0,))
+    lines = report.device_lines(context, "bf16", False, False, True)
+    if parallel:
+        assert lines[0].startswith("device: GPU 0 x 2 (DataParallel); bf16")
+        assert lines[1:] == ["  torchrun --nproc-per-node=2 is faster"]
+        with pytest.raises(UserError, match="torchrun --nproc-per-node=2, or add --gpu 0"):
+            distributed.refuse_compile(context)
+    else:
+        assert len(lines) == 1
+        distributed.refuse_compile(context)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("cuda:2", None), "CUDA device 2 asked for, 2 visible"),
+        (("auto", 500), "CUDA device 500 asked for, 2 visible"),
+        (("cpu", 1), "--gpu 1 and --device cpu contradict each other"),
+        *[
+            ((name, None), f"--device {name}: not a device; try cpu, cuda, cuda:0 or mps")
+            for name in ("meta", "xpu", "cpu:3", "cuda:", "cuda:x", "mps:0", "")
+        ],
+    ],
+)
+def test_devices_that_are_not_there(two_gpus, given, message):
+    with pytest.raises(UserError, match=message):
+        distributed.setup(*given)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"), [(("auto", 1), "--gpu 1"), (("cuda:1", None), "--device cuda:1")]
+)
+def test_torchrun_chooses_the_gpu(two_gpus, monkeypatch, given, named):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=f"leave {named} out, .* CUDA_VISIBLE_DEVICES"):
+        distributed.setup(*given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, None], ids=str)
+def test_threads_of_data_parallel_have_the_callers_autocast(monkeypatch, dtype):
+    """As on two GPUs but for the copies: torch's own threads, on the CPU."""
+    accelerator = {
+        "is_available": lambda: True,
+        "current_accelerator": lambda: CPU,
+        "current_stream": lambda device: contextlib.nullcontext(),
+        "device_index": lambda device: contextlib.nullcontext(),
+    }
+    for name, stand_in in accelerator.items():
+        monkeypatch.setattr(torch.accelerator, name, stand_in)
+    seen = []
+
+    class Product(nn.Module):
+        def forward(self, x):
+            seen.append(threading.current_thread())
+            return x @ x
+
+    replicas = [Product(), Product()]
+    wrapped = distributed.spread(replicas[0], Context(CPU, data_parallel=(0, 1)))
+    wrapped.device_ids, wrapped.src_device_obj = [0, 1], CPU  # which torch leaves out without GPUs
+    inputs = ((torch.ones(2, 2),),) * 2
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        products = wrapped.parallel_apply(replicas, inputs, ({}, {}))
+    assert [y.dtype for y in products] == [dtype or torch.float32] * 2
+    assert threading.current_thread() not in seen
 
 
 def test_rank_0_speaks_and_nothing_is_no_line(capsys):

@@ -4,7 +4,9 @@ Every function works in a single process too, where it does nothing; callers hav
 """
 
 import os
+import re
 import signal
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -56,9 +58,17 @@ def setup(device: str = "auto", gpu: int | None = None) -> Context:
         gpu: the same as "cuda:N".
 
     Raises:
-        UserError: the device does not exist here.
+        UserError: the device does not exist here, or torchrun chooses it.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: not a device; try cpu, cuda, cuda:0 or mps")
+    if launched and (gpu is not None or ":" in device):
+        given = f"--device {device}" if gpu is None else f"--gpu {gpu}"
+        raise UserError(
+            f"torchrun chooses each process's GPU: leave {given} out, and choose among them with "
+            "CUDA_VISIBLE_DEVICES"
+        )
     if gpu is not None:
         if device not in ("auto", "cuda"):
             raise UserError(f"--gpu {gpu} and --device {device} contradict each other: give one")
@@ -66,19 +76,17 @@ def setup(device: str = "auto", gpu: int | None = None) -> Context:
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device {device}: not a device; try cpu, cuda, cuda:0 or mps") from None
-    if found.type == "cuda":
+    kind, _, index = device.partition(":")
+    found = torch.device(kind)
+    if kind == "cuda":
         visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        wanted = int(os.environ.get("LOCAL_RANK", 0)) if launched else (found.index or 0)
+        wanted = int(os.environ.get("LOCAL_RANK", 0)) if launched else int(index or 0)
         if wanted >= visible:
             raise UserError(
                 f"CUDA device {wanted} asked for, {visible} visible; check nvidia-smi and "
                 "CUDA_VISIBLE_DEVICES, or use --device cpu"
             )
-        several = found.index is None and not launched and visible > 1
+        several = not index and not launched and visible > 1
         found = torch.device("cuda", wanted)
         torch.cuda.set_device(found)
     elif found.type == "mps" and not torch.backends.mps.is_available():
@@ -125,6 +133,19 @@ def refuse_sync_bn(context: Context) -> None:
         )
 
 
+def refuse_compile(context: Context) -> None:
+    """Ends a run in which torch.compile would bind every replica to the first GPU's network.
+
+    Raises:
+        UserError: DataParallel would be used.
+    """
+    if len(context.data_parallel) > 1:
+        raise UserError(
+            f"--compile does not go with DataParallel over {len(context.data_parallel)} GPUs: "
+            f"start with torchrun --nproc-per-node={len(context.data_parallel)}, or add --gpu 0"
+        )
+
+
 def apart(network: nn.Module) -> AbstractContextManager:
     """A context in which a wrapped network's backward leaves each rank its own gradients."""
     if isinstance(network, nn.parallel.DistributedDataParallel):
@@ -132,10 +153,30 @@ def apart(network: nn.Module) -> AbstractContextManager:
     return nullcontext()
 
 
+class _DataParallel(nn.DataParallel):
+    """DataParallel whose threads run in the caller's autocast.
+
+    torch's own enter autocast without the dtype, which is each thread's own: bf16 would be fp16.
+    """
+
+    def parallel_apply(self, replicas: Sequence[nn.Module], inputs, kwargs) -> list:
+        kind = self.src_device_obj.type
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+        def as_called(replica: nn.Module):
+            def run(*given, **named):
+                with torch.autocast(kind, dtype=dtype, enabled=enabled):
+                    return replica(*given, **named)
+
+            return run
+
+        return super().parallel_apply([as_called(r) for r in replicas], inputs, kwargs)
+
+
 def spread(network: nn.Module, context: Context) -> nn.Module:
     """The network over all GPUs of this process: what evaluates, each rank on its own images."""
     if len(context.data_parallel) > 1:
-        return nn.DataParallel(network, device_ids=list(context.data_parallel))
+        return _DataParallel(network, device_ids=list(context.data_parallel))
     return network
 
 
