@@ -13,7 +13,7 @@ import torch
 from conftest import write_tree
 
 import main as script
-from utils import checkpoint, cli
+from utils import checkpoint, cli, distributed
 
 SMALL = ("-a", "mobilenetv2", "--img-size", 32, "-b", 6, "--lr", 0.01, "-j", 0, "--seed", 1)
 
@@ -207,6 +207,32 @@ def test_broken_images(call, tree, tmp_path):
     code, _, err = call(*flags, "--skip-bad-images", data)
     assert code == 1
     assert f"{data}/val/c/1.png: not an image" in err[0]
+
+
+def test_one_process_over_two_gpus(call, tree, tmp_path, monkeypatch):
+    """All but the GPUs themselves: without them torch's DataParallel passes the batch through."""
+    two = distributed.Context(torch.device("cpu"), data_parallel=(0, 1))
+    monkeypatch.setattr(distributed, "setup", lambda device, gpu: two)
+    flags = (*SMALL, "--epochs", 1, "--amp", "bf16", "--output", tmp_path / "run", tree)
+    code, _, err = call(*flags, "--compile")
+    assert code == 2
+    assert "--compile does not go with DataParallel over 2 GPUs: start with torchrun" in err[0]
+    code, _, err = call(*flags, "-b", 9)
+    assert code == 2
+    assert "does not divide over 2 devices: give 8 or 10" in err[0]
+
+    code, out, err = call(*flags)
+    assert (code, err) == (0, [])
+    assert any("x 2 (DataParallel); bf16" in line for line in out)
+    assert "  torchrun --nproc-per-node=2 is faster" in out
+    saved = checkpoint.load(tmp_path / "run" / "last.pth")
+    assert not any(key.startswith("module.") for key in saved["state_dict"])
+    code, out, err = call("-e", "--resume", tmp_path / "run" / "best.pth")
+    assert (code, err) == (0, [])
+    assert out[-1].startswith("15 images  top-1 ")
+    code, _, err = call("-e", "--fast", "--compile", "--resume", tmp_path / "run" / "best.pth")
+    assert code == 2
+    assert "--compile does not go with DataParallel" in err[0]
 
 
 def test_an_output_folder_in_use(call, run_folder, tree, tmp_path):
