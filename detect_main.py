@@ -104,6 +104,7 @@ def main() -> int:
 
 def evaluate(args: Namespace, saved: dict, context: distributed.Context) -> int:
     """Evaluates a checkpoint on the validation images, each once."""
+    backends.configure(False, context.device, one_shape=False)
     for path in (args.results_json, args.picture):
         if path and Path(path).exists():
             raise UserError(f"{path}: exists already; choose another name")
@@ -164,7 +165,7 @@ def train(
     auto, recipe = recipe.lr == AUTO, recipe.resolved()
     seed = args.seed if saved is None else saved["seed"]
     seed = distributed.share(runs.fresh_seed() if seed is None else seed, context)
-    context.say(*backends.configure(args.seed is not None, context.device))
+    context.say(*backends.configure(args.seed is not None, context.device, one_shape=False))
 
     # Data first: what a user can have wrong is said before anything heavy.
     masks, first_label = recipe.arch == "mask_rcnn", detection.FIRST_LABEL[recipe.arch]

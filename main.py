@@ -95,6 +95,7 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
 
 def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.Context) -> int:
     """Evaluates a checkpoint on the validation images, each once."""
+    backends.configure(False, context.device)
     source = args.resume or args.pretrained
     classes = saved.get("classes")
     with as_user_error(f"{source}: "):

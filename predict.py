@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from models.anatomy import COARSEST, feature_maps
 from models.inference import optimise_for_inference
 from models.weights import network_from_checkpoint
-from utils import distributed, pictures, run_folder
+from utils import backends, distributed, pictures, run_folder
 from utils.backends import DTYPES
 from utils.class_activation import grad_cam
 from utils.cli import run_script
@@ -56,6 +56,7 @@ def main() -> int:
     img_size, crop_pct = preprocessing(saved, args.img_size, args.crop_pct)
     stage = map_stage(network, img_size, args.map_stage) if args.maps else None
     device = distributed.setup(args.device).device
+    backends.configure(False, device)
     network.to(device).eval().requires_grad_(False)
     say(f"{network_line(network)}; the middle {img_size} of {round(img_size / crop_pct)} pixels")
     if args.fast:
@@ -105,6 +106,7 @@ def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int
     first_label = FIRST_LABEL[network.arch]
     names, ids = class_table(saved, network.num_classes - first_label)
     device = distributed.setup(args.device).device
+    backends.configure(False, device, one_shape=False)
     say(f"{network.arch} on {network.backbone_arch}, {len(names)} classes")
     folder = run_folder.create("predict", args.output)
     document, cells, broken = CocoDocument(names, ids), [], 0

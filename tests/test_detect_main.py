@@ -82,7 +82,11 @@ def test_a_runs_life(call, run, shapes, tmp_path):
     # Evaluation by one process and by two, and the detections it writes.
     weights = ("-e", "--resume", folder / "last.pth")
     files = ("--results-json", "found.json", "--picture", "found.png", "--output", "one")
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("highest")
     call(*weights, *files)
+    assert not torch.backends.cudnn.benchmark  # image shapes change at every step
+    assert torch.get_float32_matmul_precision() == "high"
     found = json.loads((tmp_path / "found.json").read_text())
     assert {result["image_id"] for result in found} <= set(range(1, 6))
     assert all(1 <= result["category_id"] <= 10 for result in found)

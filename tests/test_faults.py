@@ -227,8 +227,10 @@ def test_one_process_over_two_gpus(call, tree, tmp_path, monkeypatch):
     assert "  torchrun --nproc-per-node=2 is faster" in out
     saved = checkpoint.load(tmp_path / "run" / "last.pth")
     assert not any(key.startswith("module.") for key in saved["state_dict"])
+    assert not torch.backends.cudnn.benchmark  # --seed
     code, out, err = call("-e", "--resume", tmp_path / "run" / "best.pth")
     assert (code, err) == (0, [])
+    assert torch.backends.cudnn.benchmark
     assert out[-1].startswith("15 images  top-1 ")
     code, _, err = call("-e", "--fast", "--compile", "--resume", tmp_path / "run" / "best.pth")
     assert code == 2

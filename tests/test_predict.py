@@ -124,6 +124,7 @@ def test_batches_keep_the_order_and_set_broken_images_aside(photos, workers):
 
 
 def test_table_csv_and_json_hold_the_right_numbers(ckpt, photos, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     path, network = ckpt
     out = tmp_path / "out"
     code, table, notes = cli(path, photos, "-k", 2, "-b", 2, "--output", out)
@@ -165,6 +166,7 @@ def test_table_csv_and_json_hold_the_right_numbers(ckpt, photos, cli, tmp_path, 
     assert code == 0
     (entry,) = json.loads(text)
     assert sum(guess["confidence"] for guess in entry["guesses"]) == pytest.approx(1)
+    assert torch.backends.cudnn.benchmark  # as evaluation has it
 
 
 @pytest.mark.parametrize("amp", [None, "off", "bf16"])
@@ -367,7 +369,8 @@ def detector(tmp_path_factory):
     return path, network.eval()
 
 
-def test_detector_finds_draws_and_writes_coco(detector, photos, cli, tmp_path):
+def test_detector_finds_draws_and_writes_coco(detector, photos, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     path, network = detector
     code, table, notes = cli(
         path, photos, "--output", tmp_path / "out", "--min-score", 0.4, "--grid"
@@ -421,6 +424,7 @@ def test_detector_finds_draws_and_writes_coco(detector, photos, cli, tmp_path):
         code, _, notes = cli(path, photos, *flag)
         assert code == 2
         assert f"{flag[0]} is for classifiers, and {path} holds a detector: leave it out" in notes
+    assert not torch.backends.cudnn.benchmark  # each image has a shape of its own
 
 
 def test_large_pictures_are_shrunk_with_their_objects():
