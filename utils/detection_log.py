@@ -187,14 +187,17 @@ class DetectionProgress(Progress):
         self.since, self.since_step = now, self.step
         if self.quiet:
             return
+        total = f"loss {figures['loss']:.3f}"
         parts = [f"{k.removeprefix('loss_')} {v:.3f}" for k, v in figures.items() if k != "loss"]
-        text = f"loss {figures['loss']:.3f} ({', '.join(parts)})"
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{text}  {speed:,.1f} images/s")
+        parts = f"({', '.join(parts)})"
+        if self.bar is not None:  # the parts last, where a narrow terminal has no room for them
+            text = f"{total}  {speed:,.1f} images/s  ETA {{remaining}}  {parts}"
+            self.bar.bar_format = self.bar_format(text)
+            self.bar.refresh()
             return
         left = (now - self.started) / (self.step - self.first) * (self.total - self.step)
         print(
-            f"{self.title}  step {self.step:>{len(str(self.total))}}/{self.total}  {text}  "
+            f"{self.title}  step {self.step:>{len(str(self.total))}}/{self.total}  {total} {parts}  "
             f"lr {lr:.3g}  {speed:,.1f} images/s  ETA {duration(left)}",
             flush=True,
         )

@@ -104,7 +104,17 @@ class Progress:
         on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.bar = None
         if on_terminal and not quiet:
-            self.bar = tqdm(total=total, initial=done, desc=title, unit="step", leave=False)
+            self.bar = tqdm(
+                total=total, initial=done, leave=False, dynamic_ncols=True,
+                bar_format=self.bar_format("ETA {remaining}"),
+            )  # fmt: skip
+
+    def bar_format(self, figures: str) -> str:
+        """tqdm's format of a bar that leaves 80 columns to the figures; they are cut from the end.
+
+        tqdm's own spends half of them on the time passed and two speeds.
+        """
+        return f"{self.title} {{percentage:3.0f}}%|{{bar}}| {figures}"
 
     def advance(self) -> bool:
         """Counts a step; True when figures are due for `show`."""
@@ -122,7 +132,9 @@ class Progress:
             return
         text = f"loss {figures['loss']:.4f}  top-1 {figures['top1']:.2f} %"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{text}  {speed:,.0f} images/s")
+            text += f"  {speed:,.0f} images/s  ETA {{remaining}}"
+            self.bar.bar_format = self.bar_format(text)
+            self.bar.refresh()
             return
         left = (now - self.started) / (self.step - self.first) * (self.total - self.step)
         print(
