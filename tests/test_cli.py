@@ -1,5 +1,7 @@
 """Flags, numbers and exits."""
 
+import argparse
+
 import pytest
 
 from utils.cli import (
@@ -35,6 +37,21 @@ def test_numbers_are_checked(kind, good, bad, capsys):
         said = capsys.readouterr().err
         assert repr(text) in said
         assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ({}, "a number between 0 and 1"),
+        ({"above": True}, "a number between 0 and 1, 0 excluded"),
+        ({"below": True}, "a number between 0 and 1, 1 excluded"),
+        ({"above": True, "below": True}, "a number between 0 and 1, 0 and 1 excluded"),
+    ],
+)
+def test_a_range_says_which_of_its_ends_is_not_in_it(ends, said):
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        number(float, 0, 1, **ends)("1.5")
+    assert str(caught.value) == f"'1.5' is not {said}"
 
 
 def test_unknown_flags_get_the_nearest_one(capsys):

@@ -239,7 +239,7 @@ def test_a_checkpoint_from_before_the_recipes_goes_on(call, finished, tmp_path):
     ("flags", "words"),
     [
         (("--recipe", "modem"), "invalid choice: 'modem'"),
-        (("--ema", 1), "'1' is not a number between 0 and 1, ends excluded"),
+        (("--ema", 1), "'1' is not a number between 0 and 1, 1 excluded"),
         (("--label-smoothing", 1), "'1' is not a number between 0 and 1"),
         (("--mixup", -1), "'-1' is not a number at least 0"),
         (("--random-erasing", 2), "'2' is not a number between 0 and 1"),

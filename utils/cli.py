@@ -55,8 +55,11 @@ def number(
     if math.isinf(high):
         wanted = f"{'above' if above else 'at least'} {low:g}"
     else:
-        ends = f"{low:g} and {high if kind is int else f'{high:g}'}"
-        wanted = f"between {ends}" + (", ends excluded" if above or below else "")
+        ends = [f"{low:g}", str(high) if kind is int else f"{high:g}"]
+        left_out = [end for end, is_out in zip(ends, (above, below), strict=True) if is_out]
+        wanted = f"between {' and '.join(ends)}"
+        if left_out:
+            wanted += f", {' and '.join(left_out)} excluded"
     noun = "a whole number" if kind is int else "a number"
 
     def parse(text: str):
