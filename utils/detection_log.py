@@ -197,7 +197,7 @@ class DetectionProgress(Progress):
             return
         left = (now - self.started) / (self.step - self.first) * (self.total - self.step)
         print(
-            f"{self.title}  step {self.step:>{len(str(self.total))}}/{self.total}  {total} {parts}  "
-            f"lr {lr:.3g}  {speed:,.1f} images/s  ETA {duration(left)}",
+            f"{self.title}  step {self.step:>{len(str(self.total))}}/{self.total}  "
+            f"{total} {parts}  lr {lr:.3g}  {speed:,.1f} images/s  ETA {duration(left)}",
             flush=True,
         )
