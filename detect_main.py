@@ -49,7 +49,7 @@ from utils.detection_options import build_parser
 from utils.detection_recipe import AUTO, DetectionRecipe, lr_at
 from utils.engine import NonFiniteGuard
 from utils.errors import UserError, as_user_error
-from utils.faults import in_one_line
+from utils.faults import Memory, in_one_line
 from utils.sampler import mix_seed
 from utils.stop import StopRequest, Votes
 
@@ -60,6 +60,7 @@ DEMO = RECIPE.override(**demo_shapes.RECIPE)
 OF_ONE_START = (
     "resume", "evaluate", "backbone_weights", "output", "device", "gpu", "results_json", "picture",
 )  # fmt: skip
+WARMUP = "--warmup-steps"  # what a remedy calls it
 BACKBONES = [name for name in models.MODELS if "resnet" in name]
 
 
@@ -94,9 +95,13 @@ def main() -> int:
         context = replace(context, data_parallel=())
     try:
         if args.evaluate:
-            with in_one_line(1):
+            with in_one_line(Memory("one image at a time", "a smaller --min-size")):
                 return evaluate(args, saved, context)
-        with StopRequest() as stop, in_one_line(recipe.batch_size, stop):
+        needs = Memory(
+            f"--batch-size {recipe.batch_size}", "a smaller --batch-size or --min-size",
+            " or a smaller --batch-size",
+        )  # fmt: skip
+        with StopRequest() as stop, in_one_line(needs, stop):
             return train(args, asked, recipe, saved, folder, context, stop)
     finally:
         distributed.tear_down()
@@ -205,7 +210,7 @@ def train(
         detection_engine.make_optimizer(network, recipe, context.device),
         torch.amp.GradScaler(context.device.type, enabled=args.amp == "fp16"),
         detection_engine.LossMeter(context.device, losses),
-        NonFiniteGuard(context.device),
+        NonFiniteGuard(context.device, WARMUP),
         context.rank,
     )  # fmt: skip
     if saved is not None:

@@ -27,7 +27,7 @@ from utils import run_folder as runs
 from utils.cli import run_script
 from utils.data import Reading, replaced_lines, training_batches, validation_batches
 from utils.errors import UserError, as_user_error
-from utils.faults import in_one_line
+from utils.faults import Memory, in_one_line
 from utils.logger import Progress
 from utils.options import build_parser
 from utils.recipe import PAPER, RECIPES, Recipe
@@ -80,14 +80,15 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     if args.fast and not args.evaluate:
         raise UserError("--fast rebuilds a network for evaluation: it goes with -e")
 
+    needs = Memory(f"-b {recipe.batch_size}", "a smaller -b or --img-size", " or a smaller -b")
     context = distributed.setup(args.device, args.gpu)
     try:
         if args.compile:
             distributed.refuse_compile(context)
         if args.evaluate:
-            with in_one_line(recipe.batch_size):
+            with in_one_line(needs):
                 return evaluate(args, recipe, saved, context)
-        with StopRequest() as stop, in_one_line(recipe.batch_size, stop):
+        with StopRequest() as stop, in_one_line(needs, stop):
             return train(args, asked, recipe, saved, folder, context, stop)
     finally:
         distributed.tear_down()

@@ -49,7 +49,7 @@ def _data_flags(group, recipe: DetectionRecipe) -> None:
             help=f"in DATA, instead of annotations/instances_{part}2017.json",
         )  # fmt: skip
     group.add_argument(
-        "--drop-empty", action="store_true",
+        "--drop-empty", action=argparse.BooleanOptionalAction, default=False,
         help="leave images without objects out of training (default: they train as background)",
     )  # fmt: skip
     group.add_argument(
@@ -166,6 +166,10 @@ def _optimisation_flags(group, recipe: DetectionRecipe) -> None:
     group.add_argument(
         "--channels-last", action=argparse.BooleanOptionalAction,
         help="NHWC memory format (default: on the CPU, where it is several times quicker)",
+    )  # fmt: skip
+    group.add_argument(
+        "--fused", action=argparse.BooleanOptionalAction, default=True,
+        help="run BatchNorm, ECA, addition and ReLU as one operation (default: yes)",
     )  # fmt: skip
 
 

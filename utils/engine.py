@@ -32,9 +32,13 @@ class NonFiniteGuard:
     On the CPU the step stops at once. On a GPU, asking would wait for the device at every step:
     there the flag is handed to the fused optimizer, which skips its update on the device, and
     `check` raises at the next moment that synchronises anyway, before anything is saved.
+
+    Args:
+        warmup_flag: what the remedy calls the length of the warm-up.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, warmup_flag: str = "--warmup-epochs"):
+        self.warmup_flag = warmup_flag
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.wait = device.type != "cuda"
 
@@ -60,7 +64,7 @@ class NonFiniteGuard:
         if step >= 0:
             raise UserError(
                 f"the {what} of step {step + 1} is not a finite number; the weights were left as "
-                "they were before it. Lower --lr, lengthen --warmup-epochs, or use --amp off",
+                f"they were before it. Lower --lr, lengthen {self.warmup_flag}, or use --amp off",
                 EXIT_NON_FINITE,
             )
 

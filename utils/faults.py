@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,17 @@ OUT_OF_MEMORY = (
 LOST_PEER = ("peer", "gloo", "NCCL", "Broken pipe", "Timed out waiting", "process group")
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What decides a script's need of memory, in the words of its command line."""
+
+    asked: str  # such as "-b 256"
+    smaller: str  # what to give then: "a smaller -b or --img-size"
+    in_workers: str = ""  # what besides their number spares loader workers: " or a smaller -b"
+
+
 @contextmanager
-def in_one_line(batch_size: int, stop: StopRequest | None = None) -> Iterator[None]:
+def in_one_line(memory: Memory, stop: StopRequest | None = None) -> Iterator[None]:
     """Turns outside faults within it into UserErrors (exit code 1).
 
     They are: no memory; a loader worker that was killed (torch raises that wherever the main
@@ -29,47 +39,48 @@ def in_one_line(batch_size: int, stop: StopRequest | None = None) -> Iterator[No
     the run that ended while this one waited for it.
 
     Args:
-        batch_size: to name in the remedy.
-        stop: where it says that the run was asked to stop, its exit code is that of stopping.
+        memory: to name in the remedy.
+        stop: of a run that trains, and can be resumed. Where it says that the run was asked to
+            stop, its exit code is that of stopping.
     """
+    again = "start again" if stop is None else "go on with --resume auto"
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
-        raise _out_of_memory(batch_size) from None
+        raise _out_of_memory(memory) from None
     except RuntimeError as error:
         text = str(error)
         if any(sign in text for sign in OUT_OF_MEMORY):
-            raise _out_of_memory(batch_size) from None
+            raise _out_of_memory(memory) from None
         if "DataLoader worker" in text:
-            raise _dead_worker(text) from None
+            raise _dead_worker(text, memory, again) from None
         if dist.is_initialized() and any(sign in text for sign in LOST_PEER):
             # Asked to stop, too? The launcher asks the others as soon as one has been killed.
             raise UserError(
-                "another process of this run ended or hangs (its own lines say why); nothing saved "
-                "is lost: go on with --resume auto",
+                "another process of this run ended or hangs (its own lines say why); "
+                f"{'' if stop is None else 'nothing saved is lost: '}{again}",
                 stop.exit_code if stop else EXIT_FAILED,
             ) from None
         raise
 
 
-def _out_of_memory(batch_size: int) -> UserError:
+def _out_of_memory(memory: Memory) -> UserError:
     return UserError(
-        f"out of memory with -b {batch_size}: give a smaller -b or --img-size, or --amp bf16",
-        EXIT_FAILED,
+        f"out of memory with {memory.asked}: give {memory.smaller}, or --amp bf16", EXIT_FAILED
     )
 
 
-def _dead_worker(text: str) -> UserError:
+def _dead_worker(text: str, memory: Memory, again: str) -> UserError:
     if "Bus error" in text or "shared memory" in text:
         return UserError(
             "a loader worker found no room in shared memory (/dev/shm): enlarge it (docker: "
-            "--shm-size), or use fewer workers (-j); go on with --resume auto",
+            f"--shm-size), or use fewer workers (-j); {again}",
             EXIT_FAILED,
         )
     how = next((f" by {s.name}" for s in signal.Signals if _described(s) in text), "")
     return UserError(
-        f"a loader worker was killed{how} (out of memory?): use fewer workers (-j) or a smaller "
-        "-b; go on with --resume auto",
+        f"a loader worker was killed{how} (out of memory?): use fewer workers (-j)"
+        f"{memory.in_workers}; {again}",
         EXIT_FAILED,
     )
 

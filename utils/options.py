@@ -68,7 +68,7 @@ def _data_flags(group, recipe: Recipe) -> None:
         "resizes exactly as published evaluations did, more slowly",
     )  # fmt: skip
     group.add_argument(
-        "--skip-bad-images", action="store_true",
+        "--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
         help="training: replace images that cannot be read, and list them at the end",
     )  # fmt: skip
     group.add_argument(
@@ -147,8 +147,14 @@ def _optimisation_flags(group, recipe: Recipe) -> None:
         "--amp", choices=("off", "bf16", "fp16"), default="off",
         help="automatic mixed precision (default: off)",
     )  # fmt: skip
-    group.add_argument("--channels-last", action="store_true", help="NHWC memory format")
-    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    group.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, default=False,
+        help="NHWC memory format (default: no)",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile the network (default: no)",
+    )  # fmt: skip
     group.add_argument(
         "--fused", action=argparse.BooleanOptionalAction, default=True,
         help="run BatchNorm, ECA, addition and ReLU as one operation (default: yes)",

@@ -1,0 +1,101 @@
+"""The flags of the training scripts."""
+
+import re
+import sys
+
+import pytest
+import torch
+
+import detect_main
+import main
+import models
+from models.eca_detection import DETECTORS
+from models.eca_detection_norm import NORMS
+from utils import detection_options, distributed, options
+from utils.cli import Parser
+from utils.engine import NonFiniteGuard
+from utils.errors import UserError
+
+
+def classifiers() -> Parser:
+    return options.build_parser(main.RECIPE, models.MODELS, "")
+
+
+def detectors() -> Parser:
+    recipe, backbones = detect_main.RECIPE, detect_main.BACKBONES
+    return detection_options.build_parser(recipe, list(DETECTORS), backbones, NORMS, "")
+
+
+@pytest.mark.parametrize(
+    ("parser", "flags"),
+    [
+        (classifiers(), ("compile", "channels-last", "skip-bad-images", "fused")),
+        (detectors(), ("drop-empty", "channels-last", "fused")),
+    ],
+    ids=["main", "detect_main"],
+)
+def test_what_a_saved_run_had_on_can_be_switched_off(parser, flags):
+    parser.set_defaults(**{flag.replace("-", "_"): True for flag in flags})
+    args = parser.parse_args([f"--no-{flag}" for flag in flags])
+    assert not any(getattr(args, flag.replace("-", "_")) for flag in flags)
+
+
+KILLED = "DataLoader worker (pid 7) is killed by signal: Killed."
+SHARED = "DataLoader worker (pid 7) is killed by signal: Bus error."
+PEER = "[gloo] Connection closed by peer"
+
+
+@pytest.mark.parametrize(
+    ("script", "parser", "asked", "evaluating"),
+    [
+        (main, classifiers(), "-b 7:", "-b 7:"),
+        (detect_main, detectors(), "--batch-size 7:", "one image at a time:"),
+    ],
+    ids=["main", "detect_main"],
+)
+@pytest.mark.parametrize("how", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    "fault", [torch.OutOfMemoryError(), *map(RuntimeError, (KILLED, SHARED, PEER))], ids=str
+)
+def test_remedies_are_flags_of_the_script(
+    monkeypatch, script, parser, asked, evaluating, how, fault
+):
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr(script, how, fail)
+    monkeypatch.setattr(script.resume, "read", lambda *_: (None, None))
+    monkeypatch.setattr(script.resume, "read_detector", lambda *_: (None, None))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "tear_down", lambda: None)
+    batch = "--batch-size=7"
+    mode = ["-e"] if how == "evaluate" else []
+    monkeypatch.setattr(sys, "argv", ["x", batch, "--device=cpu", *mode, "DATA"])
+    with pytest.raises(UserError) as caught:
+        script.main()
+    said = str(caught.value)
+    if isinstance(fault, torch.OutOfMemoryError):
+        assert f"out of memory with {evaluating if mode else asked}" in said
+    assert ("--resume auto" in said) == (not mode and "out of memory with" not in said)
+    assert named(said) <= flags_of(parser)
+
+
+def test_the_remedy_for_a_loss_that_is_not_finite(monkeypatch):
+    for guard, parser in (
+        (NonFiniteGuard(torch.device("cpu")), classifiers()),
+        (NonFiniteGuard(torch.device("cpu"), detect_main.WARMUP), detectors()),
+    ):
+        guard.first_bad = torch.tensor(3)
+        with pytest.raises(UserError) as caught:
+            guard.check()
+        flags = named(str(caught.value))
+        assert {"--lr", "--amp"} < flags <= flags_of(parser)
+
+
+def named(message: str) -> set[str]:
+    """The flags in a message, but for docker's."""
+    return set(re.findall(r"(?<!\S)\(?(-{1,2}[a-z][a-z-]*)", message)) - {"--shm-size"}
+
+
+def flags_of(parser: Parser) -> set[str]:
+    return set(parser._option_string_actions)
