@@ -125,7 +125,7 @@ def evaluate(args: Namespace, saved: dict, context: distributed.Context) -> int:
         split.report("val")[0],
         *truth.lines,
         detection_report.network_line(network),
-        *device_lines(args, context),
+        *device_lines(network, args, context),
     )
     reading = put(network, args, context)
     batches = evaluation_batches(
@@ -153,7 +153,9 @@ def evaluate(args: Namespace, saved: dict, context: distributed.Context) -> int:
         if args.output:
             figures = {kind: vars(summary) for kind, summary in summaries.items()}
             inputs = {"checkpoint": str(args.resume), "data": args.data, "images": len(split)}
-            print(f"written to {runs.write_evaluation(args.output, {**figures, **inputs})}")
+            print(
+                f"written to {runs.write_evaluation(args.output, {**figures, **inputs}, context)}"
+            )
     return 0
 
 
@@ -198,7 +200,7 @@ def train(
         *truth.lines,
         detection_report.network_line(network),
         *notes,
-        *device_lines(args, context),
+        *device_lines(network, args, context),
         detection_report.recipe_line(recipe, auto),
     )
 
@@ -239,7 +241,7 @@ def train(
         "args": {k: v for k, v in vars(args).items() if k not in OF_ONE_START},
         "seed": seed,
         "train_images": len(train_split),
-        "environment": runs.environment(),
+        "environment": runs.environment(context),
     }
     if context.is_main:
         folder = runs.open_folder(name, args.output, folder)
@@ -362,9 +364,10 @@ def build_network(
     ]
 
 
-def device_lines(args: Namespace, context: distributed.Context) -> list[str]:
+def device_lines(network: nn.Module, args: Namespace, context: distributed.Context) -> list[str]:
     last = is_channels_last(args, context)
-    return report.device_lines(context, args.amp, last, compiled=False, fused=True)
+    tails = models.describe_tails(network, context.device, args.fused)
+    return report.device_lines(context, args.amp, last, compiled=False, tails=tails)
 
 
 def is_channels_last(args: Namespace, context: distributed.Context) -> bool:
@@ -377,6 +380,7 @@ def put(network: nn.Module, args: Namespace, context: distributed.Context) -> Re
     last = is_channels_last(args, context)
     layout = torch.channels_last if last else torch.contiguous_format
     network.to(context.device, memory_format=layout)
+    models.set_fused(network, args.fused)
     return Reading(context.device, args.workers, args.worker_timeout)
 
 

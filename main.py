@@ -109,10 +109,11 @@ def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.
             f"{images.root} has {len(images.classes)} class folders, {source} "
             f"{network.num_classes} classes without names: the numbers must agree"
         )
+    tails = "" if args.fast else how_tails_run(network, args, context)
     context.say(
         *report.data_lines(None, images),
         report.network_line(network),
-        *report.device_lines(context, args.amp, args.channels_last, args.compile, args.fused),
+        *report.device_lines(context, args.amp, args.channels_last, args.compile, tails),
     )
     reading = place(network, args, context, compiled=args.compile and not args.fast)
     amp = args.amp
@@ -129,7 +130,7 @@ def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.
     context.say(report.evaluation_line(figures, time.perf_counter() - began))
     if args.output and context.is_main:
         inputs = {"checkpoint": str(source), "data": args.data}
-        print(f"written to {runs.write_evaluation(args.output, {**figures, **inputs})}")
+        print(f"written to {runs.write_evaluation(args.output, {**figures, **inputs}, context)}")
     return 0
 
 
@@ -168,11 +169,12 @@ def train(
         resume.refuse_another_recipe(saved, asked.recipe, recipe, args.start_epoch)
     torch.manual_seed(seed)
     network, notes = build_network(args, recipe, saved, train_images.classes)
+    tails = how_tails_run(network, args, context, recipe.sync_bn)
     context.say(
         *report.data_lines(train_images, val_images),
         report.network_line(network),
         *notes,
-        *report.device_lines(context, args.amp, args.channels_last, args.compile, args.fused),
+        *report.device_lines(context, args.amp, args.channels_last, args.compile, tails),
         *report.recipe_lines(recipe, args.recipe or PAPER),
     )
 
@@ -216,7 +218,7 @@ def train(
         "seed": seed,
         "pretrained": args.pretrained if saved is None else saved.get("pretrained"),
         "train_images": len(train_images),
-        "environment": runs.environment(),
+        "environment": runs.environment(context),
     }
     if context.is_main:
         folder = runs.open_folder(name, args.output, folder)
@@ -333,6 +335,12 @@ def build_network(
             other_classes=known is not None and list(known) != list(names),
         )  # fmt: skip
     return network, [f"pretrained: {args.pretrained}", *(f"  {note}" for note in notes)]
+
+
+def how_tails_run(
+    network: nn.Module, args: Namespace, context: distributed.Context, sync_bn: bool = False
+) -> str:
+    return models.describe_tails(network, context.device, args.fused, args.compile, sync_bn)
 
 
 def place(

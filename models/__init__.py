@@ -9,7 +9,7 @@ from torch import nn
 
 from models.building import Ksize
 from models.eca_anywhere import Insertion, add_eca
-from models.eca_fused import set_fused
+from models.eca_fused import describe_tails, set_fused
 from models.eca_mobilenetv2 import MobileNetV2, eca_mobilenetv2, mobilenetv2, se_mobilenetv2
 from models.eca_module import ECALayer, adaptive_kernel_size, parse_ksize
 from models.eca_resnet import (
@@ -41,6 +41,7 @@ __all__ = [
     "adaptive_kernel_size",
     "add_eca",
     "create_model",
+    "describe_tails",
     "optimise_for_inference",
     "parse_ksize",
     "set_fused",

@@ -248,3 +248,37 @@ def set_fused(network: nn.Module, fused: bool) -> int:
     for block in blocks:
         block.fused = bool(fused)
     return len(blocks)
+
+
+def describe_tails(
+    network: nn.Module,
+    device: torch.device,
+    fused: bool = True,
+    compiled: bool = False,
+    sync_bn: bool = False,
+) -> str:
+    """How `network`'s block tails will run on `device`, in a few words for a report.
+
+    Args:
+        fused: what `set_fused` is given.
+        compiled: by torch.compile.
+        sync_bn: its BatchNorms will become SyncBatchNorm.
+    """
+    named = {getattr(module, "attention", None) for module in network.modules()}
+    named = {name for name in named if isinstance(name, str)}
+    others = ", ".join(sorted(named - {"eca", "none"}))
+    sync_bn = sync_bn or any(isinstance(m, nn.SyncBatchNorm) for m in network.modules())
+    on_triton = device.type == "cuda" and eca_triton is not None
+    obstacles = (
+        (not fused, ""),
+        (sync_bn, " (SyncBatchNorm)"),
+        (others, f" (attention {others})"),
+        (device.type == "cuda" and not (compiled or on_triton), " (Triton is missing)"),
+        (device.type not in ("cpu", "cuda") and not compiled, f" (no kernels for {device.type})"),
+    )
+    for stands, why in obstacles:
+        if stands:
+            return f"block tails module by module{why}"
+    if named == {"none"} and device.type == "cpu" and not compiled:
+        return "block tails by BatchNorm's own kernel, the rest in place"
+    return f"fused block tails{' (Triton)' if on_triton else ''}"

@@ -1,6 +1,7 @@
 """Wrapping a network for several processes, in a process group of one."""
 
 import contextlib
+import platform
 import threading
 
 import pytest
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 import models
-from utils import distributed, report
+from utils import distributed, report, run_folder
 from utils.distributed import Context
 from utils.errors import UserError
 
@@ -83,7 +84,11 @@ def test_without_a_launcher_all_gpus_or_the_named_one(two_gpus, given, index, pa
     context = distributed.setup(*given)
     assert context == Context(torch.device("cuda", index), data_parallel=parallel)
     assert context.replicas == len(parallel or (0,))
-    lines = report.device_lines(context, "bf16", False, False, True)
+    written = run_folder.environment(context)
+    assert written["device"] == f"GPU {index}"
+    assert (written["world_size"], written["data_parallel"]) == (1, list(parallel))
+    assert run_folder.environment(TWO_RANKS)["device"] in (platform.processor(), "cpu")
+    lines = report.device_lines(context, "bf16", False, False)
     if parallel:
         assert lines[0].startswith("device: GPU 0 x 2 (DataParallel); bf16")
         assert lines[1:] == ["  torchrun --nproc-per-node=2 is faster"]

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from models import eca_algebra, eca_passes
+from models import eca_algebra, eca_fused, eca_passes
+from models.eca_detection import create_detector
 from models.eca_fused import block_tail, can_fuse, fused_tail
 from models.eca_module import ECALayer
 
@@ -533,6 +535,62 @@ def test_the_switch_reaches_every_block_and_leaves_the_keys_alone():
     assert models.set_fused(network, True) == 8
     assert all(block.fused for block in network.layer4)
     assert list(network.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("name", "tails", "of_blocks"),
+    [
+        ("eca_resnet18", "fused block tails", {"fused_tail": 8}),
+        ("resnet18", "block tails by BatchNorm's own kernel, the rest in place",
+         {"_plain_tail": 8}),
+        ("se_resnet18", "block tails module by module (attention se)", {}),
+        ("eca_mobilenetv2", "fused block tails", {"fused_tail": 17}),
+        ("mobilenetv2", "block tails by BatchNorm's own kernel, the rest in place",
+         {"_plain_tail": 17}),
+    ],
+)  # fmt: skip
+def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, tails, of_blocks):
+    paths = {path: Mock(wraps=getattr(eca_fused, path)) for path in ("fused_tail", "_plain_tail")}
+    for path, counted in paths.items():
+        monkeypatch.setattr(eca_fused, path, counted)
+    network = models.create_model(name, num_classes=2).eval()
+    assert models.describe_tails(network, torch.device("cpu")) == tails
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 64, 64))
+    assert {p: c.call_count for p, c in paths.items() if c.called} == of_blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "triton", "flags", "tails"),
+    [
+        ("eca_resnet18", "cpu", False, {"fused": False}, "block tails module by module"),
+        ("resnet18", "cpu", False, {"compiled": True}, "fused block tails"),
+        ("eca_resnet18", "cuda", True, {}, "fused block tails (Triton)"),
+        ("resnet18", "cuda", True, {"compiled": True}, "fused block tails (Triton)"),
+        ("eca_resnet18", "cuda", True, {"sync_bn": True},
+         "block tails module by module (SyncBatchNorm)"),
+        ("eca_resnet18", "cuda", False, {}, "block tails module by module (Triton is missing)"),
+        ("eca_resnet18", "cuda", False, {"compiled": True}, "fused block tails"),
+        ("eca_resnet18", "mps", False, {}, "block tails module by module (no kernels for mps)"),
+        ("eca_resnet18", "mps", False, {"compiled": True}, "fused block tails"),
+    ],
+)  # fmt: skip
+def test_elsewhere_the_description_says_why(monkeypatch, name, device, triton, flags, tails):
+    monkeypatch.setattr(eca_fused, "eca_triton", object() if triton else None)
+    with torch.device("meta"):
+        network = models.create_model(name, num_classes=2)
+    assert models.describe_tails(network, torch.device(device), **flags) == tails
+
+
+def test_a_detector_s_tails_are_those_of_its_backbone():
+    with torch.device("meta"):
+        synced, other = (
+            create_detector("retinanet", backbone, num_classes=2, norm=norm)
+            for backbone, norm in (("eca_resnet18", "sync"), ("se_resnet18", "bn"))
+        )
+    cpu = torch.device("cpu")
+    assert models.describe_tails(synced, cpu).endswith("(SyncBatchNorm)")
+    assert models.describe_tails(other, cpu).endswith("(attention se)")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

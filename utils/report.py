@@ -24,9 +24,9 @@ def network_line(network: nn.Module) -> str:
 
 
 def device_lines(
-    context: Context, amp: str, channels_last: bool, compiled: bool, fused: bool
+    context: Context, amp: str, channels_last: bool, compiled: bool, tails: str = ""
 ) -> list[str]:
-    """Where the run takes place and how."""
+    """Where the run takes place and how; `tails` says how the ends of blocks run."""
     name = str(context.device)
     if context.device.type == "cuda":
         name = torch.cuda.get_device_name(context.device)
@@ -38,7 +38,7 @@ def device_lines(
         name += f" x {len(context.data_parallel)} (DataParallel)"
     traits = ["float32" if amp == "off" else amp]
     traits += ["channels_last"] * channels_last + ["compiled"] * compiled
-    traits.append("fused block tails" if fused else "block tails module by module")
+    traits += [tails] if tails else []
     lines = [f"device: {name}; {', '.join(traits)}"]
     if len(context.data_parallel) > 1:
         lines.append(f"  torchrun --nproc-per-node={len(context.data_parallel)} is faster")

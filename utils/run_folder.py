@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torchvision
 
+from utils.distributed import Context
 from utils.errors import EXIT_FAILED, UserError
 from utils.files import write_atomically
 
@@ -135,23 +136,29 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
-def write_evaluation(output: str, result: dict) -> Path:
+def write_evaluation(output: str, result: dict, context: Context) -> Path:
     """Writes `result` with the environment to a new folder, and returns the file's path."""
     target = create("", output) / "evaluation.json"
-    write_json(target, {**result, **environment()})
+    write_json(target, {**result, **environment(context)})
     return target
 
 
-def environment() -> dict[str, str | int]:
-    """What a result depends on besides the arguments: versions, commit, device."""
-    cuda = torch.cuda.is_available()
+def environment(context: Context) -> dict[str, str | int | list[int]]:
+    """What a result depends on besides the arguments: versions, commit, devices."""
+    device = str(context.device)
+    if context.device.type == "cuda":
+        device = torch.cuda.get_device_name(context.device)
+    elif context.device.type == "cpu":
+        device = platform.processor() or "cpu"
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a TorchVersion would not load with weights_only
         "torchvision": str(torchvision.__version__),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "device": device,
+        "world_size": context.world_size,
+        "data_parallel": list(context.data_parallel),
         "cpu_threads": torch.get_num_threads(),
         "commit": _commit(),
     }
