@@ -2,19 +2,25 @@
 
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import detect_main
 import main
 import models
 from models.eca_detection import DETECTORS
 from models.eca_detection_norm import NORMS
-from utils import detection_options, distributed, options
+from utils import backends, detection_options, distributed, options
 from utils.cli import Parser
-from utils.engine import NonFiniteGuard
+from utils.data import Batch
+from utils.engine import NonFiniteGuard, StepRule, train_epoch
 from utils.errors import UserError
+from utils.train_state import TrainState
+
+CPU = torch.device("cpu")
 
 
 def classifiers() -> Parser:
@@ -38,6 +44,29 @@ def test_what_a_saved_run_had_on_can_be_switched_off(parser, flags):
     parser.set_defaults(**{flag.replace("-", "_"): True for flag in flags})
     args = parser.parse_args([f"--no-{flag}" for flag in flags])
     assert not any(getattr(args, flag.replace("-", "_")) for flag in flags)
+
+
+def test_fp16_scales_the_loss_and_steps_as_float32_does():
+    """On the CPU, whose convolutions in fp16 are too slow to train a whole network here."""
+    stepped = []
+    for flags in ([], ["--amp", "fp16"]):
+        amp = classifiers().parse_args(flags).amp
+        torch.manual_seed(0)
+        network = nn.Linear(5, 3)
+        state = TrainState.fresh(network, main.RECIPE, CPU, fp16=amp == "fp16")
+        rule = StepRule(lambda step: 0.1, 7, partial(backends.autocast, CPU, amp))
+        batch = Batch(torch.randn(6, 5), torch.arange(6) % 3, ())
+        list(
+            train_epoch(
+                network, [batch], state.optimizer, state.scaler, state.meter, state.guard, rule, 0
+            )
+        )
+        stepped.append(network.weight.detach())
+        with rule.autocast():
+            assert network(batch.images).dtype == backends.DTYPES[amp]
+        assert (state.scaler.get_scale() > 1) == (amp == "fp16")
+    assert not torch.equal(*stepped)
+    torch.testing.assert_close(*stepped, rtol=1e-3, atol=1e-4)
 
 
 KILLED = "DataLoader worker (pid 7) is killed by signal: Killed."
@@ -82,8 +111,8 @@ def test_remedies_are_flags_of_the_script(
 
 def test_the_remedy_for_a_loss_that_is_not_finite(monkeypatch):
     for guard, parser in (
-        (NonFiniteGuard(torch.device("cpu")), classifiers()),
-        (NonFiniteGuard(torch.device("cpu"), detect_main.WARMUP), detectors()),
+        (NonFiniteGuard(CPU), classifiers()),
+        (NonFiniteGuard(CPU, detect_main.WARMUP), detectors()),
     ):
         guard.first_bad = torch.tensor(3)
         with pytest.raises(UserError) as caught:
