@@ -32,7 +32,7 @@ from utils import (
     resume,
 )
 from utils import run_folder as runs
-from utils.cli import run_script
+from utils.cli import refuse_idle, run_script
 from utils.coco_data import load_split
 from utils.coco_eval import GroundTruth, judge, write_results
 from utils.coco_files import Place, locate
@@ -45,7 +45,7 @@ from utils.detection_data import (
     training_batches,
 )
 from utils.detection_log import DetectionFiles, DetectionProgress, DetectionState, val_columns
-from utils.detection_options import build_parser
+from utils.detection_options import OF_TRAINING, build_parser
 from utils.detection_recipe import AUTO, DetectionRecipe, lr_at
 from utils.engine import NonFiniteGuard
 from utils.errors import UserError, as_user_error
@@ -68,6 +68,7 @@ def main() -> int:
     """One run from the command line."""
     parser = build_parser(RECIPE, list(detection.DETECTORS), BACKBONES, NORMS, __doc__)
     args = asked = parser.parse_args()
+    given = parser.given(vars(asked))
     on_demo = args.data == demo_shapes.SHAPES
     recipe = DEMO if on_demo else RECIPE
     of_any_run = not any((args.data, args.arch, args.backbone, args.action))
@@ -81,6 +82,8 @@ def main() -> int:
         args = parser.parse_args()
         recipe = DetectionRecipe.from_dict(saved["recipe"])
     recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
+    refuse_idle(given, OF_TRAINING if args.evaluate else (), "with -e, which does not train")
+    refuse_idle(given, ("momentum",) if recipe.optimizer == "adamw" else (), "with adamw")
     if args.data is None:
         raise UserError(f"no DATA given: a folder in COCO's layout, or {demo_shapes.SHAPES}")
     if args.workers is None:  # the demo's images are so small that processes would cost more

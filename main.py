@@ -24,15 +24,16 @@ import models
 from models import weights
 from utils import backends, checkpoint, demo_data, distributed, engine, image_sets, report, resume
 from utils import run_folder as runs
-from utils.cli import run_script
+from utils.cli import refuse_idle, run_script
 from utils.data import Reading, replaced_lines, training_batches, validation_batches
 from utils.errors import UserError, as_user_error
 from utils.faults import Memory, in_one_line
 from utils.logger import Progress
-from utils.options import build_parser
+from utils.options import OF_TRAINING, build_parser
 from utils.recipe import PAPER, RECIPES, Recipe
 from utils.run_files import RunFiles
 from utils.sampler import SeededBatches, check_batch, mix_seed
+from utils.schedule import UNUSED
 from utils.stop import StopRequest, Votes
 from utils.train_state import TrainState
 
@@ -57,6 +58,7 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     """
     parser = build_parser(recipe, models.MODELS, __doc__.replace("main.py", Path(sys.argv[0]).name))
     args = asked = parser.parse_args()
+    given = parser.given(vars(asked))
     on_demo = (args.data or "").startswith(demo_data.PREFIX)
     recipe = recipe.override(**RECIPES[args.recipe or PAPER]).override(**demo if on_demo else {})
     of_any_run = args.data is None and args.arch is None and args.action is None
@@ -69,6 +71,8 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
         args = parser.parse_args()
         recipe = Recipe.from_dict(saved["recipe"])
     recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
+    refuse_idle(given, OF_TRAINING if args.evaluate else (), "with -e, which does not train")
+    refuse_idle(given, UNUSED[recipe.schedule], f"with the schedule {recipe.schedule}")
     if saved is None:
         with as_user_error(), torch.device("meta"):  # costs nothing, and finds a bad --ksize now
             create_network(recipe.arch, args.ksize, args.attention)

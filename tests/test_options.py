@@ -46,6 +46,34 @@ def test_what_a_saved_run_had_on_can_be_switched_off(parser, flags):
     assert not any(getattr(args, flag.replace("-", "_")) for flag in flags)
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "said"),
+    [
+        (main, "--schedule cosine --lr-step 5", "--lr-step does nothing with the schedule cosine"),
+        (main, "--schedule exp --lr-step 5", "--lr-step does nothing with the schedule exp"),
+        (main, "--schedule exp --lr-decay 0.9", None),
+        (main, "--recipe modern --lr-decay 0.5", "--lr-decay does nothing with the schedule cos"),
+        (main, "-e --lr 0.1 --skip-bad-images", "--lr, --skip-bad-images do nothing with -e, "),
+        (main, "-e -b 8 --crop-pct 1 --amp bf16 --ksize 3357", None),
+        (detect_main, "--optimizer adamw --momentum 0.8", "--momentum does nothing with adamw"),
+        (detect_main, "-e --batch-size 8", "--batch-size does nothing with -e, which does not tra"),
+        (detect_main, "-e --min-size 400", None),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(monkeypatch, script, flags, said):
+    """But not those that a run has saved: these come as the parser's defaults."""
+    for name in ("evaluate", "train"):
+        monkeypatch.setattr(script, name, lambda *_: 0)
+    for name in ("read", "read_detector"):
+        monkeypatch.setattr(script.resume, name, lambda *_: (None, None))
+    monkeypatch.setattr(sys, "argv", ["x", *flags.split(), "--device", "cpu", "DATA"])
+    if said is None:
+        assert script.main() == 0
+    else:
+        with pytest.raises(UserError, match=said):
+            script.main()
+
+
 def test_fp16_scales_the_loss_and_steps_as_float32_does():
     """On the CPU, whose convolutions in fp16 are too slow to train a whole network here."""
     stepped = []
@@ -97,9 +125,9 @@ def test_remedies_are_flags_of_the_script(
     monkeypatch.setattr(script.resume, "read_detector", lambda *_: (None, None))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "tear_down", lambda: None)
-    batch = "--batch-size=7"
     mode = ["-e"] if how == "evaluate" else []
-    monkeypatch.setattr(sys, "argv", ["x", batch, "--device=cpu", *mode, "DATA"])
+    batch = ["--batch-size=7"] if "7" in (evaluating if mode else asked) else []
+    monkeypatch.setattr(sys, "argv", ["x", *batch, "--device=cpu", *mode, "DATA"])
     with pytest.raises(UserError) as caught:
         script.main()
     said = str(caught.value)

@@ -5,7 +5,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from utils.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from utils.processes import end_children
@@ -35,6 +35,10 @@ class Parser(argparse.ArgumentParser):
             hint = did_you_mean(word.split("=")[0], flags)
             self.error(f"unknown argument {word}{hint or f' (see {self.prog} -h)'}")
         return parsed
+
+    def given(self, values: Mapping[str, object]) -> set[str]:
+        """Names of the flags whose parsed values are not the defaults."""
+        return {name for name, value in values.items() if value != self.get_default(name)}
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -81,6 +85,22 @@ count = number(int, 0)
 positive_float = number(float, 0, above=True)
 non_negative_float = number(float, 0)
 fraction = number(float, 0, 1)
+
+
+def refuse_idle(given: set[str], idle: Collection[str], where: str) -> None:
+    """Ends a start with flags that would do nothing.
+
+    Args:
+        given, idle: names of flags, as `Parser.given` has them.
+        where: they are idle, such as "with -e".
+
+    Raises:
+        UserError: names the flags that are both.
+    """
+    if found := sorted(given.intersection(idle)):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in found)
+        it, does = ("them", "do") if len(found) > 1 else ("it", "does")
+        raise UserError(f"{flags} {does} nothing {where}: leave {it} out")
 
 
 def run_script(main: Callable[[], int | None]) -> None:

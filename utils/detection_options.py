@@ -15,6 +15,12 @@ from utils.cli import (
 )
 from utils.detection_recipe import AUTO, OPTIMIZERS, DetectionRecipe
 
+OF_TRAINING = {
+    "train_images", "train_annotations", "drop_empty", "hflip", "backbone_weights", "epochs",
+    "batch_size", "optimizer", "lr", "momentum", "weight_decay", "lr_steps", "lr_decay",
+    "warmup_steps", "clip", "print_freq", "save_every", "save_minutes", "seed",
+}  # fmt: skip
+
 
 def build_parser(
     recipe: DetectionRecipe,

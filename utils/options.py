@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import fields
 
 from utils.cli import (
     Parser,
@@ -17,6 +18,11 @@ from utils.image_io import decoder_name
 from utils.recipe import PAPER, RECIPES, Recipe
 from utils.schedule import SCHEDULES
 from utils.transforms import AUTO_AUGMENTS
+
+OF_TRAINING = {
+    "skip_bad_images", "start_epoch", "print_freq", "save_every", "save_minutes", "seed",
+    *({f.name for f in fields(Recipe)} - {"arch", "batch_size", "img_size", "crop_pct"}),
+}  # fmt: skip
 
 
 def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> Parser:

@@ -7,6 +7,7 @@ from functools import partial
 from utils.recipe import Recipe
 
 SCHEDULES = ("step", "exp", "cosine")
+UNUSED = {"step": (), "exp": ("lr_step",), "cosine": ("lr_step", "lr_decay")}
 
 
 def lr_at(
