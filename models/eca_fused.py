@@ -20,6 +20,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from models import eca_native
 from models.eca_algebra import Gradients, Kept, Wanted, tail_backward, tail_forward
 from models.eca_module import ECALayer
 from models.eca_passes import Chunked, accumulation_dtype, passes_for
@@ -279,6 +280,8 @@ def describe_tails(
     for stands, why in obstacles:
         if stands:
             return f"block tails module by module{why}"
-    if named == {"none"} and device.type == "cpu" and not compiled:
-        return "block tails by BatchNorm's own kernel, the rest in place"
+    if device.type == "cpu" and not compiled and (why := eca_native.why_not()):
+        if named == {"none"}:
+            return f"block tails by BatchNorm's own kernel, the rest in place ({why})"
+        return f"fused block tails by PyTorch's operations ({why})"
     return f"fused block tails{' (Triton)' if on_triton else ''}"

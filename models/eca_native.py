@@ -53,6 +53,12 @@ def library() -> ctypes.CDLL | BuildError:
     return library
 
 
+def why_not() -> str | None:
+    """Why there are no compiled passes, or None where there are."""
+    found = library()
+    return str(found) if isinstance(found, BuildError) else None
+
+
 def _build() -> str:
     """Compiles the source unless that was done before; returns the library's path."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -96,7 +102,7 @@ def serves(z: Tensor) -> bool:
         and z.dtype in DTYPES
         and not torch.compiler.is_compiling()
         and type(z) in (Tensor, nn.Parameter)  # a fake tensor has no memory to point at
-        and isinstance(library(), ctypes.CDLL)
+        and why_not() is None
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from models import eca_algebra, eca_fused, eca_passes
+from models import eca_algebra, eca_fused, eca_native, eca_passes
 from models.eca_detection import create_detector
 from models.eca_fused import block_tail, can_fuse, fused_tail
 from models.eca_module import ECALayer
@@ -75,6 +75,7 @@ def _seed():
 def _operations(monkeypatch):
     """PyTorch's operations everywhere; the compiled passes are for test_eca_native."""
     monkeypatch.setattr(eca_passes, "serves", lambda z: False)
+    monkeypatch.setattr(eca_native, "why_not", lambda: "no C++ compiler")
 
 
 @pytest.fixture
@@ -537,19 +538,28 @@ def test_the_switch_reaches_every_block_and_leaves_the_keys_alone():
     assert list(network.state_dict()) == keys
 
 
+OPERATIONS = "fused block tails by PyTorch's operations (no C++ compiler)"
+KERNEL = "block tails by BatchNorm's own kernel, the rest in place (no C++ compiler)"
+COMPILED = "fused block tails"
+
+
 @pytest.mark.parametrize(
-    ("name", "tails", "of_blocks"),
+    ("name", "native", "tails", "of_blocks"),
     [
-        ("eca_resnet18", "fused block tails", {"fused_tail": 8}),
-        ("resnet18", "block tails by BatchNorm's own kernel, the rest in place",
-         {"_plain_tail": 8}),
-        ("se_resnet18", "block tails module by module (attention se)", {}),
-        ("eca_mobilenetv2", "fused block tails", {"fused_tail": 17}),
-        ("mobilenetv2", "block tails by BatchNorm's own kernel, the rest in place",
-         {"_plain_tail": 17}),
+        ("eca_resnet18", False, OPERATIONS, {"fused_tail": 8}),
+        ("eca_resnet18", True, COMPILED, {"fused_tail": 8}),
+        ("resnet18", False, KERNEL, {"_plain_tail": 8}),
+        ("resnet18", True, COMPILED, {"fused_tail": 8}),
+        ("se_resnet18", True, "block tails module by module (attention se)", {}),
+        ("eca_mobilenetv2", False, OPERATIONS, {"fused_tail": 17}),
+        ("mobilenetv2", False, KERNEL, {"_plain_tail": 17}),
     ],
-)  # fmt: skip
-def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, tails, of_blocks):
+)
+def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, tails, of_blocks):
+    if native:
+        monkeypatch.undo()  # what the fixture above has switched off
+        if why := eca_native.why_not():
+            pytest.skip(why)
     paths = {path: Mock(wraps=getattr(eca_fused, path)) for path in ("fused_tail", "_plain_tail")}
     for path, counted in paths.items():
         monkeypatch.setattr(eca_fused, path, counted)
