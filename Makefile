@@ -8,9 +8,6 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-# Freed memory stays with the process instead of going back to the system and being zeroed again at
-# every step: 1.05-1.4 times the speed of a CPU training step (see docs/PERFORMANCE.md).
-MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864
 
 .PHONY: demo demo-light demo-detect ablation benchmarks test test-faults lint clean
 
@@ -21,22 +18,22 @@ $(READY): requirements.txt requirements-dev.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(MALLOC) $(RUN) main.py demo:digits --action demo --seed 0
+	$(RUN) main.py demo:digits --action demo --seed 0
 	$(RUN) main.py -e --resume auto --action demo -a eca_resnet18
 
 demo-light: $(READY)
-	$(MALLOC) $(RUN) light_main.py demo:digits --action demo --seed 0
+	$(RUN) light_main.py demo:digits --action demo --seed 0
 	$(RUN) light_main.py -e --resume auto --action demo
 
 demo-detect: $(READY)
-	$(MALLOC) $(RUN) detect_main.py demo:shapes --action demo --seed 0
+	$(RUN) detect_main.py demo:shapes --action demo --seed 0
 	$(RUN) detect_main.py -e --resume auto -a mask_rcnn -b eca_resnet18 --action demo
 
 ablation: $(READY)
-	$(MALLOC) $(RUN) -m utils.ablation demo:digits --jobs 2 -- --epochs 4
+	$(RUN) -m utils.ablation demo:digits --jobs 2 -- --epochs 4
 
 benchmarks: $(READY)
-	$(MALLOC) $(RUN) benchmarks/all.py --out runs/benchmarks
+	$(RUN) benchmarks/all.py --out runs/benchmarks
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2

@@ -1,34 +1,31 @@
 """Images per second of the training pipeline, one process, against PIL + ToTensor + Normalize.
 
-    python benchmarks/data_loading.py [--json FILE] [--smoke]
+    python benchmarks/data_loading.py [--batch N] [--json FILE] [--smoke]
 
 The images are generated: 500 x 375 pixels of coloured noise whose spectrum falls off as a
-photograph's does, as JPEGs of about 100 KB. Both pipelines crop and flip by the same chance, so
-that their outputs can be compared pixel by pixel.
+photograph's does, as JPEGs of about 100 KB. All pipelines crop and flip by the same chance, so
+that their outputs can be compared pixel by pixel. One thread each, as a loader worker has.
 """
 
-import argparse
-import json
-import platform
-import random
-import statistics
+import side_by_side as side  # first: it puts the repository on the path
+
+# isort: split
+import importlib.util
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torchvision import transforms as v1
 
-import sys  # isort: skip
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' own packages
-
+from utils.cli import run_script
 from utils.data import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Reading, train_transform
 from utils.image_folder import scan
+from utils.image_io import DECODERS
 from utils.sampler import SeededBatches, mix_seed
+
+BASE = "PIL + ToTensor + Normalize"
 
 
 def noise_photo(seed: int, height: int = 375, width: int = 500) -> Image.Image:
@@ -75,58 +72,41 @@ class Textbook:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--smoke", action="store_true", help="few images: does it run?")
-    args = parser.parse_args()
-    rounds, batch = (2, 4) if args.smoke else (args.rounds, args.batch)
+    parser = side.make_parser(__doc__, batch=(32, 32), rounds=15)
+    parser.set_defaults(device="cpu")  # with cuda, batches are sent there and normalised
+    args = side.settle(parser.parse_args())
     torch.set_num_threads(1)
+    installed = [d for d in DECODERS if d != "simplejpeg" or importlib.util.find_spec(d)]
 
     with tempfile.TemporaryDirectory() as place:
-        write_images(Path(place), batch * 2)
+        write_images(Path(place), args.batch * 2)
         folder = scan(str(Path(place) / "train"))
         kilobytes = sum(f.stat().st_size for f in Path(place).rglob("*.jpg")) / len(folder) / 1e3
-        textbook = Textbook(folder, 224)
-        keys = next(iter(SeededBatches(len(folder), batch, seed=0)))
-        variants = {"PIL + ToTensor + Normalize": lambda: textbook.batch(keys)}
-        for decoder in ("torchvision", "pil"):
-            dataset = ImageDataset(folder, train_transform(224, 0.08, 0.5), 0, decoder)
-            batches = Reading(torch.device("cpu"), 0).batches(dataset, [keys])
+        textbook = Textbook(folder, args.img_size)
+        keys = next(iter(SeededBatches(len(folder), args.batch, seed=0)))
+        variants = {BASE: lambda: textbook.batch(keys)}
+        for decoder in installed:
+            transform = train_transform(args.img_size, 0.08, 0.5)
+            dataset = ImageDataset(folder, transform, 0, decoder)
+            batches = Reading(args.device, 0).batches(dataset, [keys])
             variants[f"ours, {decoder}"] = lambda batches=batches: next(batches()).images
+        outputs = {name: run().cpu() for name, run in variants.items()}
+        times = side.interleave(variants, args.rounds, args.device)
 
-        outputs = {name: run() for name, run in variants.items()}
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        for _ in range(rounds):
-            for name in random.sample(list(variants), len(variants)):
-                began = time.perf_counter()
-                variants[name]()
-                times[name].append(time.perf_counter() - began)
-
-    base = "PIL + ToTensor + Normalize"
+    common = side.settings(args) | {"kilobytes_per_image": kilobytes}
+    pairs = [(name, BASE) for name in variants if name != BASE]
+    rows = side.compare("data_loading", times, pairs, dict.fromkeys(variants, "uint8"), common)
     std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
-    print(f"batch {batch}, {kilobytes:.0f} KB per JPEG, torch {torch.__version__}, torchvision "
-          f"{torchvision.__version__}, one thread of {platform.processor() or platform.machine()}")
-    print(f"{'pipeline':28} {'images/s':>9} {'ratio min':>10} {'median':>7} {'max':>6} "
-          f"{'difference of 255':>18}")
-    rows = []
-    for name in variants:
-        ratios = [b / t for b, t in zip(times[base], times[name], strict=True)]
-        apart = ((outputs[name] - outputs[base]).abs() * std).mean().item() * 255
-        rows.append({
-            "benchmark": "data_loading", "variant": name, "baseline": base, "device": "cpu",
-            "dtype": "uint8", "batch": batch, "ratio_min": min(ratios),
-            "ratio_median": statistics.median(ratios), "ratio_max": max(ratios),
-            "images_per_second": batch / statistics.median(times[name]),
-            "mean_difference_of_255": apart, "torch": torch.__version__,
-        })  # fmt: skip
-        row = rows[-1]
-        print(f"{name:28} {row['images_per_second']:9.0f} {row['ratio_min']:10.2f} "
-              f"{row['ratio_median']:7.2f} {row['ratio_max']:6.2f} {apart:18.3f}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    for row in rows:
+        apart = ((outputs[row["variant"]] - outputs[BASE]).abs() * std).mean().item() * 255
+        row["mean_difference_of_255"] = apart
+        row["images_per_second"] = args.batch / row["seconds_median"]
+    shown = [
+        {**r, "variant": f"{r['variant']}, off by {r['mean_difference_of_255']:.3f} of 255"}
+        for r in rows
+    ]
+    side.report(args, rows, f"speed over the other's; {kilobytes:.0f} KB a JPEG", shown)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

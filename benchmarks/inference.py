@@ -4,7 +4,8 @@
                                    [--batch N] [--json FILE] [--smoke]
 
 Eager networks run without gradients; `optimised` is models.optimise_for_inference, `compiled` the
-same with compile=True. bfloat16 only where the device has it.
+same with compile=True, for plain and ECA alone, as compiling takes a minute each; on CUDA in
+bfloat16 alone. bfloat16 only where the device has it.
 """
 
 import side_by_side as side  # first: it puts the repository on the path
@@ -21,6 +22,7 @@ from models.inference import optimise_for_inference
 from utils.cli import run_script
 
 BASE = "textbook ECA, eager float32 NCHW"
+COMPILED = ("our plain", "our eca")
 
 
 class Eager:
@@ -81,7 +83,8 @@ def measure(network: str, built: dict, args, compile: bool) -> list[dict[str, ob
                 continue
             added[f"{name}, eager {dtype_name}"] = Eager(copy.deepcopy(module), images, dtype, nhwc)
             if name.startswith("our "):
-                for how in ("optimised", "compiled") if compile else ("optimised",):
+                compiled = compile and name in COMPILED and dtype_name in side.compiled_dtypes(args)
+                for how in ("optimised", "compiled") if compiled else ("optimised",):
                     label = f"{name}, {how} {dtype_name}"
                     added[label] = Optimised(module, images, dtype, how == "compiled")
                     if name != "our plain":

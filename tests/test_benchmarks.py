@@ -20,7 +20,7 @@ def run(script, *flags):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["train_step", "inference", "tail", "memory"])
+@pytest.mark.parametrize("name", ["train_step", "inference", "tail", "memory", "data_loading"])
 def test_smoke(name, tmp_path):
     to = tmp_path / "new" / "rows.json"
     done = run(f"{name}.py", "--smoke", "--device", "cpu", "--json", to)
@@ -33,8 +33,28 @@ def test_smoke(name, tmp_path):
         assert row["batch"] == 2
         assert row["variant"] != row["baseline"] or name == "memory"
         assert 0 < row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"] < math.inf
-    assert any("ECA" in row["variant"] for row in rows)
+    assert any(("ours" if name == "data_loading" else "ECA") in row["variant"] for row in rows)
     assert rows[0]["variant"] in done.stdout
+
+
+def test_all_goes_on_after_one_that_fails_and_names_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import all as every
+
+    ran = []
+
+    def call(command):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, returncode="tail.py" in command[1])
+
+    monkeypatch.setattr(every.subprocess, "run", call)
+    monkeypatch.setattr(sys, "argv", ["all.py", "--out", str(tmp_path / "to"), "--smoke"])
+    assert every.main() == 1
+    assert "failed: tail" in capsys.readouterr().err
+    assert [Path(c[1]).stem for c in ran] == list(every.BENCHMARKS)
+    for name, command in zip(every.BENCHMARKS, ran, strict=True):
+        assert Path(command[1]).exists()
+        assert command[2:] == ["--json", str(tmp_path / "to" / f"{name}.json"), "--smoke"]
 
 
 def test_textbook_networks_are_ours():

@@ -1,9 +1,11 @@
-"""Process-wide settings of torch: precision, kernel choice, determinism."""
+"""Process-wide settings: precision, kernel choice, determinism, memory of the CPU."""
 
 import os
 from contextlib import AbstractContextManager
 
 import torch
+
+from utils.malloc import keep_freed_memory
 
 
 def configure(deterministic: bool, device: torch.device, one_shape: bool = True) -> list[str]:
@@ -16,6 +18,8 @@ def configure(deterministic: bool, device: torch.device, one_shape: bool = True)
         one_shape: the batches are of one shape. cuDNN would measure anew for every other one, and
             does not measure where they differ.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.backends.cudnn.benchmark = one_shape and not deterministic
     if not deterministic:
         torch.set_float32_matmul_precision("high")
