@@ -17,6 +17,7 @@ from models.anatomy import attention_layers, recorded_gates
 from models.eca_module import ECALayer
 from models.weights import network_from_checkpoint
 from utils import demo_data, distributed, gate_pictures, image_folder, image_sets, run_folder
+from utils.checkpoint import load
 from utils.cli import Parser, count, did_you_mean, number, positive_int, run_script
 from utils.errors import EXIT_FAILED, UserError, as_user_error
 from utils.files import write_atomically
@@ -24,7 +25,7 @@ from utils.gate_statistics import GateStatistics, LayerWeights, table, write_npz
 from utils.image_folder import ImageFolder
 from utils.image_io import decoder_name, printable
 from utils.report import network_line
-from utils.saved import load, preprocessing, refuse_detector
+from utils.saved import preprocessing, refuse_detector
 from utils.user_images import read_batches
 
 CURVES = 4  # as in the paper's figure

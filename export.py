@@ -14,6 +14,7 @@ from models.anatomy import COARSEST
 from models.inference import optimise_for_inference
 from models.weights import describe_network, network_from_checkpoint
 from utils import export_files, saved
+from utils.checkpoint import load
 from utils.cli import Parser, positive_int, run_script
 from utils.data import IMAGENET_MEAN, IMAGENET_STD
 from utils.errors import UserError, as_user_error
@@ -63,7 +64,7 @@ def main() -> None:
         if target.exists():
             raise UserError(f"{target}: is there already; move it, or choose another --output")
 
-    checkpoint = saved.load(source)
+    checkpoint = load(source)
     saved.refuse_detector(checkpoint, source)
     with as_user_error(f"{source}: "):
         network = network_from_checkpoint(checkpoint).eval().requires_grad_(False)

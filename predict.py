@@ -25,6 +25,7 @@ from models.inference import optimise_for_inference
 from models.weights import network_from_checkpoint
 from utils import backends, distributed, pictures, run_folder
 from utils.backends import DTYPES
+from utils.checkpoint import load
 from utils.class_activation import grad_cam
 from utils.cli import run_script
 from utils.errors import EXIT_FAILED, UserError, as_user_error
@@ -34,7 +35,7 @@ from utils.image_io import printable, read_image
 from utils.predict_options import build_parser, settle
 from utils.predictions import Guess, Prediction, PredictionLog, path_width
 from utils.report import network_line
-from utils.saved import class_names, is_detector, load, preprocessing
+from utils.saved import class_names, is_detector, preprocessing
 from utils.user_images import UserBatch, find_images, read_batches
 
 FINE_ENOUGH = 4  # positions a side: with fewer, a map hardly tells where

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from utils.errors import UserError
+from utils.export_files import read_safetensors
 from utils.files import remove_leftovers, write_atomically
 
 FORMAT = 1
@@ -42,7 +43,8 @@ def save(path: str | Path, state: dict, retire_to: str | Path | None = None) -> 
 def load(path: str | Path) -> dict:
     """Reads a checkpoint onto the CPU: ours, one released by the authors, or a bare state dict.
 
-    Both file formats of torch are read (zip, and the pickle of torch < 1.6).
+    Both file formats of torch are read (zip, and the pickle of torch < 1.6), and
+    .safetensors.
 
     Raises:
         CorruptCheckpointError: damaged or cut short.
@@ -52,6 +54,8 @@ def load(path: str | Path) -> dict:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}; give the path of a checkpoint, such as runs/…/{BEST}")
+    if path.suffix == ".safetensors":  # torch may read its tensors, and drops all the rest
+        return read_safetensors(path)
     try:
         if zipfile.is_zipfile(path):
             if (damaged := _damaged_part(path)) is not None:

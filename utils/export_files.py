@@ -119,8 +119,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def read_safetensors(path: str | Path) -> dict:
     """A file that `to_safetensors` wrote, as the checkpoint that it came from.
 
+    One that others wrote is a bare state dict.
+
     Raises:
-        UserError: safetensors is not installed, or the file is another one.
+        UserError: safetensors is not installed, or the file is damaged.
     """
     check_packages(["safetensors"])
     from safetensors import SafetensorError, safe_open
@@ -129,12 +131,14 @@ def read_safetensors(path: str | Path) -> dict:
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
             state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if VERSION not in texts:
+            return state_dict
         fields = {key: json.loads(text) for key, text in texts.items() if key != "format"}
         fields["format"] = fields.pop(VERSION)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the path of a checkpoint") from None
-    except (SafetensorError, OSError, ValueError, KeyError):
-        raise UserError(f"{path}: damaged, or not a safetensors file of export.py") from None
+    except (SafetensorError, OSError, ValueError):
+        raise UserError(f"{path}: damaged, or not a safetensors file") from None
     return {**fields, "state_dict": state_dict}
 
 

@@ -4,17 +4,9 @@ from pathlib import Path
 
 from utils import checkpoint
 from utils.errors import UserError
-from utils.export_files import read_safetensors
 from utils.image_io import printable
 
 IMG_SIZE, CROP_PCT = 224, 0.875  # of released weights, which do not say
-
-
-def load(path: str | Path) -> dict:
-    """A checkpoint of any kind that `checkpoint.load` reads, or a .safetensors of export.py."""
-    if Path(path).suffix == ".safetensors":
-        return read_safetensors(path)
-    return checkpoint.load(path)
 
 
 def class_names(saved: dict, num_classes: int, file: str | None = None) -> list[str]:
