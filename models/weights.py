@@ -128,7 +128,7 @@ def load_weights(
     """Copies weights into `network`, all or nothing.
 
     Args:
-        network: one of ours, unwrapped.
+        network: one of ours, unwrapped. On `meta` it takes the tensors themselves.
         state_dict: its weights, with wrappers' prefixes or without.
         replace_head: where the weights have another number of classes, leave the last layer as it
             is initialised and load the rest.
@@ -160,7 +160,7 @@ def load_weights(
             )
         report = "; ".join(f"{len(v)} {fault}: {_first(v)}" for fault, v in faults.items() if v)
         raise ValueError(f"the weights do not fit {network.arch}: {report}")
-    network.load_state_dict(weights)
+    network.load_state_dict(weights, assign=own[head[0]].is_meta)
 
     notes = [f"Loaded {len(weights) - len(fresh)} tensors into {network.arch}."]
     if weights.keys() - state_dict.keys():

@@ -1,0 +1,111 @@
+"""What a run begins with: the network asked for, and a file's weights in it. ValueErrors again."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import MODELS, create_model
+from models.building import Ksize
+from models.weights import (
+    describe_network,
+    describe_weights,
+    find_state_dict,
+    load_weights,
+    read_ksize,
+)
+
+
+def first_network(
+    arch: str,
+    num_classes: int,
+    ksize: Ksize = None,
+    attention: str | None = None,
+    pretrained: Mapping[str, Any] | None = None,
+    file: str = "",
+    names: Sequence[str] | None = None,
+) -> tuple[nn.Module, list[str]]:
+    """The network of a new run. On `meta` it costs nothing, and finds all that does not fit.
+
+    Args:
+        arch, num_classes, ksize: as `create_model` takes them. Without `ksize` the kernel sizes are
+            those of the weights, where they have any that the network could take.
+        attention: None for what the name says.
+        pretrained: a file of one of the three kinds in `models.weights`, whose last layer is left
+            out where it is for other classes.
+        file: its name, for messages.
+        names: of the classes; None where they are not known yet.
+
+    Returns:
+        The network and what was done with the weights, one line each.
+
+    Raises:
+        ValueError: one line, as `create_model` and `load_weights`.
+    """
+    if pretrained is None:
+        return _create(arch, ksize, attention, num_classes), []
+    try:
+        tensors = find_state_dict(pretrained)
+        if ksize is None:
+            with torch.device("meta"):
+                network = _create(arch, None, attention, num_classes)
+            # The families name their last layers differently.
+            if network.ksize and f"{network.head}.weight" in tensors:
+                ksize = read_ksize(tensors)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    network = _create(arch, ksize, attention, num_classes)
+    known = pretrained.get("classes") if "format" in pretrained else None
+    others = None not in (known, names) and list(known) != list(names)
+    try:
+        notes = load_weights(network, tensors, replace_head=True, other_classes=others)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return network, [f"pretrained: {file}", *(f"  {note}" for note in notes)]
+
+
+def refuse_another(
+    checkpoint: Mapping[str, Any],
+    file: str,
+    arch: str | None = None,
+    ksize: Ksize = None,
+    attention: str | None = None,
+    num_classes: int | None = None,
+) -> None:
+    """Compares what is asked for, None where it is not, with the network that a file holds.
+
+    Args:
+        checkpoint: of one of the three kinds in `models.weights`.
+        file: its name, for messages.
+
+    Raises:
+        ValueError: one line that names the flags to leave out.
+    """
+    held = checkpoint
+    if "format" not in checkpoint:
+        try:
+            held = describe_weights(find_state_dict(checkpoint))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    if held.get("arch") not in MODELS:
+        raise ValueError(f"{file} holds {held.get('arch')}, which is not for this script")
+    given = {"arch": arch, "attention": attention, "ksize": ksize, "num_classes": num_classes}
+    of_file = (None, None) if arch else (held.get("ksize"), held.get("attention"))
+    with torch.device("meta"):
+        network = _create(
+            arch or held["arch"], ksize or of_file[0], attention or of_file[1],
+            num_classes or held.get("num_classes"),
+        )  # fmt: skip
+    wanted = describe_network(network)
+    if differing := [k for k, v in given.items() if v is not None and wanted[k] != held[k]]:
+        flags = ", ".join(f"--{k.replace('_', '-')} {given[k]}" for k in differing)
+        raise ValueError(
+            f"{file} holds {held['arch']}, ksize {held['ksize']}, {held['num_classes']} classes: "
+            f"leave {flags} out, or start a new run with --pretrained"
+        )
+
+
+def _create(arch: str, ksize: Ksize, attention: str | None, num_classes: int) -> nn.Module:
+    chosen = {} if attention is None else {"attention": attention}
+    return create_model(arch, ksize, num_classes, **chosen)
