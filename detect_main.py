@@ -153,7 +153,7 @@ def evaluate(args: Namespace, saved: dict, context: distributed.Context) -> int:
             pictured = load_split(place, network.arch == "mask_rcnn", drop_crowds=False)
             detection_report.write_picture(Path(args.picture), pictured, results)
             print(f"picture written to {args.picture}")
-        if args.output:
+        if args.output and args.resume != resume.AUTO:
             figures = {kind: vars(summary) for kind, summary in summaries.items()}
             inputs = {"checkpoint": str(args.resume), "data": args.data, "images": len(split)}
             print(
@@ -192,7 +192,8 @@ def train(
     if saved is not None:
         if saved["classes"] != train_split.classes:
             raise UserError(f"{args.data} has other classes than the run: resume it with its data")
-        resume.refuse_changes(saved, asked.seed, asked.batch_size, len(train_split), None)
+        resume.refuse_changes(saved, asked.seed, asked.batch_size, len(train_split), None,
+                              "--batch-size", can_begin=False)  # fmt: skip
     torch.manual_seed(seed)
     network, notes = build_network(args, recipe, saved, len(train_split.classes) + first_label)
     if network.model_kwargs["norm"] == "sync" and context.device.type != "cuda":

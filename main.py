@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import models
-from models import weights
+from models import beginning, weights
 from utils import backends, checkpoint, demo_data, distributed, engine, image_sets, report, resume
 from utils import run_folder as runs
 from utils.cli import refuse_idle, run_script
@@ -63,19 +63,34 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     recipe = recipe.override(**RECIPES[args.recipe or PAPER]).override(**demo if on_demo else {})
     of_any_run = args.data is None and args.arch is None and args.action is None
     name = None if of_any_run else runs.run_name(args.arch or recipe.arch, args.action)
-    saved, folder = resume.read(args.resume, args.pretrained, name, args.output, args.evaluate)
+    saved, folder = resume.read(
+        args.resume, args.pretrained, name, args.output, args.evaluate, args.start_epoch
+    )
     if saved is not None:
-        refuse_another_network(asked, saved)
-    if saved is not None and checkpoint.is_run(saved):
-        parser.set_defaults(**saved["args"])
-        args = parser.parse_args()
-        recipe = Recipe.from_dict(saved["recipe"])
+        with as_user_error():
+            beginning.refuse_another(
+                saved, args.resume or args.pretrained, args.arch, args.ksize, args.attention,
+                args.num_classes,
+            )  # fmt: skip
+        if checkpoint.is_run(saved):
+            parser.set_defaults(**saved["args"])
+            args = parser.parse_args()
+            recipe = Recipe.from_dict(saved["recipe"])
+        else:
+            recipe = recipe.override(**{k: saved.get(k) for k in ("img_size", "crop_pct")})
     recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
     refuse_idle(given, OF_TRAINING if args.evaluate else (), "with -e, which does not train")
     refuse_idle(given, UNUSED[recipe.schedule], f"with the schedule {recipe.schedule}")
+    pretrained = None
     if saved is None:
-        with as_user_error(), torch.device("meta"):  # costs nothing, and finds a bad --ksize now
-            create_network(recipe.arch, args.ksize, args.attention)
+        pretrained = args.pretrained and checkpoint.load(args.pretrained)
+        with torch.device("meta"):  # costs nothing, and finds now what does not fit
+            first_network(args, recipe, pretrained)
+    if not args.evaluate and (args.start_epoch or 0) >= recipe.epochs:
+        raise UserError(
+            f"--start-epoch {args.start_epoch}: the run has {recipe.epochs} epochs; give a smaller "
+            "one, or more --epochs"
+        )
     if args.data is None:
         raise UserError(f"no DATA given: a folder with train/ and val/, or {demo_data.DIGITS}")
     if args.workers is None:  # a demo's images are so small that processes would cost more
@@ -93,7 +108,7 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
             with in_one_line(needs):
                 return evaluate(args, recipe, saved, context)
         with StopRequest() as stop, in_one_line(needs, stop):
-            return train(args, asked, recipe, saved, folder, context, stop)
+            return train(args, asked, recipe, saved, pretrained, folder, context, stop)
     finally:
         distributed.tear_down()
 
@@ -132,7 +147,7 @@ def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.
         distributed.spread(network, context), batches(), context.device, autocast
     )
     context.say(report.evaluation_line(figures, time.perf_counter() - began))
-    if args.output and context.is_main:
+    if args.output and args.resume != resume.AUTO and context.is_main:
         inputs = {"checkpoint": str(source), "data": args.data}
         print(f"written to {runs.write_evaluation(args.output, {**figures, **inputs}, context)}")
     return 0
@@ -143,11 +158,15 @@ def train(
     asked: Namespace,
     recipe: Recipe,
     saved: dict | None,
+    pretrained: dict | None,
     folder: Path | None,
     context: distributed.Context,
     stop: StopRequest,
 ) -> int:
-    """Trains from the start, or on from `saved`, to the last epoch or until asked to stop."""
+    """Trains from the start, or on from `saved`, to the last epoch or until asked to stop.
+
+    `pretrained` is the contents of --pretrained, for a run from the start.
+    """
     seed = args.seed if saved is None else saved["seed"]
     seed = distributed.share(runs.fresh_seed() if seed is None else seed, context)
     context.say(*backends.configure(args.seed is not None, context.device))
@@ -172,7 +191,11 @@ def train(
         )
         resume.refuse_another_recipe(saved, asked.recipe, recipe, args.start_epoch)
     torch.manual_seed(seed)
-    network, notes = build_network(args, recipe, saved, train_images.classes)
+    if saved is None:
+        network, notes = first_network(args, recipe, pretrained, train_images.classes)
+    else:
+        with as_user_error():
+            network, notes = weights.network_from_checkpoint(saved), []
     tails = how_tails_run(network, args, context, recipe.sync_bn)
     context.say(
         *report.data_lines(train_images, val_images),
@@ -281,64 +304,20 @@ def train(
     return 0
 
 
-def create_network(
-    arch: str, ksize: str | None, attention: str | None, classes: int = 1000
-) -> nn.Module:
-    """`models.create_model`, with the attention that the name says unless another is given."""
-    chosen = {} if attention is None else {"attention": attention}
-    return models.create_model(arch, ksize, classes, **chosen)
-
-
-def refuse_another_network(asked: Namespace, saved: dict) -> None:
-    """Ends the run when its flags ask for a network that the checkpoint does not hold."""
-    source, held = asked.resume or asked.pretrained, saved
-    if not checkpoint.is_ours(saved):
-        with as_user_error(f"{source}: "):
-            held = weights.describe_weights(weights.find_state_dict(saved))
-    arch, ksize, classes = (held.get(k) for k in ("arch", "ksize", "num_classes"))
-    if arch not in models.MODELS:
-        raise UserError(f"{source} holds {arch}, which is not for this script")
-    given = {k: getattr(asked, k) for k in ("arch", "attention", "ksize", "num_classes")}
-    of_file = (None, None) if asked.arch else (ksize, held.get("attention"))
-    with as_user_error(), torch.device("meta"):
-        network = create_network(
-            asked.arch or arch, asked.ksize or of_file[0], asked.attention or of_file[1],
-            asked.num_classes or classes,
-        )  # fmt: skip
-    wanted = weights.describe_network(network)
-    if differing := [k for k, v in given.items() if v is not None and wanted[k] != held[k]]:
-        flags = ", ".join(f"--{k.replace('_', '-')} {given[k]}" for k in differing)
-        raise UserError(
-            f"{source} holds {arch}, ksize {ksize}, {classes} classes: leave {flags} out, or start "
-            "a new run with --pretrained"
-        )
-
-
-def build_network(
-    args: Namespace, recipe: Recipe, saved: dict | None, names: Sequence[str]
+def first_network(
+    args: Namespace, recipe: Recipe, pretrained: dict | None, names: Sequence[str] | None = None
 ) -> tuple[nn.Module, list[str]]:
-    """The network with its first weights (saved, pretrained or fresh), and what to say of them."""
-    if args.num_classes and args.num_classes < len(names):
+    """The network of a new run, and what to say of its weights; without names, before the data."""
+    if names and args.num_classes and args.num_classes < len(names):
         raise UserError(
             f"--num-classes {args.num_classes}: the data has {len(names)} classes; give at least "
             "as many, or leave it out"
         )
+    classes = args.num_classes or len(names or range(1000))
     with as_user_error():
-        if saved is not None:
-            return weights.network_from_checkpoint(saved), []
-        classes = args.num_classes or len(names)
-        if not args.pretrained:
-            return create_network(recipe.arch, args.ksize, args.attention, classes), []
-        source = checkpoint.load(args.pretrained)
-        tensors = weights.find_state_dict(source)
-        ksize = args.ksize or weights.read_ksize(tensors)
-        network = create_network(recipe.arch, ksize, args.attention, classes)
-        known = source.get("classes") if checkpoint.is_ours(source) else None
-        notes = weights.load_weights(
-            network, tensors, replace_head=True,
-            other_classes=known is not None and list(known) != list(names),
-        )  # fmt: skip
-    return network, [f"pretrained: {args.pretrained}", *(f"  {note}" for note in notes)]
+        return beginning.first_network(
+            recipe.arch, classes, args.ksize, args.attention, pretrained, args.pretrained, names
+        )
 
 
 def how_tails_run(

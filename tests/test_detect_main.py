@@ -96,7 +96,7 @@ def test_a_runs_life(call, run, shapes, tmp_path):
     assert one["images"] == 5
     assert 100 * one["bbox"]["figures"]["AP"] == pytest.approx(float(rows[-1]["box_AP"]))
     with pytest.raises(UserError, match=r"found\.json: exists already"):
-        call(*weights, *files)
+        call(*weights, *files[:4])
     succeed(run("detect_main.py", *weights, "--device", "cpu", "--output", "two", ranks=2))
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     assert two["bbox"] == one["bbox"]
@@ -104,7 +104,15 @@ def test_a_runs_life(call, run, shapes, tmp_path):
     # Flags that the run does not agree with.
     with pytest.raises(UserError, match="leave --backbone resnet18, --norm eval out"):
         call("--resume", folder / "last.pth", "-b", "resnet18", "--norm", "eval")
+    with pytest.raises(UserError, match=r"2 batches of 4: leave --batch-size 2 out$"):
+        call("--resume", folder / "previous.pth", "--batch-size", 2)
     assert call("--resume", folder / "last.pth")[-1].startswith("all 2 epochs are done")
+
+    # With auto, --output is where the run is: nothing is written there.
+    before = {path.name for path in folder.iterdir()}
+    lines = call("-e", "--resume", "auto", "--output", "first")
+    assert lines[0] == "evaluating first/best.pth"
+    assert {path.name for path in folder.iterdir()} == before
 
 
 def test_backbone_weights_and_two_ranks(call, run, shapes, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from conftest import write_tree
 
 import main as script
-from utils import checkpoint, cli, distributed
+from utils import checkpoint, cli, distributed, export_files
 
 SMALL = ("-a", "mobilenetv2", "--img-size", 32, "-b", 6, "--lr", 0.01, "-j", 0, "--seed", 1)
 
@@ -99,6 +99,98 @@ def test_a_run_goes_on_from_an_older_checkpoint_in_a_new_folder(call, run_folder
     other = tmp_path / "runs" / "mobilenetv2-1"
     assert (other / "best.pth").exists()  # as its closing lines say
     assert (other / "metrics.csv").read_bytes() == before["metrics.csv"]
+
+
+def test_going_back_leaves_what_followed(call, run_folder, tmp_path):
+    before = {p.name: p.read_bytes() for p in run_folder.iterdir()}
+    code, _, err = call("--resume", "auto", "--output", run_folder, "--start-epoch", 1)
+    assert code == 2
+    assert re.match("error: --start-epoch 1 would go over the 2 epochs in .*run: name a ", err[0])
+    code, out, _ = call("--resume", run_folder / "last.pth", "--start-epoch", 1, "--lr", 1e-9)
+    assert code == 0
+    assert out[0] == "--start-epoch 1 goes back: going on in a new folder"
+    assert {p.name: p.read_bytes() for p in run_folder.iterdir()} == before
+    other = tmp_path / "runs" / "mobilenetv2-1"
+    saved = checkpoint.load(other / "best.pth")  # its own, though the old best may be higher
+    assert [row["epoch"] for row in saved["history"]] == [0, 1]
+    assert saved["progress"]["best"]["epoch"] == 1
+    # Without an epoch to lose it stays where it is.
+    code, *_ = call("--resume", run_folder / "last.pth", "--start-epoch", 2, "--epochs", 3)
+    assert (code, place(run_folder)) == (0, (3, 0))
+
+
+def test_an_evaluation_says_where_it_cannot_go_before_it_begins(call, run_folder, tmp_path):
+    before = {p.name: p.read_bytes() for p in run_folder.iterdir()}
+    code, out, err = call("-e", "--resume", "auto", "--output", run_folder)
+    assert (code, err) == (0, [])
+    assert out[0] == f"evaluating {run_folder}/best.pth"
+    assert out[-1].startswith("15 images  top-1")
+    for weights in ("--resume", "--pretrained"):
+        code, out, err = call("-e", weights, run_folder / "best.pth", "--output", run_folder)
+        assert (code, out, len(err)) == (2, [], 1)
+        assert "run: is in use; choose a new --output" in err[0]
+    assert {p.name: p.read_bytes() for p in run_folder.iterdir()} == before
+    code, out, err = call("-e", "--resume", "auto", "--output", tmp_path / "new")
+    assert (code, out) == (2, [])
+    assert "no checkpoint in " in err[0]
+    assert "new to evaluate: name one with --resume CKPT" in err[0]
+
+
+def test_a_safetensors_file_is_the_checkpoint_again(call, run_folder, tree, tmp_path):
+    pytest.importorskip("safetensors")
+    saved = checkpoint.load(run_folder / "best.pth")
+    names = ("arch", "attention", "ksize", "num_classes", "model_kwargs", "img_size", "crop_pct")
+    fields = {name: saved[name] for name in names} | {"crop_pct": 0.5, "classes": ["c", "b", "a"]}
+    data = export_files.to_safetensors(saved["state_dict"], fields)
+    (tmp_path / "w.safetensors").write_bytes(data)
+    for part, value in (("crop_pct", 0.5), ("classes", fields["classes"])):
+        saved[part] = value
+    saved["recipe"]["crop_pct"] = 0.5
+    saved["args"]["crop_pct"] = None
+    checkpoint.save(tmp_path / "same.pth", saved)
+    figures = []
+    for file in ("same.pth", "w.safetensors"):
+        code, out, _ = call("-e", "--resume", file, "-j", 0, tree)
+        assert code == 0
+        figures.append(out[-1].split("images/s")[0].rsplit("  ", 1)[0])
+    assert figures[0] == figures[1]
+    flags = (*SMALL, "--epochs", 1, "--pretrained", "w.safetensors", tree)
+    code, out, _ = call(*flags)
+    assert code == 0
+    assert "  Left classifier.1 as initialised: the weights' 3 classes have other names." in out
+
+
+def test_weights_beside_a_run_s_own_are_refused(call, run_folder, tree):
+    file = run_folder / "best.pth"
+    code, out, err = call("--resume", run_folder / "last.pth", "--pretrained", file)
+    assert (code, out) == (2, [])
+    assert f"last.pth has weights of its own: leave --pretrained {file} out" in err[0]
+    # A preempted job gives both each time: weights to begin with, and its run to go on with.
+    code, _, err = call("--resume", "auto", "--output", run_folder, "--pretrained", file)
+    assert code == 2
+    assert f"run began with fresh weights: leave --pretrained {file} out" in err[0]
+    again = (*SMALL, "--epochs", 1, "--resume", "auto", "--pretrained", file, "--output", "b", tree)
+    for first in ("no checkpoint in b yet: starting from the beginning", "resuming b/last.pth"):
+        code, out, _ = call(*again)
+        assert code == 0
+        assert out[0] == first
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--output", "run"), "run: is in use"),
+        (("--action", "a/b"), "give an --action without /"),
+        (("--pretrained", "none.pth"), "none.pth: no such file"),
+        (("--pretrained", "run/last.pth", "-a", "resnet18"), "run/last.pth: the weights do not fi"),
+        (("--epochs", 3, "--start-epoch", 7), "--start-epoch 7: the run has 3 epochs; give a "),
+    ],
+)
+def test_flags_are_judged_before_the_data(call, run_folder, flags, said):
+    """There is no data: with a wrong flag it is not looked for, which takes long at a million."""
+    code, out, err = call(*SMALL, "nowhere", *flags)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert said in err[0]
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,8 @@ def _run_flags(group) -> None:
     )  # fmt: skip
     group.add_argument(
         "--output", metavar="DIR",
-        help="run folder (default: runs/ARCH_BACKBONE[_ACTION]-N, a new one)",
+        help="run folder (default: runs/ARCH_BACKBONE[_ACTION]-N, a new one); with -e a new folder "
+        "for the figures, but with -e --resume auto that of the run, and nothing is written",
     )  # fmt: skip
     group.add_argument("--action", metavar="TEXT", help="a word for the run folder's name")
     group.add_argument(

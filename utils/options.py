@@ -119,7 +119,8 @@ def _optimisation_flags(group, recipe: Recipe) -> None:
     )
     group.add_argument(
         "--start-epoch", type=count, metavar="N",
-        help="begin at this epoch (default: 0, or where the resumed run stopped)",
+        help="begin at this epoch (default: 0, or where the resumed run stopped; going back makes "
+        "a new folder)",
     )  # fmt: skip
     group.add_argument(
         "-b", "--batch-size", type=positive_int, metavar="N",
@@ -228,8 +229,10 @@ def _run_flags(group) -> None:
         "of --output or of the newest run",
     )  # fmt: skip
     group.add_argument(
-        "--output", metavar="DIR", help="run folder (default: runs/ARCH[_ACTION]-N, a new one)"
-    )
+        "--output", metavar="DIR",
+        help="run folder (default: runs/ARCH[_ACTION]-N, a new one); with -e a new folder for the "
+        "figures, but with -e --resume auto that of the run, and nothing is written",
+    )  # fmt: skip
     group.add_argument("--action", metavar="TEXT", help="a word for the run folder's name")
     group.add_argument(
         "-p", "--print-freq", type=positive_int, default=10, metavar="N",

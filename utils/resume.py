@@ -2,38 +2,56 @@
 
 from pathlib import Path
 
-from utils import checkpoint, distributed, run_folder
+from utils import checkpoint, distributed, outputs, run_folder
 from utils.errors import UserError
 from utils.recipe import PAPER, Recipe
 
+AUTO = "auto"
+
 
 def read(
-    resume: str | None, pretrained: str | None, name: str | None, output: str | None, evaluate: bool
+    resume: str | None,
+    pretrained: str | None,
+    name: str | None,
+    output: str | None,
+    evaluate: bool,
+    start_epoch: int | None,
 ) -> tuple[dict | None, Path | None]:
     """The checkpoint that a classifier's run goes on from, or that is to be evaluated.
 
     Args:
         resume, name, output, evaluate: as in `find`; `resume` may be None.
-        pretrained: what -e takes in its place.
+        pretrained: what -e takes in its place, and what "auto" begins with where it finds nothing.
+        start_epoch: --start-epoch.
 
     Returns:
         Its contents and the run folder to go on in; each may be None.
 
     Raises:
-        UserError: nothing to evaluate, weights alone where a run is wanted, or as in `find`.
+        UserError: nothing to evaluate, weights alone where a run is wanted, other weights than the
+            run's, an --output that is in use, or as in `find`.
     """
-    if resume is None:
-        if not evaluate:
-            return None, None
-        if pretrained is None:
-            raise UserError("-e needs weights to evaluate: add --resume CKPT")
+    if pretrained is not None and resume is not None and (evaluate or resume != AUTO):
+        raise UserError(
+            f"--resume {resume} has weights of its own: leave --pretrained {pretrained} out"
+        )
+    if evaluate and resume is None and pretrained is not None:
+        outputs.check_free(output)
         return checkpoint.load(pretrained), None
     saved, folder = _find_and_say(resume, name, output, evaluate)
-    if saved is not None and not evaluate and not checkpoint.is_run(saved):
-        raise UserError(
-            f"{resume}: holds weights, not a run of this program; start from them with "
-            f"--pretrained {resume}"
-        )
+    if saved is not None and not evaluate:
+        if not checkpoint.is_run(saved):
+            raise UserError(
+                f"{resume}: holds weights, not a run of this program; start from them with "
+                f"--pretrained {resume}"
+            )
+        if pretrained is not None and saved.get("pretrained", pretrained) != pretrained:
+            raise UserError(
+                f"the run in {folder} began with {saved['pretrained'] or 'fresh weights'}: leave "
+                f"--pretrained {pretrained} out, or give another --output or --action"
+            )
+        folder = _folder_from(start_epoch, saved["progress"]["epoch"], folder, output)
+    _check_output(output, folder, evaluate, resume)
     return saved, folder
 
 
@@ -45,31 +63,67 @@ def read_detector(
     Raises:
         UserError: nothing to evaluate, another kind of checkpoint, or as in `find`.
     """
-    if resume is None:
-        if evaluate:
-            raise UserError("-e needs weights to evaluate: add --resume CKPT")
-        return None, None
-    saved, folder = _find_and_say(resume, name, output, evaluate)
+    saved, folder = _find_and_say(resume, name, output, evaluate, detector=True)
     if saved is not None and not (checkpoint.is_ours(saved) and "backbone" in saved):
         raise UserError(f"{resume}: no detector's checkpoint; give one of detect_main.py")
     if saved is not None and not evaluate and "recipe" not in saved:
         raise UserError(f"{resume}: holds weights, not a run; it can be evaluated with -e")
+    _check_output(output, folder, evaluate, resume)
     return saved, folder
 
 
 def _find_and_say(
-    resume: str, name: str | None, output: str | None, evaluate: bool
+    resume: str | None,
+    name: str | None,
+    output: str | None,
+    evaluate: bool,
+    detector: bool = False,
 ) -> tuple[dict | None, Path | None]:
-    saved, folder, notes = find(resume, name, output, evaluate)
-    if notes and distributed.is_first():
-        print(*notes, sep="\n", flush=True)
-    if evaluate and saved is None:
-        raise UserError("-e needs weights to evaluate: name them with --resume CKPT")
+    if resume is None:
+        if evaluate:
+            raise UserError("-e needs weights to evaluate: add --resume CKPT")
+        return None, None
+    saved, folder, notes = find(resume, name, output, evaluate, detector)
+    if distributed.is_first():
+        for note in notes:
+            print(note, flush=True)
     return saved, folder
 
 
+def _folder_from(
+    start_epoch: int | None, epoch: int, folder: Path | None, output: str | None
+) -> Path | None:
+    """`folder`, or None for a new one where --start-epoch goes back behind the saved `epoch`."""
+    if start_epoch is None or start_epoch >= epoch or folder is None:
+        return folder
+    if output is not None and Path(output).resolve() == folder.resolve():
+        raise UserError(
+            f"--start-epoch {start_epoch} would go over the {epoch} epochs in {folder}: name a "
+            f"checkpoint of it with --resume {folder / checkpoint.LAST}, and another --output"
+        )
+    if distributed.is_first():
+        print(f"--start-epoch {start_epoch} goes back: going on in a new folder", flush=True)
+    return None
+
+
+def _check_output(
+    output: str | None, folder: Path | None, evaluate: bool, resume: str | None
+) -> None:
+    """Refuses --output before any work: rank 0 alone writes, so the others do not look."""
+    if not distributed.is_first():
+        return
+    if not evaluate:
+        run_folder.check_output(output, folder)
+    elif resume != AUTO:  # with "auto" it is where the run was found, and nothing is written
+        outputs.check_free(output)
+
+
 def find(
-    resume: str, name: str | None, output: str | None, evaluate: bool = False
+    resume: str,
+    name: str | None,
+    output: str | None,
+    evaluate: bool = False,
+    detector: bool = False,
 ) -> tuple[dict | None, Path | None, list[str]]:
     """Reads the checkpoint that `--resume` names.
 
@@ -77,27 +131,36 @@ def find(
         resume: a path, or "auto": the newest good checkpoint of `output`, or else of the newest
             `runs/<name>-N`, or else, without a name, of the run that saved last.
         evaluate: the best checkpoint before the newest.
+        detector: a run of a detector, where there is no name.
 
     Returns:
         Its contents (None where "auto" finds no checkpoint yet), the run folder to go on in (None
         for a new one), and lines to print.
 
     Raises:
-        UserError: no such file, damaged, or not a checkpoint.
+        UserError: no such file, damaged, or not a checkpoint; or nothing to evaluate.
     """
-    if resume != "auto":
+    if resume != AUTO:
         return _named(Path(resume), evaluate)
-    folder = Path(output) if output else run_folder.newest(name)
+    folder = Path(output) if output else run_folder.newest(name, detector)
     found = checkpoint.CheckpointFolder(folder).newest_good(evaluate) if folder else None
     if found is None:
         place = folder or f"{run_folder.RUNS}/{name or '*'}-*"
+        if evaluate:
+            raise UserError(f"no checkpoint in {place} to evaluate: name one with --resume CKPT")
         return None, folder, [f"no checkpoint in {place} yet: starting from the beginning"]
     path, saved, notes = found
     return saved, folder, [*notes, f"{'evaluating' if evaluate else 'resuming'} {path}"]
 
 
 def refuse_changes(
-    saved: dict, seed: int | None, batch_size: int | None, train_images: int, at_epoch: int | None
+    saved: dict,
+    seed: int | None,
+    batch_size: int | None,
+    train_images: int,
+    at_epoch: int | None,
+    batch_flag: str = "-b",
+    can_begin: bool = True,
 ) -> None:
     """Stops a resumption that could not be exact.
 
@@ -106,6 +169,8 @@ def refuse_changes(
         seed, batch_size: as given on the command line, or None.
         train_images: how many there are now.
         at_epoch: --start-epoch, which gives up the place inside an epoch.
+        batch_flag: the script's name for `batch_size`.
+        can_begin: whether the script has --start-epoch.
 
     Raises:
         UserError: another seed; another batch size or data set inside an epoch.
@@ -115,17 +180,17 @@ def refuse_changes(
     step = saved["progress"]["step"]
     if not step or at_epoch is not None:
         return
-    remedy = "or begin at an epoch's start with --start-epoch"
+    remedy = ", or begin at an epoch's start with --start-epoch" if can_begin else ""
     held = saved["recipe"]["batch_size"]
     if batch_size not in (None, held):
         raise UserError(
             f"the run stopped inside an epoch, after {step} batches of {held}: leave "
-            f"-b {batch_size} out, {remedy}"
+            f"{batch_flag} {batch_size} out{remedy}"
         )
     if train_images != saved["train_images"]:
         raise UserError(
             f"the run stopped inside an epoch over {saved['train_images']:,} training images, and "
-            f"there are {train_images:,} now: restore the data, {remedy}"
+            f"there are {train_images:,} now: restore the data{remedy}"
         )
 
 
@@ -169,7 +234,7 @@ def _named(path: Path, evaluate: bool) -> tuple[dict, Path | None, list[str]]:
         saved = checkpoint.load(path)
     except checkpoint.CorruptCheckpointError as error:
         raise UserError(
-            f"{error}; --resume auto --output {path.parent} takes the newest good one there"
+            f"{error}; --resume {AUTO} --output {path.parent} takes the newest good one there"
         ) from None
     # From an older checkpoint the run takes another course: not over what followed the first time.
     if not evaluate and path.name != checkpoint.LAST and checkpoint.is_whole(folder.last):

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,37 @@ LOCK = ".lock"  # locked while a run writes to the folder; it stays, as the mark
 
 
 def run_name(*parts: str | None) -> str:
-    """A run folder's name without its number, of network, backbone and --action if given."""
-    return "_".join(filter(None, parts))
+    """A run folder's name without its number, of network, backbone and --action if given.
+
+    Raises:
+        UserError: it would be more than one folder.
+    """
+    name = "_".join(filter(None, parts))
+    if os.sep in name or "\0" in name:
+        raise UserError(f"{name!r} is no folder's name: give an --action without {os.sep}")
+    return name
+
+
+def check_output(output: str | None, found: Path | None = None) -> None:
+    """Ends a run before its work where `open_folder` would refuse --output. Makes nothing.
+
+    Raises:
+        UserError: as `create`.
+    """
+    if _goes_on(output, found):
+        return
+    folder = RUNS if output is None else Path(output)
+    if output is not None and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder}: is in use; choose a new --output, or continue the run in it with "
+            f"--resume auto --output {folder}"
+        )
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    reason = "no permission" if there.is_dir() else f"{there} is a file"
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{folder}: cannot write there ({reason}); choose another --output", EXIT_FAILED
+        )
 
 
 def check_free(folder: str | None) -> None:
@@ -45,16 +75,11 @@ def create(name: str, output: str | None = None) -> Path:
     Raises:
         UserError: `output` holds files already, or the folder cannot be made.
     """
+    check_output(output)
     try:
         if output is not None:
             folder = Path(output)
             folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                raise UserError(
-                    f"{folder}: is in use; choose a new --output, or continue the run in it with "
-                    f"--resume auto --output {folder}"
-                )
-            _probe(folder)
             return folder
         RUNS.mkdir(parents=True, exist_ok=True)
         number = 1 + max((n for n, _ in _numbered(name)), default=0)
@@ -84,21 +109,20 @@ def open_folder(name: str, output: str | None, found: Path | None) -> Path:
     Raises:
         UserError: see `create`; or a resumed run is sent to another folder that is in use.
     """
-    same = found is not None and (output is None or Path(output).resolve() == found.resolve())
-    if same and (found / LOCK).exists():
-        return found
-    return create(name, output)
+    return found if _goes_on(output, found) else create(name, output)
 
 
-def newest(name: str | None) -> Path | None:
+def newest(name: str | None, detector: bool = False) -> Path | None:
     """The `runs/<name>-N` with the highest number, if there is one.
 
-    Without a name, the folder below runs/ whose checkpoints changed last.
+    Without a name, the folder below runs/ whose checkpoints changed last, of the runs of detectors
+    or of those of classifiers.
     """
     if name is not None:
         return max(_numbered(name), default=(0, None))[1]
-    saved = [(path.stat().st_mtime, path.parent) for path in RUNS.glob("*-*/*.pth")]
-    return max(saved, default=(0, None))[1]
+    saved = sorted(((p.stat().st_mtime, p.parent) for p in RUNS.glob("*-*/*.pth")), reverse=True)
+    folders = dict.fromkeys(folder for _, folder in saved)
+    return next((folder for folder in folders if _trains_detector(folder) == detector), None)
 
 
 def lock(folder: Path):
@@ -151,7 +175,7 @@ def environment(context: Context) -> dict[str, str | int | list[int]]:
     elif context.device.type == "cpu":
         device = platform.processor() or "cpu"
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a TorchVersion would not load with weights_only
         "torchvision": str(torchvision.__version__),
@@ -189,6 +213,15 @@ def _numbered(name: str) -> list[tuple[int, Path]]:
     return found
 
 
-def _probe(folder: Path) -> None:
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(13, "Permission denied")
+def _goes_on(output: str | None, found: Path | None) -> bool:
+    """Whether a run writes to `found`, a folder of a run before."""
+    same = found is not None and (output is None or Path(output).resolve() == found.resolve())
+    return same and (found / LOCK).exists()
+
+
+def _trains_detector(folder: Path) -> bool | None:
+    """Whether a run folder is a detector's; None where its args.json does not say."""
+    try:
+        return "backbone" in json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        return None

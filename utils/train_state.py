@@ -73,9 +73,11 @@ class TrainState:
             self.average.update_parameters(self.network)
 
     def begin(self, epoch: int) -> None:
-        """Moves to the first step of `epoch`, with an empty meter and no rows from it on."""
+        """Moves to the first step of `epoch`: an empty meter, no rows and no best from it on."""
         self.epoch, self.step = epoch, 0
         self.history = [row for row in self.history if row["epoch"] < epoch]
+        if self.best and self.best["epoch"] >= epoch:
+            self.best = {}
         self.meter = ClassificationMeter(self.meter.sums.device)
 
     def share_buffers(self) -> None:

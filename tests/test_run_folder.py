@@ -1,0 +1,70 @@
+"""Run folders: whose they are, which is the newest, and what they say of their run."""
+
+import json
+import os
+import shlex
+import sys
+
+import pytest
+
+from utils import checkpoint, resume, run_folder
+from utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_run(name, when, **fields):
+    path = run_folder.RUNS / name
+    path.mkdir(parents=True)
+    run_folder.write_json(path / "args.json", fields)
+    state = {"state_dict": {}, **dict.fromkeys(checkpoint.RUN), **fields}
+    checkpoint.save(path / "last.pth", {**state, "progress": {"epoch": 3}})
+    os.utime(path / "last.pth", (when, when))
+    return path
+
+
+def test_auto_takes_the_newest_run_of_its_own_kind(capsys):
+    detector = {"arch": "retinanet", "backbone": "resnet18"}
+    first, second = write_run("resnet18-1", 10, arch="x"), write_run("retinanet-1", 20, **detector)
+    assert resume.read("auto", None, None, None, False, None)[1] == first
+    assert resume.read_detector("auto", None, None, False)[1] == second
+    third, fourth = write_run("retinanet-2", 30, **detector), write_run("resnet18-2", 40, arch="x")
+    assert resume.read("auto", None, None, None, False, None)[1] == fourth
+    assert resume.read_detector("auto", None, None, False)[1] == third
+    (run_folder.RUNS / "other-1").mkdir()
+    checkpoint.save(run_folder.RUNS / "other-1" / "last.pth", {})  # newest, and nobody's
+    assert run_folder.newest(None) == fourth
+
+
+def test_an_output_is_refused_before_the_work(tmp_path):
+    run_folder.check_output(None)
+    run_folder.check_output("new/folder")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "used").mkdir()
+    run_folder.check_output("used")
+    (tmp_path / "used" / "x").touch()
+    with pytest.raises(UserError, match="used: is in use; choose a new --output"):
+        run_folder.check_output("used")
+    with pytest.raises(UserError, match=r"used/x/run: cannot write there .*x is a file"):
+        run_folder.check_output("used/x/run")
+    (tmp_path / "used" / run_folder.LOCK).touch()  # now it is the folder of a run
+    run_folder.check_output("used", tmp_path / "used")
+    with pytest.raises(UserError, match="is in use"):
+        run_folder.check_output("used", tmp_path / "other")
+
+
+def test_a_name_is_one_folder():
+    assert run_folder.run_name("resnet18", None, "try") == "resnet18_try"
+    with pytest.raises(UserError, match="'resnet18_a/b' is no folder's name: give an --action wit"):
+        run_folder.run_name("resnet18", "a/b")
+
+
+def test_a_command_can_be_read_again(monkeypatch):
+    words = ["main.py", "--action", "it's", "my data"]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/main.py", *words[1:]])
+    environment = json.loads(json.dumps(run_folder.environment()))
+    assert shlex.split(environment["command"]) == words
