@@ -63,6 +63,10 @@ def cli(monkeypatch, capsys, tmp_path):
 def test_the_best_epoch_is_the_first_highest_finite_one(tmp_path):
     best = {n: read_run(write_run(tmp_path / n, top1)).best["epoch"] for n, top1 in TOP1.items()}
     assert best == {"a": 1, "b": 2, "c": 1}
+    # As in training, an epoch whose loss is not finite is none.
+    metrics = tmp_path / "c" / "metrics.csv"
+    metrics.write_text(metrics.read_text().replace("1.9,94.0", "inf,94.0"))
+    assert read_run(tmp_path / "c").best["epoch"] == 2
 
 
 def test_settings_that_differ_and_seeds_that_repeat(tmp_path):
@@ -86,8 +90,10 @@ def test_settings_that_differ_and_seeds_that_repeat(tmp_path):
 
 
 def test_runs_that_began_elsewhere_are_no_repetition(tmp_path):
-    """What weights a run began with stands in its command, and nowhere else."""
-    commands = ("main.py data", "main.py --pretrained=x.pth data", "main.py --pretrained x.pth d")
+    """A run that does not say what weights it began with tells it by its command."""
+    commands = (
+        "main.py data", "main.py --pretrained=x.pth data", "main.py --pretrained x.pth it's",
+    )  # fmt: skip
     runs = [
         read_run(write_run(tmp_path / str(i), TOP1["a"], seed=i, command=command))
         for i, command in enumerate(commands)

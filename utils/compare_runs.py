@@ -33,7 +33,7 @@ PANELS = {
 }
 # Of args.json, what does not make two runs different experiments, or is shown by itself.
 UNTOLD = {"arch", "ksize", "epochs", "classes", "environment", "action", "print_freq", "workers"}
-UNTOLD |= {"worker_timeout", "save_every", "save_minutes", "attention", "num_classes"}
+UNTOLD |= {"worker_timeout", "save_every", "save_minutes", "num_classes"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,14 @@ class Run:
 
     @property
     def best(self) -> dict[str, float]:
-        """The row with the highest deciding figure; the first of equal ones, as `best.pth` is."""
-        finite = [row for row in self.history if math.isfinite(row[self.decides])]
+        """The row with the highest deciding figure; the first of equal ones, as `best.pth` is.
+
+        With a validation loss that is not finite no epoch is the best.
+        """
+        deciding = (self.decides, "val_loss")
+        finite = [
+            row for row in self.history if all(math.isfinite(row.get(k, 0.0)) for k in deciding)
+        ]
         return max(finite or self.history, key=lambda row: row[self.decides])
 
 
@@ -79,7 +85,7 @@ def read_run(folder: Path) -> Run:
             ksize,
             saved["recipe"]["epochs"],
             history,
-            {k: str(v) for k, v in settings.items() if k not in UNTOLD - {"attention"}},
+            {k: str(v) for k, v in settings.items() if k not in UNTOLD},
         )
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; give folders of runs") from None
@@ -96,7 +102,11 @@ def first_weights(saved: dict) -> dict[str, str]:
     """Where a run's weights began, as saved or as its command tells; nothing for fresh ones."""
     if saved.get("pretrained"):
         return {"pretrained": saved["pretrained"]}
-    words = shlex.split(saved.get("environment", {}).get("command", ""))
+    command = saved.get("environment", {}).get("command", "")
+    try:
+        words = shlex.split(command)
+    except ValueError:  # of a run from before commands were quoted
+        words = command.split()
     pairs = [tuple(word.split("=", 1)) for word in words if "=" in word]
     pairs += itertools.pairwise(words)
     flags = {"--pretrained": "pretrained", "--backbone-weights": "backbone_weights"}
