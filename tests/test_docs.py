@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,7 @@ def workspace(tmp_path, few_digits, monkeypatch):
     path.parent.mkdir(parents=True)
     checkpoint.save(path, {**state, "state_dict": network.state_dict()})
 
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # activated
     deterministic, precision = (
         torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
     )  # fmt: skip

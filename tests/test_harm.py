@@ -23,6 +23,7 @@ pytestmark = pytest.mark.faults
 SMALL = ("-a", "mobilenetv2", "--img-size", 32, "-b", 6, "--lr", 0.01, "-j", 0, "--seed", 1)
 LONG = (*SMALL, "--epochs", 500, "-p", 1)
 PATIENCE = 120  # seconds
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # an activated environment
 
 
 class Running:
@@ -33,7 +34,7 @@ class Running:
         with open(self.out, "w") as out, open(self.err, "w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, *map(str, command)], cwd=folder, stdout=out, stderr=err,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": PATH},
                 start_new_session=True, **options,
             )  # fmt: skip
 
@@ -111,7 +112,7 @@ def test_a_signal_saves_at_the_next_step(start, tree, tmp_path, signum, code):
     ended, out, err = running.end()
     assert (ended, err) == (code, [])
     told = re.fullmatch(r"asked to stop: saved in epoch (\d+) after step (\d); go on with", out[-2])
-    assert out[-1] == "  python main.py --resume run/last.pth"
+    assert out[-1] == f"  python {ROOT / 'main.py'} --resume run/last.pth"
     saved = progress(tmp_path / "run")
     assert (saved["epoch"] + 1, saved["step"]) == tuple(map(int, told.groups()))
     assert all_gone(workers)
@@ -245,7 +246,7 @@ def test_torchrun_asked_to_stop_saves_once(start, tree, tmp_path):
     running.process.send_signal(signal.SIGTERM)
     _, out, _ = running.end()
     told = re.fullmatch(r"asked to stop: saved in epoch (\d+) after step (\d); go on with", out[-2])
-    assert out[-1] == "  torchrun --nproc-per-node=2 main.py --resume run/last.pth"
+    assert out[-1] == f"  torchrun --nproc-per-node=2 {ROOT / 'main.py'} --resume run/last.pth"
     saved = progress(tmp_path / "run")
     assert (saved["epoch"] + 1, saved["step"]) == tuple(map(int, told.groups()))
     assert all_gone(ranks)
@@ -263,7 +264,7 @@ def test_every_rank_exits_143_on_sigusr1(start, tree):
     for rank in running.children():
         os.kill(rank, signal.SIGUSR1)
     _, out, err = running.end()
-    assert out[-1] == "  torchrun --nproc-per-node=2 main.py --resume run/last.pth"
+    assert out[-1] == f"  torchrun --nproc-per-node=2 {ROOT / 'main.py'} --resume run/last.pth"
     assert any("exitcode: 143" in line for line in err)
 
 

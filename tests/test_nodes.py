@@ -35,11 +35,12 @@ def on_two_nodes(folder: Path, *arguments: object) -> list[tuple[int, str, str]]
     """Runs main.py as two agents of one process each; (exit code, stdout, stderr) of both."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
                 "--master-addr=127.0.0.1", f"--master-port={free_port()}"]  # fmt: skip
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as if activated
     agents = [
         subprocess.Popen(
             [*launcher, f"--node-rank={rank}", str(ROOT / "main.py"), *map(str, arguments)],
             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path},
         )
         for rank in (0, 1)
     ]  # fmt: skip
@@ -57,8 +58,8 @@ def test_two_nodes_train_and_evaluate_as_one_process(run, tree, tmp_path):
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert "2 processes (DistributedDataParallel)" in first[1]
     assert "done: best top-1" in first[1]
-    again = "torchrun --nnodes=2 --nproc-per-node=1 … main.py --resume two/last.pth --epochs N"
-    assert again in first[1]
+    again = f"torchrun --nnodes=2 --nproc-per-node=1 … {ROOT / 'main.py'} --resume two/last.pth"
+    assert f"{again} --epochs N" in first[1]
     assert second[1] == ""  # rank 0 alone speaks and writes
     written = sorted(p.name for p in (tmp_path / "two").glob("*.pth"))
     assert written == ["best.pth", "last.pth"]

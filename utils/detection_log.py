@@ -6,7 +6,6 @@ its counterpart all that does not know what is measured.
 
 import csv
 import io
-import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from utils.coco_eval import FIGURES, Summary
 from utils.detection_engine import LossMeter
 from utils.files import write_atomically
 from utils.logger import Progress, duration
-from utils.run_files import RunFiles, command
+from utils.run_files import RunFiles, command, look_line
 from utils.train_state import TrainState
 
 KINDS = {"bbox": "box", "segm": "mask"}  # COCO's words, and the columns'
@@ -102,11 +101,10 @@ class DetectionFiles(RunFiles):
             for kind in KINDS.values()
             if f"{kind}_AP" in best
         )
-        curves = shlex.quote(str(self.folder / "curves.png"))
         return [
             f"done: best {figures} (epoch {best['epoch'] + 1})",
             f"  evaluate:    {command('-e', '--resume', weights, data)}",
-            f"  look:        tensorboard --logdir {shlex.quote(str(self.folder))}   (or {curves})",
+            look_line(self.folder),
             f"  train on:    {command('--resume', self.checkpoints.last, '--epochs', 'N')}",
         ]
 
