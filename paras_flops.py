@@ -42,14 +42,7 @@ from utils.errors import UserError
 from utils.text_tables import size_text
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
-ATTENTION_LAYERS = (
-    attention.ECALayer,
-    attention.ECANSLayer,
-    attention.SELayer,
-    attention.SEVar1Layer,
-    attention.SEVar2Layer,
-    attention.SEVar3Layer,
-)
+ATTENTION_LAYERS = tuple({type(a.build(16, 3)) for a in attention.ATTENTIONS.values() if a})
 PIXELS = number(int, 1, 8192)
 
 

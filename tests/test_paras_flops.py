@@ -1,6 +1,7 @@
 """paras_flops.py as a user runs it: the published tables, single networks, JSON, bad input."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_all_networks_beside_the_published_figures():
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no warnings, no progress where no one looks
     assert max(map(len, done.stdout.splitlines())) <= 140
-    rows = cells(done.stdout, 12)
+    rows = cells(done.stdout, 13)
     assert set(rows) == {build().arch for build in {*MODELS.values()}} == set(published.IMAGENET)
     for name, (ksize, params, flops, exact) in PAPER.items():
         row = rows[name]
@@ -81,7 +82,15 @@ def test_all_networks_beside_the_published_figures():
         assert (rows[name][2], rows[name][4], rows[name][6]) == (theirs, ours, "no")
         assert f"{name}: published {theirs} parameters, counted {ours}: " in done.stdout
     assert [name for name, row in rows.items() if row[6] == "no"] == list(DISAGREE)
-    assert rows["eca_mobilenetv2"][9:] == ["335,449,024", "328,064,224", "300,777,952"]
+    counts = ["335,449,024", "335,449,016", "328,064,224", "300,777,952"]
+    assert rows["eca_mobilenetv2"][9:] == counts
+    assert rows["eca_resnet50"][9:11] == ["4,147,732,480", "4,147,732,504"]  # printed, exact
+    table = [line for line in (ROOT / "README.md").read_text().splitlines() if "| eca_" in line]
+    for line in table:
+        shown = [cell.strip() for cell in line.strip("|").split("|")]
+        row = rows[shown[0]]
+        assert shown[1:9] == [*row[1:2], row[2], row[4], row[7], row[3], row[5], *row[9:11]]
+    assert len(table) == len(PAPER)
 
 
 def test_one_network_as_the_original_was_called(run):
@@ -91,6 +100,7 @@ def test_one_network_as_the_original_was_called(run):
     lines = {line[:13].strip(): line.split() for line in out.split("\n\n")[1].splitlines()}
     assert lines["parameters"][1:] == ["3,504,903", "31", "3.34M", "3.50M", "3.34M"]
     assert lines["thop mid-2019"][2:] == ["335,449,024", "577,504", "319.9M", "335.4M", "319.9M"]
+    assert lines["exact sum"] == ["exact", "sum", "335,449,016"]
     assert lines["MACs"][1:3] == ["300,777,952", "3,680"]
     assert "Agrees with the README of the authors' released code." in out
     assert run("-a", "eca_mobilenet_v2") == (0, out, "")  # the other spelling
@@ -132,8 +142,9 @@ def test_layers_add_up(run):
     assert rows[0].split()[:5] == ["conv1", "Conv2d", "1x64x32x32", "1", "9,408"]
     assert any(row.startswith("layer4.1.eca.conv ") for row in rows)
     sums = [sum(int(row.split()[i].replace(",", "")) for row in rows) for i in range(-4, 0)]
-    assert total.split() == ["sum", *(f"{n:,}" for n in sums)]
-    assert f"{sums[0]:,}" in "".join(single)
+    assert total.split() == ["exact", "sum", *(f"{n:,}" for n in sums)]
+    for name, number in zip(("parameters", "exact sum", "thop 0.", "MACs"), sums, strict=True):
+        assert re.search(rf"^{name}.* {number:,}( |$)", single[1], re.M), name
 
     _, out, _ = run("-a", "eca_resnet18", "--per-layer", "--img-size", "64", "--json")
     report = json.loads(out)

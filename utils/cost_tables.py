@@ -39,12 +39,12 @@ class Report:
 
 
 def classification_table(reports: Sequence[Report]) -> str:
-    """One line per network; the counts are exact, or as printed then for thop mid-2019."""
+    """One line per network; the counts are exact, but for what thop of mid-2019 printed."""
     rows = [
-        ["", "", "published", "", "counted", "", "", "parameters", "", "FLOPs", "", ""],
+        ["", "", "published", "", "counted", "", "", "parameters", "", "FLOPs", "", "", ""],
         ["network", "ksize", "params", "FLOPs", "params", "FLOPs", "agree", "all", "attention"],
     ]
-    rows[1] += titles()
+    rows[1] += _titles()
     for report in reports:
         row = [report.network, ksize_text(report.ksize), *beside(report)]
         row += [f"{report.cost.params:,}", f"{report.attention.params:,}", *_counts(report.cost)]
@@ -60,7 +60,9 @@ def classification_table(reports: Sequence[Report]) -> str:
         ("attention", "parameters of the ECA or SE layers, part of all"),
         *_conventions(),
     ]
-    return paragraphs(_setting(reports[0]), columns(rows), legend(entries), disagreements(reports))
+    return paragraphs(
+        _setting(reports[0]), columns(rows, gap=1), legend(entries), disagreements(reports)
+    )
 
 
 def network_table(report: Report) -> str:
@@ -72,7 +74,10 @@ def network_table(report: Report) -> str:
         ["", "count", "of it attention", "2^20, 2^30", "10^6, 10^9", "published"],
         ["parameters", *params],
     ]
-    for title, name, text in zip(titles(), CONVENTIONS, _counts(cost), strict=True):
+    for title, name, text in zip(_titles(), _NAMES, _counts(cost), strict=True):
+        if name is None:
+            rows.append([title, text, "", "", "", ""])
+            continue
         total = getattr(cost, name)
         published_flops = (printed and printed.flops) or "-" if name == "mid_2019" else ""
         units = [format_flops(total), format_flops(total, base=1000)]
@@ -84,14 +89,14 @@ def network_table(report: Report) -> str:
 
 
 def layer_table(report: Report) -> str:
-    """Every layer in the order of its first call, and the exact sums."""
+    """Every layer in the order of its first call, and the exact sums, none as thop printed it."""
     rows = [["layer", "kind", "output", "calls", "parameters", *titles()]]
     for layer in report.cost.layers:
         row = [layer.name, layer.kind, "x".join(map(str, layer.output)), str(layer.calls)]
         numbers = [layer.params, *(getattr(layer, name) for name in CONVENTIONS)]
         rows.append(row + [f"{n:,}" for n in numbers])
     sums = [report.cost.params, *(getattr(report.cost, name) for name in CONVENTIONS)]
-    rows.append(["sum", "", "", "", *(f"{n:,}" for n in sums)])
+    rows.append(["exact sum", "", "", "", *(f"{n:,}" for n in sums)])
     return columns(rows, left=2)
 
 
@@ -123,8 +128,20 @@ def _setting(report: Report) -> str:
 
 
 def _conventions() -> list[tuple[str, str]]:
-    return [(title, text) for title, (_, text) in zip(titles(), CONVENTIONS.values(), strict=True)]
+    texts = [text for _, text in CONVENTIONS.values()]
+    exact = "the same before it was rounded to single precision: 24 binary digits."
+    return list(zip(_titles(), [texts[0], exact, *texts[1:]], strict=True))
+
+
+# The columns and lines of counts: what thop of mid-2019 printed, its exact sum, and the others.
+_NAMES = ("mid_2019", None, "thop_today", "multiply_adds")
+
+
+def _titles() -> list[str]:
+    first, *rest = titles()
+    return [first, "exact sum", *rest]
 
 
 def _counts(cost: Cost) -> list[str]:
-    return [f"{n:,}" for n in (cost.mid_2019_printed, cost.thop_today, cost.multiply_adds)]
+    counts = (cost.mid_2019_printed, cost.mid_2019, cost.thop_today, cost.multiply_adds)
+    return [f"{n:,}" for n in counts]

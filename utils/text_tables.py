@@ -72,8 +72,8 @@ def ksize_text(ksize: tuple[int, ...] | None) -> str:
     return ("" if max(ksize) < 10 else ",").join(map(str, ksize))
 
 
-def columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Aligned columns, the first `left` of them flush left and the others flush right."""
+def columns(rows: Sequence[Sequence[str]], left: int = 1, gap: int = 2) -> str:
+    """Aligned columns, `gap` apart, the first `left` flush left and the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -81,7 +81,7 @@ def columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
             cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        lines.append("  ".join(cells).rstrip())
+        lines.append((" " * gap).join(cells).rstrip())
     return "\n".join(lines)
 
 
