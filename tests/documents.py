@@ -46,6 +46,18 @@ def blocks(document: str) -> list[Block]:
     return found
 
 
+def script_lines(document: str) -> list[list[str]]:
+    """The words of each command in a document that runs Python or make, from the script on."""
+    found = []
+    for block in blocks(document):
+        for line in command_lines(block.text if block.kind == "commands" else ""):
+            words = [word for word in shlex.split(line) if not re.match(r"\w+=", word)]
+            while words[0] in ("python", "torchrun") or words[0].startswith("--"):
+                words.pop(0)
+            found.append(words)
+    return found
+
+
 def command_lines(text: str) -> list[str]:
     """One command a line, without comments; a backslash at its end goes on with the next."""
     lines = (re.sub(r"\s+#.*", "", line) for line in text.replace("\\\n", " ").splitlines())
@@ -108,6 +120,31 @@ def run_command(line: str, root: Path, shown: str) -> str:
     expected = 1 if "could not be read" in shown else 0
     assert code == expected, f"{line}\nended with {code}:\n{page()}"
     return page()
+
+
+class Reached(BaseException):
+    """Raised where `stop_at` stops a script."""
+
+
+def stop_at(patch, *places: str) -> None:
+    """Lets scripts stop where they would begin to work: at a call of one of `places`."""
+
+    def stop(*_, **__):
+        raise Reached
+
+    for place in places:
+        patch.setattr(place, stop)
+
+
+def begins(arguments: list[str], root: Path) -> bool:
+    """Whether a script's command gets as far as `stop_at`."""
+    try:
+        run_python(arguments, root)
+    except Reached:
+        return True
+    except SystemExit:
+        pass
+    return False
 
 
 def run_python(arguments: list[str], root: Path) -> None:

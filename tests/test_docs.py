@@ -4,16 +4,35 @@ import os
 import shutil
 import socket
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from documents import COMMAND, blocks, check, command_lines, pattern, run, within
+from documents import (
+    COMMAND,
+    Reached,
+    begins,
+    blocks,
+    check,
+    command_lines,
+    pattern,
+    printed,
+    run,
+    script_lines,
+    stop_at,
+    within,
+)
 from PIL import Image
 
+import detect_main
+import main
+import models
+from models import weights
 from models.eca_detection import create_detector, describe_detector
-from utils import checkpoint, demo_data
+from utils import ablation, checkpoint, demo_data
+from utils.cli import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"--epochs 6": "--epochs 1"}
@@ -101,7 +120,95 @@ def test_runs_and_prints_what_it_shows(name, workspace):
             check(block, run(block, ROOT, names, DOCUMENTS[name]))
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+def write_shapes_of(network, path, **fields):
+    """A checkpoint whose tensors have the right shapes and hold one number each."""
+    tensors = {k: torch.zeros(1).expand(v.shape) if v.shape else torch.zeros((), dtype=v.dtype)
+               for k, v in network.state_dict().items()}  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(path, {**weights.describe_network(network), **fields, "state_dict": tensors})
+
+
+def test_readme_s_commands_are_understood(workspace, monkeypatch):
+    """Each by its own script, up to where it would begin to work; the tools' pages run them."""
+    monkeypatch.setattr(Parser, "parse_args", record := Record(Parser.parse_args))
+    stop_at(monkeypatch, "utils.distributed.setup", "utils.counting.count_cost")
+    with torch.device("meta"):
+        networks = {n: models.create_model(n, num_classes=10) for n in ("eca_resnet18",
+                    "eca_resnet50")}  # fmt: skip
+    for name, network in networks.items():
+        write_shapes_of(network, workspace / f"{name}.pth")
+    recipe = main.RECIPE.override(**main.DEMO).as_dict()
+    state = dict.fromkeys(checkpoint.RUN) | {
+        "recipe": recipe, "args": {"data": "demo:digits"}, "img_size": 32, "crop_pct": 1.0,
+        "progress": {"epoch": 8, "step": 0}, "classes": list("0123456789"),
+    }  # fmt: skip
+    run = workspace / "runs" / "eca_resnet18_demo-1"
+    for name in ("last.pth", "best.pth"):
+        write_shapes_of(networks["eca_resnet18"], run / name, **state)
+    (run / "args.json").write_text("{}")
+    detectors = workspace / "runs"
+    (detectors / "mask_rcnn_eca_resnet50-1").symlink_to("mask_rcnn_eca_resnet18-1")
+
+    targets = (ROOT / "Makefile").read_text().split(".PHONY:")[1].splitlines()[0].split()
+    lines = script_lines((ROOT / "README.md").read_text())
+    assert len(lines) > 10
+    with within(workspace):
+        for words in lines:
+            if words[0] == "make":
+                assert words[1] in targets, words
+                continue
+            name = next((w for w in words if w.startswith("eca_resnet")), "eca_resnet18")
+            words = [f"{name}.pth" if word == "CKPT" else word for word in words]
+            with printed() as page:
+                begun = begins(words, ROOT)
+            assert begun, f"{words} ended with\n{page()}"
+            if "--backbone-weights" in words:  # read after the data
+                given = record.last
+                settings = {k: getattr(given, k) for k in ("arch", "backbone")}
+                with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+                    recipe = detect_main.RECIPE.override(**settings)
+                    _, notes = detect_main.build_network(given, recipe, None, 91)
+                assert "Loaded" in notes[0]
+
+
+def test_the_ablation_s_commands_are_understood(tmp_path, monkeypatch):
+    """Those of its page, and each of main.py that they start."""
+    started = []
+    monkeypatch.setattr(ablation, "run_all", lambda commands, *_: started.extend(commands.values()))
+    monkeypatch.setattr(ablation, "collect", lambda folders: [])
+    monkeypatch.setattr(ablation, "draw", lambda *_: b"")
+    stop_at(monkeypatch, "utils.distributed.setup")
+    lines = script_lines((ROOT / "docs" / "ABLATION.md").read_text())
+    with within(tmp_path), printed():
+        for words in lines:
+            if words[:2] == ["-m", "utils.ablation"]:
+                monkeypatch.setattr(sys, "argv", words[1:])
+                assert ablation.main() == 0
+        assert len(started) == 27 + 7 + 6
+        for command in started:
+            monkeypatch.setattr(sys, "argv", command[1:])
+            with pytest.raises(Reached):
+                main.main()
+
+
+class Record:
+    """Calls a method of argparse, and keeps what it returned."""
+
+    def __init__(self, method):
+        self.method, self.last = method, None
+
+    def __get__(self, parser, _):
+        def call(*arguments):
+            self.last = self.method(parser, *arguments)
+            return self.last
+
+        return call
+
+
+PAGES = (*DOCUMENTS, "README.md", "docs/ABLATION.md")
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_pictures_and_links_are_there_and_lines_fit(name):
     text = (ROOT / name).read_text()
     for part in text.split("](")[1:]:
@@ -113,11 +220,11 @@ def test_pictures_and_links_are_there_and_lines_fit(name):
     in_block = False
     for line in text.splitlines():
         in_block ^= line.startswith("```")
-        assert in_block or line.startswith("|") or len(line) <= 120, line
+        assert in_block or line.startswith(("|", "![")) or len(line) <= 120, line
 
 
 def test_every_document_of_these_tools_is_checked_for_machine_paths():
-    for name in DOCUMENTS:
+    for name in PAGES:
         text = (ROOT / name).read_text()
         for word in ("/tmp/", "/home/", "/root/", os.sep + "work" + os.sep):
             assert word not in text, f"{name}: {word}"
