@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -84,8 +84,11 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     pretrained = None
     if saved is None:
         pretrained = args.pretrained and checkpoint.load(args.pretrained)
-        with torch.device("meta"):  # costs nothing, and finds now what does not fit
-            first_network(args, recipe, pretrained)
+        with as_user_error(), torch.device("meta"):  # costs nothing, and finds what does not fit
+            beginning.first_network(
+                recipe.arch, args.num_classes, args.ksize, args.attention, pretrained,
+                args.pretrained,
+            )  # fmt: skip
     if not args.evaluate and (args.start_epoch or 0) >= recipe.epochs:
         raise UserError(
             f"--start-epoch {args.start_epoch}: the run has {recipe.epochs} epochs; give a smaller "
@@ -191,11 +194,14 @@ def train(
         )
         resume.refuse_another_recipe(saved, asked.recipe, recipe, args.start_epoch)
     torch.manual_seed(seed)
-    if saved is None:
-        network, notes = first_network(args, recipe, pretrained, train_images.classes)
-    else:
-        with as_user_error():
+    with as_user_error():
+        if saved is not None:
             network, notes = weights.network_from_checkpoint(saved), []
+        else:
+            network, notes = beginning.first_network(
+                recipe.arch, args.num_classes, args.ksize, args.attention, pretrained,
+                args.pretrained, train_images.classes,
+            )  # fmt: skip
     tails = how_tails_run(network, args, context, recipe.sync_bn)
     context.say(
         *report.data_lines(train_images, val_images),
@@ -302,22 +308,6 @@ def train(
     context.say(*replaced_lines(train_images, state.all_broken()))
     context.say(*files.farewell(state.best, args.data))
     return 0
-
-
-def first_network(
-    args: Namespace, recipe: Recipe, pretrained: dict | None, names: Sequence[str] | None = None
-) -> tuple[nn.Module, list[str]]:
-    """The network of a new run, and what to say of its weights; without names, before the data."""
-    if names and args.num_classes and args.num_classes < len(names):
-        raise UserError(
-            f"--num-classes {args.num_classes}: the data has {len(names)} classes; give at least "
-            "as many, or leave it out"
-        )
-    classes = args.num_classes or len(names or range(1000))
-    with as_user_error():
-        return beginning.first_network(
-            recipe.arch, classes, args.ksize, args.attention, pretrained, args.pretrained, names
-        )
 
 
 def how_tails_run(

@@ -19,7 +19,7 @@ from models.weights import (
 
 def first_network(
     arch: str,
-    num_classes: int,
+    num_classes: int | None = None,
     ksize: Ksize = None,
     attention: str | None = None,
     pretrained: Mapping[str, Any] | None = None,
@@ -29,8 +29,9 @@ def first_network(
     """The network of a new run. On `meta` it costs nothing, and finds all that does not fit.
 
     Args:
-        arch, num_classes, ksize: as `create_model` takes them. Without `ksize` the kernel sizes are
-            those of the weights, where they have any that the network could take.
+        arch, ksize: as `create_model` takes them. Without `ksize` the kernel sizes are those of the
+            weights, where they have any that the network could take.
+        num_classes: None for as many as there are names; never fewer.
         attention: None for what the name says.
         pretrained: a file of one of the three kinds in `models.weights`, whose last layer is left
             out where it is for other classes.
@@ -41,8 +42,14 @@ def first_network(
         The network and what was done with the weights, one line each.
 
     Raises:
-        ValueError: one line, as `create_model` and `load_weights`.
+        ValueError: one line, as `create_model` and `load_weights`, or for too few classes.
     """
+    if names and num_classes and num_classes < len(names):
+        raise ValueError(
+            f"--num-classes {num_classes}: the data has {len(names)} classes; give at least as "
+            "many, or leave it out"
+        )
+    num_classes = num_classes or len(names or range(1000))
     if pretrained is None:
         return _create(arch, ksize, attention, num_classes), []
     try:

@@ -35,6 +35,8 @@ def test_kernel_sizes_are_the_weights_unless_others_are_given():
         first("eca_resnet18", weights, "3557")
     assert first("eca_mobilenetv2", held("eca_mobilenetv2", "33"))[0].ksize == (3, 3)
     plain, notes = first_network("resnet18", 3)
+    with pytest.raises(ValueError, match="--num-classes 2: the data has 3 classes"):
+        first_network("resnet18", 2, names="abc")
     assert (plain.ksize, notes) == (None, [])
 
 

@@ -130,6 +130,13 @@ def test_an_evaluation_says_where_it_cannot_go_before_it_begins(call, run_folder
         assert (code, out, len(err)) == (2, [], 1)
         assert "run: is in use; choose a new --output" in err[0]
     assert {p.name: p.read_bytes() for p in run_folder.iterdir()} == before
+    # A damaged one: the advice can be followed.
+    flip_a_bit(run_folder / "best.pth")
+    code, _, err = call("-e", "--resume", run_folder / "best.pth")
+    assert code == 2
+    assert f"--resume auto --output {run_folder} takes the newest good one" in err[0]
+    code, out, _ = call("-e", "--resume", "auto", "--output", run_folder)
+    assert (code, out[1]) == (0, f"evaluating {run_folder}/last.pth")
     code, out, err = call("-e", "--resume", "auto", "--output", tmp_path / "new")
     assert (code, out) == (2, [])
     assert "no checkpoint in " in err[0]

@@ -36,7 +36,7 @@ def read(
             f"--resume {resume} has weights of its own: leave --pretrained {pretrained} out"
         )
     if evaluate and resume is None and pretrained is not None:
-        outputs.check_free(output)
+        _check_output(output, None, evaluate, resume)
         return checkpoint.load(pretrained), None
     saved, folder = _find_and_say(resume, name, output, evaluate)
     if saved is not None and not evaluate:
