@@ -16,7 +16,15 @@ from torch import nn
 from models.anatomy import attention_layers, recorded_gates
 from models.eca_module import ECALayer
 from models.weights import network_from_checkpoint
-from utils import demo_data, distributed, gate_pictures, image_folder, image_sets, run_folder
+from utils import (
+    demo_data,
+    distributed,
+    gate_pictures,
+    image_folder,
+    image_sets,
+    outputs,
+    run_folder,
+)
 from utils.checkpoint import load
 from utils.cli import Parser, count, did_you_mean, number, positive_int, run_script
 from utils.errors import EXIT_FAILED, UserError, as_user_error
@@ -73,7 +81,7 @@ def build_parser() -> Parser:
 
 def main() -> int:
     args = build_parser().parse_args()
-    run_folder.check_free(args.output)
+    outputs.check_free(args.output)
     saved = load(args.checkpoint)
     refuse_detector(saved, args.checkpoint)
     with as_user_error(f"{args.checkpoint}: "):

@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from models.anatomy import COARSEST, feature_maps
 from models.inference import optimise_for_inference
 from models.weights import network_from_checkpoint
-from utils import backends, distributed, pictures, run_folder
+from utils import backends, distributed, outputs, pictures, run_folder
 from utils.backends import DTYPES
 from utils.checkpoint import load
 from utils.class_activation import grad_cam
@@ -45,7 +45,7 @@ MOST_LARGE = 100  # of those with captions in them
 
 def main() -> int:
     args = build_parser(__doc__).parse_args()
-    run_folder.check_free(args.output)
+    outputs.check_free(args.output)
     paths = find_images(args.images)
     saved = load(args.checkpoint)
     args = Namespace(**settle(vars(args), is_detector(saved)))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import run_folder
+from utils import outputs, run_folder
 from utils.cli import Parser, did_you_mean, positive_int, run_script
 from utils.compare_runs import read_run
 from utils.errors import EXIT_FAILED, UserError
@@ -281,7 +281,7 @@ def open_root(output: str | None) -> Path:
     mark = ".ablation"
     if output is not None and (Path(output) / mark).exists():
         return Path(output)
-    run_folder.check_free(output)
+    outputs.check_free(output)
     root = run_folder.create("ablation", output)
     (root / mark).touch()
     return root

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import run_folder
+from utils import outputs, run_folder
 from utils.cli import Parser, run_script
 from utils.errors import UserError
 from utils.files import write_atomically
@@ -201,7 +201,7 @@ def main() -> int:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
     parser.add_argument("--output", metavar="DIR", help="default: runs/comparison-N, a new folder")
     args = parser.parse_args()
-    run_folder.check_free(args.output)
+    outputs.check_free(args.output)
     folders = list(dict.fromkeys(Path(name) for name in args.runs))
     runs = []
     for folder in folders:

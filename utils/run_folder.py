@@ -54,21 +54,6 @@ def check_output(output: str | None, found: Path | None = None) -> None:
         )
 
 
-def check_free(folder: str | None) -> None:
-    """Ends a tool before its work when --output is in use.
-
-    Raises:
-        UserError: `folder` is a file, or a folder with something in it.
-    """
-    if folder is None:
-        return
-    path = Path(folder)
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{folder}: is in use; choose a new --output, so that nothing is lost")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{folder}: is a file; --output wants a folder")
-
-
 def create(name: str, output: str | None = None) -> Path:
     """Makes the folder of a new run, or of a tool: `output`, or the first free `runs/<name>-N`.
 

@@ -1,0 +1,43 @@
+"""What is said of --output and its like before a tool's work, not after it."""
+
+import os
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+def check_free(folder: str | None) -> None:
+    """Ends a tool before its work when --output is in use, or cannot be made.
+
+    Raises:
+        UserError: `folder` is a file, a folder with something in it, or where nobody may write.
+    """
+    if folder is None:
+        return
+    path = Path(folder)
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{folder}: is in use; choose a new --output, so that nothing is lost")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{folder}: is a file; --output wants a folder")
+    _check_rights(next(p for p in (path, *path.absolute().parents) if os.path.exists(p)), folder)
+
+
+def check_new_file(file: str | None) -> None:
+    """Ends a tool before its work when a file that it is to write is there, or cannot be made.
+
+    Raises:
+        UserError: see above; or its folder is missing.
+    """
+    if file is None:
+        return
+    if os.path.lexists(file):
+        raise UserError(f"{file}: exists already; choose another name")
+    folder = Path(file).absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{file}: there is no folder {folder}; make it, or choose another name")
+    _check_rights(folder, file)
+
+
+def _check_rights(folder: Path, wanted: str) -> None:
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{wanted}: cannot write to {folder}; mend its rights, or choose another")
