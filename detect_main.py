@@ -54,7 +54,6 @@ from utils.sampler import mix_seed
 from utils.stop import StopRequest, Votes
 
 RECIPE = DetectionRecipe()  # the paper's, for COCO
-DEMO = RECIPE.override(**demo_shapes.RECIPE)
 
 # Flags of one start of the program; the others are the run's own and come back with --resume.
 OF_ONE_START = (
@@ -70,7 +69,7 @@ def main() -> int:
     args = asked = parser.parse_args()
     given = parser.given(vars(asked))
     on_demo = args.data == demo_shapes.SHAPES
-    recipe = DEMO if on_demo else RECIPE
+    recipe = RECIPE.override(**demo_shapes.recipe_of(args.arch) if on_demo else {})
     of_any_run = not any((args.data, args.arch, args.backbone, args.action))
     name = runs.run_name(args.arch or recipe.arch, args.backbone or recipe.backbone, args.action)
     saved, folder = resume.read_detector(

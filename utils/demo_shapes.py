@@ -6,6 +6,7 @@ digit and every pixel that a digit painted, and no later digit covered, is in it
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -39,21 +40,27 @@ RECIPE = {
     "min_size": 96,
     "max_size": 96,
     "hflip": 0.0,
-    "settings": {
-        "anchor_scale": 4.0,
-        "mask_pool": 7,
-        "width": 64,
-        "rpn_pre_nms_top_n_train": 500,
-        "rpn_post_nms_top_n_train": 100,
-        "rpn_pre_nms_top_n_test": 200,
-        "rpn_post_nms_top_n_test": 50,
-        "rpn_batch_size_per_image": 64,
-        "box_batch_size_per_image": 16,
-        "box_positive_fraction": 0.5,
-        "box_detections_per_img": 10,
-    },
+}
+ANY = {"anchor_scale": 4.0, "mask_pool": 7, "width": 64}  # settings of any detector
+SINGLE_STAGE = {**ANY, "topk_candidates": 200, "detections_per_img": 10}
+TWO_STAGES = {
+    **ANY,
+    "rpn_pre_nms_top_n_train": 500,
+    "rpn_post_nms_top_n_train": 100,
+    "rpn_pre_nms_top_n_test": 200,
+    "rpn_post_nms_top_n_test": 50,
+    "rpn_batch_size_per_image": 64,
+    "box_batch_size_per_image": 16,
+    "box_positive_fraction": 0.5,
+    "box_detections_per_img": 10,
 }
 FRONTIER = 480  # column of the 640-wide photographs: train looks left of it, val right
+
+
+def recipe_of(arch: str | None) -> dict[str, Any]:
+    """What the demo needs otherwise than COCO, with the settings that the detector knows."""
+    settings = SINGLE_STAGE if arch == "retinanet" else TWO_STAGES
+    return {**RECIPE, "settings": settings}
 
 
 def find_root(data: str, context: Context) -> str | Path:
