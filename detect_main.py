@@ -21,6 +21,7 @@ from torch import nn
 import models
 from models import eca_detection as detection
 from models.eca_detection_norm import NORMS
+from models.eca_detection_start import refuse_another_network, start_detector
 from utils import (
     backends,
     checkpoint,
@@ -60,6 +61,7 @@ OF_ONE_START = (
     "resume", "evaluate", "backbone_weights", "output", "device", "gpu", "results_json", "picture",
 )  # fmt: skip
 WARMUP = "--warmup-steps"  # what a remedy calls it
+OF_A_NETWORK = ("arch", "backbone", "ksize", "norm", "trainable_layers", "legacy")
 BACKBONES = [name for name in models.MODELS if "resnet" in name]
 
 
@@ -75,8 +77,10 @@ def main() -> int:
     saved, folder = resume.read_detector(
         args.resume, None if of_any_run else name, args.output, args.evaluate
     )
+    if saved is not None:
+        with as_user_error(f"{args.resume} "):
+            refuse_another_network(saved, {name: getattr(asked, name) for name in OF_A_NETWORK})
     if saved is not None and "recipe" in saved:
-        refuse_another_network(asked, saved)
         parser.set_defaults(**saved["args"])
         args = parser.parse_args()
         recipe = DetectionRecipe.from_dict(saved["recipe"])
@@ -321,50 +325,20 @@ def val_place(args: Namespace, root: str) -> Place:
     return locate(root, "val", args.val_images, args.val_annotations)
 
 
-def refuse_another_network(asked: Namespace, saved: dict) -> None:
-    """Ends the run when its flags ask for a network that the checkpoint does not hold."""
-    held = {k: saved[k] for k in ("arch", "backbone")}
-    held |= {k: saved["model_kwargs"][k] for k in ("norm", "trainable_layers")}
-    differing = [k for k, v in held.items() if getattr(asked, k) not in (None, v)]
-    if asked.ksize is not None:
-        with as_user_error():
-            if models.parse_ksize(asked.ksize) != tuple(saved["ksize"] or ()):
-                differing.append("ksize")
-    if differing:
-        flags = ", ".join(f"--{k.replace('_', '-')} {getattr(asked, k)}" for k in differing)
-        raise UserError(
-            f"{asked.resume} holds {saved['arch']} on {saved['backbone']}, ksize {saved['ksize']}, "
-            f"norm {held['norm']}: leave {flags} out, or start a new run"
-        )
-
-
 def build_network(
     args: Namespace, recipe: DetectionRecipe, saved: dict | None, outputs: int
 ) -> tuple[nn.Module, list[str]]:
     """The network with its first weights (saved, or with a backbone's, or fresh), and notes."""
+    sizes = {"min_size": recipe.min_size, "max_size": recipe.max_size}
     with as_user_error():
-        sizes = {"min_size": recipe.min_size, "max_size": recipe.max_size}
         if saved is not None:
             return detection.detector_from_checkpoint(saved, **sizes), []
-        pretrained = args.backbone_weights is not None
-        norm = args.norm or ("eval" if pretrained else "bn")
-        layers = args.trainable_layers
-        if layers is None:
-            layers = 3 if pretrained else 5
-        network = detection.create_detector(
-            recipe.arch, recipe.backbone, args.ksize, outputs, trainable_layers=layers, norm=norm,
-            legacy=args.legacy, **sizes, **recipe.settings,
+        weights = args.backbone_weights and checkpoint.load(args.backbone_weights)
+        network, note = start_detector(
+            recipe.arch, recipe.backbone, args.ksize, outputs, weights, args.norm,
+            args.trainable_layers, legacy=args.legacy, **sizes, **recipe.settings,
         )  # fmt: skip
-        if pretrained:
-            weights = checkpoint.load(args.backbone_weights)
-            return network, [f"  {detection.load_backbone(network, weights)}"]
-    if norm in ("eval", "frozen"):
-        return network, [
-            f"! --norm {norm} without --backbone-weights: no statistics have been measured yet"
-        ]
-    return network, [
-        f"! no --backbone-weights: the backbone starts from nothing, with --norm {norm}"
-    ]
+    return network, [note]
 
 
 def device_lines(network: nn.Module, args: Namespace, context: distributed.Context) -> list[str]:

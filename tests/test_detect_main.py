@@ -12,12 +12,14 @@ from PIL import Image
 
 from detect_main import main
 from models import create_model
+from models.eca_detection import create_detector, describe_detector
 from utils import checkpoint
 from utils.demo_shapes import write_shapes
 from utils.errors import UserError
 
 NETWORK = ("-a", "retinanet", "-b", "eca_resnet18", "--min-size", 64, "--max-size", 64, "-j", 0)
 SMALL = (*NETWORK, "--batch-size", 4, "--lr-steps", 1, "--warmup-steps", 2, "--hflip", 0)
+DIGITS = [f"digit {n}" for n in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,39 @@ def test_bad_flags(call, capsys, arguments, words):
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert all(word in line for word in words), line
+
+
+def save_detector(path, **changes):
+    """A RetinaNet as `utils.import_mmdet` writes one, no run and no norm, but without weights."""
+    with torch.device("meta"):
+        network = create_detector("retinanet", "eca_resnet18", num_classes=5, legacy=True)
+    fields = {**describe_detector(network), "model_kwargs": {"legacy": True}, "classes": DIGITS}
+    checkpoint.save(path, {**fields, "state_dict": {}, **changes})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left_out"),
+    [
+        (("-a", "faster_rcnn", "--ksize", "5555"), "--arch faster_rcnn, --ksize 5555"),
+        (("-b", "resnet18", "--norm", "eval"), "--backbone resnet18"),
+        (("--norm", "bn", "--trainable-layers", 3), "--norm bn"),
+        (("--trainable-layers", 5, "--legacy"), "--trainable-layers 5"),
+        (("--ksize", "3344"), None),
+    ],
+)
+def test_another_network_than_the_files_is_refused(call, shapes, tmp_path, arguments, left_out):
+    message = "odd kernel sizes" if left_out is None else (
+        f"ours.pth holds retinanet on eca_resnet18, .*: leave {left_out} out"
+    )  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        call("-e", "--resume", save_detector(tmp_path / "ours.pth"), *arguments, shapes)
+
+
+def test_mmdetections_geometry_is_not_put_on_another_network(call, shapes, tmp_path):
+    ours = save_detector(tmp_path / "ours.pth", model_kwargs={"legacy": False})
+    with pytest.raises(UserError, match="leave --legacy out"):
+        call("-e", "--resume", ours, "--legacy", shapes)
 
 
 def test_another_scripts_checkpoint_is_refused(call, shapes, tmp_path):
