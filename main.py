@@ -292,13 +292,12 @@ def train(
         speed = progress.close()
 
         state.share_buffers()
-        snapshot = state.snapshot()  # now: a stop below reaches one rank before the others
+        files.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
         figures = engine.evaluate(
             evaluated, val_batches(), context.device, autocast,
             lambda: context.is_main and bool(stop),
         )  # fmt: skip
         if figures is None:
-            files.save(snapshot)
             return files.stopped(state.epoch, state.step, stop.exit_code)
         improved = state.finish_epoch(rule.lr_at(first), figures)
         files.finish_epoch(state.snapshot(), speed, improved)

@@ -86,7 +86,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(call, run_folde
     assert wanted["progress"]["epoch"] == 1
     assert (run_folder / "metrics.csv").read_text() == csv  # the lost epoch, bit for bit
     assert place(run_folder) == (2, 0)
-    assert place(run_folder, "previous.pth") == (1, 0)  # the damaged file did not push it out
+    assert place(run_folder, "previous.pth") == (1, 4)  # the damaged file did not push it out
 
 
 def test_a_run_goes_on_from_an_older_checkpoint_in_a_new_folder(call, run_folder, tmp_path):
@@ -303,9 +303,10 @@ def test_broken_images(call, tree, tmp_path):
     assert out[at + 1 : at + 3] == [str(path) for path in spoilt]
 
     (data / "val" / "c" / "1.png").write_text("no image")
-    code, _, err = call(*flags, "--skip-bad-images", data)
+    code, _, err = call(*flags, "--skip-bad-images", "--output", "saved", data)
     assert code == 1
     assert f"{data}/val/c/1.png: not an image" in err[0]
+    assert place(tmp_path / "saved") == (0, 4)  # the epoch's training is not lost
 
 
 def test_one_process_over_two_gpus(call, tree, tmp_path, monkeypatch):
