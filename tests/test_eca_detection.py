@@ -146,8 +146,10 @@ def test_frozen_layers():
         assert still == ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"][:frozen]
 
 
-def test_head_outputs_stay_float32_under_autocast():
-    detector = small_detector().eval()
+@pytest.mark.parametrize("arch", DETECTORS)
+def test_head_outputs_stay_float32_under_autocast(arch):
+    unsure = "score_thresh" if arch == "retinanet" else "box_score_thresh"
+    detector = small_detector(arch, **{unsure: 0.0}).eval()
     seen = {}
 
     def note(name):
@@ -156,19 +158,19 @@ def test_head_outputs_stay_float32_under_autocast():
 
         return hook
 
-    heads = {
-        "objectness": detector.rpn.head.cls_logits,
-        "deltas": detector.rpn.head.bbox_pred,
-        "class": detector.roi_heads.box_predictor.cls_score,
-        "box": detector.roi_heads.box_predictor.bbox_pred,
-        "mask": detector.roi_heads.mask_predictor.mask_fcn_logits,
-        "inside": detector.backbone.fpn.inner_blocks[0],
-    }
-    for name, module in heads.items():
-        module.register_forward_hook(note(name))
+    outputs = (
+        "head.classification_head.cls_logits", "head.regression_head.bbox_reg",
+        "rpn.head.cls_logits", "rpn.head.bbox_pred", "roi_heads.box_predictor.cls_score",
+        "roi_heads.box_predictor.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits",
+    )  # fmt: skip
+    for name, module in detector.named_modules():
+        if name in (*outputs, "backbone.fpn.inner_blocks.0"):
+            module.register_forward_hook(note(name))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         (found,) = detector([torch.rand(3, 64, 64)])
-    assert seen.pop("inside") == torch.bfloat16  # else autocast was not on at all
+    # Else autocast was not on at all.
+    assert seen.pop("backbone.fpn.inner_blocks.0") == torch.bfloat16
+    assert len(seen) == {"faster_rcnn": 4, "mask_rcnn": 5, "retinanet": 2}[arch]
     assert set(seen.values()) == {torch.float32}
     boxes = found["boxes"]
     assert boxes.dtype == torch.float32
