@@ -163,12 +163,18 @@ def test_what_cannot_be_judged_is_said(tmp_path):
     assert truth.lines == ["  not evaluated: 2 objects without a finite box, or without a mask"]
 
 
-def test_some_images_only(tmp_path):
+def test_detections_of_an_unknown_image_are_refused(tmp_path):
     place, results = random_case(tmp_path)
-    truth = GroundTruth(place, masks=False, image_ids=[2, 3])
-    with pytest.raises(UserError, match="not in the annotations"):
-        truth.judge(results)
-    assert truth.judge([r for r in results if r["image_id"] in (2, 3)])["bbox"].figures["AP"] > 0
+    with pytest.raises(UserError, match="image 99, which is not in the annotations"):
+        GroundTruth(place, masks=False).judge([{**results[0], "image_id": 99}])
+
+
+def test_an_evaluator_is_looked_for_at_once(tmp_path, monkeypatch):
+    place, _ = random_case(tmp_path)
+    for name in ("faster_coco_eval", "pycocotools", "pycocotools.coco"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="need faster-coco-eval or pycocotools: pip install"):
+        GroundTruth(place, masks=False)
 
 
 def test_results_in_cocos_format():

@@ -6,7 +6,7 @@ faster-coco-eval does the counting where it is installed, else pycocotools; thei
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,27 +107,24 @@ class GroundTruth:
     Args:
         place: its annotations.
         masks: whether masks are judged, too; then an object without one is left out.
-        image_ids: judge these images only; None for all.
 
     Attributes:
         lines: what was left out, in words.
 
     Raises:
-        UserError: the file is no COCO file (see `read_json`).
+        UserError: the file is no COCO file (see `read_json`), or no evaluator is installed.
     """
 
-    def __init__(self, place: Place, masks: bool, image_ids: Iterable[int] | None = None):
+    def __init__(self, place: Place, masks: bool):
+        find_backend()  # now, and not after an epoch of training
         content = read_json(place)
         check_references(place.annotations, content)
         images = {image["id"]: image for image in content["images"]}
-        self.image_ids = sorted(images if image_ids is None else map(int, image_ids))
-        wanted = set(self.image_ids)
+        self.image_ids = sorted(images)
         self.categories = sorted(content["categories"], key=lambda category: category["id"])
         self.kinds = ("bbox", "segm") if masks else ("bbox",)
         annotations, self.left_out = [], 0
         for entry in content["annotations"]:
-            if entry["image_id"] not in wanted:
-                continue
             kept = _complete(entry, images[entry["image_id"]], masks)
             if kept is None:
                 self.left_out += 1
