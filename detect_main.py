@@ -291,13 +291,12 @@ def train(
         speed = progress.close()
 
         distributed.broadcast_buffers(network)
-        snapshot = state.snapshot()  # now: a stop below reaches one rank before the others
+        files.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
         found = detection_engine.detect(
             network, val_batches(), ids, first_label, autocast,
             lambda: context.is_main and bool(stop),
         )  # fmt: skip
         if found is None:
-            files.save(snapshot)
             return files.stopped(state.epoch, state.step, stop.exit_code)
         results, summaries = judge(found, truth, context)
         improved = state.finish_epoch(rate(first + order.steps - 1), val_columns(summaries))
