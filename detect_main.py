@@ -175,7 +175,7 @@ def train(
     stop: StopRequest,
 ) -> int:
     """Trains from the start, or on from `saved`, to the last epoch or until asked to stop."""
-    auto, recipe = recipe.lr == AUTO, recipe.resolved()
+    given, recipe = recipe, recipe.resolved()
     seed = args.seed if saved is None else saved["seed"]
     seed = distributed.share(runs.fresh_seed() if seed is None else seed, context)
     context.say(*backends.configure(args.seed is not None, context.device, one_shape=False))
@@ -208,7 +208,7 @@ def train(
         detection_report.network_line(network),
         *notes,
         *device_lines(network, args, context),
-        detection_report.recipe_line(recipe, auto),
+        detection_report.recipe_line(recipe, auto=given.lr == AUTO),
     )
 
     # All that changes from here on.
@@ -244,7 +244,7 @@ def train(
         **detection.describe_detector(network),
         "classes": train_split.classes,
         "category_ids": train_split.category_ids,
-        "recipe": recipe.as_dict(),
+        "recipe": given.as_dict(),  # with lr auto, for a resumption with another batch
         "args": {k: v for k, v in vars(args).items() if k not in OF_ONE_START},
         "seed": seed,
         "train_images": len(train_split),
