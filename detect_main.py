@@ -29,6 +29,7 @@ from utils import (
     detection_engine,
     detection_report,
     distributed,
+    outputs,
     report,
     resume,
 )
@@ -70,6 +71,8 @@ def main() -> int:
     parser = build_parser(RECIPE, list(detection.DETECTORS), BACKBONES, NORMS, __doc__)
     args = asked = parser.parse_args()
     given = parser.given(vars(asked))
+    if (args.results_json or args.picture) and not args.evaluate:
+        raise UserError("--results-json and --picture go with -e: add it, or leave them out")
     on_demo = args.data == demo_shapes.SHAPES
     recipe = RECIPE.override(**demo_shapes.recipe_of(args.arch) if on_demo else {})
     of_any_run = not any((args.data, args.arch, args.backbone, args.action))
@@ -116,9 +119,8 @@ def main() -> int:
 def evaluate(args: Namespace, saved: dict, context: distributed.Context) -> int:
     """Evaluates a checkpoint on the validation images, each once."""
     backends.configure(False, context.device, one_shape=False)
-    for path in (args.results_json, args.picture):
-        if path and Path(path).exists():
-            raise UserError(f"{path}: exists already; choose another name")
+    outputs.check_new_file(args.results_json)
+    outputs.check_new_file(args.picture)
     sizes = {k: getattr(args, k) for k in ("min_size", "max_size") if getattr(args, k)}
     with as_user_error(f"{args.resume}: "):
         network = detection.detector_from_checkpoint(saved, **sizes)
