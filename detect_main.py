@@ -36,17 +36,17 @@ from utils import (
 from utils import run_folder as runs
 from utils.cli import refuse_idle, run_script
 from utils.coco_data import load_split
-from utils.coco_eval import GroundTruth, judge, write_results
+from utils.coco_eval import judge, write_results
 from utils.coco_files import Place, locate
 from utils.data import Reading
 from utils.detection_data import (
     GroupedBatches,
+    ValidationSet,
     check_batch,
     evaluation_batches,
-    match_classes,
     training_batches,
 )
-from utils.detection_log import DetectionFiles, DetectionProgress, DetectionState, val_columns
+from utils.detection_log import DetectionFiles, DetectionProgress, DetectionState
 from utils.detection_options import OF_TRAINING, build_parser
 from utils.detection_recipe import AUTO, DetectionRecipe, lr_at
 from utils.engine import NonFiniteGuard
@@ -125,42 +125,35 @@ def evaluate(args: Namespace, saved: dict, context: distributed.Context) -> int:
     with as_user_error(f"{args.resume}: "):
         network = detection.detector_from_checkpoint(saved, **sizes)
     place = val_place(args, demo_shapes.find_root(args.data, context))
-    split = load_split(place, drop_crowds=False)
-    ids = match_classes(saved["classes"], split, args.resume)
-    truth = GroundTruth(place, network.arch == "mask_rcnn")
-    distributed.refuse_differences(validation_images=len(split))
+    val = ValidationSet(place, network.arch == "mask_rcnn", saved["classes"], args.resume)
+    distributed.refuse_differences(validation_images=len(val.split))
     context.say(
-        split.report("val")[0],
-        *truth.lines,
+        *val.lines,
         detection_report.network_line(network),
         *device_lines(network, args, context),
     )
     reading = put(network, args, context)
-    batches = evaluation_batches(
-        split, detection.FIRST_LABEL[network.arch], reading, context.rank, context.world_size
-    )
+    first_label = detection.FIRST_LABEL[network.arch]
+    batches = evaluation_batches(val.split, first_label, reading, context.rank, context.world_size)
     autocast = partial(backends.autocast, context.device, args.amp)
     began = time.perf_counter()
-    found = detection_engine.detect(
-        network, batches(), ids, detection.FIRST_LABEL[network.arch], autocast
-    )
-    speed = len(split) / (time.perf_counter() - began)
-    results, summaries = judge(found, truth, context)
+    found = detection_engine.detect(network, batches(), val.category_ids, first_label, autocast)
+    speed = len(val.split) / (time.perf_counter() - began)
+    results, summaries = judge(found, val.truth, context)
     context.say(
         *detection_report.summary_lines(summaries),
-        f"{len(split):,} images, {speed:,.1f} images/s",
+        f"{len(val.split):,} images, {speed:,.1f} images/s",
     )
     if context.is_main:
         if args.results_json:
             write_results(Path(args.results_json), results)
             print(f"{len(results):,} detections written to {args.results_json}")
         if args.picture:
-            pictured = load_split(place, network.arch == "mask_rcnn", drop_crowds=False)
-            detection_report.write_picture(Path(args.picture), pictured, results)
+            detection_report.write_picture(Path(args.picture), place, val.masks, results)
             print(f"picture written to {args.picture}")
         if args.output and args.resume != resume.AUTO:
             figures = {kind: vars(summary) for kind, summary in summaries.items()}
-            inputs = {"checkpoint": str(args.resume), "data": args.data, "images": len(split)}
+            inputs = {"checkpoint": str(args.resume), "data": args.data, "images": len(val.split)}
             print(
                 f"written to {runs.write_evaluation(args.output, {**figures, **inputs}, context)}"
             )
@@ -186,11 +179,11 @@ def train(
     masks, first_label = recipe.arch == "mask_rcnn", detection.FIRST_LABEL[recipe.arch]
     root = demo_shapes.find_root(args.data, context)
     train_split = load_split(train_place(args, root), masks, drop_empty=args.drop_empty)
-    val_split = load_split(val_place(args, root), drop_crowds=False)
-    ids = match_classes(train_split.classes, val_split, "the training annotations")
-    truth = GroundTruth(val_place(args, root), masks)
+    val = ValidationSet(
+        val_place(args, root), masks, train_split.classes, "the training annotations"
+    )
     distributed.refuse_differences(
-        training_images=len(train_split), validation_images=len(val_split),
+        training_images=len(train_split), validation_images=len(val.split),
         checkpoint=saved and tuple(saved["progress"][k] for k in ("epoch", "step")),
     )  # fmt: skip
     check_batch(recipe.batch_size, len(train_split), context.world_size)
@@ -205,8 +198,7 @@ def train(
         raise UserError("--norm sync runs on CUDA alone: give --norm bn")
     context.say(
         *train_split.report("train"),
-        val_split.report("val")[0],
-        *truth.lines,
+        *val.lines,
         detection_report.network_line(network),
         *notes,
         *device_lines(network, args, context),
@@ -236,7 +228,7 @@ def train(
     )
     train_batches = training_batches(train_split, order, first_label, recipe.hflip, seed, reading)
     val_batches = evaluation_batches(
-        val_split, first_label, reading, context.rank, context.world_size
+        val.split, first_label, reading, context.rank, context.world_size
     )
     rate = partial(lr_at, steps_per_epoch=order.steps, recipe=recipe)
 
@@ -295,23 +287,22 @@ def train(
         distributed.broadcast_buffers(network)
         files.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
         found = detection_engine.detect(
-            network, val_batches(), ids, first_label, autocast,
+            network, val_batches(), val.category_ids, first_label, autocast,
             lambda: context.is_main and bool(stop),
         )  # fmt: skip
         if found is None:
             return files.stopped(state.epoch, state.step, stop.exit_code)
-        results, summaries = judge(found, truth, context)
-        improved = state.finish_epoch(rate(first + order.steps - 1), val_columns(summaries))
+        results, summaries = judge(found, val.truth, context)
+        improved = state.finish_epoch(rate(first + order.steps - 1), summaries)
         files.finish_epoch(state.snapshot(), speed, improved)
         context.say(detection_report.epoch_line(state.history[-1], recipe.epochs, speed, improved))
 
     files.close()
     if context.is_main:
         picture = folder / "predictions.png"
-        pictured = load_split(val_place(args, root), masks, drop_crowds=False)
-        detection_report.write_picture(picture, pictured, results)
+        detection_report.write_picture(picture, val.place, masks, results)
         context.say(
-            *detection_report.summary_lines(summaries),
+            *detection_report.best_lines(state.best),
             *files.farewell(state.best, args.data),
             f"  last epoch's detections beside the ground truth: {picture}",
         )

@@ -15,6 +15,7 @@ from utils.detection_log import (
     DetectionState,
     val_columns,
 )
+from utils.detection_report import best_lines
 from utils.engine import NonFiniteGuard
 from utils.errors import UserError
 
@@ -38,7 +39,7 @@ def new_state():
 
 def finish(state, ap, masks=True):
     state.meter.update({"a": torch.tensor(1.0), "b": torch.tensor(2.0)})
-    return state.finish_epoch(0.1, val_columns(summaries(ap, masks)))
+    return state.finish_epoch(0.1, summaries(ap, masks))
 
 
 def test_columns_are_percent_and_minus_one_stays():
@@ -55,6 +56,11 @@ def test_the_best_epoch_has_the_highest_ap():
     assert state.best["epoch"] == 1
     assert state.epoch == 3
     assert state.history[0]["train_loss"] == 3.0
+    epoch, _, box, mask, _, cat = best_lines(state.best)
+    assert epoch == "epoch 2, the best:"
+    assert box.split()[:2] == ["box", "20.0"]
+    assert mask.split()[6] == "-"
+    assert cat.split() == ["cat", "20.0", "20.0"]
 
 
 def test_a_state_goes_on_where_it_was_saved():

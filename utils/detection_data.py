@@ -1,4 +1,7 @@
-"""Batches for detectors: images of their own sizes with their targets, grouped by aspect ratio."""
+"""Batches for detectors: images of their own sizes with their targets, grouped by aspect ratio.
+
+And the images that a detector is held against, with all that their evaluation needs.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,7 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from utils.coco_data import CocoDataset, CocoSplit, Target
+from utils.coco_data import CocoDataset, CocoSplit, Target, load_split
+from utils.coco_eval import GroundTruth
+from utils.coco_files import Place
 from utils.data import Reading, _checked, _init_worker
 from utils.errors import EXIT_FAILED, UserError
 from utils.image_io import BrokenImageError
@@ -83,6 +88,30 @@ def match_classes(classes: list[str], split: CocoSplit, source: str) -> list[int
         )
     id_of = dict(zip(split.classes, split.category_ids, strict=True))
     return [id_of[name] for name in classes]
+
+
+class ValidationSet:
+    """The images of a split, and what is to be found in them.
+
+    Args:
+        place: of images and annotations.
+        masks: whether masks are judged, too.
+        classes: of the network, in the order of its labels.
+        source: of `classes`, in words.
+
+    Attributes:
+        split: the images. truth: the objects. category_ids: of `classes`. lines: to say of them.
+
+    Raises:
+        UserError: see `load_split`, `match_classes` and `GroundTruth`.
+    """
+
+    def __init__(self, place: Place, masks: bool, classes: list[str], source: str):
+        self.place, self.masks = place, masks
+        self.split = load_split(place, drop_crowds=False)
+        self.category_ids = match_classes(classes, self.split, source)
+        self.truth = GroundTruth(place, masks)
+        self.lines = [self.split.report("val")[0], *self.truth.lines]
 
 
 def training_batches(

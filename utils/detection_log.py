@@ -7,7 +7,7 @@ its counterpart all that does not know what is measured.
 import csv
 import io
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -45,23 +45,24 @@ class DetectionState(TrainState):
         self.history = [row for row in self.history if row["epoch"] < epoch]
         self.meter = LossMeter(self.meter.sums.device, self.meter.names)
 
-    def finish_epoch(self, lr: float, val: dict[str, float]) -> bool:
+    def finish_epoch(self, lr: float, summaries: dict[str, Summary]) -> bool:
         """Writes the epoch into the history and moves on. Call on every rank.
 
         Args:
             lr: at the epoch's last step, when a warm-up is over.
-            val: `val_columns`.
+            summaries: of the evaluation; the best epoch's stay, with the APs of its classes.
 
         Returns:
             Whether its AP is the best so far.
         """
         means = self.meter.means(self.meter.total())
         row = {"epoch": self.epoch, "lr": lr}
-        row |= {f"train_{name}": value for name, value in means.items()} | val
+        row |= {f"train_{name}": value for name, value in means.items()} | val_columns(summaries)
         self.history.append(row)
         improved = main_figure(row) > (main_figure(self.best) if self.best else -2.0)
         if improved:
-            self.best = dict(row)
+            kept = {kind: asdict(summary) for kind, summary in summaries.items()}
+            self.best = {**row, "summaries": kept}
         self.begin(self.epoch + 1)
         return improved
 

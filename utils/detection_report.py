@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from utils import coco_masks
-from utils.coco_data import CocoDataset, CocoSplit
+from utils.coco_data import CocoDataset, load_split
 from utils.coco_eval import FIGURES, Result, Summary
+from utils.coco_files import Place
 from utils.detection_log import KINDS
 from utils.detection_picture import png, side_by_side
 from utils.detection_recipe import DetectionRecipe
@@ -76,17 +78,25 @@ def summary_lines(summaries: dict[str, Summary]) -> list[str]:
     return lines
 
 
+def best_lines(best: dict[str, Any]) -> list[str]:
+    """`summary_lines` of `DetectionState.best`, under the epoch's number."""
+    if "summaries" not in best:  # of a run that an earlier version began
+        return []
+    summaries = {kind: Summary(**fields) for kind, fields in best["summaries"].items()}
+    return [f"epoch {best['epoch'] + 1}, the best:", *summary_lines(summaries)]
+
+
 def write_picture(
-    path: Path,
-    split: CocoSplit,
-    results: Sequence[Result],
-    count: int = PICTURED,
+    path: Path, place: Place, masks: bool, results: Sequence[Result], count: int = PICTURED
 ) -> None:
-    """Draws the first `count` images of `split`, ground truth left and detections right.
+    """Draws the first `count` images of a data set, ground truth left and detections right.
 
     Args:
+        place: of the data set.
+        masks: whether they are drawn, too.
         results: in COCO's format, of these images among others.
     """
+    split = load_split(place, masks, drop_crowds=False)
     dataset = CocoDataset(split, first_label=0)
     images, truths, found = [], [], []
     for index in range(min(count, len(split))):
