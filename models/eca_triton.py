@@ -6,6 +6,7 @@ torch.compile and export. With TRITON_INTERPRET=1 in the environment they take C
 """
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,10 @@ from models import eca_triton_kernels as kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 4096  # elements that a program holds at a time
-REDUCE, APPLY = 1024, 8192  # programs: parts are few where they must be added up
+PER_THREAD = 16  # of them, so that the registers suffice; half where a thread cannot load vectors
+# Programs, by estimate: the 400 to 500 that run at once on 132 multiprocessors should have several
+# turns, for the last is seldom full; but parts are few where they must be added up.
+REDUCE, APPLY = 4096, 8192
 SMALL = {"BN": 128, "BC": 8}  # tiles of the kernels that reduce (N, C) over N
 ROW = 128  # channels a program of the kernels that work along them
 
@@ -30,6 +34,7 @@ class _Grid(NamedTuple):
     nhwc: bool
     block_c: int
     block_p: int
+    vector: int  # a power of two that divides the length of a line of memory
     splits: int  # of the pixels
     per: int  # pixels in a split, a multiple of block_p
 
@@ -39,15 +44,17 @@ class _Grid(NamedTuple):
         n, c, h, w = z.shape
         hw = h * w
         nhwc = not z.is_contiguous()
+        vector = math.gcd(16, c if nhwc else hw)
+        tile = TILE if vector >= 4 else TILE // 2
         if nhwc:  # a row of 64 channels is a full line of memory in 16 bits and two in 32
             block_c = min(64, triton.next_power_of_2(c))
-            block_p = min(TILE // block_c, triton.next_power_of_2(hw))
+            block_p = min(tile // block_c, triton.next_power_of_2(hw))
         else:
-            block_p = min(1024, TILE, triton.next_power_of_2(hw))
-            block_c = min(TILE // block_p, 64, triton.next_power_of_2(c))
+            block_p = min(1024, tile, triton.next_power_of_2(hw))
+            block_c = min(tile // block_p, 64, triton.next_power_of_2(c))
         wanted = triton.cdiv(programs, n * triton.cdiv(c, block_c))
         per = triton.cdiv(triton.cdiv(hw, wanted), block_p) * block_p
-        return cls(n, c, hw, nhwc, block_c, block_p, triton.cdiv(hw, per), per)
+        return cls(n, c, hw, nhwc, block_c, block_p, vector, triton.cdiv(hw, per), per)
 
     @property
     def programs(self) -> tuple[int, int, int]:
@@ -55,7 +62,11 @@ class _Grid(NamedTuple):
 
     @property
     def tile(self) -> dict[str, int | bool]:
-        return {"NHWC": self.nhwc, "BC": self.block_c, "BP": self.block_p}
+        per_thread = PER_THREAD if self.vector >= 4 else PER_THREAD // 2
+        return {
+            "NHWC": self.nhwc, "VEC": self.vector, "BC": self.block_c, "BP": self.block_p,
+            "num_warps": max(1, self.block_c * self.block_p // (32 * per_thread)),
+        }  # fmt: skip
 
 
 def _small_grid(c: int) -> tuple[int]:
@@ -98,10 +109,12 @@ def tail_forward(
         if batch or eca:
             g = _Grid.of(z, REDUCE)
             means = z.new_empty((n, c), dtype=torch.float32)
-            parts = z.new_empty((2, g.splits, n, c), dtype=torch.float32)
-            kernels.moments[g.programs](z, parts[0], parts[1], c, g.hw, g.per, **g.tile)
+            parts = z.new_empty((1 + batch, g.splits, n, c), dtype=torch.float32)
+            kernels.moments[g.programs](
+                z, parts[0], parts[-1], c, g.hw, g.per, SQUARES=batch, **g.tile
+            )
             kernels.statistics[_small_grid(c)](
-                parts[0], parts[1], means, mean, variance, inverse_std, n, c, g.hw, g.per,
+                parts[0], parts[-1], means, mean, variance, inverse_std, n, c, g.hw, g.per,
                 g.splits, eps, BATCH=batch, **SMALL,
             )  # fmt: skip
         if eca:
@@ -168,8 +181,8 @@ def tail_backward(
     parts = z.new_empty((2, g.splits * n, c), dtype=torch.float32)
     with _on(z):
         kernels.gradient_sums[g.programs](
-            grad, masked_by, z, mean, parts[0], parts[1], c, g.hw, g.per,
-            ACTIVATION=activation, **g.tile,
+            grad, masked_by, z, mean, parts[0], parts[1], dr, c, g.hw, g.per,
+            ACTIVATION=activation, KEEP=want_residual, **g.tile,
         )  # fmt: skip
         rows = parts
         if eca:
@@ -186,13 +199,14 @@ def tail_backward(
             rows[0], rows[1], inverse_std, d_weight, d_bias, rows.shape[1], c, NORMALISED=eca,
             **SMALL,
         )  # fmt: skip
-        if want_z or want_residual:
+        if want_z:
+            if want_residual:  # d is in memory: one tensor to read, not two
+                grad, activation = dr, False
             g = _Grid.of(z, APPLY)
             kernels.gradient_input[g.programs](
                 grad, masked_by, z, mean, inverse_std, weight, gate if eca else mean, d_pooled,
-                d_weight, d_bias, dz, dr, n, c, g.hw, g.per,
-                BATCH=batch_statistics, ECA=eca, ACTIVATION=activation, WANT_Z=want_z,
-                WANT_R=want_residual, **g.tile,
+                d_weight, d_bias, dz, n, c, g.hw, g.per,
+                BATCH=batch_statistics, ECA=eca, ACTIVATION=activation, **g.tile,
             )  # fmt: skip
     return dz, d_weight, d_bias, d_kernel, dr
 

@@ -20,32 +20,49 @@ def _offsets(i, channel, pixel, c, hw, NHWC: tl.constexpr):
 
 
 @triton.jit
-def moments(z, part_mean, part_m2, c, hw, per, NHWC: tl.constexpr, BC: tl.constexpr,
-             BP: tl.constexpr):  # fmt: skip
-    """Mean, and Σ of squared deviations, over `per` pixels: (splits, N, C) each.
+def _sizes(c, hw, NHWC: tl.constexpr, VEC: tl.constexpr):
+    """c and hw themselves, in a form that shows the compiler that VEC divides a line of memory.
 
-    Tile by tile with the tile's own mean (Chan et al. 1979): nothing cancels.
+    By itself it sees divisors of 16 alone; VEC elements are what a thread may load at a time.
     """
+    if NHWC:
+        return c // VEC * VEC, hw
+    return c, hw // VEC * VEC
+
+
+@triton.jit
+def moments(z, part_mean, part_m2, c, hw, per, SQUARES: tl.constexpr, NHWC: tl.constexpr,
+            VEC: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
+    """Mean, and if SQUARES Σ of squared deviations, over `per` pixels: (splits, N, C) each.
+
+    Summed about the mean of the first tile. That lies within √(pixels/tile) standard deviations of
+    the mean sought, whatever the values, so little cancels. Only after the loop do threads meet.
+    """
+    c, hw = _sizes(c, hw, NHWC, VEC)
     i, split = tl.program_id(0), tl.program_id(2)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    known = (channel < c)[None, :]
     first = split * per
     stop = tl.minimum(first + per, hw)
-    mean = tl.zeros([BC], tl.float32)
-    m2 = tl.zeros([BC], tl.float32)
-    for start in range(first, stop, BP):
+    pixel = first + tl.arange(0, BP)
+    inside = (pixel < hw)[:, None] & known
+    x = tl.load(z + _offsets(i, channel, pixel, c, hw, NHWC), inside, 0.0).to(tl.float32)
+    about = tl.sum(x, 0) / tl.minimum(stop - first, BP)
+    sums = tl.where(inside, x - about[None, :], 0.0)
+    squares = sums * sums
+    for start in range(first + BP, stop, BP):
         pixel = start + tl.arange(0, BP)
-        inside = (pixel < stop)[:, None] & (channel < c)[None, :]
+        inside = (pixel < hw)[:, None] & known
         x = tl.load(z + _offsets(i, channel, pixel, c, hw, NHWC), inside, 0.0).to(tl.float32)
-        seen = (start - first).to(tl.float32)
-        size = tl.minimum(stop - start, BP).to(tl.float32)
-        tile_mean = tl.sum(x, 0) / size
-        deviation = tl.where(inside, x - tile_mean[None, :], 0.0)
-        delta = tile_mean - mean
-        mean += delta * (size / (seen + size))
-        m2 += tl.sum(deviation * deviation, 0) + delta * delta * (seen * size / (seen + size))
+        deviation = tl.where(inside, x - about[None, :], 0.0)
+        sums += deviation
+        squares += deviation * deviation
+    shift = tl.sum(sums, 0) / (stop - first)
     to = (split * tl.num_programs(0) + i) * c + channel
-    tl.store(part_mean + to, mean, channel < c)
-    tl.store(part_m2 + to, m2, channel < c)
+    tl.store(part_mean + to, about + shift, channel < c)
+    if SQUARES:
+        m2 = tl.sum(squares, 0) - shift * shift * (stop - first)
+        tl.store(part_m2 + to, tl.where(m2 < 0, 0.0, m2), channel < c)  # NaN stays
 
 
 @triton.jit
@@ -111,9 +128,10 @@ def gate(means, mean, inverse_std, weight, bias, kernel, pooled, gate, c, K: tl.
 
 @triton.jit
 def apply(z, mean, inverse_std, weight, bias, gate, residual, out, c, hw, per,
-           ECA: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-           NHWC: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
+          ECA: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+          NHWC: tl.constexpr, VEC: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
     """out = act(BN(z) · gate + residual)."""
+    c, hw = _sizes(c, hw, NHWC, VEC)
     i = tl.program_id(0)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     known = channel < c
@@ -124,10 +142,9 @@ def apply(z, mean, inverse_std, weight, bias, gate, residual, out, c, hw, per,
         s = tl.load(gate + i * c + channel, known, 0.0)
         scale, shift = scale * s, shift * s
     first = tl.program_id(2) * per
-    stop = tl.minimum(first + per, hw)
-    for start in range(first, stop, BP):
+    for start in range(first, tl.minimum(first + per, hw), BP):
         pixel = start + tl.arange(0, BP)
-        inside = (pixel < stop)[:, None] & known[None, :]
+        inside = (pixel < hw)[:, None] & known[None, :]
         at = _offsets(i, channel, pixel, c, hw, NHWC)
         y = tl.load(z + at, inside, 0.0).to(tl.float32) - centre[None, :]
         y = y * scale[None, :] + shift[None, :]
@@ -139,29 +156,33 @@ def apply(z, mean, inverse_std, weight, bias, gate, residual, out, c, hw, per,
 
 
 @triton.jit
-def gradient_sums(grad, out, z, mean, part_d, part_dz, c, hw, per, ACTIVATION: tl.constexpr,
-                   NHWC: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
-    """Σd and Σd·(z - mean) over `per` pixels: (splits, N, C) each."""
+def gradient_sums(grad, out, z, mean, part_d, part_dz, dr, c, hw, per, ACTIVATION: tl.constexpr,
+                  KEEP: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, BC: tl.constexpr,
+                  BP: tl.constexpr):  # fmt: skip
+    """Σd and Σd·(z - mean) over `per` pixels: (splits, N, C) each; if KEEP, d itself."""
+    c, hw = _sizes(c, hw, NHWC, VEC)
     i, split = tl.program_id(0), tl.program_id(2)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
-    centre = tl.load(mean + channel, channel < c, 0.0)
-    sum_d = tl.zeros([BC], tl.float32)
-    sum_dz = tl.zeros([BC], tl.float32)
+    known = channel < c
+    centre = tl.load(mean + channel, known, 0.0)
+    sum_d = tl.zeros([BP, BC], tl.float32)
+    sum_dz = tl.zeros([BP, BC], tl.float32)
     first = split * per
-    stop = tl.minimum(first + per, hw)
-    for start in range(first, stop, BP):
+    for start in range(first, tl.minimum(first + per, hw), BP):
         pixel = start + tl.arange(0, BP)
-        inside = (pixel < stop)[:, None] & (channel < c)[None, :]
+        inside = (pixel < hw)[:, None] & known[None, :]
         at = _offsets(i, channel, pixel, c, hw, NHWC)
         d = tl.load(grad + at, inside, 0.0).to(tl.float32)
         if ACTIVATION:
             d = tl.where(tl.load(out + at, inside, 1.0) <= 0, 0.0, d)
         x = tl.load(z + at, inside, 0.0).to(tl.float32) - centre[None, :]
-        sum_d += tl.sum(d, 0)
-        sum_dz += tl.sum(d * x, 0)
+        if KEEP:  # after the loads, which do not wait then
+            tl.store(dr + at, d, inside)
+        sum_d += d
+        sum_dz += d * x
     to = (split * tl.num_programs(0) + i) * c + channel
-    tl.store(part_d + to, sum_d, channel < c)
-    tl.store(part_dz + to, sum_dz, channel < c)
+    tl.store(part_d + to, tl.sum(sum_d, 0), known)
+    tl.store(part_dz + to, tl.sum(sum_dz, 0), known)
 
 
 @triton.jit
@@ -234,10 +255,11 @@ def parameter_gradients(rows_d, rows_dx, inverse_std, d_weight, d_bias, rows, c,
 
 @triton.jit
 def gradient_input(grad, out, z, mean, inverse_std, weight, gate, d_pooled, d_weight, d_bias,
-                    dz, dr, n, c, hw, per, BATCH: tl.constexpr, ECA: tl.constexpr,
-                    ACTIVATION: tl.constexpr, WANT_Z: tl.constexpr, WANT_R: tl.constexpr,
-                    NHWC: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
-    """∂z = a·s·d + a·∂pooled/HW - a·∂bias/M - a·∂weight/(M·σ)·(z - mean), and ∂residual = d."""
+                   dz, n, c, hw, per, BATCH: tl.constexpr, ECA: tl.constexpr,
+                   ACTIVATION: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
+                   BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
+    """∂z = a·s·d + a·∂pooled/HW - a·∂bias/M - a·∂weight/(M·σ)·(z - mean)."""
+    c, hw = _sizes(c, hw, NHWC, VEC)
     i = tl.program_id(0)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     known = channel < c
@@ -251,23 +273,19 @@ def gradient_input(grad, out, z, mean, inverse_std, weight, gate, d_pooled, d_we
         on_grad = a * tl.load(gate + i * c + channel, known, 0.0)
         constant += a * tl.load(d_pooled + i * c + channel, known, 0.0) / hw
     if BATCH:
-        count = n.to(tl.float32) * hw
+        count = 1.0 * n * hw  # n may be a constant: the JIT makes one of an argument that is 1
         constant -= a * tl.load(d_bias + channel, known, 0.0) / count
         on_z -= a * slope * tl.load(d_weight + channel, known, 0.0) / count
     first = tl.program_id(2) * per
-    stop = tl.minimum(first + per, hw)
-    for start in range(first, stop, BP):
+    for start in range(first, tl.minimum(first + per, hw), BP):
         pixel = start + tl.arange(0, BP)
-        inside = (pixel < stop)[:, None] & known[None, :]
+        inside = (pixel < hw)[:, None] & known[None, :]
         at = _offsets(i, channel, pixel, c, hw, NHWC)
         d = tl.load(grad + at, inside, 0.0).to(tl.float32)
         if ACTIVATION:
             d = tl.where(tl.load(out + at, inside, 1.0) <= 0, 0.0, d)
-        if WANT_R:
-            tl.store(dr + at, d, inside)
-        if WANT_Z:
-            x = d * on_grad[None, :] + constant[None, :]
-            if BATCH:
-                centred = tl.load(z + at, inside, 0.0).to(tl.float32) - centre[None, :]
-                x += centred * on_z[None, :]
-            tl.store(dz + at, x, inside)
+        x = d * on_grad[None, :] + constant[None, :]
+        if BATCH:
+            centred = tl.load(z + at, inside, 0.0).to(tl.float32) - centre[None, :]
+            x += centred * on_z[None, :]
+        tl.store(dz + at, x, inside)

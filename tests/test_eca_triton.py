@@ -1,5 +1,4 @@
-"""The Triton kernels: on a GPU where there is one, else through Triton's interpreter; and compiled
-ahead of time for GPUs that need not be there.
+"""The operators on Triton kernels: on a GPU where there is one, else through Triton's interpreter.
 
 The interpreter must be chosen before Triton is imported, so those tests run in a process of their
 own: `test_the_kernels_through_the_interpreter` starts it on this very file.
@@ -19,7 +18,6 @@ from torch import nn
 triton = pytest.importorskip("triton", reason="Triton is not installed here")
 
 from models import eca_fused, eca_triton  # noqa: E402
-from models import eca_triton_kernels as kernels  # noqa: E402
 from models.eca_fused import fused_tail  # noqa: E402
 from models.eca_module import ECALayer  # noqa: E402
 
@@ -171,9 +169,15 @@ def test_pixels_split_among_programs(memory_format, calls, monkeypatch):
 
 
 @on_device
+@pytest.mark.parametrize("tile", [4096, 64])
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_no_cancellation_where_the_mean_dwarfs_the_deviation(memory_format, calls):
+def test_no_cancellation_where_the_mean_dwarfs_the_deviation(
+    memory_format, tile, calls, monkeypatch
+):
+    monkeypatch.setattr(eca_triton, "TILE", tile)
+    monkeypatch.setattr(eca_triton, "REDUCE", 1)
     bn, attention, z, _, grad = make_case((4, 16, 9, 9), memory_format=FORMATS[memory_format])
+    assert (eca_triton._Grid.of(z, 1).block_p < 81) == (tile == 64)
     case = (bn, attention, z + 4096, None, grad, False)
     # z's own grid is 2^-11 of a deviation here; Σz² - (Σz)²/M in float32 would be off by about 1.
     assert_close(outcome(*case), exact_outcome(*case), (5e-3, 5e-3))
@@ -236,81 +240,3 @@ def test_compiles_into_one_graph(operators):
     assert torch.equal(z.grad, expected["z"])
     assert torch.equal(bn.weight.grad, expected["weight"])
     assert torch.equal(bn.running_var, expected["running_var"])
-
-
-LARGE = {"z", "grad", "out", "residual", "dz", "dr"}
-WHOLE_NUMBERS = {"n", "c", "hw", "per", "splits", "rows"}
-FLAGS = {
-    "moments": {},
-    "apply": {"ECA": True, "RESIDUAL": True, "ACTIVATION": True},
-    "gradient_sums": {"ACTIVATION": True},
-    "gradient_input": {
-        "BATCH": True, "ECA": True, "ACTIVATION": True, "WANT_Z": True, "WANT_R": True,
-    },
-    "statistics": {"BATCH": True, **eca_triton.SMALL},
-    "parameter_gradients": {"NORMALISED": True, **eca_triton.SMALL},
-    "gate": {"K": 5, "BC": eca_triton.ROW},
-    "gate_backward": {"K": 5, "BC": eca_triton.ROW},
-}  # fmt: skip
-
-
-def ptx(name, capability, dtype, memory_format):
-    """The code of a kernel for a GPU that need not be there."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, constants = getattr(kernels, name), dict(FLAGS[name])
-    if memory_format is not None:
-        z = torch.empty(16, 256, 16, 16, device="meta").to(memory_format=memory_format)
-        constants |= eca_triton._Grid.of(z, eca_triton.REDUCE).tile
-    types = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            types[argument] = "constexpr"
-        elif argument in WHOLE_NUMBERS:
-            types[argument] = "i32"
-        elif argument == "eps":
-            types[argument] = "fp32"
-        else:
-            types[argument] = f"*{dtype}" if argument in LARGE else "*fp32"
-    # Triton finds such divisors itself at run time: of addresses, of C and, here, of H·W.
-    even = [kind.startswith("*") or key in ("c", "hw", "per") for key, kind in types.items()]
-    source = ASTSource(
-        fn=kernel,
-        signature=types,
-        constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, yes in enumerate(even) if yes},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
-
-
-ahead_of_time = pytest.mark.skipif(
-    INTERPRETED, reason="the interpreter has taken the compiler's place here"
-)
-
-
-@ahead_of_time
-@pytest.mark.parametrize("name", [name for name, flags in FLAGS.items() if "BC" not in flags])
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_large_kernels_compile_and_move_16_bytes_at_a_time(name, capability, dtype):
-    for memory_format in FORMATS.values():
-        code = ptx(name, capability, dtype, memory_format)
-        assert f"sm_{capability}" in code
-        assert "ld.global.v4.b32" in code
-        assert not re.search(r"(?:ld|st)\.global\.[bu]16", code)
-        if name in ("apply", "gradient_input"):  # nothing small is stored
-            assert set(re.findall(r"st\.global\S*", code)) == {"st.global.v4.b32"}
-
-
-@ahead_of_time
-@pytest.mark.parametrize("name", [name for name, flags in FLAGS.items() if "BC" in flags])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_small_kernels_compile(name, capability):
-    assert f"sm_{capability}" in ptx(name, capability, "fp32", None)
-
-
-@ahead_of_time
-@pytest.mark.parametrize("name", ["apply", "gradient_input"])
-def test_float16_compiles(name):
-    assert ".f16" in ptx(name, 90, "fp16", torch.channels_last)
