@@ -9,7 +9,7 @@ from torch import nn
 
 from models.building import Ksize
 from models.eca_anywhere import Insertion, add_eca
-from models.eca_fused import describe_tails, set_fused
+from models.eca_fused import describe_tails, set_fused, why_not_triton
 from models.eca_mobilenetv2 import MobileNetV2, eca_mobilenetv2, mobilenetv2, se_mobilenetv2
 from models.eca_module import ECALayer, adaptive_kernel_size, parse_ksize
 from models.eca_resnet import (
@@ -45,6 +45,7 @@ __all__ = [
     "optimise_for_inference",
     "parse_ksize",
     "set_fused",
+    "why_not_triton",
 ]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

@@ -15,8 +15,6 @@ The same operation without ECA, residual or ReLU serves the other networks. `blo
 blocks call: it takes this path where `can_fuse` allows it, else the modules one by one.
 """
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 
@@ -26,13 +24,27 @@ from models.eca_module import ECALayer
 from models.eca_passes import Chunked, accumulation_dtype, passes_for
 
 eca_triton = None
+_not_imported = "PyTorch finds no CUDA device"
 if torch.cuda.is_available():  # where it is not, Triton's import would only cost time
-    with contextlib.suppress(ImportError):
+    try:
         from models import eca_triton
+    except Exception as error:  # also of a Triton that does not fit this PyTorch
+        _not_imported = f"Triton cannot be imported: {error}"
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """None if Triton kernels serve tensors of `dtype` on `device`, else in one line the reason."""
+    if device.type != "cuda":
+        return "they are for CUDA devices"
+    if eca_triton is None:
+        return _not_imported
+    if dtype not in eca_triton.DTYPES:
+        return f"there are none for {dtype}"
+    return eca_triton.why_not(device, dtype)
 
 
 def _on_triton(z: Tensor) -> bool:
-    return eca_triton is not None and z.is_cuda and z.dtype in eca_triton.DTYPES
+    return z.is_cuda and why_not_triton(z.device, z.dtype) is None
 
 
 def _forward(z, weight, bias, kernel, residual, statistics, eps, activation):

@@ -7,6 +7,7 @@ torch.compile and export. With TRITON_INTERPRET=1 in the environment they take C
 
 import contextlib
 import math
+import threading
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ PER_THREAD = 16  # of them, so that the registers suffice; half where a thread c
 REDUCE, APPLY = 4096, 8192
 SMALL = {"BN": 128, "BC": 8}  # tiles of the kernels that reduce (N, C) over N
 ROW = 128  # channels a program of the kernels that work along them
+OLDEST = (7, 0)  # compute capability; torch.compile refuses older ones to Triton, too
+
+_reasons: dict[tuple[torch.device, torch.dtype], str | None] = {}
+_lock = threading.Lock()
 
 
 class _Grid(NamedTuple):
@@ -222,3 +227,39 @@ def _(grad, z, out, weight, bias, kernel, mean, inverse_std, pooled, gate, batch
         mean.new_empty(0 if kernel is None else kernel.numel()),
         torch.empty_like(z) if want_residual and out is not None else z.new_empty(0),
     )
+
+
+@torch.compiler.assume_constant_result  # Dynamo calls it while it traces, and traces the answer
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if the operators run on the device in the dtype, else in one line the reason why not.
+
+    Found out once, by running them: when first used, Triton needs a C compiler and a driver that
+    takes its code.
+    """
+    with _lock:  # DataParallel asks from a thread for each device
+        if (device, dtype) not in _reasons:
+            _reasons[device, dtype] = _tried(device, dtype)
+        return _reasons[device, dtype]
+
+
+def _tried(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST:
+            return "compute capability {}.{}, and Triton needs {}.{}".format(*capability, *OLDEST)
+    try:
+        z = torch.ones(1, 8, 2, 2, device=device, dtype=dtype)
+        vector = torch.ones(8, device=device, dtype=torch.float32)
+        kernel = vector[:3]
+        out, mean, _, inverse_std, pooled, gate = tail_forward(
+            z, vector, vector, kernel, z, None, None, 1e-5, True
+        )
+        tail_backward(
+            out, z, out, vector, vector, kernel, mean, inverse_std, pooled, gate, True, True, True
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:  # of Triton, the compilers or the driver: no one list of kinds
+        first_line = str(error).strip().partition("\n")[0]
+        return f"{type(error).__name__}: {first_line}"
+    return None

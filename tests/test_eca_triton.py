@@ -10,10 +10,12 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 triton = pytest.importorskip("triton", reason="Triton is not installed here")
 
@@ -42,10 +44,14 @@ def test_the_kernels_through_the_interpreter():
 
 @pytest.fixture
 def operators(monkeypatch):
-    """Every tail goes through the operators."""
+    """Every tail goes through the operators, on a CPU too, once they have been tried."""
+
+    def on_triton(z):
+        return z.dtype in eca_triton.DTYPES and eca_triton.why_not(z.device, z.dtype) is None
+
     torch.manual_seed(0)
     monkeypatch.setattr(eca_fused, "eca_triton", eca_triton)
-    monkeypatch.setattr(eca_fused, "_on_triton", lambda z: z.dtype in eca_triton.DTYPES)
+    monkeypatch.setattr(eca_fused, "_on_triton", on_triton)
 
 
 @pytest.fixture
@@ -230,9 +236,10 @@ def test_operators_keep_torchs_rules(operators):
 
 
 @on_device
-def test_compiles_into_one_graph(operators):
+def test_compiles_into_one_graph(operators, monkeypatch):
     bn, attention, z, r, grad = make_case((2, 8, 5, 5), memory_format=torch.channels_last)
     expected = outcome(bn, attention, z, r, grad)
+    monkeypatch.setattr(eca_triton, "_reasons", {})  # whether Triton works, the compiler must ask
     z.requires_grad_()
     out = torch.compile(fused_tail, backend="aot_eager", fullgraph=True)(z, bn, attention, r)
     out.backward(grad)
@@ -240,3 +247,56 @@ def test_compiles_into_one_graph(operators):
     assert torch.equal(z.grad, expected["z"])
     assert torch.equal(bn.weight.grad, expected["weight"])
     assert torch.equal(bn.running_var, expected["running_var"])
+    assert eca_triton._reasons == {(z.device, z.dtype): None}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that need not be there, and a function that says how many trials were made on it."""
+    trials = []
+
+    def no_compiler(*given):
+        trials.append(1)
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
+
+    def zeros(*shape, device, dtype):
+        return torch.zeros(shape, dtype=dtype)
+
+    monkeypatch.setattr(eca_triton, "_reasons", {})
+    monkeypatch.setattr(eca_fused, "eca_triton", eca_triton)
+    monkeypatch.setattr(eca_triton, "tail_forward", no_compiler)
+    monkeypatch.setattr(torch, "ones", zeros)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return torch.device("cuda", 0), lambda: len(trials)
+
+
+def test_where_triton_fails_the_modules_serve_and_the_reason_is_kept(gpu):
+    device, trials = gpu
+    with ThreadPoolExecutor(4) as pool:  # as DataParallel asks
+        found = list(pool.map(lambda _: eca_fused.why_not_triton(device), range(8)))
+    assert found == ["RuntimeError: Failed to find C compiler."] * 8
+    assert trials() == 1
+    eca_triton._reasons[device, torch.bfloat16] = None
+    with FakeTensorMode():
+        for dtype, served in ((torch.float32, False), (torch.bfloat16, True)):
+            z = torch.empty(2, 8, 5, 5, device=device, dtype=dtype)
+            assert eca_fused.can_fuse(z, nn.BatchNorm2d(8), ECALayer(3)) == served
+    assert trials() == 1
+
+
+def test_a_gpu_older_than_triton_takes_is_not_tried(gpu, monkeypatch):
+    device, trials = gpu
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    reason = eca_fused.why_not_triton(device, torch.float16)
+    assert reason == "compute capability 6.1, and Triton needs 7.0"
+    assert trials() == 0
+
+
+def test_what_triton_does_not_serve_has_a_reason(gpu, monkeypatch):
+    device, trials = gpu
+    assert eca_fused.why_not_triton(torch.device("cpu")) == "they are for CUDA devices"
+    assert "float64" in eca_fused.why_not_triton(device, torch.float64)
+    monkeypatch.setattr(eca_fused, "eca_triton", None)
+    monkeypatch.setattr(eca_fused, "_not_imported", "Triton cannot be imported: broken")
+    assert "broken" in eca_fused.why_not_triton(device)
+    assert trials() == 0
