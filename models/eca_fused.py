@@ -48,9 +48,14 @@ def _on_triton(z: Tensor) -> bool:
 
 
 def _forward(z, weight, bias, kernel, residual, statistics, eps, activation):
-    """`tail_forward` by whatever serves z best."""
+    """`tail_forward` by whatever serves z best, but with the batch's unbiased variance."""
     if not _on_triton(z):
-        return tail_forward(z, weight, bias, kernel, residual, statistics, eps, activation)
+        given = (z, weight, bias, kernel, residual, statistics, eps, activation)
+        out, variance, kept = tail_forward(*given)
+        if statistics is None:
+            count = z.numel() // z.shape[1]
+            variance = variance * (count / (count - 1))
+        return out, variance, kept
     mean, variance = statistics or (None, None)
     out, *found, inverse_std, pooled, gate = eca_triton.tail_forward(
         z, weight, bias, kernel, residual, mean, variance, eps, activation
@@ -82,7 +87,7 @@ def _format_of(z: Tensor) -> torch.memory_format:
 
 
 class _FusedTail(torch.autograd.Function):
-    """(z, weight, bias, kernel, residual) → out; and the batch's mean and variance, or None."""
+    """(z, weight, bias, kernel, residual) → out; the batch's mean, unbiased variance, or None."""
 
     @staticmethod
     def forward(ctx, z, weight, bias, kernel, residual, statistics, eps, activation):
@@ -146,22 +151,20 @@ def fused_tail(
         z, bn.weight, bn.bias, kernel, residual, statistics, bn.eps, activation
     )
     if bn.training and bn.running_mean is not None:
-        _update_running_statistics(bn, mean, variance, z.numel() // z.shape[1])
+        _update_running_statistics(bn, mean, variance)
     return out
 
 
-def _update_running_statistics(
-    bn: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int
-) -> None:
+def _update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, unbiased: Tensor) -> None:
     """As nn.BatchNorm2d does: unbiased variance; momentum None is the average over all batches."""
     with torch.no_grad():
         bn.num_batches_tracked.add_(1)
         momentum = bn.momentum
         if momentum is None:
-            momentum = bn.num_batches_tracked.to(bn.running_mean.dtype).reciprocal()
-        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
-        unbiased = variance * (count / (count - 1))
-        bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), momentum)
+            momentum = [bn.num_batches_tracked.to(bn.running_mean.dtype).reciprocal()] * 2
+        running, found = (bn.running_mean, bn.running_var), (mean, unbiased)
+        found = [new.to(old.dtype) for old, new in zip(running, found, strict=True)]
+        torch._foreach_lerp_(running, found, momentum)  # on a GPU one launch
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -256,11 +259,11 @@ def _plain_tail(z: Tensor, bn: nn.Module, residual: Tensor | None, activation: b
 
 
 def set_fused(network: nn.Module, fused: bool) -> int:
-    """Sets `fused` on every block that has the switch, and says on how many."""
-    blocks = [module for module in network.modules() if hasattr(module, "fused")]
-    for block in blocks:
-        block.fused = bool(fused)
-    return len(blocks)
+    """Sets `fused` on every block, and network, that has the switch, and says on how many."""
+    found = [module for module in network.modules() if hasattr(module, "fused")]
+    for module in found:
+        module.fused = bool(fused)
+    return len(found)
 
 
 def describe_tails(
@@ -281,12 +284,13 @@ def describe_tails(
     named = {name for name in named if isinstance(name, str)}
     others = ", ".join(sorted(named - {"eca", "none"}))
     sync_bn = sync_bn or any(isinstance(m, nn.SyncBatchNorm) for m in network.modules())
-    on_triton = device.type == "cuda" and eca_triton is not None
+    on_cuda = device.type == "cuda"
+    no_triton = why_not_triton(device) if on_cuda else None
     obstacles = (
         (not fused, ""),
         (sync_bn, " (SyncBatchNorm)"),
         (others, f" (attention {others})"),
-        (device.type == "cuda" and not (compiled or on_triton), " (Triton is missing)"),
+        (no_triton and not compiled, f" ({no_triton})"),
         (device.type not in ("cpu", "cuda") and not compiled, f" (no kernels for {device.type})"),
     )
     for stands, why in obstacles:
@@ -296,4 +300,4 @@ def describe_tails(
         if named == {"none"}:
             return f"block tails by BatchNorm's own kernel, the rest in place ({why})"
         return f"fused block tails by PyTorch's operations ({why})"
-    return f"fused block tails{' (Triton)' if on_triton else ''}"
+    return f"fused block tails{' (Triton)' if on_cuda and no_triton is None else ''}"

@@ -94,7 +94,7 @@ def tail_forward(
     eps: float,
     activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ out, mean, variance, inverse_std (C,), pooled, gate (N, C), as in `eca_fused`.
+    """→ out, mean, unbiased variance, inverse_std (C,), pooled, gate (N, C), as in `eca_fused`.
 
     mean and variance are given, and come back empty, or are the batch's. Without a kernel pooled
     and gate are empty. All but z, residual and out are float32.

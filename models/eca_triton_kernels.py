@@ -83,9 +83,9 @@ def _merged(part_mean, part_m2, row, channel, n, c, hw, per, splits, BN: tl.cons
 
 
 @triton.jit
-def statistics(part_mean, part_m2, means, mean, variance, inverse_std, n, c, hw, per, splits, eps,
+def statistics(part_mean, part_m2, means, mean, unbiased, inverse_std, n, c, hw, per, splits, eps,
                 BATCH: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """Means (N, C); and if BATCH, mean, biased variance and 1/σ (C,)."""
+    """Means (N, C); and if BATCH, mean, unbiased variance and 1/σ (C,), σ² being the biased."""
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     total = tl.zeros([BC], tl.float32)
     for start in range(0, n, BN):
@@ -103,7 +103,8 @@ def statistics(part_mean, part_m2, means, mean, variance, inverse_std, n, c, hw,
             delta = tl.where((row < n)[:, None], m - average[None, :], 0.0)
             squares += tl.sum(m2 / hw + delta * delta, 0)
         tl.store(mean + channel, average, channel < c)
-        tl.store(variance + channel, squares / n, channel < c)
+        count = 1.0 * n * hw
+        tl.store(unbiased + channel, squares / n * (count / (count - 1)), channel < c)
         tl.store(inverse_std + channel, 1 / tl.sqrt(squares / n + eps), channel < c)
 
 

@@ -50,6 +50,8 @@ def operators(monkeypatch):
         return z.dtype in eca_triton.DTYPES and eca_triton.why_not(z.device, z.dtype) is None
 
     torch.manual_seed(0)
+    device = torch.zeros((), device=DEVICE).device
+    assert [eca_triton.why_not(device, dtype) for dtype in eca_triton.DTYPES] == [None] * 3
     monkeypatch.setattr(eca_fused, "eca_triton", eca_triton)
     monkeypatch.setattr(eca_fused, "_on_triton", on_triton)
 
