@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.attention import find_attention, takes_ksize
 from models.building import Ksize, check_ksize, check_num_classes, initialise_convolutions
-from models.eca_fused import block_tail
+from models.eca_fused import block_tail, norm_act
 from models.eca_module import ADAPTIVE, adaptive_kernel_size
 
 WIDTHS = (64, 128, 256, 512)  # of the four stages, before a block's expansion
@@ -24,7 +24,7 @@ def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 class _Block(nn.Module):
     """What both blocks share: attention, if any, under the name of its slot, and the shortcut."""
 
-    fused = True  # the tail as one operation wherever that is possible; `set_fused` sets it
+    fused = True  # operations as one wherever that is possible; `set_fused` sets it
 
     def _add_tail(
         self, in_channels: int, out_channels: int, stride: int, attention: str, ksize: int | None
@@ -66,7 +66,7 @@ class BasicBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = self.shortcut(x)
-        h = self.relu(self.bn1(self.conv1(x)))
+        h = norm_act(self.conv1(x), self.bn1, self.relu, self.fused)
         return self.tail(self.conv2(h), self.bn2, identity)
 
 
@@ -91,8 +91,8 @@ class Bottleneck(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = self.shortcut(x)
-        h = self.relu(self.bn1(self.conv1(x)))
-        h = self.relu(self.bn2(self.conv2(h)))
+        h = norm_act(self.conv1(x), self.bn1, self.relu, self.fused)
+        h = norm_act(self.conv2(h), self.bn2, self.relu, self.fused)
         return self.tail(self.conv3(h), self.bn3, identity)
 
 
@@ -115,6 +115,7 @@ class ResNet(nn.Module):
     """
 
     head = "fc"
+    fused = True  # likewise, of the stem
 
     def __init__(
         self,
@@ -155,7 +156,7 @@ class ResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map: (N, 3, H, W) → (N, C, ⌈H/32⌉, ⌈W/32⌉), C = 512 or 2048."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(norm_act(self.conv1(x), self.bn1, self.relu, self.fused))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from models import eca_algebra, eca_fused, eca_native, eca_passes
@@ -188,6 +189,20 @@ def test_running_statistics_follow_every_kind_of_momentum():
         for found, expected in zip(bn.buffers(), plain.buffers(), strict=True):
             torch.testing.assert_close(found, expected)
     assert bn.num_batches_tracked == 3
+
+
+def test_running_statistics_cost_two_operations():
+    """On a GPU each is a launch, and there are dozens of these layers."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.overloadpacket.__name__)
+            return function(*args, **kwargs or {})
+
+    bn, called = nn.BatchNorm2d(6), []
+    with Recorder():
+        eca_fused._update_running_statistics(bn, torch.ones(6), torch.ones(6))
+    assert [name for name in called if name != "ones"] == ["add_", "_foreach_lerp_"]
 
 
 def test_without_running_statistics_the_batch_serves_in_eval_mode_too():
@@ -531,9 +546,9 @@ def test_networks_compute_the_same_with_and_without(name):
 def test_the_switch_reaches_every_block_and_leaves_the_keys_alone():
     network = models.create_model("eca_resnet18", num_classes=2)
     keys = list(network.state_dict())
-    assert models.set_fused(network, False) == 8
-    assert not any(block.fused for block in network.layer1)
-    assert models.set_fused(network, True) == 8
+    assert models.set_fused(network, False) == 9  # 8 blocks and the stem
+    assert not any(block.fused for block in (network, *network.layer1))
+    assert models.set_fused(network, True) == 9
     assert all(block.fused for block in network.layer4)
     assert list(network.state_dict()) == keys
 
@@ -579,14 +594,14 @@ def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, tails, o
         ("resnet18", "cuda", True, {"compiled": True}, "fused block tails (Triton)"),
         ("eca_resnet18", "cuda", True, {"sync_bn": True},
          "block tails module by module (SyncBatchNorm)"),
-        ("eca_resnet18", "cuda", False, {}, "block tails module by module (Triton is missing)"),
+        ("eca_resnet18", "cuda", False, {}, "block tails module by module (no Triton)"),
         ("eca_resnet18", "cuda", False, {"compiled": True}, "fused block tails"),
         ("eca_resnet18", "mps", False, {}, "block tails module by module (no kernels for mps)"),
         ("eca_resnet18", "mps", False, {"compiled": True}, "fused block tails"),
     ],
 )  # fmt: skip
 def test_elsewhere_the_description_says_why(monkeypatch, name, device, triton, flags, tails):
-    monkeypatch.setattr(eca_fused, "eca_triton", object() if triton else None)
+    monkeypatch.setattr(eca_fused, "why_not_triton", lambda device: None if triton else "no Triton")
     with torch.device("meta"):
         network = models.create_model(name, num_classes=2)
     assert models.describe_tails(network, torch.device(device), **flags) == tails

@@ -16,12 +16,15 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader
 
 triton = pytest.importorskip("triton", reason="Triton is not installed here")
 
 from models import eca_fused, eca_triton  # noqa: E402
 from models.eca_fused import fused_tail  # noqa: E402
 from models.eca_module import ECALayer  # noqa: E402
+from models.eca_resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
+from utils.data import device_batches  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -189,6 +192,91 @@ def test_no_cancellation_where_the_mean_dwarfs_the_deviation(
     case = (bn, attention, z + 4096, None, grad, False)
     # z's own grid is 2^-11 of a deviation here; Σz² - (Σz)²/M in float32 would be off by about 1.
     assert_close(outcome(*case), exact_outcome(*case), (5e-3, 5e-3))
+
+
+def network_step(network, x, compiled=False):
+    """Logits, gradients and buffers of a training step, and the logits in eval mode after it."""
+    network = copy.deepcopy(network).train()
+    if compiled:
+        network.compile()
+    logits = network(x)
+    logits.square().sum().backward()
+    found = {name: p.grad for name, p in network.named_parameters()} | dict(network.named_buffers())
+    return {**found, "logits": logits.detach(), "eval": network.eval()(x).detach()}
+
+
+@on_device
+@pytest.mark.parametrize(("block", "tails"), [(BasicBlock, 3), (Bottleneck, 4)])
+def test_the_batch_norms_inside_blocks_too(block, tails, calls, monkeypatch):
+    """The stem's, and one or two before the block's tail; if large enough, and without hooks."""
+    network = ResNet(block, (1, 0, 0, 0), ksize="3333", num_classes=5).to(DEVICE)
+    x = torch.randn(2, 3, 12, 12, device=DEVICE).to(memory_format=torch.channels_last)
+    eca_fused.set_fused(network, False)
+    plain = network_step(network, x)
+    eca_fused.set_fused(network, True)
+    assert calls == {"forward": 0, "backward": 0}
+    network_step(network, x)
+    assert calls == {"forward": 2, "backward": 1}  # all the tail's, in train and in eval mode
+    monkeypatch.setattr(eca_fused, "LARGE", 0)
+    found = network_step(network, x)
+    assert calls == {"forward": 2 + 2 * tails, "backward": 1 + tails}
+    assert_close(found, plain, (1e-4, 1e-4))
+    seen = []
+    for relu in (network.relu, network.layer1[0].relu):
+        relu.register_forward_hook(lambda *_: seen.append(1))
+    network(x)
+    assert len(seen) == tails
+    assert calls["forward"] == 2 + 2 * tails
+
+
+@on_device
+def test_autocast_keeps_what_is_small_in_single_precision(calls):
+    bn, attention, x, _, _ = make_case((2, 16, 6, 6))
+    conv = nn.Conv2d(16, 16, 1, bias=False).to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        z = conv(x)
+        out = fused_tail(z, bn, attention)
+    assert z.dtype == out.dtype == torch.bfloat16
+    bn.reset_running_stats()
+    assert torch.equal(out, fused_tail(z.detach(), bn, attention))
+    out.sum().backward()
+    assert conv.weight.grad.dtype == attention.conv.weight.grad.dtype == torch.float32
+    assert calls == {"forward": 2, "backward": 1}
+
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@on_cuda
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_network_under_autocast_on_a_gpu(batch, compiled, monkeypatch):
+    monkeypatch.setattr(eca_fused, "LARGE", 0)
+    torch.manual_seed(0)
+    network = ResNet(Bottleneck, (1, 1, 1, 1), ksize="3557", num_classes=5).cuda()
+    network.to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 3, 96, 96, device="cuda").to(memory_format=torch.channels_last)
+    assert eca_fused.why_not_triton(x.device, torch.bfloat16) is None
+    exact = network_step(copy.deepcopy(network).double(), x.double())
+    with torch.autocast("cuda", torch.bfloat16):
+        found = network_step(network, x, compiled)
+    assert all(value.isfinite().all() for value in found.values())
+    error = (found["logits"].double() - exact["logits"]).norm() / exact["logits"].norm()
+    assert error < 0.05
+
+
+@on_cuda
+def test_batches_from_a_side_stream():
+    """A batch that another stream has written is complete when the kernels read it."""
+    bn, attention = nn.BatchNorm2d(3).cuda(), ECALayer(3).cuda()
+    images = [torch.randint(255, (16, 3, 224, 224), dtype=torch.uint8) for _ in range(4)]
+    dataset = [(x, torch.zeros(16), []) for x in images]
+    loader = DataLoader(dataset, batch_size=None, pin_memory=True)
+    there = device_batches(loader, torch.device("cuda"))
+    here = device_batches(loader, torch.device("cpu"))
+    for batch, expected in zip(there, here, strict=True):
+        found = fused_tail(batch.images, bn, attention)
+        torch.testing.assert_close(found, fused_tail(expected.images.cuda(), bn, attention))
 
 
 @on_device
