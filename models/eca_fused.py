@@ -15,13 +15,15 @@ The same operation without ECA, residual or ReLU serves the other networks. `blo
 blocks call: it takes this path where `can_fuse` allows it, else the modules one by one.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from models import eca_native
 from models.eca_algebra import Gradients, Kept, Wanted, tail_backward, tail_forward
 from models.eca_module import ECALayer
-from models.eca_passes import Chunked, accumulation_dtype, passes_for
+from models.eca_passes import accumulation_dtype
 
 eca_triton = None
 _not_imported = "PyTorch finds no CUDA device"
@@ -235,7 +237,8 @@ def block_tail(
 ) -> Tensor:
     """activation(attention(bn(z)) + residual): at once if wanted and possible, else in turn."""
     if fused and can_fuse(z, bn, attention, residual, activation):
-        if attention is None and passes_for(z) is Chunked:
+        eager_cpu = z.device.type == "cpu" and not torch.compiler.is_compiling()
+        if attention is None and eager_cpu and not _pays(z):
             return _plain_tail(z, bn, residual, activation is not None)
         return fused_tail(z, bn, attention, residual, activation is not None)
     y = bn(z)
@@ -246,28 +249,33 @@ def block_tail(
     return y if activation is None else activation(y)
 
 
-LARGE = 1 << 24  # elements; by estimate, where passes over memory outweigh launching our kernels
-
-
 def norm_act(z: Tensor, bn: nn.Module, activation: nn.Module, fused: bool = True) -> Tensor:
-    """activation(bn(z)): where Triton kernels serve, in 3 and 7 passes in the place of 5 and 8.
+    """activation(bn(z)): in 3 and 7 passes in the place of 5 and 8, where that pays.
 
-    Only for large tensors, and not under torch.compile, which fuses these two by itself.
+    Not under torch.compile, which fuses these two by itself.
     """
     if (
         fused
         and not torch.compiler.is_compiling()
-        and z.numel() >= LARGE
-        and _on_triton(z)
+        and _pays(z)
         and can_fuse(z, bn, None, None, activation)
     ):
         return fused_tail(z, bn)
     return activation(bn(z))
 
 
+# Elements from which our passes beat PyTorch's own kernels where there is no attention, whose price
+# is vectors of N·C numbers and calls: measured on two cores for the CPU, estimated for CUDA.
+LARGE = {"cpu": 1 << 20, "cuda": 1 << 24}
+
+
+def _pays(z: Tensor) -> bool:
+    large = z.numel() >= LARGE.get(z.device.type, math.inf)
+    return large and (_on_triton(z) or eca_native.serves(z))
+
+
 def _plain_tail(z: Tensor, bn: nn.Module, residual: Tensor | None, activation: bool) -> Tensor:
-    """What serves an eager CPU best without attention, unless the passes are compiled: BatchNorm's
-    own kernel, the rest in place.
+    """BatchNorm's own kernel, the rest in place: what serves small tensors on an eager CPU best.
 
     It keeps what `fused_tail` keeps, and nothing looks at what comes in between: no hooks.
     """
@@ -319,4 +327,6 @@ def describe_tails(
         if named == {"none"}:
             return f"block tails by BatchNorm's own kernel, the rest in place ({why})"
         return f"fused block tails by PyTorch's operations ({why})"
+    if device.type == "cpu" and not compiled and named == {"none"}:
+        return "fused block tails, small ones by BatchNorm's own kernel"
     return f"fused block tails{' (Triton)' if on_cuda and no_triton is None else ''}"

@@ -564,7 +564,7 @@ COMPILED = "fused block tails"
         ("eca_resnet18", False, OPERATIONS, {"fused_tail": 8}),
         ("eca_resnet18", True, COMPILED, {"fused_tail": 8}),
         ("resnet18", False, KERNEL, {"_plain_tail": 8}),
-        ("resnet18", True, COMPILED, {"fused_tail": 8}),
+        ("resnet18", True, COMPILED + ", small ones by BatchNorm's own kernel", {"_plain_tail": 8}),
         ("se_resnet18", True, "block tails module by module (attention se)", {}),
         ("eca_mobilenetv2", False, OPERATIONS, {"fused_tail": 17}),
         ("mobilenetv2", False, KERNEL, {"_plain_tail": 17}),

@@ -5,6 +5,7 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
-from models import eca_native, eca_passes
+from models import eca_fused, eca_native, eca_passes
 from models.eca_fused import block_tail
 from models.eca_native import BuildError, Native, library, serves
 
@@ -163,6 +164,32 @@ def test_networks_are_as_near_to_double_precision_as_with_modules(name):
     for key, gradient in exact.items():
         off, usual = ((g[key] - gradient).norm() / gradient.norm() for g in (found, modules))
         assert off <= 4 * usual + 1e-5, (key, off, usual)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["eca_resnet50", "resnet50"])
+def test_batch_norms_without_attention_where_the_tensor_is_large(name, monkeypatch):
+    """In a block, in the stem and in the plain network's tails; modules with a hook are called."""
+    network = models.create_model(name, num_classes=5).train()
+    calls = Mock(wraps=eca_fused.fused_tail)
+    monkeypatch.setattr(eca_fused, "fused_tail", calls)
+    x = torch.randn(4, 3, 64, 64)
+    models.set_fused(network, False)
+    expected = network(x)
+    assert not calls.called
+    tails = 16 if name.startswith("eca") else 0
+    models.set_fused(network, True)
+    assert (network(x) - expected).norm() < 1e-3 * expected.norm()
+    assert calls.call_count == tails
+    monkeypatch.setattr(eca_fused, "LARGE", {"cpu": 0})
+    calls.reset_mock()
+    assert (network(x) - expected).norm() < 1e-3 * expected.norm()
+    everywhere = 1 + 3 * 16
+    assert calls.call_count == everywhere
+    network.layer1[0].bn1.register_forward_hook(lambda *_: None)
+    calls.reset_mock()
+    network(x)
+    assert calls.call_count == everywhere - 1
 
 
 @pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_compiler)])

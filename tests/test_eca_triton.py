@@ -217,7 +217,7 @@ def test_the_batch_norms_inside_blocks_too(block, tails, calls, monkeypatch):
     assert calls == {"forward": 0, "backward": 0}
     network_step(network, x)
     assert calls == {"forward": 2, "backward": 1}  # all the tail's, in train and in eval mode
-    monkeypatch.setattr(eca_fused, "LARGE", 0)
+    monkeypatch.setattr(eca_fused, "LARGE", {"cpu": 0, "cuda": 0})
     found = network_step(network, x)
     assert calls == {"forward": 2 + 2 * tails, "backward": 1 + tails}
     assert_close(found, plain, (1e-4, 1e-4))
@@ -251,7 +251,7 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_network_under_autocast_on_a_gpu(batch, compiled, monkeypatch):
-    monkeypatch.setattr(eca_fused, "LARGE", 0)
+    monkeypatch.setattr(eca_fused, "LARGE", {"cpu": 0, "cuda": 0})
     torch.manual_seed(0)
     network = ResNet(Bottleneck, (1, 1, 1, 1), ksize="3557", num_classes=5).cuda()
     network.to(memory_format=torch.channels_last)
