@@ -285,6 +285,22 @@ def test_the_last_finite_checkpoint_stays(call, run_folder):
     assert {p.name: p.read_bytes() for p in run_folder.glob("*.pth")} == before
 
 
+def test_weights_that_are_not_finite_are_never_saved(call, run_folder, tree, tmp_path):
+    """The loss before the update that ruins them is finite."""
+    flags = (*SMALL, "--save-every", 1, "--lr", 1e38)
+    code, _, err = call(*flags, "--epochs", 1, "--output", tmp_path / "new", tree)
+    assert code == 3
+    assert err[0].startswith("error: after step 1 of epoch 1 the network's weights or BatchNorm ")
+    assert not list((tmp_path / "new").glob("*.pth"))
+
+    # Nor do they push out what was good: two steps would replace both last and previous.
+    before = {p.name: p.read_bytes() for p in run_folder.glob("*.pth")}
+    code, _, err = call("--resume", run_folder / "last.pth", *flags[-4:], "--epochs", 4, "-b", 24)
+    assert code == 3
+    assert err[0].startswith("error: after step 1 of epoch 3 the network's weights or BatchNorm ")
+    assert {p.name: p.read_bytes() for p in run_folder.glob("*.pth")} == before
+
+
 def test_broken_images(call, tree, tmp_path):
     data = Path(shutil.copytree(tree, tmp_path / "data"))
     spoilt = [data / "train" / "a" / "3.png", data / "train" / "b" / "0.png"]

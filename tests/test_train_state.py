@@ -133,6 +133,22 @@ def test_a_ruined_state_is_never_written():
     assert caught.value.exit_code == EXIT_NON_FINITE
 
 
+@pytest.mark.parametrize("which", ["weight", "bias", "average"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_found_in_any_tensor(which, value):
+    state = fresh(ema=0.9)
+    state.snapshot()
+    network = state.average.module if which == "average" else state.network
+    tensor = network.bias if which == "bias" else network.weight
+    with torch.no_grad():
+        tensor.fill_(1e38)  # large is finite
+        state.snapshot()
+        tensor.view(-1)[1] = value
+    with pytest.raises(UserError, match="after step 0 of epoch 1 the network's weights") as caught:
+        state.snapshot()
+    assert caught.value.exit_code == EXIT_NON_FINITE
+
+
 @pytest.mark.parametrize(("ranks", "own"), [(2, [[1, 2, 3, 4], [5, 6, 7, 8]]),
                                             (3, [[6, 8, 10, 12], [0] * 4, [0] * 4])])  # fmt: skip
 def test_each_rank_goes_on_with_its_own_sums(monkeypatch, ranks, own):

@@ -10,6 +10,7 @@ from torch import nn
 from utils import distributed
 from utils.averaging import WeightAverage
 from utils.engine import NonFiniteGuard
+from utils.errors import EXIT_NON_FINITE, UserError
 from utils.metrics import ClassificationMeter
 from utils.optimizer import make_sgd
 from utils.recipe import Recipe
@@ -112,9 +113,11 @@ class TrainState:
         """Plain values and tensors. Call on every rank: each one's sums are in it.
 
         Raises:
-            UserError: a loss was not finite; such a state is never written.
+            UserError: exit code 3, when a loss or a tensor of the network is not finite; such a
+                state is never written.
         """
         self.guard.check()
+        self._refuse_ruined()
         # One row a rank, not their total: floating-point sums resumed from a total would end in
         # other bits than sums that were never interrupted.
         sums = torch.tensor(distributed.gather(self.meter.sums.tolist()), dtype=torch.float64)
@@ -136,6 +139,23 @@ class TrainState:
             },
             "history": [dict(row) for row in self.history],
         }
+
+    def _refuse_ruined(self) -> None:
+        """Ends the run on every rank when an update has made the network not finite.
+
+        The loss before such an update was finite, so the guard has not seen it yet.
+        """
+        networks = {id(n): n for n in (self.network, self.evaluated)}.values()
+        tensors = [t for n in networks for t in n.state_dict().values() if t.is_floating_point()]
+        largest = torch.stack([torch.linalg.vector_norm(t, math.inf).float() for t in tensors])
+        if distributed.all_reduce((~largest.isfinite()).any().float()) > 0:
+            raise UserError(
+                f"after step {self.step} of epoch {self.epoch + 1} the network's weights or "
+                "BatchNorm statistics are not finite numbers; they were not saved, and earlier "
+                "checkpoints are as they were. Lower --lr, lengthen --warmup-epochs, or use "
+                "--amp off",
+                EXIT_NON_FINITE,
+            )
 
     def all_broken(self) -> list[int]:
         """The replaced images of all ranks, once for each time. Call on every rank."""
