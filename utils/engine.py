@@ -41,20 +41,26 @@ class NonFiniteGuard:
         self.warmup_flag = warmup_flag
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.wait = device.type != "cuda"
+        self.what = "loss"
 
     def before_update(
         self, value: torch.Tensor, step: int, optimizer: torch.optim.Optimizer, what: str
     ) -> None:
-        """Call between backward and `optimizer.step()` with the loss (or gradient norm)."""
+        """Call between backward and `optimizer.step()` with the loss (or gradient norm).
+
+        Args:
+            what: names the value, the same at each step.
+        """
+        self.what = what
         bad = distributed.all_reduce((~value.detach().isfinite()).float())
         fresh = (bad > 0) & (self.first_bad < 0)
         self.first_bad = torch.where(fresh, step, self.first_bad)
         if self.wait:
-            self.check(what)
+            self.check()
         else:
             optimizer.found_inf = bad.clamp_(max=1)
 
-    def check(self, what: str = "loss") -> None:
+    def check(self) -> None:
         """Raises when a value was not finite. Synchronises with the device.
 
         Raises:
@@ -63,8 +69,9 @@ class NonFiniteGuard:
         step = int(self.first_bad)
         if step >= 0:
             raise UserError(
-                f"the {what} of step {step + 1} is not a finite number; the weights were left as "
-                f"they were before it. Lower --lr, lengthen {self.warmup_flag}, or use --amp off",
+                f"the {self.what} of step {step + 1} is not a finite number; the weights were left "
+                f"as they were before it. Lower --lr, lengthen {self.warmup_flag}, or use --amp "
+                "off",
                 EXIT_NON_FINITE,
             )
 

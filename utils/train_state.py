@@ -152,8 +152,8 @@ class TrainState:
             raise UserError(
                 f"after step {self.step} of epoch {self.epoch + 1} the network's weights or "
                 "BatchNorm statistics are not finite numbers; they were not saved, and earlier "
-                "checkpoints are as they were. Lower --lr, lengthen --warmup-epochs, or use "
-                "--amp off",
+                f"checkpoints are as they were. Lower --lr, lengthen {self.guard.warmup_flag}, or "
+                "use --amp off",
                 EXIT_NON_FINITE,
             )
 
