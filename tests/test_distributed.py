@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import main
 import models
 from utils import distributed, report, run_folder
 from utils.distributed import Context
 from utils.errors import UserError
+from utils.options import build_parser
 
 CPU, TWO_RANKS = torch.device("cpu"), Context(torch.device("cpu"), 0, 2)
 
@@ -40,6 +42,18 @@ def test_batch_norm_is_each_rank_s_own_unless_asked(group):
     network = models.create_model("resnet18", num_classes=3)
     distributed.wrap(network, TWO_RANKS)
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in network.modules())
+
+
+def test_buckets_are_settled_before_the_first_step(group):
+    """Else a resumed run's first step would sum over the ranks in another order."""
+    network = models.create_model("eca_resnet18", num_classes=3)
+    network.conv1.requires_grad_(False)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    wrapped = distributed.wrap(network, TWO_RANKS)
+    assert wrapped._has_rebuilt_buckets
+    assert wrapped.module is network
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_gradients_stay_apart_only_where_there_are_others(group):
@@ -152,6 +166,23 @@ def test_threads_of_data_parallel_have_the_callers_autocast(monkeypatch, dtype):
         products = wrapped.parallel_apply(replicas, inputs, ({}, {}))
     assert [y.dtype for y in products] == [dtype or torch.float32] * 2
     assert threading.current_thread() not in seen
+
+
+def test_ranks_wait_for_each_other_longer_than_for_their_workers(monkeypatch):
+    """NCCL's own 10 minutes are --worker-timeout's: which of the two spoke would be chance."""
+    waits = []
+    for name, result in (("init_process_group", None), ("new_group", None), ("get_rank", 0),
+                         ("get_world_size", 2)):  # fmt: skip
+        monkeypatch.setattr(
+            dist, name, lambda *_, result=result, **kw: waits.append(kw.get("timeout")) or result
+        )
+    monkeypatch.setattr(distributed, "die_with_parent", lambda _: None)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    distributed.setup("cpu")
+    parser = build_parser(main.RECIPE, models.MODELS, "")
+    assert [wait.total_seconds() for wait in filter(None, waits)] == [1800, 1800]
+    assert parser.get_default("worker_timeout") < 1800
 
 
 def test_rank_0_speaks_and_nothing_is_no_line(capsys):

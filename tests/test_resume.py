@@ -6,6 +6,9 @@ import sys
 
 import pytest
 from conftest import ROOT
+from kill_driver import same
+
+from utils import checkpoint
 
 
 def kill_and_resume(tree, tmp_path, kills: int, script: str, *flags: object) -> list[str]:
@@ -54,3 +57,19 @@ def test_kills_with_every_part_of_the_modern_recipe(tree, tmp_path):
         "--train-size", 32, "--accumulate", 2, "--clip-grad", 1,
     )  # fmt: skip
     assert len(lines) == 6
+
+
+@pytest.mark.faults
+def test_three_ranks_resume_as_one_run(run, tree, tmp_path):
+    """With three, unlike two, the order in which gradients are added up shows in the sum."""
+    flags = ("-a", "eca_resnet18", "--img-size", 32, "-b", 12, "-j", 0, "--seed", 1, "--lr", 0.01)
+    for output, epochs in (("through", 2), ("parts", 1), ("parts", 2)):
+        done = run(
+            "main.py", *flags, tree, "--epochs", epochs, "--resume", "auto", "--output", output,
+            ranks=3,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "resuming parts/last.pth" in done.stdout
+    through, parts = (checkpoint.load(tmp_path / n / "last.pth") for n in ("through", "parts"))
+    for part in ("state_dict", "optimizer", "progress", "history"):
+        assert same(through[part], parts[part]), part

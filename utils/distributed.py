@@ -9,6 +9,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.processes import die_with_parent
+
+PATIENCE = timedelta(minutes=30)  # of ranks with each other; hung workers are told of before it
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ def setup(device: str = "auto", gpu: int | None = None) -> Context:
         parallel = tuple(range(visible)) if found.type == "cuda" and several else ()
         return Context(found, data_parallel=parallel)
     die_with_parent(signal.SIGTERM)  # a launcher that was killed leaves no runs behind
-    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
-    votes = dist.new_group(backend="gloo")
+    dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=PATIENCE)
+    votes = dist.new_group(backend="gloo", timeout=PATIENCE)
     return Context(found, dist.get_rank(), dist.get_world_size(), votes=votes)
 
 
@@ -112,12 +115,44 @@ def wrap(network: nn.Module, context: Context, sync_bn: bool = False) -> nn.Modu
         on_gpu = context.device.type == "cuda"
         if sync_bn:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return nn.parallel.DistributedDataParallel(
+        wrapped = nn.parallel.DistributedDataParallel(
             network,
             device_ids=[context.device.index] if on_gpu else None,
             gradient_as_bucket_view=True,
         )
+        _settle_buckets(wrapped, context.device)
+        return wrapped
     return spread(network, context)
+
+
+class _SumOfParameters(nn.Module):
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, total: torch.Tensor) -> torch.Tensor:
+        for parameter in self.network.parameters():
+            if parameter.requires_grad:
+                total = total + parameter.sum()
+        return total
+
+
+def _settle_buckets(wrapped: nn.parallel.DistributedDataParallel, device: torch.device) -> None:
+    """Brings forward what DistributedDataParallel does after its first step.
+
+    It begins with all gradients in one bucket and deals them out anew in the order of the first
+    backward pass. A sum over three or more ranks depends, in its last bits, on the place in the
+    bucket: the first step of a resumed run would differ from the same step of one that was never
+    interrupted. Here a sum of all parameters is passed backward twice: the first time tells an
+    order (the last parameter first, as in training but for branches within a block, so reductions
+    overlap with the backward pass as before), the second time deals out by it.
+    """
+    network = wrapped.module
+    wrapped.module = _SumOfParameters(network)
+    for _ in range(2):
+        wrapped(torch.zeros((), device=device)).backward()
+    wrapped.module = network
+    network.zero_grad()
 
 
 def refuse_sync_bn(context: Context) -> None:
