@@ -2,10 +2,13 @@
 
     python tests/kill_driver.py SCRIPT DATA FOLDER KILLS [FLAGS…]
 
-Moments are counted over one run: every optimizer step, and every fsync and rename of a file, each
-before and after. A reference run counts them. Every trial is a child process that takes SIGKILL at
-one of them, chosen by a seeded generator, then another child that resumes. Children are forked, so
-that torch is imported once.
+Moments are counted over one run: every optimizer step, and every fsync, link and rename of a file,
+each before and after. A reference run counts them. Every trial is a child process that takes
+SIGKILL at one of them, chosen by a seeded generator, then another child that resumes. Children are
+forked, so that torch is imported once.
+
+A run begun anew would end in the same bits, too; so what a resumed child prints and the number of
+its steps must show that it went on.
 """
 
 import os
@@ -27,16 +30,19 @@ STATE = ("state_dict", "raw_state_dict", "averaged_steps", "optimizer", "progres
 
 
 class Moments:
-    """Counts moments; at number `fatal` the process is killed. `log` gets the number reached."""
+    """Counts moments; at number `fatal` the process is killed.
+
+    `log` gets the number reached, and that of steps.
+    """
 
     def __init__(self, fatal: int, log: Path):
-        self.fatal, self.log, self.count = fatal, log, 0
+        self.fatal, self.log, self.count, self.steps = fatal, log, 0, 0
 
     def __call__(self) -> None:
         self.count += 1
         if self.count == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.log.write_text(str(self.count))
+        self.log.write_text(f"{self.count} {self.steps}")
 
     def around(self, function):
         def wrapped(*args, **kwargs):
@@ -57,11 +63,14 @@ def child(script: str, arguments: list[str], fatal: int, log: Path) -> int:
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     moment = Moments(fatal, log)
-    os.fsync, os.replace = moment.around(os.fsync), moment.around(os.replace)
+    log.write_text("0 0")
+    for name in ("fsync", "link", "replace"):
+        setattr(os, name, moment.around(getattr(os, name)))
     train_epoch = engine.train_epoch
 
     def stepping(*args, **kwargs):
         for batch in train_epoch(*args, **kwargs):
+            moment.steps += 1
             moment()
             yield batch
 
@@ -99,6 +108,16 @@ def state(folder: Path) -> dict:
     return found
 
 
+def steps_done(folder: Path, in_all: int) -> int:
+    """What a resumption need not do again, of a run of `in_all` steps."""
+    newest = checkpoint.CheckpointFolder(folder).newest_good()
+    if newest is None:
+        return 0
+    saved = newest[1]
+    place = saved["progress"]
+    return place["epoch"] * (in_all // saved["recipe"]["epochs"]) + place["step"]
+
+
 def run() -> None:
     script, data, place, kills, *flags = sys.argv[1:]
     torch.set_num_threads(1)
@@ -108,7 +127,8 @@ def run() -> None:
 
     reference = folder / "reference"
     assert child(script, [data, "--output", str(reference), *flags], 0, log) == 0, log
-    total = int(log.read_text())
+    total, steps = map(int, log.read_text().split())
+    resumed = 0
     wanted = state(reference)
     for trial in range(int(kills)):
         output = folder / f"trial-{trial}"
@@ -121,14 +141,21 @@ def run() -> None:
         if trial % 4 == 0:  # killed twice
             code = child(script, again, max(1, (total - fatal) // 2), log)
             assert code in (0, -signal.SIGKILL), f"trial {trial}: exit {code}"
+        done, told = steps_done(output, steps), log.with_suffix(".txt").stat().st_size
         code = child(script, [*again, "-j", str((trial + 1) % 3)], 0, log)
         assert code == 0, f"trial {trial}: exit {code} after moment {fatal} of {total}"
+        took = int(log.read_text().split()[1])
+        assert took == steps - done, f"trial {trial}: {took} steps after {done} of {steps}"
+        text = log.with_suffix(".txt").read_text()[told:]
+        assert (f"resuming {output}" in text) == (done > 0), f"trial {trial}: {text}"
+        resumed += done > 0
         found = state(output)
         for part, content in wanted.items():
             assert same(content, found[part]), f"trial {trial}, moment {fatal}: {part} differs"
         print(f"trial {trial}: killed at moment {fatal} of {total}, equal", flush=True)
         for path in output.glob("*.pth"):
             path.unlink()
+    assert resumed, "each trial was killed before its first checkpoint"
 
 
 if __name__ == "__main__":

@@ -184,7 +184,42 @@ def test_a_damaged_last_never_pushes_out_the_good_previous(tmp_path):
     assert checkpoint.load(after.previous)["progress"]["step"] == 3
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_two_whole_ones_exist_at_any_time(tmp_path, monkeypatch, links):
+    """At each operation of a save, before and after; without hard links one, for a moment."""
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2):
+        folder.save_last(state(step))
+    seen = []
+
+    def look():
+        whole = filter(checkpoint.is_whole, (folder.last, folder.previous))
+        seen.append([checkpoint.load(path)["progress"]["step"] for path in whole])
+
+    def around(name):
+        real = getattr(os, name)
+
+        def looked(*arguments):
+            look()
+            if name == "link" and not links:
+                raise PermissionError
+            result = real(*arguments)
+            look()
+            return result
+
+        monkeypatch.setattr(os, name, looked)
+
+    for name in ("fsync", "replace", "link"):
+        around(name)
+    folder.save_last(state(3))
+    assert (seen[0], seen[-1]) == ([2, 1], [3, 2])
+    assert len(seen) > 8
+    assert ([2] in seen) is not links
+    assert all(len(set(steps)) == 2 for steps in seen if steps != [2])
+
+
 def test_a_crash_between_the_two_renames_leaves_the_previous(tmp_path):
+    """Where there are no hard links."""
     folder = CheckpointFolder(tmp_path)
     folder.save_last(state(1))
     folder.last.rename(folder.previous)

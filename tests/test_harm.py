@@ -99,6 +99,14 @@ def progress(folder: Path) -> dict:
     return checkpoint.load(folder / "last.pth")["progress"]
 
 
+def assert_steps(lines: list[str], done: dict, epochs: int) -> None:
+    """With -p 1: that a run of `epochs` begins behind `done`, and not anew."""
+    shown = [tuple(map(int, re.match(r"epoch (\d+)/\d+  step (\d)/4", line).groups()))
+             for line in lines if "  step " in line]  # fmt: skip
+    every = [(epoch + 1, step + 1) for epoch in range(epochs) for step in range(4)]
+    assert shown == every[4 * done["epoch"] + done["step"] :]
+
+
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
 )
@@ -122,6 +130,7 @@ def test_a_signal_saves_at_the_next_step(start, tree, tmp_path, signum, code):
     again = start(*out[-1].split()[2:], "--epochs", epochs)
     ended, out, err = again.end()
     assert (ended, err) == (0, [])
+    assert_steps(out, saved, epochs)
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]
     assert [int(row.split(",")[0]) for row in rows] == list(range(epochs))
 
@@ -152,6 +161,9 @@ def test_kill_9_and_resume_auto(start, tree, tmp_path):
     saved = progress(tmp_path / "run")
     again = start("--resume", "auto", "--output", "run")
     again.wait_for(f"epoch {saved['epoch'] + 1}/500  step {saved['step'] + 1}/4")
+    out = again.out.read_text()
+    assert out.startswith("resuming run/last.pth\n")
+    assert "epoch 1/500  step" not in out
 
 
 def test_a_killed_worker(start, tree, tmp_path):
@@ -254,6 +266,7 @@ def test_torchrun_asked_to_stop_saves_once(start, tree, tmp_path):
     code, out, err = again.end()
     assert code == 0, err
     epochs = int(told[1]) + 1
+    assert_steps(out, saved, epochs)
     assert any(line.startswith(f"epoch {epochs}/{epochs}  train loss") for line in out)
 
 

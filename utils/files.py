@@ -17,8 +17,10 @@ def write_atomically(
     A reader sees the old file or the new one; a crash, even of the machine, leaves one of the two.
 
     Args:
-        retire_to: where the file that now stands at `path` goes, instead of being replaced. It is
-            moved when the new one is already safe on the disk.
+        retire_to: where the file that now stands at `path` goes, instead of being replaced. Both
+            names hold a file at any time, and never the same one: the new file takes `path` while
+            the old one is kept by a third name. (Where there are no hard links the old one moves
+            first, and `path` is empty for a moment.)
 
     Raises:
         UserError: no room (says how much is needed), read-only or missing folder; `path` is as it
@@ -26,23 +28,31 @@ def write_atomically(
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    retired = False
+    kept = path.with_name(f".{path.name}.kept.tmp-{os.getpid()}")
+    linked = moved = False
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         if retire_to is not None and path.exists():
-            os.replace(path, retire_to)
-            retired = True
+            linked = _link(path, kept)
+            if not linked:
+                os.replace(path, retire_to)
+                moved = True
         os.replace(temporary, path)
+        if linked:
+            os.replace(kept, retire_to)
         _fsync_folder(path.parent)
     except OSError as error:
         # What undoes the rest may fail as well, on a disk that has just become read-only, say.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            if retired and not path.exists():
+            if linked:
+                os.replace(kept, path)
+                kept.unlink(missing_ok=True)  # two names of one file are left as they are
+            elif moved and not path.exists():
                 os.replace(retire_to, path)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(path.parent).free
@@ -62,6 +72,14 @@ def remove_leftovers(folder: str | Path) -> None:
     """Removes temporary files that a killed process left in `folder`."""
     for path in Path(folder).glob(".*.tmp-*"):
         path.unlink(missing_ok=True)
+
+
+def _link(path: Path, other: Path) -> bool:
+    try:
+        os.link(path, other)
+    except OSError:  # file systems without hard links
+        return False
+    return True
 
 
 def _fsync_folder(folder: Path) -> None:
