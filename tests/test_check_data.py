@@ -1,6 +1,7 @@
 """python -m utils.check_data: every broken file, and no other."""
 
 import csv
+import errno
 import io
 import os
 import shutil
@@ -58,6 +59,22 @@ def test_broken_files_are_listed_as_csv(call, data, processes, decoder):
     assert rows[3]["reason"] == "not a regular file"
     assert all(row["reason"] for row in rows)
     assert err == "41 images read, 4 broken; passed over: 1 .txt\n"
+
+
+def test_a_bad_sector_is_listed_and_the_rest_read(call, data, monkeypatch):
+    real = os.open
+
+    def fail(path, *arguments):
+        if os.fsencode(path).endswith(b"train/c/3.png"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, "open", fail)
+    code, out, _ = call(data, "-j", 1)
+    rows = {row["path"]: row["reason"] for row in csv.DictReader(io.StringIO(out))}
+    assert code == 1
+    assert list(rows) == [f"{data}/{name}" for name in sorted((*BROKEN, "train/c/3.png"))]
+    assert rows[f"{data}/train/c/3.png"].startswith("Input/output error; see to the storage")
 
 
 def test_a_good_folder(call, tree, tmp_path):

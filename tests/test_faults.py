@@ -3,6 +3,7 @@
 The table in docs/RELIABILITY.md names these tests. Harm done to processes is in test_harm.py.
 """
 
+import errno
 import re
 import shutil
 import sys
@@ -14,6 +15,8 @@ from conftest import write_tree
 
 import main as script
 from utils import checkpoint, cli, distributed, export_files
+from utils.errors import UserError
+from utils.faults import Memory, in_one_line
 
 SMALL = ("-a", "mobilenetv2", "--img-size", 32, "-b", 6, "--lr", 0.01, "-j", 0, "--seed", 1)
 
@@ -351,6 +354,25 @@ def test_one_process_over_two_gpus(call, tree, tmp_path, monkeypatch):
     code, _, err = call("-e", "--fast", "--compile", "--resume", tmp_path / "run" / "best.pth")
     assert code == 2
     assert "--compile does not go with DataParallel" in err[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "too many open files: use fewer"),
+        (OSError(errno.ENFILE, "Too many open files in system"), "too many open files: use fewer"),
+        (OSError("Caught OSError in DataLoader worker\n… [Errno 24] Too many open files"),
+         "too many open files: use fewer"),
+        (RuntimeError("received 0 items of ancdata"), "too many open files: use fewer"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+         "no more processes allowed: use fewer workers (-j), or raise the limit (ulimit -u)"),
+    ],
+)  # fmt: skip
+def test_limits_of_files_and_processes(error, message):
+    with pytest.raises(UserError) as caught, in_one_line(Memory("-b 8", "a smaller -b")):
+        raise error
+    assert str(caught.value).startswith(message)
+    assert caught.value.exit_code == 1
 
 
 def test_an_output_folder_in_use(call, run_folder, tree, tmp_path):

@@ -1,6 +1,7 @@
 """Odd files as a user's folders hold them."""
 
 import argparse
+import errno
 import io
 import os
 import pickle
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from utils import image_io
+from utils.errors import EXIT_FAILED, UserError
 from utils.image_io import BrokenImageError, printable, read_image
 
 CHANCE = np.random.default_rng(0)
@@ -233,3 +235,27 @@ def test_the_frame_header_behind_other_segments():
     assert image_io._jpeg_frame(b"\xff\xd8" + comment + b"\xff\xff" + frame) == (24, 16, 3)
     assert image_io._jpeg_frame(b"\xff\xd8" + comment) is None
     assert image_io._jpeg_frame(b"\x89PNG") is None
+
+
+STORAGE = {errno.EIO: "see to the storage", errno.ESTALE: "see to the storage",
+           errno.ETIMEDOUT: "see to the storage", errno.ENOMEM: "see to the storage",
+           errno.EMFILE: "use fewer workers", errno.ENFILE: "use fewer workers"}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [*STORAGE, errno.ENOENT, errno.EACCES, errno.ELOOP])
+def test_a_fault_of_the_storage_is_not_the_image_s(tmp_path, monkeypatch, number):
+    """Else --skip-bad-images would go on without the data when a file server goes away."""
+
+    def fail(path, *_):
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(image_io.os, "open", fail)
+    wanted = UserError if number in STORAGE else BrokenImageError
+    with pytest.raises(wanted) as caught:
+        read_image(str(tmp_path / "a.jpg"))
+    told = f"{tmp_path}/a.jpg: {os.strerror(number)}"
+    if number in STORAGE:
+        assert caught.value.exit_code == EXIT_FAILED
+        assert str(caught.value).startswith(f"{told}; {STORAGE[number]}")
+    else:
+        assert str(caught.value) == told

@@ -150,6 +150,11 @@ def _read(path: bytes | Member, decoder: str) -> BrokenImageError | None:
         read_image(path, decoder)
     except BrokenImageError as error:
         return error
+    except UserError as error:  # of a file: its part of the disk cannot be read, others' can
+        if isinstance(path, Member):
+            raise
+        name = printable(path)
+        return BrokenImageError(name, str(error).removeprefix(f"{name}: "))
     return None
 
 

@@ -1,5 +1,6 @@
 """The errors that end a run with one line instead of a traceback."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,9 @@ EXIT_BAD_INPUT = 2  # argparse's own code for a bad flag, used for bad files and
 EXIT_NON_FINITE = 3  # the loss or the gradient norm was not a finite number
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 EXIT_STOPPED = 143  # SIGTERM or SIGUSR1: saved and stopped on request
+
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+FEWER_FILES = "use fewer workers (-j), or raise the limit (ulimit -n)"
 
 
 class UserError(Exception):

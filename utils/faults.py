@@ -1,5 +1,6 @@
 """What the world outside does to a run while it trains, answered in one line each."""
 
+import errno
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +9,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from utils.errors import EXIT_FAILED, UserError
+from utils.errors import EXIT_FAILED, FEWER_FILES, TOO_MANY_FILES, UserError
 from utils.stop import StopRequest
 
+NO_FILES_LEFT = ("Too many open files", "ancdata")  # as errors from a worker put it
 # The CPU's allocator has no exception type of its own; these are its words, and its backends'.
 OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -34,9 +36,9 @@ class Memory:
 def in_one_line(memory: Memory, stop: StopRequest | None = None) -> Iterator[None]:
     """Turns outside faults within it into UserErrors (exit code 1).
 
-    They are: no memory; a loader worker that was killed (torch raises that wherever the main
-    process happens to be when the news arrives, so no smaller place could catch it); a process of
-    the run that ended while this one waited for it.
+    They are: no memory; no more files or processes; a loader worker that was killed (torch raises
+    that wherever the main process happens to be when the news arrives, so no smaller place could
+    catch it); a process of the run that ended while this one waited for it.
 
     Args:
         memory: to name in the remedy.
@@ -48,8 +50,19 @@ def in_one_line(memory: Memory, stop: StopRequest | None = None) -> Iterator[Non
         yield
     except (torch.OutOfMemoryError, MemoryError):
         raise _out_of_memory(memory) from None
+    except OSError as error:
+        if error.errno in TOO_MANY_FILES or any(sign in str(error) for sign in NO_FILES_LEFT):
+            raise _too_many_files() from None
+        if error.errno == errno.EAGAIN:
+            raise UserError(
+                "no more processes allowed: use fewer workers (-j), or raise the limit (ulimit -u)",
+                EXIT_FAILED,
+            ) from None
+        raise
     except RuntimeError as error:
         text = str(error)
+        if any(sign in text for sign in NO_FILES_LEFT):
+            raise _too_many_files() from None
         if any(sign in text for sign in OUT_OF_MEMORY):
             raise _out_of_memory(memory) from None
         if "DataLoader worker" in text:
@@ -68,6 +81,10 @@ def _out_of_memory(memory: Memory) -> UserError:
     return UserError(
         f"out of memory with {memory.asked}: give {memory.smaller}, or --amp bf16", EXIT_FAILED
     )
+
+
+def _too_many_files() -> UserError:
+    return UserError(f"too many open files: {FEWER_FILES}", EXIT_FAILED)
 
 
 def _dead_worker(text: str, memory: Memory, again: str) -> UserError:

@@ -10,6 +10,7 @@ Every reader of user images (training, evaluation, prediction, the data check) g
 """
 
 import argparse
+import errno
 import importlib.util
 import io
 import os
@@ -22,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from utils.errors import UserError
+from utils.errors import EXIT_FAILED, FEWER_FILES, TOO_MANY_FILES, UserError
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -33,6 +34,9 @@ warnings.filterwarnings("ignore", "The image decoding and encoding capabilities 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 DECODERS = ("torchvision", "simplejpeg", "pil")
 EXIF = b"Exif\0\0"  # what follows may turn the picture
+# Of an image's file these tell what is wrong with it; any other OSError tells of the machine.
+OF_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+               errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)  # fmt: skip
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow itself turns from warning to refusing
 
 
@@ -74,14 +78,23 @@ def read_file(path: str | bytes) -> bytes:
     """The bytes of a file that lies among images.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, see `OF_THE_FILE`.
         ValueError: a pipe, a device, a folder.
+        UserError: exit code 1, when the storage or the machine gives way.
     """
-    # Not to wait for ever for the other end of a pipe.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("not a regular file")
-        return file.read()
+    try:
+        # Not to wait for ever for the other end of a pipe.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("not a regular file")
+            return file.read()
+    except OSError as error:
+        if error.errno in OF_THE_FILE:
+            raise
+        remedy = "see to the storage, and start again (a run: with --resume auto)"
+        if error.errno in TOO_MANY_FILES:
+            remedy = FEWER_FILES
+        raise UserError(f"{printable(path)}: {error.strerror}; {remedy}", EXIT_FAILED) from None
 
 
 def read_image(
