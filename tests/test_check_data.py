@@ -109,6 +109,17 @@ def test_names_and_links(tmp_path):
         str(error).encode("utf-8")
 
 
+@pytest.mark.parametrize("names", ["ab", "abc"])
+def test_links_across_repeat_no_image_and_end(tmp_path, names):
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+        for other in set(names) - {name}:
+            (tmp_path / name / f"to_{other}").symlink_to(f"../{other}")
+    found, _ = find_images(str(tmp_path))
+    assert found == [os.fsencode(tmp_path / name / "1.png") for name in names]
+
+
 def kill_this_process(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 

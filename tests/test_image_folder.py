@@ -57,6 +57,14 @@ def test_links(tmp_path):
         scan(str(tmp_path / "root"))
 
 
+@pytest.mark.parametrize("place", ["root/loop", "root/a/loop.png"])
+def test_a_link_to_itself(tmp_path, place):
+    make(tmp_path, "root/a/1.jpg")
+    (tmp_path / place).symlink_to(Path(place).name)
+    with pytest.raises(UserError, match=f"{place}: a link that leads back .* or to itself"):
+        scan(str(tmp_path / "root"))
+
+
 def test_missing_and_empty(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         scan(str(tmp_path / "none"))

@@ -33,8 +33,9 @@ CHUNK = 16  # files that a process takes at a time
 def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
     """All files with an image's ending below `root`, sorted, and how many others there are.
 
-    Hidden (.name) files and folders are passed over, as in training. Images in tar shards come
-    first, where `root`, or its train/ or val/, holds such shards as main.py would read.
+    Hidden (.name) files and folders are passed over, as in training. A folder to which several
+    links lead is read once, so links that lead in a circle end. Images in tar shards come first,
+    where `root`, or its train/ or val/, holds such shards as main.py would read.
 
     Raises:
         UserError: no such folder, or one that cannot be listed; shards that are damaged.
@@ -52,15 +53,16 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
         raise UserError(f"{where}: {error.strerror}; check its permissions")
 
     found = []
+    seen = {os.path.realpath(os.fsencode(root))}
     for folder, folders, files in os.walk(os.fsencode(root), onerror=refuse, followlinks=True):
-        here = os.path.realpath(folder)
         if os.fsdecode(folder) in sharded:
             files = []
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(b".") and not _leads_back(os.path.join(folder, name), here)
-        ]
+        inside, folders[:] = sorted(folders), []
+        for name in inside:
+            target = os.path.realpath(os.path.join(folder, name))
+            if not name.startswith(b".") and target not in seen:
+                seen.add(target)
+                folders.append(name)
         for name in files:
             ending = os.fsdecode(os.path.splitext(name)[1]).lower()
             if name.startswith(b"."):
@@ -162,13 +164,6 @@ def _init_process() -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers it
     torch.set_num_threads(1)
-
-
-def _leads_back(folder: bytes, here: bytes) -> bool:
-    if not os.path.islink(folder):
-        return False
-    target = os.path.realpath(folder)
-    return here == target or here.startswith(os.path.join(target, b""))
 
 
 if __name__ == "__main__":

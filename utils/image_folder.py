@@ -5,6 +5,7 @@ keep their labels. (Numbering the folders of each side by itself shifts them wit
 validation accuracy sticks near chance.)
 """
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def list_classes(root: str) -> list[str]:
         layout = "; DATA holds train/ and val/, each with one folder per class"
         raise UserError(f"{printable(root)}: no such folder{hint or layout}")
     with _scandir(root) as entries:
-        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        names = sorted(e.name for e in entries if _is_folder(e) and not e.name.startswith("."))
     if not names:
         raise UserError(f"{printable(root)}: holds no class folders; put one folder per class in")
     return names
@@ -136,23 +137,36 @@ def _scandir(path: str):
         raise UserError(f"{printable(path)}: {error.strerror}; check its permissions") from None
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # of a link that leads nowhere it is False; of one to itself, this
+        if error.errno == errno.ELOOP:
+            raise _leads_back(entry.path) from None
+        raise UserError(f"{printable(entry.path)}: {error.strerror}; see to it") from None
+
+
+def _leads_back(path: str | bytes) -> UserError:
+    return UserError(
+        f"{printable(path)}: a link that leads back to a folder above it, or to itself; remove the "
+        "link"
+    )
+
+
 def _collect(
     root: str, folder: str, paths: list[bytes], ignored: Counter[str], above: tuple[str, ...]
 ) -> int:
     """Adds the images below root/folder to `paths`; returns the number of hidden entries."""
     here = os.path.realpath(os.path.join(root, folder))
     if here in above:
-        raise UserError(
-            f"{printable(os.path.join(root, folder))}: a link that leads back to a folder above "
-            "it; remove the link"
-        )
+        raise _leads_back(os.path.join(root, folder))
     hidden = 0
     with _scandir(os.path.join(root, folder)) as entries:
         for entry in entries:
             relative = os.path.join(folder, entry.name)
             if entry.name.startswith("."):
                 hidden += 1
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 hidden += _collect(root, relative, paths, ignored, (*above, here))
             elif entry.name.lower().endswith(EXTENSIONS):
                 paths.append(os.fsencode(relative))
