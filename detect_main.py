@@ -187,11 +187,14 @@ def train(
         checkpoint=saved and tuple(saved["progress"][k] for k in ("epoch", "step")),
     )  # fmt: skip
     check_batch(recipe.batch_size, len(train_split), context.world_size)
+    names = "\0".join(train_split.file_names).encode("utf-8", "backslashreplace")
+    digest = resume.digest(names, train_split.boxes, train_split.labels)
     if saved is not None:
         if saved["classes"] != train_split.classes:
             raise UserError(f"{args.data} has other classes than the run: resume it with its data")
         resume.refuse_changes(saved, asked.seed, asked.batch_size, len(train_split), None,
                               "--batch-size", can_begin=False)  # fmt: skip
+        resume.refuse_other_data(saved, digest, can_begin=False)
     torch.manual_seed(seed)
     network, notes = build_network(args, recipe, saved, len(train_split.classes) + first_label)
     if network.model_kwargs["norm"] == "sync" and context.device.type != "cuda":
@@ -241,6 +244,7 @@ def train(
         "recipe": given.as_dict(),  # with lr auto, for a resumption with another batch
         "args": {k: v for k, v in vars(args).items() if k not in OF_ONE_START},
         "seed": seed,
+        "train_digest": digest,
         "train_images": len(train_split),
         "environment": runs.environment(context),
     }
@@ -249,7 +253,7 @@ def train(
         context.say(f"run folder: {folder}")
     files = DetectionFiles(
         folder if context.is_main else None, fixed, name, state.epoch, args.save_every,
-        args.save_minutes,
+        args.save_minutes, saved,
     )  # fmt: skip
 
     if files.lacks_best():

@@ -186,12 +186,14 @@ def train(
         recipe.batch_size, len(train_images), context.replicas, recipe.crop_size,
         recipe.accumulate, recipe.repeats,
     )  # fmt: skip
+    digest = resume.digest(train_images.paths, train_images.labels)
     if recipe.sync_bn:
         distributed.refuse_sync_bn(context)
     if saved is not None:
         resume.refuse_changes(
             saved, asked.seed, asked.batch_size, len(train_images), args.start_epoch
         )
+        resume.refuse_other_data(saved, digest, args.start_epoch)
         resume.refuse_another_recipe(saved, asked.recipe, recipe, args.start_epoch)
     torch.manual_seed(seed)
     with as_user_error():
@@ -249,6 +251,7 @@ def train(
         "recipe": recipe.as_dict(),
         "args": {k: v for k, v in vars(args).items() if k not in OF_ONE_START},
         "seed": seed,
+        "train_digest": digest,
         "pretrained": args.pretrained if saved is None else saved.get("pretrained"),
         "train_images": len(train_images),
         "environment": runs.environment(context),
@@ -258,7 +261,7 @@ def train(
         context.say(f"run folder: {folder}")
     files = RunFiles(
         folder if context.is_main else None, fixed, name, state.epoch, args.save_every,
-        args.save_minutes,
+        args.save_minutes, saved,
     )  # fmt: skip
 
     if files.lacks_best():

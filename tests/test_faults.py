@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_tree
+from kill_driver import same
 
 import main as script
 from utils import checkpoint, cli, distributed, export_files
 from utils.errors import UserError
 from utils.faults import Memory, in_one_line
+from utils.resume import refuse_other_data
+from utils.run_files import RunFiles, command
 
 SMALL = ("-a", "mobilenetv2", "--img-size", 32, "-b", 6, "--lr", 0.01, "-j", 0, "--seed", 1)
 
@@ -258,11 +261,58 @@ def test_other_data_inside_an_epoch_is_refused(call, run_folder, tmp_path):
     assert code == 2
     assert "over 24 training images, and there are 27 now: restore the data" in err[0]
 
+    # As many, but one of another name, or of another class.
+    for old, new in (("a/0.png", "a/new.png"), ("a/7.png", "b/7a.png")):
+        other = write_tree(tmp_path / new[0])
+        (other / "train" / old).rename(other / "train" / new)
+        code, _, err = call("--resume", run_folder / "last.pth", other)
+        assert code == 2
+        assert "training images with other names or labels than there are now: restore" in err[0]
+    del saved["train_digest"]  # as before there were digests: by number alone
+    refuse_other_data(saved, "another")
 
-def test_momentum_and_decay_can_change_on_the_way(call, run_folder):
+
+def test_a_run_that_another_process_has_gone_on_with(call, run_folder, monkeypatch):
+    """As of a job that is started again while the first one still writes its last checkpoint."""
+    real = script.runs.open_folder
+
+    def meanwhile(*arguments):
+        folder = real(*arguments)
+        saved = checkpoint.load(folder / "last.pth")
+        saved["progress"].update(epoch=2, step=3)
+        checkpoint.CheckpointFolder(folder).save_last(saved)
+        return folder
+
+    monkeypatch.setattr(script.runs, "open_folder", meanwhile)
+    before = (run_folder / "args.json").read_text()
+    code, _, err = call("--resume", "auto", "--output", run_folder, "--epochs", 3)
+    assert code == 1
+    assert err == [f"error: {run_folder}/last.pth: another process has gone on with this run since "
+                   "it was read (epoch 3, step 3): start again with --resume auto --output "
+                   f"{run_folder}"]  # fmt: skip
+    assert place(run_folder) == (2, 3)
+    assert (run_folder / "args.json").read_text() == before
+    with pytest.raises(UserError, match="another process has gone on"):  # nothing to read then
+        RunFiles(run_folder, {}, "", 0, None, None, None)
+
+
+def test_the_command_to_go_on_names_the_device(monkeypatch):
+    """It is a flag of one start: without it a run begun on the CPU would go on on a GPU."""
+    for given, kept in ((["--device", "cpu"], "--device cpu"), (["--gpu=1"], "--gpu=1"), ([], "x")):
+        monkeypatch.setattr(sys, "argv", ["main.py", "-b", "8", *given, "--epochs", "3", "DATA"])
+        assert command("--resume", "x").endswith(kept)
+
+
+def test_momentum_and_decay_can_change_on_the_way(call, run_folder, monkeypatch):
+    places, save_last = [], checkpoint.CheckpointFolder.save_last
+    monkeypatch.setattr(
+        checkpoint.CheckpointFolder, "save_last",
+        lambda folder, state: places.append(state["progress"]["step"]) or save_last(folder, state),
+    )  # fmt: skip
     code, *_ = call("--resume", run_folder / "last.pth", "--epochs", 3, "--momentum", 0.5,
-                    "--wd", 0)  # fmt: skip
+                    "--wd", 0, "--save-minutes", 1e-9)  # fmt: skip
     assert code == 0
+    assert places[:4] == [1, 2, 3, 4]  # no step is quicker than 60 ns
     saved = checkpoint.load(run_folder / "last.pth")
     group = saved["optimizer"]["param_groups"][0]
     assert (group["momentum"], group["weight_decay"]) == (0.5, 0.0)
@@ -373,6 +423,21 @@ def test_limits_of_files_and_processes(error, message):
         raise error
     assert str(caught.value).startswith(message)
     assert caught.value.exit_code == 1
+
+
+def test_a_seed_gives_equal_runs_on_two_threads_too(call, tree, tmp_path):
+    former = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for name in ("one", "two"):
+            code, *_ = call("-a", "eca_resnet18", *SMALL[2:], "--epochs", 1, "--img-size", 64,
+                            "--output", tmp_path / name, tree)  # fmt: skip
+            assert code == 0
+    finally:
+        torch.set_num_threads(former)
+    one, two = (checkpoint.load(tmp_path / name / "last.pth") for name in ("one", "two"))
+    for part in ("state_dict", "optimizer", "progress", "history"):
+        assert same(one[part], two[part]), part
 
 
 def test_an_output_folder_in_use(call, run_folder, tree, tmp_path):

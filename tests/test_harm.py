@@ -238,6 +238,23 @@ def test_two_runs_in_one_folder(start, tree, tmp_path):
     assert first.process.wait(PATIENCE) == 143
 
 
+def test_two_fresh_runs_started_at_once(tree, tmp_path):
+    """One trains; the other ends with a line, whichever of them comes first."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    runs = [
+        Running(folder, ROOT / "main.py", *SMALL, "--epochs", 1, "--output", tmp_path / "run", tree)
+        for folder in folders
+    ]
+    (code, out, err), (_, _, other) = sorted((run.end() for run in runs), key=lambda end: end[2])
+    assert (code, err) == (0, [])
+    assert any(line.startswith("done: ") for line in out)
+    assert len(other) == 1
+    assert re.search("another process is training in this folder|run: is in use", other[0])
+    assert progress(tmp_path / "run")["epoch"] == 1
+
+
 def test_no_memory(start, tree, tmp_path):
     def little_memory():
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))

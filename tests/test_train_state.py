@@ -83,6 +83,30 @@ def test_interrupted_in_an_epoch_equals_uninterrupted(tmp_path):
     assert second.best == through.history[0]
 
 
+def test_a_loss_scale_that_has_moved_is_taken_up(tmp_path):
+    """--amp fp16: the scale falls at an overflow and grows again; the next step depends on it."""
+
+    def scaled_step(state, factor=1.0):
+        state.optimizer.zero_grad()
+        loss = factor * state.network(torch.ones(4, 3)).square().mean()
+        state.scaler.scale(loss).backward()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.finish_step([])
+
+    through, first = fresh(fp16=True), fresh(fp16=True)
+    for state in (through, first):
+        scaled_step(state)
+        scaled_step(state, math.inf)  # skipped
+        scaled_step(state)
+    assert first.scaler.get_scale() == 2.0**15
+    second = taken_up(tmp_path / "a", first, fp16=True)
+    for state in (through, second):
+        scaled_step(state)
+    assert bits(second) == bits(through)
+    assert second.snapshot()["scaler"]["_growth_tracker"] == 2
+
+
 def test_momentum_is_taken_up(tmp_path):
     state = fresh()
     train(state, 2)

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from utils import run_folder
-from utils.checkpoint import CheckpointFolder
 from utils.coco_eval import FIGURES, Summary
 from utils.detection_engine import LossMeter
 from utils.files import write_atomically
@@ -74,23 +72,8 @@ def main_figure(row: dict[str, float]) -> float:
 class DetectionFiles(RunFiles):
     """The run folder's writer, with a detector's columns."""
 
-    def __init__(
-        self,
-        folder: Path | None,
-        fixed: dict,
-        title: str,
-        first_epoch: int,
-        save_every: int | None,
-        save_minutes: float | None,
-    ):
-        self.folder, self.fixed = folder, fixed
-        self.save_every, self.save_minutes = save_every, save_minutes
-        self.saved_at = time.monotonic()
-        if folder is not None:
-            self.lock = run_folder.lock(folder)
-            run_folder.write_json(folder / "args.json", fixed)
-            self.checkpoints = CheckpointFolder(folder)
-            self.logger = DetectionLogger(folder, title, first_epoch)
+    def _open_logger(self, title: str, first_epoch: int) -> "DetectionLogger":
+        return DetectionLogger(self.folder, title, first_epoch)
 
     def farewell(self, best: dict, data: str) -> list[str]:
         """Closing lines: the result, and the commands that a user wants next."""

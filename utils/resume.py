@@ -1,6 +1,9 @@
 """What --resume names, and which flags may not change on the way."""
 
+import hashlib
 from pathlib import Path
+
+import numpy as np
 
 from utils import checkpoint, distributed, outputs, run_folder
 from utils.errors import UserError
@@ -191,6 +194,36 @@ def refuse_changes(
         raise UserError(
             f"the run stopped inside an epoch over {saved['train_images']:,} training images, and "
             f"there are {train_images:,} now: restore the data{remedy}"
+        )
+
+
+def digest(*parts: bytes | np.ndarray) -> str:
+    """A short name for data: equal where the same names and labels come in the same order."""
+    code = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        code.update(part if isinstance(part, bytes) else part.tobytes())
+    return code.hexdigest()
+
+
+def refuse_other_data(
+    saved: dict, data: str, at_epoch: int | None = None, can_begin: bool = True
+) -> None:
+    """Stops a resumption inside an epoch over as many images, but not the same.
+
+    Args:
+        saved: the checkpoint; one of before there were digests is not looked at.
+        data: the `digest` of what there is now.
+        at_epoch, can_begin: --start-epoch, and whether the script has it.
+
+    Raises:
+        UserError: names or labels differ.
+    """
+    inside = saved["progress"]["step"] and at_epoch is None
+    if inside and saved.get("train_digest", data) != data:
+        remedy = ", or begin at an epoch's start with --start-epoch" if can_begin else ""
+        raise UserError(
+            "the run stopped inside an epoch over training images with other names or labels than "
+            f"there are now: restore the data{remedy}"
         )
 
 

@@ -8,9 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-from utils import run_folder
+from utils import checkpoint, run_folder
 from utils.checkpoint import CheckpointFolder
+from utils.errors import EXIT_FAILED, UserError
 from utils.logger import RunLogger
+
+DEVICE_FLAGS = ("--device", "--gpu")
 
 
 class RunFiles:
@@ -23,6 +26,11 @@ class RunFiles:
         first_epoch: that this process will finish.
         save_every: steps between checkpoints inside an epoch, or None.
         save_minutes: minutes between any two checkpoints, or None.
+        saved: the checkpoint that this process goes on from, or None.
+
+    Raises:
+        UserError: another process is writing to the folder, or has written to it since `saved` was
+            read.
     """
 
     def __init__(
@@ -33,15 +41,35 @@ class RunFiles:
         first_epoch: int,
         save_every: int | None,
         save_minutes: float | None,
+        saved: dict | None = None,
     ):
         self.folder, self.fixed = folder, fixed
         self.save_every, self.save_minutes = save_every, save_minutes
         self.saved_at = time.monotonic()
         if folder is not None:
             self.lock = run_folder.lock(folder)
-            run_folder.write_json(folder / "args.json", fixed)
             self.checkpoints = CheckpointFolder(folder)
-            self.logger = RunLogger(folder, title, first_epoch)
+            self._refuse_newer(saved)
+            run_folder.write_json(folder / "args.json", fixed)
+            self.logger = self._open_logger(title, first_epoch)
+
+    def _open_logger(self, title: str, first_epoch: int) -> RunLogger:
+        return RunLogger(self.folder, title, first_epoch)
+
+    def _refuse_newer(self, saved: dict | None) -> None:
+        """Ends a run that another one, which was still at its last steps, has left behind."""
+        try:
+            last = checkpoint.load(self.checkpoints.last)
+        except UserError:  # none, or damaged: nothing newer than what was found then
+            return
+        if saved is None or _place(last) != _place(saved):
+            epoch, step = _place(last)
+            raise UserError(
+                f"{self.checkpoints.last}: another process has gone on with this run since it was "
+                f"read (epoch {epoch + 1}, step {step}): start again with --resume auto --output "
+                f"{self.folder}",
+                EXIT_FAILED,
+            )
 
     def lacks_best(self) -> bool:
         """Whether there is no `best` here: a new folder, also of a run that began in another."""
@@ -106,9 +134,23 @@ def look_line(folder: Path) -> str:
     return f"  look:        {board} --logdir {shlex.quote(str(folder))}   (or {curves})"
 
 
+def device_flags() -> list[str]:
+    """The flags with which this process was given its device, which no run remembers."""
+    words = sys.argv[1:]
+    return [
+        word
+        for word, former in zip(words, ["", *words], strict=False)
+        if word.partition("=")[0] in DEVICE_FLAGS or former in DEVICE_FLAGS
+    ]
+
+
+def _place(saved: dict) -> tuple[int, int]:
+    return saved["progress"]["epoch"], saved["progress"]["step"]
+
+
 def command(*arguments: object) -> str:
     """A command line for this script, started the way this process was."""
-    own = shlex.join([sys.argv[0], *map(str, arguments)])
+    own = shlex.join([sys.argv[0], *map(str, arguments), *device_flags()])
     ranks, nodes = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_WORLD_SIZE", "1")
     if ranks is None:
         return f"{_interpreter()} {own}"
