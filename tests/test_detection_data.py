@@ -1,5 +1,8 @@
 """Order and grouping of a detector's batches, and what is refused before a run."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +91,22 @@ def test_a_broken_image_ends_the_run_with_its_name(tmp_path):
     (tmp_path / "val2017" / "picture-2.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"picture-2\.png"):
         list(evaluation_batches(split, 1, CPU)())
+
+
+def test_a_fault_of_the_storage_in_a_worker_is_one_line(tmp_path, monkeypatch):
+    split = load_split(locate(write_tree(tmp_path, []), "val"))
+    real = os.open
+
+    def fail(path, *arguments):
+        if os.fsencode(path).endswith(b"picture-2.png"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(UserError) as caught:
+        list(evaluation_batches(split, 1, Reading(torch.device("cpu"), workers=1))())
+    assert str(caught.value).startswith(f"{tmp_path}/val2017/picture-2.png: Input/output error; ")
+    assert (caught.value.exit_code, "\n" in str(caught.value)) == (1, False)
 
 
 def test_batches_that_cannot_be():

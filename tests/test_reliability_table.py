@@ -29,3 +29,12 @@ def test_the_exit_codes_are_the_codes():
     (sentence,) = re.findall(r"Exit codes: (.*?)\. ", TEXT, re.DOTALL)
     told = set(map(int, re.findall(r"\b\d+\b", sentence)))
     assert told == {0} | {v for k, v in vars(errors).items() if k.startswith("EXIT_")}
+
+
+def test_the_number_of_kills_is_what_make_test_faults_runs():
+    source = (ROOT / "tests" / "test_resume.py").read_text(encoding="utf-8")
+    tests = [part for part in source.split("\n\n\n") if part.startswith("@pytest.mark.faults")]
+    kills = sum(int(n) for part in tests for n in re.findall(r"tree, tmp_path, (\d+),", part))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for text in (TEXT, readme):
+        assert re.findall(r"kills runs at (\d+) ", text) == [str(kills)]

@@ -219,7 +219,7 @@ def _mask_fault(segmentation: Any, image: dict[str, Any]) -> str | None:
 
 
 class CocoDataset(Dataset):
-    """Samples by (epoch, index): (uint8 (3, H, W), target, image id), or a BrokenImageError.
+    """Samples by (epoch, index): (uint8 (3, H, W), target, image id), or why there is none.
 
     A target has boxes (n, 4) float32, labels (n,) int64 and, where the split has them, masks
     (n, H, W) uint8. An image without objects has n = 0.
@@ -236,12 +236,14 @@ class CocoDataset(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: Key) -> tuple[torch.Tensor, Target, int] | BrokenImageError:
+    def __getitem__(
+        self, key: Key
+    ) -> tuple[torch.Tensor, Target, int] | BrokenImageError | UserError:
         epoch, index = key
         path = self.split.folder / self.split.file_names[index]
         try:
             image = read_image(str(path))
-        except BrokenImageError as error:
+        except (BrokenImageError, UserError) as error:
             return error
         height, width = self.split.sizes[index].tolist()
         if image.shape[1:] != (height, width):

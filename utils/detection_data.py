@@ -167,8 +167,10 @@ def _device_batches(loader: DataLoader, device: torch.device) -> Iterator[Detect
         )
 
 
-def _collate(items: list) -> tuple | str:
+def _collate(items: list) -> tuple | str | UserError:
     for item in items:
+        if isinstance(item, UserError):
+            return item
         if isinstance(item, BrokenImageError):
             return str(item)
     return tuple(zip(*items, strict=True))
