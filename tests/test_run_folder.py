@@ -6,8 +6,10 @@ import shlex
 import sys
 
 import pytest
+import torch
 
 from utils import checkpoint, resume, run_folder
+from utils.distributed import Context
 from utils.errors import UserError
 
 
@@ -66,5 +68,5 @@ def test_a_name_is_one_folder():
 def test_a_command_can_be_read_again(monkeypatch):
     words = ["main.py", "--action", "it's", "my data"]
     monkeypatch.setattr(sys, "argv", ["/somewhere/main.py", *words[1:]])
-    environment = json.loads(json.dumps(run_folder.environment()))
+    environment = json.loads(json.dumps(run_folder.environment(Context(torch.device("cpu")))))
     assert shlex.split(environment["command"]) == words
