@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -61,12 +62,13 @@ def why_not() -> str | None:
 
 def _build() -> str:
     """Compiles the source unless that was done before; returns the library's path."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    compiler = shlex.split(found or "")
+    if not compiler:
         raise BuildError("no C++ compiler")
     flags = FLAGS + (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
     key = hashlib.sha256(SOURCE.read_bytes())
-    for part in (compiler, *flags, torch.__version__, _processor()):
+    for part in (*compiler, *flags, torch.__version__, _processor()):
         key.update(part.encode() + b"\0")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eca-net"
     target = cache / f"passes-{key.hexdigest()[:16]}.so"
@@ -79,7 +81,7 @@ def _build() -> str:
             to_object = [*flags, "-c", SOURCE, "-o", compiled]
             for command in (to_object, ["-shared", compiled, "-o", linked]):
                 subprocess.run(
-                    [compiler, *command], check=True, capture_output=True, timeout=SECONDS
+                    [*compiler, *command], check=True, capture_output=True, timeout=SECONDS
                 )
             os.replace(linked, target)
     return str(target)
