@@ -61,7 +61,10 @@ def prepare(name: str) -> Path:
 
 
 def write_once(target: Path, write: Callable[[Path], None]) -> Path:
-    """`target`, made by `write` in a folder beside it if it is not there: whole, or not at all."""
+    """`target`, made by `write` in a folder beside it if it is not there: whole, or not at all.
+
+    What lies below the present folder is returned, and so told, by its short name.
+    """
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -74,7 +77,8 @@ def write_once(target: Path, write: Callable[[Path], None]) -> Path:
                 raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    return target
+    here = Path.cwd()
+    return target.relative_to(here) if target.is_relative_to(here) else target
 
 
 def write_digits(folder: Path) -> None:
