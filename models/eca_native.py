@@ -39,7 +39,8 @@ def library() -> ctypes.CDLL | BuildError:
         library = ctypes.CDLL(_build())
     except subprocess.CalledProcessError as error:
         return BuildError(f"the C++ compiler failed: {error.stderr.decode(errors='replace')[:200]}")
-    except (OSError, subprocess.TimeoutExpired, BuildError) as error:
+    # RuntimeError: a user without a home folder, as in some containers.
+    except (OSError, RuntimeError, subprocess.TimeoutExpired, BuildError) as error:
         return BuildError(str(error))
     flag, size, pointer = ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p
     shape = [flag, flag, size, size, size]

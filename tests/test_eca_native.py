@@ -262,9 +262,13 @@ def test_without_a_working_compiler_operations_serve(compiler, fresh_library, mo
     assert eca_passes.passes_for(z) is eca_passes.Chunked
 
 
-def test_a_cache_folder_that_cannot_be_made_is_no_fault(fresh_library):
+def test_a_cache_folder_that_cannot_be_made_is_no_fault(fresh_library, monkeypatch):
     fresh_library.parent.write_text("a file")
     assert isinstance(library(), BuildError)
+    library.cache_clear()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home directory")))
+    assert eca_native.why_not() in ("no home directory", "no C++ compiler")
 
 
 def test_importing_models_compiles_nothing(tmp_path):
