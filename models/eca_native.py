@@ -38,9 +38,12 @@ def library() -> ctypes.CDLL | BuildError:
     try:
         library = ctypes.CDLL(_build())
     except subprocess.CalledProcessError as error:
-        return BuildError(f"the C++ compiler failed: {error.stderr.decode(errors='replace')[:200]}")
+        said = error.stderr.decode(errors="replace").strip().partition("\n")[0]
+        return BuildError(f"the C++ compiler failed: {said[:100]}")
+    except subprocess.TimeoutExpired:
+        return BuildError(f"the C++ compiler took more than {SECONDS} s")
     # RuntimeError: a user without a home folder, as in some containers.
-    except (OSError, RuntimeError, subprocess.TimeoutExpired, BuildError) as error:
+    except (OSError, RuntimeError, BuildError) as error:
         return BuildError(str(error))
     flag, size, pointer = ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p
     shape = [flag, flag, size, size, size]

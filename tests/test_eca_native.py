@@ -256,7 +256,7 @@ def test_without_a_working_compiler_operations_serve(compiler, fresh_library, mo
     else:
         monkeypatch.setattr(eca_native.shutil, "which", lambda name: None)
     assert isinstance(library(), BuildError)
-    assert str(library())
+    assert "\n" not in eca_native.why_not()
     z = torch.randn(2, 3, 4, 4)
     assert not serves(z)
     assert eca_passes.passes_for(z) is eca_passes.Chunked
