@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+import test_harm
 from conftest import ROOT
 from test_harm import LONG, SMALL, Running, all_gone, progress
-from test_torchrun import two_halves
+from test_torchrun import assert_step_of_two_halves
 
 from utils import checkpoint
 
@@ -62,12 +62,10 @@ def test_two_nodes_train_and_evaluate_as_one_process(run, tree, tmp_path):
     assert f"{again} --epochs N" in first[1]
     assert second[1] == ""  # rank 0 alone speaks and writes
     written = sorted(p.name for p in (tmp_path / "two").glob("*.pth"))
-    assert written == ["best.pth", "last.pth"]
+    assert written == ["best.pth", "last.pth", "previous.pth"]
 
     saved = checkpoint.load(tmp_path / "two" / "last.pth")
-    reference = two_halves(tree, batch=24, lr=0.001, seed=1)
-    for key, value in saved["state_dict"].items():
-        torch.testing.assert_close(value, reference[key], rtol=1e-4, atol=2e-6, msg=key)
+    assert_step_of_two_halves(saved["state_dict"], tree, batch=24, lr=0.001, seed=1)
     done = run("main.py", "-e", "--resume", "two/best.pth", "--output", "one")
     assert done.returncode == 0, done.stderr
     one, row = json.loads((tmp_path / "one" / "evaluation.json").read_text()), saved["history"][0]
@@ -154,7 +152,7 @@ def slurm(tmp_path, monkeypatch):
     for name, code in (("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", TORCHRUN)):
         (programs / name).write_text(f"#!{sys.executable}{code}")
         (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(test_harm, "PATH", f"{programs}{os.pathsep}{test_harm.PATH}")
     monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)

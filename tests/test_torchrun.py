@@ -38,15 +38,23 @@ def test_two_ranks_train_and_evaluate_as_one(run, tree, tmp_path):
     row = saved["history"][0]
     assert abs(row["val_loss"] - one["loss"]) < 1e-6 * one["loss"]
 
-    # Training against a loop written out here: each half batch by itself, gradients averaged. What
-    # a step changed is compared, not the weights: they hardly move, and would hide a wrong step.
-    # Rounding alone comes to 0.4 % in the first layers (float32 on AVX-512); a gradient that is not
-    # shared, to more than half.
-    before, reference = two_halves(tree, batch=24, lr=0.001, seed=1)
     assert saved["state_dict"]["bn1.num_batches_tracked"] == 1
+    assert_step_of_two_halves(saved["state_dict"], tree, batch=24, lr=0.001, seed=1)
+
+
+def assert_step_of_two_halves(
+    found: dict[str, torch.Tensor], tree: Path, batch: int, lr: float, seed: int
+) -> None:
+    """Training against a loop written out here: each half batch by itself, gradients averaged.
+
+    What a step changed is compared, not the weights: they hardly move, and would hide a wrong step.
+    Rounding alone comes to 0.4 % in the first layers (float32 on AVX-512); a gradient that is not
+    shared, to more than half.
+    """
+    before, reference = two_halves(tree, batch, lr, seed)
     for key, start in before.items():
         expected = (reference[key] - start).double()
-        off = (saved["state_dict"][key] - reference[key]).double()
+        off = (found[key] - reference[key]).double()
         assert off.norm() <= 0.02 * expected.norm() + 1e-7, key
 
 

@@ -69,6 +69,14 @@ def bits(state):
     return plain(state.snapshot())
 
 
+def test_the_learning_rate_of_the_last_step_comes_back(tmp_path):
+    """A run that is taken up after an epoch's last step saves it again without a step between."""
+    state = fresh()
+    train(state, 2)
+    state.optimizer.param_groups[0]["lr"] = 0.0123
+    assert bits(taken_up(tmp_path / "last.pth", state)) == bits(state)
+
+
 def test_interrupted_in_an_epoch_equals_uninterrupted(tmp_path):
     through, first = fresh(fp16=True), fresh(fp16=True)
     train(through, 5)

@@ -164,7 +164,8 @@ class TrainState:
     def restore(self, saved: dict) -> None:
         """Takes up what `snapshot` returned; the caller has loaded `state_dict` into the network.
 
-        The optimizer's settings (momentum, weight decay, …) stay as this run's flags made them.
+        The optimizer's settings (momentum, weight decay, …) stay as this run's flags made them, and
+        its learning rate is that of the last step done.
         An average that the saved run did not keep begins here, at its weights.
         """
         if "raw_state_dict" in saved:
@@ -173,6 +174,8 @@ class TrainState:
             self.average.module.load_state_dict(saved["state_dict"])
             self.average.n_averaged.fill_(saved.get("averaged_steps", 0))
         own = self.optimizer.state_dict()["param_groups"]
+        for group, before in zip(own, saved["optimizer"]["param_groups"], strict=False):
+            group["lr"] = before["lr"]  # a step sets it, and there may be none to come
         self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": own})
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
