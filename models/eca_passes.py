@@ -253,7 +253,8 @@ def finish_in_place(
     scale is (N, C, 1, 1), in the dtype of z and residual, or None for 1.
     """
     passes = passes_for(z)
-    if passes is Native and (residual is None or residual.stride() == z.stride()):
+    dense = z.is_contiguous() or z.is_contiguous(memory_format=torch.channels_last)
+    if passes is Native and dense and (residual is None or residual.stride() == z.stride()):
         n, c = z.shape[:2]
         scale = z.new_ones(1, c) if scale is None else scale.reshape(n, c)
         scale = scale.float()
