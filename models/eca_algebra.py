@@ -21,7 +21,7 @@ def _neighbours(x: Tensor, k: int) -> list[Tensor]:
     return [padded[:, j : j + x.shape[1]] for j in range(k)]
 
 
-def _along_channels(x: Tensor, kernel: Tensor) -> Tensor:
+def along_channels(x: Tensor, kernel: Tensor) -> Tensor:
     """conv1d over the channels of (N, C), in a form that autocast leaves in its precision.
 
     On a CPU it also takes a fifth of conv1d's time, and its gradient a tenth.
@@ -34,7 +34,7 @@ def _along_channels(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _kernel_gradient(x: Tensor, d: Tensor, k: int) -> Tensor:
-    """The gradient of `_along_channels`' kernel (k,) for its input x and its gradient d, (N, C)."""
+    """The gradient of `along_channels`' kernel (k,) for its input x and its gradient d, (N, C)."""
     return torch.stack([(neighbour * d).sum() for neighbour in _neighbours(x, k)])
 
 
@@ -93,7 +93,7 @@ def tail_forward(
     shift = bias - mean * scale
     if kernel is not None:
         pooled = (means - mean) * inverse_std
-        gate = _along_channels(torch.addcmul(bias, pooled, weight), kernel).sigmoid()
+        gate = along_channels(torch.addcmul(bias, pooled, weight), kernel).sigmoid()
         scale, shift = scale * gate, shift * gate
     out = passes.scale_and_add(z, scale, shift, residual, activation)
     return out, variance, Kept(mean, inverse_std, pooled, gate)
@@ -123,7 +123,7 @@ def tail_backward(
         on_grad = a * gate
         d_gate = torch.addcmul(bias * sum_d, weight, sum_dx)
         d_logit = torch.ops.aten.sigmoid_backward(d_gate, gate)
-        d_pooled = _along_channels(d_logit, kernel.flip(0))
+        d_pooled = along_channels(d_logit, kernel.flip(0))
         d_kernel = _kernel_gradient(torch.addcmul(bias, pooled, weight), d_logit, kernel.numel())
         # From here on the sums are those with BatchNorm's output gradient s·d + ∂g/HW.
         sum_d = torch.addcmul(d_pooled, gate, sum_d)

@@ -33,7 +33,7 @@ class Whole:
     @staticmethod
     def means(z: Tensor) -> Tensor:
         """Mean over the pixels: (N, C)."""
-        return z.to(accumulation_dtype(z.dtype)).mean((2, 3))
+        return z.mean((2, 3), dtype=accumulation_dtype(z.dtype))
 
     @staticmethod
     def moments(z: Tensor, per_sample: bool) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -245,20 +245,29 @@ def passes_for(z: Tensor) -> type[Whole] | type[Chunked] | type[Native]:
     return Native if serves(z) else Chunked
 
 
+def _is_dense(z: Tensor) -> bool:
+    return z.is_contiguous() or z.is_contiguous(memory_format=torch.channels_last)
+
+
+def pixel_means(z: Tensor) -> Tensor:
+    """Means over the pixels, (N, C) in the accumulation dtype; z may have any strides."""
+    passes = passes_for(z)
+    return (passes if passes is not Native or _is_dense(z) else Whole).means(z)
+
+
 def finish_in_place(
     z: Tensor, scale: Tensor | None, residual: Tensor | None, activation: bool
 ) -> Tensor:
     """act(z · scale + residual) in the place of z, where nothing else needs z: without gradients.
 
-    scale is (N, C, 1, 1), in the dtype of z and residual, or None for 1.
+    scale is (N, C) in the accumulation dtype, or None for 1.
     """
     passes = passes_for(z)
-    dense = z.is_contiguous() or z.is_contiguous(memory_format=torch.channels_last)
-    if passes is Native and dense and (residual is None or residual.stride() == z.stride()):
-        n, c = z.shape[:2]
-        scale = z.new_ones(1, c) if scale is None else scale.reshape(n, c)
-        scale = scale.float()
+    if passes is Native and _is_dense(z) and (residual is None or residual.stride() == z.stride()):
+        scale = z.new_ones(1, z.shape[1], dtype=torch.float32) if scale is None else scale
         return Native.scale_and_add(z, scale, torch.zeros_like(scale), residual, activation, z)
+    if scale is not None:
+        scale = _over_pixels(scale.to(z.dtype))
     if passes is Whole:
         if scale is None:
             y = z if residual is None else z + residual

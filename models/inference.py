@@ -1,7 +1,7 @@
 """A network rebuilt for inference: the same function, fewer passes over its activations.
 
 BatchNorm is folded into the convolutions, activations stand in channels_last, and where a block's
-last convolution is 1×1 ECA's gate is had before that convolution: pooling is linear, so
+last convolution is 1×1 and widens, ECA's gate is had before that convolution: pooling is linear, so
 GAP(W h + b) = W GAP(h) + b, and a bottleneck's h is four times smaller than W h. What then remains
 of ECA, the addition and ReLU is one pass over the convolution's output.
 """
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from models.eca_algebra import along_channels
 from models.eca_mobilenetv2 import ConvBNReLU, InvertedResidual, MobileNetV2
 from models.eca_module import ECALayer
-from models.eca_passes import finish_in_place
+from models.eca_passes import finish_in_place, pixel_means
 from models.eca_resnet import BasicBlock, Bottleneck, ResNet
 
 
@@ -70,15 +71,18 @@ class InferenceBlock(nn.Module):
         self.activation = activation
         # A subclass with a forward of its own may have another gate: it is called as it is.
         self.gated = attention is not None and type(attention).forward is ECALayer.forward
-        self.gate_first = last.kernel_size == last.stride == (1, 1) and last.groups == 1
+        # An inverted residual's h is the larger one.
+        pointwise = last.kernel_size == last.stride == (1, 1) and last.groups == 1
+        self.gate_first = pointwise and last.in_channels < last.out_channels
 
     def _gate(self, h: Tensor, z: Tensor) -> Tensor:
-        """ECA's (N, C, 1, 1), from the last convolution's input if that will do."""
+        """ECA's (N, C), from the last convolution's input where that is the smaller."""
+        pooled = pixel_means(h if self.gate_first else z)
+        kernel = self.attention.conv.weight.flatten().to(pooled.dtype)
         if self.gate_first:
-            pooled = F.linear(h.mean((2, 3)), self.last.weight.flatten(1), self.last.bias)
-        else:
-            pooled = z.mean((2, 3))
-        return self.attention.conv(pooled[:, None]).sigmoid().transpose(1, 2)[..., None]
+            weight, bias = self.last.weight.flatten(1), self.last.bias
+            pooled = F.linear(pooled.to(weight.dtype), weight, bias).to(pooled.dtype)
+        return along_channels(pooled, kernel).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)

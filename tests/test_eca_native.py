@@ -199,9 +199,9 @@ def test_finish_in_place(memory_format, dtype, native, monkeypatch):
     if not native:
         monkeypatch.setattr(eca_passes, "serves", lambda z: False)
     z, r = (make_input((3, 6, 4, 5), dtype, FORMATS[memory_format]) for _ in range(2))
-    scale = torch.rand(3, 6, 1, 1).to(dtype)
+    scale = torch.rand(3, 6).to(dtype).float()  # the forms without a compiler round it to z's dtype
     for s, residual, activation in itertools.product((scale, None), (r, None), (True, False)):
-        expected = z.double() * (1 if s is None else s.double())
+        expected = z.double() * (1 if s is None else s.double()[..., None, None])
         expected = expected + (0 if residual is None else residual.double())
         expected = expected.relu() if activation else expected
         y = z.clone()
@@ -210,11 +210,13 @@ def test_finish_in_place(memory_format, dtype, native, monkeypatch):
         torch.testing.assert_close(found, expected.to(dtype))
 
 
-def test_finish_in_place_where_the_tensor_has_gaps():
+def test_means_and_finish_in_place_where_the_tensor_has_gaps():
     """A compiled loop over dense memory would write between its elements."""
     whole = torch.randn(2, 6, 4, 5)
     z, before = whole[:, ::2], whole.clone()
-    found = eca_passes.finish_in_place(z, torch.full((2, 3, 1, 1), 2.0), None, True)
+    means = eca_passes.pixel_means(z)
+    torch.testing.assert_close(means, whole.mean((2, 3))[:, ::2])
+    found = eca_passes.finish_in_place(z, torch.full((2, 3), 2.0), None, True)
     assert torch.equal(found, (2 * before[:, ::2]).relu())
     assert torch.equal(whole[:, 1::2], before[:, 1::2])
 
