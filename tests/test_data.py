@@ -112,10 +112,19 @@ def test_batches_are_normalised_as_imagenet(folder):
     assert batch.targets.tolist() == folder.labels[:4].tolist()
 
 
-def test_channels_last(folder):
-    reading = Reading(CPU, 0, memory_format=torch.channels_last)
-    batch = next(validation_batches(folder, RECIPE, reading)())
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("decoder", ["torchvision", "pil"])
+def test_both_memory_formats_hold_the_same_numbers(folder, decoder):
+    keys = [[(0, i) for i in range(4)]]
+    dataset = ImageDataset(folder, train_transform(16, 0.2, 0.5), 0, decoder)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for workers in (0, 1):
+            reading = Reading(CPU, workers, 60, memory_format=layout)
+            (batch,) = reading.batches(dataset, keys)()
+            assert batch.images.is_contiguous(memory_format=layout)
+            for key, image in zip(keys[0], batch.images, strict=True):
+                expected = (dataset[key][0].double() / 255 - mean) / std
+                torch.testing.assert_close(image, expected.float())
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -162,12 +162,12 @@ def device_batches(
     """
     scale = [1 / (255 * s) for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
-    scale, shift = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (scale, shift))
+    scale, shift = (torch.tensor(v, device=device) for v in (scale, shift))
 
     def move(images: torch.Tensor, targets: torch.Tensor, broken: list[int]) -> Batch:
-        images = images.to(device, non_blocking=True).to(memory_format=memory_format)
+        images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
-        return Batch(images.float().mul_(scale).add_(shift), targets, broken)
+        return Batch(_scaled(images, scale, shift, memory_format), targets, broken)
 
     if device.type != "cuda":
         for host in _checked(loader):
@@ -186,6 +186,19 @@ def device_batches(
         ready = coming
     if ready is not None:
         yield ready
+
+
+def _scaled(
+    images: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, memory_format
+) -> torch.Tensor:
+    """uint8 (N, 3, H, W) · scale + shift, both (3,), in float32 and that format."""
+    if memory_format != torch.channels_last:
+        images = images.to(torch.float32, memory_format=memory_format)
+        return images.mul_(scale.view(3, 1, 1)).add_(shift.view(3, 1, 1))
+    # By whole rows of pixels: a loop over three numbers takes a CPU four times as long.
+    rows = images.permute(0, 2, 3, 1).flatten(2).float()
+    scale, shift = (t.repeat(images.shape[3]) for t in (scale, shift))
+    return rows.mul_(scale).add_(shift).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
 def _checked(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
@@ -224,7 +237,14 @@ def _collate(items: list):
         if isinstance(item, BrokenImageError | UserError):
             return item
     images, labels, broken = zip(*items, strict=True)
-    return default_collate(images), torch.tensor(labels), [i for i in broken if i >= 0]
+    # Decoders leave the channels innermost. So they are stacked: turning them round takes a worker
+    # half as long as the crop, and the device that gets them next to nothing.
+    pixels = [image.permute(1, 2, 0) for image in images]
+    if all(p.is_contiguous() for p in pixels):
+        stacked = default_collate(pixels).permute(0, 3, 1, 2)
+    else:
+        stacked = default_collate(images)
+    return stacked, torch.tensor(labels), [i for i in broken if i >= 0]
 
 
 def _init_worker(_: int) -> None:

@@ -123,7 +123,7 @@ def _collate(items: list[tuple[int, torch.Tensor | str] | UserError], img_size: 
         return faults[0]
     broken = [item for item in items if isinstance(item[1], str)]
     good = [item for item in items if not isinstance(item[1], str)]
-    images = torch.empty(len(good), 3, img_size, img_size, dtype=torch.uint8)
+    images = torch.empty(len(good), img_size, img_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     for place, (_, image) in zip(images, good, strict=True):
         place.copy_(image)
     return images, torch.tensor([index for index, _ in good], dtype=torch.int64), broken
