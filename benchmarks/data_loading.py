@@ -4,7 +4,8 @@
 
 The images are generated: 500 x 375 pixels of coloured noise whose spectrum falls off as a
 photograph's does, as JPEGs of about 100 KB. All pipelines crop and flip by the same chance, so
-that their outputs can be compared pixel by pixel. One thread each, as a loader worker has.
+that their outputs can be compared pixel by pixel. One thread each, as a loader worker has. The
+baseline also runs in a process of its own with glibc's allocator as it is.
 """
 
 import side_by_side as side  # first: it puts the repository on the path
@@ -12,8 +13,10 @@ import side_by_side as side  # first: it puts the repository on the path
 # isort: split
 import importlib.util
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import as_it_is
 import numpy as np
 import torch
 from PIL import Image
@@ -21,11 +24,12 @@ from torchvision import transforms as v1
 
 from utils.cli import run_script
 from utils.data import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Reading, train_transform
-from utils.image_folder import scan
+from utils.image_folder import ImageFolder, scan
 from utils.image_io import DECODERS
 from utils.sampler import SeededBatches, mix_seed
 
 BASE = "PIL + ToTensor + Normalize"
+AS_IT_IS = f"{BASE}, malloc as it is"
 
 
 def noise_photo(seed: int, height: int = 375, width: int = 500) -> Image.Image:
@@ -71,6 +75,11 @@ class Textbook:
         return torch.stack(images)
 
 
+def textbook_batches(folder: ImageFolder, size: int, keys: list) -> Callable[[], torch.Tensor]:
+    textbook = Textbook(folder, size)
+    return lambda: textbook.batch(keys)
+
+
 def main() -> None:
     parser = side.make_parser(__doc__, batch=(32, 32), rounds=15)
     parser.set_defaults(device="cpu")  # with cuda, batches are sent there and normalised
@@ -82,19 +91,22 @@ def main() -> None:
         write_images(Path(place), args.batch * 2)
         folder = scan(str(Path(place) / "train"))
         kilobytes = sum(f.stat().st_size for f in Path(place).rglob("*.jpg")) / len(folder) / 1e3
-        textbook = Textbook(folder, args.img_size)
         keys = next(iter(SeededBatches(len(folder), args.batch, seed=0)))
-        variants = {BASE: lambda: textbook.batch(keys)}
+        textbook = (folder, args.img_size, keys)
+        variants = {BASE: textbook_batches(*textbook)}
         for decoder in installed:
             transform = train_transform(args.img_size, 0.08, 0.5)
             dataset = ImageDataset(folder, transform, 0, decoder)
             batches = Reading(args.device, 0).batches(dataset, [keys])
             variants[f"ours, {decoder}"] = lambda batches=batches: next(batches()).images
         outputs = {name: run().cpu() for name, run in variants.items()}
+        if as_it_is.differs(args.device):
+            variants[AS_IT_IS] = as_it_is.AsItIs(textbook_batches, *textbook)
         times = side.interleave(variants, args.rounds, args.device)
 
     common = side.settings(args) | {"kilobytes_per_image": kilobytes}
-    pairs = [(name, BASE) for name in variants if name != BASE]
+    pairs = [(name, base) for base in (BASE, AS_IT_IS) if base in variants for name in outputs
+             if name != base]  # fmt: skip
     rows = side.compare("data_loading", times, pairs, dict.fromkeys(variants, "uint8"), common)
     std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
     for row in rows:

@@ -5,7 +5,8 @@
 
 Eager networks run without gradients; `optimised` is models.optimise_for_inference, `compiled` the
 same with compile=True, for plain and ECA alone, as compiling takes a minute each; on CUDA in
-bfloat16 alone. bfloat16 only where the device has it.
+bfloat16 alone. bfloat16 only where the device has it. On a CPU the textbook form also runs in a
+process of its own with glibc's allocator as it is.
 """
 
 import side_by_side as side  # first: it puts the repository on the path
@@ -13,6 +14,7 @@ import side_by_side as side  # first: it puts the repository on the path
 # isort: split
 import copy
 
+import as_it_is
 import textbook
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from models.inference import optimise_for_inference
 from utils.cli import run_script
 
 BASE = "textbook ECA, eager float32 NCHW"
+AS_IT_IS = f"{BASE}, malloc as it is"
 COMPILED = ("our plain", "our eca")
 
 
@@ -47,6 +50,11 @@ class Optimised:
 
     def __call__(self) -> torch.Tensor:
         return self.network(self.images)
+
+
+def textbook_form(network: str, smoke: bool, size: tuple[int, ...]) -> Eager:
+    built = families(smoke)[network]["textbook ECA"]
+    return Eager(built, torch.randn(size), torch.float32, torch.contiguous_format)
 
 
 def families(smoke: bool) -> dict[str, dict[str, nn.Module | None]]:
@@ -97,6 +105,10 @@ def measure(network: str, built: dict, args, compile: bool) -> list[dict[str, ob
         calls |= added
         pairs += [(label, BASE) for label in added]
         dtypes |= dict.fromkeys(added, dtype_name)
+    if as_it_is.differs(args.device):
+        calls[AS_IT_IS] = as_it_is.AsItIs(textbook_form, network, args.smoke, tuple(images.shape))
+        dtypes[AS_IT_IS] = "float32"
+        pairs += [(label, AS_IT_IS) for label in calls if label == BASE or label.startswith("our")]
     repeat = 10 if args.device.type == "cuda" else 1
     times = side.interleave(calls, args.rounds, args.device, repeat)
     common = side.settings(args) | {"network": network}

@@ -2,7 +2,8 @@
 
     python benchmarks/train_step.py [--depth 50] [--batch N] [--compile] [--json FILE] [--smoke]
 
-bfloat16 is by autocast, and only where the device has it.
+bfloat16 is by autocast, and only where the device has it. On a CPU the textbook form also runs in a
+process of its own with glibc's allocator as it is.
 """
 
 import itertools
@@ -10,6 +11,7 @@ import itertools
 import side_by_side as side  # first: it puts the repository on the path
 
 # isort: split
+import as_it_is
 import textbook
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ import models
 from utils.cli import run_script
 
 BASE, PLAIN = "textbook ECA, float32 NCHW", "torchvision's plain"
+AS_IT_IS = f"{BASE}, malloc as it is"
 COMPILED = (PLAIN, "textbook ECA", "ours, ECA")  # those that --compile adds
 
 
@@ -58,6 +61,11 @@ def networks(depth: int) -> dict[str, nn.Module]:
     return {name: network for name, network in built.items() if network is not None}
 
 
+def textbook_step(depth: int, size: tuple[int, ...]) -> Step:
+    labels = torch.randint(1000, size[:1])
+    return Step(textbook.eca_resnet(depth), torch.randn(size), labels, torch.float32, False)
+
+
 def main() -> None:
     parser = side.make_parser(__doc__, batch=(16, 256), rounds=15)
     parser.add_argument("--depth", type=int, choices=(18, 50), default=50)
@@ -90,9 +98,13 @@ def main() -> None:
             steps[label] = Step(network, images, labels, torch.float32, False)
             dtypes[label] = "float32"
             pairs += [(label, f"{PLAIN}, float32 NCHW"), (label, BASE)]
+    if as_it_is.differs(args.device):
+        steps[AS_IT_IS] = as_it_is.AsItIs(textbook_step, depth, size)
+        dtypes[AS_IT_IS] = "float32"
+        pairs += [(label, AS_IT_IS) for label in steps if label == BASE or label.startswith("ours")]
     times = side.interleave(steps, args.rounds, args.device)
     pairs = [pair for pair in pairs if pair[0] != pair[1]]
-    pairs.sort(key=lambda pair: pair[1] == BASE)
+    pairs.sort(key=lambda pair: (pair[1] == BASE, pair[1] == AS_IT_IS))
     common = side.settings(args) | {"depth": depth}
     rows = side.compare("train_step", times, pairs, dtypes, common)
     for row in rows:
