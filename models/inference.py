@@ -7,6 +7,7 @@ of ECA, the addition and ReLU is one pass over the convolution's output.
 """
 
 import copy
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,8 @@ class InferenceNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.dtype = dtype
-        self.run = torch.compile(network, options={"freezing": True}) if compiled else network
+        self.compiled = compiled
+        self.run = torch.compile(network) if compiled else network
 
     def train(self, mode: bool = True) -> "InferenceNetwork":
         """Stays in eval mode: there is nothing left to train."""
@@ -115,7 +117,19 @@ class InferenceNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(dtype=self.dtype, memory_format=torch.channels_last)
-        return self.run(x).float()
+        with _frozen_weights() if self.compiled else nullcontext():
+            return self.run(x).float()
+
+
+def _frozen_weights():
+    """What is compiled inside takes the weights for constants, and lays them out to suit.
+
+    torch.compile's own option comes too late: what an input is and what a constant is decided
+    while the graph is captured, before options count.
+    """
+    import torch._inductor.config  # takes seconds, and most have nothing to compile
+
+    return torch._inductor.config.patch(freezing=True)
 
 
 def _rebuilt_resnet_block(block: BasicBlock | Bottleneck) -> InferenceBlock:
