@@ -9,9 +9,10 @@ from torch import nn
 
 from models.building import Ksize
 from models.eca_anywhere import Insertion, add_eca
-from models.eca_fused import describe_tails, set_fused, why_not_triton
+from models.eca_fused import set_fused, why_not_triton
 from models.eca_mobilenetv2 import MobileNetV2, eca_mobilenetv2, mobilenetv2, se_mobilenetv2
 from models.eca_module import ECALayer, adaptive_kernel_size, parse_ksize
+from models.eca_report import describe_tails
 from models.eca_resnet import (
     ResNet,
     eca_resnet18,

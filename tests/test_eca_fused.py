@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from models import eca_algebra, eca_fused, eca_native, eca_passes
+from models import eca_algebra, eca_fused, eca_native, eca_passes, eca_report
 from models.eca_detection import create_detector
 from models.eca_fused import block_tail, can_fuse, fused_tail
 from models.eca_module import ECALayer
@@ -601,7 +601,8 @@ def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, tails, o
     ],
 )  # fmt: skip
 def test_elsewhere_the_description_says_why(monkeypatch, name, device, triton, flags, tails):
-    monkeypatch.setattr(eca_fused, "why_not_triton", lambda device: None if triton else "no Triton")
+    why_not = None if triton else "no Triton"
+    monkeypatch.setattr(eca_report, "why_not_triton", lambda device: why_not)
     with torch.device("meta"):
         network = models.create_model(name, num_classes=2)
     assert models.describe_tails(network, torch.device(device), **flags) == tails

@@ -1,0 +1,49 @@
+"""How a network's block tails will run, in words: which form of the passes serves, or why none.
+
+What is said here of a device is what `can_fuse` and `block_tail` of `eca_fused` decide of a tensor.
+"""
+
+import torch
+from torch import nn
+
+from models import eca_native
+from models.eca_fused import why_not_triton
+
+
+def describe_tails(
+    network: nn.Module,
+    device: torch.device,
+    fused: bool = True,
+    compiled: bool = False,
+    sync_bn: bool = False,
+) -> str:
+    """How `network`'s block tails will run on `device`, in a few words for a report.
+
+    Args:
+        fused: what `set_fused` is given.
+        compiled: by torch.compile.
+        sync_bn: its BatchNorms will become SyncBatchNorm.
+    """
+    named = {getattr(module, "attention", None) for module in network.modules()}
+    named = {name for name in named if isinstance(name, str)}
+    others = ", ".join(sorted(named - {"eca", "none"}))
+    sync_bn = sync_bn or any(isinstance(m, nn.SyncBatchNorm) for m in network.modules())
+    on_cuda = device.type == "cuda"
+    no_triton = why_not_triton(device) if on_cuda else None
+    obstacles = (
+        (not fused, ""),
+        (sync_bn, " (SyncBatchNorm)"),
+        (others, f" (attention {others})"),
+        (no_triton and not compiled, f" ({no_triton})"),
+        (device.type not in ("cpu", "cuda") and not compiled, f" (no kernels for {device.type})"),
+    )
+    for stands, why in obstacles:
+        if stands:
+            return f"block tails module by module{why}"
+    if device.type == "cpu" and not compiled and (why := eca_native.why_not()):
+        if named == {"none"}:
+            return f"block tails by BatchNorm's own kernel, the rest in place ({why})"
+        return f"fused block tails by PyTorch's operations ({why})"
+    if device.type == "cpu" and not compiled and named == {"none"}:
+        return "fused block tails, small ones by BatchNorm's own kernel"
+    return f"fused block tails{' (Triton)' if on_cuda and no_triton is None else ''}"
