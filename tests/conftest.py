@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,3 +63,18 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
         yield kept
     for figure in kept:
         plt.close(figure)
+
+
+@pytest.fixture
+def seeded() -> None:
+    """The same chance in every test."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's operations everywhere; the compiled passes are for test_eca_native."""
+    from models import eca_native, eca_passes
+
+    monkeypatch.setattr(eca_passes, "serves", lambda z: False)
+    monkeypatch.setattr(eca_native, "why_not", lambda: "no C++ compiler")

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from test_eca_fused import FORMATS, FORMS, assert_close, make_input, make_modules, run
+from tail_cases import FORMATS, FORMS, assert_close, make_input, make_modules, run
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,14 +21,10 @@ from models.eca_native import BuildError, Native, library, serves
 SHAPES = ((2, 5, 3, 3), (1, 33, 7, 7), (3, 16, 1, 9), (2, 1030, 2, 3), (1, 7, 70, 60), (5, 4, 1, 1))
 DTYPES = (torch.float32, torch.bfloat16)
 
+pytestmark = pytest.mark.usefixtures("seeded")
 needs_compiler = pytest.mark.skipif(
     isinstance(library(), BuildError), reason=f"no compiled passes: {library()}"
 )
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture

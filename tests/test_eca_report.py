@@ -1,0 +1,77 @@
+"""What a run's report says of its block tails is how they run."""
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+import models
+from models import eca_fused, eca_native, eca_report
+from models.eca_detection import create_detector
+
+pytestmark = pytest.mark.usefixtures("operations")
+
+OPERATIONS = "fused block tails by PyTorch's operations (no C++ compiler)"
+KERNEL = "block tails by BatchNorm's own kernel, the rest in place (no C++ compiler)"
+COMPILED = "fused block tails"
+
+
+@pytest.mark.parametrize(
+    ("name", "native", "tails", "of_blocks"),
+    [
+        ("eca_resnet18", False, OPERATIONS, {"fused_tail": 8}),
+        ("eca_resnet18", True, COMPILED, {"fused_tail": 8}),
+        ("resnet18", False, KERNEL, {"_plain_tail": 8}),
+        ("resnet18", True, COMPILED + ", small ones by BatchNorm's own kernel", {"_plain_tail": 8}),
+        ("se_resnet18", True, "block tails module by module (attention se)", {}),
+        ("eca_mobilenetv2", False, OPERATIONS, {"fused_tail": 17}),
+        ("mobilenetv2", False, KERNEL, {"_plain_tail": 17}),
+    ],
+)
+def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, tails, of_blocks):
+    if native:
+        monkeypatch.undo()  # what the fixture `operations` has switched off
+        if why := eca_native.why_not():
+            pytest.skip(why)
+    paths = {path: Mock(wraps=getattr(eca_fused, path)) for path in ("fused_tail", "_plain_tail")}
+    for path, counted in paths.items():
+        monkeypatch.setattr(eca_fused, path, counted)
+    network = models.create_model(name, num_classes=2).eval()
+    assert models.describe_tails(network, torch.device("cpu")) == tails
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 64, 64))
+    assert {p: c.call_count for p, c in paths.items() if c.called} == of_blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "triton", "flags", "tails"),
+    [
+        ("eca_resnet18", "cpu", False, {"fused": False}, "block tails module by module"),
+        ("resnet18", "cpu", False, {"compiled": True}, "fused block tails"),
+        ("eca_resnet18", "cuda", True, {}, "fused block tails (Triton)"),
+        ("resnet18", "cuda", True, {"compiled": True}, "fused block tails (Triton)"),
+        ("eca_resnet18", "cuda", True, {"sync_bn": True},
+         "block tails module by module (SyncBatchNorm)"),
+        ("eca_resnet18", "cuda", False, {}, "block tails module by module (no Triton)"),
+        ("eca_resnet18", "cuda", False, {"compiled": True}, "fused block tails"),
+        ("eca_resnet18", "mps", False, {}, "block tails module by module (no kernels for mps)"),
+        ("eca_resnet18", "mps", False, {"compiled": True}, "fused block tails"),
+    ],
+)  # fmt: skip
+def test_elsewhere_the_description_says_why(monkeypatch, name, device, triton, flags, tails):
+    why_not = None if triton else "no Triton"
+    monkeypatch.setattr(eca_report, "why_not_triton", lambda device: why_not)
+    with torch.device("meta"):
+        network = models.create_model(name, num_classes=2)
+    assert models.describe_tails(network, torch.device(device), **flags) == tails
+
+
+def test_a_detector_s_tails_are_those_of_its_backbone():
+    with torch.device("meta"):
+        synced, other = (
+            create_detector("retinanet", backbone, num_classes=2, norm=norm)
+            for backbone, norm in (("eca_resnet18", "sync"), ("se_resnet18", "bn"))
+        )
+    cpu = torch.device("cpu")
+    assert models.describe_tails(synced, cpu).endswith("(SyncBatchNorm)")
+    assert models.describe_tails(other, cpu).endswith("(attention se)")
