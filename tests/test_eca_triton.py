@@ -1,46 +1,43 @@
 """The operators on Triton kernels: on a GPU where there is one, else through Triton's interpreter.
 
 The interpreter must be chosen before Triton is imported, so those tests run in a process of their
-own: `test_the_kernels_through_the_interpreter` starts it on this very file.
+own: `test_the_kernels_through_the_interpreter` starts it on this very file and the one of GPUs.
 """
 
-import copy
-import itertools
 import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from tail_cases import FORMATS, FORMS
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.data import DataLoader
+from triton_cases import (
+    DEVICE,
+    INTERPRETED,
+    assert_close,
+    exact_outcome,
+    make_case,
+    network_step,
+    on_device,
+    outcome,
+)
 
 triton = pytest.importorskip("triton", reason="Triton is not installed here")
 
 from models import eca_fused, eca_triton  # noqa: E402
 from models.eca_fused import fused_tail  # noqa: E402
-from models.eca_module import ECALayer  # noqa: E402
 from models.eca_resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
-from utils.data import device_batches  # noqa: E402
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-on_device = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="no CUDA device; these run through the interpreter in a process of their own",
-)
-FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-FORMS = list(itertools.product((True, False), repeat=3))  # ECA, residual, activation
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_the_kernels_through_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    files = [__file__, Path(__file__).with_name("test_eca_triton_gpu.py")]
+    done = subprocess.run([*command, *files], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert re.search(r"\b[1-9]\d+ passed", done.stdout), done.stdout
 
@@ -75,51 +72,6 @@ def calls(operators, monkeypatch):
         function = getattr(eca_triton, f"tail_{name}")
         monkeypatch.setattr(eca_triton, f"tail_{name}", counted(name, function))
     return found
-
-
-def make_case(shape, dtype=torch.float32, memory_format=torch.contiguous_format, ksize=3):
-    """Modules, and z, residual and the output's gradient."""
-    bn, attention = nn.BatchNorm2d(shape[1]).to(DEVICE), ECALayer(ksize).to(DEVICE)
-    nn.init.normal_(bn.weight)
-    nn.init.normal_(bn.bias)
-    bn.running_mean.normal_()
-    bn.running_var.uniform_(0.5, 2)
-    tensors = (torch.randn(shape, device=DEVICE) for _ in range(3))
-    return bn, attention, *(t.to(dtype).to(memory_format=memory_format) for t in tensors)
-
-
-def outcome(bn, attention, z, residual, grad, activation=True):
-    bn, attention = copy.deepcopy((bn, attention))
-    z = z.detach().requires_grad_()
-    residual = None if residual is None else residual.detach().requires_grad_()
-    out = fused_tail(z, bn, attention, residual, activation)
-    out.backward(grad.to(out.dtype))
-    found = {"out": out.detach(), "z": z.grad, "weight": bn.weight.grad, "bias": bn.bias.grad}
-    found |= dict(bn.named_buffers())
-    if residual is not None:
-        found["residual"] = residual.grad
-    if attention is not None:
-        found["kernel"] = attention.conv.weight.grad
-    return found
-
-
-def exact_outcome(bn, attention, z, residual, grad, activation=True):
-    """In double precision, which the kernels do not take."""
-    bn, attention = copy.deepcopy((bn, attention))
-    if attention is not None:
-        attention.double()
-    residual = None if residual is None else residual.double()
-    return outcome(bn.double(), attention, z.double(), residual, grad.double(), activation)
-
-
-def assert_close(found, exact, tolerances):
-    """Relative to the largest value; a pair of tolerances: for large tensors, for small ones."""
-    assert found.keys() == exact.keys()
-    for name, value in exact.items():
-        tolerance = tolerances[value.dim() != 4]
-        error = (found[name].double() - value.double()).abs().max()
-        scale = value.double().abs().max().clamp_min(1e-12)
-        assert error <= tolerance * scale, f"{name}: {(error / scale).item():.1e}"
 
 
 @on_device
@@ -194,17 +146,6 @@ def test_no_cancellation_where_the_mean_dwarfs_the_deviation(
     assert_close(outcome(*case), exact_outcome(*case), (5e-3, 5e-3))
 
 
-def network_step(network, x, compiled=False):
-    """Logits, gradients and buffers of a training step, and the logits in eval mode after it."""
-    network = copy.deepcopy(network).train()
-    if compiled:
-        network.compile()
-    logits = network(x)
-    logits.square().sum().backward()
-    found = {name: p.grad for name, p in network.named_parameters()} | dict(network.named_buffers())
-    return {**found, "logits": logits.detach(), "eval": network.eval()(x).detach()}
-
-
 @on_device
 @pytest.mark.parametrize(("block", "tails"), [(BasicBlock, 3), (Bottleneck, 4)])
 def test_the_batch_norms_inside_blocks_too(block, tails, calls, monkeypatch):
@@ -242,41 +183,6 @@ def test_autocast_keeps_what_is_small_in_single_precision(calls):
     out.sum().backward()
     assert conv.weight.grad.dtype == attention.conv.weight.grad.dtype == torch.float32
     assert calls == {"forward": 2, "backward": 1}
-
-
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@on_cuda
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_network_under_autocast_on_a_gpu(batch, compiled, monkeypatch):
-    monkeypatch.setattr(eca_fused, "LARGE", {"cpu": 0, "cuda": 0})
-    torch.manual_seed(0)
-    network = ResNet(Bottleneck, (1, 1, 1, 1), ksize="3557", num_classes=5).cuda()
-    network.to(memory_format=torch.channels_last)
-    x = torch.randn(batch, 3, 96, 96, device="cuda").to(memory_format=torch.channels_last)
-    assert eca_fused.why_not_triton(x.device, torch.bfloat16) is None
-    exact = network_step(copy.deepcopy(network).double(), x.double())
-    with torch.autocast("cuda", torch.bfloat16):
-        found = network_step(network, x, compiled)
-    assert all(value.isfinite().all() for value in found.values())
-    error = (found["logits"].double() - exact["logits"]).norm() / exact["logits"].norm()
-    assert error < 0.05
-
-
-@on_cuda
-def test_batches_from_a_side_stream():
-    """A batch that another stream has written is complete when the kernels read it."""
-    bn, attention = nn.BatchNorm2d(3).cuda(), ECALayer(3).cuda()
-    images = [torch.randint(255, (16, 3, 224, 224), dtype=torch.uint8) for _ in range(4)]
-    dataset = [(x, torch.zeros(16), []) for x in images]
-    loader = DataLoader(dataset, batch_size=None, pin_memory=True)
-    there = device_batches(loader, torch.device("cuda"))
-    here = device_batches(loader, torch.device("cpu"))
-    for batch, expected in zip(there, here, strict=True):
-        found = fused_tail(batch.images, bn, attention)
-        torch.testing.assert_close(found, fused_tail(expected.images.cuda(), bn, attention))
 
 
 @on_device
@@ -338,55 +244,3 @@ def test_compiles_into_one_graph(operators, monkeypatch):
     assert torch.equal(bn.weight.grad, expected["weight"])
     assert torch.equal(bn.running_var, expected["running_var"])
     assert eca_triton._reasons == {(z.device, z.dtype): None}
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU that need not be there, and a function that says how many trials were made on it."""
-    trials = []
-
-    def no_compiler(*given):
-        trials.append(1)
-        raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
-
-    def zeros(*shape, device, dtype):
-        return torch.zeros(shape, dtype=dtype)
-
-    monkeypatch.setattr(eca_triton, "_reasons", {})
-    monkeypatch.setattr(eca_fused, "eca_triton", eca_triton)
-    monkeypatch.setattr(eca_triton, "tail_forward", no_compiler)
-    monkeypatch.setattr(torch, "ones", zeros)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    return torch.device("cuda", 0), lambda: len(trials)
-
-
-def test_where_triton_fails_the_modules_serve_and_the_reason_is_kept(gpu):
-    device, trials = gpu
-    with ThreadPoolExecutor(4) as pool:  # as DataParallel asks
-        found = list(pool.map(lambda _: eca_fused.why_not_triton(device), range(8)))
-    assert found == ["RuntimeError: Failed to find C compiler."] * 8
-    assert trials() == 1
-    eca_triton._reasons[device, torch.bfloat16] = None
-    with FakeTensorMode():
-        for dtype, served in ((torch.float32, False), (torch.bfloat16, True)):
-            z = torch.empty(2, 8, 5, 5, device=device, dtype=dtype)
-            assert eca_fused.can_fuse(z, nn.BatchNorm2d(8), ECALayer(3)) == served
-    assert trials() == 1
-
-
-def test_a_gpu_older_than_triton_takes_is_not_tried(gpu, monkeypatch):
-    device, trials = gpu
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    reason = eca_fused.why_not_triton(device, torch.float16)
-    assert reason == "compute capability 6.1, and Triton needs 7.0"
-    assert trials() == 0
-
-
-def test_what_triton_does_not_serve_has_a_reason(gpu, monkeypatch):
-    device, trials = gpu
-    assert eca_fused.why_not_triton(torch.device("cpu")) == "they are for CUDA devices"
-    assert "float64" in eca_fused.why_not_triton(device, torch.float64)
-    monkeypatch.setattr(eca_fused, "eca_triton", None)
-    monkeypatch.setattr(eca_fused, "_not_imported", "Triton cannot be imported: broken")
-    assert "broken" in eca_fused.why_not_triton(device)
-    assert trials() == 0

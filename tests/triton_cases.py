@@ -1,0 +1,74 @@
+"""Where the tests of the Triton operators run, and what they compare."""
+
+import copy
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from models.eca_fused import fused_tail
+from models.eca_module import ECALayer
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+on_device = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="no CUDA device; these run through the interpreter in a process of their own",
+)
+
+
+def make_case(shape, dtype=torch.float32, memory_format=torch.contiguous_format, ksize=3):
+    """Modules, and z, residual and the output's gradient."""
+    bn, attention = nn.BatchNorm2d(shape[1]).to(DEVICE), ECALayer(ksize).to(DEVICE)
+    nn.init.normal_(bn.weight)
+    nn.init.normal_(bn.bias)
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2)
+    tensors = (torch.randn(shape, device=DEVICE) for _ in range(3))
+    return bn, attention, *(t.to(dtype).to(memory_format=memory_format) for t in tensors)
+
+
+def outcome(bn, attention, z, residual, grad, activation=True):
+    bn, attention = copy.deepcopy((bn, attention))
+    z = z.detach().requires_grad_()
+    residual = None if residual is None else residual.detach().requires_grad_()
+    out = fused_tail(z, bn, attention, residual, activation)
+    out.backward(grad.to(out.dtype))
+    found = {"out": out.detach(), "z": z.grad, "weight": bn.weight.grad, "bias": bn.bias.grad}
+    found |= dict(bn.named_buffers())
+    if residual is not None:
+        found["residual"] = residual.grad
+    if attention is not None:
+        found["kernel"] = attention.conv.weight.grad
+    return found
+
+
+def exact_outcome(bn, attention, z, residual, grad, activation=True):
+    """In double precision, which the kernels do not take."""
+    bn, attention = copy.deepcopy((bn, attention))
+    if attention is not None:
+        attention.double()
+    residual = None if residual is None else residual.double()
+    return outcome(bn.double(), attention, z.double(), residual, grad.double(), activation)
+
+
+def assert_close(found, exact, tolerances):
+    """Relative to the largest value; a pair of tolerances: for large tensors, for small ones."""
+    assert found.keys() == exact.keys()
+    for name, value in exact.items():
+        tolerance = tolerances[value.dim() != 4]
+        error = (found[name].double() - value.double()).abs().max()
+        scale = value.double().abs().max().clamp_min(1e-12)
+        assert error <= tolerance * scale, f"{name}: {(error / scale).item():.1e}"
+
+
+def network_step(network, x, compiled=False):
+    """Logits, gradients and buffers of a training step, and the logits in eval mode after it."""
+    network = copy.deepcopy(network).train()
+    if compiled:
+        network.compile()
+    logits = network(x)
+    logits.square().sum().backward()
+    found = {name: p.grad for name, p in network.named_parameters()} | dict(network.named_buffers())
+    return {**found, "logits": logits.detach(), "eval": network.eval()(x).detach()}
