@@ -35,6 +35,22 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Four images of several shapes and one broken file."""
+    folder = tmp_path / "photos"
+    (folder / "cat" / ".hidden").mkdir(parents=True)
+    chance = np.random.default_rng(0)
+    shapes = {"a.png": (50, 90), "b.jpg": (90, 50), "cat/c.png": (70, 70), "cat/d[1].png": (33, 80)}
+    for name, shape in shapes.items():
+        pixels = chance.integers(0, 256, (*(side // 8 + 1 for side in shape), 3), np.uint8)
+        Image.fromarray(pixels).resize(shape[::-1], Image.Resampling.BICUBIC).save(folder / name)
+    (folder / "bad.png").write_bytes(b"no image")
+    (folder / "cat" / ".hidden" / "e.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+@pytest.fixture
 def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Runs `python SCRIPT ARGUMENTS…` in an empty folder and returns what it printed."""
 

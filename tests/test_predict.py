@@ -16,18 +16,13 @@ from torchvision.transforms.v2 import functional as tv
 
 import predict
 from models import create_model, weights
-from models.anatomy import feature_maps
 from models.eca_detection import create_detector, describe_detector
 from models.eca_resnet import BasicBlock, ResNet
 from models.inference import fastest_dtype
 from utils import checkpoint
-from utils.class_activation import grad_cam
 from utils.cli import run_script
-from utils.data import IMAGENET_MEAN, IMAGENET_STD, eval_transform
-from utils.errors import UserError
-from utils.found_objects import CocoDocument, Found, find_objects, picture
+from utils.data import IMAGENET_MEAN, IMAGENET_STD
 from utils.image_io import read_image
-from utils.pictures import COLOURS, draw_map, seen_square
 from utils.user_images import find_images, read_batches
 
 CLASSES = ["cat", "dog", "emu"]
@@ -43,22 +38,6 @@ def ckpt(tmp_path_factory):
     state = {**weights.describe_network(network), **fields, "state_dict": network.state_dict()}
     checkpoint.save(path, state)
     return path, network
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """Four images of several shapes and one broken file."""
-    folder = tmp_path / "photos"
-    (folder / "cat" / ".hidden").mkdir(parents=True)
-    chance = np.random.default_rng(0)
-    shapes = {"a.png": (50, 90), "b.jpg": (90, 50), "cat/c.png": (70, 70), "cat/d[1].png": (33, 80)}
-    for name, shape in shapes.items():
-        pixels = chance.integers(0, 256, (*(side // 8 + 1 for side in shape), 3), np.uint8)
-        Image.fromarray(pixels).resize(shape[::-1], Image.Resampling.BICUBIC).save(folder / name)
-    (folder / "bad.png").write_bytes(b"no image")
-    (folder / "cat" / ".hidden" / "e.png").write_bytes(b"")
-    (folder / "notes.txt").write_text("not an image")
-    return folder
 
 
 @pytest.fixture
@@ -81,46 +60,6 @@ def expected_confidences(network, path):
     image = tv.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
     with torch.no_grad():
         return network(image[None]).softmax(1)[0]
-
-
-def test_what_names_stand_for(photos, monkeypatch):
-    def found(*names):
-        return [p.decode().removeprefix(f"{photos}/") for p in find_images(list(map(str, names)))]
-
-    everything = ["a.png", "b.jpg", "bad.png", "cat/c.png", "cat/d[1].png"]
-    assert found(photos) == everything
-    assert found(photos / "cat", photos) == everything[3:] + everything[:3]  # each once, in order
-    assert found(photos / "*.png") == ["a.png", "bad.png"]
-    assert found(f"{photos}/**/*.png") == ["a.png", "bad.png", "cat/c.png", "cat/d[1].png"]
-    assert found(photos / "cat/d[1].png") == ["cat/d[1].png"]  # a file before a pattern
-    assert found(photos / "notes.txt") == ["notes.txt"]  # named: it will be tried
-
-    lines = [f"{photos}/b.jpg\n".encode(), b"\n", f"{photos}/a.png".encode()]
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=lines))
-    assert found("-") == ["b.jpg", "a.png"]
-    lines.clear()
-    (photos / "empty").mkdir()
-    for name, message in [
-        ("-", "no path came in"),
-        (photos / "none*.png", "no such file, folder or pattern"),
-        (photos / "empty", "no image below this folder"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            find_images([str(name)])
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_batches_keep_the_order_and_set_broken_images_aside(photos, workers):
-    paths = find_images([str(photos)]) + [str(photos / "bad.png").encode()]
-    batches = list(read_batches(paths, 64, 0.8, 2, torch.device("cpu"), workers))
-    assert [batch.indices for batch in batches] == [[0, 1], [3], [4]]
-    assert [batch.broken for batch in batches] == [[], [(2, "not an image")], [(5, "not an image")]]
-    assert all(batch.images.shape == (len(batch.indices), 3, 64, 64) for batch in batches)
-    assert [
-        b.images.shape[0] for b in read_batches(paths[5:], 64, 0.8, 2, torch.device("cpu"))
-    ] == [0]
-    pil = next(read_batches(paths, 64, 0.8, 2, torch.device("cpu"), decoder="pil"))
-    assert (pil.images - batches[0].images).abs().mean() < 0.05  # another decoder, the same image
 
 
 def test_table_csv_and_json_hold_the_right_numbers(ckpt, photos, cli, tmp_path, monkeypatch):
@@ -259,92 +198,6 @@ def test_what_is_wrong_is_said_in_one_line(ckpt, photos, cli, tmp_path):
         assert len(notes.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["eca_resnet18", "eca_mobilenetv2", "resnet18"])
-def test_map_of_the_last_stage_is_the_class_weights_map(name):
-    """With a global mean and one linear layer behind it, Grad-CAM is CAM."""
-    torch.manual_seed(0)
-    network = create_model(name, num_classes=4).eval().requires_grad_(False)
-    images = torch.randn(3, 3, 96, 128)
-    stages = feature_maps(network)
-    for classes in (None, torch.tensor([1, 2, 0])):
-        logits, maps = grad_cam(network, list(stages.values())[-1], images, classes)
-        assert maps.shape == (3, 3, 4)
-        torch.testing.assert_close(logits, network(images))
-        chosen = logits.argmax(1) if classes is None else classes
-        head = network.get_submodule(network.head).weight[chosen]
-        features = network.forward_features(images)
-        cam = torch.einsum("nc,nchw->nhw", head, features).clamp(min=0)
-        expected = cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
-        torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)
-    sides = [grad_cam(network, stage, images)[1].shape[1] for stage in stages.values()]
-    assert sides == [96 // 2**i for i in range(6 - len(sides), 6)]
-
-
-def test_map_finds_where_the_evidence_is():
-    class Corner(nn.Module):
-        """Class 1 is brightness."""
-
-        def __init__(self):
-            super().__init__()
-            self.stage = nn.Conv2d(3, 2, 1)
-            nn.init.constant_(self.stage.weight, 1)
-
-        def forward(self, x):
-            y = self.stage(x).mean((2, 3))
-            return torch.stack((torch.zeros(len(y)), y[:, 0]), 1)
-
-    images = torch.zeros(1, 3, 8, 8)
-    images[:, :, :2, 5:] = 1
-    network = Corner()
-    nn.init.zeros_(network.stage.bias)
-    _, maps = grad_cam(network, network.stage, images)
-    assert torch.equal(maps[0], images[0, 0])
-    _, maps = grad_cam(network, network.stage, images, torch.tensor([0]))
-    assert torch.equal(maps[0], torch.zeros(8, 8))  # nothing speaks for class 0: no NaN
-
-
-@pytest.mark.parametrize(("width", "height"), [(300, 200), (200, 300), (250, 250)])
-def test_the_square_shown_is_the_one_seen(width, height):
-    x = torch.arange(width).expand(height, -1) * 200 / width
-    y = torch.arange(height)[:, None].expand(-1, width) * 200 / height
-    image = torch.stack((x, y, x)).to(torch.uint8)
-    seen = eval_transform(64, 0.8)(image).float()
-    left, top, side = seen_square(width, height, 64, 0.8)
-    for axis, begin, whole in ((0, left, width), (1, top, height)):
-        line = seen[axis].amin(axis), seen[axis].amax(axis)
-        assert seen[axis].min() == pytest.approx(begin * 200 / whole, abs=5), line
-        assert seen[axis].max() == pytest.approx((begin + side) * 200 / whole, abs=5), line
-
-
-@pytest.mark.parametrize("size", [(160, 80), (80, 160)])
-def test_map_is_drawn_where_it_is_hot(size, figures):
-    """One hot position of 4 x 4, which no turn or reflection of the square leaves in its place."""
-    heat = np.zeros((4, 4))
-    heat[0, 2] = 1
-    square = seen_square(*size, 64, 0.8)  # of 64 of the short side's 80 pixels
-    ranking = [("ant", 0.75), ("bee", 0.25)]
-    draw_map(Image.new("RGB", size, (128,) * 3), heat, square, "a.png", ranking, "layer4")
-    (figure,) = figures
-    plain, overlay, _, bars = figure.axes
-    shown, coloured = (axis.images[0].get_array() for axis in (plain, overlay))
-    scale = 448 / 160
-    assert shown.shape == coloured.shape == (scale * size[1], scale * size[0], 3)
-    left, top = (scale * (side - 64) / 2 for side in size)
-    seen = np.zeros(shown.shape[:2], bool)
-    seen[round(top) : round(top + 64 * scale), round(left) : round(left + 64 * scale)] = True
-    grey, cell = 128 / 255, 16 * scale
-    hottest = 0.75 * np.array(COLOURS(1.0)[:3]) + 0.25 * grey
-    distance = np.abs(coloured - hottest).sum(2)
-    row, column = np.unravel_index(np.where(seen, distance, 9).argmin(), seen.shape)
-    assert round(top) <= row < top + cell
-    assert left + 2 * cell < column < left + 3 * cell
-    assert distance[row, column] < 0.05
-    assert (np.abs(coloured[seen] - grey).max(1) < 1e-6).mean() > 0.5  # cold: as it is, in grey
-    np.testing.assert_allclose(coloured[~seen], 0.3 * grey)  # not seen: dark
-    assert [bar.get_width() for bar in bars.patches] == [75, 25]
-    assert [text.get_text() for text in bars.get_yticklabels()] == ["ant", "bee"]
-
-
 def test_a_network_that_gives_no_numbers(photos):
     network = ResNet(BasicBlock, (1, 1, 1, 1), "eca", "3333", num_classes=3).eval()
     nn.init.constant_(network.fc.bias, float("nan"))
@@ -425,58 +278,3 @@ def test_detector_finds_draws_and_writes_coco(detector, photos, cli, tmp_path, m
         assert code == 2
         assert f"{flag[0]} is for classifiers, and {path} holds a detector: leave it out" in notes
     assert not torch.backends.cudnn.benchmark  # each image has a shape of its own
-
-
-def test_large_pictures_are_shrunk_with_their_objects():
-    image = torch.zeros(3, 500, 2000, dtype=torch.uint8)
-    objects = {
-        "boxes": torch.tensor([[200.0, 100.0, 1000.0, 400.0]]), "labels": torch.tensor([0]),
-        "scores": torch.tensor([0.9]), "masks": torch.zeros(1, 1, 500, 2000),
-    }  # fmt: skip
-    drawn = picture(Found("x", (500, 2000), image, objects), ["ant"], 0.5)
-    assert drawn.shape == (3, 250, 1000)
-    ys, xs = drawn.amax(0).nonzero(as_tuple=True)
-    assert (xs.min(), xs.max(), ys.max()) == (100, 500, 200)  # the caption stands above the box
-    assert picture(Found("x", (8, 40), image[:, :8, :40], objects), ["ant"], 0.95).shape == (
-        3,
-        64,
-        320,
-    )
-
-
-def test_photographs_larger_than_the_input(tmp_path):
-    """They are reduced for the network; the document speaks of the file's pixels."""
-    Image.new("RGB", (480, 240), "white").save(tmp_path / "a.png")
-    seen = []
-
-    def detector(images):
-        seen.append(images[0])
-        masks = torch.zeros(1, 1, 50, 100)
-        masks[..., 10:30, 20:60] = 1
-        boxes = torch.tensor([[20.0, 10.0, 60.0, 30.0]])
-        labels, scores = torch.tensor([1]), torch.tensor([0.9])
-        return [{"boxes": boxes, "labels": labels, "scores": scores, "masks": masks}]
-
-    detector.transform = SimpleNamespace(max_size=100)
-    paths = [str(tmp_path / "a.png").encode()]
-    (found,) = find_objects(detector, paths, torch.device("cpu"), first_label=1)
-    assert seen[0].shape == (3, 50, 100)
-    assert seen[0].eq(1).all()
-    assert found.size == (240, 480)
-    document = CocoDocument(["ant"], [7])
-    document.add(found)
-    (image,), (annotation,) = document.images, document.annotations
-    assert (image["height"], image["width"]) == (240, 480)
-    assert annotation["bbox"] == pytest.approx([96, 48, 192, 96])
-    assert annotation["segmentation"]["size"] == [240, 480]
-    assert annotation["area"] == pytest.approx(192 * 96, rel=0.02)
-
-
-def test_an_image_that_does_not_fit_into_memory_is_passed_over(photos):
-    def detector(images):
-        raise torch.OutOfMemoryError
-
-    detector.transform = SimpleNamespace(max_size=100)
-    paths = find_images([str(photos / "*.png")])
-    found = list(find_objects(detector, paths, torch.device("cpu"), first_label=1))
-    assert [one.error for one in found] == ["out of memory", "not an image"]

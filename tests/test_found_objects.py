@@ -1,0 +1,65 @@
+"""What a detector finds in images of any size, in the file's pixels; and its picture."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from utils.found_objects import CocoDocument, Found, find_objects, picture
+from utils.user_images import find_images
+
+
+def test_large_pictures_are_shrunk_with_their_objects():
+    image = torch.zeros(3, 500, 2000, dtype=torch.uint8)
+    objects = {
+        "boxes": torch.tensor([[200.0, 100.0, 1000.0, 400.0]]), "labels": torch.tensor([0]),
+        "scores": torch.tensor([0.9]), "masks": torch.zeros(1, 1, 500, 2000),
+    }  # fmt: skip
+    drawn = picture(Found("x", (500, 2000), image, objects), ["ant"], 0.5)
+    assert drawn.shape == (3, 250, 1000)
+    ys, xs = drawn.amax(0).nonzero(as_tuple=True)
+    assert (xs.min(), xs.max(), ys.max()) == (100, 500, 200)  # the caption stands above the box
+    assert picture(Found("x", (8, 40), image[:, :8, :40], objects), ["ant"], 0.95).shape == (
+        3,
+        64,
+        320,
+    )
+
+
+def test_photographs_larger_than_the_input(tmp_path):
+    """They are reduced for the network; the document speaks of the file's pixels."""
+    Image.new("RGB", (480, 240), "white").save(tmp_path / "a.png")
+    seen = []
+
+    def detector(images):
+        seen.append(images[0])
+        masks = torch.zeros(1, 1, 50, 100)
+        masks[..., 10:30, 20:60] = 1
+        boxes = torch.tensor([[20.0, 10.0, 60.0, 30.0]])
+        labels, scores = torch.tensor([1]), torch.tensor([0.9])
+        return [{"boxes": boxes, "labels": labels, "scores": scores, "masks": masks}]
+
+    detector.transform = SimpleNamespace(max_size=100)
+    paths = [str(tmp_path / "a.png").encode()]
+    (found,) = find_objects(detector, paths, torch.device("cpu"), first_label=1)
+    assert seen[0].shape == (3, 50, 100)
+    assert seen[0].eq(1).all()
+    assert found.size == (240, 480)
+    document = CocoDocument(["ant"], [7])
+    document.add(found)
+    (image,), (annotation,) = document.images, document.annotations
+    assert (image["height"], image["width"]) == (240, 480)
+    assert annotation["bbox"] == pytest.approx([96, 48, 192, 96])
+    assert annotation["segmentation"]["size"] == [240, 480]
+    assert annotation["area"] == pytest.approx(192 * 96, rel=0.02)
+
+
+def test_an_image_that_does_not_fit_into_memory_is_passed_over(photos):
+    def detector(images):
+        raise torch.OutOfMemoryError
+
+    detector.transform = SimpleNamespace(max_size=100)
+    paths = find_images([str(photos / "*.png")])
+    found = list(find_objects(detector, paths, torch.device("cpu"), first_label=1))
+    assert [one.error for one in found] == ["out of memory", "not an image"]
