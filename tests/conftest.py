@@ -1,6 +1,7 @@
 """Small image trees, and scripts run the way a user runs them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,6 +68,48 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
         )  # fmt: skip
 
     return start
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> Iterator[Callable[..., tuple[int, list[str], list[str]]]]:
+    """main.py's main in this process: (exit code, lines on stdout, lines on stderr)."""
+    import main as script
+    from utils import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "end_children", lambda: True)
+
+    def start(*arguments, entry=script.main):
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.run_script(entry)
+        out, err = capfd.readouterr()
+        return ended.value.code, out.splitlines(), err.splitlines()
+
+    yield start
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def two_epochs(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of main.py. Read only: copy it."""
+    import main as script
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, ["main.py", *SMALL, "--epochs", 2, "--output",
+                                                  folder, tree])))  # fmt: skip
+        assert script.main() == 0
+    torch.use_deterministic_algorithms(False)
+    return folder
+
+
+@pytest.fixture
+def run_folder(two_epochs: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(two_epochs, tmp_path / "run"))
 
 
 @pytest.fixture

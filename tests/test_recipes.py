@@ -17,7 +17,7 @@ from light_main import DEMO as LIGHT_DEMO
 from light_main import RECIPE as LIGHT
 from main import DEMO, RECIPE
 from models import weights
-from utils import checkpoint, cli, demo_data
+from utils import checkpoint, demo_data
 from utils.recipe import MODERN, MODERN_100, RECIPES, Recipe
 from utils.report import recipe_lines
 from utils.train_state import TrainState
@@ -26,23 +26,6 @@ SMALL = ("-a", "eca_mobilenetv2", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j",
 PARTS = ("--label-smoothing", 0.1, "--mixup", 0.2, "--cutmix", 1, "--auto-augment", "trivial",
          "--random-erasing", 0.5, "--ema", 0.99, "--no-norm-decay", "--repeats", 2,
          "--accumulate", 2, "--clip-grad", 1, "--min-scale", 0.5)  # fmt: skip
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capfd):
-    """main.py's main in this process: (exit code, lines on stdout, lines on stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "end_children", lambda: True)
-
-    def start(*arguments, entry=script.main):
-        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.run_script(entry)
-        out, err = capfd.readouterr()
-        return ended.value.code, out.splitlines(), err.splitlines()
-
-    yield start
-    torch.use_deterministic_algorithms(False)
 
 
 def same(a, b) -> bool:
