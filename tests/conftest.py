@@ -1,7 +1,9 @@
 """Small image trees, and scripts run the way a user runs them."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import SMALL
+from small_runs import SMALL, Running
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,9 +94,28 @@ def call(
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts main.py (or torchrun with `ranks`) with arguments; kills it after the test."""
+    started = []
+
+    def begin(*arguments, ranks: int = 0, **options) -> Running:
+        launcher = []
+        if ranks:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        started.append(Running(tmp_path, *launcher, ROOT / "main.py", *arguments, **options))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        with contextlib.suppress(OSError):
+            os.killpg(running.process.pid, signal.SIGKILL)
+        running.process.wait()
+
+
 @pytest.fixture(scope="session")
 def two_epochs(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of main.py. Read only: copy it."""
+    """The folder of a run of main.py over two epochs. Read only: copy it."""
     import main as script
 
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -108,7 +129,7 @@ def two_epochs(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_folder(two_epochs: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of `two_epochs`."""
     return Path(shutil.copytree(two_epochs, tmp_path / "run"))
 
 

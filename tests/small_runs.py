@@ -1,12 +1,74 @@
-"""Runs of main.py so small that they take a second, and what they leave behind."""
+"""Runs of main.py so small that they take a second: under way, and what they leave behind."""
 
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from utils import checkpoint
 
 SMALL = ("-a", "mobilenetv2", "--img-size", 32, "-b", 6, "--lr", 0.01, "-j", 0, "--seed", 1)
+LONG = (*SMALL, "--epochs", 500, "-p", 1)
+PATIENCE = 120  # seconds
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # an activated environment
+
+
+class Running:
+    """A script under way in a folder, with what it has printed so far."""
+
+    def __init__(self, folder: Path, *command: object, **options):
+        self.out, self.err = folder / "stdout", folder / "stderr"
+        with open(self.out, "w") as out, open(self.err, "w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, *map(str, command)], cwd=folder, stdout=out, stderr=err,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": PATH},
+                start_new_session=True, **options,
+            )  # fmt: skip
+
+    def wait_for(self, pattern: str, since: int = 0) -> None:
+        """Until a line of stdout matches."""
+        end = time.monotonic() + PATIENCE
+        while not re.search(pattern, self.out.read_text()[since:]):
+            assert self.process.poll() is None, self.err.read_text()
+            assert time.monotonic() < end, self.out.read_text()
+            time.sleep(0.05)
+
+    def end(self) -> tuple[int, list[str], list[str]]:
+        """(exit code, lines on stdout, lines on stderr)."""
+        code = self.process.wait(PATIENCE)
+        return code, self.out.read_text().splitlines(), self.err.read_text().splitlines()
+
+    def children(self) -> list[int]:
+        return children(self.process.pid)
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += map(int, task.read_text().split())
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def all_gone(pids: list[int]) -> bool:
+    end = time.monotonic() + 20
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not any(map(alive, pids))
+
+
+def progress(folder: Path, name: str = "last.pth") -> dict:
+    return checkpoint.load(folder / name)["progress"]
 
 
 def place(folder: Path, name: str = "last.pth") -> tuple[int, int]:
-    progress = checkpoint.load(folder / name)["progress"]
-    return progress["epoch"], progress["step"]
+    found = progress(folder, name)
+    return found["epoch"], found["step"]

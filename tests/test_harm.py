@@ -1,102 +1,18 @@
 """Harm done to running processes: each run ends with a line and leaves no process and no loss.
 
-All of it is real: signals, kills, full and read-only disks, missing memory. `make test-faults`.
+All of it is real: signals, kills, hung workers; full disks and the like are in test_harm_limits.py.
+`make test-faults`.
 """
 
-import contextlib
 import os
 import re
-import resource
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
-
-from utils import checkpoint
+from small_runs import LONG, SMALL, Running, all_gone, progress
 
 pytestmark = pytest.mark.faults
-
-SMALL = ("-a", "mobilenetv2", "--img-size", 32, "-b", 6, "--lr", 0.01, "-j", 0, "--seed", 1)
-LONG = (*SMALL, "--epochs", 500, "-p", 1)
-PATIENCE = 120  # seconds
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # an activated environment
-
-
-class Running:
-    """A script under way in a folder, with what it has printed so far."""
-
-    def __init__(self, folder: Path, *command: object, **options):
-        self.out, self.err = folder / "stdout", folder / "stderr"
-        with open(self.out, "w") as out, open(self.err, "w") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, *map(str, command)], cwd=folder, stdout=out, stderr=err,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": PATH},
-                start_new_session=True, **options,
-            )  # fmt: skip
-
-    def wait_for(self, pattern: str, since: int = 0) -> None:
-        """Until a line of stdout matches."""
-        end = time.monotonic() + PATIENCE
-        while not re.search(pattern, self.out.read_text()[since:]):
-            assert self.process.poll() is None, self.err.read_text()
-            assert time.monotonic() < end, self.out.read_text()
-            time.sleep(0.05)
-
-    def end(self) -> tuple[int, list[str], list[str]]:
-        """(exit code, lines on stdout, lines on stderr)."""
-        code = self.process.wait(PATIENCE)
-        return code, self.out.read_text().splitlines(), self.err.read_text().splitlines()
-
-    def children(self) -> list[int]:
-        return children(self.process.pid)
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += map(int, task.read_text().split())
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def all_gone(pids: list[int]) -> bool:
-    end = time.monotonic() + 20
-    while any(map(alive, pids)) and time.monotonic() < end:
-        time.sleep(0.1)
-    return not any(map(alive, pids))
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Starts main.py (or torchrun with `ranks`) with arguments; kills it after the test."""
-    started = []
-
-    def begin(*arguments, ranks: int = 0, **options) -> Running:
-        launcher = []
-        if ranks:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        started.append(Running(tmp_path, *launcher, ROOT / "main.py", *arguments, **options))
-        return started[-1]
-
-    yield begin
-    for running in started:
-        with contextlib.suppress(OSError):
-            os.killpg(running.process.pid, signal.SIGKILL)
-        running.process.wait()
-
-
-def progress(folder: Path) -> dict:
-    return checkpoint.load(folder / "last.pth")["progress"]
 
 
 def assert_steps(lines: list[str], done: dict, epochs: int) -> None:
@@ -223,50 +139,6 @@ def test_hung_workers_go_with_a_killed_run(tree, tmp_path):
     assert all_gone(workers)
 
 
-def test_two_runs_in_one_folder(start, tree, tmp_path):
-    first = start(*LONG, "--output", "run", tree)
-    first.wait_for("epoch 2/500  step 1/4")
-    second = Running(
-        tmp_path, ROOT / "main.py", "--resume", "auto", "--output", tmp_path / "run"
-    )  # fmt: skip
-    code, _, err = second.end()
-    assert code == 1
-    assert len(err) == 1
-    assert "run: another process is training in this folder; wait for it to end" in err[0]
-    assert first.process.poll() is None  # and undisturbed
-    first.process.send_signal(signal.SIGTERM)
-    assert first.process.wait(PATIENCE) == 143
-
-
-def test_two_fresh_runs_started_at_once(tree, tmp_path):
-    """One trains; the other ends with a line, whichever of them comes first."""
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-    runs = [
-        Running(folder, ROOT / "main.py", *SMALL, "--epochs", 1, "--output", tmp_path / "run", tree)
-        for folder in folders
-    ]
-    (code, out, err), (_, _, other) = sorted((run.end() for run in runs), key=lambda end: end[2])
-    assert (code, err) == (0, [])
-    assert any(line.startswith("done: ") for line in out)
-    assert len(other) == 1
-    assert re.search("another process is training in this folder|run: is in use", other[0])
-    assert progress(tmp_path / "run")["epoch"] == 1
-
-
-def test_no_memory(start, tree, tmp_path):
-    def little_memory():
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-
-    running = start(*SMALL, "-b", 24, "--img-size", 2000, "--epochs", 1, "--output", "run", tree,
-                    preexec_fn=little_memory)  # fmt: skip
-    code, _, err = running.end()
-    assert code == 1
-    assert err == ["error: out of memory with -b 24: give a smaller -b or --img-size, or --amp "
-                   "bf16"]  # fmt: skip
-
-
 def test_torchrun_asked_to_stop_saves_once(start, tree, tmp_path):
     """The launcher passes SIGTERM on; its own lines and exit code (1) are not ours to choose."""
     running = start(*LONG, "--output", "run", tree, ranks=2)
@@ -310,34 +182,3 @@ def test_a_killed_rank(start, tree, tmp_path):
     assert all_gone(ranks)
     saved = progress(tmp_path / "run")
     assert (saved["epoch"], saved["step"]) >= (1, 0)
-
-
-def test_a_full_disk(start, tree, tmp_path):
-    """No file may grow beyond a limit, which a process meets as it meets a full disk."""
-    first = start(*SMALL, "--epochs", 1, "--output", "run", tree)
-    assert first.end()[0] == 0
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.pth")}
-
-    def little_room():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20))
-
-    again = start("--resume", "auto", "--output", "run", "--epochs", 2, preexec_fn=little_room)
-    code, _, err = again.end()
-    assert code == 1
-    assert len(err) == 1
-    assert re.match(r"error: no room to write run/last.pth .*: [\d.]+ MB needed, .* free; what was "
-                    "written before it is whole. Make room, and resume$", err[0])  # fmt: skip
-    assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.pth")} == before
-    assert not list((tmp_path / "run").glob("*tmp*"))
-    last = start("--resume", "auto", "--output", "run", "--epochs", 2)
-    assert last.end()[0] == 0
-
-
-def test_a_folder_that_cannot_be_written(start, tree, tmp_path):
-    (tmp_path / "file").touch()
-    for output in ("/sys/run", "file/run"):
-        code, out, err = start(*SMALL, "--output", output, tree).end()
-        assert code == 1
-        assert len(err) == 1
-        assert err[0].startswith(f"error: {output}: ")
-        assert not any("step" in line for line in out)

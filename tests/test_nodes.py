@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_harm
+import small_runs
 from conftest import ROOT
-from test_harm import LONG, SMALL, Running, all_gone, progress
+from small_runs import LONG, SMALL, Running, all_gone, progress
 from test_torchrun import assert_step_of_two_halves
 
 from utils import checkpoint
@@ -152,7 +152,7 @@ def slurm(tmp_path, monkeypatch):
     for name, code in (("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", TORCHRUN)):
         (programs / name).write_text(f"#!{sys.executable}{code}")
         (programs / name).chmod(0o755)
-    monkeypatch.setattr(test_harm, "PATH", f"{programs}{os.pathsep}{test_harm.PATH}")
+    monkeypatch.setattr(small_runs, "PATH", f"{programs}{os.pathsep}{small_runs.PATH}")
     monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
