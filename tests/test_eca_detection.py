@@ -1,4 +1,4 @@
-"""The detectors: names, freezing, BatchNorm, precision, legacy geometry, weights in and out."""
+"""The detectors: names, freezing, BatchNorm, precision, weights in and out."""
 
 import copy
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import detection as reference
-from torchvision.models.detection.image_list import ImageList
 
 from models import create_model
 from models.eca_detection import (
@@ -18,7 +17,6 @@ from models.eca_detection import (
     eca_mask_rcnn,
     load_backbone,
 )
-from models.eca_detection_geometry import LegacyP6P7, LegacyTransform, PyramidAnchors
 
 SMALL = {"backbone": "eca_resnet18", "min_size": 64, "max_size": 64}
 FEW = {
@@ -175,93 +173,6 @@ def test_head_outputs_stay_float32_under_autocast(arch):
     boxes = found["boxes"]
     assert boxes.dtype == torch.float32
     assert not torch.equal(boxes, boxes.bfloat16().float())
-
-
-def test_anchors_are_float32_on_the_strides_of_the_pyramid():
-    strides = (4, 8, 16, 32, 64)
-    generator = PyramidAnchors([[8 * s] for s in strides], strides)
-    sizes = [(200, 320), (100, 160), (50, 80), (25, 40), (13, 20)]
-    maps = [torch.zeros(1, 1, *s, dtype=torch.bfloat16) for s in sizes]
-    (anchors,) = generator(ImageList(torch.zeros(1, 3, 800, 1280), [(800, 1280)]), maps)
-    assert anchors.dtype == torch.float32
-    assert len(anchors) == 3 * sum(h * w for h, w in sizes)
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    assert torch.equal(centres[-1], torch.tensor([19 * 64.0, 12 * 64.0]))
-
-
-def mmdetection_v1_anchors(base, scales, ratios, stride, rows, columns):
-    """The definition by loops: boxes as (first pixel, last pixel), ratio before scale."""
-    anchors = []
-    for row in range(rows):
-        for column in range(columns):
-            for ratio in ratios:
-                for scale in scales:
-                    w, h = base * scale / ratio**0.5, base * scale * ratio**0.5
-                    middle = 0.5 * (base - 1)
-                    box = [
-                        middle - 0.5 * (w - 1), middle - 0.5 * (h - 1),
-                        middle + 0.5 * (w - 1), middle + 0.5 * (h - 1),
-                    ]  # fmt: skip
-                    shift = [column * stride, row * stride] * 2
-                    anchors.append([round(v) + s for v, s in zip(box, shift, strict=True)])
-    return torch.tensor(anchors, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("arch", ["faster_rcnn", "retinanet"])
-def test_legacy_anchors(arch):
-    with torch.device("meta"):
-        detector = create_detector(arch, "resnet18", legacy=True)
-    single = arch == "retinanet"
-    generator = detector.anchor_generator if single else detector.rpn.anchor_generator
-    strides = (8, 16, 32, 64, 128) if single else (4, 8, 16, 32, 64)
-    scales = [4 * 2 ** (i / 3) for i in range(3)] if single else [8]
-    maps = [torch.zeros(1, 1, 3, 5)] * 5
-    (anchors,) = generator(ImageList(torch.zeros(1, 3, 99, 99), [(99, 99)]), maps)
-    expected = torch.cat([
-        mmdetection_v1_anchors(s, scales, (0.5, 1.0, 2.0), s, 3, 5) for s in strides
-    ])  # fmt: skip
-    assert torch.equal(anchors - torch.tensor([0, 0, 1, 1]), expected)
-
-
-def test_legacy_box_coding_is_torchvisions_on_ends():
-    """mmdetection v1's decoding, + 1 in every width, against the coder that the detectors use."""
-    torch.manual_seed(0)
-    first = torch.rand(50, 2) * 100
-    last = first + torch.rand(50, 2) * 80
-    deltas = torch.randn(50, 4) * 0.3
-    size = last - first + 1
-    middle = (first + last) / 2 + deltas[:, :2] * size
-    grown = size * deltas[:, 2:].exp()
-    decoded_first, decoded_last = middle - grown / 2 + 0.5, middle + grown / 2 - 0.5
-
-    with torch.device("meta"):
-        coder = create_detector("faster_rcnn", "resnet18", legacy=True).rpn.box_coder
-    found = coder.decode_single(deltas, torch.cat([first, last + 1], 1))
-    torch.testing.assert_close(found, torch.cat([decoded_first, decoded_last + 1], 1))
-
-
-def test_legacy_resizing():
-    transform = LegacyTransform(800, 1333, [0.0] * 3, [1.0] * 3).eval()
-    boxes = torch.tensor([[10.0, 20.0, 30.0, 50.0]])  # last pixel 29, 49
-    images, targets = transform([torch.rand(3, 427, 640)], [{"boxes": boxes}])
-    assert images.image_sizes == [(800, 1199)]
-    scaled = targets[0]["boxes"][0]
-    torch.testing.assert_close(scaled[2], torch.tensor(29 * 1199 / 640 + 1))
-    found = [{"boxes": targets[0]["boxes"].clone()}]
-    (back,) = transform.postprocess(found, images.image_sizes, [(427, 640)])
-    torch.testing.assert_close(back["boxes"], boxes)
-
-
-def test_legacy_pyramid_has_no_relu_before_p7():
-    with torch.device("meta"):
-        legacy = create_detector("retinanet", "resnet18", legacy=True).backbone.fpn.extra_blocks
-    assert isinstance(legacy, LegacyP6P7)
-    block = LegacyP6P7(8, 4)
-    c5 = torch.randn(1, 8, 8, 8)
-    levels, names = block([torch.randn(1, 4, 8, 8)], [c5], ["2"])
-    assert names == ["2", "p6", "p7"]
-    assert (levels[1] < 0).any()
-    torch.testing.assert_close(levels[2], block.p7(block.p6(c5)))
 
 
 @pytest.mark.parametrize("arch", DETECTORS)
