@@ -1,4 +1,4 @@
-"""Small COCO trees for the detection tests."""
+"""Small COCO trees for the detection tests; of the demo's, the classes and flags that suit it."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+DIGITS = [f"digit {n}" for n in range(5)]
+NETWORK = ("-a", "retinanet", "-b", "eca_resnet18", "--min-size", 64, "--max-size", 64, "-j", 0)
 SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 40.0, 10.0, 40.0]]
 
 

@@ -133,6 +133,35 @@ def run_folder(two_epochs: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(two_epochs, tmp_path / "run"))
 
 
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 training and 5 validation images of 64 pixels, in COCO's layout. Read only."""
+    from utils.demo_shapes import write_shapes
+
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shapes(folder, {"train": 13, "val": 5}, side=64)
+    return folder
+
+
+@pytest.fixture
+def detect(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> Iterator[Callable[..., list[str]]]:
+    """detect_main.py's main in this process, in an empty folder: lines on stdout."""
+    from detect_main import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def start(*arguments: object, code: int = 0) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["detect_main.py", *map(str, arguments)])
+        capsys.readouterr()
+        assert main() == code
+        return capsys.readouterr().out.splitlines()
+
+    yield start
+    torch.use_deterministic_algorithms(False)  # which --seed turned on, in this process too
+
+
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     """The matplotlib figures that are made into files meanwhile, to see what they show."""

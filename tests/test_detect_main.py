@@ -1,57 +1,31 @@
-"""detect_main.py: a run's life, resumption bit for bit, two ranks, errors in one line."""
+"""detect_main.py: a run's life, resumption bit for bit, two ranks."""
 
 import csv
 import json
 import shutil
 import signal
 import subprocess
-import sys
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from coco_trees import DIGITS, NETWORK
 from documents import blocks, pattern
 from PIL import Image
 
 import detect_main
-from detect_main import main
 from models import create_model
-from models.eca_detection import DETECTORS, create_detector, describe_detector
+from models.eca_detection import DETECTORS, create_detector
 from utils import checkpoint, demo_shapes, detection_engine
 from utils.coco_eval import FIGURES, Summary
 from utils.demo_shapes import write_shapes
 from utils.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "DETECTION.md"
-NETWORK = ("-a", "retinanet", "-b", "eca_resnet18", "--min-size", 64, "--max-size", 64, "-j", 0)
 SMALL = (*NETWORK, "--batch-size", 4, "--lr-steps", 1, "--warmup-steps", 2,
          "--optimizer", "sgd")  # fmt: skip
 FASTER = (*SMALL, "-a", "faster_rcnn", "--hflip", 0.5)
-DIGITS = [f"digit {n}" for n in range(5)]
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    """13 training and 5 validation images of 64 pixels. Read only."""
-    folder = tmp_path_factory.mktemp("shapes")
-    write_shapes(folder, {"train": 13, "val": 5}, side=64)
-    return folder
-
-
-@pytest.fixture
-def call(monkeypatch, tmp_path, capsys):
-    """Runs the script's main with arguments, in an empty folder, and returns what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def start(*arguments: object, code: int = 0) -> list[str]:
-        monkeypatch.setattr(sys, "argv", ["detect_main.py", *map(str, arguments)])
-        capsys.readouterr()
-        assert main() == code
-        return capsys.readouterr().out.splitlines()
-
-    yield start
-    torch.use_deterministic_algorithms(False)  # which --seed turned on, in this process too
 
 
 def succeed(done: subprocess.CompletedProcess) -> list[str]:
@@ -82,12 +56,12 @@ def ask_to_stop(monkeypatch, signum: int, step: int | None = None) -> None:
     monkeypatch.setattr(detection_engine, "detect", detecting)
 
 
-def test_a_runs_life(call, shapes, tmp_path, monkeypatch):
+def test_a_runs_life(detect, shapes, tmp_path, monkeypatch):
     """Mirrored images and sampled regions: what is random in a step is the same after a stop."""
     monkeypatch.setattr(demo_shapes, "prepare", lambda: shapes)  # for its narrow heads
     flags = ("--epochs", 2, "--seed", 1, "--ksize", "adaptive", "-p", 1)
     run = (*FASTER, *flags, "demo:shapes", "--output")
-    lines = call(*run, "first")
+    lines = detect(*run, "first")
     assert lines[0].startswith("train: 13 images, ")
     assert any(line.startswith("! no --backbone-weights") for line in lines)
     folder = tmp_path / "first"
@@ -105,38 +79,38 @@ def test_a_runs_life(call, shapes, tmp_path, monkeypatch):
     # Stopped inside the second epoch and again in its evaluation, and bit for bit the same.
     with pytest.MonkeyPatch.context() as patch:
         ask_to_stop(patch, signal.SIGTERM, step=5)
-        lines = call(*run, "second", code=EXIT_STOPPED)
+        lines = detect(*run, "second", code=EXIT_STOPPED)
     assert lines[-2] == "asked to stop: saved in epoch 2 after step 2; go on with"
     assert lines[-1].endswith("detect_main.py --resume second/last.pth")
     again = ("--resume", "auto", "--output", "second", "--ksize", "adaptive")
     with pytest.raises(UserError, match=r"2 batches of 4: leave --batch-size 2 out$"):
-        call(*again, "--batch-size", 2)
+        detect(*again, "--batch-size", 2)
     with pytest.MonkeyPatch.context() as patch:
         ask_to_stop(patch, signal.SIGINT)
-        lines = call(*again, code=EXIT_INTERRUPTED)
+        lines = detect(*again, code=EXIT_INTERRUPTED)
     assert lines[-2] == "asked to stop: saved in epoch 2 after step 3; go on with"
-    assert not any("epoch 2/2  step" in line for line in call(*again))
+    assert not any("epoch 2/2  step" in line for line in detect(*again))
     resumed = checkpoint.load(tmp_path / "second" / "last.pth")
     assert same(resumed["state_dict"], last["state_dict"])
     assert resumed["history"] == last["history"]
 
     # Flags that the run does not agree with.
     with pytest.raises(UserError, match="leave --backbone resnet18, --norm eval out"):
-        call("--resume", folder / "last.pth", "-b", "resnet18", "--norm", "eval")
-    assert call("--resume", folder / "last.pth")[-1].startswith("all 2 epochs are done")
+        detect("--resume", folder / "last.pth", "-b", "resnet18", "--norm", "eval")
+    assert detect("--resume", folder / "last.pth")[-1].startswith("all 2 epochs are done")
 
     # With auto, --output is where the run is: nothing is written there.
     before = {path.name for path in folder.iterdir()}
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("highest")
-    lines = call("-e", "--resume", "auto", "--output", "first")
+    lines = detect("-e", "--resume", "auto", "--output", "first")
     assert lines[0] == "evaluating first/best.pth"
     assert not torch.backends.cudnn.benchmark  # image shapes change at every step
     assert torch.get_float32_matmul_precision() == "high"
     assert {path.name for path in folder.iterdir()} == before
 
 
-def test_the_demo_learns_and_two_ranks_see_what_one_does(call, run, tmp_path, monkeypatch):
+def test_the_demo_learns_and_two_ranks_see_what_one_does(detect, run, tmp_path, monkeypatch):
     """Mask R-CNN trained on nine of the demo's images, evaluated on the same ones."""
     pytest.importorskip("sklearn")
     root = tmp_path / "nine"
@@ -145,7 +119,7 @@ def test_the_demo_learns_and_two_ranks_see_what_one_does(call, run, tmp_path, mo
     flags = ("--epochs", 10, "--lr-steps", 8, "--batch-size", 3, "--seed", 0, "--action", "demo")
     itself = ("--val-images", "train2017",
               "--val-annotations", "annotations/instances_train2017.json")  # fmt: skip
-    lines = call("demo:shapes", *flags, *itself)
+    lines = detect("demo:shapes", *flags, *itself)
     folder = tmp_path / "runs" / "mask_rcnn_eca_resnet18_demo-1"
     saved = checkpoint.load(folder / "best.pth")
     # With seeds 0 and 1: boxes 79 and 86, masks 36; with a thousandth of the learning rate: 0.
@@ -167,7 +141,7 @@ def test_the_demo_learns_and_two_ranks_see_what_one_does(call, run, tmp_path, mo
         if ranks:
             succeed(run("detect_main.py", *weights, *written, ranks=ranks))
         else:
-            call(*weights, *written, "--picture", "found.png")
+            detect(*weights, *written, "--picture", "found.png")
         results.append(json.loads((tmp_path / f"{name}.json").read_text()))
     one, two = results
     assert {result["image_id"] for result in one} == set(range(1, 10))
@@ -184,7 +158,7 @@ def test_the_demo_learns_and_two_ranks_see_what_one_does(call, run, tmp_path, mo
         picture.load()
 
 
-def test_backbone_weights_and_two_ranks(call, run, shapes, tmp_path):
+def test_backbone_weights_and_two_ranks(detect, run, shapes, tmp_path):
     """Statistics fixed, stem and layer1 still, on the backbone of a classification checkpoint; and
     two ranks, each with half of every batch, learn what one learns from the whole."""
     torch.manual_seed(0)
@@ -206,8 +180,8 @@ def test_backbone_weights_and_two_ranks(call, run, shapes, tmp_path):
     moving = {k for k in given if k.startswith("layer") and k.endswith("conv1.weight")} - frozen
     assert not moving & still
 
-    assert any("sgd lr 0.005 (auto: 0.01 for 8 images)" in line for line in call(*flags, "one"))
-    lines = call("--resume", "one/last.pth", "--batch-size", 8)
+    assert any("sgd lr 0.005 (auto: 0.01 for 8 images)" in line for line in detect(*flags, "one"))
+    lines = detect("--resume", "one/last.pth", "--batch-size", 8)
     assert any("sgd lr 0.01 (auto: 0.01 for 8 images)" in line for line in lines)
     alone = checkpoint.load(tmp_path / "one" / "last.pth")["state_dict"]
     for key in moving:
@@ -216,10 +190,10 @@ def test_backbone_weights_and_two_ranks(call, run, shapes, tmp_path):
         assert apart.norm() < 0.01 * update.norm(), key
 
     with pytest.raises(UserError, match="give --ksize 3,5,7,7"):
-        call(*SMALL, *weights, "--ksize", "5555", "--output", "none", shapes)
+        detect(*SMALL, *weights, "--ksize", "5555", "--output", "none", shapes)
 
 
-def test_a_broken_validation_image_costs_no_epoch(call, shapes, tmp_path, monkeypatch):
+def test_a_broken_validation_image_costs_no_epoch(detect, shapes, tmp_path, monkeypatch):
     """It is mended, the run goes on with the evaluation; and the last table is the best epoch's."""
     data = shutil.copytree(shapes, tmp_path / "data")
     image = data / "val2017" / "000002.png"
@@ -228,7 +202,7 @@ def test_a_broken_validation_image_costs_no_epoch(call, shapes, tmp_path, monkey
     monkeypatch.setattr(demo_shapes, "prepare", lambda: data)  # for its narrow heads
     flags = (*SMALL, "--epochs", 1, "--seed", 1, "-p", 1, "demo:shapes", "--output", "run")
     with pytest.raises(UserError, match=r"000002\.png.*mend the file"):
-        call(*flags)
+        detect(*flags)
     progress = checkpoint.load(tmp_path / "run" / "last.pth")["progress"]
     assert (progress["epoch"], progress["step"]) == (0, 3)
 
@@ -236,99 +210,17 @@ def test_a_broken_validation_image_costs_no_epoch(call, shapes, tmp_path, monkey
     again = ("--resume", "auto", "--output", "run")
     figures = Summary(dict.fromkeys(FIGURES, 0.5), dict.fromkeys(DIGITS, 0.25))
     monkeypatch.setattr(detect_main, "judge", lambda found, *_: (found, {"bbox": figures}))
-    lines = call(*again)
+    lines = detect(*again)
     assert not any("epoch 1/1  step" in line for line in lines)
     assert any(line.startswith("epoch 1/1  train loss") for line in lines)
 
     worse = Summary(dict.fromkeys(FIGURES, 0.125), dict.fromkeys(DIGITS, 0.0625))
     monkeypatch.setattr(detect_main, "judge", lambda found, *_: (found, {"bbox": worse}))
-    lines = call(*again, "--epochs", 2)
+    lines = detect(*again, "--epochs", 2)
     at = lines.index("epoch 1, the best:")
     assert lines[at + 2].split() == ["box"] + ["50.0"] * 12
     assert [line.split()[-1] for line in lines[at + 4 : at + 9]] == ["25.0"] * 5
     assert lines[at + 9].startswith("done: best box AP 50.0 AP50 50.0 (epoch 1)")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "no DATA given"),
-        (("nowhere",), "nowhere: no such folder"),
-        (("-e", "DATA"), "add --resume CKPT"),
-        (("--ksize", "3344", "DATA"), "odd kernel sizes"),
-        (("--batch-size", "99", "DATA"), "more than the 13 training images"),
-        (("--norm", "sync", "--device", "cpu", "DATA"), "--norm sync runs on CUDA alone"),
-        (("--val-annotations", "gone.json", "DATA"), "gone.json: no such file.*--val-annotations"),
-        (("--results-json", "found.json", "DATA"), "go with -e"),
-        (("--picture", "found.png", "DATA"), "go with -e"),
-        (("--resume", "gone.pth", "DATA"), "gone.pth: no such file"),
-        (("--backbone-weights", "gone.pth", "DATA"), "gone.pth: no such file"),
-    ],
-)
-def test_bad_input(call, shapes, arguments, message):
-    arguments = [shapes if word == "DATA" else word for word in arguments]
-    with pytest.raises(UserError, match=message) as caught:
-        call(*(() if "--resume" in arguments else NETWORK), *arguments)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--lr", "fast"), ("--lr", "'fast'")),
-        (("-b", "eca_resnet51"), ("no backbone 'eca_resnet51'", "did you mean")),
-        (("--batchsize", "4"), ("--batchsize", "did you mean --batch-size")),
-    ],
-)
-def test_bad_flags(call, capsys, arguments, words):
-    with pytest.raises(SystemExit) as caught:
-        call(*arguments)
-    assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert all(word in line for word in words), line
-
-
-def save_detector(path, **changes):
-    """A RetinaNet as `utils.import_mmdet` writes one, no run and no norm, but without weights."""
-    with torch.device("meta"):
-        network = create_detector("retinanet", "eca_resnet18", num_classes=5, legacy=True)
-    fields = {**describe_detector(network), "model_kwargs": {"legacy": True}, "classes": DIGITS}
-    checkpoint.save(path, {**fields, "state_dict": {}, **changes})
-    return path
-
-
-@pytest.mark.parametrize(
-    ("arguments", "left_out"),
-    [
-        (("-a", "faster_rcnn", "--ksize", "5555"), "--arch faster_rcnn, --ksize 5555"),
-        (("-b", "resnet18", "--norm", "eval"), "--backbone resnet18"),
-        (("--norm", "bn", "--trainable-layers", 3), "--norm bn"),
-        (("--trainable-layers", 5, "--legacy"), "--trainable-layers 5"),
-        (("--ksize", "3344"), None),
-    ],
-)
-def test_another_network_than_the_files_is_refused(call, shapes, tmp_path, arguments, left_out):
-    message = "odd kernel sizes" if left_out is None else (
-        f"ours.pth holds retinanet on eca_resnet18, .*: leave {left_out} out"
-    )  # fmt: skip
-    with pytest.raises(UserError, match=message):
-        call("-e", "--resume", save_detector(tmp_path / "ours.pth"), *arguments, shapes)
-
-
-@pytest.mark.parametrize(
-    ("flag", "name", "message"),
-    [
-        ("--output", "used", "used: is in use"),
-        ("--results-json", "gone/found.json", "there is no folder .*gone"),
-        ("--picture", "used/old.png", "exists already"),
-    ],
-)
-def test_evaluation_looks_first_at_where_its_files_go(call, shapes, tmp_path, flag, name, message):
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "old.png").touch()
-    without_weights = save_detector(tmp_path / "ours.pth")
-    with pytest.raises(UserError, match=message):
-        call("-e", "--resume", without_weights, flag, name, shapes)
 
 
 @pytest.mark.parametrize("arch", DETECTORS)
@@ -337,15 +229,3 @@ def test_the_demos_settings_suit_every_detector(arch):
     with torch.device("meta"):
         network = create_detector(arch, recipe.backbone, **recipe.settings)
     assert network.backbone.out_channels == recipe.settings["width"]
-
-
-def test_mmdetections_geometry_is_not_put_on_another_network(call, shapes, tmp_path):
-    ours = save_detector(tmp_path / "ours.pth", model_kwargs={"legacy": False})
-    with pytest.raises(UserError, match="leave --legacy out"):
-        call("-e", "--resume", ours, "--legacy", shapes)
-
-
-def test_another_scripts_checkpoint_is_refused(call, shapes, tmp_path):
-    checkpoint.save(tmp_path / "c.pth", {"arch": "resnet18", "state_dict": {}})
-    with pytest.raises(UserError, match="no detector's checkpoint"):
-        call("-e", "--resume", "c.pth", shapes)
