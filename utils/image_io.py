@@ -14,6 +14,7 @@ import errno
 import importlib.util
 import io
 import os
+import re
 import stat
 import warnings
 from typing import Protocol
@@ -135,7 +136,7 @@ def read_image(
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         elif isinstance(error, RuntimeError):  # torchvision names its source file; keep the end
-            reason = reason.rsplit(": ", 1)[-1]
+            reason = re.split(r"\.cpp:\d+, |: ", reason)[-1]
         raise BrokenImageError(printable(path), reason) from None
 
 
