@@ -8,8 +8,10 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
@@ -21,6 +23,7 @@ from utils.recipe import Recipe
 from utils.sampler import Key, SeededBatches, ShardedBatches, mix_seed
 from utils.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
 
+Loaded = tuple[torch.Tensor, torch.Tensor, list[int]]  # images, targets, broken: of a `Batch`
 REPLACEMENT_TRIES = 100  # consecutive broken files after which skipping gives up
 
 
@@ -63,19 +66,32 @@ class ImageDataset(Dataset):
         return len(self.folder)
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int] | BrokenImageError | UserError:
+        item = self.read(key, self.decoder)
+        if isinstance(item, Exception):
+            return item
+        image, label, broken = item
+        return self.view(image, key), label, broken
+
+    def read(
+        self, key: Key, decoder: str
+    ) -> tuple[torch.Tensor | Image.Image, int, int] | BrokenImageError | UserError:
+        """What the decoder gives for a key, label, and broken index or -1; or a fault."""
         wanted = key[1]
         tries = REPLACEMENT_TRIES if self.skip_broken else 1
         for attempt in range(tries):
             index = (wanted + attempt) % len(self.folder)
             try:
-                image = read_image(self.folder.path(index), self.decoder)
-                break
+                image = read_image(self.folder.path(index), decoder)
             except UserError as error:
                 return error
             except BrokenImageError as error:
                 failure = error
-        else:
-            return failure
+            else:
+                return image, int(self.folder.labels[index]), -1 if index == wanted else wanted
+        return failure
+
+    def view(self, image: torch.Tensor | Image.Image, key: Key) -> torch.Tensor:
+        """A decoded image transformed as the key's: uint8 (3, S, S), on the image's device."""
         if self.seed is None:
             image = self.transform(image)
         else:
@@ -85,7 +101,7 @@ class ImageDataset(Dataset):
                 image = self.transform(image)
         if not isinstance(image, torch.Tensor):
             image = v2.functional.pil_to_tensor(image)
-        return image, int(self.folder.labels[index]), -1 if index == wanted else wanted
+        return image
 
 
 @dataclass(frozen=True)
@@ -98,16 +114,26 @@ class Reading:
     decoder: str = "torchvision"
     memory_format: torch.memory_format = torch.contiguous_format
 
-    def batches(self, dataset: Dataset, keys: Sampler[list[Key]]) -> Callable[[], Iterator[Batch]]:
+    def batches(
+        self,
+        dataset: Dataset,
+        keys: Sampler[list[Key]],
+        collate: Callable[[list], Any] | None = None,
+        finish: Callable[[Any], Loaded] = tuple,
+    ) -> Callable[[], Iterator[Batch]]:
         """A function that begins a pass over `dataset` in the order of `keys`.
 
         The workers stay alive from one pass to the next.
+
+        Args:
+            collate, finish: of another dataset than `ImageDataset`: from its items to what a
+                worker hands over, and from that on the device to images, see `device_batches`.
         """
         loader = DataLoader(
             dataset,
             batch_sampler=keys,
             num_workers=self.workers,
-            collate_fn=_collate,
+            collate_fn=collate or _collate,
             pin_memory=self.device.type == "cuda",
             persistent_workers=self.workers > 0,
             worker_init_fn=_init_worker,
@@ -115,7 +141,7 @@ class Reading:
             # Its own generator: else every pass would draw from the global one.
             generator=torch.Generator(),
         )
-        return partial(device_batches, loader, self.device, self.memory_format)
+        return partial(device_batches, loader, self.device, self.memory_format, finish)
 
 
 def training_batches(
@@ -149,12 +175,17 @@ def device_batches(
     loader: DataLoader,
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
+    finish: Callable[[Any], Loaded] = tuple,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Iterator[Batch]:
     """Iterates over `loader` with each batch on `device` and normalised.
 
     On CUDA the next batch is copied on a side stream while the present one is worked on.
+
+    Args:
+        finish: makes of what the loader gives, in that stream, uint8 images (N, 3, S, S), targets
+            (N,) and broken indices; by default the loader gives these.
 
     Raises:
         UserError: a broken image (with its path), or a loader worker that hangs. (One that died is
@@ -171,13 +202,13 @@ def device_batches(
 
     if device.type != "cuda":
         for host in _checked(loader):
-            yield move(*host)
+            yield move(*finish(host))
         return
     stream = torch.cuda.Stream(device)
     ready = None
     for host in _checked(loader):
         with torch.cuda.stream(stream):
-            coming = move(*host)
+            coming = move(*finish(host))
         if ready is not None:
             yield ready
         torch.cuda.current_stream(device).wait_stream(stream)
@@ -201,7 +232,7 @@ def _scaled(
     return rows.mul_(scale).add_(shift).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
-def _checked(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
+def _checked(loader: DataLoader) -> Iterator[Any]:
     """The loader's batches; what goes wrong in it becomes one line."""
     if loader.num_workers:
         end_children_at_exit()
@@ -221,18 +252,23 @@ def _checked(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor, l
                     EXIT_FAILED,
                 ) from None
             raise
-        if isinstance(batch, UserError):
-            raise batch
-        if isinstance(batch, BrokenImageError):
-            raise UserError(
-                f"{batch}; mend or remove the file (python -m utils.check_data lists all broken "
-                "ones), or train with --skip-bad-images",
-                EXIT_FAILED,
-            )
+        if isinstance(batch, BrokenImageError | UserError):
+            raise as_raised(batch)
         yield batch
 
 
-def _collate(items: list):
+def as_raised(fault: BrokenImageError | UserError) -> UserError:
+    """A fault that came as a value, as it ends a run."""
+    if isinstance(fault, UserError):
+        return fault
+    return UserError(
+        f"{fault}; mend or remove the file (python -m utils.check_data lists all broken ones), or "
+        "train with --skip-bad-images",
+        EXIT_FAILED,
+    )
+
+
+def _collate(items: list) -> Loaded | BrokenImageError | UserError:
     for item in items:
         if isinstance(item, BrokenImageError | UserError):
             return item
