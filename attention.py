@@ -31,7 +31,7 @@ from utils.errors import EXIT_FAILED, UserError, as_user_error
 from utils.files import write_atomically
 from utils.gate_statistics import GateStatistics, LayerWeights, table, write_npz
 from utils.image_folder import ImageFolder
-from utils.image_io import decoder_name, printable
+from utils.image_io import DECODERS, decoder_name, printable
 from utils.report import network_line
 from utils.saved import preprocessing, refuse_detector
 from utils.user_images import read_batches
@@ -66,7 +66,7 @@ def build_parser() -> Parser:
     )  # fmt: skip
     parser.add_argument(
         "--decoder", type=decoder_name, metavar="NAME", default="torchvision",
-        help="as for main.py",
+        help=f"{', '.join(DECODERS)}: as for main.py",
     )  # fmt: skip
     parser.add_argument(
         "-b", "--batch-size", type=positive_int, default=64, metavar="N", help="default: 64"

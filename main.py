@@ -26,6 +26,7 @@ from utils import backends, checkpoint, demo_data, distributed, engine, image_se
 from utils import run_folder as runs
 from utils.cli import refuse_idle, run_script
 from utils.data import Reading, replaced_lines, training_batches, validation_batches
+from utils.device_decoding import check_decoder, reading_of
 from utils.errors import UserError, as_user_error
 from utils.faults import Memory, in_one_line
 from utils.logger import Progress
@@ -107,6 +108,7 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     try:
         if args.compile:
             distributed.refuse_compile(context)
+        check_decoder(args.decoder, context.device)
         if args.evaluate:
             with in_one_line(needs):
                 return evaluate(args, recipe, saved, context)
@@ -327,7 +329,8 @@ def place(
     models.set_fused(network, args.fused)
     if compiled:
         network.compile()
-    return Reading(context.device, args.workers, args.worker_timeout, args.decoder, layout)
+    reading = reading_of(args.decoder)
+    return reading(context.device, args.workers, args.worker_timeout, args.decoder, layout)
 
 
 if __name__ == "__main__":

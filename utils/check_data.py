@@ -23,7 +23,14 @@ from tqdm import tqdm
 from utils import shards, storage
 from utils.cli import Parser, positive_int, run_script
 from utils.errors import EXIT_FAILED, UserError
-from utils.image_io import EXTENSIONS, BrokenImageError, decoder_name, printable, read_image
+from utils.image_io import (
+    DECODERS,
+    EXTENSIONS,
+    BrokenImageError,
+    decoder_name,
+    printable,
+    read_image,
+)
 from utils.processes import die_with_parent
 from utils.shards import Member
 
@@ -114,7 +121,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument(
         "--decoder", type=decoder_name, metavar="NAME", default="torchvision",
-        help="as training will read",
+        help=f"{', '.join(DECODERS)}: as training will read",
     )  # fmt: skip
     args: argparse.Namespace = parser.parse_args()
     if args.output and os.path.exists(args.output):

@@ -17,6 +17,7 @@ import os
 import re
 import stat
 import warnings
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -34,7 +35,10 @@ warnings.filterwarnings("ignore", "The image decoding and encoding capabilities 
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 DECODERS = ("torchvision", "simplejpeg", "pil")
+ON_DEVICE = "cuda"  # main.py's fourth: the run's GPU decodes, see utils/device_decoding.py
 EXIF = b"Exif\0\0"  # what follows may turn the picture
+ADOBE = b"Adobe"  # what follows may say that three components are RGB already
+END = b"\xff\xd9"  # the last bytes of a JPEG that was not cut short
 # Of an image's file these tell what is wrong with it; any other OSError tells of the machine.
 OF_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
                errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)  # fmt: skip
@@ -58,10 +62,15 @@ class Stored(Protocol):
     def read(self) -> bytes: ...
 
 
-def decoder_name(text: str) -> str:
-    """An argparse type: one of `DECODERS` that is installed."""
-    if text not in DECODERS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DECODERS)}")
+def decoder_name(text: str, known: Sequence[str] = DECODERS) -> str:
+    """An argparse type: one of `known` that is installed."""
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
+    if text == ON_DEVICE and decode_jpeg is None:
+        raise argparse.ArgumentTypeError(
+            "this torchvision decodes no JPEGs, on a GPU or elsewhere: give another one, such as "
+            f"{DECODERS[0]}"
+        )
     if text == "simplejpeg" and importlib.util.find_spec(text) is None:
         raise argparse.ArgumentTypeError(
             "simplejpeg is not installed: pip install simplejpeg, or leave --decoder out"
@@ -107,6 +116,8 @@ def read_image(
         path: a file (bytes for names that are not UTF-8), or what gives its bytes.
         decoder: "torchvision" gives a uint8 tensor (3, H, W), and so does "simplejpeg", with the
             same pixels, quicker, if that package is installed; "pil" a PIL image in mode RGB.
+            "cuda" gives the bytes of a plain JPEG as they are, uint8 (n,), and of anything else
+            what "torchvision" gives.
 
     Raises:
         BrokenImageError: empty, truncated, not an image, or more than `MAX_PIXELS` pixels.
@@ -125,6 +136,8 @@ def read_image(
             if decoder == "simplejpeg" and EXIF not in data:
                 return _by_simplejpeg(data)
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            if decoder == ON_DEVICE and _is_plain(data):
+                return encoded
             return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         return pil_to_tensor(_pil_rgb(data))
     except (MemoryError, UserError):  # not the image's fault
@@ -138,6 +151,15 @@ def read_image(
         elif isinstance(error, RuntimeError):  # torchvision names its source file; keep the end
             reason = re.split(r"\.cpp:\d+, |: ", reason)[-1]
         raise BrokenImageError(printable(path), reason) from None
+
+
+def _is_plain(jpeg: bytes) -> bool:
+    """Whether any decoder makes the same picture of it.
+
+    What may be turned, may be RGB already, or was cut short is left to libjpeg, which sees it:
+    nvJPEG knows no EXIF, and promises nothing of the other two.
+    """
+    return EXIF not in jpeg and ADOBE not in jpeg and jpeg.endswith(END)
 
 
 def _by_simplejpeg(data: bytes) -> torch.Tensor:

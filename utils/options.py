@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import partial
 
 from utils.cli import (
     Parser,
@@ -14,7 +15,7 @@ from utils.cli import (
     positive_float,
     positive_int,
 )
-from utils.image_io import decoder_name
+from utils.image_io import DECODERS, ON_DEVICE, decoder_name
 from utils.recipe import PAPER, RECIPES, Recipe
 from utils.schedule import SCHEDULES
 from utils.transforms import AUTO_AUGMENTS
@@ -69,9 +70,11 @@ def _data_flags(group, recipe: Recipe) -> None:
         help=f"training: probability of a mirrored image (default: {recipe.hflip})",
     )  # fmt: skip
     group.add_argument(
-        "--decoder", type=decoder_name, default="torchvision", metavar="NAME",
+        "--decoder", type=partial(decoder_name, known=(*DECODERS, ON_DEVICE)),
+        default="torchvision", metavar="NAME",
         help="torchvision; simplejpeg, if installed, reads the same pixels quicker; pil reads and "
-        "resizes exactly as published evaluations did, more slowly",
+        "resizes exactly as published evaluations did, more slowly; cuda decodes, crops and flips "
+        "on the run's GPU, to slightly other pixels (docs/PERFORMANCE.md)",
     )  # fmt: skip
     group.add_argument(
         "--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,

@@ -5,7 +5,7 @@ from typing import Any
 from utils.backends import DTYPES
 from utils.cli import Parser, count, fraction, number, positive_int
 from utils.errors import UserError
-from utils.image_io import decoder_name
+from utils.image_io import DECODERS, decoder_name
 from utils.predictions import FORMATS
 
 
@@ -63,7 +63,10 @@ def build_parser(description: str) -> Parser:
         "--amp", choices=DTYPES,
         help="with --fast (default: bf16 where the device is faster in it, else off)",
     )  # fmt: skip
-    parser.add_argument("--decoder", type=decoder_name, metavar="NAME", help="as for main.py")
+    parser.add_argument(
+        "--decoder", type=decoder_name, metavar="NAME",
+        help=f"{', '.join(DECODERS)}: as for main.py",
+    )  # fmt: skip
     parser.add_argument(
         "-b", "--batch-size", type=positive_int, metavar="N", help="default: 32"
     )
