@@ -23,9 +23,10 @@ from PIL import Image
 from torchvision import transforms as v1
 
 from utils.cli import run_script
-from utils.data import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Reading, train_transform
+from utils.data import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, train_transform
+from utils.device_decoding import reading_of
 from utils.image_folder import ImageFolder, scan
-from utils.image_io import DECODERS
+from utils.image_io import DECODERS, ON_DEVICE, decode_jpeg
 from utils.sampler import SeededBatches, mix_seed
 
 BASE = "PIL + ToTensor + Normalize"
@@ -82,10 +83,13 @@ def textbook_batches(folder: ImageFolder, size: int, keys: list) -> Callable[[],
 
 def main() -> None:
     parser = side.make_parser(__doc__, batch=(32, 32), rounds=15)
-    parser.set_defaults(device="cpu")  # with cuda, batches are sent there and normalised
+    # With cuda, batches are sent there and normalised, and one pipeline decodes and crops there.
+    parser.set_defaults(device="cpu")
     args = side.settle(parser.parse_args())
     torch.set_num_threads(1)
-    installed = [d for d in DECODERS if d != "simplejpeg" or importlib.util.find_spec(d)]
+    decoders = [d for d in DECODERS if d != "simplejpeg" or importlib.util.find_spec(d)]
+    if args.device.type == "cuda" and decode_jpeg is not None:
+        decoders.append(ON_DEVICE)
 
     with tempfile.TemporaryDirectory() as place:
         write_images(Path(place), args.batch * 2)
@@ -94,10 +98,10 @@ def main() -> None:
         keys = next(iter(SeededBatches(len(folder), args.batch, seed=0)))
         textbook = (folder, args.img_size, keys)
         variants = {BASE: textbook_batches(*textbook)}
-        for decoder in installed:
+        for decoder in decoders:
             transform = train_transform(args.img_size, 0.08, 0.5)
             dataset = ImageDataset(folder, transform, 0, decoder)
-            batches = Reading(args.device, 0).batches(dataset, [keys])
+            batches = reading_of(decoder)(args.device, 0).batches(dataset, [keys])
             variants[f"ours, {decoder}"] = lambda batches=batches: next(batches()).images
         outputs = {name: run().cpu() for name, run in variants.items()}
         if as_it_is.differs(args.device):
