@@ -82,7 +82,7 @@ def textbook_batches(folder: ImageFolder, size: int, keys: list) -> Callable[[],
 
 
 def main() -> None:
-    parser = side.make_parser(__doc__, batch=(32, 32), rounds=15)
+    parser = side.make_parser(__doc__, batch=(32, 32), rounds=60)
     # With cuda, batches are sent there and normalised, and one pipeline decodes and crops there.
     parser.set_defaults(device="cpu")
     args = side.settle(parser.parse_args())

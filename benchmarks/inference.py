@@ -13,6 +13,7 @@ import side_by_side as side  # first: it puts the repository on the path
 
 # isort: split
 import copy
+import statistics
 
 import as_it_is
 import textbook
@@ -78,6 +79,13 @@ def families(smoke: bool) -> dict[str, dict[str, nn.Module | None]]:
     }  # fmt: skip
 
 
+def matrix_product(dtype: torch.dtype, device: torch.device, side_length: int) -> float:
+    """10⁹ multiplications and additions a second: what the device's convolutions may hope for."""
+    a, b = (torch.randn(side_length, side_length, device=device).to(dtype) for _ in range(2))
+    (times,) = side.interleave({"product": lambda: a @ b}, 15, device).values()
+    return 2 * side_length**3 / statistics.median(times) / 1e9
+
+
 def measure(network: str, built: dict, args, compile: bool) -> list[dict[str, object]]:
     images = torch.randn(args.batch, 3, args.img_size, args.img_size, device=args.device)
     nchw, nhwc = torch.contiguous_format, torch.channels_last
@@ -127,8 +135,17 @@ def main() -> None:
     for network, built in families(args.smoke).items():
         if args.network in (network, "both"):
             rows += measure(network, built, args, not (args.no_compile or args.smoke))
+    length = 64 if args.smoke else 4096
+    products = {
+        name: matrix_product(side.DTYPES[name], args.device, length)
+        for name in side.dtypes_for(args.device)
+    }
+    for row in rows:
+        row["matrix_product_gflops"] = products[row["dtype"]]
     shown = [{**row, "variant": f"{row['network']}: {row['variant']}"} for row in rows]
     side.report(args, rows, "the variant's speed over the other's; NHWC unless said", shown)
+    rates = ", ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in products.items())
+    print(f"products of {length} x {length} matrices: {rates}")
 
 
 if __name__ == "__main__":
