@@ -32,6 +32,7 @@ from utils.files import write_atomically
 from utils.gate_statistics import GateStatistics, LayerWeights, table, write_npz
 from utils.image_folder import ImageFolder
 from utils.image_io import DECODERS, decoder_name, printable
+from utils.processes import default_workers
 from utils.report import network_line
 from utils.saved import preprocessing, refuse_detector
 from utils.user_images import read_batches
@@ -101,7 +102,7 @@ def main() -> int:
 
     workers = args.workers
     if workers is None:
-        workers = 0 if on_demo else min(4, os.cpu_count() or 1)
+        workers = 0 if on_demo else default_workers()
     paths = [images.path(i) for i in range(len(images))]
     batches = read_batches(
         paths, img_size, crop_pct, args.batch_size, device, workers, args.decoder

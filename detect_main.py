@@ -8,7 +8,6 @@ examples:
   detect_main.py demo:shapes                           real images without a download
 """
 
-import os
 import time
 from argparse import Namespace
 from dataclasses import replace
@@ -52,6 +51,7 @@ from utils.detection_recipe import AUTO, DetectionRecipe, lr_at
 from utils.engine import NonFiniteGuard
 from utils.errors import UserError, as_user_error
 from utils.faults import Memory, in_one_line
+from utils.processes import default_workers
 from utils.sampler import mix_seed
 from utils.stop import StopRequest, Votes
 
@@ -93,7 +93,7 @@ def main() -> int:
     if args.data is None:
         raise UserError(f"no DATA given: a folder in COCO's layout, or {demo_shapes.SHAPES}")
     if args.workers is None:  # the demo's images are so small that processes would cost more
-        args.workers = 0 if on_demo else min(4, os.cpu_count() or 1)
+        args.workers = 0 if on_demo else default_workers()
 
     context = distributed.setup(args.device, args.gpu)
     if context.data_parallel:

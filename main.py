@@ -9,7 +9,6 @@ examples:
   main.py demo:digits                             real images without a download
 """
 
-import os
 import sys
 import time
 from argparse import Namespace
@@ -31,6 +30,7 @@ from utils.errors import UserError, as_user_error
 from utils.faults import Memory, in_one_line
 from utils.logger import Progress
 from utils.options import OF_TRAINING, build_parser
+from utils.processes import default_workers
 from utils.recipe import PAPER, RECIPES, Recipe
 from utils.run_files import RunFiles
 from utils.sampler import SeededBatches, check_batch, mix_seed
@@ -98,7 +98,7 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     if args.data is None:
         raise UserError(f"no DATA given: a folder with train/ and val/, or {demo_data.DIGITS}")
     if args.workers is None:  # a demo's images are so small that processes would cost more
-        args.workers = 0 if on_demo else min(4, os.cpu_count() or 1)
+        args.workers = 0 if on_demo else default_workers()
 
     if args.fast and not args.evaluate:
         raise UserError("--fast rebuilds a network for evaluation: it goes with -e")

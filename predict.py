@@ -8,7 +8,6 @@ examples:
   predict.py DETECTOR photos/                   boxes and masks, drawn and as COCO's JSON
 """
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +33,7 @@ from utils.found_objects import CocoDocument, class_table, find_objects, picture
 from utils.image_io import printable, read_image
 from utils.predict_options import build_parser, settle
 from utils.predictions import Guess, Prediction, PredictionLog, path_width
+from utils.processes import default_workers
 from utils.report import network_line
 from utils.saved import class_names, is_detector, preprocessing
 from utils.user_images import UserBatch, find_images, read_batches
@@ -69,7 +69,7 @@ def main() -> int:
         folder = run_folder.create("predict", args.output)
     workers = args.workers
     if workers is None:  # processes take longer to start than a few images take to read
-        workers = 0 if len(paths) <= 2 * args.batch_size else min(4, os.cpu_count() or 1)
+        workers = 0 if len(paths) <= 2 * args.batch_size else default_workers()
     batches = read_batches(
         paths, img_size, crop_pct, args.batch_size, device, workers, args.decoder
     )

@@ -1,13 +1,14 @@
-"""Children at the end of a process."""
+"""Children at the end of a process, and how many there should be."""
 
 import multiprocessing
 import os
 import signal
+import sys
 import time
 
 import pytest
 
-from utils.processes import end_children
+from utils.processes import default_workers, end_children, processors
 
 
 @pytest.fixture
@@ -37,3 +38,16 @@ def test_a_child_that_does_not_die_is_told(child, monkeypatch):
     monkeypatch.setattr("utils.processes.PATIENCE", 0.05)
     monkeypatch.setattr(child, "kill", lambda: None)  # as in an uninterruptible read
     assert not end_children()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's affinities")
+def test_a_part_of_the_machine_is_all_there_is(monkeypatch):
+    granted = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(granted)})
+        assert processors() == default_workers() == 1
+    finally:
+        os.sched_setaffinity(0, granted)
+    assert processors() == len(granted)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(96))
+    assert default_workers() == 4

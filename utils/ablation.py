@@ -28,6 +28,7 @@ from utils.cli import Parser, did_you_mean, positive_int, run_script
 from utils.compare_runs import read_run
 from utils.errors import EXIT_FAILED, UserError
 from utils.files import write_atomically
+from utils.processes import processors
 from utils.text_tables import columns
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
@@ -257,7 +258,7 @@ def main() -> int:
     }
     environment = dict(os.environ)
     if args.jobs > 1:
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        threads = max(1, processors() // args.jobs)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     print(f"{len(commands)} runs of {args.arch} with {', '.join(names)}; logs and runs: {root}")
     run_all(commands, args.jobs, environment)

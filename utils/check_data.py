@@ -31,7 +31,7 @@ from utils.image_io import (
     printable,
     read_image,
 )
-from utils.processes import die_with_parent
+from utils.processes import die_with_parent, processors
 from utils.shards import Member
 
 CHUNK = 16  # files that a process takes at a time
@@ -116,7 +116,7 @@ def main() -> int:
     parser.add_argument("data", metavar="DATA", help="a folder; every image below it is read")
     parser.add_argument("--output", metavar="FILE", help="write the CSV here (a new file)")
     parser.add_argument(
-        "-j", "--processes", type=positive_int, default=os.cpu_count() or 1, metavar="N",
+        "-j", "--processes", type=positive_int, default=processors(), metavar="N",
         help="that read at a time (default: one a core)",
     )  # fmt: skip
     parser.add_argument(

@@ -26,7 +26,7 @@ from utils.errors import EXIT_FAILED, UserError
 from utils.files import remove_leftovers, write_atomically
 from utils.image_folder import ImageFolder
 from utils.image_io import printable, read_file
-from utils.processes import die_with_parent
+from utils.processes import default_workers, die_with_parent
 from utils.shards import ShardFolder
 
 SHUFFLE = 0  # seed
@@ -143,7 +143,7 @@ def main() -> int:
         "--shard-mb", type=positive_int, default=256, metavar="MB", help="size of a shard (256)"
     )
     parser.add_argument(
-        "-j", "--processes", type=positive_int, default=min(4, os.cpu_count() or 1), metavar="N",
+        "-j", "--processes", type=positive_int, default=default_workers(), metavar="N",
         help="that write at a time, each with a shard in memory (default: up to 4)",
     )  # fmt: skip
     args = parser.parse_args()

@@ -4,12 +4,25 @@ import atexit
 import ctypes
 import functools
 import multiprocessing
+import os
 import signal
 import sys
 from multiprocessing.connection import wait
 
 PR_SET_PDEATHSIG = 1
 PATIENCE = 5.0  # seconds for a killed process to go
+
+
+def processors() -> int:
+    """How many this process may use: a scheduler often grants a part of the machine."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """Processes that read images where the user does not say: what feeds one network."""
+    return min(4, processors())
 
 
 def die_with_parent(signum: signal.Signals = signal.SIGKILL) -> None:

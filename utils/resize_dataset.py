@@ -21,6 +21,7 @@ from utils.cli import Parser, positive_int, run_script
 from utils.errors import EXIT_FAILED, UserError
 from utils.files import write_atomically
 from utils.image_io import EXTENSIONS, BrokenImageError, printable, read_file, read_image
+from utils.processes import processors
 
 
 def resize_one(
@@ -70,7 +71,7 @@ def main() -> int:
     parser.add_argument("target", metavar="DST")
     parser.add_argument("--size", type=positive_int, default=256, help="shorter side (256)")
     parser.add_argument("--quality", type=positive_int, default=92, help="JPEG (92)")
-    parser.add_argument("-j", "--workers", type=positive_int, default=os.cpu_count() or 1)
+    parser.add_argument("-j", "--workers", type=positive_int, default=processors())
     args = parser.parse_args()
     source, target = os.path.realpath(args.source), os.path.realpath(args.target)
     if not os.path.isdir(source):
