@@ -144,7 +144,7 @@ def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.
     if args.fast:
         dtype, amp = backends.DTYPES[amp], "off"
         network = models.optimise_for_inference(network, dtype, compile=args.compile)
-        context.say(f"  rebuilt for inference: BatchNorm folded, gate first, weights in {dtype}")
+        context.say(f"  rebuilt for inference: BatchNorm folded, weights in {dtype}")
     batches = validation_batches(images, recipe, reading, context.rank, context.world_size)
     autocast = partial(backends.autocast, context.device, amp)
     began = time.perf_counter()

@@ -62,7 +62,7 @@ def main() -> int:
     say(f"{network_line(network)}; the middle {img_size} of {round(img_size / crop_pct)} pixels")
     if args.fast:
         network = optimise_for_inference(network, DTYPES.get(args.amp))
-        say(f"  rebuilt for inference: BatchNorm folded, gate first, weights in {network.dtype}")
+        say(f"  rebuilt for inference: BatchNorm folded, weights in {network.dtype}")
 
     folder = None
     if args.output or args.maps or args.grid:

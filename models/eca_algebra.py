@@ -28,8 +28,8 @@ def along_channels(x: Tensor, kernel: Tensor) -> Tensor:
     """
     first, *others = _neighbours(x, kernel.numel())
     y = first * kernel[0]
-    for neighbour, weight in zip(others, kernel[1:], strict=True):
-        y = torch.addcmul(y, neighbour, weight)
+    for j, neighbour in enumerate(others, 1):
+        y = torch.addcmul(y, neighbour, kernel[j])
     return y
 
 

@@ -7,6 +7,7 @@ of ECA, the addition and ReLU is one pass over the convolution's output.
 """
 
 import copy
+import functools
 from contextlib import nullcontext
 
 import torch
@@ -83,6 +84,9 @@ class InferenceBlock(nn.Module):
         if self.gate_first:
             weight, bias = self.last.weight.flatten(1), self.last.bias
             pooled = F.linear(pooled.to(weight.dtype), weight, bias).to(pooled.dtype)
+        if torch.compiler.is_exporting():  # one operation, that every runtime has
+            padding = self.attention.conv.padding
+            return F.conv1d(pooled[:, None], kernel[None, None], padding=padding)[:, 0].sigmoid()
         return along_channels(pooled, kernel).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,11 +125,12 @@ class InferenceNetwork(nn.Module):
             return self.run(x).float()
 
 
+@functools.cache  # each patch made anew would stay in memory
 def _frozen_weights():
     """What is compiled inside takes the weights for constants, and lays them out to suit.
 
-    torch.compile's own option comes too late: what an input is and what a constant is decided
-    while the graph is captured, before options count.
+    torch.compile's own option comes too late: what is an input and what a constant is decided while
+    the graph is captured, before options count.
     """
     import torch._inductor.config  # takes seconds, and most have nothing to compile
 
@@ -182,8 +187,9 @@ def optimise_for_inference(
     Args:
         model: a ResNet or MobileNetV2 of this package, on the device it is to run on.
         dtype: of weights and activations; None for `fastest_dtype` of that device.
-        compile: also through torch.compile with the weights frozen. The first call at an input
-            shape then takes a minute or so; on CPU it needs a C++ compiler.
+        compile: also through torch.compile with the weights frozen. The first call takes a minute
+            or so, and so does the first with another batch or image size; on CPU it needs a C++
+            compiler.
 
     Returns:
         (N, 3, H, W) → (N, num_classes) logits in float32, without gradients. In float32 they agree

@@ -115,7 +115,7 @@ def test_fast_predicts_the_same(ckpt, photos, cli, amp):
     code, text, notes = cli(path, photos, "--format", "json", *flags)
     assert code == 1
     dtype = torch.bfloat16 if amp == "bf16" else torch.float32 if amp else fastest_dtype("cpu")
-    assert f"rebuilt for inference: BatchNorm folded, gate first, weights in {dtype}" in notes
+    assert f"rebuilt for inference: BatchNorm folded, weights in {dtype}" in notes
     near = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0, "atol": 0.05}
     found = [entry for entry in json.loads(text) if "error" not in entry]
     assert len(found) == 4
