@@ -27,6 +27,9 @@ def write_mixed(folder: Path) -> None:
     photo().save(folder / "turned.jpg", exif=exif)
     photo().convert("CMYK").save(folder / "cmyk.jpg")
     photo().save(folder / "rgb.jpg", keep_rgb=True)  # Adobe's marker says so
+    jpeg = (folder / "rgb.jpg").read_bytes()
+    assert jpeg[2:4] == b"\xff\xee"  # that marker; without it the components' names do
+    (folder / "named.jpg").write_bytes(jpeg[:2] + jpeg[4 + int.from_bytes(jpeg[4:6], "big") :])
     photo().save(folder / "png.png")
     deep = np.linspace(0, 65535, 60 * 80).reshape(60, 80).astype(np.uint16)
     Image.fromarray(deep).save(folder / "deep.png")

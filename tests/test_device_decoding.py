@@ -71,7 +71,7 @@ def test_plain_jpegs_travel_as_bytes_and_all_else_as_torchvision_s_pixels(images
             assert got.numpy().tobytes() == Path(path.decode()).read_bytes()
         else:
             assert torch.equal(got, read_image(path))
-    assert len(seen) == 11
+    assert len(seen) == 12
     assert seen > set(PLAIN)
 
 
@@ -123,7 +123,9 @@ def test_a_batch_travels_as_one_tensor_and_survives_a_pickle(images):
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3, 9])
-def test_what_the_device_cannot_decode_together_it_decodes_in_parts_or_the_cpu(images, limit):
+def test_what_the_device_cannot_decode_together_it_decodes_in_parts_or_the_cpu(
+    images, limit, capsys
+):
     """A decoder that fails with more than `limit` images, and always with one of them."""
     dataset, packed, wanted = batch_of(images, seed=0)
     bad = read_image(images.path(at(images, "grey")), "cuda")
@@ -135,13 +137,39 @@ def test_what_the_device_cannot_decode_together_it_decodes_in_parts_or_the_cpu(i
             raise RuntimeError("nvjpeg: 5")
         return device_decoding.decode_jpegs(encoded, device)
 
-    stacked, labels, broken = Finish(dataset, CPU, decode)(packed)
+    finish = Finish(dataset, CPU, decode)
+    stacked, labels, broken = finish(packed)
     assert asked[0] == 9
     assert min(asked) == 1
+    finish(packed)
+    (line,) = capsys.readouterr().err.splitlines()  # said once, of the first one
+    first = images.path(at(images, "fine" if limit == 0 else "grey")).decode()
+    assert line.startswith(f"! {first}: the GPU does not decode it")
     for image, label, (image_too, label_too, _) in zip(stacked, labels, wanted, strict=True):
         assert torch.equal(image, image_too)
         assert label == label_too
     assert broken == []
+
+
+def test_an_image_too_large_for_the_device_s_memory_is_not_decoded_elsewhere(images):
+    """The CPU's pixels are others: a run that is resumed would not be the same."""
+    dataset, packed, wanted = batch_of(images, seed=0)
+    asked = []
+
+    def decode(encoded, device):
+        asked.append(len(encoded))
+        if len(encoded) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return device_decoding.decode_jpegs(encoded, device)
+
+    limit = 2
+    stacked, _, _ = Finish(dataset, CPU, decode)(packed)
+    assert asked[0] == 9
+    for image, (expected, *_) in zip(stacked, wanted, strict=True):
+        assert torch.equal(image, expected)
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        Finish(dataset, CPU, decode)(packed)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,6 +7,7 @@ neither which image of a batch it could not read nor why.
 
 import io
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,11 +15,12 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
 
 from utils import image_io
 from utils.data import Batch, ImageDataset, Loaded, Reading, as_raised
 from utils.errors import UserError
-from utils.image_io import ON_DEVICE, BrokenImageError
+from utils.image_io import ON_DEVICE, BrokenImageError, printable
 from utils.sampler import Key
 
 ON_CPU = image_io.DECODERS[0]  # what takes the device's place
@@ -62,7 +64,7 @@ def check_decoder(decoder: str, device: torch.device, decode: Decode = decode_jp
     try:
         decode([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], device)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"--decoder {ON_DEVICE}: torchvision does not decode on this GPU ({reason}): {remedy}"
         ) from None
@@ -124,7 +126,7 @@ def pack(items: list[Item | BrokenImageError | UserError]) -> Packed | BrokenIma
     return Packed(data, shapes, torch.tensor(labels), list(broken), list(keys))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Finish:
     """Makes images of a `Packed` batch of `images`, see `device_batches`.
 
@@ -132,14 +134,16 @@ class Finish:
 
     Raises:
         UserError: an image that the CPU cannot read either, with its path.
+        torch.OutOfMemoryError: a single image is too much for the device.
     """
 
     images: ImageDataset
     device: torch.device
     decode: Decode = decode_jpegs
+    said: bool = False  # that the CPU steps in
 
     def __call__(self, batch: Packed) -> Loaded:
-        images, labels, broken = batch.images(), batch.labels.clone(), list(batch.broken)
+        images, labels, broken = batch.images(), batch.labels, list(batch.broken)
         encoded = [place for place, image in enumerate(images) if is_encoded(image)]
         for place, image in self._decoded(encoded, images):
             key = batch.keys[place]
@@ -148,9 +152,20 @@ class Finish:
                 if isinstance(item, Exception):
                     raise as_raised(item)
                 image, labels[place], broken[place] = item
+                self._say(key)
             images[place] = self.images.view(image, key)
         stacked = torch.stack([image.to(self.device, non_blocking=True) for image in images])
         return stacked, labels, [index for index in broken if index >= 0]
+
+    def _say(self, key: Key) -> None:
+        if not self.said:
+            self.said = True
+            path = printable(self.images.folder.path(key[1]))
+            tqdm.write(
+                f"! {path}: the GPU does not decode it; the CPU reads such images, one at a time, "
+                "in this process (said once)",
+                file=sys.stderr,
+            )
 
     def _decoded(
         self, places: list[int], images: list[torch.Tensor]
@@ -164,6 +179,10 @@ class Finish:
             return
         try:
             decoded = self.decode([images[place] for place in places], self.device)
+        except torch.OutOfMemoryError:
+            if len(places) == 1:  # the CPU's pixels would make the run another one
+                raise
+            decoded = None
         except RuntimeError:
             decoded = [None] if len(places) == 1 else None
         if decoded is not None:

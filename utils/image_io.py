@@ -38,6 +38,7 @@ DECODERS = ("torchvision", "simplejpeg", "pil")
 ON_DEVICE = "cuda"  # main.py's fourth: the run's GPU decodes, see utils/device_decoding.py
 EXIF = b"Exif\0\0"  # what follows may turn the picture
 ADOBE = b"Adobe"  # what follows may say that three components are RGB already
+JFIF = b"JFIF\0"  # behind the first marker; says that they are YCbCr
 END = b"\xff\xd9"  # the last bytes of a JPEG that was not cut short
 # Of an image's file these tell what is wrong with it; any other OSError tells of the machine.
 OF_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
@@ -159,7 +160,8 @@ def _is_plain(jpeg: bytes) -> bool:
     What may be turned, may be RGB already, or was cut short is left to libjpeg, which sees it:
     nvJPEG knows no EXIF, and promises nothing of the other two.
     """
-    return EXIF not in jpeg and ADOBE not in jpeg and jpeg.endswith(END)
+    known = jpeg[6:11] == JFIF and ADOBE not in jpeg
+    return known and EXIF not in jpeg and jpeg.endswith(END)
 
 
 def _by_simplejpeg(data: bytes) -> torch.Tensor:
