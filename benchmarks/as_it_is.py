@@ -14,8 +14,8 @@ from utils.malloc import keep_freed_memory
 
 
 def differs(device: torch.device) -> bool:
-    """Whether there is anything to compare: on a CPU, with glibc."""
-    return device.type == "cpu" and keep_freed_memory()
+    """Whether there is anything to compare: this process, on a CPU with glibc, keeps its memory."""
+    return device.type == "cpu" and keep_freed_memory()  # once more: it says whether it can
 
 
 class AsItIs:

@@ -54,7 +54,10 @@ class Optimised:
 
 
 def textbook_form(network: str, smoke: bool, size: tuple[int, ...]) -> Eager:
-    built = families(smoke)[network]["textbook ECA"]
+    if network == "mobilenetv2":
+        built = textbook.eca_mobilenetv2()
+    else:
+        built = textbook.eca_resnet(18 if smoke else 50)
     return Eager(built, torch.randn(size), torch.float32, torch.contiguous_format)
 
 
@@ -80,7 +83,7 @@ def families(smoke: bool) -> dict[str, dict[str, nn.Module | None]]:
 
 
 def matrix_product(dtype: torch.dtype, device: torch.device, side_length: int) -> float:
-    """10⁹ multiplications and additions a second: what the device's convolutions may hope for."""
+    """10⁹ multiplications and additions a second, to hold the convolutions' beside it."""
     a, b = (torch.randn(side_length, side_length, device=device).to(dtype) for _ in range(2))
     (times,) = side.interleave({"product": lambda: a @ b}, 15, device).values()
     return 2 * side_length**3 / statistics.median(times) / 1e9
