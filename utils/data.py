@@ -4,7 +4,6 @@ Workers decode, crop and flip 8-bit images; the division by the standard deviati
 device, on a batch that crossed the bus at a quarter of its float size.
 """
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +14,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
-from utils.errors import EXIT_FAILED, UserError
+from utils.errors import UserError
 from utils.image_folder import ImageFolder
 from utils.image_io import BrokenImageError, printable, read_image
-from utils.processes import die_with_parent, end_children_at_exit
 from utils.recipe import Recipe
 from utils.sampler import Key, SeededBatches, ShardedBatches, mix_seed
 from utils.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
+from utils.workers import checked, init_worker
 
 Loaded = tuple[torch.Tensor, torch.Tensor, list[int]]  # images, targets, broken: of a `Batch`
 REPLACEMENT_TRIES = 100  # consecutive broken files after which skipping gives up
@@ -136,7 +135,7 @@ class Reading:
             collate_fn=collate or _collate,
             pin_memory=self.device.type == "cuda",
             persistent_workers=self.workers > 0,
-            worker_init_fn=_init_worker,
+            worker_init_fn=init_worker,
             timeout=self.timeout if self.workers else 0,
             # Its own generator: else every pass would draw from the global one.
             generator=torch.Generator(),
@@ -201,12 +200,12 @@ def device_batches(
         return Batch(_scaled(images, scale, shift, memory_format), targets, broken)
 
     if device.type != "cuda":
-        for host in _checked(loader):
+        for host in checked(loader):
             yield move(*finish(host))
         return
     stream = torch.cuda.Stream(device)
     ready = None
-    for host in _checked(loader):
+    for host in checked(loader):
         with torch.cuda.stream(stream):
             coming = move(*finish(host))
         if ready is not None:
@@ -232,42 +231,6 @@ def _scaled(
     return rows.mul_(scale).add_(shift).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
-def _checked(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches; what goes wrong in it becomes one line."""
-    if loader.num_workers:
-        end_children_at_exit()
-    batches = None
-    while True:
-        try:
-            if batches is None:
-                batches = iter(loader)  # which waits for the workers, too
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader timed out" in str(error):
-                raise UserError(
-                    f"no batch from the loader workers for {loader.timeout:g} s: they hang (slow "
-                    "or stuck storage?); raise --worker-timeout or use fewer workers (-j)",
-                    EXIT_FAILED,
-                ) from None
-            raise
-        if isinstance(batch, BrokenImageError | UserError):
-            raise as_raised(batch)
-        yield batch
-
-
-def as_raised(fault: BrokenImageError | UserError) -> UserError:
-    """A fault that came as a value, as it ends a run."""
-    if isinstance(fault, UserError):
-        return fault
-    return UserError(
-        f"{fault}; mend or remove the file (python -m utils.check_data lists all broken ones), or "
-        "train with --skip-bad-images",
-        EXIT_FAILED,
-    )
-
-
 def _collate(items: list) -> Loaded | BrokenImageError | UserError:
     for item in items:
         if isinstance(item, BrokenImageError | UserError):
@@ -281,14 +244,6 @@ def _collate(items: list) -> Loaded | BrokenImageError | UserError:
     else:
         stacked = default_collate(images)
     return stacked, torch.tensor(labels), [i for i in broken if i >= 0]
-
-
-def _init_worker(_: int) -> None:
-    die_with_parent()
-    # Stop requests are for the main process, which finishes its step, saves and ends the workers.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 def replaced_lines(folder: ImageFolder, broken: Sequence[int]) -> list[str]:

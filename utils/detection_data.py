@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 from utils.coco_data import CocoDataset, CocoSplit, Target, load_split
 from utils.coco_eval import GroundTruth
 from utils.coco_files import Place
-from utils.data import Reading, _checked, _init_worker
+from utils.data import Reading
 from utils.errors import EXIT_FAILED, UserError
 from utils.image_io import BrokenImageError
 from utils.sampler import Key, SeededBatches, ShardedBatches, mix_seed
+from utils.workers import checked, init_worker
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _passes(
         collate_fn=_collate,
         pin_memory=reading.device.type == "cuda",
         persistent_workers=reading.workers > 0,
-        worker_init_fn=_init_worker,
+        worker_init_fn=init_worker,
         timeout=reading.timeout if reading.workers else 0,
         generator=torch.Generator(),
     )
@@ -156,7 +157,7 @@ def _passes(
 
 
 def _device_batches(loader: DataLoader, device: torch.device) -> Iterator[DetectionBatch]:
-    for batch in _checked(loader):
+    for batch in checked(loader):
         if isinstance(batch, str):
             raise UserError(f"{batch}; mend the file, or take it out of the JSON", EXIT_FAILED)
         images, targets, image_ids = batch

@@ -18,10 +18,11 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from utils import image_io
-from utils.data import Batch, ImageDataset, Loaded, Reading, as_raised
+from utils.data import Batch, ImageDataset, Loaded, Reading
 from utils.errors import UserError
 from utils.image_io import ON_DEVICE, BrokenImageError, printable
 from utils.sampler import Key
+from utils.workers import as_raised
 
 ON_CPU = image_io.DECODERS[0]  # what takes the device's place
 Item = tuple[torch.Tensor, int, int, Key]  # image, label, broken: see `ImageDataset`; key

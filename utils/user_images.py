@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from utils.data import device_batches, eval_transform
 from utils.errors import UserError
 from utils.image_io import EXTENSIONS, BrokenImageError, Stored, printable, read_image
+from utils.workers import leave_broken_connections_unsaid
 
 
 @dataclass(frozen=True)
@@ -131,3 +132,4 @@ def _collate(items: list[tuple[int, torch.Tensor | str] | UserError], img_size: 
 
 def _leave_interrupts_to_the_main_process(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_broken_connections_unsaid()

@@ -1,0 +1,86 @@
+"""A loader worker that dies, in whatever way the news reaches the main process."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from utils import workers
+from utils.errors import UserError
+from utils.faults import Memory, in_one_line
+from utils.workers import checked, leave_broken_connections_unsaid
+
+
+class Batches:
+    """Stands for torch's iterator; raises as that does when a worker goes."""
+
+    def __init__(self, processes, error):
+        self._workers, self.error = processes, error
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise self.error
+
+
+class Loader:
+    def __init__(self, batches, num_workers=2):
+        self.batches, self.num_workers = batches, num_workers
+
+    def __iter__(self):
+        return self.batches
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Two that wait."""
+    monkeypatch.setattr(workers, "end_children_at_exit", lambda: None)
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=time.sleep, args=(60,)) for _ in range(2)]
+    for process in both:
+        process.start()
+    yield both
+    for process in both:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(104, "Connection reset by peer"),
+        ConnectionRefusedError(111, "Connection refused"),
+        EOFError(),
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_worker_s_death_is_told_with_its_signal(processes, error):
+    os.kill(processes[1].pid, signal.SIGKILL)
+    with pytest.raises(UserError) as caught, in_one_line(Memory("-b 8", "a smaller -b")):
+        next(checked(Loader(Batches(processes, error))))
+    assert str(caught.value).startswith("a loader worker was killed by SIGKILL (out of memory?)")
+
+
+def test_other_errors_are_what_they_were(processes, monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 0.1)
+    own = ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0.\n…")
+    lone = ConnectionResetError("of a data set that is read over a network")
+    for error, number in (own, 2), (lone, 0), (ValueError("a fault of ours"), 2), (EOFError(), 2):
+        with pytest.raises(type(error)) as caught:
+            next(checked(Loader(Batches(processes, error), number)))
+        assert caught.value is error
+
+
+def test_a_connection_that_the_main_process_breaks_is_not_told_of(monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: told.append(error[0]))
+    leave_broken_connections_unsaid()
+    for kind in (ConnectionResetError, BrokenPipeError, EOFError, KeyError):
+        sys.excepthook(kind, kind(), None)
+    assert told == [KeyError]
+    assert capsys.readouterr().err == ""

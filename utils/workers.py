@@ -1,0 +1,101 @@
+"""Loader workers: how they begin, and what goes wrong in them or with them as one line."""
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterator
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from utils.errors import EXIT_FAILED, UserError
+from utils.image_io import BrokenImageError
+from utils.processes import PATIENCE, die_with_parent, end_children_at_exit
+
+
+def init_worker(_: int) -> None:
+    """For `DataLoader(worker_init_fn=…)`."""
+    die_with_parent()
+    # Stop requests are for the main process, which finishes its step, saves and ends the workers.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+    leave_broken_connections_unsaid()
+    torch.set_num_threads(1)
+
+
+def leave_broken_connections_unsaid() -> None:
+    """Prints no traceback when the main process ends while it takes a batch from this one.
+
+    The thread that hands tensors over has no other place for it, and nobody is left to be told.
+    """
+    former = sys.excepthook
+
+    def hook(kind: type[BaseException], *rest: Any) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            former(kind, *rest)
+
+    sys.excepthook = hook
+
+
+def checked(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches.
+
+    Raises:
+        UserError: for a fault that came as a value, or where workers hang.
+        RuntimeError: in torch's words, for a worker that died: see `faults.in_one_line`.
+    """
+    if loader.num_workers:
+        end_children_at_exit()
+    batches = None
+    while True:
+        try:
+            if batches is None:
+                batches = iter(loader)  # which waits for the workers, too
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            # Those of a worker that is killed break before it counts as dead. What a worker
+            # raised itself is marked as caught there.
+            if loader.num_workers and not str(error).startswith("Caught "):
+                raise _death(batches, error) from None
+            raise
+        except RuntimeError as error:
+            if "DataLoader timed out" in str(error):
+                raise UserError(
+                    f"no batch from the loader workers for {loader.timeout:g} s: they hang (slow "
+                    "or stuck storage?); raise --worker-timeout or use fewer workers (-j)",
+                    EXIT_FAILED,
+                ) from None
+            if "exited unexpectedly" in str(error):
+                raise _death(batches, error) from None
+            raise
+        if isinstance(batch, BrokenImageError | UserError):
+            raise as_raised(batch)
+        yield batch
+
+
+def _death(batches: Any, error: Exception) -> Exception:
+    """`error`, or what names the signal by which a worker died."""
+    workers: list[multiprocessing.Process] = getattr(batches, "_workers", [])
+    gone = wait([worker.sentinel for worker in workers], PATIENCE) if workers else []
+    for worker in workers:
+        if worker.sentinel in gone:
+            worker.join(PATIENCE)  # this, too, breaks before it has an exit code
+        if (worker.exitcode or 0) < 0:
+            how = signal.strsignal(-worker.exitcode)
+            return RuntimeError(f"DataLoader worker (pid {worker.pid}) is killed by signal: {how}.")
+    return error
+
+
+def as_raised(fault: BrokenImageError | UserError) -> UserError:
+    """A fault that came as a value, as it ends a run."""
+    if isinstance(fault, UserError):
+        return fault
+    return UserError(
+        f"{fault}; mend or remove the file (python -m utils.check_data lists all broken ones), or "
+        "train with --skip-bad-images",
+        EXIT_FAILED,
+    )
