@@ -41,6 +41,11 @@ def run(fused, bn, attention, z, residual, activation, grad):
     out = fused_tail(z, bn, attention, residual, activation) if fused else block_tail(
         z, bn, attention, residual, relu, fused=False
     )  # fmt: skip
+    return outcome(out, bn, attention, z, residual, grad)
+
+
+def outcome(out, bn, attention, z, residual, grad):
+    """What `out` and its backward pass leave behind, by name."""
     out.backward(grad.to(out.dtype))
     found = {"out": out.detach(), "z": z.grad, "weight": bn.weight.grad, "bias": bn.bias.grad}
     found |= dict(bn.named_buffers())

@@ -57,6 +57,42 @@ def test_all_goes_on_after_one_that_fails_and_names_it(tmp_path, monkeypatch, ca
         assert command[2:] == ["--json", str(tmp_path / "to" / f"{name}.json"), "--smoke"]
 
 
+FAULTS = """
+import resource, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import torch
+
+def faults_of_a_step(to):
+    def step():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(20_000_000)
+        to.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+    return step
+
+if __name__ == "__main__":
+    import as_it_is
+    if not as_it_is.differs(torch.device("cpu")):
+        sys.exit(77)
+    here, there = Path("here"), Path("there")
+    steps = faults_of_a_step(here), as_it_is.AsItIs(faults_of_a_step, there)
+    for _ in range(10):
+        for step in steps:
+            step()
+"""
+
+
+def test_the_other_process_leaves_the_allocator_as_it_is(tmp_path):
+    script = tmp_path / "faults.py"
+    script.write_text(FAULTS.format(paths=[str(BENCHMARKS), str(BENCHMARKS.parent)]))
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("this allocator has no such settings")
+    assert done.returncode == 0, done.stderr
+    here, there = (int((tmp_path / name).read_text()) for name in ("here", "there"))
+    assert there > 3 * max(here, 1000)
+
+
 def test_textbook_networks_are_ours():
     """The same function under other names, or the comparison would not be of like with like."""
     import torch

@@ -26,5 +26,5 @@ def test_learns_digits_and_evaluates_to_the_same_in_bfloat16(run):
     assert abs(fast[0] - top1) < 0.2
     assert abs(fast[1] - loss) <= 2e-4
     half = evaluate(run, "--fast", "--amp", "bf16")
-    assert abs(half[0] - top1) <= 0.3  # one image of 359 is 0.28; the goal is 0.2
+    assert abs(half[0] - top1) < 0.2  # no image more or less: one of 359 is 0.28
     assert abs(half[1] - loss) <= 0.01

@@ -151,6 +151,8 @@ def test_compiles_into_one_graph_of_constants(monkeypatch):
     x = torch.randn(2, 3, 64, 64)
     found = optimise_for_inference(network, torch.float32, compile=True)(x)
     assert [len(names) for names in inputs] == [1]  # the images; weights are constants
+    assert inference._frozen_weights() is inference._frozen_weights()  # another would stay for ever
+    assert not torch._inductor.config.freezing  # elsewhere
     with torch.no_grad():
         assert apart(found, network(x)) <= 1e-5
 

@@ -114,25 +114,27 @@ class Reading:
     memory_format: torch.memory_format = torch.contiguous_format
 
     def batches(
-        self,
-        dataset: Dataset,
-        keys: Sampler[list[Key]],
-        collate: Callable[[list], Any] | None = None,
-        finish: Callable[[Any], Loaded] = tuple,
+        self, dataset: ImageDataset, keys: Sampler[list[Key]]
     ) -> Callable[[], Iterator[Batch]]:
         """A function that begins a pass over `dataset` in the order of `keys`.
 
         The workers stay alive from one pass to the next.
-
-        Args:
-            collate, finish: of another dataset than `ImageDataset`: from its items to what a
-                worker hands over, and from that on the device to images, see `device_batches`.
         """
+        return self._passes(dataset, keys, _collate, tuple)
+
+    def _passes(
+        self,
+        dataset: Dataset,
+        keys: Sampler[list[Key]],
+        collate: Callable[[list], Any],
+        finish: Callable[[Any], Loaded],
+    ) -> Callable[[], Iterator[Batch]]:
+        """`collate` makes of items what a worker hands over; `finish`: see `device_batches`."""
         loader = DataLoader(
             dataset,
             batch_sampler=keys,
             num_workers=self.workers,
-            collate_fn=collate or _collate,
+            collate_fn=collate,
             pin_memory=self.device.type == "cuda",
             persistent_workers=self.workers > 0,
             worker_init_fn=init_worker,
@@ -236,8 +238,8 @@ def _collate(items: list) -> Loaded | BrokenImageError | UserError:
         if isinstance(item, BrokenImageError | UserError):
             return item
     images, labels, broken = zip(*items, strict=True)
-    # Decoders leave the channels innermost. So they are stacked: turning them round takes a worker
-    # half as long as the crop, and the device that gets them next to nothing.
+    # Stacked as decoders leave them, channels innermost: turning them round takes a worker half as
+    # long as the crop, and the device that gets them next to nothing.
     pixels = [image.permute(1, 2, 0) for image in images]
     if all(p.is_contiguous() for p in pixels):
         stacked = default_collate(pixels).permute(0, 3, 1, 2)

@@ -202,7 +202,7 @@ class DeviceReading(Reading):
     ) -> Callable[[], Iterator[Batch]]:
         """As `Reading.batches`, whatever the dataset's own decoder."""
         finish = Finish(dataset, self.device)
-        return super().batches(Unfinished(dataset), keys, pack, finish)
+        return self._passes(Unfinished(dataset), keys, pack, finish)
 
 
 def reading_of(decoder: str) -> type[Reading]:
