@@ -1,10 +1,16 @@
-"""Which parameters weight decay is for, by their names."""
+"""Which parameters weight decay is for, by their names; and momentum before the first step."""
+
+import math
 
 import pytest
 import torch
 
 import models
+from utils.detection_engine import make_optimizer
+from utils.detection_recipe import DetectionRecipe
 from utils.optimizer import make_sgd, split
+
+CPU = torch.device("cpu")
 
 
 def names(network, parameters):
@@ -63,3 +69,50 @@ def test_the_paper_s_optimizer_has_one_group_in_the_network_s_order():
     assert [id(p) for p in group["params"]] == [id(p) for p in network.parameters()]
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 1e-4)
     assert group["fused"] is True
+
+
+@pytest.fixture
+def uninitialised_is_nan():
+    """What PyTorch fills new memory with when it is to be deterministic."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+SGDS = {
+    "classification": lambda network: make_sgd(network, 0.02, 0.9, 1e-4),
+    "detection": lambda network: make_optimizer(network, DetectionRecipe(lr=0.02), CPU),
+}
+
+
+@pytest.mark.parametrize("kind", SGDS)
+def test_a_first_step_that_overflows_leaves_no_trace(kind, uninitialised_is_nan):
+    """--amp fp16: the scaler skips it, as it often does until its scale has fallen."""
+    after = []
+    for factors in ([math.inf, 1.0, 2.0], [1.0, 2.0]):
+        torch.manual_seed(0)
+        network = torch.nn.Linear(5, 3)
+        optimizer = SGDS[kind](network)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        for factor in factors:
+            optimizer.zero_grad()
+            scaler.scale(factor * network(torch.ones(4, 5)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        after.append([p.detach() for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
+
+
+def test_the_first_step_is_the_same_as_without_a_momentum_to_begin_with():
+    after = []
+    for make in (SGDS["classification"],
+                 lambda n: torch.optim.SGD(n.parameters(), 0.02, 0.9, weight_decay=1e-4)):  # fmt: skip
+        torch.manual_seed(0)
+        network = torch.nn.Linear(5, 3)
+        optimizer = make(network)
+        for _ in range(3):
+            optimizer.zero_grad()
+            network(torch.ones(4, 5)).square().mean().backward()
+            optimizer.step()
+        after.append([p.detach() for p in network.parameters()])
+    torch.testing.assert_close(*after, rtol=1e-6, atol=1e-7)

@@ -14,6 +14,7 @@ from utils.coco_eval import Result, to_results
 from utils.detection_data import DetectionBatch
 from utils.detection_recipe import DetectionRecipe
 from utils.engine import AutocastFactory, NonFiniteGuard
+from utils.optimizer import start_momentum
 from utils.sampler import mix_seed
 
 
@@ -56,7 +57,9 @@ def make_optimizer(
     }
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(trained, **shared)
-    return torch.optim.SGD(trained, momentum=recipe.momentum, **shared)
+    optimizer = torch.optim.SGD(trained, momentum=recipe.momentum, **shared)
+    start_momentum(optimizer)
+    return optimizer
 
 
 def train_epoch(

@@ -20,9 +20,24 @@ def make_sgd(
         decayed, spared = split(network)
         groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     fused = parameters[0].device.type in ("cpu", "cuda")  # the guard needs it on CUDA
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused or None
     )
+    start_momentum(optimizer)
+    return optimizer
+
+
+def start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Gives every parameter a momentum, of 0, before the first step.
+
+    Without it PyTorch's fused kernel (2.14 and before) leaves memory as it finds it for momentum
+    where a gradient scaler skips the first step, as it does with its first scale, and the network
+    turns to NaN or is spoilt unseen. A first step from 0 is the same as one without.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
