@@ -19,6 +19,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from models import eca_native
 from models.eca_algebra import Gradients, Kept, Wanted, tail_backward, tail_forward
@@ -180,6 +181,13 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which `_FusedTail` lacks."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def can_fuse(
     z: Tensor,
     bn: nn.Module,
@@ -191,9 +199,9 @@ def can_fuse(
 
     No, so that the modules are called one by one, for: other modules than BatchNorm2d, ECALayer
     and ReLU, or with another forward than theirs (SyncBatchNorm); BatchNorm without affine
-    parameters; hooks on a module, as FLOPs counters attach them; tracing and export; a residual
-    that broadcasts or differs in dtype; a batch of one value a channel; an accelerator without
-    kernels for the dtype, unless compiled.
+    parameters; hooks on a module, as FLOPs counters attach them; tracing and export; torch.func's
+    transforms and forward-mode differentiation; a residual that broadcasts or differs in dtype; a
+    batch of one value a channel; an accelerator without kernels for the dtype, unless compiled.
     """
     modules = [(bn, nn.BatchNorm2d)]
     if attention is not None:
@@ -216,7 +224,7 @@ def can_fuse(
         or every_module._global_backward_pre_hooks
     ):
         return False
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or torch.compiler.is_exporting() or _transformed():
         return False
     if z.dim() != 4 or not z.is_floating_point() or z.numel() <= z.shape[1]:
         return False

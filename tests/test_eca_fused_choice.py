@@ -6,6 +6,7 @@ import pytest
 import torch
 from tail_cases import make_input, make_modules, run, saved_bytes
 from torch import nn
+from torch.autograd import forward_ad
 
 from models.eca_fused import block_tail, can_fuse, fused_tail
 from models.eca_module import ECALayer
@@ -171,6 +172,28 @@ def test_global_hooks_and_tracing_see_modules():
     assert "conv1d" in exported.graph_module.code
     traced = torch.jit.trace(Tail().eval(), torch.randn(2, 4, 3, 3))
     assert "sigmoid" in str(traced.inlined_graph)
+
+
+def test_functional_transforms_see_modules():
+    """torch.func's grad and vmap, and forward mode either way, which the Function does not know."""
+    bn, attention = (m.eval() for m in make_modules(4))
+    z, direction = (torch.randn(2, 4, 3, 3, dtype=torch.float64) for _ in range(2))
+
+    def tail(z, fused=True):
+        return block_tail(z, bn, attention, z, nn.ReLU(), fused=fused)
+
+    def loss(z):
+        return tail(z).square().sum()
+
+    x = z.clone().requires_grad_()
+    expected = torch.autograd.grad(tail(x, fused=False).square().sum(), x)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(z), expected)
+    torch.testing.assert_close(torch.func.vmap(tail)(z[:, None])[:, 0], tail(z))
+    _, slope = torch.func.jvp(loss, (z,), (direction,))
+    torch.testing.assert_close(slope, (expected * direction).sum())
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(z, direction)
+        torch.testing.assert_close(forward_ad.unpack_dual(loss(dual)).tangent, slope)
 
 
 def test_hooked_modules_are_called():
