@@ -105,8 +105,10 @@ def test_a_first_step_that_overflows_leaves_no_trace(kind, uninitialised_is_nan)
 
 def test_the_first_step_is_the_same_as_without_a_momentum_to_begin_with():
     after = []
-    for make in (SGDS["classification"],
-                 lambda n: torch.optim.SGD(n.parameters(), 0.02, 0.9, weight_decay=1e-4)):  # fmt: skip
+    for make in (
+        SGDS["classification"],
+        lambda n: torch.optim.SGD(n.parameters(), 0.02, 0.9, weight_decay=1e-4),
+    ):
         torch.manual_seed(0)
         network = torch.nn.Linear(5, 3)
         optimizer = make(network)
