@@ -339,7 +339,8 @@ def build_network(
 
 def device_lines(network: nn.Module, args: Namespace, context: distributed.Context) -> list[str]:
     last = is_channels_last(args, context)
-    tails = models.describe_tails(network, context.device, args.fused)
+    dtype = backends.DTYPES[args.amp]
+    tails = models.describe_tails(network, context.device, args.fused, dtype)
     return report.device_lines(context, args.amp, last, compiled=False, tails=tails)
 
 

@@ -29,7 +29,7 @@ from utils.device_decoding import check_decoder, reading_of
 from utils.errors import UserError, as_user_error
 from utils.faults import Memory, in_one_line
 from utils.logger import Progress
-from utils.options import OF_TRAINING, build_parser
+from utils.options import OF_BLOCKS, OF_TRAINING, build_parser
 from utils.processes import default_workers
 from utils.recipe import PAPER, RECIPES, Recipe
 from utils.run_files import RunFiles
@@ -81,6 +81,11 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
             recipe = recipe.override(**{k: saved.get(k) for k in ("img_size", "crop_pct")})
     recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
     refuse_idle(given, OF_TRAINING if args.evaluate else (), "with -e, which does not train")
+    if args.fast:
+        if not args.evaluate:
+            raise UserError("--fast rebuilds a network for evaluation: it goes with -e")
+        refuse_idle(given, OF_BLOCKS, "with --fast, which rebuilds the blocks")
+        args.channels_last = True  # how it is rebuilt
     refuse_idle(given, UNUSED[recipe.schedule], f"with the schedule {recipe.schedule}")
     pretrained = None
     if saved is None:
@@ -99,9 +104,6 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
         raise UserError(f"no DATA given: a folder with train/ and val/, or {demo_data.DIGITS}")
     if args.workers is None:  # a demo's images are so small that processes would cost more
         args.workers = 0 if on_demo else default_workers()
-
-    if args.fast and not args.evaluate:
-        raise UserError("--fast rebuilds a network for evaluation: it goes with -e")
 
     needs = Memory(f"-b {recipe.batch_size}", "a smaller -b or --img-size", " or a smaller -b")
     context = distributed.setup(args.device, args.gpu)
@@ -317,7 +319,8 @@ def train(
 def how_tails_run(
     network: nn.Module, args: Namespace, context: distributed.Context, sync_bn: bool = False
 ) -> str:
-    return models.describe_tails(network, context.device, args.fused, args.compile, sync_bn)
+    dtype = backends.DTYPES[args.amp]
+    return models.describe_tails(network, context.device, args.fused, dtype, args.compile, sync_bn)
 
 
 def place(

@@ -58,8 +58,10 @@ def library() -> ctypes.CDLL | BuildError:
     return library
 
 
-def why_not() -> str | None:
-    """Why there are no compiled passes, or None where there are."""
+def why_not(dtype: torch.dtype = torch.float32) -> str | None:
+    """Why there are no compiled passes for `dtype`, or None where there are."""
+    if dtype not in DTYPES:
+        return f"compiled passes are not for {dtype}"
     found = library()
     return str(found) if isinstance(found, BuildError) else None
 

@@ -14,6 +14,7 @@ def describe_tails(
     network: nn.Module,
     device: torch.device,
     fused: bool = True,
+    dtype: torch.dtype = torch.float32,
     compiled: bool = False,
     sync_bn: bool = False,
 ) -> str:
@@ -21,6 +22,7 @@ def describe_tails(
 
     Args:
         fused: what `set_fused` is given.
+        dtype: of the activations.
         compiled: by torch.compile.
         sync_bn: its BatchNorms will become SyncBatchNorm.
     """
@@ -29,7 +31,7 @@ def describe_tails(
     others = ", ".join(sorted(named - {"eca", "none"}))
     sync_bn = sync_bn or any(isinstance(m, nn.SyncBatchNorm) for m in network.modules())
     on_cuda = device.type == "cuda"
-    no_triton = why_not_triton(device) if on_cuda else None
+    no_triton = why_not_triton(device, dtype) if on_cuda else None
     obstacles = (
         (not fused, ""),
         (sync_bn, " (SyncBatchNorm)"),
@@ -40,7 +42,7 @@ def describe_tails(
     for stands, why in obstacles:
         if stands:
             return f"block tails module by module{why}"
-    if device.type == "cpu" and not compiled and (why := eca_native.why_not()):
+    if device.type == "cpu" and not compiled and (why := eca_native.why_not(dtype)):
         if named == {"none"}:
             return f"block tails by BatchNorm's own kernel, the rest in place ({why})"
         return f"fused block tails by PyTorch's operations ({why})"

@@ -200,4 +200,4 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> None:
     from models import eca_native, eca_passes
 
     monkeypatch.setattr(eca_passes, "serves", lambda z: False)
-    monkeypatch.setattr(eca_native, "why_not", lambda: "no C++ compiler")
+    monkeypatch.setattr(eca_native, "why_not", lambda *_: "no C++ compiler")

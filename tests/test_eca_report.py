@@ -11,24 +11,31 @@ from models.eca_detection import create_detector
 
 pytestmark = pytest.mark.usefixtures("operations")
 
-OPERATIONS = "fused block tails by PyTorch's operations (no C++ compiler)"
-KERNEL = "block tails by BatchNorm's own kernel, the rest in place (no C++ compiler)"
+NO_COMPILER, NOT_FOR_HALF = "no C++ compiler", "compiled passes are not for torch.float16"
+OPERATIONS = f"fused block tails by PyTorch's operations ({NO_COMPILER})"
+KERNEL = f"block tails by BatchNorm's own kernel, the rest in place ({NO_COMPILER})"
 COMPILED = "fused block tails"
 
 
 @pytest.mark.parametrize(
-    ("name", "native", "tails", "of_blocks"),
+    ("name", "native", "dtype", "tails", "of_blocks"),
     [
-        ("eca_resnet18", False, OPERATIONS, {"fused_tail": 8}),
-        ("eca_resnet18", True, COMPILED, {"fused_tail": 8}),
-        ("resnet18", False, KERNEL, {"_plain_tail": 8}),
-        ("resnet18", True, COMPILED + ", small ones by BatchNorm's own kernel", {"_plain_tail": 8}),
-        ("se_resnet18", True, "block tails module by module (attention se)", {}),
-        ("eca_mobilenetv2", False, OPERATIONS, {"fused_tail": 17}),
-        ("mobilenetv2", False, KERNEL, {"_plain_tail": 17}),
+        ("eca_resnet18", False, torch.float32, OPERATIONS, {"fused_tail": 8}),
+        ("eca_resnet18", True, torch.float32, COMPILED, {"fused_tail": 8}),
+        ("eca_resnet18", True, torch.bfloat16, COMPILED, {"fused_tail": 8}),
+        ("eca_resnet18", True, torch.float16, OPERATIONS.replace(NO_COMPILER, NOT_FOR_HALF),
+         {"fused_tail": 8}),
+        ("resnet18", False, torch.float32, KERNEL, {"_plain_tail": 8}),
+        ("resnet18", True, torch.float32, COMPILED + ", small ones by BatchNorm's own kernel",
+         {"_plain_tail": 8}),
+        ("resnet18", True, torch.float16, KERNEL.replace(NO_COMPILER, NOT_FOR_HALF),
+         {"_plain_tail": 8}),
+        ("se_resnet18", True, torch.float32, "block tails module by module (attention se)", {}),
+        ("eca_mobilenetv2", False, torch.float32, OPERATIONS, {"fused_tail": 17}),
+        ("mobilenetv2", False, torch.float32, KERNEL, {"_plain_tail": 17}),
     ],
-)
-def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, tails, of_blocks):
+)  # fmt: skip
+def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, dtype, tails, of_blocks):
     if native:
         monkeypatch.undo()  # what the fixture `operations` has switched off
         if why := eca_native.why_not():
@@ -36,10 +43,10 @@ def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, tails, o
     paths = {path: Mock(wraps=getattr(eca_fused, path)) for path in ("fused_tail", "_plain_tail")}
     for path, counted in paths.items():
         monkeypatch.setattr(eca_fused, path, counted)
-    network = models.create_model(name, num_classes=2).eval()
-    assert models.describe_tails(network, torch.device("cpu")) == tails
+    network = models.create_model(name, num_classes=2).eval().to(dtype)
+    assert models.describe_tails(network, torch.device("cpu"), dtype=dtype) == tails
     with torch.no_grad():
-        network(torch.zeros(1, 3, 64, 64))
+        network(torch.zeros(1, 3, 64, 64, dtype=dtype))
     assert {p: c.call_count for p, c in paths.items() if c.called} == of_blocks
 
 
@@ -60,10 +67,24 @@ def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, tails, o
 )  # fmt: skip
 def test_elsewhere_the_description_says_why(monkeypatch, name, device, triton, flags, tails):
     why_not = None if triton else "no Triton"
-    monkeypatch.setattr(eca_report, "why_not_triton", lambda device: why_not)
+    monkeypatch.setattr(eca_report, "why_not_triton", lambda *_: why_not)
     with torch.device("meta"):
         network = models.create_model(name, num_classes=2)
     assert models.describe_tails(network, torch.device(device), **flags) == tails
+
+
+def test_triton_is_asked_for_the_precision_at_work(monkeypatch):
+    """A GPU of before 2020 has no bfloat16 there."""
+    monkeypatch.setattr(
+        eca_report, "why_not_triton", lambda _, dtype: "old" if dtype == torch.bfloat16 else None
+    )
+    with torch.device("meta"):
+        network = models.create_model("eca_resnet18", num_classes=2)
+    for dtype, tails in (
+        (torch.bfloat16, "block tails module by module (old)"),
+        (torch.float16, "fused block tails (Triton)"),
+    ):
+        assert models.describe_tails(network, torch.device("cuda"), dtype=dtype) == tails
 
 
 def test_a_detector_s_tails_are_those_of_its_backbone():

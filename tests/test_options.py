@@ -55,6 +55,8 @@ def test_what_a_saved_run_had_on_can_be_switched_off(parser, flags):
         (main, "--recipe modern --lr-decay 0.5", "--lr-decay does nothing with the schedule cos"),
         (main, "-e --lr 0.1 --skip-bad-images", "--lr, --skip-bad-images do nothing with -e, "),
         (main, "-e -b 8 --crop-pct 1 --amp bf16 --ksize 3357", None),
+        (main, "-e --fast --no-fused --channels-last", "--channels-last, --no-fused do nothing wi"),
+        (main, "-e --fast --fused --amp bf16 --compile", None),
         (detect_main, "--optimizer adamw --momentum 0.8", "--momentum does nothing with adamw"),
         (detect_main, "-e --batch-size 8", "--batch-size does nothing with -e, which does not tra"),
         (detect_main, "-e --min-size 400", None),

@@ -37,8 +37,13 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def given(self, values: Mapping[str, object]) -> set[str]:
-        """Names of the flags whose parsed values are not the defaults."""
-        return {name for name, value in values.items() if value != self.get_default(name)}
+        """Names of the flags whose parsed values are not the defaults; "no_NAME" where one is off
+        that is on by default."""
+        changed = {name: v for name, v in values.items() if v != self.get_default(name)}
+        return {
+            f"no_{name}" if value is False and self.get_default(name) is True else name
+            for name, value in changed.items()
+        }
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -24,6 +24,7 @@ OF_TRAINING = {
     "skip_bad_images", "start_epoch", "print_freq", "save_every", "save_minutes", "seed",
     *({f.name for f in fields(Recipe)} - {"arch", "batch_size", "img_size", "crop_pct"}),
 }  # fmt: skip
+OF_BLOCKS = {"no_fused", "channels_last"}
 
 
 def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> Parser:
