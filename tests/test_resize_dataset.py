@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import UserError
+from utils.image_folder import scan
 from utils.resize_dataset import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,13 +73,47 @@ def test_copies_reduces_and_goes_on(source: Path, tmp_path: Path, monkeypatch):
     assert not list(target.rglob(".*"))  # no temporary file is left
 
 
+def test_linked_folders_are_copied_as_training_reads_them(source, tmp_path, monkeypatch):
+    linked = tmp_path / "linked"
+    (linked / "train").mkdir(parents=True)
+    for name in "ab":
+        (linked / "train" / name).symlink_to(source / "train" / name)
+    assert call(monkeypatch, linked, tmp_path / "dst", "--size", 40, "-j", 1) == 0
+    folders = [scan(str(root / "train")) for root in (linked, tmp_path / "dst")]
+    assert folders[0].paths.tolist() == folders[1].paths.tolist() == [b"a/wide.jpg", b"b/tall.png"]
+    (source / "train" / "b" / "again").symlink_to(source / "train")
+    with pytest.raises(UserError, match="leads back to a folder above it"):
+        call(monkeypatch, source, tmp_path / "other")
+
+
+def test_what_a_killed_run_left_half_written_goes(source: Path, tmp_path: Path, monkeypatch):
+    target = tmp_path / "dst"
+    assert call(monkeypatch, source, target, "--size", 40, "-j", 1) == 0
+    whole = {p: p.read_bytes() for p in target.rglob("*") if p.is_file()}
+    (target / "train" / "a" / ".wide.jpg.tmp-7").write_bytes(b"half")
+    (target / "val" / "a" / "small.jpg").unlink()
+    assert call(monkeypatch, source, target, "--size", 40, "-j", 1) == 0
+    assert {p: p.read_bytes() for p in target.rglob("*") if p.is_file()} == whole
+
+
 def test_refuses_in_one_line(source: Path, tmp_path: Path, monkeypatch):
     empty = tmp_path / "empty"
     empty.mkdir()
+    a_file = source / "val/a/small.jpg"
+    assert call(monkeypatch, source, tmp_path / "small", "--size", 20, "-j", 1) == 0
+    before = sorted(source.rglob("*"))
     for arguments, words in (
         ((tmp_path / "none", tmp_path / "dst"), "no such folder"),
         ((source, source / "small"), "lies in SRC"),
         ((empty, tmp_path / "dst"), "holds no images"),
+        ((tmp_path / "small", source), "holds train already; give a new DST"),
+        ((source, tmp_path / "small", "--size", 40), "was made with --size 20 --quality 92; give "),
+        ((source, tmp_path / "small", "--size", 20, "--quality", 80), "was made with --size 20 "),
+        ((tmp_path / "small", a_file), "small.jpg: File exists; give another DST"),
+        ((tmp_path / "small", a_file / "dst"), "small.jpg/dst: Not a directory; give another DST"),
     ):
         with pytest.raises(UserError, match=words):
             call(monkeypatch, *arguments)
+    assert sorted(source.rglob("*")) == before
+    with pytest.raises(SystemExit):
+        call(monkeypatch, source, tmp_path / "dst", "--quality", 500)

@@ -9,15 +9,12 @@ Ends with 0 when all can be read, with 1 when some cannot.
 import argparse
 import csv
 import os
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from utils import shards, storage
@@ -31,7 +28,8 @@ from utils.image_io import (
     printable,
     read_image,
 )
-from utils.processes import die_with_parent, processors
+from utils.pools import shared
+from utils.processes import processors
 from utils.shards import Member
 
 CHUNK = 16  # files that a process takes at a time
@@ -89,19 +87,7 @@ def find_broken(
     Raises:
         UserError: a process that read them was killed.
     """
-    if processes == 1:
-        yield from (_read(path, decoder) for path in paths)
-        return
-    pool = ProcessPoolExecutor(processes, initializer=_init_process)
-    try:
-        yield from pool.map(_read, paths, [decoder] * len(paths), chunksize=CHUNK)
-    except BrokenProcessPool:
-        raise UserError(
-            "a process that read images was killed (out of memory?): use fewer with -j",
-            EXIT_FAILED,
-        ) from None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the rest
+    return shared(partial(_read, decoder=decoder), paths, processes=processes, chunk=CHUNK)
 
 
 def write_csv(file, broken: Iterable[BrokenImageError]) -> None:
@@ -165,12 +151,6 @@ def _read(path: bytes | Member, decoder: str) -> BrokenImageError | None:
         name = printable(path)
         return BrokenImageError(name, str(error).removeprefix(f"{name}: "))
     return None
-
-
-def _init_process() -> None:
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers it
-    torch.set_num_threads(1)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def write_atomically(
                 EXIT_FAILED,
             ) from None
         raise UserError(
-            f"cannot write {path}: {error.strerror}; choose another --output or mend its rights",
+            f"cannot write {path}: {error.strerror}; choose another place, or mend its rights",
             EXIT_FAILED,
         ) from None
 

@@ -117,6 +117,17 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
     )
 
 
+def find_images(root: str) -> list[bytes]:
+    """Paths, relative to `root`, of all images below it at any depth, found as `scan` finds them.
+
+    Raises:
+        UserError: a folder that cannot be read, or a link that leads back into itself.
+    """
+    paths: list[bytes] = []
+    _collect(root, "", paths, Counter(), ())
+    return sorted(paths)
+
+
 def describe(folder: ImageFolder, title: str) -> list[str]:
     """Lines for the report at the start of a run: counts, and whatever a user should look at."""
     present = len(folder.classes) - len(folder.empty_classes())

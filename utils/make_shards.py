@@ -11,10 +11,8 @@ again, so the same command goes on where an interrupted one stopped.
 import io
 import os
 import re
-import signal
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,8 @@ from utils.errors import EXIT_FAILED, UserError
 from utils.files import remove_leftovers, write_atomically
 from utils.image_folder import ImageFolder
 from utils.image_io import printable, read_file
-from utils.processes import default_workers, die_with_parent
+from utils.pools import shared
+from utils.processes import default_workers
 from utils.shards import ShardFolder
 
 SHUFFLE = 0  # seed
@@ -111,10 +110,9 @@ def write_split(images: ImageFolder, folder: Path, most: int, processes: int) ->
     sizes = file_sizes(images)
     plan = list(plan_shards(sizes, most))
     targets = [folder / f"{folder.name}-{number:05}.tar" for number in range(len(plan))]
-    with ProcessPoolExecutor(processes, initializer=_init_process) as pool:
-        done = pool.map(write_shard, map(images.take, plan), targets)
-        for _ in tqdm(done, desc=folder.name, total=len(plan), unit="shard", disable=None):
-            pass
+    done = shared(write_shard, map(images.take, plan), targets, processes=processes)
+    for _ in tqdm(done, desc=folder.name, total=len(plan), unit="shard", disable=None):
+        pass
 
     # What an earlier command left there may have been made from other images.
     written = shards.scan(str(folder), images.classes)
@@ -175,11 +173,6 @@ def main() -> int:
 def _unreadable(path: bytes, error: Exception) -> UserError:
     reason = getattr(error, "strerror", None) or error
     return UserError(f"{printable(path)}: {reason}; mend or remove the file", EXIT_FAILED)
-
-
-def _init_process() -> None:
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers it
 
 
 if __name__ == "__main__":

@@ -2,26 +2,33 @@
 
     python -m utils.resize_dataset SRC DST --size 256
 
-Folder and file names stay; what is reduced becomes a JPEG, also where the name ends otherwise, and
-what is small enough is copied byte for byte. What is there already is not written again, so the
-same command goes on where an interrupted one stopped.
+Folder and file names stay, and linked folders are copied like others. What is reduced becomes a
+JPEG, also where the name ends otherwise, and what is small enough is copied byte for byte. What is
+there already is not written again, so the same command goes on where an interrupted one stopped.
 """
 
 import io
+import json
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from utils.cli import Parser, positive_int, run_script
+from utils.cli import Parser, number, positive_int, run_script
 from utils.errors import EXIT_FAILED, UserError
-from utils.files import write_atomically
+from utils.files import remove_leftovers, write_atomically
+from utils.image_folder import find_images
 from utils.image_io import EXTENSIONS, BrokenImageError, printable, read_file, read_image
+from utils.pools import shared
 from utils.processes import processors
+
+RECORD = "resized.json"  # in DST: how its images were made
+CHUNK = 16  # images that a process takes at a time
 
 
 def resize_one(
@@ -31,6 +38,9 @@ def resize_one(
 
     An image whose shorter side is `size` or less is copied as it is: encoding it once more would
     cost quality for nothing.
+
+    Raises:
+        UserError: no room, or another fault of the place.
     """
     place = Path(os.fsdecode(os.path.join(target, relative)))
     if place.exists():
@@ -49,49 +59,85 @@ def resize_one(
         data = encoded.getvalue()
     else:
         data = read_file(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    with _naming(place.parent):
+        place.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(place, data)
     return None
 
 
-def find_images(root: bytes) -> list[bytes]:
-    """Relative paths of all images below `root`, hidden ones left out."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if not f.startswith(b".")]
-        for name in names:
-            if not name.startswith(b".") and os.fsdecode(name).lower().endswith(EXTENSIONS):
-                found.append(os.path.relpath(os.path.join(folder, name), root))
-    return sorted(found)
+def open_target(target: Path, images: Iterable[bytes], settings: Mapping[str, int]) -> None:
+    """Makes the folder, or sees that what it holds was written with the same settings.
+
+    What a killed process left half written there goes.
+
+    Raises:
+        UserError: it holds something else, or cannot be written.
+    """
+    record = target / RECORD
+    with _naming(target):
+        target.mkdir(parents=True, exist_ok=True)
+        if not record.exists():
+            held = [name for name in os.listdir(target) if not name.startswith(f".{RECORD}.tmp-")]
+            if held:
+                raise UserError(f"{target}: holds {printable(min(held))} already; give a new DST")
+            write_atomically(record, json.dumps(settings).encode())
+            return
+        try:
+            before = json.loads(record.read_text())
+            flags = " ".join(f"--{name} {value}" for name, value in before.items())
+        except (ValueError, AttributeError):
+            raise UserError(f"{record}: is not of this program; give a new DST") from None
+        if before != settings:
+            raise UserError(f"{target}: was made with {flags}; give the same, or a new DST")
+        for folder in {os.path.dirname(image) for image in images}:
+            remove_leftovers(target / os.fsdecode(folder))
 
 
 def main() -> int:
-    parser = Parser(description=__doc__)
+    parser = Parser(prog="resize_dataset", description=__doc__)
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("target", metavar="DST")
-    parser.add_argument("--size", type=positive_int, default=256, help="shorter side (256)")
-    parser.add_argument("--quality", type=positive_int, default=92, help="JPEG (92)")
-    parser.add_argument("-j", "--workers", type=positive_int, default=processors())
+    parser.add_argument(
+        "--size", type=positive_int, default=256, metavar="S", help="pixels, shorter side (256)"
+    )
+    parser.add_argument(
+        "--quality", type=number(int, 1, 100), default=92, metavar="Q", help="of JPEGs (92)"
+    )
+    parser.add_argument(
+        "-j", "--workers", type=positive_int, default=processors(), metavar="N",
+        help="processes (default: one a core)",
+    )  # fmt: skip
     args = parser.parse_args()
     source, target = os.path.realpath(args.source), os.path.realpath(args.target)
     if not os.path.isdir(source):
-        raise UserError(f"{args.source}: no such folder; SRC is the folder to copy")
+        raise UserError(f"{printable(args.source)}: no such folder; SRC is the folder to copy")
     if os.path.commonpath([source, target]) == source:
-        raise UserError(f"{args.target}: lies in SRC; give a DST outside it")
-    images = find_images(os.fsencode(source))
+        raise UserError(f"{printable(args.target)}: lies in SRC; give a DST outside it")
+    images = find_images(source)
     if not images:
-        raise UserError(f"{args.source}: holds no images ({' '.join(EXTENSIONS)})")
+        raise UserError(f"{printable(args.source)}: holds no images ({' '.join(EXTENSIONS)})")
+    settings = {"size": args.size, "quality": args.quality}
+    open_target(Path(target), images, settings)
     work = partial(
-        resize_one, source=os.fsencode(source), target=os.fsencode(target), size=args.size,
-        quality=args.quality,
-    )  # fmt: skip
-    with ProcessPoolExecutor(args.workers) as pool:
-        results = pool.map(work, images, chunksize=16)
-        faults = [f for f in tqdm(results, total=len(images), unit="image") if f is not None]
+        resize_one, source=os.fsencode(source), target=os.fsencode(target), **settings
+    )
+    results = shared(work, images, processes=args.workers, chunk=CHUNK)
+    bar = tqdm(results, total=len(images), unit="image", disable=None)
+    faults = [fault for fault in bar if fault is not None]
     print(f"{len(images) - len(faults):,} images in {printable(args.target)}")
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
     return EXIT_FAILED if faults else 0
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.strerror}; give another DST, or mend its rights", EXIT_FAILED
+        ) from None
 
 
 if __name__ == "__main__":
