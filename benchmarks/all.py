@@ -22,7 +22,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON files")
     parser.add_argument("--smoke", action="store_true", help="tiny and short: does it run?")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}; give another folder")
     failed = []
     for name in BENCHMARKS:
         command = [

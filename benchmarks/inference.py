@@ -120,7 +120,7 @@ def measure(network: str, built: dict, args, compile: bool) -> list[dict[str, ob
         calls[AS_IT_IS] = as_it_is.AsItIs(textbook_form, network, args.smoke, tuple(images.shape))
         dtypes[AS_IT_IS] = "float32"
         pairs += [(label, AS_IT_IS) for label in calls if label == BASE or label.startswith("our")]
-    repeat = 10 if args.device.type == "cuda" else 1
+    repeat = 2 if args.device.type == "cuda" else 1  # of a tenth of a second; 23 variants
     times = side.interleave(calls, args.rounds, args.device, repeat)
     common = side.settings(args) | {"network": network}
     rows = side.compare("inference", times, pairs + tax, dtypes, common)

@@ -23,9 +23,10 @@ sys.path.insert(0, str(ROOT))  # the scripts' own packages
 import torch  # noqa: E402
 import torchvision  # noqa: E402
 
+from utils import distributed  # noqa: E402
 from utils.backends import configure  # noqa: E402
 from utils.cli import Parser, positive_int  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from utils.errors import EXIT_FAILED, UserError  # noqa: E402
 from utils.text_tables import columns  # noqa: E402
 
 Times = dict[str, list[float]]
@@ -46,18 +47,36 @@ def make_parser(description: str, *, batch: tuple[int, int], rounds: int) -> Par
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """Fills in what depends on the device, and sets torch as a training run would."""
+    """Fills in what depends on the device, and sets torch as a training run would.
+
+    Raises:
+        UserError: there is no such device, or the file of --json cannot be written.
+    """
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not cpu or cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device: leave --device out")
-    args.device = torch.device(name)
+    args.device = distributed.setup(name).device
+    if args.json:
+        _see_to(args.json)
     if args.smoke:
         args.rounds, args.img_size, args.batch = 1, 32, 2
     args.batch = args.batch or args.batch_of_device[args.device.type == "cuda"]
     configure(False, args.device)  # as a training run, for every variant
     return args
+
+
+def _see_to(file: Path) -> None:
+    """Not after minutes of measuring."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not file.exists()
+        file.open("a").close()
+        if is_new:
+            file.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--json {file}: {error.strerror}; give another file", EXIT_FAILED
+        ) from None
 
 
 def bfloat16_is_native(device: torch.device) -> bool:
@@ -201,6 +220,5 @@ def report(
         table.append([row["variant"], row["baseline"], *ratios])
     print(columns(table, left=2))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
         print(f"{len(rows)} rows in {args.json}")

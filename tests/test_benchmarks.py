@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from utils.errors import UserError
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 COLUMNS = {
     "benchmark", "variant", "baseline", "device", "dtype", "batch", "ratio_min", "ratio_median",
@@ -35,6 +37,34 @@ def test_smoke(name, tmp_path):
         assert 0 < row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"] < math.inf
     assert any(("ours" if name == "data_loading" else "ECA") in row["variant"] for row in rows)
     assert rows[0]["variant"] in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--device", "cpu:x"), "--device cpu:x: not a device; try cpu, cuda,"),
+        (("--device", "mps"), "--device mps is not cpu or cuda"),
+        (("--json", "."), r"--json \.: Is a directory; give another file"),
+        (("--json", f"{__file__}/x"), "test_benchmarks.py/x: File exists; give another file"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_measured(monkeypatch, flags, said):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import side_by_side as side
+
+    parser = side.make_parser("", batch=(1, 1), rounds=1)
+    with pytest.raises(UserError, match=said):
+        side.settle(parser.parse_args(flags))
+
+
+def test_all_refuses_a_folder_that_is_none(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import all as every
+
+    monkeypatch.setattr(sys, "argv", ["all.py", "--out", __file__])
+    with pytest.raises(SystemExit):
+        every.main()
+    assert "test_benchmarks.py: File exists; give another folder" in capsys.readouterr().err
 
 
 def test_all_goes_on_after_one_that_fails_and_names_it(tmp_path, monkeypatch, capsys):
