@@ -30,7 +30,8 @@ def fastest_dtype(device: torch.device | str) -> torch.dtype:
     """
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
+        with torch.cuda.device(device):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
     if device.type == "cpu" and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     ):
@@ -40,6 +41,8 @@ def fastest_dtype(device: torch.device | str) -> torch.dtype:
 
 def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
     """A new convolution that computes bn(conv(x)) by bn's running statistics."""
+    if not isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm):
+        raise ValueError(f"{type(bn).__name__} cannot be folded into a convolution as BatchNorm")
     if bn.running_mean is None:
         raise ValueError("BatchNorm without running statistics cannot be folded: train with them")
     wide = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(bn).double())
@@ -176,6 +179,8 @@ def _rebuild(network: ResNet | MobileNetV2) -> None:
     }
     for stage in stages:
         for i, block in enumerate(stage):
+            if type(block) not in rebuilders:  # a subclass may compute something else
+                raise ValueError(f"a block of type {type(block).__name__} cannot be rebuilt")
             stage[i] = rebuilders[type(block)](block)
 
 
@@ -196,7 +201,7 @@ def optimise_for_inference(
         with the model's within 1e-5 relative.
 
     Raises:
-        ValueError: for another network.
+        ValueError: for another network, or one with other blocks or norms.
     """
     if not isinstance(model, ResNet | MobileNetV2):
         raise ValueError(

@@ -249,7 +249,10 @@ def test_a_gpu_s_pixels_are_near_libjpeg_s(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         for i in range(40):
-            photo(300 + i, 350 - i).save(tmp_path / name / f"{i}.jpg", quality=90)
+            picture = photo(300 + i, 350 - i)
+            picture = picture.convert("L") if i % 4 == 1 else picture
+            kind = {"progressive": i % 4 == 2, "subsampling": 0 if i % 4 == 3 else 2}
+            picture.save(tmp_path / name / f"{i}.jpg", quality=90, **kind)
     images, gpu = scan(str(tmp_path)), torch.device("cuda", 0)
     check_decoder("cuda", gpu)
     recipe = RECIPE.override(img_size=96)

@@ -11,6 +11,7 @@ from torch import nn
 
 import models
 from models import inference
+from models.eca_resnet import BasicBlock
 from models.inference import InferenceBlock, fastest_dtype, optimise_for_inference
 
 NETWORKS = (
@@ -171,6 +172,29 @@ def test_the_fastest_dtype_is_one_that_the_device_has(monkeypatch):
 def test_other_networks_are_refused(other):
     with pytest.raises(ValueError, match=f"create_model.*not {type(other).__name__}"):
         optimise_for_inference(other)
+
+
+def test_other_blocks_and_norms_are_refused():
+    class Block(BasicBlock):
+        pass
+
+    network = make_network("resnet18")
+    network.layer1[0].__class__ = Block
+    with pytest.raises(ValueError, match="a block of type Block cannot be rebuilt"):
+        optimise_for_inference(network)
+    network = make_network("resnet18")
+    network.layer1[0].bn1 = nn.GroupNorm(8, 64)
+    with pytest.raises(ValueError, match="GroupNorm cannot be folded"):
+        optimise_for_inference(network)
+
+
+def test_batch_norms_that_were_synchronised_are_folded():
+    network = make_network("eca_resnet18")
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = network(x)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    assert apart(optimise_for_inference(synced, torch.float32)(x), expected) <= 1e-5
 
 
 def test_statistics_are_needed():
