@@ -3,6 +3,7 @@
     python benchmarks/all.py --out DIR [--smoke]
 
 Each runs in a process of its own; one that fails is named at the end, and the others still run.
+Images are read on the CPU; where there is a GPU, once more with it, also as decoder.
 """
 
 import argparse
@@ -11,8 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = ("memory", "tail", "train_step", "inference", "data_loading")
+ON_GPU = "data_loading_cuda"
 
 
 def main() -> int:
@@ -27,16 +31,13 @@ def main() -> int:
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}; give another folder")
     failed = []
-    for name in BENCHMARKS:
-        command = [
-            sys.executable,
-            str(HERE / f"{name}.py"),
-            "--json",
-            str(args.out / f"{name}.json"),
-        ]
+    for name in (*BENCHMARKS, *[ON_GPU] * torch.cuda.is_available()):
+        script = HERE / f"{name.removesuffix('_cuda')}.py"
+        command = [sys.executable, str(script), "--json", str(args.out / f"{name}.json")]
+        command += ["--device", "cuda"] * (name == ON_GPU) + ["--smoke"] * args.smoke
         print(f"\n== {name}", flush=True)
         began = time.perf_counter()
-        if subprocess.run(command + ["--smoke"] * args.smoke).returncode:
+        if subprocess.run(command).returncode:
             failed.append(name)
         print(f"== {name}: {time.perf_counter() - began:.0f} s", flush=True)
     if failed:
