@@ -1,16 +1,19 @@
 """Which parameters weight decay is for, by their names; and momentum before the first step."""
 
+import copy
 import math
 
 import pytest
 import torch
+from torch import nn
 
 import models
 from utils.detection_engine import make_optimizer
 from utils.detection_recipe import DetectionRecipe
-from utils.optimizer import make_sgd, split
+from utils.optimizer import make_sgd, split, take_up
 
 CPU = torch.device("cpu")
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
 
 
 def names(network, parameters):
@@ -34,7 +37,7 @@ def test_mobilenets_do_too():
     network = models.create_model("eca_mobilenetv2", num_classes=3)
     spared = set()
     for name, module in network.named_modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d):
             spared |= {f"{name}.weight", f"{name}.bias"}
         if isinstance(module, models.ECALayer):
             spared.add(f"{name}.conv.weight")
@@ -91,7 +94,7 @@ def test_a_first_step_that_overflows_leaves_no_trace(kind, uninitialised_is_nan)
     after = []
     for factors in ([math.inf, 1.0, 2.0], [1.0, 2.0]):
         torch.manual_seed(0)
-        network = torch.nn.Linear(5, 3)
+        network = nn.Linear(5, 3)
         optimizer = SGDS[kind](network)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         for factor in factors:
@@ -110,7 +113,7 @@ def test_the_first_step_is_the_same_as_without_a_momentum_to_begin_with():
         lambda n: torch.optim.SGD(n.parameters(), 0.02, 0.9, weight_decay=1e-4),
     ):
         torch.manual_seed(0)
-        network = torch.nn.Linear(5, 3)
+        network = nn.Linear(5, 3)
         optimizer = make(network)
         for _ in range(3):
             optimizer.zero_grad()
@@ -118,3 +121,50 @@ def test_the_first_step_is_the_same_as_without_a_momentum_to_begin_with():
             optimizer.step()
         after.append([p.detach() for p in network.parameters()])
     torch.testing.assert_close(*after, rtol=1e-6, atol=1e-7)
+
+
+def conv_in(memory_format):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3))
+    return network.to(memory_format=memory_format)
+
+
+def step(network, optimizer, number):
+    x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(number))
+    optimizer.zero_grad()
+    network(x).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("formats", [(NCHW, NHWC), (NHWC, NCHW)])
+def test_state_is_taken_up_in_another_memory_format(name, formats):
+    """As from a GPU's run on a CPU, or with --channels-last anew; the kernels do not look."""
+    recipe = DetectionRecipe(lr=0.05, optimizer=name)
+    through = conv_in(NCHW)
+    optimizer = make_optimizer(through, recipe, CPU)
+    for number in range(4):
+        step(through, optimizer, number)
+    saved = None
+    for begin, memory_format in zip((0, 2), formats, strict=True):
+        network = conv_in(memory_format)
+        optimizer = make_optimizer(network, recipe, CPU)
+        if saved is not None:
+            network.load_state_dict(saved[0])
+            take_up(optimizer, saved[1])
+        for number in (begin, begin + 1):
+            step(network, optimizer, number)
+        saved = copy.deepcopy((network.state_dict(), optimizer.state_dict()))
+    for found, expected in zip(network.parameters(), through.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_without_momentum_goes_on_with_it(uninitialised_is_nan):
+    """And its first step may overflow."""
+    network = nn.Linear(5, 3)
+    before = make_sgd(network, 0.1, 0.0, 0.0).state_dict()
+    assert before["state"] == {}
+    optimizer = make_sgd(network, 0.1, 0.9, 0.0)
+    take_up(optimizer, {**before, "param_groups": optimizer.state_dict()["param_groups"]})
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in network.parameters()]
+    assert all(torch.equal(b, torch.zeros_like(b)) for b in buffers)

@@ -27,17 +27,33 @@ def make_sgd(
     return optimizer
 
 
-def start_momentum(optimizer: torch.optim.SGD) -> None:
-    """Gives every parameter a momentum, of 0, before the first step.
+def start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter that has none a momentum, of 0, before the first step of SGD.
 
     Without it PyTorch's fused kernel (2.14 and before) leaves memory as it finds it for momentum
     where a gradient scaler skips the first step, as it does with its first scale, and the network
     turns to NaN or is spoilt unseen. A first step from 0 is the same as one without.
     """
     for group in optimizer.param_groups:
-        if group["momentum"]:
+        if group.get("momentum"):
             for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                if optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def take_up(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """`optimizer.load_state_dict(saved)`, so that PyTorch's fused kernels can go on from it.
+
+    They walk parameter, gradient and state alike by places in memory, whatever the strides say. But
+    saved state has the memory format of the run that saved it, which may be another one.
+    """
+    optimizer.load_state_dict(saved)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                fitting = torch.empty_like(parameter, dtype=value.dtype)
+                state[name] = fitting.copy_(value)
+    start_momentum(optimizer)
 
 
 def split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -12,7 +12,7 @@ from utils.averaging import WeightAverage
 from utils.engine import NonFiniteGuard
 from utils.errors import EXIT_NON_FINITE, UserError
 from utils.metrics import ClassificationMeter
-from utils.optimizer import make_sgd
+from utils.optimizer import make_sgd, take_up
 from utils.recipe import Recipe
 
 
@@ -176,7 +176,7 @@ class TrainState:
         own = self.optimizer.state_dict()["param_groups"]
         for group, before in zip(own, saved["optimizer"]["param_groups"], strict=False):
             group["lr"] = before["lr"]  # a step sets it, and there may be none to come
-        self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": own})
+        take_up(self.optimizer, {**saved["optimizer"], "param_groups": own})
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         progress = saved["progress"]
