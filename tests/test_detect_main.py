@@ -97,6 +97,8 @@ def test_a_runs_life(detect, shapes, tmp_path, monkeypatch):
     # Flags that the run does not agree with.
     with pytest.raises(UserError, match="leave --backbone resnet18, --norm eval out"):
         detect("--resume", folder / "last.pth", "-b", "resnet18", "--norm", "eval")
+    with pytest.raises(UserError, match="the run's optimizer is sgd: leave --optimizer adamw out"):
+        detect("--resume", folder / "last.pth", "--optimizer", "adamw")
     assert detect("--resume", folder / "last.pth")[-1].startswith("all 2 epochs are done")
 
     # With auto, --output is where the run is: nothing is written there.

@@ -90,7 +90,8 @@ def test_broken_images(call, tree, tmp_path):
     (data / "val" / "c" / "1.png").write_text("no image")
     code, _, err = call(*flags, "--skip-bad-images", "--output", "saved", data)
     assert code == 1
-    assert f"{data}/val/c/1.png: not an image" in err[0]
+    assert f"{data}/val/c/1.png: not an image; mend or remove the file" in err[0]
+    assert "--skip-bad-images" not in err[0]  # which is for training images
     assert place(tmp_path / "saved") == (0, 4)  # the epoch's training is not lost
 
 

@@ -54,3 +54,14 @@ def test_under_a_launcher(place, monkeypatch, nodes, flags):
     assert command("-e") == f"torchrun {rest}"
     monkeypatch.setattr(run_files, "_interpreter", lambda: ".venv/bin/python")
     assert command("-e") == f".venv/bin/python -m torch.distributed.run {rest}"
+
+
+def test_without_a_best_epoch_there_is_no_checkpoint_to_evaluate(place):
+    files = run_files.RunFiles(place, {}, "net", 0, None, None, None)
+    first, *others = files.farewell({}, "DATA")
+    assert first == "done: no epoch had a finite validation loss"
+    assert not any("best.pth" in line for line in others)
+    lines = files.farewell({"val_top1": 50.0, "val_top5": 99.0, "epoch": 2}, "DATA")
+    assert lines[0] == "done: best top-1 50.00 %, top-5 99.00 % (epoch 3)"
+    assert lines[1].endswith(f"main.py -e --resume {place}/best.pth DATA")
+    files.close()

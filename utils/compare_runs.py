@@ -189,7 +189,7 @@ def draw(runs: Sequence[Run]) -> bytes:
         if column.endswith("loss"):
             axis.set_yscale("log")
         axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3, which="both", linewidth=0.5)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), fontsize=9)

@@ -87,6 +87,7 @@ class ImageDataset(Dataset):
                 failure = error
             else:
                 return image, int(self.folder.labels[index]), -1 if index == wanted else wanted
+        failure.can_be_skipped = self.seed is not None and not self.skip_broken  # in training
         return failure
 
     def view(self, image: torch.Tensor | Image.Image, key: Key) -> torch.Tensor:

@@ -147,7 +147,7 @@ def draw_curves(history: list[dict[str, float]], path: Path, title: str) -> None
                 label += f" ({points[-1][1]:.3g})"
                 axis.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
         axis.set(title=name, ylabel=unit, xlabel="epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     for axis in axes.flat[len(panels) :]:

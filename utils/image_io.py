@@ -52,6 +52,7 @@ class BrokenImageError(Exception):
     def __init__(self, path: str, reason: str):
         super().__init__(path, reason)  # both, so that the error survives a worker's pickle
         self.path, self.reason = path, reason
+        self.can_be_skipped = False  # by --skip-bad-images
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"

@@ -76,7 +76,7 @@ def draw_curves(history: list[dict[str, float]], path: Path, title: str) -> None
     axes.flat[3].set(title="Learning rate", ylabel="at the epoch's first step")
     for axis in axes.flat:
         axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     buffer = io.BytesIO()

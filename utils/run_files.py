@@ -115,9 +115,10 @@ class RunFiles:
                 f"best top-1 {best['val_top1']:.2f} %, top-5 {best['val_top5']:.2f} % "
                 f"(epoch {best['epoch'] + 1})"
             )
+        evaluate = f"  evaluate:    {command('-e', '--resume', weights, data)}"
         return [
             f"done: {result}",
-            f"  evaluate:    {command('-e', '--resume', weights, data)}",
+            *([evaluate] if best else []),
             look_line(self.folder),
             f"  train on:    {command('--resume', last, '--epochs', 'N')}",
         ]
