@@ -98,6 +98,7 @@ class DetectionLogger:
 
     def __init__(self, folder: Path, title: str, first_epoch: int = 0):
         self.folder, self.title = folder, title
+        self.is_new = not any(folder.glob("events.out.tfevents.*"))  # also of a run that goes on
         self.board = SummaryWriter(str(folder), purge_step=first_epoch or None)
 
     def log(self, history: list[dict[str, float]], images_per_second: float) -> None:
@@ -107,10 +108,10 @@ class DetectionLogger:
         writer.writeheader()
         writer.writerows(history)
         write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
-        row = history[-1]
-        for name in row:
-            if name != "epoch":
+        for row in history if self.is_new else history[-1:]:
+            for name in [name for name in row if name != "epoch"]:
                 self.board.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
+        self.is_new = False
         self.board.add_scalar("train/images_per_second", images_per_second, row["epoch"])
         self.board.flush()
         draw_curves(history, self.folder / "curves.png", self.title)

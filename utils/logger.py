@@ -30,6 +30,7 @@ class RunLogger:
 
     def __init__(self, folder: Path, title: str, first_epoch: int = 0):
         self.folder, self.title = folder, title
+        self.is_new = not any(folder.glob("events.out.tfevents.*"))  # also of a run that goes on
         self.board = SummaryWriter(str(folder), purge_step=first_epoch or None)
 
     def log(self, history: list[dict[str, float]], images_per_second: float) -> None:
@@ -39,9 +40,10 @@ class RunLogger:
         writer.writeheader()
         writer.writerows(history)
         write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
-        row = history[-1]
-        for name in COLUMNS[1:]:
-            self.board.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
+        for row in history if self.is_new else history[-1:]:
+            for name in COLUMNS[1:]:
+                self.board.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
+        self.is_new = False
         self.board.add_scalar("train/images_per_second", images_per_second, row["epoch"])
         self.board.flush()
         draw_curves(history, self.folder / "curves.png", self.title)

@@ -1,0 +1,31 @@
+"""metrics.csv and TensorBoard's events of a run: the same rows, whatever came in between."""
+
+import csv
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils.detection_log import DetectionLogger
+from utils.logger import COLUMNS, RunLogger
+
+OF_DETECTION = ("lr", "train_loss", "box_AP", "box_AP50", "box_AP75")
+LOGGERS = {RunLogger: COLUMNS[1:], DetectionLogger: OF_DETECTION}
+
+
+def epochs_of(folder):
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    events = EventAccumulator(str(folder)).Reload()
+    return [int(row["epoch"]) for row in rows], [e.step for e in events.Scalars("train/loss")]
+
+
+@pytest.mark.parametrize("logger", LOGGERS)
+def test_a_run_that_goes_on_elsewhere_brings_its_epochs(logger, tmp_path):
+    """--resume with --output, or --start-epoch: the folder is new, and the run is not."""
+    rows = [{"epoch": e, **dict.fromkeys(LOGGERS[logger], e + 0.5)} for e in range(4)]
+    for folder, first, last in (("one", 0, 2), ("one", 2, 3), ("two", 3, 4)):
+        log = logger(tmp_path / folder, "title", first)
+        for done in range(first, last):
+            log.log(rows[: done + 1], images_per_second=7.0)
+        log.close()
+    assert epochs_of(tmp_path / "one") == ([0, 1, 2], [0, 1, 2])
+    assert epochs_of(tmp_path / "two") == ([0, 1, 2, 3], [0, 1, 2, 3])
