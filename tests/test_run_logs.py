@@ -5,10 +5,11 @@ import csv
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from utils.coco_eval import FIGURES
 from utils.detection_log import DetectionLogger
 from utils.logger import COLUMNS, RunLogger
 
-OF_DETECTION = ("lr", "train_loss", "box_AP", "box_AP50", "box_AP75")
+OF_DETECTION = ("lr", "train_loss", *(f"box_{name}" for name in FIGURES))
 LOGGERS = {RunLogger: COLUMNS[1:], DetectionLogger: OF_DETECTION}
 
 
