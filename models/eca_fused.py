@@ -144,7 +144,9 @@ def fused_tail(
     batch_statistics = bn.training or bn.running_mean is None
     statistics = None
     if not batch_statistics:
-        statistics = (_widened(bn.running_mean, z), _widened(bn.running_var, z))
+        # A copy of the mean, which backward needs: a step in training mode may come before that.
+        mean = bn.running_mean.to(accumulation_dtype(z.dtype), copy=True)
+        statistics = (mean, _widened(bn.running_var, z))
     kernel = None if attention is None else attention.conv.weight.flatten()
     memory_format = _format_of(z)
     z = z.contiguous(memory_format=memory_format)
@@ -153,18 +155,21 @@ def fused_tail(
     out, mean, variance = _FusedTail.apply(
         z, bn.weight, bn.bias, kernel, residual, statistics, bn.eps, activation
     )
-    if bn.training and bn.running_mean is not None:
+    if bn.training and bn.track_running_stats and bn.running_mean is not None:
         _update_running_statistics(bn, mean, variance)
     return out
 
 
 def _update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, unbiased: Tensor) -> None:
     """As nn.BatchNorm2d does: unbiased variance; momentum None is the average over all batches."""
+    momentum, batches = bn.momentum, bn.num_batches_tracked
+    if momentum is None and batches is None:
+        return
     with torch.no_grad():
-        bn.num_batches_tracked.add_(1)
-        momentum = bn.momentum
+        if batches is not None:
+            batches.add_(1)
         if momentum is None:
-            momentum = [bn.num_batches_tracked.to(bn.running_mean.dtype).reciprocal()] * 2
+            momentum = [batches.to(bn.running_mean.dtype).reciprocal()] * 2
         running, found = (bn.running_mean, bn.running_var), (mean, unbiased)
         found = [new.to(old.dtype) for old, new in zip(running, found, strict=True)]
         torch._foreach_lerp_(running, found, momentum)  # on a GPU one launch

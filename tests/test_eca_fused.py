@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import eca_algebra, eca_fused, eca_passes
-from models.eca_fused import fused_tail
+from models.eca_fused import block_tail, fused_tail
 
 pytestmark = pytest.mark.usefixtures("seeded", "operations")
 
@@ -126,6 +126,33 @@ def test_running_statistics_follow_every_kind_of_momentum():
         for found, expected in zip(bn.buffers(), plain.buffers(), strict=True):
             torch.testing.assert_close(found, expected)
     assert bn.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("switched", ["track_running_stats", "num_batches_tracked"])
+def test_running_statistics_that_were_switched_off_later(momentum, switched):
+    """By hand, as virtual adversarial training does, or without a count, as old networks are."""
+    bn, _ = make_modules(6, momentum=momentum)
+    setattr(bn, switched, {"track_running_stats": False, "num_batches_tracked": None}[switched])
+    plain = copy.deepcopy(bn)
+    z = make_input((2, 6, 4, 4))
+    torch.testing.assert_close(fused_tail(z, bn, None, activation=False), plain(z))
+    found, expected = dict(bn.named_buffers()), dict(plain.named_buffers())
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+def test_one_backward_for_passes_in_both_modes():
+    bn, attention = make_modules(6, dtype=torch.float32)
+    z, grads = make_input((2, 6, 4, 4), torch.float32), []
+    for fused in (True, False):
+        own, x = copy.deepcopy((bn, attention)), z.clone().requires_grad_()
+        out = sum(block_tail(x, own[0].train(training), own[1], None, nn.ReLU(), fused=fused)
+                  for training in (False, True))  # fmt: skip
+        out.square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
 def test_running_statistics_cost_two_operations():
