@@ -28,6 +28,7 @@ from utils import (
 from utils.checkpoint import load
 from utils.cli import Parser, count, did_you_mean, number, positive_int, run_script
 from utils.errors import EXIT_FAILED, UserError, as_user_error
+from utils.faults import Memory, in_one_line
 from utils.files import write_atomically
 from utils.gate_statistics import GateStatistics, LayerWeights, table, write_npz
 from utils.image_folder import ImageFolder
@@ -107,12 +108,9 @@ def main() -> int:
     batches = read_batches(
         paths, img_size, crop_pct, args.batch_size, device, workers, args.decoder
     )
-    try:
+    needs = Memory(f"-b {args.batch_size}", "a smaller -b or --img-size", " or a smaller -b")
+    with in_one_line(needs):
         layers, broken = gather(network, batches, images)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise UserError(
-            f"out of memory with -b {args.batch_size}: give a smaller -b", EXIT_FAILED
-        ) from None
 
     folder = run_folder.create("attention", args.output)
     names = [printable(name) for name in images.classes]

@@ -62,6 +62,7 @@ OF_ONE_START = (
     "resume", "evaluate", "backbone_weights", "output", "device", "gpu", "results_json", "picture",
 )  # fmt: skip
 WARMUP = "--warmup-steps"  # what a remedy calls it
+SMALLER = "a smaller --min-size, or --amp bf16"  # what spares memory
 OF_A_NETWORK = ("arch", "backbone", "ksize", "norm", "trainable_layers", "legacy")
 BACKBONES = [name for name in models.MODELS if "resnet" in name]
 
@@ -104,10 +105,10 @@ def main() -> int:
         context = replace(context, data_parallel=())
     try:
         if args.evaluate:
-            with in_one_line(Memory("one image at a time", "a smaller --min-size")):
+            with in_one_line(Memory("one image at a time", SMALLER)):
                 return evaluate(args, saved, context)
         needs = Memory(
-            f"--batch-size {recipe.batch_size}", "a smaller --batch-size or --min-size",
+            f"--batch-size {recipe.batch_size}", f"a smaller --batch-size, or {SMALLER}",
             " or a smaller --batch-size",
         )  # fmt: skip
         with StopRequest() as stop, in_one_line(needs, stop):

@@ -105,7 +105,10 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     if args.workers is None:  # a demo's images are so small that processes would cost more
         args.workers = 0 if on_demo else default_workers()
 
-    needs = Memory(f"-b {recipe.batch_size}", "a smaller -b or --img-size", " or a smaller -b")
+    needs = Memory(
+        f"-b {recipe.batch_size}", "a smaller -b or --img-size, or --amp bf16",
+        " or a smaller -b",
+    )  # fmt: skip
     context = distributed.setup(args.device, args.gpu)
     try:
         if args.compile:

@@ -28,6 +28,7 @@ from utils.checkpoint import load
 from utils.class_activation import grad_cam
 from utils.cli import run_script
 from utils.errors import EXIT_FAILED, UserError, as_user_error
+from utils.faults import Memory, in_one_line
 from utils.files import write_atomically
 from utils.found_objects import CocoDocument, class_table, find_objects, picture, sentence
 from utils.image_io import printable, read_image
@@ -40,6 +41,7 @@ from utils.user_images import UserBatch, find_images, read_batches
 
 FINE_ENOUGH = 4  # positions a side: with fewer, a map hardly tells where
 MOST_IN_GRID = 400
+LONGEST_STEM = 200  # bytes; file systems take names of 255, with what marks a file half written
 MOST_LARGE = 100  # of those with captions in them
 
 
@@ -75,19 +77,16 @@ def main() -> int:
     )
     files = [printable(path) for path in paths]
     log = PredictionLog(args.format, files, min(args.topk, len(names)))
-    try:
+    needs = Memory(f"-b {args.batch_size}", "a smaller -b or --img-size", " or a smaller -b")
+    with in_one_line(needs):
         for i, prediction, heat in classify(network, batches, files, names, log.topk, stage):
             if prediction.error is not None:
                 say(f"! {prediction.file}: {prediction.error}; passed over")
             if heat is not None:
-                drawn = folder / "maps" / f"{i + 1:04}_{Path(prediction.file).stem}.png"
+                drawn = folder / "maps" / png_name(i, prediction.file)
                 write_map(drawn, paths[i], prediction, heat, img_size, crop_pct, stage)
                 prediction = replace(prediction, map=str(drawn))
             log.add(prediction)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise UserError(
-            f"out of memory with -b {args.batch_size}: give a smaller -b", EXIT_FAILED
-        ) from None
     log.close()
 
     broken = sum(prediction.error is not None for prediction in log.predictions)
@@ -120,7 +119,7 @@ def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int
             continue
         document.add(found)
         drawn = to_pil_image(picture(found, names, args.min_score))
-        target = folder / "pictures" / f"{i + 1:04}_{Path(found.file).stem}.png"
+        target = folder / "pictures" / png_name(i, found.file)
         target.parent.mkdir(exist_ok=True)
         write_atomically(target, pictures.encoded(drawn))
         if args.grid and len(cells) < MOST_LARGE:
@@ -137,6 +136,12 @@ def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int
         grid = pictures.draw_grid(cells, args.checkpoint, pictures.LARGE_CELL)
         write_atomically(folder / "grid.png", grid)
     return finish(folder, broken, len(paths))
+
+
+def png_name(index: int, file: str) -> str:
+    """Of a picture of the image `file`: its number and its name, as far as names may go."""
+    stem = Path(file).stem.encode()[:LONGEST_STEM].decode(errors="ignore")
+    return f"{index + 1:04}_{stem}.png"
 
 
 def finish(folder: Path | None, broken: int, images: int) -> int:

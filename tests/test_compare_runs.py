@@ -79,6 +79,9 @@ def test_settings_that_differ_and_seeds_that_repeat(tmp_path):
     assert differences(runs) == {"lr": ["0.1", "0.1", "0.5", "0.1"], "seed": ["1", "2", "1", "1"]}
     assert differences(runs[:1]) == {}
     assert repeat_lines(runs) == ["eca_resnet18 3577: top-1 85.25 ± 6.72 over 2 seeds (a, b)"]
+    again = read_run(write_run(tmp_path / "e", TOP1["c"]))  # with the seed of a
+    (line,) = repeat_lines([*runs, again])
+    assert line.endswith("over 3 runs (a, b, e)")
     rows = result_rows(runs)
     assert rows[0][:4] == ["run", "network", "ksize", "epochs"]
     assert rows[0][-2:] == ["lr", "seed"]
@@ -130,6 +133,14 @@ def test_curves_are_drawn_run_by_run(tmp_path, figures):
     assert panels["val_loss"].lines[0].get_ydata().tolist() == [2, 1.9, 1.8]
     styles = [(line.get_color(), line.get_linestyle()) for line in panels["val_top1"].lines]
     assert len(set(styles)) == len(names)  # more than there are colours
+
+
+def test_every_run_is_in_the_legend_under_its_name(tmp_path, figures):
+    """matplotlib leaves out what begins with "_", and takes $…$ for a formula."""
+    runs = [read_run(write_run(tmp_path / n, TOP1["a"])) for n in ("_u", "$p$q", "c")]
+    compare_runs.draw(runs)
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["\u200b_u", r"\$p\$q", "c"]
 
 
 def test_command(tmp_path, cli):

@@ -55,11 +55,20 @@ def test_photographs_larger_than_the_input(tmp_path):
     assert annotation["area"] == pytest.approx(192 * 96, rel=0.02)
 
 
-def test_an_image_that_does_not_fit_into_memory_is_passed_over(photos):
+@pytest.mark.parametrize(
+    "fault",
+    [torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), None],
+    ids=["device", "cpu", "another"],
+)
+def test_an_image_that_does_not_fit_into_memory_is_passed_over(photos, fault):
     def detector(images):
-        raise torch.OutOfMemoryError
+        raise fault or RuntimeError("size mismatch")
 
     detector.transform = SimpleNamespace(max_size=100)
     paths = find_images([str(photos / "*.png")])
+    if fault is None:
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            list(find_objects(detector, paths, torch.device("cpu"), first_label=1))
+        return
     found = list(find_objects(detector, paths, torch.device("cpu"), first_label=1))
     assert [one.error for one in found] == ["out of memory", "not an image"]

@@ -156,6 +156,7 @@ def test_names_that_are_not_utf8(tmp_path):
         file.write(encoded("PNG"))
     assert read_image(path).shape == (3, 60, 80)
     assert printable(path).endswith("/caf\\xe9.png")
+    assert printable("two\nlines\x9b.png") == "two\\x0alines\\x9b.png"
     printable(path).encode("utf-8")  # fit for any terminal
 
 

@@ -174,6 +174,39 @@ def test_released_weights(ckpt, photos, cli, tmp_path):
     assert [given[f"n{i}"] for i in (1, 2, 3)] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
+def test_odd_names_of_files(ckpt, photos, cli, tmp_path):
+    """As long as a file system takes, and in two lines."""
+    path, _ = ckpt
+    names = ["ä" * 125 + ".png", "two\nlines.png"]
+    for name in names:
+        (tmp_path / name).write_bytes((photos / "a.png").read_bytes())
+    flags = ("--maps", "--grid", "--output", tmp_path / "out")
+    code, table, _ = cli(path, *(tmp_path / name for name in names), *flags)
+    assert code == 0
+    assert len(table.splitlines()) == 2
+    assert "two\\x0alines.png" in table
+    maps = {p.name for p in (tmp_path / "out" / "maps").iterdir()}
+    assert maps == {"0001_" + "ä" * 100 + ".png", "0002_two\\x0alines.png"}
+    assert (tmp_path / "out" / "grid.png").exists()
+
+
+def test_faults_of_the_machine_are_told_in_one_line(ckpt, photos, cli, monkeypatch):
+    path, _ = ckpt
+    for fault, said in (
+        ("DefaultCPUAllocator: can't allocate memory", "out of memory with -b 32: give a smaller "),
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", "killed by SIGKILL (out of mem"),
+    ):
+        def fail(*_, fault=fault):
+            raise RuntimeError(fault)
+
+        monkeypatch.setattr(predict, "classify", fail)
+        code, _, notes = cli(path, photos)
+        assert code == 1
+        assert said in notes.splitlines()[-1]
+        assert "Traceback" not in notes
+        assert "--amp" not in notes
+
+
 def test_what_is_wrong_is_said_in_one_line(ckpt, photos, cli, tmp_path):
     path, _ = ckpt
     (tmp_path / "two.txt").write_text("a\nb\n")

@@ -157,9 +157,11 @@ def repeat_lines(runs: Sequence[Run]) -> list[str]:
             mean = sum(values) / len(values)
             std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
             title = RESULTS[members[0].decides][0][0]
+            seeds = {run.settings.get("seed") for run in members}
+            what = "seeds" if len(seeds) == len(members) else "runs"
             lines.append(
                 f"{arch} {ksize_text(ksize)}: {title} {mean:.2f} ± {std:.2f} over "
-                f"{len(values)} seeds ({', '.join(short_names(members))})"
+                f"{len(values)} {what} ({', '.join(short_names(members))})"
             )
     return lines
 
@@ -169,7 +171,7 @@ def draw(runs: Sequence[Run]) -> bytes:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    from utils.pictures import CURVES, png
+    from utils.pictures import CURVES, png, short
 
     decides = runs[0].decides
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
@@ -181,7 +183,7 @@ def draw(runs: Sequence[Run]) -> bytes:
                 "linestyle": "-" if i < len(CURVES) else "--",
             }
             x, y = [row["epoch"] + 1 for row in rows], [row[column] for row in rows]
-            axis.plot(x, y, marker="o", markersize=3, linewidth=1.3, label=name, **style)
+            axis.plot(x, y, marker="o", markersize=3, linewidth=1.3, label=short(name, 60), **style)
         part, _, what = column.partition("_")
         what = {"top1": "top-1 (%)", "loss": "loss"}.get(what, f"{what} (%)")
         title = {"val": f"validation {what}", "train": f"training {what}"}.get(part)

@@ -28,7 +28,7 @@ class Memory:
     """What decides a script's need of memory, in the words of its command line."""
 
     asked: str  # such as "-b 256"
-    smaller: str  # what to give then: "a smaller -b or --img-size"
+    smaller: str  # what to give then: "a smaller -b or --img-size, or --amp bf16"
     in_workers: str = ""  # what besides their number spares loader workers: " or a smaller -b"
 
 
@@ -48,7 +48,7 @@ def in_one_line(memory: Memory, stop: StopRequest | None = None) -> Iterator[Non
     again = "start again" if stop is None else "go on with --resume auto"
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
+    except MemoryError:
         raise _out_of_memory(memory) from None
     except OSError as error:
         if error.errno in TOO_MANY_FILES or any(sign in str(error) for sign in NO_FILES_LEFT):
@@ -63,7 +63,7 @@ def in_one_line(memory: Memory, stop: StopRequest | None = None) -> Iterator[Non
         text = str(error)
         if any(sign in text for sign in NO_FILES_LEFT):
             raise _too_many_files() from None
-        if any(sign in text for sign in OUT_OF_MEMORY):
+        if is_out_of_memory(error):
             raise _out_of_memory(memory) from None
         if "DataLoader worker" in text:
             raise _dead_worker(text, memory, again) from None
@@ -77,10 +77,15 @@ def in_one_line(memory: Memory, stop: StopRequest | None = None) -> Iterator[Non
         raise
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, a device or the CPU's allocator found no more."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
 def _out_of_memory(memory: Memory) -> UserError:
-    return UserError(
-        f"out of memory with {memory.asked}: give {memory.smaller}, or --amp bf16", EXIT_FAILED
-    )
+    return UserError(f"out of memory with {memory.asked}: give {memory.smaller}", EXIT_FAILED)
 
 
 def _too_many_files() -> UserError:

@@ -15,6 +15,7 @@ from utils import coco_masks
 from utils.coco_eval import MASK_THRESHOLD, to_results
 from utils.detection_picture import draw, enlarge
 from utils.errors import UserError
+from utils.faults import is_out_of_memory
 from utils.files import write_atomically
 from utils.image_io import BrokenImageError, printable, read_image
 
@@ -64,7 +65,9 @@ def find_objects(
             image = _resized(image, detector.transform.max_size / max(size))
         try:
             (objects,) = detector([image.to(device).float() / 255])
-        except (torch.OutOfMemoryError, MemoryError):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             yield Found(file, error="out of memory")
             continue
         objects = {name: value.cpu() for name, value in objects.items()}

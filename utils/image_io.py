@@ -39,6 +39,7 @@ ON_DEVICE = "cuda"  # main.py's fourth: the run's GPU decodes, see utils/device_
 EXIF = b"Exif\0\0"  # what follows may turn the picture
 ADOBE = b"Adobe"  # what follows may say that three components are RGB already
 JFIF = b"JFIF\0"  # behind the first marker; says that they are YCbCr
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 END = b"\xff\xd9"  # the last bytes of a JPEG that was not cut short
 # Of an image's file these tell what is wrong with it; any other OSError tells of the machine.
 OF_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
@@ -81,9 +82,11 @@ def decoder_name(text: str, known: Sequence[str] = DECODERS) -> str:
 
 
 def printable(path: str | bytes | Stored) -> str:
-    """A path fit for a terminal: bytes that are not UTF-8 are shown as \\xNN."""
+    """A path fit for a line of a terminal: bytes that are not UTF-8, and control characters such
+    as line breaks, are shown as \\xNN."""
     path = path if isinstance(path, str | bytes | os.PathLike) else str(path)
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def read_file(path: str | bytes) -> bytes:

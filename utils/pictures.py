@@ -14,6 +14,8 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.image_io import printable
+
 SIDE = 448  # pixels of a picture's longer side beside its map
 CELL = 132  # pixels of a picture in the grid ...
 LARGE_CELL = 288  # ... where there are captions in it to be read
@@ -174,7 +176,8 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """`text`, with its end cut off if it is wider than `width` pixels."""
+    """`text` on one line, with its end cut off if it is wider than `width` pixels."""
+    text = printable(text)
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(text + "…", font) > width:
@@ -183,8 +186,10 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, wid
 
 
 def short(text: str, most: int = 24) -> str:
-    """`text` as matplotlib is to draw it: not longer than `most`, and never taken for a formula."""
+    """`text` as matplotlib is to draw it: not longer than `most`, never taken for a formula, nor
+    for what a legend leaves out, as it does what begins with "_"."""
     text = text.replace("$", r"\$")
+    text = f"\u200b{text}" if text.startswith("_") else text  # a space of no width
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.files import write_atomically
+from utils.image_io import printable
 
 FORMATS = ("table", "csv", "json")
 WIDEST_PATH = 48  # characters of the table's first column; a longer path pushes its row aside
@@ -93,7 +94,7 @@ def path_width(files: Sequence[str]) -> int:
 
 
 def _percentages(prediction: Prediction) -> str:
-    return "   ".join(f"{g.name} {100 * g.confidence:.1f} %" for g in prediction.guesses)
+    return "   ".join(f"{printable(g.name)} {100 * g.confidence:.1f} %" for g in prediction.guesses)
 
 
 def _csv_lines(rows: Sequence[Sequence[str]]) -> str:
