@@ -307,3 +307,17 @@ def test_refuses_in_one_line_and_changes_nothing():
     add_eca(block, after="block.2", quiet=True)
     with pytest.raises(ValueError, match=r"\(N, 96, H, W\) was expected and \(1, 8, 8, 96\) came"):
         block(torch.randn(1, 96, 8, 8))
+
+
+def test_batch_norms_are_converted_before_eca_is_put_in():
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=3)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))
+    for each in (network, synced):
+        assert len(add_eca(each.eval(), quiet=True)) == 8
+        for name, parameter in each.named_parameters():
+            if "eca" in name:
+                nn.init.ones_(parameter)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(synced(x), network(x))
