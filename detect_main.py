@@ -196,11 +196,7 @@ def train(
         resume.refuse_changes(saved, asked.seed, asked.batch_size, len(train_split), None,
                               "--batch-size", can_begin=False)  # fmt: skip
         resume.refuse_other_data(saved, digest, can_begin=False)
-        held = DetectionRecipe.from_dict(saved["recipe"]).optimizer
-        if recipe.optimizer != held:
-            raise UserError(
-                f"the run's optimizer is {held}: leave --optimizer {recipe.optimizer} out"
-            )
+        resume.refuse_another_optimizer(saved, recipe)
     torch.manual_seed(seed)
     network, notes = build_network(args, recipe, saved, len(train_split.classes) + first_label)
     if network.model_kwargs["norm"] == "sync" and context.device.type != "cuda":

@@ -41,8 +41,8 @@ from utils.user_images import UserBatch, find_images, read_batches
 
 FINE_ENOUGH = 4  # positions a side: with fewer, a map hardly tells where
 MOST_IN_GRID = 400
-LONGEST_STEM = 200  # bytes; file systems take names of 255, with what marks a file half written
 MOST_LARGE = 100  # of those with captions in them
+LONGEST_STEM = 200  # bytes; file systems take names of 255, with what marks a file half written
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """The flags of the training scripts."""
 
+import argparse
 import re
 import sys
 from functools import partial
@@ -74,6 +75,29 @@ def test_flags_that_would_do_nothing_are_refused(monkeypatch, script, flags, sai
     else:
         with pytest.raises(UserError, match=said):
             script.main()
+
+
+def test_fast_evaluation_reads_in_the_layout_it_works_in(monkeypatch):
+    given = []
+    monkeypatch.setattr(main, "evaluate", lambda args, *_: given.append(args.channels_last) or 0)
+    monkeypatch.setattr(main.resume, "read", lambda *_: (None, None))
+    for flags in ("-e", "-e --fast"):
+        monkeypatch.setattr(sys, "argv", ["x", *flags.split(), "--device", "cpu", "DATA"])
+        assert main.main() == 0
+    assert given == [False, True]
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_the_report_of_block_tails_is_for_the_run_s_precision(monkeypatch, amp):
+    asked = []
+    monkeypatch.setattr(
+        models, "describe_tails", lambda net, device, fused, dtype, *_: asked.append(dtype) or "so"
+    )
+    args = argparse.Namespace(amp=amp, fused=True, compile=False, channels_last=False)
+    context = distributed.Context(CPU)
+    assert main.how_tails_run(nn.Identity(), args, context) == "so"
+    assert detect_main.device_lines(nn.Identity(), args, context)[0].endswith("so")
+    assert asked == [backends.DTYPES[amp]] * 2
 
 
 def test_fp16_scales_the_loss_and_steps_as_float32_does():

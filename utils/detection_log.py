@@ -4,18 +4,15 @@ The state that resumes, the run folder's one writer, metrics.csv and curves.png:
 its counterpart all that does not know what is measured.
 """
 
-import csv
 import io
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from utils.coco_eval import FIGURES, Summary
 from utils.detection_engine import LossMeter
 from utils.files import write_atomically
-from utils.logger import Progress, duration
+from utils.logger import Progress, RunLogger, duration
 from utils.run_files import RunFiles, command, look_line
 from utils.train_state import TrainState
 
@@ -93,31 +90,14 @@ class DetectionFiles(RunFiles):
         ]
 
 
-class DetectionLogger:
-    """metrics.csv, TensorBoard and curves.png, always from the run's whole history."""
+class DetectionLogger(RunLogger):
+    """The same files, with a column for every figure of a detector."""
 
-    def __init__(self, folder: Path, title: str, first_epoch: int = 0):
-        self.folder, self.title = folder, title
-        self.is_new = not any(folder.glob("events.out.tfevents.*"))  # also of a run that goes on
-        self.board = SummaryWriter(str(folder), purge_step=first_epoch or None)
+    def columns(self, history: list[dict[str, float]]) -> list[str]:
+        return list(history[-1])
 
-    def log(self, history: list[dict[str, float]], images_per_second: float) -> None:
-        """Writes everything anew; the last row of `history` is the epoch just finished."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(history[-1]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
-        for row in history if self.is_new else history[-1:]:
-            for name in [name for name in row if name != "epoch"]:
-                self.board.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
-        self.is_new = False
-        self.board.add_scalar("train/images_per_second", images_per_second, row["epoch"])
-        self.board.flush()
+    def draw(self, history: list[dict[str, float]]) -> None:
         draw_curves(history, self.folder / "curves.png", self.title)
-
-    def close(self) -> None:
-        self.board.close()
 
 
 def draw_curves(history: list[dict[str, float]], path: Path, title: str) -> None:

@@ -39,8 +39,8 @@ ON_DEVICE = "cuda"  # main.py's fourth: the run's GPU decodes, see utils/device_
 EXIF = b"Exif\0\0"  # what follows may turn the picture
 ADOBE = b"Adobe"  # what follows may say that three components are RGB already
 JFIF = b"JFIF\0"  # behind the first marker; says that they are YCbCr
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 END = b"\xff\xd9"  # the last bytes of a JPEG that was not cut short
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # characters that move a terminal's cursor, or worse
 # Of an image's file these tell what is wrong with it; any other OSError tells of the machine.
 OF_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
                errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)  # fmt: skip

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -35,17 +36,24 @@ class RunLogger:
 
     def log(self, history: list[dict[str, float]], images_per_second: float) -> None:
         """Writes everything anew; the last row of `history` is the epoch just finished."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        text, columns = io.StringIO(), self.columns(history)
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
         write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
         for row in history if self.is_new else history[-1:]:
-            for name in COLUMNS[1:]:
+            for name in columns[1:]:
                 self.board.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
         self.is_new = False
         self.board.add_scalar("train/images_per_second", images_per_second, row["epoch"])
         self.board.flush()
+        self.draw(history)
+
+    def columns(self, history: list[dict[str, float]]) -> Sequence[str]:
+        """Of metrics.csv, "epoch" first."""
+        return COLUMNS
+
+    def draw(self, history: list[dict[str, float]]) -> None:
         draw_curves(history, self.folder / "curves.png", self.title)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import checkpoint, distributed, outputs, run_folder
+from utils.detection_recipe import DetectionRecipe
 from utils.errors import UserError
 from utils.recipe import PAPER, Recipe
 
@@ -259,6 +260,17 @@ def refuse_another_recipe(
             f"the run stopped inside an epoch with each image {held.repeats} times a batch: leave "
             f"--repeats {recipe.repeats} out, or begin at an epoch's start with --start-epoch"
         )
+
+
+def refuse_another_optimizer(saved: dict, recipe: DetectionRecipe) -> None:
+    """Stops a detector's resumption that cannot use the saved optimizer's state.
+
+    Raises:
+        UserError: names the run's optimizer.
+    """
+    held = DetectionRecipe.from_dict(saved["recipe"]).optimizer
+    if recipe.optimizer != held:
+        raise UserError(f"the run's optimizer is {held}: leave --optimizer {recipe.optimizer} out")
 
 
 def _named(path: Path, evaluate: bool) -> tuple[dict, Path | None, list[str]]:
