@@ -124,7 +124,8 @@ def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int
         write_atomically(target, pictures.encoded(drawn))
         if args.grid and len(cells) < MOST_LARGE:
             sure = int((found.objects["scores"] >= args.min_score).sum())
-            cells.append(pictures.Cell(drawn, Path(found.file).name, f"{sure} objects"))
+            note = f"{sure} object{'s' * (sure != 1)}"
+            cells.append(pictures.Cell(drawn, Path(found.file).name, note))
         if args.format == "table":
             print(sentence(found, names, args.min_score, width), flush=True)
     if args.format != "table":

@@ -97,7 +97,7 @@ def workspace(tmp_path, few_digits, monkeypatch):
     settings = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.3}
     network = create_detector("mask_rcnn", "resnet18", num_classes=3, norm="bn", **settings)
     state = {**describe_detector(network), "classes": ["ant", "bee"], "category_ids": [1, 2]}
-    path = tmp_path / "runs" / "mask_rcnn_eca_resnet18-1" / "best.pth"
+    path = tmp_path / "runs" / "mask_rcnn_eca_resnet18_demo-1" / "best.pth"
     path.parent.mkdir(parents=True)
     checkpoint.save(path, {**state, "state_dict": network.state_dict()})
 
@@ -147,7 +147,7 @@ def test_readme_s_commands_are_understood(workspace, monkeypatch):
         write_shapes_of(networks["eca_resnet18"], run / name, **state)
     (run / "args.json").write_text("{}")
     detectors = workspace / "runs"
-    (detectors / "mask_rcnn_eca_resnet50-1").symlink_to("mask_rcnn_eca_resnet18-1")
+    (detectors / "mask_rcnn_eca_resnet50-1").symlink_to("mask_rcnn_eca_resnet18_demo-1")
 
     targets = (ROOT / "Makefile").read_text().split(".PHONY:")[1].splitlines()[0].split()
     lines = script_lines((ROOT / "README.md").read_text())

@@ -36,7 +36,8 @@ def draw(
     colours = [COLOURS[label % len(COLOURS)] for label in labels]
     captions = [names[label] for label in labels]
     if "scores" in found:
-        captions = [f"{c} {s:.2f}" for c, s in zip(captions, found["scores"].tolist(), strict=True)]
+        scores = found["scores"].tolist()
+        captions = [f"{c}: {s:.2f}" for c, s in zip(captions, scores, strict=True)]
     if "masks" in found:
         masks = found["masks"].reshape(len(labels), *image.shape[1:]) > 0.5
         image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colours)
