@@ -16,26 +16,19 @@ from torch import nn
 from models.anatomy import attention_layers, recorded_gates
 from models.eca_module import ECALayer
 from models.weights import network_from_checkpoint
-from utils import (
-    demo_data,
-    distributed,
-    gate_pictures,
-    image_folder,
-    image_sets,
-    outputs,
-    run_folder,
-)
+from utils import demo_data, gate_pictures, image_folder, image_sets, run_folder
 from utils.checkpoint import load
 from utils.cli import Parser, count, did_you_mean, number, positive_int, run_script
-from utils.errors import EXIT_FAILED, UserError, as_user_error
-from utils.faults import Memory, in_one_line
-from utils.files import write_atomically
 from utils.gate_statistics import GateStatistics, LayerWeights, table, write_npz
 from utils.image_folder import ImageFolder
 from utils.image_io import DECODERS, decoder_name, printable
-from utils.processes import default_workers
 from utils.report import network_line
 from utils.saved import preprocessing, refuse_detector
+from utils.system import distributed, output_checks
+from utils.system.errors import EXIT_FAILED, UserError, as_user_error
+from utils.system.fault_messages import Memory, in_one_line
+from utils.system.files import write_atomically
+from utils.system.processes import default_workers
 from utils.user_images import read_batches
 
 CURVES = 4  # as in the paper's figure
@@ -83,7 +76,7 @@ def build_parser() -> Parser:
 
 def main() -> int:
     args = build_parser().parse_args()
-    outputs.check_free(args.output)
+    output_checks.check_free(args.output)
     saved = load(args.checkpoint)
     refuse_detector(saved, args.checkpoint)
     with as_user_error(f"{args.checkpoint}: "):

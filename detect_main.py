@@ -21,17 +21,7 @@ import models
 from models import eca_detection as detection
 from models.eca_detection_norm import NORMS
 from models.eca_detection_start import refuse_another_network, start_detector
-from utils import (
-    backends,
-    checkpoint,
-    demo_shapes,
-    detection_engine,
-    detection_report,
-    distributed,
-    outputs,
-    report,
-    resume,
-)
+from utils import checkpoint, demo_shapes, detection_engine, detection_report, report, resume
 from utils import run_folder as runs
 from utils.cli import refuse_idle, run_script
 from utils.coco_data import load_split
@@ -49,11 +39,13 @@ from utils.detection_log import DetectionFiles, DetectionProgress, DetectionStat
 from utils.detection_options import OF_TRAINING, build_parser
 from utils.detection_recipe import AUTO, DetectionRecipe, lr_at
 from utils.engine import NonFiniteGuard
-from utils.errors import UserError, as_user_error
-from utils.faults import Memory, in_one_line
-from utils.processes import default_workers
 from utils.sampler import mix_seed
-from utils.stop import StopRequest, Votes
+from utils.system import backends, distributed
+from utils.system import output_checks as outputs
+from utils.system.errors import UserError, as_user_error
+from utils.system.fault_messages import Memory, in_one_line
+from utils.system.processes import default_workers
+from utils.system.stop_requests import StopRequest, Votes
 
 RECIPE = DetectionRecipe()  # the paper's, for COCO
 

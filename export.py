@@ -17,9 +17,9 @@ from utils import export_files, saved
 from utils.checkpoint import load
 from utils.cli import Parser, positive_int, run_script
 from utils.data import IMAGENET_MEAN, IMAGENET_STD
-from utils.errors import UserError, as_user_error
-from utils.files import write_atomically
 from utils.report import network_line
+from utils.system.errors import UserError, as_user_error
+from utils.system.files import write_atomically
 
 FORMATS = {
     "onnx": (export_files.to_onnx, export_files.run_onnx),

@@ -21,21 +21,22 @@ from torch import nn
 
 import models
 from models import beginning, weights
-from utils import backends, checkpoint, demo_data, distributed, engine, image_sets, report, resume
+from utils import checkpoint, demo_data, engine, image_sets, report, resume
 from utils import run_folder as runs
 from utils.cli import refuse_idle, run_script
 from utils.data import Reading, replaced_lines, training_batches, validation_batches
 from utils.device_decoding import check_decoder, reading_of
-from utils.errors import UserError, as_user_error
-from utils.faults import Memory, in_one_line
 from utils.logger import Progress
 from utils.options import OF_BLOCKS, OF_TRAINING, build_parser
-from utils.processes import default_workers
 from utils.recipe import PAPER, RECIPES, Recipe
 from utils.run_files import RunFiles
 from utils.sampler import SeededBatches, check_batch, mix_seed
 from utils.schedule import UNUSED
-from utils.stop import StopRequest, Votes
+from utils.system import backends, distributed
+from utils.system.errors import UserError, as_user_error
+from utils.system.fault_messages import Memory, in_one_line
+from utils.system.processes import default_workers
+from utils.system.stop_requests import StopRequest, Votes
 from utils.train_state import TrainState
 
 RECIPE = Recipe(  # the paper's, for ResNets

@@ -38,8 +38,8 @@ from utils.counting_detection import (
     published_detection_flops,
     trainable_parameters,
 )
-from utils.errors import UserError
-from utils.text_tables import size_text
+from utils.system.errors import UserError
+from utils.system.text import size_text
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
 ATTENTION_LAYERS = tuple({type(a.build(16, 3)) for a in attention.ATTENTIONS.values() if a})

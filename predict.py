@@ -22,21 +22,22 @@ from torchvision.transforms.v2.functional import to_pil_image
 from models.anatomy import COARSEST, feature_maps
 from models.inference import optimise_for_inference
 from models.weights import network_from_checkpoint
-from utils import backends, distributed, outputs, pictures, run_folder
-from utils.backends import DTYPES
+from utils import pictures, run_folder
 from utils.checkpoint import load
 from utils.class_activation import grad_cam
 from utils.cli import run_script
-from utils.errors import EXIT_FAILED, UserError, as_user_error
-from utils.faults import Memory, in_one_line
-from utils.files import write_atomically
 from utils.found_objects import CocoDocument, class_table, find_objects, picture, sentence
 from utils.image_io import printable, read_image
 from utils.predict_options import build_parser, settle
 from utils.predictions import Guess, Prediction, PredictionLog, path_width
-from utils.processes import default_workers
 from utils.report import network_line
 from utils.saved import class_names, is_detector, preprocessing
+from utils.system import backends, distributed, output_checks
+from utils.system.backends import DTYPES
+from utils.system.errors import EXIT_FAILED, UserError, as_user_error
+from utils.system.fault_messages import Memory, in_one_line
+from utils.system.files import write_atomically
+from utils.system.processes import default_workers
 from utils.user_images import UserBatch, find_images, read_batches
 
 FINE_ENOUGH = 4  # positions a side: with fewer, a map hardly tells where
@@ -47,7 +48,7 @@ LONGEST_STEM = 200  # bytes; file systems take names of 255, with what marks a f
 
 def main() -> int:
     args = build_parser(__doc__).parse_args()
-    outputs.check_free(args.output)
+    output_checks.check_free(args.output)
     paths = find_images(args.images)
     saved = load(args.checkpoint)
     args = Namespace(**settle(vars(args), is_detector(saved)))

@@ -32,7 +32,7 @@ from utils.metrics import ClassificationMeter, cross_entropy
 from utils.run_files import RunFiles
 from utils.sampler import SeededBatches, mix_seed
 from utils.schedule import lr_at
-from utils.stop import StopRequest, Votes
+from utils.system.stop_requests import StopRequest, Votes
 from utils.train_state import TrainState
 
 IMAGES = 1_281_167

@@ -23,11 +23,11 @@ sys.path.insert(0, str(ROOT))  # the scripts' own packages
 import torch  # noqa: E402
 import torchvision  # noqa: E402
 
-from utils import distributed  # noqa: E402
-from utils.backends import configure  # noqa: E402
 from utils.cli import Parser, positive_int  # noqa: E402
-from utils.errors import EXIT_FAILED, UserError  # noqa: E402
-from utils.text_tables import columns  # noqa: E402
+from utils.system import distributed  # noqa: E402
+from utils.system.backends import configure  # noqa: E402
+from utils.system.errors import EXIT_FAILED, UserError  # noqa: E402
+from utils.system.text import columns  # noqa: E402
 
 Times = dict[str, list[float]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from utils import ablation
 from utils.ablation import Result, gain, rows, run_all
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 
 def call(*arguments):

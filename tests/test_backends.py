@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils import backends
+from utils.system import backends
 
 
 @pytest.fixture(autouse=True)

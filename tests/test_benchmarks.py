@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 COLUMNS = {

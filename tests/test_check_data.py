@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from utils import check_data, cli
 from utils.check_data import find_broken, find_images
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 
 from utils import checkpoint
 from utils.checkpoint import CheckpointFolder, CorruptCheckpointError
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 
 def state(step=0):

@@ -13,7 +13,7 @@ from utils.cli import (
     positive_int,
     run_script,
 )
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from utils.coco_files import locate
 from utils.demo_shapes import write_shapes
 from utils.detection_options import build_parser
 from utils.detection_recipe import DetectionRecipe
-from utils.errors import UserError
 from utils.image_io import BrokenImageError
+from utils.system.errors import UserError
 
 NAN = float("nan")
 

@@ -16,8 +16,8 @@ from tests.coco_trees import annotation, write_tree
 from utils import coco_masks
 from utils.coco_eval import BACKENDS, FIGURES, GroundTruth, gather, to_results
 from utils.coco_files import locate
-from utils.distributed import Context
-from utils.errors import UserError
+from utils.system.distributed import Context
+from utils.system.errors import UserError
 
 SIZE = (48, 64)
 

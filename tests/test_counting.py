@@ -18,7 +18,7 @@ from utils.counting import (
     multiply_adds,
     thop_today,
 )
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 # Network, ksize: thop of mid-2019 as it printed, thop 0.1.1. Published digits follow from these.
 COUNTED = {

@@ -23,12 +23,12 @@ from utils.data import (
     training_batches,
     validation_batches,
 )
-from utils.errors import EXIT_FAILED, UserError
 from utils.image_folder import scan
 from utils.image_io import BrokenImageError
-from utils.processes import end_children
 from utils.recipe import Recipe
 from utils.sampler import SeededBatches
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.processes import end_children
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(

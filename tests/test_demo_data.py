@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from utils import demo_data, demo_shapes
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 
 def names(folder) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ from models.eca_detection import DETECTORS, create_detector
 from utils import checkpoint, demo_shapes, detection_engine
 from utils.coco_eval import FIGURES, Summary
 from utils.demo_shapes import write_shapes
-from utils.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
+from utils.system.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "DETECTION.md"
 SMALL = (*NETWORK, "--batch-size", 4, "--lr-steps", 1, "--warmup-steps", 2,

@@ -6,7 +6,7 @@ from coco_trees import DIGITS, NETWORK
 
 from models.eca_detection import create_detector, describe_detector
 from utils import checkpoint
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from utils.detection_data import (
     match_classes,
     training_batches,
 )
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 SIZES = np.array([(48, 64), (64, 48), (50, 50)] * 9)  # tall is every third
 CPU = Reading(torch.device("cpu"), workers=0)

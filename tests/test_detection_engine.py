@@ -9,7 +9,7 @@ from utils.detection_data import (
 )
 from utils.detection_engine import LossMeter, detect, train_epoch
 from utils.engine import NonFiniteGuard
-from utils.errors import EXIT_NON_FINITE, UserError
+from utils.system.errors import EXIT_NON_FINITE, UserError
 
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)

@@ -17,7 +17,7 @@ from utils.detection_log import (
 )
 from utils.detection_report import best_lines
 from utils.engine import NonFiniteGuard
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 CPU = torch.device("cpu")
 

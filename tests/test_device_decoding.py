@@ -13,11 +13,11 @@ from test_data import CPU, RECIPE, same
 from utils import device_decoding, image_io
 from utils.data import IMAGENET_STD, ImageDataset, Reading, training_batches, validation_batches
 from utils.device_decoding import Finish, Unfinished, check_decoder, pack, reading_of
-from utils.errors import EXIT_FAILED, UserError
 from utils.image_folder import scan
 from utils.image_io import BrokenImageError, read_image
-from utils.processes import end_children
 from utils.sampler import SeededBatches
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.processes import end_children
 from utils.transforms import eval_transform, train_transform
 
 

@@ -14,7 +14,7 @@ import main as script
 import predict
 from utils import check_data, checkpoint, image_io
 from utils.device_decoding import DeviceReading, check_decoder
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 CPU = torch.device("cpu")
 

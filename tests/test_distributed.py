@@ -11,10 +11,11 @@ from torch import nn
 
 import main
 import models
-from utils import distributed, report, run_folder
-from utils.distributed import Context
-from utils.errors import UserError
+from utils import report, run_folder
 from utils.options import build_parser
+from utils.system import distributed
+from utils.system.distributed import Context
+from utils.system.errors import UserError
 
 CPU, TWO_RANKS = torch.device("cpu"), Context(torch.device("cpu"), 0, 2)
 

@@ -131,7 +131,7 @@ def write_shapes_of(network, path, **fields):
 def test_readme_s_commands_are_understood(workspace, monkeypatch):
     """Each by its own script, up to where it would begin to work; the tools' pages run them."""
     monkeypatch.setattr(Parser, "parse_args", record := Record(Parser.parse_args))
-    stop_at(monkeypatch, "utils.distributed.setup", "utils.counting.count_cost")
+    stop_at(monkeypatch, "utils.system.distributed.setup", "utils.counting.count_cost")
     with torch.device("meta"):
         networks = {n: models.create_model(n, num_classes=10) for n in ("eca_resnet18",
                     "eca_resnet50")}  # fmt: skip
@@ -177,7 +177,7 @@ def test_the_ablation_s_commands_are_understood(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "run_all", lambda commands, *_: started.extend(commands.values()))
     monkeypatch.setattr(ablation, "collect", lambda folders: [])
     monkeypatch.setattr(ablation, "draw", lambda *_: b"")
-    stop_at(monkeypatch, "utils.distributed.setup")
+    stop_at(monkeypatch, "utils.system.distributed.setup")
     lines = script_lines((ROOT / "docs" / "ABLATION.md").read_text())
     with within(tmp_path), printed():
         for words in lines:

@@ -11,9 +11,9 @@ from torch import nn
 
 from utils.data import Batch
 from utils.engine import NonFiniteGuard, StepRule, evaluate, train_epoch
-from utils.errors import EXIT_NON_FINITE, UserError
 from utils.metrics import ClassificationMeter, cross_entropy
 from utils.mixing import make_mix
+from utils.system.errors import EXIT_NON_FINITE, UserError
 
 CPU = torch.device("cpu")
 PLAIN = contextlib.nullcontext

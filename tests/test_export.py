@@ -13,7 +13,7 @@ import predict
 from models import create_model, weights
 from utils import checkpoint, export_files, saved
 from utils.cli import run_script
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ import torch
 from kill_driver import same
 from small_runs import SMALL, place
 
-from utils import checkpoint, distributed
-from utils.errors import UserError
-from utils.faults import Memory, in_one_line
+from utils import checkpoint
+from utils.system import distributed
+from utils.system.errors import UserError
+from utils.system.fault_messages import Memory, in_one_line
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from small_runs import SMALL, place
 
 import main as script
 from utils import checkpoint, export_files
-from utils.errors import UserError
 from utils.resume import refuse_other_data
 from utils.run_files import RunFiles, command
+from utils.system.errors import UserError
 
 
 def flip_a_bit(path: Path) -> None:

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from utils import files
-from utils.errors import EXIT_FAILED, UserError
-from utils.files import remove_leftovers, write_atomically
+from utils.system import files
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.files import remove_leftovers, write_atomically
 
 
 class FailingDisk:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from utils.errors import UserError
 from utils.image_folder import describe, list_classes, scan
 from utils.image_sets import open_split
+from utils.system.errors import UserError
 
 
 def make(root: Path, *names: str) -> Path:

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from utils import image_io
-from utils.errors import EXIT_FAILED, UserError
 from utils.image_io import BrokenImageError, printable, read_image
+from utils.system.errors import EXIT_FAILED, UserError
 
 CHANCE = np.random.default_rng(0)
 SMOOTH = Image.fromarray(CHANCE.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((80, 60))

@@ -10,8 +10,8 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from models import create_model
 from models.eca_detection import create_detector, detector_from_checkpoint
-from utils.errors import UserError
 from utils.import_mmdet import convert
+from utils.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from utils import malloc
+from utils.system import malloc
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = """
 import resource, sys, torch
-from utils.malloc import keep_freed_memory
+from utils.system.malloc import keep_freed_memory
 if "keep" in sys.argv and not keep_freed_memory():
     sys.exit(77)
 def step():

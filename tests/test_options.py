@@ -14,11 +14,12 @@ import main
 import models
 from models.eca_detection import DETECTORS
 from models.eca_detection_norm import NORMS
-from utils import backends, detection_options, distributed, options
+from utils import detection_options, options
 from utils.cli import Parser
 from utils.data import Batch
 from utils.engine import NonFiniteGuard, StepRule, train_epoch
-from utils.errors import UserError
+from utils.system import backends, distributed
+from utils.system.errors import UserError
 from utils.train_state import TrainState
 
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from utils.errors import UserError
-from utils.outputs import check_free, check_new_file
+from utils.system.errors import UserError
+from utils.system.output_checks import check_free, check_new_file
 
 
 def test_what_is_free(tmp_path, monkeypatch):

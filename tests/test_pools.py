@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from utils.errors import EXIT_FAILED, UserError
-from utils.pools import shared
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.pools import shared
 
 
 def power(base: int, exponent: int) -> int:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from utils.processes import default_workers, end_children, processors
+from utils.system.processes import default_workers, end_children, processors
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_a_child_whose_exit_status_another_took_counts_as_gone(child):
 
 
 def test_a_child_that_does_not_die_is_told(child, monkeypatch):
-    monkeypatch.setattr("utils.processes.PATIENCE", 0.05)
+    monkeypatch.setattr("utils.system.processes.PATIENCE", 0.05)
     monkeypatch.setattr(child, "kill", lambda: None)  # as in an uninterruptible read
     assert not end_children()
 

@@ -4,7 +4,7 @@ import re
 
 from conftest import ROOT
 
-from utils import errors
+from utils.system import errors
 
 TEXT = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.errors import UserError
 from utils.image_folder import scan
 from utils.resize_dataset import main
+from utils.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

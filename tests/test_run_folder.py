@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from utils import checkpoint, resume, run_folder
-from utils.distributed import Context
-from utils.errors import UserError
+from utils.system.distributed import Context
+from utils.system.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ import itertools
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from utils.errors import UserError
 from utils.sampler import SeededBatches, ShardedBatches, check_batch, mix_seed
+from utils.system.errors import UserError
 
 
 def batches(epoch: int, step: int = 0, **kwargs) -> list:

@@ -10,8 +10,8 @@ import pytest
 from shard_sets import write_tar
 
 from utils import shard_index
-from utils.errors import UserError
 from utils.shard_index import NAME, ShardIndex, find_index
+from utils.system.errors import UserError
 
 PAIR = [("a/0.png", b"image"), ("a/0.cls", b"0")]
 

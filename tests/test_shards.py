@@ -14,9 +14,9 @@ from test_resume import FLAGS, kill_and_resume
 from utils import shard_index, shards, storage
 from utils.check_data import find_broken, find_images
 from utils.data import ImageDataset, eval_transform
-from utils.errors import UserError
 from utils.image_folder import describe
 from utils.image_sets import open_images, open_split
+from utils.system.errors import UserError
 from utils.user_images import read_batches
 
 

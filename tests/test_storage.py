@@ -14,8 +14,8 @@ from test_shards import assert_same_images
 from utils import data, shard_index, storage
 from utils.check_data import find_images
 from utils.data import ImageDataset, eval_transform
-from utils.errors import UserError
 from utils.image_sets import open_split
+from utils.system.errors import UserError
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint, distributed
+from utils import checkpoint
 from utils.averaging import WeightAverage
 from utils.engine import NonFiniteGuard
-from utils.errors import EXIT_NON_FINITE, UserError
 from utils.metrics import ClassificationMeter
 from utils.recipe import Recipe
+from utils.system import distributed
+from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.train_state import TrainState
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils.errors import UserError
+from utils.system.errors import UserError
 from utils.user_images import find_images, read_batches
 
 

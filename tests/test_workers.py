@@ -9,8 +9,8 @@ import time
 import pytest
 
 from utils import workers
-from utils.errors import UserError
-from utils.faults import Memory, in_one_line
+from utils.system.errors import UserError
+from utils.system.fault_messages import Memory, in_one_line
 from utils.workers import checked, leave_broken_connections_unsaid
 
 

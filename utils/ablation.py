@@ -23,13 +23,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import outputs, run_folder
+from utils import run_folder
 from utils.cli import Parser, did_you_mean, positive_int, run_script
 from utils.compare_runs import read_run
-from utils.errors import EXIT_FAILED, UserError
-from utils.files import write_atomically
-from utils.processes import processors
-from utils.text_tables import columns
+from utils.system import output_checks
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.files import write_atomically
+from utils.system.processes import processors
+from utils.system.text import columns
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 KERNELS = (1, 3, 5, 7, 9)  # of the paper's figure on k
@@ -282,7 +283,7 @@ def open_root(output: str | None) -> Path:
     mark = ".ablation"
     if output is not None and (Path(output) / mark).exists():
         return Path(output)
-    outputs.check_free(output)
+    output_checks.check_free(output)
     root = run_folder.create("ablation", output)
     (root / mark).touch()
     return root

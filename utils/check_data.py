@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from utils import shards, storage
 from utils.cli import Parser, positive_int, run_script
-from utils.errors import EXIT_FAILED, UserError
 from utils.image_io import (
     DECODERS,
     EXTENSIONS,
@@ -28,9 +27,10 @@ from utils.image_io import (
     printable,
     read_image,
 )
-from utils.pools import shared
-from utils.processes import processors
 from utils.shards import Member
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.pools import shared
+from utils.system.processes import processors
 
 CHUNK = 16  # files that a process takes at a time
 

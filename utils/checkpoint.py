@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import UserError
 from utils.export_files import read_safetensors
-from utils.files import remove_leftovers, write_atomically
+from utils.system.errors import UserError
+from utils.system.files import remove_leftovers, write_atomically
 
 FORMAT = 1
 RUN = {"optimizer", "scaler", "progress", "history", "recipe", "args", "seed", "classes"}

@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from utils.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
-from utils.processes import end_children
+from utils.system.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from utils.system.processes import end_children
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from utils import coco_masks
 from utils.coco_files import Place, box_fault, check_references, is_finite, read_json
-from utils.distributed import Context, share
-from utils.errors import UserError
-from utils.files import write_atomically
+from utils.system.distributed import Context, share
+from utils.system.errors import UserError
+from utils.system.files import write_atomically
 
 FIGURES = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import outputs, run_folder
+from utils import run_folder
 from utils.cli import Parser, run_script
-from utils.errors import UserError
-from utils.files import write_atomically
-from utils.text_tables import columns, ksize_text
+from utils.system import output_checks
+from utils.system.errors import UserError
+from utils.system.files import write_atomically
+from utils.system.text import columns, ksize_text
 
 # The figure that decides which epoch is the best, and what is shown of that epoch.
 RESULTS = {
@@ -203,7 +204,7 @@ def main() -> int:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
     parser.add_argument("--output", metavar="DIR", help="default: runs/comparison-N, a new folder")
     args = parser.parse_args()
-    outputs.check_free(args.output)
+    output_checks.check_free(args.output)
     folders = list(dict.fromkeys(Path(name) for name in args.runs))
     runs = []
     for folder in folders:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from utils.counting import CONVENTIONS, Cost, format_flops, format_params, thop_version, titles
 from utils.published import Published
-from utils.text_tables import (
+from utils.system.text import (
     agrees,
     beside,
     columns,

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from utils.counting import format_flops, format_params
 from utils.published import Published
-from utils.text_tables import (
+from utils.system.text import (
     agrees,
     beside,
     columns,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 Shape = tuple[int, ...]
 

@@ -14,11 +14,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
-from utils.errors import UserError
 from utils.image_folder import ImageFolder
 from utils.image_io import BrokenImageError, printable, read_image
 from utils.recipe import Recipe
 from utils.sampler import Key, SeededBatches, ShardedBatches, mix_seed
+from utils.system.errors import UserError
 from utils.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
 from utils.workers import checked, init_worker
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.distributed import Context, share
-from utils.errors import UserError
+from utils.system.distributed import Context, share
+from utils.system.errors import UserError
 
 HOME = Path(__file__).resolve().parent.parent / "demo_data"
 PREFIX = "demo:"

@@ -13,8 +13,8 @@ from PIL import Image
 
 from utils.coco_masks import run_lengths
 from utils.demo_data import HOME, SPLIT_SEED, VAL_SHARE, write_once
-from utils.distributed import Context, share
-from utils.errors import UserError
+from utils.system.distributed import Context, share
+from utils.system.errors import UserError
 
 SHAPES = "demo:shapes"
 SIDE = 96  # of an image, in pixels

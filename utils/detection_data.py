@@ -15,9 +15,9 @@ from utils.coco_data import CocoDataset, CocoSplit, Target, load_split
 from utils.coco_eval import GroundTruth
 from utils.coco_files import Place
 from utils.data import Reading
-from utils.errors import EXIT_FAILED, UserError
 from utils.image_io import BrokenImageError
 from utils.sampler import Key, SeededBatches, ShardedBatches, mix_seed
+from utils.system.errors import EXIT_FAILED, UserError
 from utils.workers import checked, init_worker
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from utils import distributed
 from utils.coco_eval import Result, to_results
 from utils.detection_data import DetectionBatch
 from utils.detection_recipe import DetectionRecipe
 from utils.engine import AutocastFactory, NonFiniteGuard
 from utils.optimizer import start_momentum
 from utils.sampler import mix_seed
+from utils.system import distributed
 
 
 class LossMeter:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from utils.coco_eval import FIGURES, Summary
 from utils.detection_engine import LossMeter
-from utils.files import write_atomically
 from utils.logger import Progress, RunLogger, duration
 from utils.run_files import RunFiles, command, look_line
+from utils.system.files import write_atomically
 from utils.train_state import TrainState
 
 KINDS = {"bbox": "box", "segm": "mask"}  # COCO's words, and the columns'

@@ -15,8 +15,8 @@ from utils.coco_files import Place
 from utils.detection_log import KINDS
 from utils.detection_picture import png, side_by_side
 from utils.detection_recipe import DetectionRecipe
-from utils.files import write_atomically
 from utils.image_io import BrokenImageError
+from utils.system.files import write_atomically
 
 PICTURED = 8  # images in a picture
 

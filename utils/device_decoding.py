@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from utils import image_io
 from utils.data import Batch, ImageDataset, Loaded, Reading
-from utils.errors import UserError
 from utils.image_io import ON_DEVICE, BrokenImageError, printable
 from utils.sampler import Key
+from utils.system.errors import UserError
 from utils.workers import as_raised
 
 ON_CPU = image_io.DECODERS[0]  # what takes the device's place

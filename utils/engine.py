@@ -13,14 +13,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from utils import distributed
 from utils.data import Batch
-from utils.errors import EXIT_NON_FINITE, UserError
 from utils.metrics import ClassificationMeter, cross_entropy
 from utils.mixing import Mix, leading_class, make_mix, unmixed
 from utils.recipe import Recipe
 from utils.sampler import mix_seed
 from utils.schedule import rate_of
+from utils.system import distributed
+from utils.system.errors import EXIT_NON_FINITE, UserError
 
 AutocastFactory = Callable[[], AbstractContextManager]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

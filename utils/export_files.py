@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from utils.errors import EXIT_FAILED, UserError
+from utils.system.errors import EXIT_FAILED, UserError
 
 NEEDS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from utils import coco_masks
 from utils.coco_eval import MASK_THRESHOLD, to_results
 from utils.detection_picture import draw, enlarge
-from utils.errors import UserError
-from utils.faults import is_out_of_memory
-from utils.files import write_atomically
 from utils.image_io import BrokenImageError, printable, read_image
+from utils.system.errors import UserError
+from utils.system.fault_messages import is_out_of_memory
+from utils.system.files import write_atomically
 
 SMALLEST, LARGEST = 320, 1000  # pixels of a drawn picture's longer side
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.files import write_atomically
-from utils.text_tables import columns
+from utils.system.files import write_atomically
+from utils.system.text import columns
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from utils.cli import did_you_mean
-from utils.errors import UserError
 from utils.image_io import EXTENSIONS, printable
+from utils.system.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from utils.errors import EXIT_FAILED, FEWER_FILES, TOO_MANY_FILES, UserError
+from utils.system.errors import EXIT_FAILED, FEWER_FILES, TOO_MANY_FILES, UserError
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg

@@ -26,7 +26,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from utils import checkpoint
 from utils.cli import Parser, run_script
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 # mmdetection v1's names, and torchvision's. The first that matches a whole name counts.
 COMMON = (

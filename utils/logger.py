@@ -11,7 +11,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.files import write_atomically
+from utils.system.files import write_atomically
 
 COLUMNS = (
     "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",

@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from utils import image_folder, shard_index, shards
 from utils.cli import Parser, positive_int, run_script
-from utils.errors import EXIT_FAILED, UserError
-from utils.files import remove_leftovers, write_atomically
 from utils.image_folder import ImageFolder
 from utils.image_io import printable, read_file
-from utils.pools import shared
-from utils.processes import default_workers
 from utils.shards import ShardFolder
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.files import remove_leftovers, write_atomically
+from utils.system.pools import shared
+from utils.system.processes import default_workers
 
 SHUFFLE = 0  # seed
 

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from utils import distributed
+from utils.system import distributed
 
 
 def count_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...]) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from utils.backends import DTYPES
 from utils.cli import Parser, count, fraction, number, positive_int
-from utils.errors import UserError
 from utils.image_io import DECODERS, decoder_name
 from utils.predictions import FORMATS
+from utils.system.backends import DTYPES
+from utils.system.errors import UserError
 
 
 def build_parser(description: str) -> Parser:

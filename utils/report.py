@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from utils.distributed import Context
 from utils.image_folder import ImageFolder, describe
 from utils.recipe import PAPER, Recipe
+from utils.system.distributed import Context
 
 AUGMENT_NAMES = {"trivial": "TrivialAugment", "rand": "RandAugment"}
 

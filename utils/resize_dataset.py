@@ -20,12 +20,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.cli import Parser, number, positive_int, run_script
-from utils.errors import EXIT_FAILED, UserError
-from utils.files import remove_leftovers, write_atomically
 from utils.image_folder import find_images
 from utils.image_io import EXTENSIONS, BrokenImageError, printable, read_file, read_image
-from utils.pools import shared
-from utils.processes import processors
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.files import remove_leftovers, write_atomically
+from utils.system.pools import shared
+from utils.system.processes import processors
 
 RECORD = "resized.json"  # in DST: how its images were made
 CHUNK = 16  # images that a process takes at a time

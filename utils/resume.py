@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import checkpoint, distributed, outputs, run_folder
+from utils import checkpoint, run_folder
 from utils.detection_recipe import DetectionRecipe
-from utils.errors import UserError
 from utils.recipe import PAPER, Recipe
+from utils.system import distributed, output_checks
+from utils.system.errors import UserError
 
 AUTO = "auto"
 
@@ -119,7 +120,7 @@ def _check_output(
     if not evaluate:
         run_folder.check_output(output, folder)
     elif resume != AUTO:  # with "auto" it is where the run was found, and nothing is written
-        outputs.check_free(output)
+        output_checks.check_free(output)
 
 
 def find(

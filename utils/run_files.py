@@ -10,8 +10,8 @@ from pathlib import Path
 
 from utils import checkpoint, run_folder
 from utils.checkpoint import CheckpointFolder
-from utils.errors import EXIT_FAILED, UserError
 from utils.logger import RunLogger
+from utils.system.errors import EXIT_FAILED, UserError
 
 DEVICE_FLAGS = ("--device", "--gpu")
 

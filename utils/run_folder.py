@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 import torchvision
 
-from utils.distributed import Context
-from utils.errors import EXIT_FAILED, UserError
-from utils.files import write_atomically
+from utils.system.distributed import Context
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.files import write_atomically
 
 RUNS = Path("runs")
 LOCK = ".lock"  # locked while a run writes to the folder; it stays, as the mark of a run folder

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 # (epoch, index of the image), and from the second copy on the copy's number: all that a sample's
 # augmentation depends on.

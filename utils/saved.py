@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from utils import checkpoint
-from utils.errors import UserError
 from utils.image_io import printable
+from utils.system.errors import UserError
 
 IMG_SIZE, CROP_PCT = 224, 0.875  # of released weights, which do not say
 

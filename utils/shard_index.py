@@ -25,9 +25,9 @@ import numpy as np
 from tqdm import tqdm
 
 from utils import storage
-from utils.errors import UserError
-from utils.files import write_atomically
 from utils.image_io import EXTENSIONS, printable
+from utils.system.errors import UserError
+from utils.system.files import write_atomically
 
 NAME = "shard-index.npz"
 VERSION = 1

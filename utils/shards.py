@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from utils import storage
-from utils.errors import EXIT_FAILED, UserError
 from utils.image_folder import ImageFolder, count_names
 from utils.image_io import printable
 from utils.shard_index import BLOCK, NAME, find_index
+from utils.system.errors import EXIT_FAILED, UserError
 
 CLASSES = "classes.txt"
 

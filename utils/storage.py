@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO, TypeVar
 
-from utils.errors import EXIT_FAILED, UserError
+from utils.system.errors import EXIT_FAILED, UserError
 
 OPEN_FILES = 256  # kept open by each process, well below the usual limit of 1,024
 PAUSES = (1, 4, 16)  # seconds before a request to a store is made again

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from utils import distributed
 from utils.averaging import WeightAverage
 from utils.engine import NonFiniteGuard
-from utils.errors import EXIT_NON_FINITE, UserError
 from utils.metrics import ClassificationMeter
 from utils.optimizer import make_sgd, take_up
 from utils.recipe import Recipe
+from utils.system import distributed
+from utils.system.errors import EXIT_NON_FINITE, UserError
 
 
 @dataclass

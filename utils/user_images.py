@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from utils.data import device_batches, eval_transform
-from utils.errors import UserError
 from utils.image_io import EXTENSIONS, BrokenImageError, Stored, printable, read_image
+from utils.system.errors import UserError
 from utils.workers import leave_broken_connections_unsaid
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from utils.errors import EXIT_FAILED, UserError
 from utils.image_io import BrokenImageError
-from utils.processes import PATIENCE, die_with_parent, end_children_at_exit
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.processes import PATIENCE, die_with_parent, end_children_at_exit
 
 
 def init_worker(_: int) -> None:

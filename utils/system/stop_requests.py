@@ -5,7 +5,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-from utils.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from utils.system.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
 
 class StopRequest:

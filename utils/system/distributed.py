@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.errors import UserError
-from utils.processes import die_with_parent
+from utils.system.errors import UserError
+from utils.system.processes import die_with_parent
 
 PATIENCE = timedelta(minutes=30)  # of ranks with each other; hung workers are told of before it
 

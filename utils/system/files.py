@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from utils.errors import EXIT_FAILED, UserError
+from utils.system.errors import EXIT_FAILED, UserError
 
 
 def write_atomically(

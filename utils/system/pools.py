@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from utils.errors import EXIT_FAILED, UserError
-from utils.processes import die_with_parent
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.processes import die_with_parent
 
 Result = TypeVar("Result")
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.system.errors import UserError
 
 
 def check_free(folder: str | None) -> None:

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from utils.malloc import keep_freed_memory
+from utils.system.malloc import keep_freed_memory
 
 
 def configure(deterministic: bool, device: torch.device, one_shape: bool = True) -> list[str]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from utils.errors import EXIT_FAILED, FEWER_FILES, TOO_MANY_FILES, UserError
-from utils.stop import StopRequest
+from utils.system.errors import EXIT_FAILED, FEWER_FILES, TOO_MANY_FILES, UserError
+from utils.system.stop_requests import StopRequest
 
 NO_FILES_LEFT = ("Too many open files", "ancdata")  # as errors from a worker put it
 # The CPU's allocator has no exception type of its own; these are its words, and its backends'.
