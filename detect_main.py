@@ -37,8 +37,8 @@ from utils.detection_data import (
 )
 from utils.detection_log import DetectionFiles, DetectionProgress, DetectionState
 from utils.detection_options import OF_TRAINING, build_parser
-from utils.detection_recipe import AUTO, DetectionRecipe, lr_at
 from utils.engine import NonFiniteGuard
+from utils.recipes.detection import AUTO, DetectionRecipe, lr_at
 from utils.sampler import mix_seed
 from utils.system import backends, distributed
 from utils.system import output_checks as outputs

@@ -3,7 +3,7 @@
 from main import main
 from utils import demo_data
 from utils.cli import run_script
-from utils.recipe import Recipe
+from utils.recipes.classification import Recipe
 
 RECIPE = Recipe(  # the paper's, for MobileNetV2
     arch="eca_mobilenetv2", epochs=400, batch_size=96, lr=0.045, momentum=0.9, weight_decay=4e-5,

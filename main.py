@@ -28,10 +28,10 @@ from utils.data import Reading, replaced_lines, training_batches, validation_bat
 from utils.device_decoding import check_decoder, reading_of
 from utils.logger import Progress
 from utils.options import OF_BLOCKS, OF_TRAINING, build_parser
-from utils.recipe import PAPER, RECIPES, Recipe
+from utils.recipes.classification import PAPER, RECIPES, Recipe
+from utils.recipes.schedules import UNUSED
 from utils.run_files import RunFiles
 from utils.sampler import SeededBatches, check_batch, mix_seed
-from utils.schedule import UNUSED
 from utils.system import backends, distributed
 from utils.system.errors import UserError, as_user_error
 from utils.system.fault_messages import Memory, in_one_line

@@ -14,8 +14,8 @@ from utils.coco_data import CocoDataset, load_split, mirror
 from utils.coco_files import locate
 from utils.demo_shapes import write_shapes
 from utils.detection_options import build_parser
-from utils.detection_recipe import DetectionRecipe
 from utils.image_io import BrokenImageError
+from utils.recipes.detection import DetectionRecipe
 from utils.system.errors import UserError
 
 NAN = float("nan")

@@ -25,7 +25,7 @@ from utils.data import (
 )
 from utils.image_folder import scan
 from utils.image_io import BrokenImageError
-from utils.recipe import Recipe
+from utils.recipes.classification import Recipe
 from utils.sampler import SeededBatches
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.processes import end_children

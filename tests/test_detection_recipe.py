@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from utils.detection_recipe import DetectionRecipe, lr_at
+from utils.recipes.detection import DetectionRecipe, lr_at
 
 
 def test_the_papers_schedule():

@@ -18,7 +18,7 @@ from light_main import RECIPE as LIGHT
 from main import DEMO, RECIPE
 from models import weights
 from utils import checkpoint, demo_data
-from utils.recipe import MODERN, MODERN_100, RECIPES, Recipe
+from utils.recipes.classification import MODERN, MODERN_100, RECIPES, Recipe
 from utils.report import recipe_lines
 from utils.train_state import TrainState
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from utils.recipe import Recipe
-from utils.schedule import SCHEDULES, lr_at, rate_of
+from utils.recipes.classification import Recipe
+from utils.recipes.schedules import SCHEDULES, lr_at, rate_of
 
 
 def test_step_divides_by_ten_every_thirty_epochs():

@@ -10,7 +10,7 @@ from utils import checkpoint
 from utils.averaging import WeightAverage
 from utils.engine import NonFiniteGuard
 from utils.metrics import ClassificationMeter
-from utils.recipe import Recipe
+from utils.recipes.classification import Recipe
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.train_state import TrainState

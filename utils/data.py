@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from utils.image_folder import ImageFolder
 from utils.image_io import BrokenImageError, printable, read_image
-from utils.recipe import Recipe
+from utils.recipes.classification import Recipe
 from utils.sampler import Key, SeededBatches, ShardedBatches, mix_seed
 from utils.system.errors import UserError
 from utils.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform

@@ -11,9 +11,9 @@ from torch import nn
 
 from utils.coco_eval import Result, to_results
 from utils.detection_data import DetectionBatch
-from utils.detection_recipe import DetectionRecipe
 from utils.engine import AutocastFactory, NonFiniteGuard
 from utils.optimizer import start_momentum
+from utils.recipes.detection import DetectionRecipe
 from utils.sampler import mix_seed
 from utils.system import distributed
 

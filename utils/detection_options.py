@@ -13,7 +13,7 @@ from utils.cli import (
     positive_float,
     positive_int,
 )
-from utils.detection_recipe import AUTO, OPTIMIZERS, DetectionRecipe
+from utils.recipes.detection import AUTO, OPTIMIZERS, DetectionRecipe
 
 OF_TRAINING = {
     "train_images", "train_annotations", "drop_empty", "hflip", "backbone_weights", "epochs",

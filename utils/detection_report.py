@@ -14,8 +14,8 @@ from utils.coco_eval import FIGURES, Result, Summary
 from utils.coco_files import Place
 from utils.detection_log import KINDS
 from utils.detection_picture import png, side_by_side
-from utils.detection_recipe import DetectionRecipe
 from utils.image_io import BrokenImageError
+from utils.recipes.detection import DetectionRecipe
 from utils.system.files import write_atomically
 
 PICTURED = 8  # images in a picture

@@ -16,9 +16,9 @@ from torch import nn
 from utils.data import Batch
 from utils.metrics import ClassificationMeter, cross_entropy
 from utils.mixing import Mix, leading_class, make_mix, unmixed
-from utils.recipe import Recipe
+from utils.recipes.classification import Recipe
+from utils.recipes.schedules import rate_of
 from utils.sampler import mix_seed
-from utils.schedule import rate_of
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
 

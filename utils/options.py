@@ -16,8 +16,8 @@ from utils.cli import (
     positive_int,
 )
 from utils.image_io import DECODERS, ON_DEVICE, decoder_name
-from utils.recipe import PAPER, RECIPES, Recipe
-from utils.schedule import SCHEDULES
+from utils.recipes.classification import PAPER, RECIPES, Recipe
+from utils.recipes.schedules import SCHEDULES
 from utils.transforms import AUTO_AUGMENTS
 
 OF_TRAINING = {

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from utils.image_folder import ImageFolder, describe
-from utils.recipe import PAPER, Recipe
+from utils.recipes.classification import PAPER, Recipe
 from utils.system.distributed import Context
 
 AUGMENT_NAMES = {"trivial": "TrivialAugment", "rand": "RandAugment"}

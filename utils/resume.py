@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from utils import checkpoint, run_folder
-from utils.detection_recipe import DetectionRecipe
-from utils.recipe import PAPER, Recipe
+from utils.recipes.classification import PAPER, Recipe
+from utils.recipes.detection import DetectionRecipe
 from utils.system import distributed, output_checks
 from utils.system.errors import UserError
 

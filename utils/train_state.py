@@ -11,7 +11,7 @@ from utils.averaging import WeightAverage
 from utils.engine import NonFiniteGuard
 from utils.metrics import ClassificationMeter
 from utils.optimizer import make_sgd, take_up
-from utils.recipe import Recipe
+from utils.recipes.classification import Recipe
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
 

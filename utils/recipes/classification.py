@@ -17,7 +17,7 @@ class Recipe:
     lr: float
     momentum: float
     weight_decay: float
-    schedule: str  # "step", "exp" or "cosine", see utils.schedule
+    schedule: str  # "step", "exp" or "cosine", see utils.recipes.schedules
     lr_step: int = 30
     lr_decay: float = 0.1
     warmup_epochs: float = 0.0

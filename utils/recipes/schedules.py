@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from utils.recipe import Recipe
+from utils.recipes.classification import Recipe
 
 SCHEDULES = ("step", "exp", "cosine")
 UNUSED = {"step": (), "exp": ("lr_step",), "cosine": ("lr_step", "lr_decay")}
