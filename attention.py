@@ -16,12 +16,14 @@ from torch import nn
 from models.anatomy import attention_layers, recorded_gates
 from models.eca_module import ECALayer
 from models.weights import network_from_checkpoint
-from utils import demo_data, gate_pictures, image_folder, image_sets, run_folder
+from utils import gate_pictures, run_folder
 from utils.checkpoint import load
 from utils.cli import Parser, count, did_you_mean, number, positive_int, run_script
+from utils.data.decoding import DECODERS, decoder_name, printable
+from utils.data.image_folder import ImageFolder
+from utils.data.loading import demo_digits, image_folder, splits
+from utils.data.user_images import read_batches
 from utils.gate_statistics import GateStatistics, LayerWeights, table, write_npz
-from utils.image_folder import ImageFolder
-from utils.image_io import DECODERS, decoder_name, printable
 from utils.report import network_line
 from utils.saved import preprocessing, refuse_detector
 from utils.system import distributed, output_checks
@@ -29,7 +31,6 @@ from utils.system.errors import EXIT_FAILED, UserError, as_user_error
 from utils.system.fault_messages import Memory, in_one_line
 from utils.system.files import write_atomically
 from utils.system.processes import default_workers
-from utils.user_images import read_batches
 
 CURVES = 4  # as in the paper's figure
 
@@ -86,7 +87,7 @@ def main() -> int:
             f"{args.checkpoint}: {network.arch} has no attention layers to look at; give a "
             "checkpoint of an ECA or SE network"
         )
-    on_demo = args.data.startswith(demo_data.PREFIX)
+    on_demo = args.data.startswith(demo_digits.PREFIX)
     images = only(open_images(args.data, on_demo), args.per_class)
     shown = chosen_classes(images.classes, args.curves)
     img_size, crop_pct = preprocessing(saved, args.img_size, args.crop_pct)
@@ -126,9 +127,9 @@ def main() -> int:
 def open_images(data: str, on_demo: bool) -> ImageFolder:
     """DATA/val, or DATA itself where it has no val/; its classes need not be the checkpoint's."""
     if on_demo:
-        data = str(demo_data.prepare(data))
+        data = str(demo_digits.prepare(data))
     inner = os.path.join(data, "val")
-    return image_sets.open_images(inner if os.path.isdir(inner) else data)
+    return splits.open_images(inner if os.path.isdir(inner) else data)
 
 
 def only(images: ImageFolder, per_class: int | None) -> ImageFolder:

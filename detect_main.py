@@ -27,7 +27,8 @@ from utils.cli import refuse_idle, run_script
 from utils.coco_data import load_split
 from utils.coco_eval import judge, write_results
 from utils.coco_files import Place, locate
-from utils.data import Reading
+from utils.data.loading import Reading
+from utils.data.sampler import mix_seed
 from utils.detection_data import (
     GroupedBatches,
     ValidationSet,
@@ -39,7 +40,6 @@ from utils.detection_log import DetectionFiles, DetectionProgress, DetectionStat
 from utils.detection_options import OF_TRAINING, build_parser
 from utils.engine import NonFiniteGuard
 from utils.recipes.detection import AUTO, DetectionRecipe, lr_at
-from utils.sampler import mix_seed
 from utils.system import backends, distributed
 from utils.system import output_checks as outputs
 from utils.system.errors import UserError, as_user_error

@@ -16,7 +16,7 @@ from models.weights import describe_network, network_from_checkpoint
 from utils import export_files, saved
 from utils.checkpoint import load
 from utils.cli import Parser, positive_int, run_script
-from utils.data import IMAGENET_MEAN, IMAGENET_STD
+from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD
 from utils.report import network_line
 from utils.system.errors import UserError, as_user_error
 from utils.system.files import write_atomically

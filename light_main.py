@@ -1,8 +1,8 @@
 """MobileNetV2's recipe, handed to main.py's entry."""
 
 from main import main
-from utils import demo_data
 from utils.cli import run_script
+from utils.data.loading import demo_digits
 from utils.recipes.classification import Recipe
 
 RECIPE = Recipe(  # the paper's, for MobileNetV2
@@ -10,7 +10,7 @@ RECIPE = Recipe(  # the paper's, for MobileNetV2
     schedule="exp", lr_decay=0.98,
 )  # fmt: skip
 # MobileNetV2 halves a map 5 times, and takes longer than a ResNet to settle.
-DEMO = demo_data.DIGITS_RECIPE | {"img_size": 64, "epochs": 10, "lr": 0.03}
+DEMO = demo_digits.DIGITS_RECIPE | {"img_size": 64, "epochs": 10, "lr": 0.03}
 
 if __name__ == "__main__":
     run_script(lambda: main(RECIPE, DEMO))

@@ -21,17 +21,24 @@ from torch import nn
 
 import models
 from models import beginning, weights
-from utils import checkpoint, demo_data, engine, image_sets, report, resume
+from utils import checkpoint, engine, report, resume
 from utils import run_folder as runs
 from utils.cli import refuse_idle, run_script
-from utils.data import Reading, replaced_lines, training_batches, validation_batches
-from utils.device_decoding import check_decoder, reading_of
+from utils.data.gpu_decoding import check_decoder, reading_of
+from utils.data.loading import (
+    Reading,
+    demo_digits,
+    replaced_lines,
+    splits,
+    training_batches,
+    validation_batches,
+)
+from utils.data.sampler import SeededBatches, check_batch, mix_seed
 from utils.logger import Progress
 from utils.options import OF_BLOCKS, OF_TRAINING, build_parser
 from utils.recipes.classification import PAPER, RECIPES, Recipe
 from utils.recipes.schedules import UNUSED
 from utils.run_files import RunFiles
-from utils.sampler import SeededBatches, check_batch, mix_seed
 from utils.system import backends, distributed
 from utils.system.errors import UserError, as_user_error
 from utils.system.fault_messages import Memory, in_one_line
@@ -43,7 +50,7 @@ RECIPE = Recipe(  # the paper's, for ResNets
     arch="eca_resnet50", epochs=100, batch_size=256, lr=0.1, momentum=0.9, weight_decay=1e-4,
     schedule="step", lr_step=30, lr_decay=0.1,
 )  # fmt: skip
-DEMO = {"arch": "eca_resnet18", **demo_data.DIGITS_RECIPE}
+DEMO = {"arch": "eca_resnet18", **demo_digits.DIGITS_RECIPE}
 
 # Flags of one start of the program; the others are the run's own and come back with --resume.
 OF_ONE_START = (
@@ -61,7 +68,7 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     parser = build_parser(recipe, models.MODELS, __doc__.replace("main.py", Path(sys.argv[0]).name))
     args = asked = parser.parse_args()
     given = parser.given(vars(asked))
-    on_demo = (args.data or "").startswith(demo_data.PREFIX)
+    on_demo = (args.data or "").startswith(demo_digits.PREFIX)
     recipe = recipe.override(**RECIPES[args.recipe or PAPER]).override(**demo if on_demo else {})
     of_any_run = args.data is None and args.arch is None and args.action is None
     name = None if of_any_run else runs.run_name(args.arch or recipe.arch, args.action)
@@ -102,7 +109,7 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
             "one, or more --epochs"
         )
     if args.data is None:
-        raise UserError(f"no DATA given: a folder with train/ and val/, or {demo_data.DIGITS}")
+        raise UserError(f"no DATA given: a folder with train/ and val/, or {demo_digits.DIGITS}")
     if args.workers is None:  # a demo's images are so small that processes would cost more
         args.workers = 0 if on_demo else default_workers()
 
@@ -131,8 +138,8 @@ def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.
     classes = saved.get("classes")
     with as_user_error(f"{source}: "):
         network = weights.network_from_checkpoint(saved)
-    root = demo_data.find_root(args.data, context)
-    _, images = image_sets.open_split(root, classes, with_train=False)
+    root = demo_digits.find_root(args.data, context)
+    _, images = splits.open_split(root, classes, with_train=False)
     distributed.refuse_differences(validation_images=len(images))
     if classes is None and len(images.classes) != network.num_classes:
         raise UserError(
@@ -183,8 +190,8 @@ def train(
     context.say(*backends.configure(args.seed is not None, context.device))
 
     # Data first: what a user can have wrong is said before anything heavy.
-    train_images, val_images = image_sets.open_split(
-        demo_data.find_root(args.data, context), saved and saved["classes"]
+    train_images, val_images = splits.open_split(
+        demo_digits.find_root(args.data, context), saved and saved["classes"]
     )
     distributed.refuse_differences(
         training_images=len(train_images), validation_images=len(val_images),

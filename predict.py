@@ -26,8 +26,9 @@ from utils import pictures, run_folder
 from utils.checkpoint import load
 from utils.class_activation import grad_cam
 from utils.cli import run_script
+from utils.data.decoding import printable, read_image
+from utils.data.user_images import UserBatch, find_images, read_batches
 from utils.found_objects import CocoDocument, class_table, find_objects, picture, sentence
-from utils.image_io import printable, read_image
 from utils.predict_options import build_parser, settle
 from utils.predictions import Guess, Prediction, PredictionLog, path_width
 from utils.report import network_line
@@ -38,7 +39,6 @@ from utils.system.errors import EXIT_FAILED, UserError, as_user_error
 from utils.system.fault_messages import Memory, in_one_line
 from utils.system.files import write_atomically
 from utils.system.processes import default_workers
-from utils.user_images import UserBatch, find_images, read_batches
 
 FINE_ENOUGH = 4  # positions a side: with fewer, a map hardly tells where
 MOST_IN_GRID = 400

@@ -23,11 +23,11 @@ from PIL import Image
 from torchvision import transforms as v1
 
 from utils.cli import run_script
-from utils.data import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, train_transform
-from utils.device_decoding import reading_of
-from utils.image_folder import ImageFolder, scan
-from utils.image_io import DECODERS, ON_DEVICE, decode_jpeg
-from utils.sampler import SeededBatches, mix_seed
+from utils.data.decoding import DECODERS, ON_DEVICE, decode_jpeg
+from utils.data.gpu_decoding import reading_of
+from utils.data.image_folder import ImageFolder, scan
+from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, train_transform
+from utils.data.sampler import SeededBatches, mix_seed
 
 BASE = "PIL + ToTensor + Normalize"
 AS_IT_IS = f"{BASE}, malloc as it is"

@@ -18,8 +18,8 @@ from models.attention import ATTENTIONS
 from models.eca_resnet import BasicBlock, ResNet
 from utils import checkpoint, gate_pictures
 from utils.cli import run_script
+from utils.data.decoding import read_image
 from utils.gate_statistics import GateStatistics, LayerWeights, table
-from utils.image_io import read_image
 
 
 @pytest.mark.parametrize("name", [name for name in ATTENTIONS if name != "none"])

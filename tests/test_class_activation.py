@@ -9,7 +9,7 @@ from torch import nn
 from models import create_model
 from models.anatomy import feature_maps
 from utils.class_activation import grad_cam
-from utils.data import eval_transform
+from utils.data.loading import eval_transform
 from utils.pictures import COLOURS, draw_map, seen_square
 
 

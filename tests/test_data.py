@@ -11,22 +11,22 @@ import torch
 from PIL import Image
 from torchvision import transforms as v1
 
-from utils import data
-from utils.data import (
+from utils.data.decoding import BrokenImageError
+from utils.data.image_folder import scan
+from utils.data.loading import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageDataset,
     Reading,
     eval_transform,
+    loading,
     replaced_lines,
     train_transform,
     training_batches,
     validation_batches,
 )
-from utils.image_folder import scan
-from utils.image_io import BrokenImageError
+from utils.data.sampler import SeededBatches
 from utils.recipes.classification import Recipe
-from utils.sampler import SeededBatches
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.processes import end_children
 
@@ -254,7 +254,7 @@ def test_an_error_of_our_own_keeps_its_traceback(folder):
 
 def test_a_broken_image_is_one_value_of_the_batch():
     broken = BrokenImageError("a.jpg", "the file is empty")
-    assert data._collate([(torch.zeros(3, 1, 1), 0, -1), broken]) is broken
+    assert loading._collate([(torch.zeros(3, 1, 1), 0, -1), broken]) is broken
 
 
 @pytest.mark.parametrize("decoder", ["torchvision", "pil"])

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from utils import demo_data, demo_shapes
+from utils import demo_shapes
+from utils.data.loading import demo_digits
 from utils.system.errors import UserError
 
 
@@ -19,9 +20,9 @@ def names(folder) -> dict[str, list[str]]:
 
 def test_the_split_is_stratified_and_fixed(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(demo_data, "HOME", tmp_path)
-    monkeypatch.setattr(demo_data, "PIXELS", 1)  # the files are not looked into
-    files = names(demo_data.prepare(demo_data.DIGITS))
+    monkeypatch.setattr(demo_digits, "HOME", tmp_path)
+    monkeypatch.setattr(demo_digits, "PIXELS", 1)  # the files are not looked into
+    files = names(demo_digits.prepare(demo_digits.DIGITS))
     counts = {key: len(of_class) for key, of_class in files.items()}
     assert sum(n for key, n in counts.items() if key.startswith("train")) == 1438
     assert sum(n for key, n in counts.items() if key.startswith("val")) == 359
@@ -29,16 +30,16 @@ def test_the_split_is_stratified_and_fixed(tmp_path, monkeypatch):
         train, val = (files[f"{part}/{label}"] for part in ("train", "val"))
         assert not set(train) & set(val)
         assert len(val) == round(0.2 * (len(train) + len(val)))
-    demo_data.write_digits(tmp_path / "again")
+    demo_digits.write_digits(tmp_path / "again")
     assert names(tmp_path / "again") == files
 
 
 def test_without_scikit_learn_the_line_says_what_to_install(tmp_path, monkeypatch):
     for name in ("sklearn", "sklearn.datasets"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it is an ImportError
-    monkeypatch.setattr(demo_data, "HOME", tmp_path)
+    monkeypatch.setattr(demo_digits, "HOME", tmp_path)
     with pytest.raises(UserError, match="scikit-learn, which is not installed: pip install -r req"):
-        demo_data.prepare(demo_data.DIGITS)
+        demo_digits.prepare(demo_digits.DIGITS)
     with pytest.raises(UserError, match="scikit-learn, which is not installed: pip install -r req"):
         demo_shapes.write_shapes(tmp_path)
     assert not list(tmp_path.iterdir())  # nothing half made is taken for the data next time

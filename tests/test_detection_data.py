@@ -10,7 +10,7 @@ import torch
 from tests.coco_trees import annotation, write_tree
 from utils.coco_data import load_split
 from utils.coco_files import locate
-from utils.data import Reading
+from utils.data.loading import Reading
 from utils.detection_data import (
     GroupedBatches,
     check_batch,

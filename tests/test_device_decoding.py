@@ -10,15 +10,22 @@ import torch
 from mixed_images import PLAIN, photo, write_mixed
 from test_data import CPU, RECIPE, same
 
-from utils import device_decoding, image_io
-from utils.data import IMAGENET_STD, ImageDataset, Reading, training_batches, validation_batches
-from utils.device_decoding import Finish, Unfinished, check_decoder, pack, reading_of
-from utils.image_folder import scan
-from utils.image_io import BrokenImageError, read_image
-from utils.sampler import SeededBatches
+from utils.data.decoding import BrokenImageError, read_image
+from utils.data.gpu_decoding import Finish, Unfinished, check_decoder, pack, reading_of
+from utils.data.image_folder import scan
+from utils.data.loading import (
+    IMAGENET_STD,
+    ImageDataset,
+    Reading,
+    decoding,
+    gpu_decoding,
+    training_batches,
+    validation_batches,
+)
+from utils.data.sampler import SeededBatches
+from utils.data.transforms import eval_transform, train_transform
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.processes import end_children
-from utils.transforms import eval_transform, train_transform
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +142,7 @@ def test_what_the_device_cannot_decode_together_it_decodes_in_parts_or_the_cpu(
         asked.append(len(encoded))
         if len(encoded) > limit or any(torch.equal(e, bad) for e in encoded):
             raise RuntimeError("nvjpeg: 5")
-        return device_decoding.decode_jpegs(encoded, device)
+        return gpu_decoding.decode_jpegs(encoded, device)
 
     finish = Finish(dataset, CPU, decode)
     stacked, labels, broken = finish(packed)
@@ -160,7 +167,7 @@ def test_an_image_too_large_for_the_device_s_memory_is_not_decoded_elsewhere(ima
         asked.append(len(encoded))
         if len(encoded) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return device_decoding.decode_jpegs(encoded, device)
+        return gpu_decoding.decode_jpegs(encoded, device)
 
     limit = 2
     stacked, _, _ = Finish(dataset, CPU, decode)(packed)
@@ -237,10 +244,10 @@ def test_nothing_is_decoded_before_what_has_its_memory_is_done(monkeypatch):
             raise RuntimeError
         return encoded
 
-    monkeypatch.setattr(image_io, "decode_jpeg", decode)
+    monkeypatch.setattr(decoding, "decode_jpeg", decode)
     for encoded, raised in ([0], nullcontext()), ([], pytest.raises(RuntimeError)):
         with raised:
-            device_decoding.decode_jpegs(encoded, torch.device("cuda"))
+            gpu_decoding.decode_jpegs(encoded, torch.device("cuda"))
     assert done == ["stream", "decode", "stream", "decode", "device"]
 
 

@@ -12,8 +12,9 @@ import attention
 import detect_main
 import main as script
 import predict
-from utils import check_data, checkpoint, image_io
-from utils.device_decoding import DeviceReading, check_decoder
+from utils import check_data, checkpoint
+from utils.data.gpu_decoding import DeviceReading, check_decoder
+from utils.data.loading import decoding
 from utils.system.errors import UserError
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def test_a_torchvision_that_cannot_is_refused(call, monkeypatch):
     check_decoder("cuda", torch.device("cuda"), lambda encoded, device: [])
     check_decoder("torchvision", CPU, fails)
 
-    monkeypatch.setattr(image_io, "decode_jpeg", None)  # a torchvision that has dropped it
+    monkeypatch.setattr(decoding, "decode_jpeg", None)  # a torchvision that has dropped it
     code, _, err = call("--decoder", "cuda", "DATA")
     assert (code, len(err)) == (2, 1)
     assert "argument --decoder: this torchvision decodes no JPEGs" in err[0]

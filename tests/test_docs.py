@@ -31,8 +31,9 @@ import main
 import models
 from models import weights
 from models.eca_detection import create_detector, describe_detector
-from utils import ablation, checkpoint, demo_data
+from utils import ablation, checkpoint
 from utils.cli import Parser
+from utils.data.loading import demo_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"--epochs 6": "--epochs 1"}
@@ -71,7 +72,7 @@ def few_digits(tmp_path_factory):
     """The demo's tree with a twentieth of its images: those whose names the documents have."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("home")
-    demo_data.write_digits(folder / "digits")
+    demo_digits.write_digits(folder / "digits")
     for part in ("train", "val"):
         for place in (folder / "digits" / part).iterdir():
             files = sorted(place.iterdir())
@@ -87,7 +88,7 @@ def workspace(tmp_path, few_digits, monkeypatch):
     for source in (*ROOT.glob("*.py"), ROOT / "Makefile", ROOT / "utils", ROOT / "models"):
         (tmp_path / source.name).symlink_to(source)
     shutil.copytree(few_digits, tmp_path / "demo_data")
-    monkeypatch.setattr(demo_data, "HOME", Path("demo_data"))
+    monkeypatch.setattr(demo_digits, "HOME", Path("demo_data"))
     photos = tmp_path / "demo_data" / "shapes" / "val2017"
     photos.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)

@@ -16,7 +16,7 @@ from models import eca_fused, eca_triton  # noqa: E402
 from models.eca_fused import fused_tail  # noqa: E402
 from models.eca_module import ECALayer  # noqa: E402
 from models.eca_resnet import Bottleneck, ResNet  # noqa: E402
-from utils.data import device_batches  # noqa: E402
+from utils.data.loading import device_batches  # noqa: E402
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

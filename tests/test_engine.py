@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.data import Batch
+from utils.data.loading import Batch
 from utils.engine import NonFiniteGuard, StepRule, evaluate, train_epoch
 from utils.metrics import ClassificationMeter, cross_entropy
 from utils.mixing import make_mix

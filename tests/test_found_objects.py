@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from utils.data.user_images import find_images
 from utils.found_objects import CocoDocument, Found, find_objects, picture
-from utils.user_images import find_images
 
 
 def test_large_pictures_are_shrunk_with_their_objects():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.image_folder import describe, list_classes, scan
-from utils.image_sets import open_split
+from utils.data.image_folder import describe, list_classes, scan
+from utils.data.splits import open_split
 from utils.system.errors import UserError
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import image_io
-from utils.image_io import BrokenImageError, printable, read_image
+from utils.data.decoding import BrokenImageError, printable, read_image
+from utils.data.loading import decoding
 from utils.system.errors import EXIT_FAILED, UserError
 
 CHANCE = np.random.default_rng(0)
@@ -104,13 +104,13 @@ def test_simplejpeg_reads_what_it_can_and_is_asked_for_by_name(tmp_path, monkeyp
 
 
 def test_a_decoder_that_is_not_there_is_named(monkeypatch):
-    assert image_io.decoder_name("simplejpeg") == "simplejpeg"
+    assert decoding.decoder_name("simplejpeg") == "simplejpeg"
     with pytest.raises(argparse.ArgumentTypeError, match="not one of torchvision, simplejpeg, pil"):
-        image_io.decoder_name("turbo")
-    monkeypatch.setattr(image_io.importlib.util, "find_spec", lambda name: None)
+        decoding.decoder_name("turbo")
+    monkeypatch.setattr(decoding.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(argparse.ArgumentTypeError, match="pip install simplejpeg"):
-        image_io.decoder_name("simplejpeg")
-    assert image_io.decoder_name("pil") == "pil"
+        decoding.decoder_name("simplejpeg")
+    assert decoding.decoder_name("pil") == "pil"
 
 
 def encoded(kind: str) -> bytes:
@@ -119,7 +119,7 @@ def encoded(kind: str) -> bytes:
     return data.getvalue()
 
 
-@pytest.mark.parametrize("decoder", image_io.DECODERS)
+@pytest.mark.parametrize("decoder", decoding.DECODERS)
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -141,11 +141,11 @@ def test_broken_files_are_named(tmp_path, decoder, name, content, reason):
     assert len(str(failed.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("decoder", image_io.DECODERS)
+@pytest.mark.parametrize("decoder", decoding.DECODERS)
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch, decoder, kind):
     SMOOTH.save(tmp_path / f"x.{kind}")
-    monkeypatch.setattr(image_io, "MAX_PIXELS", 60 * 80 - 1)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 60 * 80 - 1)
     with pytest.raises(BrokenImageError, match="bomb"):
         read_image(tmp_path / f"x.{kind}", decoder)
 
@@ -160,7 +160,7 @@ def test_names_that_are_not_utf8(tmp_path):
     printable(path).encode("utf-8")  # fit for any terminal
 
 
-@pytest.mark.parametrize("decoder", image_io.DECODERS)
+@pytest.mark.parametrize("decoder", decoding.DECODERS)
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "gif", "bmp"])
 def test_every_truncation_is_noticed(tmp_path, decoder, kind):
     path = tmp_path / f"x.{kind}"
@@ -202,7 +202,7 @@ def test_a_transparent_palette_colour_is_white(tmp_path):
         assert found[0].tolist() == [[10, 20, 30], [255] * 3]
 
 
-@pytest.mark.parametrize("decoder", image_io.DECODERS)
+@pytest.mark.parametrize("decoder", decoding.DECODERS)
 def test_a_pipe_or_a_folder_is_refused_without_waiting(tmp_path, decoder):
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(BrokenImageError, match="not a regular file"):
@@ -220,7 +220,7 @@ def test_no_memory_is_not_the_files_fault(tmp_path, monkeypatch):
     def fail(_):
         raise MemoryError
 
-    monkeypatch.setattr(image_io, "_pil_rgb", fail)
+    monkeypatch.setattr(decoding, "_pil_rgb", fail)
     with pytest.raises(MemoryError):
         read_image(tmp_path / "a.png")
 
@@ -234,9 +234,9 @@ def test_the_frame_header_behind_other_segments():
     """What decides between the two decoders, on hand-made headers."""
     frame = b"\xff\xc2\x00\x11\x08" + struct.pack(">HHB", 16, 24, 3) + bytes(9)
     comment = b"\xff\xfe\x00\x06abcd"
-    assert image_io._jpeg_frame(b"\xff\xd8" + comment + b"\xff\xff" + frame) == (24, 16, 3)
-    assert image_io._jpeg_frame(b"\xff\xd8" + comment) is None
-    assert image_io._jpeg_frame(b"\x89PNG") is None
+    assert decoding._jpeg_frame(b"\xff\xd8" + comment + b"\xff\xff" + frame) == (24, 16, 3)
+    assert decoding._jpeg_frame(b"\xff\xd8" + comment) is None
+    assert decoding._jpeg_frame(b"\x89PNG") is None
 
 
 STORAGE = {errno.EIO: "see to the storage", errno.ESTALE: "see to the storage",
@@ -251,7 +251,7 @@ def test_a_fault_of_the_storage_is_not_the_image_s(tmp_path, monkeypatch, number
     def fail(path, *_):
         raise OSError(number, os.strerror(number), path)
 
-    monkeypatch.setattr(image_io.os, "open", fail)
+    monkeypatch.setattr(decoding.os, "open", fail)
     wanted = UserError if number in STORAGE else BrokenImageError
     with pytest.raises(wanted) as caught:
         read_image(str(tmp_path / "a.jpg"))

@@ -16,7 +16,7 @@ from models.eca_detection import DETECTORS
 from models.eca_detection_norm import NORMS
 from utils import detection_options, options
 from utils.cli import Parser
-from utils.data import Batch
+from utils.data.loading import Batch
 from utils.engine import NonFiniteGuard, StepRule, train_epoch
 from utils.system import backends, distributed
 from utils.system.errors import UserError

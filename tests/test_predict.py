@@ -21,9 +21,9 @@ from models.eca_resnet import BasicBlock, ResNet
 from models.inference import fastest_dtype
 from utils import checkpoint
 from utils.cli import run_script
-from utils.data import IMAGENET_MEAN, IMAGENET_STD
-from utils.image_io import read_image
-from utils.user_images import find_images, read_batches
+from utils.data.decoding import read_image
+from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD
+from utils.data.user_images import find_images, read_batches
 
 CLASSES = ["cat", "dog", "emu"]
 

@@ -17,7 +17,8 @@ from light_main import DEMO as LIGHT_DEMO
 from light_main import RECIPE as LIGHT
 from main import DEMO, RECIPE
 from models import weights
-from utils import checkpoint, demo_data
+from utils import checkpoint
+from utils.data.loading import demo_digits
 from utils.recipes.classification import MODERN, MODERN_100, RECIPES, Recipe
 from utils.report import recipe_lines
 from utils.train_state import TrainState
@@ -260,7 +261,7 @@ def documented() -> list[str]:
 
 @pytest.mark.parametrize("line", documented())
 def test_documented_commands(call, run, tree, tmp_path, monkeypatch, line):
-    monkeypatch.setattr(demo_data, "HOME", tmp_path / "home")
+    monkeypatch.setattr(demo_digits, "HOME", tmp_path / "home")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "digits").symlink_to(tree)
     words = [str(tree) if word == "DATA" else word for word in line.split()]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.image_folder import scan
+from utils.data.image_folder import scan
 from utils.resize_dataset import main
 from utils.system.errors import UserError
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from utils.sampler import SeededBatches, ShardedBatches, check_batch, mix_seed
+from utils.data.sampler import SeededBatches, ShardedBatches, check_batch, mix_seed
 from utils.system.errors import UserError
 
 

@@ -9,8 +9,8 @@ import time
 import pytest
 from shard_sets import write_tar
 
-from utils import shard_index
-from utils.shard_index import NAME, ShardIndex, find_index
+from utils.data.loading import shard_index
+from utils.data.shard_index import NAME, ShardIndex, find_index
 from utils.system.errors import UserError
 
 PAIR = [("a/0.png", b"image"), ("a/0.cls", b"0")]

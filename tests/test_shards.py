@@ -11,13 +11,12 @@ from kill_driver import same, state
 from shard_sets import make, write_tar
 from test_resume import FLAGS, kill_and_resume
 
-from utils import shard_index, shards, storage
 from utils.check_data import find_broken, find_images
-from utils.data import ImageDataset, eval_transform
-from utils.image_folder import describe
-from utils.image_sets import open_images, open_split
+from utils.data.image_folder import describe
+from utils.data.loading import ImageDataset, eval_transform, remote_files, shard_folder, shard_index
+from utils.data.splits import open_images, open_split
+from utils.data.user_images import read_batches
 from utils.system.errors import UserError
-from utils.user_images import read_batches
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +121,7 @@ def test_names_that_do_not_fit(tmp_path, names, fault):
     write_tar(tmp_path / "0.tar", [("0.png", b"x"), ("0.cls", b"2")])
     (tmp_path / "classes.txt").write_text(names)
     with pytest.raises(UserError, match=fault):
-        shards.scan(str(tmp_path))
+        shard_folder.scan(str(tmp_path))
 
 
 def test_class_folders_come_before_archives(tree, tmp_path):
@@ -185,7 +184,7 @@ def test_faults_in_shards_end_in_one_line(run, sharded, tmp_path):
 
     # A shard that cannot be read is no broken image.
     place.unlink()
-    storage.close_files()
+    remote_files.close_files()
     fault = ImageDataset(train, eval_transform(32, 1.0), skip_broken=True)[0, 5]
     assert isinstance(fault, UserError)
     assert (str(fault), fault.exit_code) == (

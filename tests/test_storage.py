@@ -11,10 +11,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from shard_sets import make
 from test_shards import assert_same_images
 
-from utils import data, shard_index, storage
 from utils.check_data import find_images
-from utils.data import ImageDataset, eval_transform
-from utils.image_sets import open_split
+from utils.data.loading import ImageDataset, eval_transform, loading, remote_files, shard_index
+from utils.data.splits import open_split
 from utils.system.errors import UserError
 
 
@@ -55,7 +54,7 @@ def test_indexing_starts_a_shard_again(store, tmp_path, monkeypatch):
     """A read inside of a shard fails, not the opening of it, as when a connection breaks."""
     source, url = store
     fsspec.filesystem("memory").rm(f"/bucket/data/train/{shard_index.NAME}")
-    monkeypatch.setattr(storage, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(remote_files, "PAUSES", (0, 0, 0))
     failures, calls = [4], itertools.count()  # the reads that fail
 
     class Flaky(io.BytesIO):
@@ -103,7 +102,7 @@ def test_a_server_that_lists_nothing_needs_the_index(store, monkeypatch):
 def test_requests_are_made_again(store, monkeypatch):
     _, val = open_split(store[1])
     failures = [TimeoutError("slow\ndown")] * 3
-    monkeypatch.setattr(storage, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(remote_files, "PAUSES", (0, 0, 0))
     cat_file = MemoryFileSystem.cat_file
 
     def flaky(*arguments, **options):
@@ -121,14 +120,14 @@ def test_requests_are_made_again(store, monkeypatch):
     dataset = ImageDataset(val, eval_transform(32, 1.0), skip_broken=True)
     fault = dataset[0, 0]
     assert isinstance(fault, UserError)
-    assert data._collate([fault]) is fault
+    assert loading._collate([fault]) is fault
 
 
 def test_what_a_store_lacks(store):
     _, url = store
     with pytest.raises(UserError, match="no such file; was it removed"):
-        storage.read_range(f"{url}/gone.tar", 0, 8)
-    assert storage.read_whole(f"{url}/gone.txt") is None
+        remote_files.read_range(f"{url}/gone.tar", 0, 8)
+    assert remote_files.read_whole(f"{url}/gone.txt") is None
     with pytest.raises(UserError, match="bucket/other/train: no tar shards there"):
         open_split("memory://bucket/other")
     with pytest.raises(UserError, match="Protocol not known: nowhere"):
@@ -145,7 +144,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def _read_in_worker(path):
-    return storage.read_range(path, 2, 3)
+    return remote_files.read_range(path, 2, 3)
 
 
 def test_workers_open_files_of_their_own(tmp_path):
@@ -154,8 +153,8 @@ def test_workers_open_files_of_their_own(tmp_path):
         paths.append(str(tmp_path / f"{number}.tar"))
         with open(paths[-1], "wb") as file:
             file.write(b"01%d34567" % number)
-    assert [storage.read_range(path, 2, 3) for path in paths] == [b"034", b"134", b"234"]
-    assert storage.read_range(paths[0], 6, 9) == b"67"  # no more is there
+    assert [remote_files.read_range(path, 2, 3) for path in paths] == [b"034", b"134", b"234"]
+    assert remote_files.read_range(paths[0], 6, 9) == b"67"  # no more is there
     for method in ("fork", "spawn"):
         with multiprocessing.get_context(method).Pool(2) as pool:
             assert pool.map(_read_in_worker, paths * 2) == [b"034", b"134", b"234"] * 2

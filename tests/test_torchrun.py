@@ -7,9 +7,9 @@ import torch
 
 import models
 from utils import checkpoint
-from utils.data import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, train_transform
-from utils.image_folder import scan
-from utils.sampler import SeededBatches
+from utils.data.image_folder import scan
+from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, train_transform
+from utils.data.sampler import SeededBatches
 
 
 def test_two_ranks_train_and_evaluate_as_one(run, tree, tmp_path):

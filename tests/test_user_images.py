@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from utils.data.user_images import find_images, read_batches
 from utils.system.errors import UserError
-from utils.user_images import find_images, read_batches
 
 
 def test_what_names_stand_for(photos, monkeypatch):

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from utils import workers
+from utils.data.loader_workers import checked, leave_broken_connections_unsaid
+from utils.data.loading import loader_workers
 from utils.system.errors import UserError
 from utils.system.fault_messages import Memory, in_one_line
-from utils.workers import checked, leave_broken_connections_unsaid
 
 
 class Batches:
@@ -38,7 +38,7 @@ class Loader:
 @pytest.fixture
 def processes(monkeypatch):
     """Two that wait."""
-    monkeypatch.setattr(workers, "end_children_at_exit", lambda: None)
+    monkeypatch.setattr(loader_workers, "end_children_at_exit", lambda: None)
     context = multiprocessing.get_context("fork")
     both = [context.Process(target=time.sleep, args=(60,)) for _ in range(2)]
     for process in both:
@@ -67,7 +67,7 @@ def test_a_worker_s_death_is_told_with_its_signal(processes, error):
 
 
 def test_other_errors_are_what_they_were(processes, monkeypatch):
-    monkeypatch.setattr(workers, "PATIENCE", 0.1)
+    monkeypatch.setattr(loader_workers, "PATIENCE", 0.1)
     own = ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0.\n…")
     lone = ConnectionResetError("of a data set that is read over a network")
     for error, number in (own, 2), (lone, 0), (ValueError("a fault of ours"), 2), (EOFError(), 2):

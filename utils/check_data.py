@@ -17,9 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import shards, storage
 from utils.cli import Parser, positive_int, run_script
-from utils.image_io import (
+from utils.data.decoding import (
     DECODERS,
     EXTENSIONS,
     BrokenImageError,
@@ -27,7 +26,8 @@ from utils.image_io import (
     printable,
     read_image,
 )
-from utils.shards import Member
+from utils.data.loading import remote_files, shard_folder
+from utils.data.shard_folder import Member
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.pools import shared
 from utils.system.processes import processors
@@ -46,9 +46,9 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
         UserError: no such folder, or one that cannot be listed; shards that are damaged.
     """
     parts = [os.path.join(root, part) for part in ("train", "val")]
-    if storage.is_remote(root):
+    if remote_files.is_remote(root):
         return _in_shards(parts)
-    sharded = [folder for folder in (root, *parts) if shards.in_shards(folder)]
+    sharded = [folder for folder in (root, *parts) if shard_folder.in_shards(folder)]
     members, others = _in_shards(sharded)
     if not os.path.isdir(root):
         raise UserError(f"{printable(root)}: no such folder; give the folder that holds the images")
@@ -134,7 +134,7 @@ def main() -> int:
 
 def _in_shards(folders: list[str]) -> tuple[list[Member], dict[str, int]]:
     members, others = [], Counter()
-    for images in map(shards.scan, folders):
+    for images in map(shard_folder.scan, folders):
         members += map(images.path, range(len(images)))
         others.update(images.ignored)
     return members, others

@@ -17,8 +17,8 @@ from torchvision.transforms.v2 import functional as F
 
 from utils import coco_masks
 from utils.coco_files import Place, box_fault, check_references, read_json
-from utils.image_io import BrokenImageError, printable, read_image
-from utils.sampler import Key, mix_seed
+from utils.data.decoding import BrokenImageError, printable, read_image
+from utils.data.sampler import Key, mix_seed
 from utils.system.errors import UserError
 
 MIN_SIDE = 1.0  # pixels that a box must have on each side after clipping

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from utils.coco_masks import run_lengths
-from utils.demo_data import HOME, SPLIT_SEED, VAL_SHARE, write_once
+from utils.data.demo_digits import HOME, SPLIT_SEED, VAL_SHARE, write_once
 from utils.system.distributed import Context, share
 from utils.system.errors import UserError
 

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 from utils.coco_data import CocoDataset, CocoSplit, Target, load_split
 from utils.coco_eval import GroundTruth
 from utils.coco_files import Place
-from utils.data import Reading
-from utils.image_io import BrokenImageError
-from utils.sampler import Key, SeededBatches, ShardedBatches, mix_seed
+from utils.data.decoding import BrokenImageError
+from utils.data.loader_workers import checked, init_worker
+from utils.data.loading import Reading
+from utils.data.sampler import Key, SeededBatches, ShardedBatches, mix_seed
 from utils.system.errors import EXIT_FAILED, UserError
-from utils.workers import checked, init_worker
 
 
 @dataclass(frozen=True)

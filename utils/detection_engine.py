@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from utils.coco_eval import Result, to_results
+from utils.data.sampler import mix_seed
 from utils.detection_data import DetectionBatch
 from utils.engine import AutocastFactory, NonFiniteGuard
 from utils.optimizer import start_momentum
 from utils.recipes.detection import DetectionRecipe
-from utils.sampler import mix_seed
 from utils.system import distributed
 
 

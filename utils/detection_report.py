@@ -12,9 +12,9 @@ from utils import coco_masks
 from utils.coco_data import CocoDataset, load_split
 from utils.coco_eval import FIGURES, Result, Summary
 from utils.coco_files import Place
+from utils.data.decoding import BrokenImageError
 from utils.detection_log import KINDS
 from utils.detection_picture import png, side_by_side
-from utils.image_io import BrokenImageError
 from utils.recipes.detection import DetectionRecipe
 from utils.system.files import write_atomically
 

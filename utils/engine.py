@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from utils.data import Batch
+from utils.data.loading import Batch
+from utils.data.sampler import mix_seed
 from utils.metrics import ClassificationMeter, cross_entropy
 from utils.mixing import Mix, leading_class, make_mix, unmixed
 from utils.recipes.classification import Recipe
 from utils.recipes.schedules import rate_of
-from utils.sampler import mix_seed
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from utils import coco_masks
 from utils.coco_eval import MASK_THRESHOLD, to_results
+from utils.data.decoding import BrokenImageError, printable, read_image
 from utils.detection_picture import draw, enlarge
-from utils.image_io import BrokenImageError, printable, read_image
 from utils.system.errors import UserError
 from utils.system.fault_messages import is_out_of_memory
 from utils.system.files import write_atomically

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import image_folder, shard_index, shards
 from utils.cli import Parser, positive_int, run_script
-from utils.image_folder import ImageFolder
-from utils.image_io import printable, read_file
-from utils.shards import ShardFolder
+from utils.data.decoding import printable, read_file
+from utils.data.image_folder import ImageFolder
+from utils.data.loading import image_folder, shard_folder, shard_index
+from utils.data.shard_folder import ShardFolder
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import remove_leftovers, write_atomically
 from utils.system.pools import shared
@@ -115,7 +115,7 @@ def write_split(images: ImageFolder, folder: Path, most: int, processes: int) ->
         pass
 
     # What an earlier command left there may have been made from other images.
-    written = shards.scan(str(folder), images.classes)
+    written = shard_folder.scan(str(folder), images.classes)
     if not (
         np.array_equal(written.paths, images.paths)
         and np.array_equal(written.labels, images.labels)
@@ -155,7 +155,7 @@ def main() -> int:
     names = os.fsencode("".join(f"{name}\n" for name in train.classes))
     for part in ("train", "val"):
         refuse_strangers(Path(args.target, part))
-    listed = Path(args.target, shards.CLASSES)
+    listed = Path(args.target, shard_folder.CLASSES)
     if not listed.exists():
         listed.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(listed, names)

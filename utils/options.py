@@ -15,10 +15,10 @@ from utils.cli import (
     positive_float,
     positive_int,
 )
-from utils.image_io import DECODERS, ON_DEVICE, decoder_name
+from utils.data.decoding import DECODERS, ON_DEVICE, decoder_name
+from utils.data.transforms import AUTO_AUGMENTS
 from utils.recipes.classification import PAPER, RECIPES, Recipe
 from utils.recipes.schedules import SCHEDULES
-from utils.transforms import AUTO_AUGMENTS
 
 OF_TRAINING = {
     "skip_bad_images", "start_epoch", "print_freq", "save_every", "save_minutes", "seed",

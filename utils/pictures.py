@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.image_io import printable
+from utils.data.decoding import printable
 
 SIDE = 448  # pixels of a picture's longer side beside its map
 CELL = 132  # pixels of a picture in the grid ...

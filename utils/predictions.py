@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.image_io import printable
+from utils.data.decoding import printable
 from utils.system.files import write_atomically
 
 FORMATS = ("table", "csv", "json")

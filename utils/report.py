@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from utils.image_folder import ImageFolder, describe
+from utils.data.image_folder import ImageFolder, describe
 from utils.recipes.classification import PAPER, Recipe
 from utils.system.distributed import Context
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from utils import checkpoint
-from utils.image_io import printable
+from utils.data.decoding import printable
 from utils.system.errors import UserError
 
 IMG_SIZE, CROP_PCT = 224, 0.875  # of released weights, which do not say

@@ -21,7 +21,7 @@ class TrainState:
     """Where a run stands. Saved by `snapshot`, taken up by `restore`, bit for bit.
 
     There is no generator state and no loader state in it: shuffling, augmentation and dropout are
-    functions of (seed, epoch, step), see `utils.sampler`.
+    functions of (seed, epoch, step), see `utils.data.sampler`.
     """
 
     network: nn.Module  # without any parallel wrapping

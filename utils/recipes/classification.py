@@ -29,7 +29,7 @@ class Recipe:
     label_smoothing: float = 0.0
     mixup: float = 0.0  # alpha of the Beta distribution of the shares; 0: no mixup
     cutmix: float = 0.0  # likewise; with both, each batch takes one of them by even chance
-    auto_augment: str = "none"  # or "trivial", "rand", see utils.transforms
+    auto_augment: str = "none"  # or "trivial", "rand", see utils.data.transforms
     random_erasing: float = 0.0  # probability
     ema: float = 0.0  # decay per step of the averaged weights; 0: none
     norm_decay: bool = True  # weight decay on norms, biases and ECA kernels, too

@@ -35,7 +35,7 @@ warnings.filterwarnings("ignore", "The image decoding and encoding capabilities 
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 DECODERS = ("torchvision", "simplejpeg", "pil")
-ON_DEVICE = "cuda"  # main.py's fourth: the run's GPU decodes, see utils/device_decoding.py
+ON_DEVICE = "cuda"  # main.py's fourth: the run's GPU decodes, see utils/data/gpu_decoding.py
 EXIF = b"Exif\0\0"  # what follows may turn the picture
 ADOBE = b"Adobe"  # what follows may say that three components are RGB already
 JFIF = b"JFIF\0"  # behind the first marker; says that they are YCbCr

@@ -17,14 +17,13 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from utils import image_io
-from utils.data import Batch, ImageDataset, Loaded, Reading
-from utils.image_io import ON_DEVICE, BrokenImageError, printable
-from utils.sampler import Key
+from utils.data.decoding import ON_DEVICE, BrokenImageError, printable
+from utils.data.loader_workers import as_raised
+from utils.data.loading import Batch, ImageDataset, Loaded, Reading, decoding
+from utils.data.sampler import Key
 from utils.system.errors import UserError
-from utils.workers import as_raised
 
-ON_CPU = image_io.DECODERS[0]  # what takes the device's place
+ON_CPU = decoding.DECODERS[0]  # what takes the device's place
 Item = tuple[torch.Tensor, int, int, Key]  # image, label, broken: see `ImageDataset`; key
 Decode = Callable[[list[torch.Tensor], torch.device], list[torch.Tensor]]
 
@@ -40,7 +39,7 @@ def decode_jpegs(encoded: list[torch.Tensor], device: torch.device) -> list[torc
         # it writes to (pytorch/vision#9606): what still reads that memory has to come to its end.
         torch.cuda.current_stream(device).synchronize()
     try:
-        return image_io.decode_jpeg(encoded, mode=image_io.ImageReadMode.RGB, device=device)
+        return decoding.decode_jpeg(encoded, mode=decoding.ImageReadMode.RGB, device=device)
     except RuntimeError:
         if device.type == "cuda":  # others of the batch may still be written, to memory now free
             torch.cuda.synchronize(device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from utils.cli import did_you_mean
-from utils.image_io import EXTENSIONS, printable
+from utils.data.decoding import EXTENSIONS, printable
 from utils.system.errors import UserError
 
 

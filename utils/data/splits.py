@@ -4,8 +4,8 @@
 import os
 from collections.abc import Sequence
 
-from utils import image_folder, shards, storage
-from utils.image_folder import ImageFolder
+from utils.data.image_folder import ImageFolder
+from utils.data.loading import image_folder, remote_files, shard_folder
 
 
 def open_images(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
@@ -17,7 +17,7 @@ def open_images(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
     Raises:
         UserError: see `image_folder.scan` and `shards.scan`.
     """
-    return (shards if shards.in_shards(root) else image_folder).scan(root, classes)
+    return (shard_folder if shard_folder.in_shards(root) else image_folder).scan(root, classes)
 
 
 def open_split(
@@ -32,7 +32,7 @@ def open_split(
     Raises:
         UserError: see `open_images`; also when val has a class that train has not.
     """
-    if not storage.is_remote(str(data)) and not os.path.isdir(data):
+    if not remote_files.is_remote(str(data)) and not os.path.isdir(data):
         image_folder.list_classes(data)  # says so, with the nearest name
     train = open_images(os.path.join(data, "train"), classes) if with_train else None
     return train, open_images(os.path.join(data, "val"), train.classes if train else classes)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from utils import storage
-from utils.image_folder import ImageFolder, count_names
-from utils.image_io import printable
-from utils.shard_index import BLOCK, NAME, find_index
+from utils.data.decoding import printable
+from utils.data.image_folder import ImageFolder, count_names
+from utils.data.loading import remote_files
+from utils.data.shard_index import BLOCK, NAME, find_index
 from utils.system.errors import EXIT_FAILED, UserError
 
 CLASSES = "classes.txt"
@@ -43,7 +43,7 @@ class Member:
                 another.
         """
         try:
-            data = storage.read_range(self.shard, self.offset - BLOCK, BLOCK + self.size)
+            data = remote_files.read_range(self.shard, self.offset - BLOCK, BLOCK + self.size)
         except OSError as error:
             raise UserError(
                 f"{printable(self.shard)}: {error.strerror or error}; see to it, and go on with "
@@ -84,9 +84,9 @@ def in_shards(root: str) -> bool:
 
     Class folders come first: ImageNet's own archives are often left beside what was unpacked.
     """
-    if storage.is_remote(root):
+    if remote_files.is_remote(root):
         return True
-    if not storage.sizes(root, ".tar"):
+    if not remote_files.sizes(root, ".tar"):
         return False
     with os.scandir(root) as entries:
         return not any(e.is_dir() and not e.name.startswith(".") for e in entries)
@@ -149,7 +149,7 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ShardFolder:
 
 def _class_names(root: str) -> list[str] | None:
     for folder in (root, root.rpartition("/")[0] or "."):
-        data = storage.read_whole(f"{folder}/{CLASSES}")
+        data = remote_files.read_whole(f"{folder}/{CLASSES}")
         if data is None:
             continue
         names = os.fsdecode(data).replace("\r\n", "\n").removesuffix("\n").split("\n")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from utils.image_io import BrokenImageError
+from utils.data.decoding import BrokenImageError
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.processes import PATIENCE, die_with_parent, end_children_at_exit
 

@@ -24,8 +24,8 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from utils import storage
-from utils.image_io import EXTENSIONS, printable
+from utils.data.decoding import EXTENSIONS, printable
+from utils.data.loading import remote_files
 from utils.system.errors import UserError
 from utils.system.files import write_atomically
 
@@ -94,8 +94,8 @@ def find_index(root: str) -> ShardIndex | None:
     Raises:
         UserError: a shard that is damaged, or no webdataset.
     """
-    storage.close_files()
-    listed = storage.sizes(root, ".tar")
+    remote_files.close_files()
+    listed = remote_files.sizes(root, ".tar")
     cached = _cache_file(root)
     if (found := _stored(root, cached, listed)) is not None or not listed:
         return found
@@ -121,7 +121,7 @@ def make_index(root: str, listed: dict[str, int | None]) -> ShardIndex:
     for number, shard in enumerate(bar):
         place = f"{root}/{shard}"
         try:
-            contents = storage.read_through(place, partial(_contents, place=place))
+            contents = remote_files.read_through(place, partial(_contents, place=place))
         except OSError as error:
             raise UserError(f"{printable(place)}: {error.strerror or error}") from None
         images, classes, size, passed_over = contents
@@ -206,7 +206,7 @@ def _class_number(text: bytes, name: str) -> int:
 
 def _stored(root: str, cached: Path, listed: dict[str, int | None]) -> ShardIndex | None:
     for place in (f"{root}/{NAME}", str(cached)):
-        data = storage.read_whole(place)
+        data = remote_files.read_whole(place)
         if data is not None:
             found = ShardIndex.from_bytes(data)
             if found is not None and found.fits(listed):
@@ -216,7 +216,7 @@ def _stored(root: str, cached: Path, listed: dict[str, int | None]) -> ShardInde
 
 def _store(root: str, cached: Path, data: bytes) -> None:
     """Beside the shards, else in the cache, else nowhere: the next run makes it again."""
-    if not storage.is_remote(root):
+    if not remote_files.is_remote(root):
         with contextlib.suppress(UserError):
             return write_atomically(Path(root, NAME), data)
     with contextlib.suppress(UserError, OSError):
@@ -226,7 +226,7 @@ def _store(root: str, cached: Path, data: bytes) -> None:
 
 def _cache_file(root: str) -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    where = root if storage.is_remote(root) else os.path.realpath(root)
+    where = root if remote_files.is_remote(root) else os.path.realpath(root)
     return home / "eca-net" / f"{hashlib.sha256(os.fsencode(where)).hexdigest()[:32]}.npz"
 
 
@@ -235,7 +235,7 @@ def _alone(root: str, cached: Path) -> Iterator[None]:
     """One process at a time, where the file system can see to it."""
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
-            if storage.is_remote(root):
+            if remote_files.is_remote(root):
                 cached.parent.mkdir(parents=True, exist_ok=True)
                 root = str(cached.parent)
             handle = os.open(root, os.O_RDONLY)
