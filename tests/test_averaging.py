@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import models
-from utils.averaging import WeightAverage, decay_at
+from utils.training.weight_average import WeightAverage, decay_at
 
 
 def network():

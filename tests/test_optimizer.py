@@ -9,8 +9,8 @@ from torch import nn
 
 import models
 from utils.detection_engine import make_optimizer
-from utils.optimizer import make_sgd, split, take_up
 from utils.recipes.detection import DetectionRecipe
+from utils.training.optimizer import make_sgd, split, take_up
 
 CPU = torch.device("cpu")
 NCHW, NHWC = torch.contiguous_format, torch.channels_last

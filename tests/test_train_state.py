@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from utils import checkpoint
-from utils.averaging import WeightAverage
 from utils.engine import NonFiniteGuard
 from utils.metrics import ClassificationMeter
 from utils.recipes.classification import Recipe
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.train_state import TrainState
+from utils.training.weight_average import WeightAverage
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,9 @@ from utils.coco_eval import Result, to_results
 from utils.data.sampler import mix_seed
 from utils.detection_data import DetectionBatch
 from utils.engine import AutocastFactory, NonFiniteGuard
-from utils.optimizer import start_momentum
 from utils.recipes.detection import DetectionRecipe
 from utils.system import distributed
+from utils.training.optimizer import start_momentum
 
 
 class LossMeter:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from utils.averaging import WeightAverage
 from utils.engine import NonFiniteGuard
 from utils.metrics import ClassificationMeter
-from utils.optimizer import make_sgd, take_up
 from utils.recipes.classification import Recipe
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
+from utils.training.optimizer import make_sgd, take_up
+from utils.training.weight_average import WeightAverage
 
 
 @dataclass
