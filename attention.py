@@ -16,8 +16,7 @@ from torch import nn
 from models.anatomy import attention_layers, recorded_gates
 from models.eca_module import ECALayer
 from models.weights import network_from_checkpoint
-from utils import gate_pictures, run_folder
-from utils.checkpoint import load
+from utils import gate_pictures
 from utils.cli import Parser, count, did_you_mean, number, positive_int, run_script
 from utils.data.decoding import DECODERS, decoder_name, printable
 from utils.data.image_folder import ImageFolder
@@ -25,7 +24,9 @@ from utils.data.loading import demo_digits, image_folder, splits
 from utils.data.user_images import read_batches
 from utils.gate_statistics import GateStatistics, LayerWeights, table, write_npz
 from utils.report import network_line
-from utils.saved import preprocessing, refuse_detector
+from utils.runs import folder as run_folder
+from utils.runs.checkpoint import load
+from utils.runs.checkpoint_info import preprocessing, refuse_detector
 from utils.system import distributed, output_checks
 from utils.system.errors import EXIT_FAILED, UserError, as_user_error
 from utils.system.fault_messages import Memory, in_one_line

@@ -21,8 +21,7 @@ import models
 from models import eca_detection as detection
 from models.eca_detection_norm import NORMS
 from models.eca_detection_start import refuse_another_network, start_detector
-from utils import checkpoint, demo_shapes, detection_engine, detection_report, report, resume
-from utils import run_folder as runs
+from utils import demo_shapes, detection_engine, detection_report, report
 from utils.cli import refuse_idle, run_script
 from utils.coco_data import load_split
 from utils.coco_eval import judge, write_results
@@ -40,6 +39,8 @@ from utils.detection_log import DetectionFiles, DetectionProgress, DetectionStat
 from utils.detection_options import OF_TRAINING, build_parser
 from utils.engine import NonFiniteGuard
 from utils.recipes.detection import AUTO, DetectionRecipe, lr_at
+from utils.runs import checkpoint, resume
+from utils.runs import folder as runs
 from utils.system import backends, distributed
 from utils.system import output_checks as outputs
 from utils.system.errors import UserError, as_user_error

@@ -13,17 +13,17 @@ import torch
 from models.anatomy import COARSEST
 from models.inference import optimise_for_inference
 from models.weights import describe_network, network_from_checkpoint
-from utils import export_files, saved
-from utils.checkpoint import load
 from utils.cli import Parser, positive_int, run_script
 from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD
 from utils.report import network_line
+from utils.runs import checkpoint_info, safetensors_file
+from utils.runs.checkpoint import load
 from utils.system.errors import UserError, as_user_error
 from utils.system.files import write_atomically
 
 FORMATS = {
-    "onnx": (export_files.to_onnx, export_files.run_onnx),
-    "pt2": (export_files.to_pt2, export_files.run_pt2),
+    "onnx": (safetensors_file.to_onnx, safetensors_file.run_onnx),
+    "pt2": (safetensors_file.to_pt2, safetensors_file.run_pt2),
 }
 
 
@@ -31,8 +31,8 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", metavar="CKPT", help="of main.py, or released weights")
     parser.add_argument(
-        "--to", metavar="FORMAT", nargs="+", choices=export_files.NEEDS,
-        default=list(export_files.NEEDS), help="onnx, pt2, safetensors (default: all three)",
+        "--to", metavar="FORMAT", nargs="+", choices=safetensors_file.NEEDS,
+        default=list(safetensors_file.NEEDS), help="onnx, pt2, safetensors (default: all three)",
     )  # fmt: skip
     parser.add_argument(
         "--output", metavar="DIR", help="folder of the files (default: the checkpoint's own)"
@@ -55,7 +55,7 @@ def main() -> None:
         raise UserError(
             "--no-fold is for onnx and pt2, and safetensors holds BatchNorm as it is: leave it out"
         )
-    export_files.check_packages(args.to)
+    safetensors_file.check_packages(args.to)
     source = Path(args.checkpoint)
     folder = Path(args.output) if args.output else source.parent
     stem = re.sub(r"(\.(pth|pt|tar|safetensors))+$", "", source.name)
@@ -65,10 +65,10 @@ def main() -> None:
             raise UserError(f"{target}: is there already; move it, or choose another --output")
 
     checkpoint = load(source)
-    saved.refuse_detector(checkpoint, source)
+    checkpoint_info.refuse_detector(checkpoint, source)
     with as_user_error(f"{source}: "):
         network = network_from_checkpoint(checkpoint).eval().requires_grad_(False)
-    img_size, crop_pct = saved.preprocessing(checkpoint, args.img_size)
+    img_size, crop_pct = checkpoint_info.preprocessing(checkpoint, args.img_size)
     metadata = {
         **describe_network(network),
         "classes": list(checkpoint.get("classes") or ()),
@@ -88,17 +88,17 @@ def main() -> None:
         form = optimise_for_inference(network, torch.float32).network
     for name, target in targets.items():
         if name == "safetensors":
-            data = export_files.to_safetensors(network.state_dict(), metadata)
-            export_files.check_safetensors(data, network.state_dict(), target.name)
+            data = safetensors_file.to_safetensors(network.state_dict(), metadata)
+            safetensors_file.check_safetensors(data, network.state_dict(), target.name)
             note = "the tensors of the checkpoint"
         else:
             # A .pt2 is for one position of the last feature map, or for more: not for both.
             any_size = name == "onnx" or img_size > COARSEST
-            graph = export_files.to_exported(form, example_size(img_size, any_size), any_size)
+            graph = safetensors_file.to_exported(form, example_size(img_size, any_size), any_size)
             write, run = FORMATS[name]
             data = write(graph, metadata)
             shapes = trial_shapes(img_size, any_size)
-            worst = export_files.largest_difference(run(data), network, shapes, target.name)
+            worst = safetensors_file.largest_difference(run(data), network, shapes, target.name)
             sizes = "any size" if any_size else f"{img_size} x {img_size} pixels"
             if name == "pt2" and any_size:
                 sizes = f"sizes above {COARSEST}"

@@ -21,8 +21,7 @@ from torch import nn
 
 import models
 from models import beginning, weights
-from utils import checkpoint, engine, report, resume
-from utils import run_folder as runs
+from utils import engine, report
 from utils.cli import refuse_idle, run_script
 from utils.data.gpu_decoding import check_decoder, reading_of
 from utils.data.loading import (
@@ -34,11 +33,13 @@ from utils.data.loading import (
     validation_batches,
 )
 from utils.data.sampler import SeededBatches, check_batch, mix_seed
-from utils.logger import Progress
 from utils.options import OF_BLOCKS, OF_TRAINING, build_parser
 from utils.recipes.classification import PAPER, RECIPES, Recipe
 from utils.recipes.schedules import UNUSED
-from utils.run_files import RunFiles
+from utils.runs import checkpoint, resume
+from utils.runs import folder as runs
+from utils.runs.metrics_log import Progress
+from utils.runs.writer import RunFiles
 from utils.system import backends, distributed
 from utils.system.errors import UserError, as_user_error
 from utils.system.fault_messages import Memory, in_one_line

@@ -22,8 +22,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from models.anatomy import COARSEST, feature_maps
 from models.inference import optimise_for_inference
 from models.weights import network_from_checkpoint
-from utils import pictures, run_folder
-from utils.checkpoint import load
+from utils import pictures
 from utils.class_activation import grad_cam
 from utils.cli import run_script
 from utils.data.decoding import printable, read_image
@@ -32,7 +31,9 @@ from utils.found_objects import CocoDocument, class_table, find_objects, picture
 from utils.predict_options import build_parser, settle
 from utils.predictions import Guess, Prediction, PredictionLog, path_width
 from utils.report import network_line
-from utils.saved import class_names, is_detector, preprocessing
+from utils.runs import folder as run_folder
+from utils.runs.checkpoint import load
+from utils.runs.checkpoint_info import class_names, is_detector, preprocessing
 from utils.system import backends, distributed, output_checks
 from utils.system.backends import DTYPES
 from utils.system.errors import EXIT_FAILED, UserError, as_user_error

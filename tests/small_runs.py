@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils import checkpoint
+from utils.runs import checkpoint
 
 SMALL = ("-a", "mobilenetv2", "--img-size", 32, "-b", 6, "--lr", 0.01, "-j", 0, "--seed", 1)
 LONG = (*SMALL, "--epochs", 500, "-p", 1)

@@ -16,10 +16,11 @@ from models import create_model, weights
 from models.anatomy import attention_layers, feature_maps, gate, recorded_gates
 from models.attention import ATTENTIONS
 from models.eca_resnet import BasicBlock, ResNet
-from utils import checkpoint, gate_pictures
+from utils import gate_pictures
 from utils.cli import run_script
 from utils.data.decoding import read_image
 from utils.gate_statistics import GateStatistics, LayerWeights, table
+from utils.runs import checkpoint
 
 
 @pytest.mark.parametrize("name", [name for name in ATTENTIONS if name != "none"])

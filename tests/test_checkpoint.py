@@ -9,8 +9,8 @@ import zipfile
 import pytest
 import torch
 
-from utils import checkpoint
-from utils.checkpoint import CheckpointFolder, CorruptCheckpointError
+from utils.runs import checkpoint
+from utils.runs.checkpoint import CheckpointFolder, CorruptCheckpointError
 from utils.system.errors import UserError
 
 

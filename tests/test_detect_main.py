@@ -17,9 +17,10 @@ from PIL import Image
 import detect_main
 from models import create_model
 from models.eca_detection import DETECTORS, create_detector
-from utils import checkpoint, demo_shapes, detection_engine
+from utils import demo_shapes, detection_engine
 from utils.coco_eval import FIGURES, Summary
 from utils.demo_shapes import write_shapes
+from utils.runs import checkpoint
 from utils.system.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "DETECTION.md"

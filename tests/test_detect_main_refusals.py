@@ -5,7 +5,7 @@ import torch
 from coco_trees import DIGITS, NETWORK
 
 from models.eca_detection import create_detector, describe_detector
-from utils import checkpoint
+from utils.runs import checkpoint
 from utils.system.errors import UserError
 
 

@@ -12,9 +12,10 @@ import attention
 import detect_main
 import main as script
 import predict
-from utils import check_data, checkpoint
+from utils import check_data
 from utils.data.gpu_decoding import DeviceReading, check_decoder
 from utils.data.loading import decoding
+from utils.runs import checkpoint
 from utils.system.errors import UserError
 
 CPU = torch.device("cpu")

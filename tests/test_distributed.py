@@ -11,8 +11,9 @@ from torch import nn
 
 import main
 import models
-from utils import report, run_folder
+from utils import report
 from utils.options import build_parser
+from utils.runs import folder
 from utils.system import distributed
 from utils.system.distributed import Context
 from utils.system.errors import UserError
@@ -99,10 +100,10 @@ def test_without_a_launcher_all_gpus_or_the_named_one(two_gpus, given, index, pa
     context = distributed.setup(*given)
     assert context == Context(torch.device("cuda", index), data_parallel=parallel)
     assert context.replicas == len(parallel or (0,))
-    written = run_folder.environment(context)
+    written = folder.environment(context)
     assert written["device"] == f"GPU {index}"
     assert (written["world_size"], written["data_parallel"]) == (1, list(parallel))
-    assert run_folder.environment(TWO_RANKS)["device"] in (platform.processor(), "cpu")
+    assert folder.environment(TWO_RANKS)["device"] in (platform.processor(), "cpu")
     lines = report.device_lines(context, "bf16", False, False)
     if parallel:
         assert lines[0].startswith("device: GPU 0 x 2 (DataParallel); bf16")

@@ -31,9 +31,10 @@ import main
 import models
 from models import weights
 from models.eca_detection import create_detector, describe_detector
-from utils import ablation, checkpoint
+from utils import ablation
 from utils.cli import Parser
 from utils.data.loading import demo_digits
+from utils.runs import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"--epochs 6": "--epochs 1"}

@@ -11,8 +11,8 @@ from torch import nn
 import export
 import predict
 from models import create_model, weights
-from utils import checkpoint, export_files, saved
 from utils.cli import run_script
+from utils.runs import checkpoint, checkpoint_info, safetensors_file
 from utils.system.errors import UserError
 
 
@@ -73,9 +73,9 @@ def test_all_formats(cli, tmp_path, monkeypatch):
     assert json.loads(held["mean"]) == [0.485, 0.456, 0.406]
     assert (held["img_size"], held["crop_pct"], held["ksize"]) == ("48", "0.9", "[3, 5, 7, 7]")
 
-    extra = {export_files.METADATA: ""}
+    extra = {safetensors_file.METADATA: ""}
     program = torch.export.load(tmp_path / "best.pt2", extra_files=extra)
-    assert json.loads(extra[export_files.METADATA])["classes"] == ["a", "b", "ü"]
+    assert json.loads(extra[safetensors_file.METADATA])["classes"] == ["a", "b", "ü"]
     for x, y in zip(images, expected, strict=True):
         torch.testing.assert_close(program.module()(x), y, rtol=1e-4, atol=1e-4)
 
@@ -83,7 +83,7 @@ def test_all_formats(cli, tmp_path, monkeypatch):
     loaded = checkpoint.load(tmp_path / "best.safetensors")
     again = weights.network_from_checkpoint(loaded)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items())
-    assert saved.preprocessing(loaded) == (48, 0.9)
+    assert checkpoint_info.preprocessing(loaded) == (48, 0.9)
     (tmp_path / "x.ppm").write_bytes(b"P6 2 2 255 " + bytes(range(12)))
     one, two = (cli(ckpt, "x.ppm", main=predict.main) for ckpt in ("best.pth", "best.safetensors"))
     assert one == two
@@ -118,9 +118,9 @@ def test_small_images(cli, tmp_path, name, img_size, flags):
     code, text = cli("tiny.pth.tar", "--to", "pt2", "--output", "new/folder", *flags)
     assert code == 0, text
     assert "any batch, 32 x 32 pixels" in text
-    extra = {export_files.METADATA: ""}
+    extra = {safetensors_file.METADATA: ""}
     program = torch.export.load(tmp_path / "new/folder/tiny.pt2", extra_files=extra)
-    assert json.loads(extra[export_files.METADATA])["img_size"] == 32
+    assert json.loads(extra[safetensors_file.METADATA])["img_size"] == 32
     assert ("batch_norm" in program.graph_module.code) == ("--no-fold" in flags)
     for n in (1, 7):
         images = torch.randn(n, 3, 32, 32)
@@ -131,7 +131,7 @@ def test_a_file_that_computes_something_else_is_refused():
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
 
     def check(written):
-        return export_files.largest_difference(written, network, [(2, 2, 2)], "x.onnx")
+        return safetensors_file.largest_difference(written, network, [(2, 2, 2)], "x.onnx")
 
     assert check(network) == 0
     assert check(lambda x: network(x) * (1 + 5e-5)) == pytest.approx(5e-5, rel=0.1)
@@ -146,9 +146,9 @@ def test_a_file_that_computes_something_else_is_refused():
 def test_tensors_that_are_not_the_checkpoints_are_refused(cli, tmp_path, monkeypatch, damage):
     pytest.importorskip("safetensors")
     write_checkpoint(tmp_path / "best.pth")
-    write = export_files.to_safetensors
+    write = safetensors_file.to_safetensors
     monkeypatch.setattr(  # one bit of the last tensor's last byte
-        export_files, "to_safetensors", lambda *a: (d := write(*a))[:-1] + bytes([d[-1] ^ damage])
+        safetensors_file, "to_safetensors", lambda *a: (d := write(*a))[:-1] + bytes([d[-1] ^ damage])
     )
     code, text = cli("best.pth", "--to", "safetensors")
     assert code == damage, text

@@ -14,7 +14,7 @@ import torch
 from kill_driver import same
 from small_runs import SMALL, place
 
-from utils import checkpoint
+from utils.runs import checkpoint
 from utils.system import distributed
 from utils.system.errors import UserError
 from utils.system.fault_messages import Memory, in_one_line

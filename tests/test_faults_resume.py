@@ -13,9 +13,9 @@ from conftest import write_tree
 from small_runs import SMALL, place
 
 import main as script
-from utils import checkpoint, export_files
-from utils.resume import refuse_other_data
-from utils.run_files import RunFiles, command
+from utils.runs import checkpoint, safetensors_file
+from utils.runs.resume import refuse_other_data
+from utils.runs.writer import RunFiles, command
 from utils.system.errors import UserError
 
 
@@ -111,7 +111,7 @@ def test_a_safetensors_file_is_the_checkpoint_again(call, run_folder, tree, tmp_
     saved = checkpoint.load(run_folder / "best.pth")
     names = ("arch", "attention", "ksize", "num_classes", "model_kwargs", "img_size", "crop_pct")
     fields = {name: saved[name] for name in names} | {"crop_pct": 0.5, "classes": ["c", "b", "a"]}
-    data = export_files.to_safetensors(saved["state_dict"], fields)
+    data = safetensors_file.to_safetensors(saved["state_dict"], fields)
     (tmp_path / "w.safetensors").write_bytes(data)
     for part, value in (("crop_pct", 0.5), ("classes", fields["classes"])):
         saved[part] = value

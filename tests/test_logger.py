@@ -11,7 +11,7 @@ import sys
 import termios
 
 from utils.detection_log import DetectionProgress
-from utils.logger import Progress
+from utils.runs.metrics_log import Progress
 
 
 @contextlib.contextmanager

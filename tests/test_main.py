@@ -11,7 +11,7 @@ from PIL import Image
 
 import models
 from main import DEMO, RECIPE, main
-from utils import checkpoint
+from utils.runs import checkpoint
 from utils.system.errors import UserError
 
 SMALL = ("-a", "resnet18", "--img-size", 32, "-b", 8, "--min-scale", 0.7, "-j", 0)

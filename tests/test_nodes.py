@@ -18,7 +18,7 @@ from conftest import ROOT
 from small_runs import LONG, SMALL, Running, all_gone, progress
 from test_torchrun import assert_step_of_two_halves
 
-from utils import checkpoint
+from utils.runs import checkpoint
 
 SCRIPT = ROOT / "slurm" / "train.sbatch"
 FLAGS = ("-a", "resnet18", "--img-size", 96, "-b", 24, "-j", 0, "--epochs", 1, "--lr", 0.001,

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from kill_driver import same
 
-from utils import checkpoint
+from utils.runs import checkpoint
 
 
 def kill_and_resume(tree, tmp_path, kills: int, script: str, *flags: object) -> list[str]:

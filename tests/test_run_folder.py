@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from utils import checkpoint, resume, run_folder
+from utils.runs import checkpoint, resume
+from utils.runs import folder as run_folder
 from utils.system.distributed import Context
 from utils.system.errors import UserError
 

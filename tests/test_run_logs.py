@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from utils.coco_eval import FIGURES
 from utils.detection_log import DetectionLogger
-from utils.logger import COLUMNS, RunLogger
+from utils.runs.metrics_log import COLUMNS, RunLogger
 
 OF_DETECTION = ("lr", "train_loss", *(f"box_{name}" for name in FIGURES))
 LOGGERS = {RunLogger: COLUMNS[1:], DetectionLogger: OF_DETECTION}

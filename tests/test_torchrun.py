@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 import models
-from utils import checkpoint
 from utils.data.image_folder import scan
 from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, train_transform
 from utils.data.sampler import SeededBatches
+from utils.runs import checkpoint
 
 
 def test_two_ranks_train_and_evaluate_as_one(run, tree, tmp_path):

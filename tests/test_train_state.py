@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint
 from utils.engine import NonFiniteGuard
 from utils.metrics import ClassificationMeter
 from utils.recipes.classification import Recipe
+from utils.runs import checkpoint
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.train_state import TrainState

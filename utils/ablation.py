@@ -23,9 +23,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import run_folder
 from utils.cli import Parser, did_you_mean, positive_int, run_script
 from utils.compare_runs import read_run
+from utils.runs import folder as run_folder
 from utils.system import output_checks
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically

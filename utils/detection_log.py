@@ -11,8 +11,8 @@ from pathlib import Path
 
 from utils.coco_eval import FIGURES, Summary
 from utils.detection_engine import LossMeter
-from utils.logger import Progress, RunLogger, duration
-from utils.run_files import RunFiles, command, look_line
+from utils.runs.metrics_log import Progress, RunLogger, duration
+from utils.runs.writer import RunFiles, command, look_line
 from utils.system.files import write_atomically
 from utils.train_state import TrainState
 

@@ -24,8 +24,8 @@ from torchvision.models.detection import (
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from utils import checkpoint
 from utils.cli import Parser, run_script
+from utils.runs import checkpoint
 from utils.system.errors import UserError
 
 # mmdetection v1's names, and torchvision's. The first that matches a whole name counts.

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from utils import checkpoint
 from utils.data.decoding import printable
+from utils.runs import checkpoint
 from utils.system.errors import UserError
 
 IMG_SIZE, CROP_PCT = 224, 0.875  # of released weights, which do not say

@@ -8,9 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from utils import checkpoint, run_folder
-from utils.checkpoint import CheckpointFolder
-from utils.logger import RunLogger
+from utils.runs import checkpoint
+from utils.runs import folder as run_folder
+from utils.runs.checkpoint import CheckpointFolder
+from utils.runs.metrics_log import RunLogger
 from utils.system.errors import EXIT_FAILED, UserError
 
 DEVICE_FLAGS = ("--device", "--gpu")

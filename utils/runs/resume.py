@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import checkpoint, run_folder
 from utils.recipes.classification import PAPER, Recipe
 from utils.recipes.detection import DetectionRecipe
+from utils.runs import checkpoint
+from utils.runs import folder as run_folder
 from utils.system import distributed, output_checks
 from utils.system.errors import UserError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from utils.export_files import read_safetensors
+from utils.runs.safetensors_file import read_safetensors
 from utils.system.errors import UserError
 from utils.system.files import remove_leftovers, write_atomically
 
