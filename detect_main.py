@@ -21,7 +21,9 @@ import models
 from models import eca_detection as detection
 from models.eca_detection_norm import NORMS
 from models.eca_detection_start import refuse_another_network, start_detector
-from utils import demo_shapes, detection_engine, detection_report, report
+from utils import demo_shapes, detection_engine, detection_report
+from utils.classification import report
+from utils.classification.engine import NonFiniteGuard
 from utils.cli import refuse_idle, run_script
 from utils.coco_data import load_split
 from utils.coco_eval import judge, write_results
@@ -37,7 +39,6 @@ from utils.detection_data import (
 )
 from utils.detection_log import DetectionFiles, DetectionProgress, DetectionState
 from utils.detection_options import OF_TRAINING, build_parser
-from utils.engine import NonFiniteGuard
 from utils.recipes.detection import AUTO, DetectionRecipe, lr_at
 from utils.runs import checkpoint, resume
 from utils.runs import folder as runs

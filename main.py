@@ -21,7 +21,8 @@ from torch import nn
 
 import models
 from models import beginning, weights
-from utils import engine, report
+from utils.classification import engine, report
+from utils.classification.state import TrainState
 from utils.cli import refuse_idle, run_script
 from utils.data.gpu_decoding import check_decoder, reading_of
 from utils.data.loading import (
@@ -45,7 +46,6 @@ from utils.system.errors import UserError, as_user_error
 from utils.system.fault_messages import Memory, in_one_line
 from utils.system.processes import default_workers
 from utils.system.stop_requests import StopRequest, Votes
-from utils.train_state import TrainState
 
 RECIPE = Recipe(  # the paper's, for ResNets
     arch="eca_resnet50", epochs=100, batch_size=256, lr=0.1, momentum=0.9, weight_decay=1e-4,

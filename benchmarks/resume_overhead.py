@@ -24,16 +24,16 @@ import torch
 from torch.utils.data import BatchSampler, RandomSampler
 
 import models
+from utils.classification.engine import NonFiniteGuard
+from utils.classification.metrics import ClassificationMeter, cross_entropy
+from utils.classification.state import TrainState
 from utils.cli import Parser, positive_int, run_script
 from utils.data.sampler import SeededBatches, mix_seed
-from utils.engine import NonFiniteGuard
-from utils.metrics import ClassificationMeter, cross_entropy
 from utils.recipes.schedules import lr_at
 from utils.runs import checkpoint
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.writer import RunFiles
 from utils.system.stop_requests import StopRequest, Votes
-from utils.train_state import TrainState
 
 IMAGES = 1_281_167
 CPU = torch.device("cpu")

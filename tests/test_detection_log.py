@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from utils.classification.engine import NonFiniteGuard
 from utils.coco_eval import FIGURES, Summary
 from utils.detection_engine import LossMeter
 from utils.detection_log import (
@@ -16,7 +17,6 @@ from utils.detection_log import (
     val_columns,
 )
 from utils.detection_report import best_lines
-from utils.engine import NonFiniteGuard
 from utils.system.errors import UserError
 
 CPU = torch.device("cpu")

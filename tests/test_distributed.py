@@ -11,7 +11,7 @@ from torch import nn
 
 import main
 import models
-from utils import report
+from utils.classification import report
 from utils.options import build_parser
 from utils.runs import folder
 from utils.system import distributed

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from utils.classification.engine import NonFiniteGuard, StepRule, evaluate, train_epoch
+from utils.classification.metrics import ClassificationMeter, cross_entropy
+from utils.classification.mixing import make_mix
 from utils.data.loading import Batch
-from utils.engine import NonFiniteGuard, StepRule, evaluate, train_epoch
-from utils.metrics import ClassificationMeter, cross_entropy
-from utils.mixing import make_mix
 from utils.system.errors import EXIT_NON_FINITE, UserError
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from utils.metrics import ClassificationMeter, count_correct, cross_entropy
+from utils.classification.metrics import ClassificationMeter, count_correct, cross_entropy
 
 
 def slow_correct(logits: torch.Tensor, targets: torch.Tensor, k: int) -> int:

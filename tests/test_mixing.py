@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.mixing import leading_class, make_mix, unmixed
+from utils.classification.mixing import leading_class, make_mix, unmixed
 
 CLASSES = 4
 

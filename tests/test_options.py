@@ -15,12 +15,12 @@ import models
 from models.eca_detection import DETECTORS
 from models.eca_detection_norm import NORMS
 from utils import detection_options, options
+from utils.classification.engine import NonFiniteGuard, StepRule, train_epoch
+from utils.classification.state import TrainState
 from utils.cli import Parser
 from utils.data.loading import Batch
-from utils.engine import NonFiniteGuard, StepRule, train_epoch
 from utils.system import backends, distributed
 from utils.system.errors import UserError
-from utils.train_state import TrainState
 
 CPU = torch.device("cpu")
 

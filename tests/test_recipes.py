@@ -17,11 +17,11 @@ from light_main import DEMO as LIGHT_DEMO
 from light_main import RECIPE as LIGHT
 from main import DEMO, RECIPE
 from models import weights
+from utils.classification.report import recipe_lines
+from utils.classification.state import TrainState
 from utils.data.loading import demo_digits
 from utils.recipes.classification import MODERN, MODERN_100, RECIPES, Recipe
-from utils.report import recipe_lines
 from utils.runs import checkpoint
-from utils.train_state import TrainState
 
 SMALL = ("-a", "eca_mobilenetv2", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j", 0, "--seed", 1)
 PARTS = ("--label-smoothing", 0.1, "--mixup", 0.2, "--cutmix", 1, "--auto-augment", "trivial",

@@ -1,6 +1,6 @@
 """One epoch of a detector's training, and its detections over a data set.
 
-As in utils.engine the training loop is a generator that rests after every step; the step is its
+As in utils.classification.engine the training loop is a generator that rests after every step; the step is its
 own: a dict of losses, a clipped gradient, images of several sizes.
 """
 
@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
+from utils.classification.engine import AutocastFactory, NonFiniteGuard
 from utils.coco_eval import Result, to_results
 from utils.data.sampler import mix_seed
 from utils.detection_data import DetectionBatch
-from utils.engine import AutocastFactory, NonFiniteGuard
 from utils.recipes.detection import DetectionRecipe
 from utils.system import distributed
 from utils.training.optimizer import start_momentum
@@ -85,7 +85,7 @@ def train_epoch(
         clip: the gradient's largest norm over all trained parameters.
         seed: with the step number it seeds the sampling of anchors and regions, so that a resumed
             run needs no generator state.
-        autocast, scaler: as in `utils.engine.train_epoch`.
+        autocast, scaler: as in `utils.classification.engine.train_epoch`.
 
     Raises:
         UserError: exit code 3, when loss or gradient is not finite (see NonFiniteGuard).

@@ -9,12 +9,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from utils.classification.state import TrainState
 from utils.coco_eval import FIGURES, Summary
 from utils.detection_engine import LossMeter
 from utils.runs.metrics_log import Progress, RunLogger, duration
 from utils.runs.writer import RunFiles, command, look_line
 from utils.system.files import write_atomically
-from utils.train_state import TrainState
 
 KINDS = {"bbox": "box", "segm": "mask"}  # COCO's words, and the columns'
 

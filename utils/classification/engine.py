@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import nn
 
+from utils.classification.metrics import ClassificationMeter, cross_entropy
+from utils.classification.mixing import Mix, leading_class, make_mix, unmixed
 from utils.data.loading import Batch
 from utils.data.sampler import mix_seed
-from utils.metrics import ClassificationMeter, cross_entropy
-from utils.mixing import Mix, leading_class, make_mix, unmixed
 from utils.recipes.classification import Recipe
 from utils.recipes.schedules import rate_of
 from utils.system import distributed
@@ -86,7 +86,7 @@ class StepRule:
             resumed run needs no generator state.
         autocast: makes the context in which forward and loss run.
         loss_fn: (logits, targets) → mean loss.
-        mix: blends images and targets, see `utils.mixing`.
+        mix: blends images and targets, see `utils.classification.mixing`.
         accumulate: equal parts of a batch that are taken one after the other, for a memory that
             does not hold the whole; but for BatchNorm, which sees parts, the gradient is the same.
         clip_grad: the gradient's largest norm over all parameters; 0 leaves it as it is.

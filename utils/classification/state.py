@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from utils.engine import NonFiniteGuard
-from utils.metrics import ClassificationMeter
+from utils.classification.engine import NonFiniteGuard
+from utils.classification.metrics import ClassificationMeter
 from utils.recipes.classification import Recipe
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
