@@ -21,23 +21,24 @@ import models
 from models import eca_detection as detection
 from models.eca_detection_norm import NORMS
 from models.eca_detection_start import refuse_another_network, start_detector
-from utils import demo_shapes, detection_engine, detection_report
 from utils.classification import report
 from utils.classification.engine import NonFiniteGuard
 from utils.cli import refuse_idle, run_script
-from utils.coco_data import load_split
-from utils.coco_eval import judge, write_results
-from utils.coco_files import Place, locate
 from utils.data.loading import Reading
 from utils.data.sampler import mix_seed
-from utils.detection_data import (
+from utils.detection import demo_shapes, engine
+from utils.detection import report as detection_report
+from utils.detection.batches import (
     GroupedBatches,
     ValidationSet,
     check_batch,
     evaluation_batches,
     training_batches,
 )
-from utils.detection_log import DetectionFiles, DetectionProgress, DetectionState
+from utils.detection.coco_dataset import load_split
+from utils.detection.coco_evaluation import judge, write_results
+from utils.detection.coco_files import Place, locate
+from utils.detection.log import DetectionFiles, DetectionProgress, DetectionState
 from utils.detection_options import OF_TRAINING, build_parser
 from utils.recipes.detection import AUTO, DetectionRecipe, lr_at
 from utils.runs import checkpoint, resume
@@ -132,7 +133,7 @@ def evaluate(args: Namespace, saved: dict, context: distributed.Context) -> int:
     batches = evaluation_batches(val.split, first_label, reading, context.rank, context.world_size)
     autocast = partial(backends.autocast, context.device, args.amp)
     began = time.perf_counter()
-    found = detection_engine.detect(network, batches(), val.category_ids, first_label, autocast)
+    found = engine.detect(network, batches(), val.category_ids, first_label, autocast)
     speed = len(val.split) / (time.perf_counter() - began)
     results, summaries = judge(found, val.truth, context)
     context.say(
@@ -209,9 +210,9 @@ def train(
     losses = detection.LOSSES[recipe.arch]
     state = DetectionState(
         network,
-        detection_engine.make_optimizer(network, recipe, context.device),
+        engine.make_optimizer(network, recipe, context.device),
         torch.amp.GradScaler(context.device.type, enabled=args.amp == "fp16"),
-        detection_engine.LossMeter(context.device, losses),
+        engine.LossMeter(context.device, losses),
         NonFiniteGuard(context.device, WARMUP),
         context.rank,
     )  # fmt: skip
@@ -265,7 +266,7 @@ def train(
             f"epoch {state.epoch + 1}/{recipe.epochs}", order.steps, recipe.batch_size,
             args.print_freq, done=state.step, quiet=not context.is_main,
         )  # fmt: skip
-        for _ in detection_engine.train_epoch(
+        for _ in engine.train_epoch(
             wrapped, train_batches(), state.optimizer, state.meter, state.guard,
             first_step=first + state.step, lr_at=rate, clip=recipe.clip,
             seed=mix_seed(seed, context.rank), autocast=autocast, scaler=state.scaler,
@@ -286,7 +287,7 @@ def train(
 
         distributed.broadcast_buffers(network)
         files.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
-        found = detection_engine.detect(
+        found = engine.detect(
             network, val_batches(), val.category_ids, first_label, autocast,
             lambda: context.is_main and bool(stop),
         )  # fmt: skip

@@ -149,7 +149,7 @@ def run_folder(two_epochs: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """13 training and 5 validation images of 64 pixels, in COCO's layout. Read only."""
-    from utils.demo_shapes import write_shapes
+    from utils.detection.demo_shapes import write_shapes
 
     folder = tmp_path_factory.mktemp("shapes")
     write_shapes(folder, {"train": 13, "val": 5}, side=64)

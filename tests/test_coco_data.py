@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from tests.coco_trees import SQUARE, annotation, write_tree
-from utils import coco_masks
-from utils.coco_data import CocoDataset, load_split, mirror
-from utils.coco_files import locate
 from utils.data.decoding import BrokenImageError
-from utils.demo_shapes import write_shapes
+from utils.detection import coco_masks
+from utils.detection.coco_dataset import CocoDataset, load_split, mirror
+from utils.detection.coco_files import locate
+from utils.detection.demo_shapes import write_shapes
 from utils.detection_options import build_parser
 from utils.recipes.detection import DetectionRecipe
 from utils.system.errors import UserError

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.coco_trees import annotation, write_tree
-from utils import coco_masks
-from utils.coco_eval import BACKENDS, FIGURES, GroundTruth, gather, to_results
-from utils.coco_files import locate
+from utils.detection import coco_masks
+from utils.detection.coco_evaluation import BACKENDS, FIGURES, GroundTruth, gather, to_results
+from utils.detection.coco_files import locate
 from utils.system.distributed import Context
 from utils.system.errors import UserError
 
@@ -215,8 +215,8 @@ import json, sys
 from pathlib import Path
 from tests.test_coco_eval import random_case
 from utils import distributed
-from utils.coco_eval import GroundTruth, gather
-from utils.coco_files import locate
+from utils.detection.coco_evaluation import GroundTruth, gather
+from utils.detection.coco_files import locate
 context = distributed.setup("cpu")
 root, results = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
 mine = [r for r in results if r["image_id"] % context.world_size == context.rank]

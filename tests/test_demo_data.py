@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from utils import demo_shapes
 from utils.data.loading import demo_digits
+from utils.detection import demo_shapes
 from utils.system.errors import UserError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils import coco_masks, demo_shapes
+from utils.detection import coco_masks, demo_shapes
 
 COUNTS = {"train": 6, "val": 3}
 

@@ -17,9 +17,9 @@ from PIL import Image
 import detect_main
 from models import create_model
 from models.eca_detection import DETECTORS, create_detector
-from utils import demo_shapes, detection_engine
-from utils.coco_eval import FIGURES, Summary
-from utils.demo_shapes import write_shapes
+from utils.detection import demo_shapes, engine
+from utils.detection.coco_evaluation import FIGURES, Summary
+from utils.detection.demo_shapes import write_shapes
 from utils.runs import checkpoint
 from utils.system.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 
@@ -40,7 +40,7 @@ def same(one: dict, other: dict) -> bool:
 
 def ask_to_stop(monkeypatch, signum: int, step: int | None = None) -> None:
     """Sends this process a signal after its `step`th step; None: as it begins to evaluate."""
-    train_epoch, detect, steps = detection_engine.train_epoch, detection_engine.detect, count(1)
+    train_epoch, detect, steps = engine.train_epoch, engine.detect, count(1)
 
     def stepping(*args, **kwargs):
         for batch in train_epoch(*args, **kwargs):
@@ -53,8 +53,8 @@ def ask_to_stop(monkeypatch, signum: int, step: int | None = None) -> None:
             signal.raise_signal(signum)
         return detect(*args)
 
-    monkeypatch.setattr(detection_engine, "train_epoch", stepping)
-    monkeypatch.setattr(detection_engine, "detect", detecting)
+    monkeypatch.setattr(engine, "train_epoch", stepping)
+    monkeypatch.setattr(engine, "detect", detecting)
 
 
 def test_a_runs_life(detect, shapes, tmp_path, monkeypatch):

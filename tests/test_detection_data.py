@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from tests.coco_trees import annotation, write_tree
-from utils.coco_data import load_split
-from utils.coco_files import locate
 from utils.data.loading import Reading
-from utils.detection_data import (
+from utils.detection.batches import (
     GroupedBatches,
     check_batch,
     evaluation_batches,
     match_classes,
     training_batches,
 )
+from utils.detection.coco_dataset import load_split
+from utils.detection.coco_files import locate
 from utils.system.errors import UserError
 
 SIZES = np.array([(48, 64), (64, 48), (50, 50)] * 9)  # tall is every third

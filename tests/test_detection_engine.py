@@ -5,10 +5,8 @@ import torch
 from torch import nn
 
 from utils.classification.engine import NonFiniteGuard
-from utils.detection_data import (
-    DetectionBatch,
-)
-from utils.detection_engine import LossMeter, detect, train_epoch
+from utils.detection.batches import DetectionBatch
+from utils.detection.engine import LossMeter, detect, train_epoch
 from utils.system.errors import EXIT_NON_FINITE, UserError
 
 CPU = torch.device("cpu")

@@ -8,15 +8,10 @@ from PIL import Image
 from torch import nn
 
 from utils.classification.engine import NonFiniteGuard
-from utils.coco_eval import FIGURES, Summary
-from utils.detection_engine import LossMeter
-from utils.detection_log import (
-    DetectionFiles,
-    DetectionProgress,
-    DetectionState,
-    val_columns,
-)
-from utils.detection_report import best_lines
+from utils.detection.coco_evaluation import FIGURES, Summary
+from utils.detection.engine import LossMeter
+from utils.detection.log import DetectionFiles, DetectionProgress, DetectionState, val_columns
+from utils.detection.report import best_lines
 from utils.system.errors import UserError
 
 CPU = torch.device("cpu")

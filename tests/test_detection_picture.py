@@ -5,7 +5,7 @@ import io
 import torch
 from PIL import Image
 
-from utils.detection_picture import COLOURS, draw, png, side_by_side
+from utils.detection.drawing import COLOURS, draw, png, side_by_side
 
 
 def rgb(colour):

@@ -17,7 +17,7 @@ from test_import_mmdet import file_of_v1
 import detect_main
 from models.eca_detection import DETECTORS, create_detector, describe_detector
 from models.eca_detection_norm import NORMS
-from utils import demo_shapes
+from utils.detection import demo_shapes
 from utils.detection_options import build_parser
 from utils.runs import checkpoint
 

@@ -10,7 +10,7 @@ import struct
 import sys
 import termios
 
-from utils.detection_log import DetectionProgress
+from utils.detection.log import DetectionProgress
 from utils.runs.metrics_log import Progress
 
 

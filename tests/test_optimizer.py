@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import models
-from utils.detection_engine import make_optimizer
+from utils.detection.engine import make_optimizer
 from utils.recipes.detection import DetectionRecipe
 from utils.training.optimizer import make_sgd, split, take_up
 

@@ -5,8 +5,8 @@ import csv
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.coco_eval import FIGURES
-from utils.detection_log import DetectionLogger
+from utils.detection.coco_evaluation import FIGURES
+from utils.detection.log import DetectionLogger
 from utils.runs.metrics_log import COLUMNS, RunLogger
 
 OF_DETECTION = ("lr", "train_loss", *(f"box_{name}" for name in FIGURES))

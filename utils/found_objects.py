@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils import coco_masks
-from utils.coco_eval import MASK_THRESHOLD, to_results
 from utils.data.decoding import BrokenImageError, printable, read_image
-from utils.detection_picture import draw, enlarge
+from utils.detection import coco_masks
+from utils.detection.coco_evaluation import MASK_THRESHOLD, to_results
+from utils.detection.drawing import draw, enlarge
 from utils.system.errors import UserError
 from utils.system.fault_messages import is_out_of_memory
 from utils.system.files import write_atomically

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from utils import coco_masks
-from utils.coco_files import Place, box_fault, check_references, is_finite, read_json
+from utils.detection import coco_masks
+from utils.detection.coco_files import Place, box_fault, check_references, is_finite, read_json
 from utils.system.distributed import Context, share
 from utils.system.errors import UserError
 from utils.system.files import write_atomically

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from utils.coco_data import CocoDataset, CocoSplit, Target, load_split
-from utils.coco_eval import GroundTruth
-from utils.coco_files import Place
 from utils.data.decoding import BrokenImageError
 from utils.data.loader_workers import checked, init_worker
 from utils.data.loading import Reading
 from utils.data.sampler import Key, SeededBatches, ShardedBatches, mix_seed
+from utils.detection.coco_dataset import CocoDataset, CocoSplit, Target, load_split
+from utils.detection.coco_evaluation import GroundTruth
+from utils.detection.coco_files import Place
 from utils.system.errors import EXIT_FAILED, UserError
 
 

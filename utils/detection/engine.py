@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from utils.classification.engine import AutocastFactory, NonFiniteGuard
-from utils.coco_eval import Result, to_results
 from utils.data.sampler import mix_seed
-from utils.detection_data import DetectionBatch
+from utils.detection.batches import DetectionBatch
+from utils.detection.coco_evaluation import Result, to_results
 from utils.recipes.detection import DetectionRecipe
 from utils.system import distributed
 from utils.training.optimizer import start_momentum

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from utils.coco_masks import run_lengths
 from utils.data.demo_digits import HOME, SPLIT_SEED, VAL_SHARE, write_once
+from utils.detection.coco_masks import run_lengths
 from utils.system.distributed import Context, share
 from utils.system.errors import UserError
 

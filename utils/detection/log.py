@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils.classification.state import TrainState
-from utils.coco_eval import FIGURES, Summary
-from utils.detection_engine import LossMeter
+from utils.detection.coco_evaluation import FIGURES, Summary
+from utils.detection.engine import LossMeter
 from utils.runs.metrics_log import Progress, RunLogger, duration
 from utils.runs.writer import RunFiles, command, look_line
 from utils.system.files import write_atomically

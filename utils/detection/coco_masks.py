@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.coco_files import is_finite
+from utils.detection.coco_files import is_finite
 from utils.system.errors import UserError
 
 FARTHEST = 1e6  # pixels: the rasteriser walks along an edge, and would fill the memory with more

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils import coco_masks
-from utils.coco_data import CocoDataset, load_split
-from utils.coco_eval import FIGURES, Result, Summary
-from utils.coco_files import Place
 from utils.data.decoding import BrokenImageError
-from utils.detection_log import KINDS
-from utils.detection_picture import png, side_by_side
+from utils.detection import coco_masks
+from utils.detection.coco_dataset import CocoDataset, load_split
+from utils.detection.coco_evaluation import FIGURES, Result, Summary
+from utils.detection.coco_files import Place
+from utils.detection.drawing import png, side_by_side
+from utils.detection.log import KINDS
 from utils.recipes.detection import DetectionRecipe
 from utils.system.files import write_atomically
 
