@@ -16,14 +16,14 @@ from torch import nn
 from models.anatomy import attention_layers, recorded_gates
 from models.eca_module import ECALayer
 from models.weights import network_from_checkpoint
-from utils import gate_pictures
 from utils.classification.report import network_line
 from utils.cli import Parser, count, did_you_mean, number, positive_int, run_script
 from utils.data.decoding import DECODERS, decoder_name, printable
 from utils.data.image_folder import ImageFolder
 from utils.data.loading import demo_digits, image_folder, splits
 from utils.data.user_images import read_batches
-from utils.gate_statistics import GateStatistics, LayerWeights, table, write_npz
+from utils.inspection import channel_weight_plots
+from utils.inspection.channel_weights import GateStatistics, LayerWeights, table, write_npz
 from utils.runs import folder as run_folder
 from utils.runs.checkpoint import load
 from utils.runs.checkpoint_info import preprocessing, refuse_detector
@@ -112,11 +112,11 @@ def main() -> int:
     title = f"{network.arch}, {len(images) - len(broken):,} images of {len(names)} classes"
     drawn = layers if args.all_blocks else last_of_each_stage(layers)
     pictures = {
-        "channel_weights.png": gate_pictures.draw_weights(drawn, names, shown, title),
-        "spread.png": gate_pictures.draw_spread(layers, title),
+        "channel_weights.png": channel_weight_plots.draw_weights(drawn, names, shown, title),
+        "spread.png": channel_weight_plots.draw_spread(layers, title),
     }
     if layers[0].kernel is not None:
-        pictures["kernels.png"] = gate_pictures.draw_kernels(layers, f"{network.arch}, ECA kernels")
+        pictures["kernels.png"] = channel_weight_plots.draw_kernels(layers, f"{network.arch}, ECA kernels")
     for name, picture in pictures.items():
         write_atomically(folder / name, picture)
     write_npz(folder / "attention.npz", layers, names)

@@ -22,15 +22,21 @@ from torchvision.transforms.v2.functional import to_pil_image
 from models.anatomy import COARSEST, feature_maps
 from models.inference import optimise_for_inference
 from models.weights import network_from_checkpoint
-from utils import pictures
-from utils.class_activation import grad_cam
 from utils.classification.report import network_line
 from utils.cli import run_script
 from utils.data.decoding import printable, read_image
 from utils.data.user_images import UserBatch, find_images, read_batches
-from utils.found_objects import CocoDocument, class_table, find_objects, picture, sentence
+from utils.inspection import pictures
+from utils.inspection.class_activation import grad_cam
+from utils.inspection.class_predictions import Guess, Prediction, PredictionLog, path_width
+from utils.inspection.object_predictions import (
+    CocoDocument,
+    class_table,
+    find_objects,
+    picture,
+    sentence,
+)
 from utils.predict_options import build_parser, settle
-from utils.predictions import Guess, Prediction, PredictionLog, path_width
 from utils.runs import folder as run_folder
 from utils.runs.checkpoint import load
 from utils.runs.checkpoint_info import class_names, is_detector, preprocessing

@@ -8,9 +8,9 @@ from torch import nn
 
 from models import create_model
 from models.anatomy import feature_maps
-from utils.class_activation import grad_cam
 from utils.data.loading import eval_transform
-from utils.pictures import COLOURS, draw_map, seen_square
+from utils.inspection.class_activation import grad_cam
+from utils.inspection.pictures import COLOURS, draw_map, seen_square
 
 
 @pytest.mark.parametrize("name", ["eca_resnet18", "eca_mobilenetv2", "resnet18"])

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from utils.data.user_images import find_images
-from utils.found_objects import CocoDocument, Found, find_objects, picture
+from utils.inspection.object_predictions import CocoDocument, Found, find_objects, picture
 
 
 def test_large_pictures_are_shrunk_with_their_objects():

@@ -126,7 +126,7 @@ def draw(results: Sequence[Result], title: str) -> bytes:
     """A PNG: every attention with its runs, and top-1 over the kernel size."""
     from matplotlib import pyplot as plt
 
-    from utils.pictures import png
+    from utils.inspection.pictures import png
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for i, r in enumerate(results):

@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from utils.gate_statistics import LayerWeights
-from utils.pictures import CURVES, png, short
+from utils.inspection.channel_weights import LayerWeights
+from utils.inspection.pictures import CURVES, png, short
 
 STEPS = matplotlib.colormaps["RdBu_r"].resampled(21)  # so few that the file's palette holds them
 
