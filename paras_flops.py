@@ -17,26 +17,22 @@ from collections.abc import Callable
 import torch
 
 from models import MODELS, attention, create_model
-from utils import published
 from utils.cli import Parser, did_you_mean, number, run_script
-from utils.cost_tables import (
+from utils.cost import published
+from utils.cost.classifier_cost import count_cost, count_parameters
+from utils.cost.classifier_tables import (
     Report,
     classification_table,
     layer_table,
     network_table,
     report_fields,
 )
-from utils.cost_tables_detection import (
+from utils.cost.detector_cost import detection_macs, published_detection_flops, trainable_parameters
+from utils.cost.detector_tables import (
     DetectorReport,
     detection_table,
     detector_fields,
     detector_table,
-)
-from utils.counting import count_cost, count_parameters
-from utils.counting_detection import (
-    detection_macs,
-    published_detection_flops,
-    trainable_parameters,
 )
 from utils.system.errors import UserError
 from utils.system.text import size_text

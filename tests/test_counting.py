@@ -9,7 +9,7 @@ from torch import nn
 
 from models import create_model
 from models.eca_module import ECALayer
-from utils.counting import (
+from utils.cost.classifier_cost import (
     count_cost,
     count_parameters,
     format_flops,

@@ -10,11 +10,7 @@ from models.eca_detection import (
     eca_mask_rcnn,
     eca_retinanet,
 )
-from utils.counting_detection import (
-    detection_macs,
-    published_detection_flops,
-    trainable_parameters,
-)
+from utils.cost.detector_cost import detection_macs, published_detection_flops, trainable_parameters
 
 # detector, backbone, trainable parameters, published FLOPs, multiply-adds in G as published
 TABLE = [

@@ -133,7 +133,7 @@ def write_shapes_of(network, path, **fields):
 def test_readme_s_commands_are_understood(workspace, monkeypatch):
     """Each by its own script, up to where it would begin to work; the tools' pages run them."""
     monkeypatch.setattr(Parser, "parse_args", record := Record(Parser.parse_args))
-    stop_at(monkeypatch, "utils.system.distributed.setup", "utils.counting.count_cost")
+    stop_at(monkeypatch, "utils.system.distributed.setup", "utils.cost.classifier_cost.count_cost")
     with torch.device("meta"):
         networks = {n: models.create_model(n, num_classes=10) for n in ("eca_resnet18",
                     "eca_resnet50")}  # fmt: skip

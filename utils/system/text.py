@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Protocol
 
-from utils.published import Published
+from utils.cost.published import Published
 
 WIDTH = 120  # of running text; the tables are as wide as their numbers
 MARK = {True: "yes", False: "no", None: "-"}

@@ -3,8 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from utils.counting import CONVENTIONS, Cost, format_flops, format_params, thop_version, titles
-from utils.published import Published
+from utils.cost.classifier_cost import (
+    CONVENTIONS,
+    Cost,
+    format_flops,
+    format_params,
+    thop_version,
+    titles,
+)
+from utils.cost.published import Published
 from utils.system.text import (
     agrees,
     beside,

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from utils.counting import format_flops, format_params
-from utils.published import Published
+from utils.cost.classifier_cost import format_flops, format_params
+from utils.cost.published import Published
 from utils.system.text import (
     agrees,
     beside,
