@@ -17,13 +17,13 @@ from models.anatomy import attention_layers, recorded_gates
 from models.eca_module import ECALayer
 from models.weights import network_from_checkpoint
 from utils.classification.report import network_line
-from utils.cli import Parser, count, did_you_mean, number, positive_int, run_script
 from utils.data.decoding import DECODERS, decoder_name, printable
 from utils.data.image_folder import ImageFolder
 from utils.data.loading import demo_digits, image_folder, splits
 from utils.data.user_images import read_batches
 from utils.inspection import channel_weight_plots
 from utils.inspection.channel_weights import GateStatistics, LayerWeights, table, write_npz
+from utils.options.parser import Parser, count, did_you_mean, number, positive_int, run_script
 from utils.runs import folder as run_folder
 from utils.runs.checkpoint import load
 from utils.runs.checkpoint_info import preprocessing, refuse_detector

@@ -23,7 +23,6 @@ from models.eca_detection_norm import NORMS
 from models.eca_detection_start import refuse_another_network, start_detector
 from utils.classification import report
 from utils.classification.engine import NonFiniteGuard
-from utils.cli import refuse_idle, run_script
 from utils.data.loading import Reading
 from utils.data.sampler import mix_seed
 from utils.detection import demo_shapes, engine
@@ -39,7 +38,8 @@ from utils.detection.coco_dataset import load_split
 from utils.detection.coco_evaluation import judge, write_results
 from utils.detection.coco_files import Place, locate
 from utils.detection.log import DetectionFiles, DetectionProgress, DetectionState
-from utils.detection_options import OF_TRAINING, build_parser
+from utils.options.detection import OF_TRAINING, build_parser
+from utils.options.parser import refuse_idle, run_script
 from utils.recipes.detection import AUTO, DetectionRecipe, lr_at
 from utils.runs import checkpoint, resume
 from utils.runs import folder as runs

@@ -14,8 +14,8 @@ from models.anatomy import COARSEST
 from models.inference import optimise_for_inference
 from models.weights import describe_network, network_from_checkpoint
 from utils.classification.report import network_line
-from utils.cli import Parser, positive_int, run_script
 from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD
+from utils.options.parser import Parser, positive_int, run_script
 from utils.runs import checkpoint_info, safetensors_file
 from utils.runs.checkpoint import load
 from utils.system.errors import UserError, as_user_error

@@ -1,8 +1,8 @@
 """MobileNetV2's recipe, handed to main.py's entry."""
 
 from main import main
-from utils.cli import run_script
 from utils.data.loading import demo_digits
+from utils.options.parser import run_script
 from utils.recipes.classification import Recipe
 
 RECIPE = Recipe(  # the paper's, for MobileNetV2

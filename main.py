@@ -23,7 +23,6 @@ import models
 from models import beginning, weights
 from utils.classification import engine, report
 from utils.classification.state import TrainState
-from utils.cli import refuse_idle, run_script
 from utils.data.gpu_decoding import check_decoder, reading_of
 from utils.data.loading import (
     Reading,
@@ -34,7 +33,8 @@ from utils.data.loading import (
     validation_batches,
 )
 from utils.data.sampler import SeededBatches, check_batch, mix_seed
-from utils.options import OF_BLOCKS, OF_TRAINING, build_parser
+from utils.options.classification import OF_BLOCKS, OF_TRAINING, build_parser
+from utils.options.parser import refuse_idle, run_script
 from utils.recipes.classification import PAPER, RECIPES, Recipe
 from utils.recipes.schedules import UNUSED
 from utils.runs import checkpoint, resume

@@ -17,7 +17,6 @@ from collections.abc import Callable
 import torch
 
 from models import MODELS, attention, create_model
-from utils.cli import Parser, did_you_mean, number, run_script
 from utils.cost import published
 from utils.cost.classifier_cost import count_cost, count_parameters
 from utils.cost.classifier_tables import (
@@ -34,6 +33,7 @@ from utils.cost.detector_tables import (
     detector_fields,
     detector_table,
 )
+from utils.options.parser import Parser, did_you_mean, number, run_script
 from utils.system.errors import UserError
 from utils.system.text import size_text
 

@@ -23,7 +23,6 @@ from models.anatomy import COARSEST, feature_maps
 from models.inference import optimise_for_inference
 from models.weights import network_from_checkpoint
 from utils.classification.report import network_line
-from utils.cli import run_script
 from utils.data.decoding import printable, read_image
 from utils.data.user_images import UserBatch, find_images, read_batches
 from utils.inspection import pictures
@@ -36,7 +35,8 @@ from utils.inspection.object_predictions import (
     picture,
     sentence,
 )
-from utils.predict_options import build_parser, settle
+from utils.options.parser import run_script
+from utils.options.prediction import build_parser, settle
 from utils.runs import folder as run_folder
 from utils.runs.checkpoint import load
 from utils.runs.checkpoint_info import class_names, is_detector, preprocessing

@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 from torchvision import transforms as v1
 
-from utils.cli import run_script
 from utils.data.decoding import DECODERS, ON_DEVICE, decode_jpeg
 from utils.data.gpu_decoding import reading_of
 from utils.data.image_folder import ImageFolder, scan
 from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, train_transform
 from utils.data.sampler import SeededBatches, mix_seed
+from utils.options.parser import run_script
 
 BASE = "PIL + ToTensor + Normalize"
 AS_IT_IS = f"{BASE}, malloc as it is"

@@ -27,8 +27,8 @@ import models
 from utils.classification.engine import NonFiniteGuard
 from utils.classification.metrics import ClassificationMeter, cross_entropy
 from utils.classification.state import TrainState
-from utils.cli import Parser, positive_int, run_script
 from utils.data.sampler import SeededBatches, mix_seed
+from utils.options.parser import Parser, positive_int, run_script
 from utils.recipes.schedules import lr_at
 from utils.runs import checkpoint
 from utils.runs.checkpoint import CheckpointFolder

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models import eca_passes
 from models.eca_fused import block_tail
 from models.eca_module import ECALayer
-from utils.cli import run_script
+from utils.options.parser import run_script
 
 SHAPES = (
     (256, 4, 3, 3),

@@ -91,15 +91,15 @@ def call(
 ) -> Iterator[Callable[..., tuple[int, list[str], list[str]]]]:
     """main.py's main in this process: (exit code, lines on stdout, lines on stderr)."""
     import main as script
-    from utils import cli
+    from utils.options.classification import parser
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "end_children", lambda: True)
+    monkeypatch.setattr(parser, "end_children", lambda: True)
 
     def start(*arguments, entry=script.main):
         monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.run_script(entry)
+            parser.run_script(entry)
         out, err = capfd.readouterr()
         return ended.value.code, out.splitlines(), err.splitlines()
 

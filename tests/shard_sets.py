@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from utils import cli, make_shards
+from utils import make_shards
+from utils.options.classification import parser
 
 
 def make(monkeypatch, source: Path, target: Path, *flags: object) -> Path:
     """`python -m utils.make_shards` in this process."""
-    monkeypatch.setattr(cli, "end_children", lambda: True)
+    monkeypatch.setattr(parser, "end_children", lambda: True)
     monkeypatch.setattr(sys, "argv", ["make_shards", str(source), str(target), *map(str, flags)])
     with pytest.raises(SystemExit) as ended:
-        cli.run_script(make_shards.main)
+        parser.run_script(make_shards.main)
     assert not ended.value.code
     return target
 

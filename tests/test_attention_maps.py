@@ -16,10 +16,10 @@ from models import create_model, weights
 from models.anatomy import attention_layers, feature_maps, gate, recorded_gates
 from models.attention import ATTENTIONS
 from models.eca_resnet import BasicBlock, ResNet
-from utils.cli import run_script
 from utils.data.decoding import read_image
 from utils.inspection import channel_weight_plots
 from utils.inspection.channel_weights import GateStatistics, LayerWeights, table
+from utils.options.parser import run_script
 from utils.runs import checkpoint
 
 

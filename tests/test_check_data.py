@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from utils import check_data, cli
+from utils import check_data
 from utils.check_data import find_broken, find_images
+from utils.options.classification import parser
 from utils.system.errors import UserError
 
 
@@ -36,12 +37,12 @@ BROKEN = ("train/a/1.png", "train/b/2.jpg", "val/c/0.png", "val/c/pipe.jpg")
 
 @pytest.fixture
 def call(monkeypatch, capfd):
-    monkeypatch.setattr(cli, "end_children", lambda: True)
+    monkeypatch.setattr(parser, "end_children", lambda: True)
 
     def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["check_data", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.run_script(check_data.main)
+            parser.run_script(check_data.main)
         out, err = capfd.readouterr()
         return ended.value.code, out, err
 

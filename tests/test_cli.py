@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from utils.cli import (
+from utils.options.parser import (
     Parser,
     did_you_mean,
     fraction,

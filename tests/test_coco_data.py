@@ -14,7 +14,7 @@ from utils.detection import coco_masks
 from utils.detection.coco_dataset import CocoDataset, load_split, mirror
 from utils.detection.coco_files import locate
 from utils.detection.demo_shapes import write_shapes
-from utils.detection_options import build_parser
+from utils.options.detection import build_parser
 from utils.recipes.detection import DetectionRecipe
 from utils.system.errors import UserError
 

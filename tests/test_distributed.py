@@ -12,7 +12,7 @@ from torch import nn
 import main
 import models
 from utils.classification import report
-from utils.options import build_parser
+from utils.options.classification import build_parser
 from utils.runs import folder
 from utils.system import distributed
 from utils.system.distributed import Context

@@ -32,8 +32,8 @@ import models
 from models import weights
 from models.eca_detection import create_detector, describe_detector
 from utils import ablation
-from utils.cli import Parser
 from utils.data.loading import demo_digits
+from utils.options.parser import Parser
 from utils.runs import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ import detect_main
 from models.eca_detection import DETECTORS, create_detector, describe_detector
 from models.eca_detection_norm import NORMS
 from utils.detection import demo_shapes
-from utils.detection_options import build_parser
+from utils.options.detection import build_parser
 from utils.runs import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from torch import nn
 import export
 import predict
 from models import create_model, weights
-from utils.cli import run_script
+from utils.options.parser import run_script
 from utils.runs import checkpoint, checkpoint_info, safetensors_file
 from utils.system.errors import UserError
 

@@ -14,11 +14,11 @@ import main
 import models
 from models.eca_detection import DETECTORS
 from models.eca_detection_norm import NORMS
-from utils import detection_options, options
 from utils.classification.engine import NonFiniteGuard, StepRule, train_epoch
 from utils.classification.state import TrainState
-from utils.cli import Parser
 from utils.data.loading import Batch
+from utils.options.classification import classification, detection
+from utils.options.parser import Parser
 from utils.system import backends, distributed
 from utils.system.errors import UserError
 
@@ -26,12 +26,12 @@ CPU = torch.device("cpu")
 
 
 def classifiers() -> Parser:
-    return options.build_parser(main.RECIPE, models.MODELS, "")
+    return classification.build_parser(main.RECIPE, models.MODELS, "")
 
 
 def detectors() -> Parser:
     recipe, backbones = detect_main.RECIPE, detect_main.BACKBONES
-    return detection_options.build_parser(recipe, list(DETECTORS), backbones, NORMS, "")
+    return detection.build_parser(recipe, list(DETECTORS), backbones, NORMS, "")
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import paras_flops
 from models import MODELS
 from models.eca_detection import DETECTORS
-from utils.cli import run_script
 from utils.cost import published
+from utils.options.parser import run_script
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,10 +19,10 @@ from models import create_model, weights
 from models.eca_detection import create_detector, describe_detector
 from models.eca_resnet import BasicBlock, ResNet
 from models.inference import fastest_dtype
-from utils.cli import run_script
 from utils.data.decoding import read_image
 from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD
 from utils.data.user_images import find_images, read_batches
+from utils.options.parser import run_script
 from utils.runs import checkpoint
 
 CLASSES = ["cat", "dog", "emu"]

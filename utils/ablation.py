@@ -23,8 +23,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.cli import Parser, did_you_mean, positive_int, run_script
 from utils.compare_runs import read_run
+from utils.options.parser import Parser, did_you_mean, positive_int, run_script
 from utils.runs import folder as run_folder
 from utils.system import output_checks
 from utils.system.errors import EXIT_FAILED, UserError

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.cli import Parser, positive_int, run_script
 from utils.data.decoding import (
     DECODERS,
     EXTENSIONS,
@@ -28,6 +27,7 @@ from utils.data.decoding import (
 )
 from utils.data.loading import remote_files, shard_folder
 from utils.data.shard_folder import Member
+from utils.options.parser import Parser, positive_int, run_script
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.pools import shared
 from utils.system.processes import processors

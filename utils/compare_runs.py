@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.cli import Parser, run_script
+from utils.options.parser import Parser, run_script
 from utils.runs import folder as run_folder
 from utils.system import output_checks
 from utils.system.errors import UserError

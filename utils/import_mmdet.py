@@ -24,7 +24,7 @@ from torchvision.models.detection import (
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from utils.cli import Parser, run_script
+from utils.options.parser import Parser, run_script
 from utils.runs import checkpoint
 from utils.system.errors import UserError
 

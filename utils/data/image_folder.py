@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from utils.cli import did_you_mean
 from utils.data.decoding import EXTENSIONS, printable
+from utils.options.parser import did_you_mean
 from utils.system.errors import UserError
 
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from utils.cli import Parser, count, fraction, number, positive_int
 from utils.data.decoding import DECODERS, decoder_name
 from utils.inspection.class_predictions import FORMATS
+from utils.options.parser import Parser, count, fraction, number, positive_int
 from utils.system.backends import DTYPES
 from utils.system.errors import UserError
 

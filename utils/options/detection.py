@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterable, Sequence
 
-from utils.cli import (
+from utils.options.parser import (
     Parser,
     count,
     did_you_mean,

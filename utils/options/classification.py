@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from dataclasses import fields
 from functools import partial
 
-from utils.cli import (
+from utils.data.decoding import DECODERS, ON_DEVICE, decoder_name
+from utils.data.transforms import AUTO_AUGMENTS
+from utils.options.parser import (
     Parser,
     count,
     did_you_mean,
@@ -15,8 +17,6 @@ from utils.cli import (
     positive_float,
     positive_int,
 )
-from utils.data.decoding import DECODERS, ON_DEVICE, decoder_name
-from utils.data.transforms import AUTO_AUGMENTS
 from utils.recipes.classification import PAPER, RECIPES, Recipe
 from utils.recipes.schedules import SCHEDULES
 
