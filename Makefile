@@ -30,7 +30,7 @@ demo-detect: $(READY)
 	$(RUN) detect_main.py -e --resume auto -a mask_rcnn -b eca_resnet18 --action demo
 
 ablation: $(READY)
-	$(RUN) -m utils.ablation demo:digits --jobs 2 -- --epochs 4
+	$(RUN) -m tools.ablation demo:digits --jobs 2 -- --epochs 4
 
 benchmarks: $(READY)
 	$(RUN) benchmarks/all.py --out runs/benchmarks

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from utils import make_shards
+from tools import make_shards
 from utils.options.classification import parser
 
 
 def make(monkeypatch, source: Path, target: Path, *flags: object) -> Path:
-    """`python -m utils.make_shards` in this process."""
+    """`python -m tools.make_shards` in this process."""
     monkeypatch.setattr(parser, "end_children", lambda: True)
     monkeypatch.setattr(sys, "argv", ["make_shards", str(source), str(target), *map(str, flags)])
     with pytest.raises(SystemExit) as ended:

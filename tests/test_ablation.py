@@ -1,4 +1,4 @@
-"""python -m utils.ablation: the arithmetic of its table, and a small one from end to end."""
+"""python -m tools.ablation: the arithmetic of its table, and a small one from end to end."""
 
 import csv
 import math
@@ -9,14 +9,14 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from utils import ablation
-from utils.ablation import Result, gain, rows, run_all
+from tools import ablation
+from tools.ablation import Result, gain, rows, run_all
 from utils.system.errors import UserError
 
 
 def call(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "utils.ablation", *map(str, arguments)],
+        [sys.executable, "-m", "tools.ablation", *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""python -m utils.check_data: every broken file, and no other."""
+"""python -m tools.check_images: every broken file, and no other."""
 
 import csv
 import errno
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from utils import check_data
-from utils.check_data import find_broken, find_images
+from tools import check_images
+from tools.check_images import find_broken, find_images
 from utils.options.classification import parser
 from utils.system.errors import UserError
 
@@ -42,7 +42,7 @@ def call(monkeypatch, capfd):
     def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["check_data", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            parser.run_script(check_data.main)
+            parser.run_script(check_images.main)
         out, err = capfd.readouterr()
         return ended.value.code, out, err
 
@@ -127,14 +127,14 @@ def kill_this_process(*_):
 
 def test_a_killed_reader_is_one_line(monkeypatch, data):
     paths, _ = find_images(str(data))
-    monkeypatch.setattr(check_data, "read_image", kill_this_process)
+    monkeypatch.setattr(check_images, "read_image", kill_this_process)
     with pytest.raises(UserError, match=r"was killed.*-j"):
         list(find_broken(paths, "pil", 2))
 
 
 def test_as_a_user_runs_it(data):
     done = subprocess.run(
-        [sys.executable, "-m", "utils.check_data", str(data)],
+        [sys.executable, "-m", "tools.check_images", str(data)],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1

@@ -7,8 +7,8 @@ import sys
 import pytest
 from PIL import Image
 
-from utils import compare_runs
-from utils.compare_runs import PANELS, differences, read_run, repeat_lines, result_rows
+from tools import compare_runs
+from tools.compare_runs import PANELS, differences, read_run, repeat_lines, result_rows
 from utils.options.parser import run_script
 
 TOP1 = {"a": (50.0, 90.0, 90.0), "b": (40.0, float("nan"), 80.5), "c": (10.0, 94.0, 20.0)}

@@ -49,7 +49,7 @@ def test_bad_flags(detect, capsys, arguments, words):
 
 
 def save_detector(path, **changes):
-    """A RetinaNet as `utils.import_mmdet` writes one, no run and no norm, but without weights."""
+    """A RetinaNet as `tools.import_mmdetection` writes one, no run and no norm, but without weights."""
     with torch.device("meta"):
         network = create_detector("retinanet", "eca_resnet18", num_classes=5, legacy=True)
     fields = {**describe_detector(network), "model_kwargs": {"legacy": True}, "classes": DIGITS}

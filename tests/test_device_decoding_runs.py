@@ -12,7 +12,7 @@ import attention
 import detect_main
 import main as script
 import predict
-from utils import check_data
+from tools import check_images
 from utils.data.gpu_decoding import DeviceReading, check_decoder
 from utils.data.loading import decoding
 from utils.runs import checkpoint
@@ -48,7 +48,7 @@ def test_a_torchvision_that_cannot_is_refused(call, monkeypatch):
     assert "give another one, such as torchvision" in err[0]
 
 
-@pytest.mark.parametrize("module", [attention, predict, check_data, detect_main])
+@pytest.mark.parametrize("module", [attention, predict, check_images, detect_main])
 def test_scripts_that_decode_on_the_cpu_do_not_know_it(call, module):
     code, _, err = call("--decoder", "cuda", "a", "b", entry=module.main)
     assert (code, len(err)) == (2, 1)

@@ -31,7 +31,7 @@ import main
 import models
 from models import weights
 from models.eca_detection import create_detector, describe_detector
-from utils import ablation
+from tools import ablation
 from utils.data.loading import demo_digits
 from utils.options.parser import Parser
 from utils.runs import checkpoint
@@ -183,7 +183,7 @@ def test_the_ablation_s_commands_are_understood(tmp_path, monkeypatch):
     lines = script_lines((ROOT / "docs" / "ABLATION.md").read_text())
     with within(tmp_path), printed():
         for words in lines:
-            if words[:2] == ["-m", "utils.ablation"]:
+            if words[:2] == ["-m", "tools.ablation"]:
                 monkeypatch.setattr(sys, "argv", words[1:])
                 assert ablation.main() == 0
         assert len(started) == 27 + 7 + 6

@@ -10,7 +10,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from models import create_model
 from models.eca_detection import create_detector, detector_from_checkpoint
-from utils.import_mmdet import convert
+from tools.import_mmdetection import convert
 from utils.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,7 +177,7 @@ def test_wrong_number_of_class_names():
 
 def test_as_a_user_runs_it(tmp_path):
     torch.save(file_of_v1("retinanet"), tmp_path / "theirs.pth")
-    command = [sys.executable, "-m", "utils.import_mmdet", tmp_path / "theirs.pth"]
+    command = [sys.executable, "-m", "tools.import_mmdetection", tmp_path / "theirs.pth"]
     command += [tmp_path / "ours.pth"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

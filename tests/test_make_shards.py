@@ -1,4 +1,4 @@
-"""python -m utils.make_shards: what it writes, goes on with, and refuses."""
+"""python -m tools.make_shards: what it writes, goes on with, and refuses."""
 
 import os
 import signal
@@ -12,12 +12,12 @@ import pytest
 from conftest import ROOT, write_tree
 from shard_sets import make
 
-from utils import make_shards
+from tools import make_shards
 
 
 def call(*arguments: object) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "utils.make_shards", *map(str, arguments)],
+        [sys.executable, "-m", "tools.make_shards", *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
@@ -87,7 +87,7 @@ def test_killed_it_goes_on(tmp_path):
     source = write_tree(tmp_path / "source", train=120, val=2)
     assert call(source, tmp_path / "whole", "--shard-mb", 1)[0] == 0
     running = subprocess.Popen(
-        [sys.executable, "-m", "utils.make_shards", source, tmp_path / "data", "--shard-mb", "1",
+        [sys.executable, "-m", "tools.make_shards", source, tmp_path / "data", "--shard-mb", "1",
          "-j", "1"], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     while not list((tmp_path / "data" / "train").glob("*.tar")):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tools.resize_images import main
 from utils.data.image_folder import scan
-from utils.resize_dataset import main
 from utils.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "utils.resize_dataset", *map(str, arguments)],
+        [sys.executable, "-m", "tools.resize_images", *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
 

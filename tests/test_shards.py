@@ -11,7 +11,7 @@ from kill_driver import same, state
 from shard_sets import make, write_tar
 from test_resume import FLAGS, kill_and_resume
 
-from utils.check_data import find_broken, find_images
+from tools.check_images import find_broken, find_images
 from utils.data.image_folder import describe
 from utils.data.loading import ImageDataset, eval_transform, remote_files, shard_folder, shard_index
 from utils.data.splits import open_images, open_split
@@ -37,7 +37,7 @@ def assert_same_images(folder, in_shards):
 
 @pytest.mark.parametrize("shard_mb", [1, 256])
 def test_the_images_of_the_folder_in_its_order(tree, tmp_path, monkeypatch, shard_mb):
-    monkeypatch.setattr("utils.make_shards.plan_shards", small_shards(shard_mb))
+    monkeypatch.setattr("tools.make_shards.plan_shards", small_shards(shard_mb))
     data = make(monkeypatch, tree, tmp_path / "data", "--shard-mb", shard_mb, "-j", 1)
     for folder, in_shards in zip(open_split(str(tree)), open_split(str(data)), strict=True):
         assert_same_images(folder, in_shards)
@@ -47,7 +47,7 @@ def test_the_images_of_the_folder_in_its_order(tree, tmp_path, monkeypatch, shar
 
 def small_shards(shard_mb: int):
     """The plan with a thousandth of the size: the tests' images have 4 kB."""
-    from utils.make_shards import plan_shards
+    from tools.make_shards import plan_shards
 
     return lambda sizes, most: plan_shards(sizes, most // 100 if shard_mb == 1 else most)
 

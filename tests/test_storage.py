@@ -11,7 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from shard_sets import make
 from test_shards import assert_same_images
 
-from utils.check_data import find_images
+from tools.check_images import find_images
 from utils.data.loading import ImageDataset, eval_transform, loading, remote_files, shard_index
 from utils.data.splits import open_split
 from utils.system.errors import UserError

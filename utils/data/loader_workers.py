@@ -94,7 +94,7 @@ def as_raised(fault: BrokenImageError | UserError) -> UserError:
     """A fault that came as a value, as it ends a run."""
     if isinstance(fault, UserError):
         return fault
-    remedy = "mend or remove the file (python -m utils.check_data lists all broken ones)"
+    remedy = "mend or remove the file (python -m tools.check_images lists all broken ones)"
     if fault.can_be_skipped:
         remedy += ", or train with --skip-bad-images"
     return UserError(f"{fault}; {remedy}", EXIT_FAILED)

@@ -110,7 +110,7 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ShardFolder:
     if index is None:
         raise UserError(
             f"{printable(root)}: no tar shards there, and no {NAME}; object storage is read as "
-            "shards, which python -m utils.make_shards writes"
+            "shards, which python -m tools.make_shards writes"
         )
     names = _class_names(root)
     highest = int(index.labels.max())

@@ -137,7 +137,7 @@ def make_index(root: str, listed: dict[str, int | None]) -> ShardIndex:
     if not names:
         raise UserError(
             f"{printable(root)}: no image with its class number beside it (KEY.jpg and KEY.cls) in "
-            f"{len(listed)} tar files; python -m utils.make_shards writes such shards"
+            f"{len(listed)} tar files; python -m tools.make_shards writes such shards"
         )
     return ShardIndex(
         tuple(listed), tuple(sizes), np.array(names), np.array(labels, np.int64),
@@ -199,7 +199,7 @@ def _class_number(text: bytes, name: str) -> int:
     if number < 0:
         raise UserError(
             f"{printable(name)}: holds {text[:20]!r}, not the number of a class; "
-            "python -m utils.make_shards writes such numbers"
+            "python -m tools.make_shards writes such numbers"
         )
     return number
 

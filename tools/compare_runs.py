@@ -1,7 +1,7 @@
 """Compares training runs: one table of results and of what differs, one picture of the curves.
 
-python -m utils.compare_runs runs/eca_resnet18-1 runs/resnet18-1
-python -m utils.compare_runs runs/* --output results/digits
+python -m tools.compare_runs runs/eca_resnet18-1 runs/resnet18-1
+python -m tools.compare_runs runs/* --output results/digits
 """
 
 import csv
@@ -200,7 +200,7 @@ def draw(runs: Sequence[Run]) -> bytes:
 
 
 def main() -> int:
-    parser = Parser(prog="python -m utils.compare_runs", description=__doc__)
+    parser = Parser(prog="python -m tools.compare_runs", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
     parser.add_argument("--output", metavar="DIR", help="default: runs/comparison-N, a new folder")
     args = parser.parse_args()

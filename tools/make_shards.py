@@ -1,7 +1,7 @@
 """Writes class folders as tar shards in webdataset's format: few large files for many small ones.
 
-    python -m utils.make_shards SRC DST                 DST/train/*.tar, DST/val/*.tar, classes.txt
-    python -m utils.make_shards SRC DST --shard-mb 1000
+    python -m tools.make_shards SRC DST                 DST/train/*.tar, DST/val/*.tar, classes.txt
+    python -m tools.make_shards SRC DST --shard-mb 1000
 
 SRC holds train/ and val/ of class folders; the images go into the shards as they are. main.py takes
 DST as it takes SRC, and a run on it is the same run. A shard that is there already is not written

@@ -1,6 +1,6 @@
 """Writes a copy of an image folder with the shorter side reduced, for quicker training.
 
-    python -m utils.resize_dataset SRC DST --size 256
+    python -m tools.resize_images SRC DST --size 256
 
 Folder and file names stay, and linked folders are copied like others. What is reduced becomes a
 JPEG, also where the name ends otherwise, and what is small enough is copied byte for byte. What is

@@ -1,7 +1,7 @@
 """Reads every image below a folder, or in its tar shards, and lists the broken ones.
 
-    python -m utils.check_data DATA                 a CSV of broken files on stdout
-    python -m utils.check_data DATA --output BAD.csv
+    python -m tools.check_images DATA                 a CSV of broken files on stdout
+    python -m tools.check_images DATA --output BAD.csv
 
 Ends with 0 when all can be read, with 1 when some cannot.
 """

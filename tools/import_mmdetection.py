@@ -1,4 +1,4 @@
-"""Turns a detector's checkpoint of mmdetection v1 into one of ours: python -m utils.import_mmdet.
+"""Turns a detector's checkpoint of mmdetection v1 into one of ours: python -m tools.import_mmdetection.
 
 The authors' detectors were trained with mmdetection 1, whose files mmdetection 2 and 3 no longer
 read. Names are mapped one to one; what the network is (detector, depth, kernel sizes, classes) is
@@ -249,7 +249,7 @@ def _classes(meta: Any, count: int) -> tuple[list[str], list[int]]:
 
 
 def main() -> None:
-    parser = Parser(prog="python -m utils.import_mmdet", description=__doc__)
+    parser = Parser(prog="python -m tools.import_mmdetection", description=__doc__)
     parser.add_argument("file", metavar="FILE", help="checkpoint of mmdetection v1")
     parser.add_argument("out", metavar="OUT", help="where ours goes; must not exist")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """The paper's ablation as one command: every attention, several seeds, one table, one picture.
 
-python -m utils.ablation demo:digits
-python -m utils.ablation DATA -a resnet50 --seeds 1 --output DIR -- --amp bf16 --channels-last
+python -m tools.ablation demo:digits
+python -m tools.ablation DATA -a resnet50 --seeds 1 --output DIR -- --amp bf16 --channels-last
 
 What follows -- goes to main.py as it is. Runs stand in DIR, one folder each; a command that was
 interrupted goes on where it stopped when it is given again with the same --output DIR.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.compare_runs import read_run
+from tools.compare_runs import read_run
 from utils.options.parser import Parser, did_you_mean, positive_int, run_script
 from utils.runs import folder as run_folder
 from utils.system import output_checks
@@ -223,7 +223,7 @@ def main() -> int:
     if "--" in own:
         cut = own.index("--")
         own, extra = own[:cut], own[cut + 1 :]
-    parser = Parser(prog="python -m utils.ablation", description=__doc__)
+    parser = Parser(prog="python -m tools.ablation", description=__doc__)
     parser.add_argument("data", metavar="DATA", help="as main.py takes it")
     parser.add_argument(
         "-a", "--arch", default="resnet18", metavar="NAME", help="plain ResNet (default: resnet18)"
