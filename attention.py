@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.anatomy import attention_layers, recorded_gates
 from models.eca_module import ECALayer
+from models.inspection import attention_layers, recorded_gates
 from models.weights import network_from_checkpoint
 from utils.classification.report import network_line
 from utils.data.decoding import DECODERS, decoder_name, printable

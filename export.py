@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from models.anatomy import COARSEST
 from models.inference import optimise_for_inference
+from models.inspection import COARSEST
 from models.weights import describe_network, network_from_checkpoint
 from utils.classification.report import network_line
 from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD

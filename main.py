@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import models
-from models import beginning, weights
+from models import start, weights
 from utils.classification import engine, report
 from utils.classification.state import TrainState
 from utils.data.gpu_decoding import check_decoder, reading_of
@@ -78,7 +78,7 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     )
     if saved is not None:
         with as_user_error():
-            beginning.refuse_another(
+            start.refuse_another(
                 saved, args.resume or args.pretrained, args.arch, args.ksize, args.attention,
                 args.num_classes,
             )  # fmt: skip
@@ -100,7 +100,7 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     if saved is None:
         pretrained = args.pretrained and checkpoint.load(args.pretrained)
         with as_user_error(), torch.device("meta"):  # costs nothing, and finds what does not fit
-            beginning.first_network(
+            start.first_network(
                 recipe.arch, args.num_classes, args.ksize, args.attention, pretrained,
                 args.pretrained,
             )  # fmt: skip
@@ -216,7 +216,7 @@ def train(
         if saved is not None:
             network, notes = weights.network_from_checkpoint(saved), []
         else:
-            network, notes = beginning.first_network(
+            network, notes = start.first_network(
                 recipe.arch, args.num_classes, args.ksize, args.attention, pretrained,
                 args.pretrained, train_images.classes,
             )  # fmt: skip

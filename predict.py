@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from models.anatomy import COARSEST, feature_maps
 from models.inference import optimise_for_inference
+from models.inspection import COARSEST, feature_maps
 from models.weights import network_from_checkpoint
 from utils.classification.report import network_line
 from utils.data.decoding import printable, read_image

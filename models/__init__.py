@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from models.building import Ksize
-from models.eca_anywhere import Insertion, add_eca
+from models.construction import Ksize
 from models.eca_fused import set_fused, why_not_triton
 from models.eca_mobilenetv2 import MobileNetV2, eca_mobilenetv2, mobilenetv2, se_mobilenetv2
 from models.eca_module import ECALayer, adaptive_kernel_size, parse_ksize
@@ -32,6 +31,7 @@ from models.eca_resnet import (
     se_resnet152,
 )
 from models.inference import optimise_for_inference
+from models.insertion import Insertion, add_eca
 
 __all__ = [
     "MODELS",

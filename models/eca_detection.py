@@ -15,7 +15,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from models import create_model
-from models.building import Ksize
+from models.construction import Ksize
 from models.eca_detection_geometry import (
     LegacyBoxCoder,
     LegacyP6P7,

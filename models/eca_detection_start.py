@@ -8,7 +8,7 @@ import torch
 from torchvision.models.detection import FasterRCNN, RetinaNet
 
 from models import create_model
-from models.building import Ksize
+from models.construction import Ksize
 from models.eca_detection import create_detector, load_backbone
 
 

@@ -6,7 +6,7 @@ With attention off the networks compute what torchvision's compute, under the sa
 from torch import Tensor, nn
 
 from models.attention import find_attention, takes_ksize
-from models.building import Ksize, check_ksize, check_num_classes, initialise_convolutions
+from models.construction import Ksize, check_ksize, check_num_classes, initialise_convolutions
 from models.eca_fused import block_tail, norm_act
 from models.eca_module import ADAPTIVE, adaptive_kernel_size
 

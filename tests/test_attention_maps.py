@@ -13,9 +13,9 @@ from torch import nn
 
 import attention
 from models import create_model, weights
-from models.anatomy import attention_layers, feature_maps, gate, recorded_gates
 from models.attention import ATTENTIONS
 from models.eca_resnet import BasicBlock, ResNet
+from models.inspection import attention_layers, feature_maps, gate, recorded_gates
 from utils.data.decoding import read_image
 from utils.inspection import channel_weight_plots
 from utils.inspection.channel_weights import GateStatistics, LayerWeights, table

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import create_model
-from models.beginning import first_network, refuse_another
+from models.start import first_network, refuse_another
 from models.weights import describe_network
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import models
 from models import eca_module
-from models.eca_anywhere import SQUEEZES, InsertedECA, _is_known, add_eca
 from models.eca_module import ECALayer
+from models.insertion import SQUEEZES, InsertedECA, _is_known, add_eca
 
 timm = pytest.importorskip("timm")
 

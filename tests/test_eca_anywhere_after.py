@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 import models
-from models.eca_anywhere import add_eca
+from models.insertion import add_eca
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])

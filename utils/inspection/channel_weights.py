@@ -64,7 +64,7 @@ class LayerWeights:
 
 
 class GateStatistics:
-    """Sums over images, by class, of what `models.anatomy.recorded_gates` leaves."""
+    """Sums over images, by class, of what `models.inspection.recorded_gates` leaves."""
 
     def __init__(self, classes: int):
         self.counts = torch.zeros(classes, dtype=torch.float64)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models import MODELS, create_model
-from models.building import Ksize
+from models.construction import Ksize
 from models.weights import (
     describe_network,
     describe_weights,
