@@ -15,9 +15,9 @@ import textbook
 import torch
 from torch import Tensor, nn
 
-from models import eca_passes
-from models.eca_fused import block_tail
 from models.eca_module import ECALayer
+from models.fused import passes
+from models.fused.block_tail import block_tail
 from utils.options.parser import run_script
 
 SHAPES = (
@@ -63,11 +63,11 @@ WAYS = (PLAIN, "textbook ECA, eager", "textbook SE, eager", "ours, ECA", OPERATI
 @contextmanager
 def operations_alone() -> Iterator[None]:
     """PyTorch's operations in the place of the compiled passes."""
-    serves, eca_passes.serves = eca_passes.serves, lambda z: False
+    serves, passes.serves = passes.serves, lambda z: False
     try:
         yield
     finally:
-        eca_passes.serves = serves
+        passes.serves = serves
 
 
 class Call:

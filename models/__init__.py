@@ -8,10 +8,8 @@ from typing import Any
 from torch import nn
 
 from models.construction import Ksize
-from models.eca_fused import set_fused, why_not_triton
 from models.eca_mobilenetv2 import MobileNetV2, eca_mobilenetv2, mobilenetv2, se_mobilenetv2
 from models.eca_module import ECALayer, adaptive_kernel_size, parse_ksize
-from models.eca_report import describe_tails
 from models.eca_resnet import (
     ResNet,
     eca_resnet18,
@@ -30,6 +28,8 @@ from models.eca_resnet import (
     se_resnet101,
     se_resnet152,
 )
+from models.fused.block_tail import set_fused, why_not_triton
+from models.fused.describe import describe_tails
 from models.inference import optimise_for_inference
 from models.insertion import Insertion, add_eca
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from models.attention import find_attention, takes_ksize
 from models.construction import Ksize, check_ksize, check_num_classes, initialise_convolutions
-from models.eca_fused import block_tail, norm_act
 from models.eca_module import ADAPTIVE, adaptive_kernel_size
+from models.fused.block_tail import block_tail, norm_act
 
 WIDTHS = (64, 128, 256, 512)  # of the four stages, before a block's expansion
 

@@ -197,7 +197,7 @@ def seeded() -> None:
 @pytest.fixture
 def operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's operations everywhere; the compiled passes are for test_eca_native."""
-    from models import eca_native, eca_passes
+    from models.fused import native, passes
 
-    monkeypatch.setattr(eca_passes, "serves", lambda z: False)
-    monkeypatch.setattr(eca_native, "why_not", lambda *_: "no C++ compiler")
+    monkeypatch.setattr(passes, "serves", lambda z: False)
+    monkeypatch.setattr(native, "why_not", lambda *_: "no C++ compiler")

@@ -6,8 +6,8 @@ import itertools
 import torch
 from torch import nn
 
-from models.eca_fused import block_tail, can_fuse, fused_tail
 from models.eca_module import ECALayer
+from models.fused.block_tail import block_tail, can_fuse, fused_tail
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 FORMS = list(itertools.product((True, False), repeat=3))  # ECA, residual, activation

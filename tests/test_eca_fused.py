@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import eca_algebra, eca_fused, eca_passes
-from models.eca_fused import block_tail, fused_tail
+from models.fused import block_tail as eca_fused
+from models.fused import formulas, passes
+from models.fused.block_tail import block_tail, fused_tail
 
 pytestmark = pytest.mark.usefixtures("seeded", "operations")
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("seeded", "operations")
 @pytest.fixture
 def small_chunks(monkeypatch):
     """So little room that each sample is a chunk of its own."""
-    monkeypatch.setattr(eca_passes, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(passes, "CHUNK_BYTES", 1)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -83,7 +84,7 @@ def test_whole_and_chunked_passes_agree(memory_format, dtype, small_chunks, monk
         given = (True, bn, attention, z, residual, activation, grad)
         chunked = run(*given)
         with monkeypatch.context() as patch:
-            patch.setattr(eca_algebra, "passes_for", lambda z: eca_passes.Whole)
+            patch.setattr(formulas, "passes_for", lambda z: passes.Whole)
             whole = run(*given)
         assert_close(chunked, whole, 1e-5 if dtype == torch.float32 else 5e-3)
 

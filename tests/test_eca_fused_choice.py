@@ -8,8 +8,8 @@ from tail_cases import make_input, make_modules, run, saved_bytes
 from torch import nn
 from torch.autograd import forward_ad
 
-from models.eca_fused import block_tail, can_fuse, fused_tail
 from models.eca_module import ECALayer
+from models.fused.block_tail import block_tail, can_fuse, fused_tail
 
 pytestmark = pytest.mark.usefixtures("seeded", "operations")
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torchvision
 
-from models.eca_fused import set_fused
 from models.eca_mobilenetv2 import (
     MobileNetV2,
     eca_mobilenetv2,
@@ -14,6 +13,7 @@ from models.eca_mobilenetv2 import (
     shorten_ksize,
 )
 from models.eca_module import ECALayer
+from models.fused.block_tail import set_fused
 
 # output channels of the 17 inverted residuals
 OUT = [16] + [24] * 2 + [32] * 3 + [64] * 4 + [96] * 3 + [160] * 3 + [320]

@@ -14,9 +14,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
-from models import eca_fused, eca_native, eca_passes
-from models.eca_fused import block_tail
-from models.eca_native import BuildError, Native, library, serves
+from models.fused import block_tail as eca_fused
+from models.fused import native as eca_native
+from models.fused import passes
+from models.fused.block_tail import block_tail
+from models.fused.native import BuildError, Native, library, serves
 
 SHAPES = ((2, 5, 3, 3), (1, 33, 7, 7), (3, 16, 1, 9), (2, 1030, 2, 3), (1, 7, 70, 60), (5, 4, 1, 1))
 DTYPES = (torch.float32, torch.bfloat16)
@@ -85,7 +87,7 @@ def test_the_activation_masks_the_gradient(memory_format, wanted):
 def test_each_pass_is_that_of_the_operations(memory_format, dtype):
     """Also with numbers that are not finite."""
     z, r, grad = (make_input((2, 19, 5, 7), dtype, FORMATS[memory_format]) for _ in range(3))
-    out, whole = z.relu(), eca_passes.Whole
+    out, whole = z.relu(), passes.Whole
     z[0, 3, 2, 1], out[1, 4, 0, 2] = torch.nan, torch.nan
     r[0, 5, 1, 1], grad[1, 6, 0, 0] = torch.inf, torch.inf
     small, one, mean = torch.randn(2, 19), torch.randn(1, 19), torch.randn(19)
@@ -193,7 +195,7 @@ def test_batch_norms_without_attention_where_the_tensor_is_large(name, monkeypat
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_finish_in_place(memory_format, dtype, native, monkeypatch):
     if not native:
-        monkeypatch.setattr(eca_passes, "serves", lambda z: False)
+        monkeypatch.setattr(passes, "serves", lambda z: False)
     z, r = (make_input((3, 6, 4, 5), dtype, FORMATS[memory_format]) for _ in range(2))
     scale = torch.rand(3, 6).to(dtype).float()  # the forms without a compiler round it to z's dtype
     for s, residual, activation in itertools.product((scale, None), (r, None), (True, False)):
@@ -201,7 +203,7 @@ def test_finish_in_place(memory_format, dtype, native, monkeypatch):
         expected = expected + (0 if residual is None else residual.double())
         expected = expected.relu() if activation else expected
         y = z.clone()
-        found = eca_passes.finish_in_place(y, s, residual, activation)
+        found = passes.finish_in_place(y, s, residual, activation)
         assert found.data_ptr() == y.data_ptr()
         torch.testing.assert_close(found, expected.to(dtype))
 
@@ -210,9 +212,9 @@ def test_means_and_finish_in_place_where_the_tensor_has_gaps():
     """A compiled loop over dense memory would write between its elements."""
     whole = torch.randn(2, 6, 4, 5)
     z, before = whole[:, ::2], whole.clone()
-    means = eca_passes.pixel_means(z)
+    means = passes.pixel_means(z)
     torch.testing.assert_close(means, whole.mean((2, 3))[:, ::2])
-    found = eca_passes.finish_in_place(z, torch.full((2, 3), 2.0), None, True)
+    found = passes.finish_in_place(z, torch.full((2, 3), 2.0), None, True)
     assert torch.equal(found, (2 * before[:, ::2]).relu())
     assert torch.equal(whole[:, 1::2], before[:, 1::2])
 
@@ -247,8 +249,8 @@ def test_no_second_openmp_is_loaded(fresh_library):
         "import torch, models\n"
         "def loaded():\n"
         "    return {line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line}\n"
-        "before = loaded(); models.eca_native.library(); after = loaded()\n"
-        "print(models.eca_native.why_not(), len(before), before == after)"
+        "before = loaded(); models.fused.native.library(); after = loaded()\n"
+        "print(models.fused.native.why_not(), len(before), before == after)"
     )
     root = Path(models.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
@@ -266,7 +268,7 @@ def test_without_a_working_compiler_operations_serve(compiler, fresh_library, mo
     assert "\n" not in eca_native.why_not()
     z = torch.randn(2, 3, 4, 4)
     assert not serves(z)
-    assert eca_passes.passes_for(z) is eca_passes.Chunked
+    assert passes.passes_for(z) is passes.Chunked
 
 
 def test_a_cache_folder_that_cannot_be_made_is_no_fault(fresh_library, monkeypatch):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import models
-from models import eca_fused, eca_native, eca_report
 from models.eca_detection import create_detector
+from models.fused import block_tail, describe
+from models.fused import native as eca_native
 
 pytestmark = pytest.mark.usefixtures("operations")
 
@@ -40,9 +41,9 @@ def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, dtype, t
         monkeypatch.undo()  # what the fixture `operations` has switched off
         if why := eca_native.why_not():
             pytest.skip(why)
-    paths = {path: Mock(wraps=getattr(eca_fused, path)) for path in ("fused_tail", "_plain_tail")}
+    paths = {path: Mock(wraps=getattr(block_tail, path)) for path in ("fused_tail", "_plain_tail")}
     for path, counted in paths.items():
-        monkeypatch.setattr(eca_fused, path, counted)
+        monkeypatch.setattr(block_tail, path, counted)
     network = models.create_model(name, num_classes=2).eval().to(dtype)
     assert models.describe_tails(network, torch.device("cpu"), dtype=dtype) == tails
     with torch.no_grad():
@@ -67,7 +68,7 @@ def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, dtype, t
 )  # fmt: skip
 def test_elsewhere_the_description_says_why(monkeypatch, name, device, triton, flags, tails):
     why_not = None if triton else "no Triton"
-    monkeypatch.setattr(eca_report, "why_not_triton", lambda *_: why_not)
+    monkeypatch.setattr(describe, "why_not_triton", lambda *_: why_not)
     with torch.device("meta"):
         network = models.create_model(name, num_classes=2)
     assert models.describe_tails(network, torch.device(device), **flags) == tails
@@ -76,7 +77,7 @@ def test_elsewhere_the_description_says_why(monkeypatch, name, device, triton, f
 def test_triton_is_asked_for_the_precision_at_work(monkeypatch):
     """A GPU of before 2020 has no bfloat16 there."""
     monkeypatch.setattr(
-        eca_report, "why_not_triton", lambda _, dtype: "old" if dtype == torch.bfloat16 else None
+        describe, "why_not_triton", lambda _, dtype: "old" if dtype == torch.bfloat16 else None
     )
     with torch.device("meta"):
         network = models.create_model("eca_resnet18", num_classes=2)

@@ -7,7 +7,6 @@ import torch
 import torchvision
 
 from models.attention import ATTENTIONS
-from models.eca_fused import set_fused
 from models.eca_resnet import (
     BasicBlock,
     Bottleneck,
@@ -25,6 +24,7 @@ from models.eca_resnet import (
     se_resnet101,
     se_resnet152,
 )
+from models.fused.block_tail import set_fused
 
 
 def on_meta(constructor, **kwargs):

@@ -27,9 +27,9 @@ from triton_cases import (
 
 triton = pytest.importorskip("triton", reason="Triton is not installed here")
 
-from models import eca_fused, eca_triton  # noqa: E402
-from models.eca_fused import fused_tail  # noqa: E402
 from models.eca_resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
+from models.fused import block_tail, triton_operators  # noqa: E402
+from models.fused.block_tail import fused_tail  # noqa: E402
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
@@ -47,13 +47,13 @@ def operators(monkeypatch):
     """Every tail goes through the operators, on a CPU too, once they have been tried."""
 
     def on_triton(z):
-        return z.dtype in eca_triton.DTYPES and eca_triton.why_not(z.device, z.dtype) is None
+        return z.dtype in triton_operators.DTYPES and triton_operators.why_not(z.device, z.dtype) is None
 
     torch.manual_seed(0)
     device = torch.zeros((), device=DEVICE).device
-    assert [eca_triton.why_not(device, dtype) for dtype in eca_triton.DTYPES] == [None] * 3
-    monkeypatch.setattr(eca_fused, "eca_triton", eca_triton)
-    monkeypatch.setattr(eca_fused, "_on_triton", on_triton)
+    assert [triton_operators.why_not(device, dtype) for dtype in triton_operators.DTYPES] == [None] * 3
+    monkeypatch.setattr(block_tail, "eca_triton", triton_operators)
+    monkeypatch.setattr(block_tail, "_on_triton", on_triton)
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def calls(operators, monkeypatch):
         return call
 
     for name in found:
-        function = getattr(eca_triton, f"tail_{name}")
-        monkeypatch.setattr(eca_triton, f"tail_{name}", counted(name, function))
+        function = getattr(triton_operators, f"tail_{name}")
+        monkeypatch.setattr(triton_operators, f"tail_{name}", counted(name, function))
     return found
 
 
@@ -118,12 +118,12 @@ def test_odd_shapes(shape, ksize, calls):
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_pixels_split_among_programs(memory_format, calls, monkeypatch):
     """Splits of unequal size, more than one tile in each, and a last tile that is not full."""
-    monkeypatch.setattr(eca_triton, "TILE", 64 if memory_format == "nchw" else 512)
+    monkeypatch.setattr(triton_operators, "TILE", 64 if memory_format == "nchw" else 512)
     bn, attention, z, r, grad = make_case((1, 10, 15, 17), memory_format=FORMATS[memory_format])
-    blocks = eca_triton._Grid.of(z, 1).programs[1]
-    monkeypatch.setattr(eca_triton, "REDUCE", 2 * blocks)
-    monkeypatch.setattr(eca_triton, "APPLY", 2 * blocks)
-    grid = eca_triton._Grid.of(z, eca_triton.REDUCE)
+    blocks = triton_operators._Grid.of(z, 1).programs[1]
+    monkeypatch.setattr(triton_operators, "REDUCE", 2 * blocks)
+    monkeypatch.setattr(triton_operators, "APPLY", 2 * blocks)
+    grid = triton_operators._Grid.of(z, triton_operators.REDUCE)
     assert grid.splits > 1
     assert grid.per > grid.block_p
     assert grid.hw % grid.per % grid.block_p
@@ -137,10 +137,10 @@ def test_pixels_split_among_programs(memory_format, calls, monkeypatch):
 def test_no_cancellation_where_the_mean_dwarfs_the_deviation(
     memory_format, tile, calls, monkeypatch
 ):
-    monkeypatch.setattr(eca_triton, "TILE", tile)
-    monkeypatch.setattr(eca_triton, "REDUCE", 1)
+    monkeypatch.setattr(triton_operators, "TILE", tile)
+    monkeypatch.setattr(triton_operators, "REDUCE", 1)
     bn, attention, z, _, grad = make_case((4, 16, 9, 9), memory_format=FORMATS[memory_format])
-    assert (eca_triton._Grid.of(z, 1).block_p < 81) == (tile == 64)
+    assert (triton_operators._Grid.of(z, 1).block_p < 81) == (tile == 64)
     case = (bn, attention, z + 4096, None, grad, False)
     # z's own grid is 2^-11 of a deviation here; Σz² - (Σz)²/M in float32 would be off by about 1.
     assert_close(outcome(*case), exact_outcome(*case), (5e-3, 5e-3))
@@ -152,13 +152,13 @@ def test_the_batch_norms_inside_blocks_too(block, tails, calls, monkeypatch):
     """The stem's, and one or two before the block's tail; if large enough, and without hooks."""
     network = ResNet(block, (1, 0, 0, 0), ksize="3333", num_classes=5).to(DEVICE)
     x = torch.randn(2, 3, 12, 12, device=DEVICE).to(memory_format=torch.channels_last)
-    eca_fused.set_fused(network, False)
+    block_tail.set_fused(network, False)
     plain = network_step(network, x)
-    eca_fused.set_fused(network, True)
+    block_tail.set_fused(network, True)
     assert calls == {"forward": 0, "backward": 0}
     network_step(network, x)
     assert calls == {"forward": 2, "backward": 1}  # all the tail's, in train and in eval mode
-    monkeypatch.setattr(eca_fused, "LARGE", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(block_tail, "LARGE", {"cpu": 0, "cuda": 0})
     found = network_step(network, x)
     assert calls == {"forward": 2 + 2 * tails, "backward": 1 + tails}
     assert_close(found, plain, (1e-4, 1e-4))
@@ -235,7 +235,7 @@ def test_operators_keep_torchs_rules(operators):
 def test_compiles_into_one_graph(operators, monkeypatch):
     bn, attention, z, r, grad = make_case((2, 8, 5, 5), memory_format=torch.channels_last)
     expected = outcome(bn, attention, z, r, grad)
-    monkeypatch.setattr(eca_triton, "_reasons", {})  # whether Triton works, the compiler must ask
+    monkeypatch.setattr(triton_operators, "_reasons", {})  # whether Triton works, the compiler must ask
     z.requires_grad_()
     out = torch.compile(fused_tail, backend="aot_eager", fullgraph=True)(z, bn, attention, r)
     out.backward(grad)
@@ -243,4 +243,4 @@ def test_compiles_into_one_graph(operators, monkeypatch):
     assert torch.equal(z.grad, expected["z"])
     assert torch.equal(bn.weight.grad, expected["weight"])
     assert torch.equal(bn.running_var, expected["running_var"])
-    assert eca_triton._reasons == {(z.device, z.dtype): None}
+    assert triton_operators._reasons == {(z.device, z.dtype): None}

@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed here")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from models import eca_triton  # noqa: E402
+from models.fused import triton_operators  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is in the compiler's place"
@@ -72,10 +72,10 @@ def launches(monkeypatch):
         z, r = (t.to(memory_format=FORMATS[memory_format]) for t in (z, r))
         vector, kernel = torch.ones(shape[1]), torch.ones(5) if eca else None
         given = (None, None) if training else (vector, vector)
-        out, mean, _, inverse_std, pooled, gate = eca_triton.tail_forward(
+        out, mean, _, inverse_std, pooled, gate = triton_operators.tail_forward(
             z, vector, vector, kernel, r if residual else None, *given, 1e-5, activation
         )
-        eca_triton.tail_backward(
+        triton_operators.tail_backward(
             r, z, out if activation else None, vector, vector, kernel, mean if training else vector,
             inverse_std, pooled if eca else None, gate if eca else None, training, True,
             residual and want_residual,
@@ -196,6 +196,6 @@ def test_programs_fill_a_large_gpu_several_times():
         for c, size in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)):
             z = torch.empty(256, c, size, size, device="meta")
             z = z.to(memory_format=FORMATS[memory_format])
-            n, blocks, splits = eca_triton._Grid.of(z, eca_triton.REDUCE).programs
+            n, blocks, splits = triton_operators._Grid.of(z, triton_operators.REDUCE).programs
             found[c] = n * blocks * splits
         assert min(found.values()) >= 4096, found

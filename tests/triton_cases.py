@@ -8,8 +8,8 @@ import tail_cases
 import torch
 from torch import nn
 
-from models.eca_fused import fused_tail
 from models.eca_module import ECALayer
+from models.fused.block_tail import fused_tail
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -6,8 +6,8 @@ What is said here of a device is what `can_fuse` and `block_tail` of `eca_fused`
 import torch
 from torch import nn
 
-from models import eca_native
-from models.eca_fused import why_not_triton
+from models.fused import native
+from models.fused.block_tail import why_not_triton
 
 
 def describe_tails(
@@ -42,7 +42,7 @@ def describe_tails(
     for stands, why in obstacles:
         if stands:
             return f"block tails module by module{why}"
-    if device.type == "cpu" and not compiled and (why := eca_native.why_not(dtype)):
+    if device.type == "cpu" and not compiled and (why := native.why_not(dtype)):
         if named == {"none"}:
             return f"block tails by BatchNorm's own kernel, the rest in place ({why})"
         return f"fused block tails by PyTorch's operations ({why})"

@@ -1,4 +1,4 @@
-"""The fused tail's passes for an eager CPU, compiled from eca_native.cpp when first needed.
+"""The fused tail's passes for an eager CPU, compiled from native.cpp when first needed.
 
 PyTorch's own operations take several passes over memory for each of them, and widen bfloat16 on the
 way. Compiling takes some seconds, once: the library is kept in `~/.cache/eca-net`, under a name
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-SOURCE = Path(__file__).with_name("eca_native.cpp")
+SOURCE = Path(__file__).with_name("native.cpp")
 DTYPES = (torch.float32, torch.bfloat16)
 # No -ffast-math: infinities and NaN must come out as PyTorch's do.
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from models import eca_native
-from models.eca_algebra import Gradients, Kept, Wanted, tail_backward, tail_forward
 from models.eca_module import ECALayer
-from models.eca_passes import accumulation_dtype
+from models.fused import native
+from models.fused.formulas import Gradients, Kept, Wanted, tail_backward, tail_forward
+from models.fused.passes import accumulation_dtype
 
 eca_triton = None
 _not_imported = "PyTorch finds no CUDA device"
 if torch.cuda.is_available():  # where it is not, Triton's import would only cost time
     try:
-        from models import eca_triton
+        from models.fused import triton_operators as eca_triton
     except Exception as error:  # also of a Triton that does not fit this PyTorch
         _not_imported = f"Triton cannot be imported: {error}"
 
@@ -284,7 +284,7 @@ LARGE = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 def _pays(z: Tensor) -> bool:
     large = z.numel() >= LARGE.get(z.device.type, math.inf)
-    return large and (_on_triton(z) or eca_native.serves(z))
+    return large and (_on_triton(z) or native.serves(z))
 
 
 def _plain_tail(z: Tensor, bn: nn.Module, residual: Tensor | None, activation: bool) -> Tensor:
