@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 import models
-from models import eca_detection as detection
-from models.eca_detection_norm import NORMS
-from models.eca_detection_start import refuse_another_network, start_detector
+from models.detection import detectors as detection
+from models.detection.norms import NORMS
+from models.detection.start import refuse_another_network, start_detector
 from utils.classification import report
 from utils.classification.engine import NonFiniteGuard
 from utils.data.loading import Reading

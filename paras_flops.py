@@ -147,7 +147,7 @@ def count_classifier(
 def count_detector(
     arch: str, backbone: str, ksize: str | None, num_classes: int | None, size: tuple[int, int]
 ) -> DetectorReport:
-    from models.eca_detection import FIRST_LABEL, create_detector  # torchvision, only here
+    from models.detection.detectors import FIRST_LABEL, create_detector  # torchvision, only here
 
     network = build(create_detector, arch, backbone, ksize, num_classes)
     printed = published.COCO.get((arch, backbone))

@@ -107,7 +107,7 @@ def main() -> int:
 
 def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int:
     """The same with a detector: every image is drawn with what was found in it."""
-    from models.eca_detection import FIRST_LABEL, detector_from_checkpoint
+    from models.detection.detectors import FIRST_LABEL, detector_from_checkpoint
 
     with as_user_error(f"{args.checkpoint}: "):
         network = detector_from_checkpoint(saved).eval()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.eca_detection import (
+from models.detection.detectors import (
     create_detector,
     eca_faster_rcnn,
     eca_mask_rcnn,

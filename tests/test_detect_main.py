@@ -16,7 +16,7 @@ from PIL import Image
 
 import detect_main
 from models import create_model
-from models.eca_detection import DETECTORS, create_detector
+from models.detection.detectors import DETECTORS, create_detector
 from utils.detection import demo_shapes, engine
 from utils.detection.coco_evaluation import FIGURES, Summary
 from utils.detection.demo_shapes import write_shapes

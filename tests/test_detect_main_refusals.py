@@ -4,7 +4,7 @@ import pytest
 import torch
 from coco_trees import DIGITS, NETWORK
 
-from models.eca_detection import create_detector, describe_detector
+from models.detection.detectors import create_detector, describe_detector
 from utils.runs import checkpoint
 from utils.system.errors import UserError
 

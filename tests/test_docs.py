@@ -30,7 +30,7 @@ import detect_main
 import main
 import models
 from models import weights
-from models.eca_detection import create_detector, describe_detector
+from models.detection.detectors import create_detector, describe_detector
 from tools import ablation
 from utils.data.loading import demo_digits
 from utils.options.parser import Parser

@@ -15,8 +15,8 @@ from documents import blocks, command_lines, run_command, within
 from test_import_mmdet import file_of_v1
 
 import detect_main
-from models.eca_detection import DETECTORS, create_detector, describe_detector
-from models.eca_detection_norm import NORMS
+from models.detection.detectors import DETECTORS, create_detector, describe_detector
+from models.detection.norms import NORMS
 from utils.detection import demo_shapes
 from utils.options.detection import build_parser
 from utils.runs import checkpoint

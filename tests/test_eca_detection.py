@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import detection as reference
 
 from models import create_model
-from models.eca_detection import (
+from models.detection.detectors import (
     DETECTORS,
     FIRST_LABEL,
     create_detector,

@@ -5,13 +5,8 @@ import torch
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
-from models.eca_detection import DETECTORS, create_detector
-from models.eca_detection_geometry import (
-    LegacyP6P7,
-    LegacyRoIAlign,
-    LegacyTransform,
-    PyramidAnchors,
-)
+from models.detection.detectors import DETECTORS, create_detector
+from models.detection.geometry import LegacyP6P7, LegacyRoIAlign, LegacyTransform, PyramidAnchors
 
 
 def test_anchors_are_float32_on_the_strides_of_the_pyramid():

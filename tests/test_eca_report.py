@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import models
-from models.eca_detection import create_detector
+from models.detection.detectors import create_detector
 from models.fused import block_tail, describe
 from models.fused import native as eca_native
 

@@ -9,7 +9,7 @@ import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from models import create_model
-from models.eca_detection import create_detector, detector_from_checkpoint
+from models.detection.detectors import create_detector, detector_from_checkpoint
 from tools.import_mmdetection import convert
 from utils.system.errors import UserError
 

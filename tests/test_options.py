@@ -12,8 +12,8 @@ from torch import nn
 import detect_main
 import main
 import models
-from models.eca_detection import DETECTORS
-from models.eca_detection_norm import NORMS
+from models.detection.detectors import DETECTORS
+from models.detection.norms import NORMS
 from utils.classification.engine import NonFiniteGuard, StepRule, train_epoch
 from utils.classification.state import TrainState
 from utils.data.loading import Batch

@@ -10,7 +10,7 @@ import pytest
 
 import paras_flops
 from models import MODELS
-from models.eca_detection import DETECTORS
+from models.detection.detectors import DETECTORS
 from utils.cost import published
 from utils.options.parser import run_script
 

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import predict
 from models import create_model, weights
-from models.eca_detection import create_detector, describe_detector
+from models.detection.detectors import create_detector, describe_detector
 from models.eca_resnet import BasicBlock, ResNet
 from models.inference import fastest_dtype
 from utils.data.decoding import read_image

@@ -9,7 +9,7 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 
 from models import create_model
 from models.construction import Ksize
-from models.eca_detection import create_detector, load_backbone
+from models.detection.detectors import create_detector, load_backbone
 
 
 def start_detector(

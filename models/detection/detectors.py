@@ -16,14 +16,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from models import create_model
 from models.construction import Ksize
-from models.eca_detection_geometry import (
-    LegacyBoxCoder,
-    LegacyP6P7,
-    LegacyTransform,
-    PyramidAnchors,
-)
-from models.eca_detection_heads import compute_in_float32, initialise_box_head, make_heads
-from models.eca_detection_norm import freeze
+from models.detection.geometry import LegacyBoxCoder, LegacyP6P7, LegacyTransform, PyramidAnchors
+from models.detection.heads import compute_in_float32, initialise_box_head, make_heads
+from models.detection.norms import freeze
 from models.eca_resnet import ResNet
 from models.weights import FORMAT, find_state_dict, load_weights, strip_prefixes
 
