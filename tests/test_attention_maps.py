@@ -11,7 +11,7 @@ from PIL import Image
 from shard_sets import make
 from torch import nn
 
-import attention
+import visualize_attention
 from models import create_model, weights
 from models.attention import ATTENTIONS
 from models.eca_resnet import BasicBlock, ResNet

@@ -8,10 +8,10 @@ from mixed_images import write_mixed
 from small_runs import SMALL
 from test_main import fail
 
-import attention
 import detect_main
 import main as script
 import predict
+import visualize_attention
 from tools import check_images
 from utils.data.gpu_decoding import DeviceReading, check_decoder
 from utils.data.loading import decoding
