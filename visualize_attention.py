@@ -1,9 +1,9 @@
 """Shows what a trained network's channel attention does, class by class and block by block.
 
 examples:
-  attention.py CKPT DATA                        over DATA/val, or a folder of class folders
-  attention.py CKPT DATA --curves 0 3 8         these classes' curves in the picture
-  attention.py CKPT demo:digits --all-blocks    a panel for every block, not one a stage
+  visualize_attention.py CKPT DATA                        over DATA/val, or a folder of class folders
+  visualize_attention.py CKPT DATA --curves 0 3 8         these classes' curves in the picture
+  visualize_attention.py CKPT demo:digits --all-blocks    a panel for every block, not one a stage
 """
 
 import os

@@ -13,24 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.small_runs import SMALL, Running
+from helpers.trees import ROOT, write_tree
 from PIL import Image
-from small_runs import SMALL, Running
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def write_tree(root: Path, train: int = 8, val: int = 5, classes: str = "abc") -> Path:
-    """root/{train,val}/CLASS/N.png: one colour a class, with noise, so that a net can learn it."""
-    chance = np.random.default_rng(0)
-    for part, count in (("train", train), ("val", val)):
-        for label, name in enumerate(classes):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = chance.integers(0, 120, (40, 40, 3))
-                pixels[..., label % 3] += 120
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    return root
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -196,7 +181,7 @@ def seeded() -> None:
 
 @pytest.fixture
 def operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's operations everywhere; the compiled passes are for test_eca_native."""
+    """PyTorch's operations everywhere; the compiled passes are for test_native."""
     from models.fused import native, passes
 
     monkeypatch.setattr(passes, "serves", lambda z: False)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("utils/*.py")])
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(
+    [*ROOT.glob("*.py"), *(p for room in ("models", "utils", "tools") for p in (ROOT / room).rglob("*.py"))]
+)
 
 
 def imported(path: Path, at_once: bool = False) -> set[str]:

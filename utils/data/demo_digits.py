@@ -12,7 +12,7 @@ from PIL import Image
 from utils.system.distributed import Context, share
 from utils.system.errors import UserError
 
-HOME = Path(__file__).resolve().parent.parent / "demo_data"
+HOME = Path(__file__).resolve().parents[2] / "demo_data"
 PREFIX = "demo:"
 DIGITS = "demo:digits"
 SPLIT_SEED = 0

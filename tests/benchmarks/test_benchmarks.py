@@ -1,0 +1,167 @@
+"""Each benchmark runs, and writes rows of the agreed form; what they measure is not tested."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.system.errors import UserError
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+COLUMNS = {
+    "benchmark", "variant", "baseline", "device", "dtype", "batch", "ratio_min", "ratio_median",
+    "ratio_max",
+}  # fmt: skip
+
+
+def run(script, *flags):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", ["train_step", "inference", "tail", "memory", "data_loading"])
+def test_smoke(name, tmp_path):
+    to = tmp_path / "new" / "rows.json"
+    done = run(f"{name}.py", "--smoke", "--device", "cpu", "--json", to)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(to.read_text())
+    assert rows
+    for row in rows:
+        assert row.keys() >= COLUMNS
+        assert row["benchmark"] == name
+        assert row["batch"] == 2
+        assert row["variant"] != row["baseline"] or name == "memory"
+        assert 0 < row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"] < math.inf
+    assert any(("ours" if name == "data_loading" else "ECA") in row["variant"] for row in rows)
+    assert rows[0]["variant"] in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--device", "cpu:x"), "--device cpu:x: not a device; try cpu, cuda,"),
+        (("--device", "mps"), "--device mps is not cpu or cuda"),
+        (("--json", "."), r"--json \.: Is a directory; give another file"),
+        (("--json", f"{__file__}/x"), "test_benchmarks.py/x: File exists; give another file"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_measured(monkeypatch, flags, said):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import side_by_side as side
+
+    parser = side.make_parser("", batch=(1, 1), rounds=1)
+    with pytest.raises(UserError, match=said):
+        side.settle(parser.parse_args(flags))
+
+
+def test_all_refuses_a_folder_that_is_none(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import all as every
+
+    monkeypatch.setattr(sys, "argv", ["all.py", "--out", __file__])
+    with pytest.raises(SystemExit):
+        every.main()
+    assert "test_benchmarks.py: File exists; give another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_all_goes_on_after_one_that_fails_and_names_it(tmp_path, monkeypatch, capsys, gpu):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import all as every
+
+    ran = []
+
+    def call(command):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, returncode="tail.py" in command[1])
+
+    monkeypatch.setattr(every.subprocess, "run", call)
+    monkeypatch.setattr(every.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(sys, "argv", ["all.py", "--out", str(tmp_path / "to"), "--smoke"])
+    assert every.main() == 1
+    assert "failed: tail" in capsys.readouterr().err
+    if gpu:
+        *ran, last = ran
+        assert last[1:] == [
+            str(BENCHMARKS / "data_loading.py"), "--json",
+            str(tmp_path / "to" / "data_loading_cuda.json"), "--device", "cuda", "--smoke",
+        ]  # fmt: skip
+    assert [Path(c[1]).stem for c in ran] == list(every.BENCHMARKS)
+    for name, command in zip(every.BENCHMARKS, ran, strict=True):
+        assert Path(command[1]).exists()
+        assert command[2:] == ["--json", str(tmp_path / "to" / f"{name}.json"), "--smoke"]
+
+
+FAULTS = """
+import resource, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import torch
+
+def faults_of_a_step(to):
+    def step():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(20_000_000)
+        to.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+    return step
+
+if __name__ == "__main__":
+    import as_it_is
+    if not as_it_is.differs(torch.device("cpu")):
+        sys.exit(77)
+    here, there = Path("here"), Path("there")
+    steps = faults_of_a_step(here), as_it_is.AsItIs(faults_of_a_step, there)
+    for _ in range(10):
+        for step in steps:
+            step()
+"""
+
+
+def test_the_other_process_leaves_the_allocator_as_it_is(tmp_path):
+    script = tmp_path / "faults.py"
+    script.write_text(FAULTS.format(paths=[str(BENCHMARKS), str(BENCHMARKS.parent)]))
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("this allocator has no such settings")
+    assert done.returncode == 0, done.stderr
+    here, there = (int((tmp_path / name).read_text()) for name in ("here", "there"))
+    assert there > 3 * max(here, 1000)
+
+
+def test_textbook_networks_are_ours():
+    """The same function under other names, or the comparison would not be of like with like."""
+    import torch
+
+    import models
+
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import textbook
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    x = torch.randn(2, 3, 64, 64)
+    pairs = {
+        "eca_resnet18": textbook.eca_resnet(18),
+        "se_resnet18": textbook.se_resnet(18),
+        "eca_mobilenetv2": textbook.eca_mobilenetv2(),
+        "mobilenetv2": textbook.plain_mobilenetv2(),
+    }
+    for name, theirs in pairs.items():
+        ours = models.create_model(name)
+        state = dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True))
+        ours.load_state_dict(state)
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    ours, theirs = models.create_model("eca_resnet18"), textbook.timm_eca_resnet(18)
+    if theirs is not None:  # it chooses kernel sizes by the block's width: a few weights' odds
+        count, timms = (sum(p.numel() for p in n.parameters()) for n in (ours, theirs))
+        assert abs(count - timms) < 50
+
+
+def test_a_device_that_is_not_there_is_refused_in_one_line():
+    done = run("tail.py", "--smoke", "--device", "tpu")
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0
+    assert "tpu" in done.stderr

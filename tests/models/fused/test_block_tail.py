@@ -1,0 +1,282 @@
+"""The fused tail against the modules it stands for."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from helpers.tail_cases import (
+    FORMATS,
+    FORMS,
+    assert_close,
+    make_input,
+    make_modules,
+    run,
+    saved_bytes,
+)
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.fused import block_tail as eca_fused
+from models.fused import formulas, passes
+from models.fused.block_tail import block_tail, fused_tail
+
+pytestmark = pytest.mark.usefixtures("seeded", "operations")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """So little room that each sample is a chunk of its own."""
+    monkeypatch.setattr(passes, "CHUNK_BYTES", 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("eca", "residual", "activation"), FORMS)
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_equals_the_modules_in_double_precision(
+    memory_format, eca, residual, activation, training, small_chunks
+):
+    bn, attention = make_modules(10, eca)
+    bn.train(training)
+    z, r = (make_input((3, 10, 7, 5), memory_format=FORMATS[memory_format]) for _ in range(2))
+    given = (bn, attention, z, r if residual else None, activation, torch.randn_like(z))
+    assert_close(run(True, *given), run(False, *given), 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 7, 7), (2, 1, 4, 4), (5, 33, 1, 1), (1, 70, 1, 9)])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_equals_the_modules_at_odd_shapes(memory_format, shape):
+    bn, attention = make_modules(shape[1], ksize=5)
+    z, r = (make_input(shape, memory_format=FORMATS[memory_format]) for _ in range(2))
+    given = (bn, attention, z, r, True, torch.randn_like(z))
+    assert_close(run(True, *given), run(False, *given), 1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_single_precision(memory_format, training):
+    bn, attention = make_modules(64, dtype=torch.float32)
+    bn.train(training)
+    z, r = (make_input((4, 64, 14, 14), torch.float32, FORMATS[memory_format]) for _ in range(2))
+    given = (bn, attention, z, r, True, torch.randn_like(z))
+    assert_close(run(True, *given), run(False, *given), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_half_precision_rounds_once(memory_format, dtype):
+    """Against the modules in double precision on the same rounded inputs; no activation, whose
+    mask would flip where rounding moves a value over zero."""
+    bn, attention = make_modules(64, dtype=torch.float32)
+    z, r = (make_input((4, 64, 14, 14), dtype, FORMATS[memory_format]) for _ in range(2))
+    grad = torch.randn_like(z)
+    found = run(True, bn, attention, z, r, False, grad)
+    wide = copy.deepcopy((bn, attention))
+    exact = run(False, wide[0].double(), wide[1].double(), z.double(), r.double(), False, grad)
+    assert found["out"].dtype == found["z"].dtype == dtype
+    assert found["weight"].dtype == torch.float32
+    large = {name: found.pop(name) for name in ("out", "z", "residual")}
+    half_a_digit = torch.finfo(dtype).eps / 2
+    assert_close(large, {name: exact.pop(name) for name in large}, 1.01 * half_a_digit)
+    assert_close(found, exact, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_whole_and_chunked_passes_agree(memory_format, dtype, small_chunks, monkeypatch):
+    bn, attention = make_modules(16, dtype=torch.float32)
+    z, r = (make_input((3, 16, 5, 6), dtype, FORMATS[memory_format]) for _ in range(2))
+    grad = torch.randn_like(z)
+    for residual, activation in itertools.product((r, None), (True, False)):
+        given = (True, bn, attention, z, residual, activation, grad)
+        chunked = run(*given)
+        with monkeypatch.context() as patch:
+            patch.setattr(formulas, "passes_for", lambda z: passes.Whole)
+            whole = run(*given)
+        assert_close(chunked, whole, 1e-5 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("eca", "residual", "activation"), FORMS)
+def test_gradcheck(eca, residual, activation, training):
+    bn, attention = make_modules(4, eca)
+    bn.train(training)
+    z, r = (make_input((2, 4, 3, 2)).requires_grad_() for _ in range(2))
+    r = r if residual else None
+    kernel = attention.conv.weight if eca else None
+
+    def tail(z, r, *_):
+        return fused_tail(z, bn, attention, r, activation)
+
+    assert torch.autograd.gradcheck(tail, (z, r, bn.weight, bn.bias, kernel))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_no_cancellation_where_the_mean_dwarfs_the_deviation(memory_format):
+    bn, attention = make_modules(16, dtype=torch.float32)
+    z = (torch.randn(4, 16, 14, 14) + 4096).contiguous(memory_format=FORMATS[memory_format])
+    given = (bn, attention, z, None, False, torch.randn_like(z))
+    found = run(True, *given)
+    wide = copy.deepcopy((bn, attention))
+    exact = run(False, wide[0].double(), wide[1].double(), z.double(), *given[3:])
+    # z's own grid is 2^-11 of a deviation here; Σz² - (Σz)²/M in float32 would be off by about 1.
+    assert_close(found, exact, 2e-3)
+
+
+def test_running_statistics_follow_every_kind_of_momentum():
+    for momentum in (0.1, 1.0, None):
+        bn, attention = make_modules(6, momentum=momentum)
+        plain = copy.deepcopy(bn)
+        for _ in range(3):
+            z = make_input((2, 6, 4, 4))
+            fused_tail(z, bn, attention)
+            plain(z)
+        for found, expected in zip(bn.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(found, expected)
+    assert bn.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("switched", ["track_running_stats", "num_batches_tracked"])
+def test_running_statistics_that_were_switched_off_later(momentum, switched):
+    """By hand, as virtual adversarial training does, or without a count, as old networks are."""
+    bn, _ = make_modules(6, momentum=momentum)
+    setattr(bn, switched, {"track_running_stats": False, "num_batches_tracked": None}[switched])
+    plain = copy.deepcopy(bn)
+    z = make_input((2, 6, 4, 4))
+    torch.testing.assert_close(fused_tail(z, bn, None, activation=False), plain(z))
+    found, expected = dict(bn.named_buffers()), dict(plain.named_buffers())
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+def test_one_backward_for_passes_in_both_modes():
+    """PyTorch's own BatchNorm takes the statistics of after the second pass for the first."""
+    modules = make_modules(6)
+    x = make_input((2, 6, 4, 4)).requires_grad_()
+
+    def loss(bn, attention, training, fused=True):
+        out = block_tail(x, bn.train(training), attention, None, nn.ReLU(), fused=fused)
+        return out.square().sum()
+
+    expected = sum(
+        torch.autograd.grad(loss(*copy.deepcopy(modules), training, fused=False), x)[0]
+        for training in (False, True)
+    )
+    both = loss(*modules, training=False) + loss(*modules, training=True)
+    torch.testing.assert_close(torch.autograd.grad(both, x)[0], expected)
+
+
+def test_running_statistics_cost_two_operations():
+    """On a GPU each is a launch, and there are dozens of these layers."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.overloadpacket.__name__)
+            return function(*args, **kwargs or {})
+
+    bn, called = nn.BatchNorm2d(6), []
+    with Recorder():
+        eca_fused._update_running_statistics(bn, torch.ones(6), torch.ones(6))
+    assert [name for name in called if name != "ones"] == ["add_", "_foreach_lerp_"]
+
+
+def test_without_running_statistics_the_batch_serves_in_eval_mode_too():
+    bn, attention = make_modules(6, track_running_stats=False)
+    z = make_input((2, 6, 4, 4))
+    for training in (True, False):
+        bn.train(training)
+        given = (bn, attention, z, None, True, torch.randn_like(z))
+        assert_close(run(True, *given), run(False, *given), 1e-12)
+
+
+def test_eval_mode_leaves_the_running_statistics_alone():
+    bn, attention = make_modules(6)
+    bn.eval()
+    before = copy.deepcopy(list(bn.buffers()))
+    fused_tail(make_input((2, 6, 4, 4)), bn, attention)
+    assert all(map(torch.equal, before, bn.buffers()))
+
+
+def test_frozen_parameters_get_no_gradient():
+    bn, attention = make_modules(6)
+    bn.requires_grad_(False)
+    z = make_input((2, 6, 4, 4))
+    fused_tail(z, bn, attention).sum().backward()  # nothing but the kernel wants one
+    assert bn.weight.grad is None
+    assert bn.bias.grad is None
+    assert attention.conv.weight.grad.abs().sum() > 0
+
+
+def test_weight_zero_still_has_its_gradient():
+    bn, attention = make_modules(6)
+    nn.init.zeros_(bn.weight)
+    z, r = make_input((2, 6, 4, 4)), make_input((2, 6, 4, 4))
+    given = (bn, attention, z, r, True, torch.randn_like(z))
+    found = run(True, *given)
+    assert_close(found, run(False, *given), 1e-12)
+    assert found["weight"].abs().sum() > 0
+
+
+def test_memory_format_is_kept_for_inputs_of_any_stride():
+    bn, attention = make_modules(6)
+    wide = make_input((4, 6, 8, 8), memory_format=torch.channels_last)
+    cases = {
+        "nhwc rows": (wide[:, :, ::2], torch.channels_last),
+        "nchw rows": (wide.contiguous()[:, :, :, 1::2], torch.contiguous_format),
+        "expanded": (wide[:1].expand(4, -1, -1, -1), torch.channels_last),
+    }
+    for z, memory_format in cases.values():
+        r = torch.randn_like(z)
+        given = (bn, attention, z, r, True, torch.randn(1, 1, 1, 1).double().expand_as(z))
+        found = run(True, *given)
+        assert found["out"].is_contiguous(memory_format=memory_format)
+        assert_close(found, run(False, *given), 1e-12)
+
+
+def test_same_bits_every_time():
+    bn, attention = make_modules(32, dtype=torch.float32)
+    z, r = (make_input((4, 32, 14, 14), torch.float32) for _ in range(2))
+    given = (True, bn, attention, z, r, True, torch.randn_like(z))
+    first, second = run(*given), run(*given)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_autocast_accumulates_in_single_precision():
+    bn, attention = make_modules(16, dtype=torch.float32)
+    conv = nn.Conv2d(8, 16, 1, bias=False)
+    x = torch.randn(2, 8, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = conv(x)
+        out = fused_tail(z, bn, attention)
+    assert z.dtype == out.dtype == torch.bfloat16
+    outside = fused_tail(z.detach(), bn, attention)
+    assert torch.equal(out, outside)
+    out.sum().backward()
+    assert conv.weight.grad.dtype == attention.conv.weight.grad.dtype == torch.float32
+
+
+def test_keeps_its_input_its_output_and_vectors():
+    bn, attention = make_modules(8, dtype=torch.float32)
+    z, r = (torch.randn(2, 8, 16, 16, requires_grad=True) for _ in range(2))
+    vectors = 16 * 2 * 8  # a few of N·C or C values, whatever the image's size
+    for residual, activation in itertools.product((r, None), (True, False)):
+        kept = saved_bytes(lambda: fused_tail(z, bn, attention, residual, activation))  # noqa: B023
+        large = (1 + activation) * z.nbytes
+        assert large < kept <= large + 4 * vectors
+
+
+def test_second_derivatives_are_refused():
+    bn, attention = make_modules(4)
+    z = make_input((2, 4, 3, 3)).requires_grad_()
+    with pytest.raises(RuntimeError, match="set_fused"):
+        torch.autograd.grad(fused_tail(z, bn, attention).sum(), z, create_graph=True)
+
+
+def test_matches_functional_batch_norm_alone():
+    bn, _ = make_modules(5, eca=False)
+    z = make_input((2, 5, 4, 3))
+    expected = F.batch_norm(z, None, None, bn.weight, bn.bias, True, 0.1, bn.eps)
+    torch.testing.assert_close(fused_tail(z, bn, activation=False), expected)

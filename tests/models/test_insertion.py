@@ -1,0 +1,271 @@
+"""ECA in other people's networks: where it goes, what stays, and that it can be trained."""
+
+import copy
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import models
+from models import eca_module
+from models.eca_module import ECALayer
+from models.insertion import SQUEEZES, InsertedECA, _is_known, add_eca
+
+timm = pytest.importorskip("timm")
+
+tv = partial(partial, torchvision.models.get_model, weights=None, num_classes=7)
+tm = partial(partial, timm.create_model, num_classes=7)
+
+# network → (how to build it, ECA layers, of which in place of squeeze-and-excitation)
+NETWORKS = {
+    "torchvision resnet18": (tv("resnet18"), 8, 0),
+    "torchvision resnext50_32x4d": (tv("resnext50_32x4d"), 16, 0),
+    "torchvision regnet_x_400mf": (tv("regnet_x_400mf"), 22, 0),
+    "torchvision regnet_y_400mf": (tv("regnet_y_400mf"), 16, 16),
+    "torchvision mobilenet_v2": (tv("mobilenet_v2"), 17, 0),
+    "torchvision mobilenet_v3_small": (tv("mobilenet_v3_small"), 11, 9),
+    "torchvision efficientnet_b0": (tv("efficientnet_b0"), 16, 16),
+    "torchvision convnext_tiny": (tv("convnext_tiny"), 18, 0),
+    "timm resnet10t": (tm("resnet10t"), 4, 0),
+    "timm seresnet18": (tm("seresnet18"), 8, 8),
+    "timm resnext26ts": (tm("resnet26", cardinality=32, base_width=4), 8, 0),
+    "timm regnetx_002": (tm("regnetx_002"), 13, 0),
+    "timm mobilenetv2_050": (tm("mobilenetv2_050"), 17, 0),
+    "timm mobilenetv3_small_050": (tm("mobilenetv3_small_050"), 11, 9),
+    "timm efficientnet_b0": (tm("efficientnet_b0"), 16, 16),
+    "timm tf_efficientnetv2_s": (tm("tf_efficientnetv2_s", channel_multiplier=0.25), 40, 30),
+    "timm tf_efficientnetv2_b0": (tm("tf_efficientnetv2_b0"), 20, 16),
+    "timm gernet_s": (tm("gernet_s"), 14, 0),
+    "timm convnext_atto": (tm("convnext_atto"), 12, 0),
+}
+
+
+def trained_looking(network):
+    """`network` with scales that are not zero or tiny: some start so, to silence the branches."""
+    for parameter in network.parameters():
+        if parameter.squeeze().dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return network.eval()
+
+
+def without_squeezes(network):
+    """The network with an identity wherever it had squeeze-and-excitation."""
+    bare = copy.deepcopy(network)
+    for name, module in list(bare.named_modules()):
+        if type(module).__name__ in SQUEEZES:
+            parent, _, own = name.rpartition(".")
+            setattr(bare.get_submodule(parent), own, nn.Identity())
+    return bare
+
+
+@torch.no_grad()
+def compile_each_kind(network, done, images):
+    """Compiles one block of each kind that has ECA: a whole network would take seconds."""
+    blocks = {}
+    for insertion in done:
+        path = insertion.name.split(".")
+        above = [".".join(path[:i]) for i in range(len(path), 0, -1)]
+        name = next(name for name in above if _is_known(network.get_submodule(name)))
+        block = network.get_submodule(name)
+        blocks.setdefault((type(block), insertion.name[len(name) :]), block)
+    seen = {}
+    for block in blocks.values():
+        block.register_forward_pre_hook(lambda m, inputs: seen.update({m: inputs[0].clone()}))
+    network(images)
+    for block in blocks.values():
+        block._forward_pre_hooks.clear()
+        expected = block(seen[block].clone())
+        compiled = torch.compile(block, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(seen[block]), expected, rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_on(name):
+    build, layers, squeezes = NETWORKS[name]
+    torch.manual_seed(0)
+    network = trained_looking(build())
+    before = copy.deepcopy(network.state_dict())
+    images = torch.randn(2, 3, 40, 48)
+    with torch.no_grad():
+        expected = without_squeezes(network)(images)
+
+    done = add_eca(network, quiet=True)
+    assert len(done) == layers
+    assert sum("in place of" in insertion.place for insertion in done) == squeezes
+    assert not any(type(m).__name__ in SQUEEZES for m in network.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), expected, rtol=0, atol=0)
+
+    # Every name and value that was there is there, but for those of squeeze-and-excitation.
+    after = network.state_dict()
+    replaced = tuple(insertion.name + "." for insertion in done if "place of" in insertion.place)
+    kept = {k: v for k, v in before.items() if not k.startswith(replaced)}
+    assert all(torch.equal(after[key], value) for key, value in kept.items())
+    new = {f"{insertion.name}.{key}" for insertion in done for key in ("conv.weight", "gain")}
+    assert after.keys() - kept.keys() == new
+
+    # A second call finds nothing to do, whatever it is asked to do with squeeze-and-excitation.
+    assert add_eca(network, quiet=True) == add_eca(network, replace_se=False, quiet=True) == []
+    assert network.state_dict().keys() == after.keys()
+
+    # Gradients reach every kernel, and one step changes the output.
+    network.train()(images).square().sum().backward()
+    for insertion in done:
+        weight = network.get_submodule(insertion.name).conv.weight
+        assert weight.shape == (1, 1, insertion.kernel_size)
+        assert weight.grad.isfinite().all()
+        assert (weight.grad != 0).all(), insertion
+        weight.data.sub_(weight.grad.sign())
+    network.eval()
+    with torch.no_grad():
+        out = network(images)
+        assert (out - expected).abs().max() > 1e-3 * expected.abs().max()
+
+        # What was trained goes into a new network of the same make, and into a copy.
+        again = build()
+        add_eca(again, quiet=True)
+        again.load_state_dict(network.state_dict())
+        torch.testing.assert_close(again.eval()(images), out, rtol=0, atol=0)
+        twin = copy.deepcopy(network)
+        for insertion in done:
+            nn.init.zeros_(network.get_submodule(insertion.name).conv.weight)
+        torch.testing.assert_close(twin(images), out, rtol=0, atol=0)
+    compile_each_kind(twin, done, images)
+
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ECA_ANYWHERE.md"
+ROW = re.compile(r"\| ((?:torchvision|timm) `.*?) \| (\d+) \| (.*?) \| ([\d,]+) \| ([\d,]+) \|")
+ROWS = ROW.findall(DOCUMENT.read_text())
+
+
+def test_the_table_of_the_document_is_read():
+    assert len(ROWS) >= 11
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "row"),
+    [(*pair, row) for row in ROWS for pair in re.findall(r"(torchvision|timm) `(\w+)`", row[0])],
+)
+def test_the_table_of_the_document(library, name, row):
+    _, layers, place, before, after = row
+    build = torchvision.models.get_model if library == "torchvision" else timm.create_model
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):  # RegNet computes its widths
+        network = build(name)
+    assert sum(p.numel() for p in network.parameters()) == int(before.replace(",", ""))
+    done = add_eca(network, quiet=True)
+    assert len(done) == int(layers)
+    assert sum(p.numel() for p in network.parameters()) == int(after.replace(",", ""))
+    instead = re.match(r"(\d*) ?in place of", place)
+    squeezes = int(instead[1] or layers) if instead else 0
+    assert sum("in place of" in insertion.place for insertion in done) == squeezes
+
+
+def test_it_has_three_addresses():
+    assert eca_module.add_eca is models.add_eca is add_eca
+    with pytest.raises(AttributeError, match="no attribute 'ad_eca'"):
+        _ = eca_module.ad_eca
+
+
+def test_convnext_is_attended_in_the_layout_of_the_addition():
+    torch.manual_seed(0)
+    block = torchvision.models.convnext_tiny().features[1][0].eval()
+    branch = copy.deepcopy(block.block)
+    holder = nn.ModuleDict({"only": block})
+    (insertion,) = add_eca(holder, quiet=True)
+    layer = holder.get_submodule(insertion.name)
+    nn.init.normal_(layer.conv.weight)
+    plain = ECALayer(layer.conv.kernel_size[0])
+    plain.conv = layer.conv
+    x = torch.randn(2, 96, 9, 7)
+    expected = x + block.layer_scale * 2 * plain(branch(x))
+    torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-6)
+
+    block = timm.create_model("convnext_atto", drop_path_rate=0.5).stages[1].blocks[1]
+    (insertion,) = add_eca(nn.ModuleDict({"only": block}), quiet=True)
+    assert list(dict(block.drop_path.named_children())) == ["eca", "drop"]
+
+
+def test_places_by_name_and_by_type(capsys):
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18().double().eval()
+    done = add_eca(network, after="layer[34].*.bn2", ksize=7)
+    assert [insertion.name for insertion in done] == [
+        "layer3.0.bn2.eca", "layer3.1.bn2.eca", "layer4.0.bn2.eca", "layer4.1.bn2.eca",
+    ]  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "ResNet: 4 ECA layers put in, 28 parameters"
+    assert lines[-1] == "  ECA k=7 on 512 channels after layer4.1.bn2"
+    assert network.layer4[1].bn2.eca.conv.weight.dtype == torch.float64
+    assert not network.layer4[1].bn2.eca.training
+    assert add_eca(network, after="layer[34].*.bn2", quiet=True) == []
+    # The others are still without; of the insides of an ECA layer none counts as a place.
+    block = torchvision.models.resnet.BasicBlock
+    assert len(add_eca(network, after=block, quiet=True)) == 4
+    assert add_eca(network, after="layer*.*.bn2.*", quiet=True) == []
+
+    mobile = torchvision.models.mobilenet_v2()
+    assert len(add_eca(mobile, after="features.*.conv.3", quiet=True)) == 16
+    assert len(add_eca(mobile, after="features.*.conv.3", quiet=True)) == 0
+
+    mixed = torchvision.models.mobilenet_v3_small().eval()
+    x = torch.randn(1, 3, 32, 32)
+    expected = mixed(x)
+    done = add_eca(mixed, replace_se=False, quiet=True)
+    assert len(done) == 11
+    assert all(insertion.place.startswith("after ") for insertion in done)
+    assert torch.equal(mixed(x), expected)
+
+
+def test_weights_with_a_gain_are_not_taken_for_plain_ones():
+    plain, gained = ECALayer(3), InsertedECA(8, 3)
+    with pytest.raises(RuntimeError, match="gain"):
+        plain.load_state_dict(gained.state_dict())
+    with pytest.raises(RuntimeError, match="gain"):
+        gained.load_state_dict(plain.state_dict())
+    assert InsertedECA(8, 3, identity=False).state_dict().keys() == plain.state_dict().keys()
+
+
+class PreAct(nn.Sequential):
+    """A block that does not end with its normalisation."""
+
+
+def test_refuses_in_one_line_and_changes_nothing():
+    network = nn.ModuleDict({
+        "stem": nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
+        "act": nn.ReLU(),
+        "block": PreAct(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)),
+        "bare": nn.Sequential(nn.ReLU()),
+    })  # fmt: skip
+    keys = list(network.state_dict())
+    for wrong, message in [
+        ({}, "found no place for ECA in ModuleDict"),
+        ({"after": "stem.bn*"}, "found no place"),
+        ({"after": (nn.Sequential, PreAct)}, "block .PreAct. does not end with its normalisation"),
+        ({"after": nn.ReLU}, "has no normalisation"),
+        ({"after": "a*"}, "cannot tell how many channels act puts out"),
+        ({"after": ["stem"]}, "neither a name nor a type"),
+        ({"after": "stem.1", "ksize": 4}, "odd positive integer"),
+        ({"after": "stem.1", "ksize": "3"}, "odd positive integer"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            add_eca(network, **wrong)
+        assert "\n" not in str(error.value)
+    assert list(network.state_dict()) == keys
+
+    # What comes out of drop_path is known in ConvNeXt's block alone.
+    network = timm.create_model("resnet26", drop_path_rate=0.1)
+    keys = list(network.state_dict())
+    with pytest.raises(ValueError, match=r"how many channels layer1\.1\.drop_path puts out"):
+        add_eca(network, after="layer*.*.drop_path")
+    assert list(network.state_dict()) == keys
+
+    # A layout with the channels last is known only when it comes.
+    block = torchvision.models.convnext_tiny().features[1][0]
+    add_eca(block, after="block.2", quiet=True)
+    with pytest.raises(ValueError, match=r"\(N, 96, H, W\) was expected and \(1, 8, 8, 96\) came"):
+        block(torch.randn(1, 96, 8, 8))

@@ -1,0 +1,194 @@
+"""main.py and light_main.py as a user runs them."""
+
+import csv
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import models
+from main import DEMO, RECIPE, main
+from utils.runs import checkpoint
+from utils.system.errors import UserError
+
+SMALL = ("-a", "resnet18", "--img-size", 32, "-b", 8, "--min-scale", 0.7, "-j", 0)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def succeed(done: subprocess.CompletedProcess) -> list[str]:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def fail(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> None:
+    """It ended with one line that holds the words, and nothing else on stderr."""
+    assert done.returncode == code, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_trains_evaluates_and_starts_from_its_weights(run, tree, tmp_path):
+    """One run's life: folder, files, best checkpoint, evaluation, another head, more epochs."""
+    flags = ("--epochs", 4, "--lr", 0.02, "--seed", 1, "--action", "try", "-p", 2)
+    lines = succeed(run("main.py", *SMALL, *flags, tree))
+    assert lines[0].startswith("train: 24 images in 3 classes")
+    assert lines[1].startswith("val: 15 images in 3 classes")
+    assert "resnet18, 11,178,051 parameters, no ECA, 3 classes" in lines[2]
+    steps = [line for line in lines if "step" in line and "images/s  ETA" in line]
+    assert [line.split()[3] for line in steps] == ["2/3", "3/3"] * 4
+
+    folder = tmp_path / "runs" / "resnet18_try-1"
+    names = {path.name for path in folder.iterdir()}
+    assert {"args.json", "metrics.csv", "curves.png", "last.pth", "previous.pth",
+            "best.pth"} <= names  # fmt: skip
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    args = json.loads((folder / "args.json").read_text())
+    assert args["recipe"]["lr"] == 0.02
+    assert args["seed"] == 1
+    assert {"torch", "torchvision", "commit", "command"} <= args["environment"].keys()
+    with Image.open(folder / "curves.png") as picture:
+        assert picture.size == (1100, 770)
+
+    rows = read_csv(folder / "metrics.csv")
+    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
+    assert float(rows[-1]["train_top1"]) > 80  # three colours: chance is 33
+    best = max(rows, key=lambda row: float(row["val_top1"]))  # the first of equal ones
+
+    # The checkpoint alone rebuilds the network, and evaluates to the figures of its epoch.
+    saved = checkpoint.load(folder / "best.pth")
+    assert saved["arch"] == "resnet18"
+    assert saved["classes"] == ["a", "b", "c"]
+    assert saved["img_size"] == 32
+    assert saved["progress"]["best"]["epoch"] == int(best["epoch"])
+    assert not any(key.startswith("module.") for key in saved["state_dict"])
+    lines = succeed(run("main.py", "-e", "--resume", "auto", "-a", "resnet18", "--action", "try"))
+    assert "evaluating runs/resnet18_try-1/best.pth" in lines[0]
+    figures = lines[-1].split()
+    assert figures[0] == "15"
+    assert float(figures[3]) == pytest.approx(float(best["val_top1"]), abs=5e-4)
+    assert float(figures[9]) == pytest.approx(float(best["val_loss"]), abs=5e-5)
+
+    # Rebuilt for inference it says the same.
+    fast = succeed(run("main.py", "-e", "--fast", "--resume", folder / "best.pth", tree))
+    assert any("BatchNorm folded" in line for line in fast)
+    assert fast[-1].split()[:4] == lines[-1].split()[:4]
+    assert float(fast[-1].split()[9]) == pytest.approx(float(figures[9]), rel=1e-3)
+
+    # Weights for another data set: the head is new, and the run says so.
+    (tmp_path / "two").mkdir()
+    for part in ("train", "val"):
+        (tmp_path / "two" / part).mkdir()
+        for name in "abx":  # as many classes as before, but not the same
+            (tmp_path / "two" / part / name).symlink_to(tree / part / name.replace("x", "c"))
+    pretrained = ("--pretrained", folder / "best.pth")
+    lines = succeed(run("main.py", *SMALL, "--epochs", 1, *pretrained, tmp_path / "two"))
+    assert "  Left fc as initialised: the weights' 3 classes have other names." in lines
+    assert (tmp_path / "runs" / "resnet18-1" / "last.pth").exists()
+
+    # Going on needs the checkpoint alone; the settings are the run's.
+    lines = succeed(run("main.py", "--resume", folder / "last.pth", "--epochs", 5))
+    assert any(line.startswith("recipe: 5 epochs, batch 8, lr 0.02") for line in lines)
+    rows = read_csv(folder / "metrics.csv")
+    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3", "4"]
+
+
+def test_light_main_is_a_recipe_of_the_same_trainer(run, tree, tmp_path):
+    flags = ("--img-size", 32, "-b", 8, "-j", 1, "--epochs", 1, "--schedule", "cosine",
+             "--warmup-epochs", 0.5, "--amp", "bf16", "--channels-last", "--decoder", "pil",
+             "--ksize", "adaptive", "--no-fused", "--output", "here")  # fmt: skip
+    lines = succeed(run("light_main.py", *flags, tree))
+    assert any("eca_mobilenetv2" in line and "ksize 3,3,3,3,3,5,5" in line for line in lines)
+    assert any("bf16, channels_last, block tails module by module" in line for line in lines)
+    assert any(line.startswith("recipe: 1 epochs, batch 8, lr 0.045 cosine") for line in lines)
+    assert any("light_main.py -e --resume here/best.pth" in line for line in lines)
+    saved = checkpoint.load(tmp_path / "here" / "last.pth")
+    assert saved["ksize"] == [3, 3, 3, 3, 3, 5, 5]
+    assert saved["recipe"]["weight_decay"] == 4e-5
+
+
+def test_released_checkpoints_evaluate_as_they_are(run, tree, tmp_path):
+    """The authors' layout: wrapped names, a wrong arch, no class names, the old file format."""
+    torch.manual_seed(0)
+    network = models.create_model("eca_resnet18", ksize="3333", num_classes=3)
+    state = {f"module.{key}": value for key, value in network.state_dict().items()}
+    released = {"epoch": 100, "arch": "se_resnet50", "state_dict": state,
+                "best_prec1": torch.tensor(70.0), "optimizer": {}}  # fmt: skip
+    torch.save(released, tmp_path / "released.pth.tar", _use_new_zipfile_serialization=False)
+    evaluate = ("-e", "--resume", "released.pth.tar", "--img-size", 32, "-j", 0)
+    lines = succeed(run("main.py", *evaluate, "--output", "result", tree))
+    assert any("eca_resnet18" in line and "ksize 3,3,3,3" in line for line in lines)
+    result = json.loads((tmp_path / "result" / "evaluation.json").read_text())
+    assert result["images"] == 15
+
+    # The same figures from a plain loop over Pillow images.
+    network.eval()
+    from torchvision import transforms
+
+    transform = transforms.Compose([
+        transforms.Resize(37), transforms.CenterCrop(32), transforms.ToTensor(),
+        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ])  # fmt: skip
+    losses = []
+    for label, name in enumerate("abc"):
+        for path in sorted((tree / "val" / name).iterdir()):
+            image = transform(Image.open(path).convert("RGB"))[None]
+            with torch.no_grad():
+                logits = network(image)
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([label])).item())
+    assert result["loss"] == pytest.approx(sum(losses) / 15, rel=2e-3)
+
+    fail(run("main.py", "--resume", "released.pth.tar", tree), "--pretrained released.pth.tar")
+
+
+def test_bad_input_is_answered_in_one_line(run, tree, tmp_path, monkeypatch, capsys):
+    fail(run("main.py", "-b", 25, tree), "error: -b 25", "24 training images")
+    fail(run("main.py", "--epoch", 3, tree), "--epoch", "did you mean --epochs")
+    assert not (tmp_path / "runs").exists()  # nothing was begun
+
+    # The others in this process: a fresh one spends seconds on importing torch.
+    def answer(*arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", ["main.py", *map(str, arguments)])
+        with pytest.raises((UserError, SystemExit)) as stopped:
+            main()
+        said = capsys.readouterr().err if stopped.type is SystemExit else str(stopped.value)
+        assert len(said.splitlines()) == 1
+        return said
+
+    monkeypatch.chdir(tmp_path)
+    said = answer("-a", "eca_resnet51", tree)
+    assert "no network 'eca_resnet51'" in said
+    assert "eca_resnet50" in said
+    for ksize in ("3546", "355", "abc", "0"):
+        said = answer("--ksize", ksize, tree)
+        assert repr(ksize) in said
+        assert "3557" in said
+    assert "no ECA layer: leave --ksize out" in answer("-a", "resnet50", "--ksize", "3557", tree)
+    assert "--resume CKPT" in answer("-e", tree)
+    assert "train/ and val/" in answer(tmp_path / "nowhere")
+    assert "no DATA given" in answer()
+    assert "--num-classes 2: the data has 3" in answer(*SMALL, "--num-classes", 2, tree)
+    assert "'-1' is not a number above 0" in answer("--lr", "-1", tree)
+    assert "'nan' is not" in answer("--wd", "nan", tree)
+    assert "no such file" in answer(*SMALL, "--pretrained", "none.pth", tree)
+    assert "no demo data 'demo:letters'" in answer("demo:letters")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_recipes_are_the_papers():
+    from light_main import RECIPE as LIGHT
+
+    assert (RECIPE.epochs, RECIPE.batch_size) == (100, 256)
+    assert (RECIPE.lr, RECIPE.weight_decay) == (0.1, 1e-4)
+    assert (RECIPE.schedule, RECIPE.lr_step, RECIPE.lr_decay) == ("step", 30, 0.1)
+    assert (LIGHT.epochs, LIGHT.batch_size, LIGHT.lr, LIGHT.weight_decay) == (400, 96, 0.045, 4e-5)
+    assert (LIGHT.schedule, LIGHT.lr_decay) == ("exp", 0.98)
+    assert DEMO["arch"] == "eca_resnet18"
+    assert Path(models.__file__).parent.parent == Path(__file__).parents[2]

@@ -1,0 +1,293 @@
+"""The named recipes: their values, and runs with all of their parts as a user starts them."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+import torch
+from helpers.trees import ROOT
+
+import main as script
+from light_main import DEMO as LIGHT_DEMO
+from light_main import RECIPE as LIGHT
+from main import DEMO, RECIPE
+from models import weights
+from utils.classification.report import recipe_lines
+from utils.classification.state import TrainState
+from utils.data.loading import demo_digits
+from utils.recipes.classification import MODERN, MODERN_100, RECIPES, Recipe
+from utils.runs import checkpoint
+
+SMALL = ("-a", "eca_mobilenetv2", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j", 0, "--seed", 1)
+PARTS = ("--label-smoothing", 0.1, "--mixup", 0.2, "--cutmix", 1, "--auto-augment", "trivial",
+         "--random-erasing", 0.5, "--ema", 0.99, "--no-norm-decay", "--repeats", 2,
+         "--accumulate", 2, "--clip-grad", 1, "--min-scale", 0.5)  # fmt: skip
+
+
+def same(a, b) -> bool:
+    """Bitwise equality of nested plain values and tensors."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+OLD_FIELDS = {  # of a recipe, before there was another than the paper's
+    "arch", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "lr_step",
+    "lr_decay", "warmup_epochs", "img_size", "crop_pct", "min_scale", "hflip",
+}  # fmt: skip
+STATE = ("state_dict", "raw_state_dict", "averaged_steps", "optimizer", "progress", "history")
+
+
+def test_the_modern_recipes_are_what_the_document_says():
+    """Each number of docs/RECIPES.md's table, read from it."""
+    text = (ROOT / "docs" / "RECIPES.md").read_text()
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| `--")]
+    table = {row[0].split("`")[1].removeprefix("--").replace("-", "_"): row[1:4] for row in rows}
+    recipes = [RECIPE, RECIPE.override(**MODERN), RECIPE.override(**MODERN_100)]
+    words = {"no": 0, "yes": 1, "as evaluation": 0}
+    for field, cells in table.items():
+        for recipe, cell in zip(recipes, map(str.strip, cells), strict=True):
+            value = getattr(recipe, field)
+            if isinstance(value, str):
+                assert value == cell
+            else:
+                assert value == pytest.approx(float(words.get(cell, cell)), rel=1e-3), field
+    apart = {"arch", "lr_step", "lr_decay", "hflip", "min_scale"}  # the same in all of them
+    assert table.keys() == {f.name for f in fields(Recipe)} - apart
+    assert all(getattr(r, name) == getattr(RECIPE, name) for r in recipes for name in apart)
+
+
+def test_recipes_are_frozen():
+    for values in (RECIPES, MODERN, MODERN_100):
+        with pytest.raises(TypeError):
+            values["epochs"] = 1
+    with pytest.raises(FrozenInstanceError):
+        RECIPE.override(**MODERN).epochs = 1
+    assert round(224 / MODERN["crop_pct"]) == 232
+
+
+def test_the_paper_s_recipe_has_nothing_of_the_others():
+    for recipe in (RECIPE, LIGHT):
+        assert recipe.override(**RECIPES["paper"]) == recipe
+        assert len(recipe_lines(recipe, "paper")) == 1
+        modern = recipe.override(**MODERN)
+        assert modern.arch == recipe.arch
+        first, second = recipe_lines(modern, "modern")
+        assert first.startswith("recipe modern: 600 epochs, batch 1024, lr 0.5 cosine, warm-up 5 e")
+        assert first.endswith("176 pixels (evaluation 224)")
+        assert second == (
+            "  label smoothing 0.1, mixup 0.2, cutmix 1, random erasing 0.1, EMA 0.99997, "
+            "TrivialAugment, no decay on norms, biases and ECA kernels, each image 4 times a batch"
+        )
+
+
+@pytest.mark.parametrize("name", ["modern", "modern100"])
+@pytest.mark.parametrize(("recipe", "demo"), [(RECIPE, DEMO), (LIGHT, LIGHT_DEMO)])
+def test_a_demo_keeps_its_sizes_under_every_recipe(recipe, demo, name):
+    found = recipe.override(**RECIPES[name]).override(**demo)
+    assert {key: getattr(found, key) for key in demo} == demo
+    assert (found.batch_size, found.hflip) == (32, 0.0)
+    assert (found.auto_augment, found.repeats, found.crop_size) == ("none", 1, found.img_size)
+    assert found.mixup > 0
+    assert found.ema > 0
+    assert not found.norm_decay
+
+
+def test_a_recipe_saved_before_there_were_such_parts_has_none():
+    old = {k: v for k, v in RECIPE.as_dict().items() if k in OLD_FIELDS}
+    assert Recipe.from_dict(old) == RECIPE
+
+
+class Killed(BaseException):
+    """As sudden as SIGKILL: nothing in the program catches it."""
+
+
+def test_killed_and_stopped_with_all_parts_a_run_ends_bit_for_bit(
+    call, tree, tmp_path, monkeypatch
+):
+    flags = (*SMALL, *PARTS, "--epochs", 2, "--save-every", 1, tree)
+    assert call(*flags, "--output", "through")[0] == 0
+
+    finish_step = TrainState.finish_step
+    steps = []
+
+    def stumble(state, broken):
+        finish_step(state, broken)
+        steps.append((state.epoch, state.step))
+        if len(steps) == 2:
+            raise Killed  # in step 2 of 3, saved after step 1
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)  # in the second epoch, which saves
+
+    monkeypatch.setattr(TrainState, "finish_step", stumble)
+    again = ("--resume", "auto", "--output", "cut", *flags)
+    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, again)])
+    with pytest.raises(Killed):
+        script.main()
+    assert checkpoint.load(tmp_path / "cut" / "last.pth")["progress"]["step"] == 1
+    assert call(*again)[0] == 143
+    assert call(*again, "-j", 1)[0] == 0
+    assert steps == [(0, 1), (0, 2), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
+    for name in ("last.pth", "best.pth"):
+        one, other = (checkpoint.load(tmp_path / run / name) for run in ("through", "cut"))
+        assert one.keys() >= set(STATE)
+        for part in STATE:
+            assert same(one[part], other[part]), f"{name}: {part}"
+    csv = [(tmp_path / run / "metrics.csv").read_bytes() for run in ("through", "cut")]
+    assert csv[0] == csv[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tree, tmp_path_factory):
+    """The folder of a run of one epoch with every part. Read only: copy its files."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, ["main.py", *SMALL, *PARTS, "--epochs", 1,
+                                                  "--output", folder, tree])))  # fmt: skip
+        assert script.main() == 0
+    torch.use_deterministic_algorithms(False)
+    return folder
+
+
+def test_what_is_saved_is_what_was_evaluated(call, finished, tree, tmp_path):
+    saved = checkpoint.load(finished / "last.pth")
+    assert saved["recipe"]["ema"] == 0.99
+    assert saved["averaged_steps"] == 3
+    assert not same(saved["state_dict"], saved["raw_state_dict"])
+    code, _, err = call("-e", "--resume", finished / "last.pth", "--output", tmp_path / "result")
+    assert (code, err) == (0, [])
+    result = json.loads((tmp_path / "result" / "evaluation.json").read_text())
+    row = saved["history"][-1]
+    assert result["loss"] == pytest.approx(row["val_loss"], rel=1e-6)
+    assert result["top1"] == row["val_top1"]
+    network = weights.network_from_checkpoint(saved)  # as predict.py and export.py read it
+    assert same(dict(network.state_dict()), saved["state_dict"])
+    # Weights to start from are the averaged ones, too.
+    flags = (*SMALL, "--epochs", 1, "--lr", 1e-12, "--momentum", 0, "--output", tmp_path / "next")
+    assert call(*flags, "--pretrained", finished / "last.pth", tree)[0] == 0
+    found = checkpoint.load(tmp_path / "next" / "last.pth")["state_dict"]
+    key = "features.0.0.weight"
+    torch.testing.assert_close(found[key], saved["state_dict"][key])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--recipe", "modern"), "the run's recipe is paper: leave --recipe modern out"),
+        (("--norm-decay",), "the run spares norms, biases and ECA kernels: leave --norm-decay out"),
+        (("--repeats", 4), "with each image 2 times a batch: leave --repeats 4 out"),
+        (("--accumulate", 3), "-b 8 on 1 device does not divide into --accumulate 3 parts"),
+        (("--sync-bn",), "--sync-bn is for several processes on GPUs"),
+    ],
+)
+def test_what_a_resumption_cannot_take_up_is_refused(call, finished, tmp_path, flags, message):
+    saved = checkpoint.load(finished / "last.pth")
+    saved["progress"].update(epoch=0, step=2)
+    (tmp_path / "run").mkdir()
+    checkpoint.save(tmp_path / "run" / "last.pth", saved)
+    code, _, err = call("--resume", tmp_path / "run" / "last.pth", *flags)
+    assert code == 2
+    assert len(err) == 1
+    assert message in err[0]
+
+
+def test_a_checkpoint_from_before_the_recipes_goes_on(call, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    saved = checkpoint.load(finished / "last.pth")
+    del saved["args"]["recipe"], saved["raw_state_dict"], saved["averaged_steps"]
+    for part in saved["recipe"].keys() - OLD_FIELDS:
+        del saved["recipe"][part], saved["args"][part]
+    # Its optimizer had one group, in the network's order.
+    network = weights.network_from_checkpoint(saved)
+    momenta = [{"momentum_buffer": torch.zeros_like(p)} for p in network.parameters()]
+    saved["optimizer"]["state"] = dict(enumerate(momenta))
+    checkpoint.save(tmp_path / "run" / "last.pth", saved)
+    code, out, err = call("--resume", tmp_path / "run" / "last.pth", "--epochs", 2)
+    assert (code, err) == (0, [])
+    assert any(line.startswith("recipe: 2 epochs, batch 8") for line in out)
+    after = checkpoint.load(tmp_path / "run" / "last.pth")
+    assert "raw_state_dict" not in after
+    assert len(after["history"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--recipe", "modem"), "invalid choice: 'modem'"),
+        (("--ema", 1), "'1' is not a number between 0 and 1, 1 excluded"),
+        (("--label-smoothing", 1), "'1' is not a number between 0 and 1"),
+        (("--mixup", -1), "'-1' is not a number at least 0"),
+        (("--random-erasing", 2), "'2' is not a number between 0 and 1"),
+        (("--auto-augment", "wide"), "invalid choice: 'wide'"),
+        (("--repeats", 0), "'0' is not a whole number at least 1"),
+        (("--repeats", 3), "-b 8 does not hold each image --repeats 3 times: give a multiple of 3"),
+        (("--accumulate", 5), "-b 8 on 1 device does not divide into --accumulate 5 parts"),
+        (("--accumulate", 8), "leaves one image at a time per device"),
+        (("--sync-bn",), "--sync-bn is for several processes on GPUs: start them with torchrun"),
+        (("--emma", 0.9), "did you mean --ema"),
+    ],
+)
+def test_bad_values_are_answered_in_one_line(call, tree, tmp_path, flags, words):
+    code, _, err = call(*SMALL, *flags, tree)
+    assert code == 2
+    assert len(err) == 1
+    assert words in err[0]
+    assert not (tmp_path / "runs").exists()
+
+
+# Documented commands at a size for tests; DATA is the test's own, and so are the demo's images.
+SCALED = {
+    "main.py": ("-a", "resnet18", "-b", 8, "--epochs", 1, "--img-size", 32, "--train-size", 24,
+                "-j", 0),
+    "light_main.py": ("-b", 8, "--epochs", 1, "--img-size", 32, "--train-size", 32, "-j", 0),
+    "demo": ("-b", 8, "--epochs", 1),
+}  # fmt: skip
+
+
+def documented() -> list[str]:
+    """The commands of docs/RECIPES.md."""
+    lines = (ROOT / "docs" / "RECIPES.md").read_text().splitlines()
+    return [line.split("  #")[0].strip() for line in lines if re.match("(python|torchrun) ", line)]
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_commands(call, run, tree, tmp_path, monkeypatch, line):
+    monkeypatch.setattr(demo_digits, "HOME", tmp_path / "home")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "digits").symlink_to(tree)
+    words = [str(tree) if word == "DATA" else word for word in line.split()]
+    if words[0] == "torchrun":
+        name, arguments = words[2], words[3:]
+        done = run(name, *arguments, *SCALED[name], ranks=2)
+        code, text = done.returncode, done.stdout + done.stderr
+        best = tmp_path / "runs" / "resnet18-1" / "best.pth"
+        assert call("-e", "--resume", best, "--output", tmp_path / "result")[0] == 0
+        result = json.loads((tmp_path / "result" / "evaluation.json").read_text())
+        wanted = checkpoint.load(best)["progress"]["best"]["val_loss"]
+        assert result["loss"] == pytest.approx(wanted, rel=1e-3)  # of bfloat16, and one rank's
+    else:
+        name, arguments = words[1], words[2:]
+        entry = script.main if name == "main.py" else lambda: script.main(LIGHT, LIGHT_DEMO)
+        scaled = SCALED["demo" if "demo:digits" in arguments else name]
+        code, out, err = call(*arguments, *scaled, entry=entry)
+        text = "\n".join([*out, *err])
+    assert code == 0, text
+    (folder,) = (tmp_path / "runs").iterdir()
+    saved = checkpoint.load(folder / "last.pth")
+    assert "raw_state_dict" in saved  # each of them averages
+    assert not any(key.startswith("module.") for key in saved["state_dict"])
+    if "--recipe" in arguments:
+        chosen = arguments[arguments.index("--recipe") + 1]
+        assert f"recipe {chosen}: 1 epochs, batch 8" in text
+        assert saved["args"]["recipe"] == chosen
+        if "--ema" not in arguments:
+            assert saved["recipe"]["ema"] == RECIPES[chosen]["ema"]

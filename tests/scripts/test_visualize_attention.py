@@ -1,0 +1,301 @@
+"""visualize_attention.py: the weights are those the layers apply, averaged over the right images."""
+
+import io
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers.shard_sets import make
+from PIL import Image
+from torch import nn
+
+from models import create_model, weights
+from models.attention import ATTENTIONS
+from models.eca_resnet import BasicBlock, ResNet
+from models.inspection import attention_layers, feature_maps, gate, recorded_gates
+from utils.data.decoding import read_image
+from utils.inspection import channel_weight_plots
+from utils.inspection.channel_weights import GateStatistics, LayerWeights, table
+from utils.options.parser import run_script
+from utils.runs import checkpoint
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name != "none"])
+def test_gate_is_what_the_layer_multiplies_by(name):
+    torch.manual_seed(0)
+    layer = ATTENTIONS[name].build(32, 3)
+    x = torch.randn(3, 32, 5, 4)
+    s = gate(layer, x)
+    assert s.shape == (3, 32)
+    torch.testing.assert_close(layer(x), x * s[:, :, None, None])
+
+
+@pytest.mark.parametrize(
+    "name", ["eca_resnet18", "se_resnet34", "eca_resnet50", "eca_mobilenetv2", "se_mobilenetv2"]
+)
+def test_layers_are_found_where_they_stand(name):
+    network = create_model(name, num_classes=4).eval()
+    found = attention_layers(network)
+    keys = {key.rpartition(".")[0] for key in network.state_dict()}
+    slot = name.partition("_")[0]
+    for layer in found:
+        assert network.get_submodule(layer.name) is layer.layer
+        assert any(key.startswith(layer.name) for key in keys)
+        if "resnet" in name:
+            assert layer.name == f"layer{layer.stage}.{layer.block - 1}.{slot}"
+    blocks = {"18": 8, "34": 16, "50": 16, "v2": 17}[name[-2:]]
+    assert len(found) == blocks
+    if "mobile" in name:
+        places = [(layer.stage, layer.block) for layer in found]
+        depths = (1, 2, 3, 4, 3, 3, 1)
+        assert places == [(s, b + 1) for s, depth in enumerate(depths, 1) for b in range(depth)]
+
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = network(images)
+        with recorded_gates(network) as gates:
+            torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
+    assert list(gates) == [layer.name for layer in found]
+    assert all(g.shape[0] == 2 and g.min() > 0 and g.max() < 1 for g in gates.values())
+    assert not any(layer.layer._forward_hooks for layer in found)
+
+
+def test_a_plain_network_has_none():
+    for name in ("resnet18", "mobilenetv2"):
+        assert attention_layers(create_model(name, num_classes=2)) == []
+    for function in (attention_layers, feature_maps):
+        with pytest.raises(ValueError, match=r"a network of models\.MODELS is wanted"):
+            function(nn.Linear(2, 2))
+
+
+def test_statistics_over_batches_are_those_over_all():
+    torch.manual_seed(0)
+    s = torch.rand(23, 6)
+    labels = torch.cat((torch.tensor([0, 1, 1, 2, 2]), torch.randint(0, 3, (18,))))
+    statistics = GateStatistics(3)
+    for begin in range(0, 23, 5):
+        part = slice(begin, begin + 5)
+        statistics.update({"a": s[part], "b": 1 - s[part]}, labels[part])
+    layer = statistics.layer("a", 1, 2, torch.tensor([[[1.0, 2.0, 3.0]]]))
+    groups = [s[labels == i].double().numpy() for i in range(3)]
+    np.testing.assert_allclose(layer.mean, [g.mean(0) for g in groups], atol=1e-12)
+    np.testing.assert_allclose(layer.std, [g.std(0, ddof=1) for g in groups], atol=1e-7)
+    assert layer.counts.tolist() == [len(g) for g in groups]
+    assert layer.kernel.tolist() == [1, 2, 3]
+    np.testing.assert_allclose(
+        statistics.layer("b", 1, 1, None).mean, 1 - np.array(layer.mean), atol=1e-7
+    )
+
+
+def test_spreads_tell_classes_from_chance():
+    chance = np.random.default_rng(0)
+
+    def spreads(class_std, image_std, count=40, classes=30, channels=200):
+        centre = 0.5 + class_std * chance.standard_normal((classes, channels))
+        images = centre + image_std * chance.standard_normal((count, classes, channels))
+        mean, std = images.mean(0), images.std(0, ddof=1)
+        layer = LayerWeights("x", 1, 1, mean, std, np.full(classes, count), None)
+        return layer.between, layer.within, layer.noise
+
+    between, within, noise = spreads(0, 0.1)
+    assert within == pytest.approx(0.1, rel=0.02)
+    assert between == pytest.approx(noise, rel=0.05)  # nothing but chance
+    assert noise == pytest.approx(0.1 / 40**0.5, rel=0.02)
+    between, within, noise = spreads(0.1, 0.05)
+    assert between == pytest.approx(0.1, rel=0.05)
+    assert within == pytest.approx(0.05, rel=0.02)
+    assert spreads(0, 0, classes=1)[0] == 0
+
+
+def test_a_single_image_says_nothing_of_a_spread():
+    torch.manual_seed(0)
+    s = torch.rand(5, 4)
+    statistics = GateStatistics(3)
+    statistics.update({"a": s}, torch.tensor([0, 0, 1, 2, 2]))
+    layer = statistics.layer("a", 1, 1, None)
+    assert np.isnan(layer.std).all(1).tolist() == [False, True, False]
+    variances = [s[part].double().var(0) for part in (slice(0, 2), slice(3, 5))]
+    pooled = sum(variances) / 2
+    assert layer.within == pytest.approx(pooled.sqrt().mean().item(), rel=1e-6)
+    noise = (variances[0] / 2 + pooled / 1 + variances[1] / 2) / 3
+    assert layer.noise == pytest.approx(noise.sqrt().mean().item(), rel=1e-6)
+
+    statistics = GateStatistics(2)
+    statistics.update({"a": s[:2]}, torch.tensor([0, 1]))
+    layer = statistics.layer("a", 1, 1, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan([layer.within, layer.noise]).all()
+        cells = table([layer]).splitlines()[1].split()
+    between = s[:2].double().std(0).mean().item()
+    assert cells == ["a", "4", f"{s[:2].mean():.4f}", f"{between:.4f}", "-", "-", "-"]
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """Runs visualize_attention.py's main in an empty folder and gives (exit code, all that it printed)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["visualize_attention.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_script(attention.main)
+        return end.value.code, "".join(capsys.readouterr())
+
+    return call
+
+
+def saved(path, network):
+    fields = {"classes": ["other", "names"], "img_size": 32, "crop_pct": 1.0}
+    state = {**weights.describe_network(network), **fields, "state_dict": network.state_dict()}
+    checkpoint.save(path, state)
+    return path
+
+
+def test_script_from_images_to_files(cli, tmp_path):
+    chance = np.random.default_rng(0)
+    for name, count in (("ant", 3), ("bee", 2)):
+        (tmp_path / "data" / "val" / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = chance.integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / "val" / name / f"{i}.png")
+    torch.manual_seed(0)
+    network = create_model("eca_resnet18", num_classes=2).eval()
+    ckpt = saved(tmp_path / "best.pth", network)
+
+    code, text = cli(ckpt, "data", "-b", 2, "--curves", "bee", "ant")
+    assert code == 0
+    assert "5 images in 2 classes" in text
+    names = ["attention.npz", "channel_weights.png", "kernels.png", "spread.png"]
+    assert sorted(p.name for p in (tmp_path / "runs/attention-1").iterdir()) == names
+    with np.load(tmp_path / "runs/attention-1/attention.npz") as found:
+        assert found["classes"].tolist() == ["ant", "bee"]
+        assert found["images"].tolist() == [3, 2]
+        last = found["layer4.1.eca.mean"]
+        np.testing.assert_array_equal(
+            found["layer2.0.eca.kernel"], network.layer2[0].eca.conv.weight.detach().flatten()
+        )
+    # By hand: the input of the last block's attention, and its gate.
+    seen = []
+    network.layer4[1].eca.register_forward_hook(lambda m, i, o: seen.append((i[0], o)))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    for i in range(2):
+        image = read_image(tmp_path / f"data/val/bee/{i}.png") / 255
+        network(((image - mean) / std)[None])
+    ratio = [(out / x).mean((2, 3))[0] for x, out in seen]
+    np.testing.assert_allclose(last[1], torch.stack(ratio).mean(0).detach(), atol=1e-5)
+
+    # A folder of class folders itself; fewer images; all blocks; a broken one.
+    (tmp_path / "data/val/ant/0.png").write_bytes(b"broken")
+    code, text = cli(ckpt, "data/val", "--per-class", 2, "--all-blocks", "--output", "out")
+    assert code == 1
+    assert "data/val/ant/0.png: not an image; passed over" in text
+    with np.load(tmp_path / "out/attention.npz") as found:
+        assert found["images"].tolist() == [1, 2]
+    heights = [
+        Image.open(tmp_path / folder / "channel_weights.png").height
+        for folder in ("runs/attention-1", "out")
+    ]
+    assert heights[1] > 1.8 * heights[0]  # eight panels, four panels
+
+    # What is wrong is said in one line.
+    plain = saved(tmp_path / "plain.pth", create_model("resnet18", num_classes=2))
+    for arguments, message in [
+        ((plain, "data"), "resnet18 has no attention layers"),
+        ((ckpt, "data", "--curves", "been"), "--curves: no class 'been'; did you mean bee?"),
+        ((ckpt, "data", "--output", "out"), "out: is in use"),
+        ((ckpt, "nowhere"), "nowhere: no such folder"),
+        ((ckpt, "data", "--per-class", 1), "no readable image of class 'ant'"),
+    ]:
+        code, text = cli(*arguments)
+        assert (code, message in text) == (2, True), text
+    assert "Traceback" not in text
+
+
+def test_squeeze_and_excitation_has_no_kernels(cli, tmp_path, tree, monkeypatch):
+    torch.manual_seed(0)
+    network = ResNet(BasicBlock, (2, 2, 2, 2), "se", None, 2, "se_resnet18")
+    ckpt = saved(tmp_path / "se.pth", network)
+    code, text = cli(ckpt, tree, "--per-class", 1, "-j", 0)
+    assert code == 0
+    assert "written to runs/attention-1: channel_weights.png, spread.png, attention.npz" in text
+    for line in text.splitlines()[3:-1]:  # noise, within and kernel
+        assert line.split()[-3:] == ["-", "-", "-"]
+        assert float(line.split()[-4]) > 0
+
+    # The same images in shards.
+    shards = make(monkeypatch, tree, tmp_path / "shards", "-j", 1)
+    code, _ = cli(ckpt, shards, "--per-class", 1, "-j", 0)
+    assert code == 0
+    folder, sharded = (np.load(f"runs/attention-{i}/attention.npz") for i in (1, 2))
+    for name in folder:
+        np.testing.assert_array_equal(folder[name], sharded[name])
+
+
+def test_class_names_are_not_read_as_formulas():
+    layer = LayerWeights("x", 1, 1, np.eye(2, 8), np.ones((2, 8)), np.full(2, 3), None)
+    drawn = channel_weight_plots.draw_weights([layer], [r"$\broken{$", "a long name " * 3], [0, 1], "t")
+    with Image.open(io.BytesIO(drawn)) as image:
+        assert image.width > 900
+
+
+@pytest.fixture
+def layers():
+    """Two blocks of stage 1 and one of stage 2, three classes."""
+    chance = np.random.default_rng(0)
+
+    def layer(stage, block, k):
+        mean, std = chance.random((2, 3, 6))
+        return LayerWeights("x", stage, block, mean, std, np.full(3, 4), chance.normal(size=k))
+
+    return [layer(1, 1, 3), layer(1, 2, 3), layer(2, 1, 5)]
+
+
+def lines(axis):
+    return {line.get_label(): np.array(line.get_data()) for line in axis.lines}
+
+
+def test_weights_are_drawn_class_by_class(layers, figures):
+    channel_weight_plots.draw_weights(layers[1:], ["ant", "bee", "cat"], [2, 0], "t")
+    panels = figures[0].axes
+    uppers = [axis for axis in panels if axis.get_ylabel() == "weight s"]
+    lowers = [axis for axis in panels if axis.images and len(axis.get_yticks()) == 2]
+    assert [axis.get_title("left") for axis in uppers] == [
+        "stage 1, block 2: 6 channels, k = 3", "stage 2, block 1: 6 channels, k = 5",
+    ]  # fmt: skip
+    for layer, upper, lower in zip(layers[1:], uppers, lowers, strict=True):
+        assert list(lines(upper)) == ["cat", "ant"]
+        for label, name in ((2, "cat"), (0, "ant")):
+            np.testing.assert_array_equal(lines(upper)[name], [range(6), layer.mean[label]])
+        differences = layer.mean[[2, 0]] - layer.mean.mean(0)
+        np.testing.assert_allclose(lower.images[0].get_array(), differences)
+        assert [text.get_text() for text in lower.get_yticklabels()] == ["cat", "ant"]
+        low, high = lower.images[0].get_clim()
+        assert -low == high == np.abs(differences).max()
+
+
+def test_spreads_are_drawn_block_by_block(layers, figures):
+    channel_weight_plots.draw_spread(layers, "t")
+    upper, lower = figures[0].axes
+    for label, name in (
+        ("between images of one class", "within"),
+        ("between the classes' means", "between"),
+        ("… expected by chance", "noise"),
+    ):
+        np.testing.assert_array_equal(lines(lower)[label][1], [getattr(a, name) for a in layers])
+    medians = [np.median(layer.mean.mean(0)) for layer in layers]
+    np.testing.assert_allclose(upper.lines[0].get_ydata(), medians)
+    assert [text.get_text() for text in lower.get_xticklabels()] == ["1.1", "1.2", "2.1"]
+    assert [line.get_xdata()[0] for line in lower.lines[3:]] == [1.5]  # where a stage begins
+
+
+def test_kernels_are_drawn_stage_by_stage(layers, figures):
+    channel_weight_plots.draw_kernels(layers, "t")
+    first, second = figures[0].axes
+    assert [axis.get_title() for axis in (first, second)] == ["stage 1, k = 3", "stage 2, k = 5"]
+    for axis, block, layer in ((first, "1", 0), (first, "2", 1), (second, "1", 2)):
+        kernel = layers[layer].kernel
+        reach = len(kernel) // 2
+        np.testing.assert_array_equal(lines(axis)[block], [range(-reach, reach + 1), kernel])

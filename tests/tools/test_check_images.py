@@ -1,0 +1,143 @@
+"""python -m tools.check_images: every broken file, and no other."""
+
+import csv
+import errno
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.trees import ROOT
+
+from tools import check_images
+from tools.check_images import find_broken, find_images
+from utils.options.classification import parser
+from utils.system.errors import UserError
+
+
+@pytest.fixture
+def data(tree, tmp_path) -> Path:
+    """A tree with four broken images and some files beside them."""
+    data = Path(shutil.copytree(tree, tmp_path / "data"))
+    (data / "train" / "a" / "1.png").write_bytes(b"")
+    (data / "train" / "b" / "2.jpg").write_text("<html>not found</html>")
+    (data / "val" / "c" / "0.png").write_bytes((data / "val" / "c" / "0.png").read_bytes()[:90])
+    os.mkfifo(data / "val" / "c" / "pipe.jpg")
+    (data / "train" / "a" / "notes.txt").touch()
+    (data / "train" / "a" / ".1.png").touch()
+    return data
+
+
+BROKEN = ("train/a/1.png", "train/b/2.jpg", "val/c/0.png", "val/c/pipe.jpg")
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    monkeypatch.setattr(parser, "end_children", lambda: True)
+
+    def start(*arguments):
+        monkeypatch.setattr(sys, "argv", ["check_data", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            parser.run_script(check_images.main)
+        out, err = capfd.readouterr()
+        return ended.value.code, out, err
+
+    return start
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("decoder", ["torchvision", "simplejpeg", "pil"])
+def test_broken_files_are_listed_as_csv(call, data, processes, decoder):
+    code, out, err = call(data, "-j", processes, "--decoder", decoder)
+    assert code == 1
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["path"] for row in rows] == [f"{data}/{name}" for name in BROKEN]
+    assert rows[0]["reason"] == "the file is empty"
+    assert rows[3]["reason"] == "not a regular file"
+    assert all(row["reason"] for row in rows)
+    assert err == "41 images read, 4 broken; passed over: 1 .txt\n"
+
+
+def test_a_bad_sector_is_listed_and_the_rest_read(call, data, monkeypatch):
+    real = os.open
+
+    def fail(path, *arguments):
+        if os.fsencode(path).endswith(b"train/c/3.png"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, "open", fail)
+    code, out, _ = call(data, "-j", 1)
+    rows = {row["path"]: row["reason"] for row in csv.DictReader(io.StringIO(out))}
+    assert code == 1
+    assert list(rows) == [f"{data}/{name}" for name in sorted((*BROKEN, "train/c/3.png"))]
+    assert rows[f"{data}/train/c/3.png"].startswith("Input/output error; see to the storage")
+
+
+def test_a_good_folder(call, tree, tmp_path):
+    code, out, err = call(tree, "-j", 1, "--output", tmp_path / "bad.csv")
+    assert (code, out) == (0, "")
+    assert (tmp_path / "bad.csv").read_text() == "path,reason\n"
+    assert err == "39 images read, 0 broken\n"
+    code, out, err = call(tree, "-j", 1, "--output", tmp_path / "bad.csv")
+    assert (code, out) == (2, "")
+    assert "exists already" in err
+
+
+def test_bad_input(call, tmp_path):
+    code, _, err = call(tmp_path / "gone")
+    assert code == 2
+    assert err == f"error: {tmp_path}/gone: no such folder; give the folder that holds the images\n"
+    assert call(tmp_path, "-j", 0)[0] == 2
+
+
+def test_names_and_links(tmp_path):
+    root = os.fsencode(tmp_path)
+    os.makedirs(root + b"/caf\xe9/deep")
+    for name in (b"/caf\xe9/\xff.jpg", b"/caf\xe9/deep/2.PNG", b"/1.webp"):
+        open(root + name, "wb").close()
+    os.symlink(root, root + b"/caf\xe9/deep/loop")
+    os.makedirs(root + b"/.hidden")
+    open(root + b"/.hidden/3.jpg", "wb").close()
+    found, others = find_images(str(tmp_path))
+    assert found == [root + n for n in (b"/1.webp", b"/caf\xe9/deep/2.PNG", b"/caf\xe9/\xff.jpg")]
+    assert others == {}
+    for error in find_broken(found, "pil", 1):
+        str(error).encode("utf-8")
+
+
+@pytest.mark.parametrize("names", ["ab", "abc"])
+def test_links_across_repeat_no_image_and_end(tmp_path, names):
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+        for other in set(names) - {name}:
+            (tmp_path / name / f"to_{other}").symlink_to(f"../{other}")
+    found, _ = find_images(str(tmp_path))
+    assert found == [os.fsencode(tmp_path / name / "1.png") for name in names]
+
+
+def kill_this_process(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_reader_is_one_line(monkeypatch, data):
+    paths, _ = find_images(str(data))
+    monkeypatch.setattr(check_images, "read_image", kill_this_process)
+    with pytest.raises(UserError, match=r"was killed.*-j"):
+        list(find_broken(paths, "pil", 2))
+
+
+def test_as_a_user_runs_it(data):
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.check_images", str(data)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[0] == "path,reason"
+    assert len(done.stdout.splitlines()) == 5
+    assert done.stderr.splitlines() == ["41 images read, 4 broken; passed over: 1 .txt"]

@@ -1,0 +1,247 @@
+"""COCO's figures: against pycocotools, over ranks, with hard annotations and none."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.coco_trees import annotation, write_tree
+
+from utils.detection import coco_masks
+from utils.detection.coco_evaluation import BACKENDS, FIGURES, GroundTruth, gather, to_results
+from utils.detection.coco_files import locate
+from utils.system.distributed import Context
+from utils.system.errors import UserError
+
+SIZE = (48, 64)
+
+
+def random_case(root, images=12, seed=0, crowds=True):
+    """A tree of random objects, and detections that hit, miss and repeat them, with masks."""
+    chance = np.random.default_rng(seed)
+    annotations, results = [], []
+    for image_id in range(1, images + 1):
+        for _ in range(int(chance.integers(0, 5))):
+            w, h = chance.integers(4, 40, 2)
+            x, y = chance.integers(0, SIZE[1] - w + 1), chance.integers(0, SIZE[0] - h + 1)
+            x, y, w, h = map(int, (x, y, w, h))
+            category = int(chance.choice([1, 7]))
+            mask = np.zeros(SIZE, dtype=bool)
+            mask[y : y + h, x : x + w] = chance.random((h, w)) < 0.8
+            counts = {"size": list(SIZE), "counts": coco_masks.run_lengths(mask)}
+            annotations.append(
+                annotation(
+                    len(annotations) + 1, image_id, category, (x, y, w, h), segmentation=counts,
+                    area=int(mask.sum()), iscrowd=int(crowds and chance.random() < 0.1),
+                )
+            )  # fmt: skip
+            for _ in range(int(chance.integers(0, 3))):
+                shift = chance.normal(0, 1, 4)
+                seen = mask ^ (chance.random(SIZE) < 0.05)
+                results.append(
+                    {
+                        "image_id": image_id,
+                        "category_id": category if chance.random() < 0.8 else 8 - category,
+                        "bbox": [float(v + s) for v, s in zip((x, y, w, h), shift, strict=True)],
+                        "score": float(chance.random()),
+                        "segmentation": coco_masks.encode(seen[None])[0],
+                    }
+                )
+    return locate(write_tree(root, annotations, images), "val"), results
+
+
+def by_hand(place, results, kind):
+    """pycocotools, fed as its own examples do: from files."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    drop = "segmentation" if kind == "bbox" else "bbox"
+    path = place.annotations.with_name("results.json")
+    path.write_text(json.dumps([{k: v for k, v in r.items() if k != drop} for r in results]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(place.annotations))
+        judged = COCOeval(truth, truth.loadRes(str(path)), kind)
+        judged.evaluate()
+        judged.accumulate()
+        judged.summarize()
+    return judged
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_figures_are_pycocotools(tmp_path, backend, kind):
+    place, results = random_case(tmp_path)
+    before = json.dumps(results)
+    found = GroundTruth(place, masks=True).judge(results, backend)[kind]
+    assert json.dumps(results) == before
+    expected = by_hand(place, results, kind)
+    assert list(found.figures) == list(FIGURES)
+    np.testing.assert_allclose(list(found.figures.values()), expected.stats, atol=1e-9)
+    assert 0.05 < found.figures["AP"] < 0.95  # a case that means something
+    precision = expected.eval["precision"][:, :, :, 0, -1]
+    for i, name in enumerate(("cat", "dog")):
+        assert found.per_class[name] == pytest.approx(precision[:, :, i].mean())
+
+
+def test_many_detections_agree(tmp_path):
+    """Two figures from thousands of boxes, as one epoch of COCO would give, to six digits."""
+    chance = np.random.default_rng(1)
+    place, _ = random_case(tmp_path, images=60, seed=1)
+    results = [
+        {
+            "image_id": int(chance.integers(1, 61)),
+            "category_id": int(chance.choice([1, 7])),
+            "bbox": [*chance.uniform(0, 30, 2).tolist(), *chance.uniform(2, 40, 2).tolist()],
+            "score": float(chance.random()),
+        }
+        for _ in range(5000)
+    ]
+    truth = GroundTruth(place, masks=False)
+    one, other = (truth.judge(results, backend)["bbox"].figures for backend in BACKENDS)
+    for name in FIGURES:
+        assert one[name] == pytest.approx(other[name], abs=1e-6), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_found(tmp_path, backend):
+    place, _ = random_case(tmp_path)
+    summaries = GroundTruth(place, masks=True).judge([], backend)
+    assert summaries["segm"].figures["AP"] == 0
+    assert summaries["bbox"].figures["AR100"] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_find_is_minus_one(tmp_path, backend):
+    place = locate(write_tree(tmp_path, [annotation(category_id=1)]), "val")
+    results = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 30], "score": 0.5}]
+    found = GroundTruth(place, masks=False).judge(results, backend)["bbox"]
+    assert found.per_class == {"cat": pytest.approx(1.0), "dog": -1.0}
+    assert found.figures["APl"] == -1.0
+
+
+def test_annotations_that_pycocotools_would_break_on(tmp_path):
+    """No area, no iscrowd, an id of 0, which it takes for no match, and ids that repeat."""
+    bare = [
+        annotation(0, 1, 1, area=None, iscrowd=None),
+        annotation(0, 2, 7, area=None, iscrowd=None),
+    ]
+    truth = GroundTruth(locate(write_tree(tmp_path, bare), "val"), masks=False)
+    results = [
+        {"image_id": i, "category_id": c, "bbox": [10, 10, 20, 30], "score": 0.9}
+        for i, c in ((1, 1), (2, 7))
+    ]
+    for backend in BACKENDS:
+        assert truth.judge(results, backend)["bbox"].figures["AP"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("area", [float("nan"), float("inf"), "600", -1, True, [600]])
+@pytest.mark.parametrize("masks", [False, True])
+def test_an_area_that_is_none_is_counted_anew(tmp_path, area, masks):
+    tree = write_tree(tmp_path, [annotation(area=area)])
+    (kept,) = GroundTruth(locate(tree, "val"), masks).content["annotations"]
+    assert kept["area"] == 600
+
+
+@pytest.mark.parametrize("box", [[1, 2, 3, "4"], [1, 2, 3, "x"], [1, 2, True, 4], [1, 2, 3], None])
+def test_a_box_that_is_none_is_not_judged(tmp_path, box):
+    bad = {**annotation(2, 2), "bbox": box}
+    truth = GroundTruth(locate(write_tree(tmp_path, [annotation(), bad]), "val"), masks=False)
+    assert [kept["bbox"] for kept in truth.content["annotations"]] == [[10, 10, 20, 30]]
+    assert truth.left_out == 1
+
+
+def test_what_cannot_be_judged_is_said(tmp_path):
+    bad = [annotation(), annotation(2, 2, segmentation=None), annotation(3, 2, bbox=(0, 0, 9, 9))]
+    bad[2]["bbox"][0] = float("nan")
+    truth = GroundTruth(locate(write_tree(tmp_path, bad), "val"), masks=True)
+    assert truth.lines == ["  not evaluated: 2 objects without a finite box, or without a mask"]
+
+
+def test_detections_of_an_unknown_image_are_refused(tmp_path):
+    place, results = random_case(tmp_path)
+    with pytest.raises(UserError, match="image 99, which is not in the annotations"):
+        GroundTruth(place, masks=False).judge([{**results[0], "image_id": 99}])
+
+
+def test_an_evaluator_is_looked_for_at_once(tmp_path, monkeypatch):
+    place, _ = random_case(tmp_path)
+    for name in ("faster_coco_eval", "pycocotools", "pycocotools.coco"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="need faster-coco-eval or pycocotools: pip install"):
+        GroundTruth(place, masks=False)
+
+
+def test_results_in_cocos_format():
+    masks = torch.zeros(2, 1, 8, 8)
+    masks[0, 0, 2:4, 1:6] = 0.9
+    found = {
+        "boxes": torch.tensor([[1.0, 2.0, 6.0, 4.0], [0.0, 0.0, 2.0, 2.0]]),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.9, 0.25]),
+        "masks": masks,
+    }
+    first, second = to_results(found, 42, [1, 7], first_label=1)
+    assert (first["image_id"], first["category_id"], second["category_id"]) == (42, 1, 7)
+    assert first["bbox"] == [1, 2, 5, 2]
+    mask = coco_masks.decode(coco_masks.to_rle(first["segmentation"], 8, 8))
+    assert np.array_equal(mask, masks[0, 0].numpy() > 0.5)
+    assert json.loads(json.dumps([first, second])) == [first, second]
+    assert to_results({k: v[:0] for k, v in found.items()}, 42, [1, 7], 1) == []
+
+
+def test_a_detection_that_is_not_finite_is_an_error():
+    found = {
+        "boxes": torch.full((1, 4), torch.nan),
+        "labels": torch.ones(1, dtype=torch.int64),
+        "scores": torch.ones(1),
+    }
+    with pytest.raises(UserError, match="image 3"):
+        to_results(found, 3, [1], 1)
+
+
+def test_gathering_on_one_process_sorts_by_image():
+    results = [{"image_id": 3}, {"image_id": 1}]
+    assert gather(results, Context(torch.device("cpu"))) == [{"image_id": 1}, {"image_id": 3}]
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from tests.test_coco_evaluation import random_case
+from utils import distributed
+from utils.detection.coco_evaluation import GroundTruth, gather
+from utils.detection.coco_files import locate
+context = distributed.setup("cpu")
+root, results = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+mine = [r for r in results if r["image_id"] % context.world_size == context.rank]
+found = gather(mine, context)
+assert (found is None) != context.is_main
+if context.is_main:
+    figures = GroundTruth(locate(root, "val"), True).judge(found)
+    Path(sys.argv[3]).write_text(json.dumps({k: v.figures for k, v in figures.items()}))
+distributed.tear_down()
+"""
+
+
+def test_two_ranks_give_what_one_gives(tmp_path):
+    place, results = random_case(tmp_path / "data")
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "worker.py").write_text(WORKER)
+    root = Path(__file__).resolve().parents[3]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        tmp_path / "worker.py", tmp_path / "data", tmp_path / "results.json", tmp_path / "out.json",
+    ]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one = GroundTruth(place, masks=True).judge(results)
+    assert json.loads((tmp_path / "out.json").read_text()) == {
+        kind: summary.figures for kind, summary in one.items()
+    }
