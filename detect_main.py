@@ -54,8 +54,15 @@ RECIPE = DetectionRecipe()  # the paper's, for COCO
 
 # Flags of one start of the program; the others are the run's own and come back with --resume.
 OF_ONE_START = (
-    "resume", "evaluate", "backbone_weights", "output", "device", "gpu", "results_json", "picture",
-)  # fmt: skip
+    "resume",
+    "evaluate",
+    "backbone_weights",
+    "output",
+    "device",
+    "gpu",
+    "results_json",
+    "picture",
+)
 WARMUP = "--warmup-steps"  # what a remedy calls it
 SMALLER = "a smaller --min-size, or --amp bf16"  # what spares memory
 OF_A_NETWORK = ("arch", "backbone", "ksize", "norm", "trainable_layers", "legacy")
@@ -103,9 +110,10 @@ def main() -> int:
             with in_one_line(Memory("one image at a time", SMALLER)):
                 return evaluate(args, saved, context)
         needs = Memory(
-            f"--batch-size {recipe.batch_size}", f"a smaller --batch-size, or {SMALLER}",
+            f"--batch-size {recipe.batch_size}",
+            f"a smaller --batch-size, or {SMALLER}",
             " or a smaller --batch-size",
-        )  # fmt: skip
+        )
         with StopRequest() as stop, in_one_line(needs, stop):
             return train(args, asked, recipe, saved, folder, context, stop)
     finally:
@@ -179,17 +187,25 @@ def train(
         val_place(args, root), masks, train_split.classes, "the training annotations"
     )
     distributed.refuse_differences(
-        training_images=len(train_split), validation_images=len(val.split),
+        training_images=len(train_split),
+        validation_images=len(val.split),
         checkpoint=saved and tuple(saved["progress"][k] for k in ("epoch", "step")),
-    )  # fmt: skip
+    )
     check_batch(recipe.batch_size, len(train_split), context.world_size)
     names = "\0".join(train_split.file_names).encode("utf-8", "backslashreplace")
     digest = resume.digest(names, train_split.boxes, train_split.labels)
     if saved is not None:
         if saved["classes"] != train_split.classes:
             raise UserError(f"{args.data} has other classes than the run: resume it with its data")
-        resume.refuse_changes(saved, asked.seed, asked.batch_size, len(train_split), None,
-                              "--batch-size", can_begin=False)  # fmt: skip
+        resume.refuse_changes(
+            saved,
+            asked.seed,
+            asked.batch_size,
+            len(train_split),
+            None,
+            "--batch-size",
+            can_begin=False,
+        )
         resume.refuse_other_data(saved, digest, can_begin=False)
         resume.refuse_another_optimizer(saved, recipe)
     torch.manual_seed(seed)
@@ -215,7 +231,7 @@ def train(
         engine.LossMeter(context.device, losses),
         NonFiniteGuard(context.device, WARMUP),
         context.rank,
-    )  # fmt: skip
+    )
     if saved is not None:
         state.restore(saved)
     if state.epoch >= recipe.epochs:  # no fault: a scheduler may start a finished run once more
@@ -249,9 +265,14 @@ def train(
         folder = runs.open_folder(name, args.output, folder)
         context.say(f"run folder: {folder}")
     files = DetectionFiles(
-        folder if context.is_main else None, fixed, name, state.epoch, args.save_every,
-        args.save_minutes, saved,
-    )  # fmt: skip
+        folder if context.is_main else None,
+        fixed,
+        name,
+        state.epoch,
+        args.save_every,
+        args.save_minutes,
+        saved,
+    )
 
     if files.lacks_best():
         state.best = {}
@@ -263,14 +284,26 @@ def train(
         first = state.epoch * order.steps  # the epoch's first step, counted over the run
         order.seek(state.epoch, state.step)
         progress = DetectionProgress(
-            f"epoch {state.epoch + 1}/{recipe.epochs}", order.steps, recipe.batch_size,
-            args.print_freq, done=state.step, quiet=not context.is_main,
-        )  # fmt: skip
+            f"epoch {state.epoch + 1}/{recipe.epochs}",
+            order.steps,
+            recipe.batch_size,
+            args.print_freq,
+            done=state.step,
+            quiet=not context.is_main,
+        )
         for _ in engine.train_epoch(
-            wrapped, train_batches(), state.optimizer, state.meter, state.guard,
-            first_step=first + state.step, lr_at=rate, clip=recipe.clip,
-            seed=mix_seed(seed, context.rank), autocast=autocast, scaler=state.scaler,
-        ):  # fmt: skip
+            wrapped,
+            train_batches(),
+            state.optimizer,
+            state.meter,
+            state.guard,
+            first_step=first + state.step,
+            lr_at=rate,
+            clip=recipe.clip,
+            seed=mix_seed(seed, context.rank),
+            autocast=autocast,
+            scaler=state.scaler,
+        ):
             state.step += 1
             if progress.advance():
                 state.guard.check()
@@ -288,9 +321,13 @@ def train(
         distributed.broadcast_buffers(network)
         files.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
         found = engine.detect(
-            network, val_batches(), val.category_ids, first_label, autocast,
+            network,
+            val_batches(),
+            val.category_ids,
+            first_label,
+            autocast,
             lambda: context.is_main and bool(stop),
-        )  # fmt: skip
+        )
         if found is None:
             return files.stopped(state.epoch, state.step, stop.exit_code)
         results, summaries = judge(found, val.truth, context)
@@ -328,9 +365,17 @@ def build_network(
             return detection.detector_from_checkpoint(saved, **sizes), []
         weights = args.backbone_weights and checkpoint.load(args.backbone_weights)
         network, note = start_detector(
-            recipe.arch, recipe.backbone, args.ksize, outputs, weights, args.norm,
-            args.trainable_layers, legacy=args.legacy, **sizes, **recipe.settings,
-        )  # fmt: skip
+            recipe.arch,
+            recipe.backbone,
+            args.ksize,
+            outputs,
+            weights,
+            args.norm,
+            args.trainable_layers,
+            legacy=args.legacy,
+            **sizes,
+            **recipe.settings,
+        )
     return network, [note]
 
 

@@ -31,21 +31,28 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", metavar="CKPT", help="of main.py, or released weights")
     parser.add_argument(
-        "--to", metavar="FORMAT", nargs="+", choices=safetensors_file.NEEDS,
-        default=list(safetensors_file.NEEDS), help="onnx, pt2, safetensors (default: all three)",
-    )  # fmt: skip
+        "--to",
+        metavar="FORMAT",
+        nargs="+",
+        choices=safetensors_file.NEEDS,
+        default=list(safetensors_file.NEEDS),
+        help="onnx, pt2, safetensors (default: all three)",
+    )
     parser.add_argument(
         "--output", metavar="DIR", help="folder of the files (default: the checkpoint's own)"
     )
     parser.add_argument(
-        "--no-fold", action="store_true",
+        "--no-fold",
+        action="store_true",
         help="onnx and pt2: keep BatchNorm instead of folding it into the convolutions",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--img-size", type=positive_int, metavar="S",
+        "--img-size",
+        type=positive_int,
+        metavar="S",
         help="pixels, recorded in the files (default: the checkpoint's); up to 32, a .pt2 takes "
         "this size alone",
-    )  # fmt: skip
+    )
     return parser
 
 

@@ -6,9 +6,15 @@ from utils.options.parser import run_script
 from utils.recipes.classification import Recipe
 
 RECIPE = Recipe(  # the paper's, for MobileNetV2
-    arch="eca_mobilenetv2", epochs=400, batch_size=96, lr=0.045, momentum=0.9, weight_decay=4e-5,
-    schedule="exp", lr_decay=0.98,
-)  # fmt: skip
+    arch="eca_mobilenetv2",
+    epochs=400,
+    batch_size=96,
+    lr=0.045,
+    momentum=0.9,
+    weight_decay=4e-5,
+    schedule="exp",
+    lr_decay=0.98,
+)
 # MobileNetV2 halves a map 5 times, and takes longer than a ResNet to settle.
 DEMO = demo_digits.DIGITS_RECIPE | {"img_size": 64, "epochs": 10, "lr": 0.03}
 

@@ -48,15 +48,29 @@ from utils.system.processes import default_workers
 from utils.system.stop_requests import StopRequest, Votes
 
 RECIPE = Recipe(  # the paper's, for ResNets
-    arch="eca_resnet50", epochs=100, batch_size=256, lr=0.1, momentum=0.9, weight_decay=1e-4,
-    schedule="step", lr_step=30, lr_decay=0.1,
-)  # fmt: skip
+    arch="eca_resnet50",
+    epochs=100,
+    batch_size=256,
+    lr=0.1,
+    momentum=0.9,
+    weight_decay=1e-4,
+    schedule="step",
+    lr_step=30,
+    lr_decay=0.1,
+)
 DEMO = {"arch": "eca_resnet18", **demo_digits.DIGITS_RECIPE}
 
 # Flags of one start of the program; the others are the run's own and come back with --resume.
 OF_ONE_START = (
-    "resume", "evaluate", "fast", "pretrained", "output", "start_epoch", "device", "gpu",
-)  # fmt: skip
+    "resume",
+    "evaluate",
+    "fast",
+    "pretrained",
+    "output",
+    "start_epoch",
+    "device",
+    "gpu",
+)
 
 
 def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
@@ -79,9 +93,13 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     if saved is not None:
         with as_user_error():
             start.refuse_another(
-                saved, args.resume or args.pretrained, args.arch, args.ksize, args.attention,
+                saved,
+                args.resume or args.pretrained,
+                args.arch,
+                args.ksize,
+                args.attention,
                 args.num_classes,
-            )  # fmt: skip
+            )
         if checkpoint.is_run(saved):
             parser.set_defaults(**saved["args"])
             args = parser.parse_args()
@@ -101,9 +119,13 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
         pretrained = args.pretrained and checkpoint.load(args.pretrained)
         with as_user_error(), torch.device("meta"):  # costs nothing, and finds what does not fit
             start.first_network(
-                recipe.arch, args.num_classes, args.ksize, args.attention, pretrained,
+                recipe.arch,
+                args.num_classes,
+                args.ksize,
+                args.attention,
+                pretrained,
                 args.pretrained,
-            )  # fmt: skip
+            )
     if not args.evaluate and (args.start_epoch or 0) >= recipe.epochs:
         raise UserError(
             f"--start-epoch {args.start_epoch}: the run has {recipe.epochs} epochs; give a smaller "
@@ -115,9 +137,10 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
         args.workers = 0 if on_demo else default_workers()
 
     needs = Memory(
-        f"-b {recipe.batch_size}", "a smaller -b or --img-size, or --amp bf16",
+        f"-b {recipe.batch_size}",
+        "a smaller -b or --img-size, or --amp bf16",
         " or a smaller -b",
-    )  # fmt: skip
+    )
     context = distributed.setup(args.device, args.gpu)
     try:
         if args.compile:
@@ -195,13 +218,18 @@ def train(
         demo_digits.find_root(args.data, context), saved and saved["classes"]
     )
     distributed.refuse_differences(
-        training_images=len(train_images), validation_images=len(val_images),
+        training_images=len(train_images),
+        validation_images=len(val_images),
         checkpoint=saved and tuple(saved["progress"][k] for k in ("epoch", "step")),
-    )  # fmt: skip
+    )
     check_batch(
-        recipe.batch_size, len(train_images), context.replicas, recipe.crop_size,
-        recipe.accumulate, recipe.repeats,
-    )  # fmt: skip
+        recipe.batch_size,
+        len(train_images),
+        context.replicas,
+        recipe.crop_size,
+        recipe.accumulate,
+        recipe.repeats,
+    )
     digest = resume.digest(train_images.paths, train_images.labels)
     if recipe.sync_bn:
         distributed.refuse_sync_bn(context)
@@ -217,9 +245,14 @@ def train(
             network, notes = weights.network_from_checkpoint(saved), []
         else:
             network, notes = start.first_network(
-                recipe.arch, args.num_classes, args.ksize, args.attention, pretrained,
-                args.pretrained, train_images.classes,
-            )  # fmt: skip
+                recipe.arch,
+                args.num_classes,
+                args.ksize,
+                args.attention,
+                pretrained,
+                args.pretrained,
+                train_images.classes,
+            )
     tails = how_tails_run(network, args, context, recipe.sync_bn)
     context.say(
         *report.data_lines(train_images, val_images),
@@ -244,9 +277,13 @@ def train(
 
     # Batches, and how a step is done with each.
     order = SeededBatches(
-        len(train_images), recipe.batch_size, seed, context.rank, context.world_size,
+        len(train_images),
+        recipe.batch_size,
+        seed,
+        context.rank,
+        context.world_size,
         recipe.repeats,
-    )  # fmt: skip
+    )
     train_batches = training_batches(
         train_images, order, recipe, seed, reading, args.skip_bad_images
     )
@@ -276,9 +313,14 @@ def train(
         folder = runs.open_folder(name, args.output, folder)
         context.say(f"run folder: {folder}")
     files = RunFiles(
-        folder if context.is_main else None, fixed, name, state.epoch, args.save_every,
-        args.save_minutes, saved,
-    )  # fmt: skip
+        folder if context.is_main else None,
+        fixed,
+        name,
+        state.epoch,
+        args.save_every,
+        args.save_minutes,
+        saved,
+    )
 
     if files.lacks_best():
         state.best = {}
@@ -289,13 +331,23 @@ def train(
         first = state.epoch * order.steps  # the epoch's first step, counted over the run
         order.seek(state.epoch, state.step)
         progress = Progress(
-            f"epoch {state.epoch + 1}/{recipe.epochs}", order.steps, recipe.batch_size,
-            args.print_freq, done=state.step, quiet=not context.is_main,
-        )  # fmt: skip
+            f"epoch {state.epoch + 1}/{recipe.epochs}",
+            order.steps,
+            recipe.batch_size,
+            args.print_freq,
+            done=state.step,
+            quiet=not context.is_main,
+        )
         for batch in engine.train_epoch(
-            wrapped, train_batches(), state.optimizer, state.scaler, state.meter, state.guard, rule,
+            wrapped,
+            train_batches(),
+            state.optimizer,
+            state.scaler,
+            state.meter,
+            state.guard,
+            rule,
             first_step=first + state.step,
-        ):  # fmt: skip
+        ):
             state.finish_step(batch.broken)
             if progress.advance():
                 state.guard.check()
@@ -313,9 +365,12 @@ def train(
         state.share_buffers()
         files.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
         figures = engine.evaluate(
-            evaluated, val_batches(), context.device, autocast,
+            evaluated,
+            val_batches(),
+            context.device,
+            autocast,
             lambda: context.is_main and bool(stop),
-        )  # fmt: skip
+        )
         if figures is None:
             return files.stopped(state.epoch, state.step, stop.exit_code)
         improved = state.finish_epoch(rule.lr_at(first), figures)

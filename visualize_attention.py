@@ -1,9 +1,9 @@
 """Shows what a trained network's channel attention does, class by class and block by block.
 
 examples:
-  visualize_attention.py CKPT DATA                        over DATA/val, or a folder of class folders
-  visualize_attention.py CKPT DATA --curves 0 3 8         these classes' curves in the picture
-  visualize_attention.py CKPT demo:digits --all-blocks    a panel for every block, not one a stage
+  visualize_attention.py CKPT DATA                      over DATA/val, or a folder of classes
+  visualize_attention.py CKPT DATA --curves 0 3 8       these classes' curves in the picture
+  visualize_attention.py CKPT demo:digits --all-blocks  a panel for each block, not each stage
 """
 
 import os
@@ -43,13 +43,16 @@ def build_parser() -> Parser:
         "data", metavar="DATA", help="a folder with val/, a folder of class folders, demo:digits"
     )
     parser.add_argument(
-        "--curves", metavar="CLASS", nargs="+",
+        "--curves",
+        metavar="CLASS",
+        nargs="+",
         help=f"classes to draw (default: {CURVES}, evenly over the classes)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--all-blocks", action="store_true",
+        "--all-blocks",
+        action="store_true",
         help="draw the weights of every block (default: the last one of each stage)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--per-class", type=positive_int, metavar="N", help="images of each class (default: all)"
     )
@@ -58,20 +61,28 @@ def build_parser() -> Parser:
         "--img-size", type=positive_int, metavar="S", help="pixels (default: the checkpoint's)"
     )
     parser.add_argument(
-        "--crop-pct", type=number(float, 0, 1, above=True), metavar="F",
+        "--crop-pct",
+        type=number(float, 0, 1, above=True),
+        metavar="F",
         help="share of the resized image that is kept (default: the checkpoint's)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--decoder", type=decoder_name, metavar="NAME", default="torchvision",
+        "--decoder",
+        type=decoder_name,
+        metavar="NAME",
+        default="torchvision",
         help=f"{', '.join(DECODERS)}: as for main.py",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "-b", "--batch-size", type=positive_int, default=64, metavar="N", help="default: 64"
     )
     parser.add_argument(
-        "-j", "--workers", type=count, metavar="N",
+        "-j",
+        "--workers",
+        type=count,
+        metavar="N",
         help="loader processes (default: 4, or what the machine has; demos: 0)",
-    )  # fmt: skip
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return parser
 
@@ -116,7 +127,9 @@ def main() -> int:
         "spread.png": channel_weight_plots.draw_spread(layers, title),
     }
     if layers[0].kernel is not None:
-        pictures["kernels.png"] = channel_weight_plots.draw_kernels(layers, f"{network.arch}, ECA kernels")
+        pictures["kernels.png"] = channel_weight_plots.draw_kernels(
+            layers, f"{network.arch}, ECA kernels"
+        )
     for name, picture in pictures.items():
         write_atomically(folder / name, picture)
     write_npz(folder / "attention.npz", layers, names)
@@ -177,11 +190,13 @@ def gather(
         )
     layers = [
         statistics.layer(
-            found.name, found.stage, found.block,
+            found.name,
+            found.stage,
+            found.block,
             found.layer.conv.weight if isinstance(found.layer, ECALayer) else None,
         )
         for found in attention_layers(network)
-    ]  # fmt: skip
+    ]
     return layers, broken
 
 

@@ -60,12 +60,17 @@ class Textbook:
     """What torchvision's and the original's ImageNet scripts do for each image."""
 
     def __init__(self, folder, size: int):
-        self.folder, self.transform = folder, v1.Compose([
-            v1.RandomResizedCrop(size),
-            v1.RandomHorizontalFlip(),
-            v1.ToTensor(),
-            v1.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ])  # fmt: skip
+        self.folder, self.transform = (
+            folder,
+            v1.Compose(
+                [
+                    v1.RandomResizedCrop(size),
+                    v1.RandomHorizontalFlip(),
+                    v1.ToTensor(),
+                    v1.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+                ]
+            ),
+        )
 
     def batch(self, keys: list[tuple[int, int]]) -> torch.Tensor:
         images = []
@@ -109,8 +114,13 @@ def main() -> None:
         times = side.interleave(variants, args.rounds, args.device)
 
     common = side.settings(args) | {"kilobytes_per_image": kilobytes}
-    pairs = [(name, base) for base in (BASE, AS_IT_IS) if base in variants for name in outputs
-             if name != base]  # fmt: skip
+    pairs = [
+        (name, base)
+        for base in (BASE, AS_IT_IS)
+        if base in variants
+        for name in outputs
+        if name != base
+    ]
     rows = side.compare("data_loading", times, pairs, dict.fromkeys(variants, "uint8"), common)
     std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
     for row in rows:

@@ -70,16 +70,20 @@ def families(smoke: bool) -> dict[str, dict[str, nn.Module | None]]:
             "torchvision's plain": textbook.plain_resnet(depth),
             "textbook SE": textbook.se_resnet(depth),
             "timm's ECA": textbook.timm_eca_resnet(depth),
-            **{f"our {k or 'plain'}": models.create_model(f"{p}resnet{depth}")
-               for k, p in ours.items()},
+            **{
+                f"our {k or 'plain'}": models.create_model(f"{p}resnet{depth}")
+                for k, p in ours.items()
+            },
         },
         "mobilenetv2": {
             "textbook ECA": textbook.eca_mobilenetv2(),
             "torchvision's plain": textbook.plain_mobilenetv2(),
-            **{f"our {k or 'plain'}": models.create_model(f"{p}mobilenetv2")
-               for k, p in ours.items()},
+            **{
+                f"our {k or 'plain'}": models.create_model(f"{p}mobilenetv2")
+                for k, p in ours.items()
+            },
         },
-    }  # fmt: skip
+    }
 
 
 def matrix_product(dtype: torch.dtype, device: torch.device, side_length: int) -> float:

@@ -82,15 +82,28 @@ def main() -> None:
                 del network
         for (name, what), count in found.items():
             ratio = count / found[PLAIN[family[name]], what]
-            rows.append({
-                "benchmark": "memory", "variant": name, "baseline": PLAIN[family[name]],
-                "dtype": dtype_name, "what": what, "ratio_min": ratio, "ratio_median": ratio,
-                "ratio_max": ratio, "mebibytes": count / 2**20, **common,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "benchmark": "memory",
+                    "variant": name,
+                    "baseline": PLAIN[family[name]],
+                    "dtype": dtype_name,
+                    "what": what,
+                    "ratio_min": ratio,
+                    "ratio_median": ratio,
+                    "ratio_max": ratio,
+                    "mebibytes": count / 2**20,
+                    **common,
+                }
+            )
     shown = [
-        {**row, "variant": f"{row['variant']}, {row['dtype']}, {row['what']}, "
-         f"{row['mebibytes']:,.0f} MiB"} for row in rows
-    ]  # fmt: skip
+        {
+            **row,
+            "variant": f"{row['variant']}, {row['dtype']}, {row['what']}, "
+            f"{row['mebibytes']:,.0f} MiB",
+        }
+        for row in rows
+    ]
     side.report(args, rows, "bytes of the variant over the other's, in one training step", shown)
 
 

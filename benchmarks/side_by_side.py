@@ -180,17 +180,19 @@ def compare(
     rows = []
     for variant, baseline in pairs:
         ratios = [b / v for b, v in zip(times[baseline], times[variant], strict=True)]
-        rows.append({
-            "benchmark": benchmark,
-            "variant": variant,
-            "baseline": baseline,
-            "dtype": dtypes[variant],
-            "ratio_min": min(ratios),
-            "ratio_median": statistics.median(ratios),
-            "ratio_max": max(ratios),
-            "seconds_median": statistics.median(times[variant]),
-            **common,
-        })  # fmt: skip
+        rows.append(
+            {
+                "benchmark": benchmark,
+                "variant": variant,
+                "baseline": baseline,
+                "dtype": dtypes[variant],
+                "ratio_min": min(ratios),
+                "ratio_median": statistics.median(ratios),
+                "ratio_max": max(ratios),
+                "seconds_median": statistics.median(times[variant]),
+                **common,
+            }
+        )
     return rows
 
 

@@ -121,8 +121,10 @@ def main() -> None:
                     ]
             place = common | {"layout": layout, "shape": "ResNet-50's 16 blocks"}
             rows += side.compare("tail", total, pairs, dict.fromkeys(ways, dtype), place)
-    shown = [{**row, "variant": f"{row['variant']}, {row['dtype']} {row['layout']}, {row['shape']}"}
-             for row in rows]  # fmt: skip
+    shown = [
+        {**row, "variant": f"{row['variant']}, {row['dtype']} {row['layout']}, {row['shape']}"}
+        for row in rows
+    ]
     side.report(args, rows, "the variant's speed over the other's", shown)
 
 

@@ -1,6 +1,6 @@
 """Draws docs/images/eca_module.png: the ECA module, with k = 5 of a layer's channels at work.
 
-    python docs/draw_module.py
+python docs/draw_module.py
 """
 
 from pathlib import Path
@@ -22,8 +22,12 @@ def feature_map(axis, x: float, y: float, strength: np.ndarray, label: str) -> N
     side, lean = 1.5, 0.16
     for c in reversed(range(CHANNELS)):
         dx, dy = c * lean, c * lean * 0.8
-        corners = [(x + dx, y + dy), (x + dx + side, y + dy),
-                   (x + dx + side, y + dy + side), (x + dx, y + dy + side)]  # fmt: skip
+        corners = [
+            (x + dx, y + dy),
+            (x + dx + side, y + dy),
+            (x + dx + side, y + dy + side),
+            (x + dx, y + dy + side),
+        ]
         axis.add_patch(Polygon(corners, facecolor="white", edgecolor="none"))
         axis.add_patch(
             Polygon(corners, facecolor=(*COLOURS[c][:3], strength[c]), edgecolor="0.25", lw=0.8)
@@ -69,8 +73,14 @@ def draw(path: Path) -> None:
     for c in range(TARGET - K // 2, TARGET + K // 2 + 1):
         start = (left[c][0] + 0.2, left[c][1])
         axis.plot([start[0], right[TARGET][0] - 0.2], [start[1], right[TARGET][1]], "0.35", lw=1.2)
-    axis.text(5.92, 3.5, f"1-D convolution over the channels,\nk = {K} shared weights, then σ",
-              ha="center", va="bottom", fontsize=10)  # fmt: skip
+    axis.text(
+        5.92,
+        3.5,
+        f"1-D convolution over the channels,\nk = {K} shared weights, then σ",
+        ha="center",
+        va="bottom",
+        fontsize=10,
+    )
     arrow(axis, (7.4, 2.0), (9.2, 2.0), lw=1.4)
     axis.text(8.3, 2.2, "each channel\ntimes its weight", ha="center", va="bottom", fontsize=10)
     arrow(axis, (2.2, 3.45), (10.7, 3.45), lw=1.0, connectionstyle="arc3,rad=-0.23", ls="--")

@@ -16,14 +16,23 @@ from matplotlib.patches import Rectangle
 
 MODULES = {
     "forward": [
-        ("BN: moments", "r"), ("BN: scale", "rw"), ("pool", "r"), ("· gate", "rw"),
-        ("+ residual", "rrw"), ("ReLU", "rw"),
+        ("BN: moments", "r"),
+        ("BN: scale", "rw"),
+        ("pool", "r"),
+        ("· gate", "rw"),
+        ("+ residual", "rrw"),
+        ("ReLU", "rw"),
     ],
     "backward": [
-        ("ReLU", "rrw"), ("· gate: ∂y", "rw"), ("· gate: ∂s", "rrwr"), ("pool", "w"),
-        ("add both ∂y", "rrw"), ("BN: sums", "rr"), ("BN: ∂z", "rrw"),
+        ("ReLU", "rrw"),
+        ("· gate: ∂y", "rw"),
+        ("· gate: ∂s", "rrwr"),
+        ("pool", "w"),
+        ("add both ∂y", "rrw"),
+        ("BN: sums", "rr"),
+        ("BN: ∂z", "rrw"),
     ],
-}  # fmt: skip
+}
 FUSED = {
     "forward": [("moments", "r"), ("scale, add, ReLU", "rrw")],
     "backward": [("sums, ∂residual", "rrrw"), ("∂z", "rrw")],

@@ -18,14 +18,22 @@ from torch import Tensor, nn
 from models.eca_module import ADAPTIVE, ECALayer, adaptive_kernel_size
 
 # Class names, as neither library need be there: torchvision's and timm's residual blocks, ...
-BLOCKS = frozenset({
-    "BasicBlock", "Bottleneck",  # ResNet, ResNeXt; timm's RegNet
-    "ResBottleneckBlock",  # torchvision's RegNet
-    "BottleneckBlock",  # timm's networks of configured blocks, such as GENet
-    "InvertedResidual", "UniversalInvertedResidual", "DepthwiseSeparableConv",  # MobileNets
-    "MBConv", "FusedMBConv", "EdgeResidual",  # EfficientNet
-    "CNBlock", "ConvNeXtBlock",
-})  # fmt: skip
+BLOCKS = frozenset(
+    {
+        "BasicBlock",
+        "Bottleneck",  # ResNet, ResNeXt; timm's RegNet
+        "ResBottleneckBlock",  # torchvision's RegNet
+        "BottleneckBlock",  # timm's networks of configured blocks, such as GENet
+        "InvertedResidual",
+        "UniversalInvertedResidual",
+        "DepthwiseSeparableConv",  # MobileNets
+        "MBConv",
+        "FusedMBConv",
+        "EdgeResidual",  # EfficientNet
+        "CNBlock",
+        "ConvNeXtBlock",
+    }
+)
 # ... those that are residual only if their `has_skip` says so, ...
 MAYBE_BLOCKS = frozenset({"ConvBnAct"})  # timm's EfficientNetV2, whose other ones are plain layers
 # ... squeeze-and-excitation, ECA of whatever make, and the branch that the last addition adds to.

@@ -101,9 +101,11 @@ def refuse_another(
     of_file = (None, None) if arch else (held.get("ksize"), held.get("attention"))
     with torch.device("meta"):
         network = _create(
-            arch or held["arch"], ksize or of_file[0], attention or of_file[1],
+            arch or held["arch"],
+            ksize or of_file[0],
+            attention or of_file[1],
             num_classes or held.get("num_classes"),
-        )  # fmt: skip
+        )
     wanted = describe_network(network)
     if differing := [k for k, v in given.items() if v is not None and wanted[k] != held[k]]:
         flags = ", ".join(f"--{k.replace('_', '-')} {given[k]}" for k in differing)

@@ -63,9 +63,12 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
             launcher += ["--master-port=0", "--standalone"]
         return subprocess.run(
             [*launcher, str(ROOT / script), *map(str, arguments)],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
 
     return start
 
@@ -118,8 +121,11 @@ def two_epochs(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", list(map(str, ["main.py", *SMALL, "--epochs", 2, "--output",
-                                                  folder, tree])))  # fmt: skip
+        patch.setattr(
+            sys,
+            "argv",
+            list(map(str, ["main.py", *SMALL, "--epochs", 2, "--output", folder, tree])),
+        )
         assert script.main() == 0
     torch.use_deterministic_algorithms(False)
     return folder

@@ -8,7 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
-    [*ROOT.glob("*.py"), *(p for room in ("models", "utils", "tools") for p in (ROOT / room).rglob("*.py"))]
+    [
+        *ROOT.glob("*.py"),
+        *(p for room in ("models", "utils", "tools") for p in (ROOT / room).rglob("*.py")),
+    ]
 )
 
 

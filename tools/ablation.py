@@ -38,10 +38,37 @@ PLAIN = "none"
 # Student's t: its 97.5 % quantile by degrees of freedom, from 1, so that 95 % lie between -t and t;
 # as in the NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2.
 STUDENT_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+    2.080,
+    2.074,
+    2.069,
+    2.064,
+    2.060,
+    2.056,
+    2.052,
+    2.048,
+    2.045,
+    2.042,
+)
 
 
 @dataclass(frozen=True)
@@ -112,9 +139,8 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
             mean, error = gain(r, plain)
             cells = [f"{mean:+.2f}{'*' if stands_out(r, plain) else ''}", _figure(error)]
         table.append(
-            [r.name, f"{r.parameters:,}", f"{r.mean:.2f}", _figure(r.std), *cells,
-             str(len(r.top1))]
-        )  # fmt: skip
+            [r.name, f"{r.parameters:,}", f"{r.mean:.2f}", _figure(r.std), *cells, str(len(r.top1))]
+        )
     return table
 
 
@@ -138,12 +164,21 @@ def draw(results: Sequence[Result], title: str) -> bytes:
     by_name = {r.name: r for r in results}
     swept = [(k, by_name[f"ECA k={k}"]) for k in KERNELS if f"ECA k={k}" in by_name]
     for i, (k, r) in enumerate(swept):
-        right.errorbar(k, r.mean, yerr=_bar(r), fmt="D", color="#0b5fa5", capsize=4,
-                       label="" if i else "ECA, one k in all stages")  # fmt: skip
+        right.errorbar(
+            k,
+            r.mean,
+            yerr=_bar(r),
+            fmt="D",
+            color="#0b5fa5",
+            capsize=4,
+            label="" if i else "ECA, one k in all stages",
+        )
     right.plot([k for k, _ in swept], [r.mean for _, r in swept], color="#0b5fa5", linewidth=1)
     for name, colour, style in (
-        ("ECA adaptive", "#2e8b57", "--"), ("SE", "#e08e0b", "-."), (PLAIN, "#d1495b", ":"),
-    ):  # fmt: skip
+        ("ECA adaptive", "#2e8b57", "--"),
+        ("SE", "#e08e0b", "-."),
+        (PLAIN, "#d1495b", ":"),
+    ):
         if name in by_name:
             right.axhline(by_name[name].mean, color=colour, linestyle=style, label=name)
     right.set_xticks(KERNELS)
@@ -203,9 +238,20 @@ def command_of(
     variant: Variant, data: str, arch: str, seed: int, folder: Path, extra: Sequence[str]
 ) -> list[str]:
     return [
-        sys.executable, str(MAIN), data, "-a", variant.arch.format(arch), *variant.flags,
-        "--seed", str(seed), "--output", str(folder), "--resume", "auto", *extra,
-    ]  # fmt: skip
+        sys.executable,
+        str(MAIN),
+        data,
+        "-a",
+        variant.arch.format(arch),
+        *variant.flags,
+        "--seed",
+        str(seed),
+        "--output",
+        str(folder),
+        "--resume",
+        "auto",
+        *extra,
+    ]
 
 
 def collect(folders: Mapping[str, Sequence[Path]]) -> list[Result]:
@@ -229,14 +275,20 @@ def main() -> int:
         "-a", "--arch", default="resnet18", metavar="NAME", help="plain ResNet (default: resnet18)"
     )
     parser.add_argument(
-        "--variants", nargs="+", metavar="NAME", default=USUAL,
+        "--variants",
+        nargs="+",
+        metavar="NAME",
+        default=USUAL,
         help=f"of: {', '.join(VARIANTS)} (default: all but SE-Var)",
-    )  # fmt: skip
+    )
     parser.add_argument("--seeds", type=positive_int, default=3, metavar="N", help="default: 3")
     parser.add_argument(
-        "--jobs", type=positive_int, default=1, metavar="N",
+        "--jobs",
+        type=positive_int,
+        default=1,
+        metavar="N",
         help="runs at a time; each takes its share of the CPU's threads (default: 1)",
-    )  # fmt: skip
+    )
     parser.add_argument("--output", metavar="DIR", help="default: runs/ablation-N, a new folder")
     args = parser.parse_args(own)
     for name in args.variants:

@@ -102,13 +102,20 @@ def main() -> int:
     parser.add_argument("data", metavar="DATA", help="a folder; every image below it is read")
     parser.add_argument("--output", metavar="FILE", help="write the CSV here (a new file)")
     parser.add_argument(
-        "-j", "--processes", type=positive_int, default=processors(), metavar="N",
+        "-j",
+        "--processes",
+        type=positive_int,
+        default=processors(),
+        metavar="N",
         help="that read at a time (default: one a core)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--decoder", type=decoder_name, metavar="NAME", default="torchvision",
+        "--decoder",
+        type=decoder_name,
+        metavar="NAME",
+        default="torchvision",
         help=f"{', '.join(DECODERS)}: as training will read",
-    )  # fmt: skip
+    )
     args: argparse.Namespace = parser.parse_args()
     if args.output and os.path.exists(args.output):
         raise UserError(f"{args.output}: exists already; choose a new --output")

@@ -1,4 +1,4 @@
-"""Turns a detector's checkpoint of mmdetection v1 into one of ours: python -m tools.import_mmdetection.
+"""Turns a detector's checkpoint of mmdetection v1 into one of ours.
 
 The authors' detectors were trained with mmdetection 1, whose files mmdetection 2 and 3 no longer
 read. Names are mapped one to one; what the network is (detector, depth, kernel sizes, classes) is

@@ -141,9 +141,13 @@ def main() -> int:
         "--shard-mb", type=positive_int, default=256, metavar="MB", help="size of a shard (256)"
     )
     parser.add_argument(
-        "-j", "--processes", type=positive_int, default=default_workers(), metavar="N",
+        "-j",
+        "--processes",
+        type=positive_int,
+        default=default_workers(),
+        metavar="N",
         help="that write at a time, each with a shard in memory (default: up to 4)",
-    )  # fmt: skip
+    )
     args = parser.parse_args()
     source, target = os.path.realpath(args.source), os.path.realpath(args.target)
     if os.path.commonpath([source, target]) == source:

@@ -104,9 +104,13 @@ def main() -> int:
         "--quality", type=number(int, 1, 100), default=92, metavar="Q", help="of JPEGs (92)"
     )
     parser.add_argument(
-        "-j", "--workers", type=positive_int, default=processors(), metavar="N",
+        "-j",
+        "--workers",
+        type=positive_int,
+        default=processors(),
+        metavar="N",
         help="processes (default: one a core)",
-    )  # fmt: skip
+    )
     args = parser.parse_args()
     source, target = os.path.realpath(args.source), os.path.realpath(args.target)
     if not os.path.isdir(source):
@@ -118,9 +122,7 @@ def main() -> int:
         raise UserError(f"{printable(args.source)}: holds no images ({' '.join(EXTENSIONS)})")
     settings = {"size": args.size, "quality": args.quality}
     open_target(Path(target), images, settings)
-    work = partial(
-        resize_one, source=os.fsencode(source), target=os.fsencode(target), **settings
-    )
+    work = partial(resize_one, source=os.fsencode(source), target=os.fsencode(target), **settings)
     results = shared(work, images, processes=args.workers, chunk=CHUNK)
     bar = tqdm(results, total=len(images), unit="image", disable=None)
     faults = [fault for fault in bar if fault is not None]

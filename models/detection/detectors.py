@@ -29,10 +29,14 @@ FIRST_LABEL = {"faster_rcnn": 1, "mask_rcnn": 1, "retinanet": 0}
 LOSSES = {
     "faster_rcnn": ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"),
     "mask_rcnn": (
-        "loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg",
+        "loss_classifier",
+        "loss_box_reg",
+        "loss_mask",
+        "loss_objectness",
+        "loss_rpn_box_reg",
     ),
     "retinanet": ("classification", "bbox_regression"),
-}  # fmt: skip
+}
 # Where the authors' detectors leave the kernel sizes of their ImageNet weights.
 DETECTOR_KSIZE = {
     ("faster_rcnn", "eca_resnet50"): "5555",
@@ -156,9 +160,7 @@ def _anchor_sizes(
     return [tuple(cut(scale * stride * octave) for octave in octaves) for stride in strides]
 
 
-def _pyramid(
-    network: ResNet, levels: Sequence[int], width: int, legacy: bool
-) -> BackboneWithFPN:
+def _pyramid(network: ResNet, levels: Sequence[int], width: int, legacy: bool) -> BackboneWithFPN:
     deepest = network.fc.in_features
     extra = LastLevelMaxPool()
     if 1 not in levels:  # RetinaNet: P6 comes from C5, not from P5

@@ -157,9 +157,13 @@ class Native:
         out = torch.empty_like(z) if out is None else out
         scale, shift, step = _rows(scale, shift, len(z))
         library().eca_scale_and_add(
-            *_shape(z), *map(_pointer, (z, scale, shift)), step, _pointer(residual), activation,
+            *_shape(z),
+            *map(_pointer, (z, scale, shift)),
+            step,
+            _pointer(residual),
+            activation,
             _pointer(out),
-        )  # fmt: skip
+        )
         return out
 
     @staticmethod
@@ -187,9 +191,11 @@ class Native:
         on_grad, constant, step = _rows(on_grad, constant, len(z))
         on_z = None if on_z is None else on_z.contiguous()
         library().eca_gradient_input(
-            *_shape(z), *map(_pointer, (grad, out, z, on_grad, on_z, constant)), step,
+            *_shape(z),
+            *map(_pointer, (grad, out, z, on_grad, on_z, constant)),
+            step,
             _pointer(dz),
-        )  # fmt: skip
+        )
         return dz
 
 

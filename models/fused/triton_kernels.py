@@ -31,8 +31,19 @@ def _sizes(c, hw, NHWC: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def moments(z, part_mean, part_m2, c, hw, per, SQUARES: tl.constexpr, NHWC: tl.constexpr,
-            VEC: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
+def moments(
+    z,
+    part_mean,
+    part_m2,
+    c,
+    hw,
+    per,
+    SQUARES: tl.constexpr,
+    NHWC: tl.constexpr,
+    VEC: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+):
     """Mean, and if SQUARES Σ of squared deviations, over `per` pixels: (splits, N, C) each.
 
     Summed about the mean of the first tile. That lies within √(pixels/tile) standard deviations of
@@ -66,8 +77,9 @@ def moments(z, part_mean, part_m2, c, hw, per, SQUARES: tl.constexpr, NHWC: tl.c
 
 
 @triton.jit
-def _merged(part_mean, part_m2, row, channel, n, c, hw, per, splits, BN: tl.constexpr,
-            BC: tl.constexpr):  # fmt: skip
+def _merged(
+    part_mean, part_m2, row, channel, n, c, hw, per, splits, BN: tl.constexpr, BC: tl.constexpr
+):
     """The parts of `moments` for a tile of samples × channels, as if never split."""
     inside = (row < n)[:, None] & (channel < c)[None, :]
     mean = tl.zeros([BN, BC], tl.float32)
@@ -83,8 +95,23 @@ def _merged(part_mean, part_m2, row, channel, n, c, hw, per, splits, BN: tl.cons
 
 
 @triton.jit
-def statistics(part_mean, part_m2, means, mean, unbiased, inverse_std, n, c, hw, per, splits, eps,
-                BATCH: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+def statistics(
+    part_mean,
+    part_m2,
+    means,
+    mean,
+    unbiased,
+    inverse_std,
+    n,
+    c,
+    hw,
+    per,
+    splits,
+    eps,
+    BATCH: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+):
     """Means (N, C); and if BATCH, mean, unbiased variance and 1/σ (C,), σ² being the biased."""
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     total = tl.zeros([BC], tl.float32)
@@ -109,8 +136,19 @@ def statistics(part_mean, part_m2, means, mean, unbiased, inverse_std, n, c, hw,
 
 
 @triton.jit
-def gate(means, mean, inverse_std, weight, bias, kernel, pooled, gate, c, K: tl.constexpr,
-          BC: tl.constexpr):  # fmt: skip
+def gate(
+    means,
+    mean,
+    inverse_std,
+    weight,
+    bias,
+    kernel,
+    pooled,
+    gate,
+    c,
+    K: tl.constexpr,
+    BC: tl.constexpr,
+):
     """Normalised means and ECA's gate, (N, C) each."""
     i = tl.program_id(0)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -128,9 +166,26 @@ def gate(means, mean, inverse_std, weight, bias, kernel, pooled, gate, c, K: tl.
 
 
 @triton.jit
-def apply(z, mean, inverse_std, weight, bias, gate, residual, out, c, hw, per,
-          ECA: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-          NHWC: tl.constexpr, VEC: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
+def apply(
+    z,
+    mean,
+    inverse_std,
+    weight,
+    bias,
+    gate,
+    residual,
+    out,
+    c,
+    hw,
+    per,
+    ECA: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NHWC: tl.constexpr,
+    VEC: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+):
     """out = act(BN(z) · gate + residual)."""
     c, hw = _sizes(c, hw, NHWC, VEC)
     i = tl.program_id(0)
@@ -157,9 +212,24 @@ def apply(z, mean, inverse_std, weight, bias, gate, residual, out, c, hw, per,
 
 
 @triton.jit
-def gradient_sums(grad, out, z, mean, part_d, part_dz, dr, c, hw, per, ACTIVATION: tl.constexpr,
-                  KEEP: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr, BC: tl.constexpr,
-                  BP: tl.constexpr):  # fmt: skip
+def gradient_sums(
+    grad,
+    out,
+    z,
+    mean,
+    part_d,
+    part_dz,
+    dr,
+    c,
+    hw,
+    per,
+    ACTIVATION: tl.constexpr,
+    KEEP: tl.constexpr,
+    NHWC: tl.constexpr,
+    VEC: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+):
     """Σd and Σd·(z - mean) over `per` pixels: (splits, N, C) each; if KEEP, d itself."""
     c, hw = _sizes(c, hw, NHWC, VEC)
     i, split = tl.program_id(0), tl.program_id(2)
@@ -187,8 +257,9 @@ def gradient_sums(grad, out, z, mean, part_d, part_dz, dr, c, hw, per, ACTIVATIO
 
 
 @triton.jit
-def _gate_terms(part_d, part_dz, inverse_std, weight, bias, gate, i, channel, n, c, splits,
-                BC: tl.constexpr):  # fmt: skip
+def _gate_terms(
+    part_d, part_dz, inverse_std, weight, bias, gate, i, channel, n, c, splits, BC: tl.constexpr
+):
     """Σd and Σd·x̂ over all pixels, and ∂logit, at some channels of sample i; 0 outside."""
     inside = (channel >= 0) & (channel < c)
     sum_d = tl.zeros([BC], tl.float32)
@@ -205,9 +276,25 @@ def _gate_terms(part_d, part_dz, inverse_std, weight, bias, gate, i, channel, n,
 
 
 @triton.jit
-def gate_backward(part_d, part_dz, inverse_std, weight, bias, kernel, pooled, gate, sum_dy,
-                   sum_dyx, d_pooled, d_kernel, n, c, splits, K: tl.constexpr,
-                   BC: tl.constexpr):  # fmt: skip
+def gate_backward(
+    part_d,
+    part_dz,
+    inverse_std,
+    weight,
+    bias,
+    kernel,
+    pooled,
+    gate,
+    sum_dy,
+    sum_dyx,
+    d_pooled,
+    d_kernel,
+    n,
+    c,
+    splits,
+    K: tl.constexpr,
+    BC: tl.constexpr,
+):
     """What BatchNorm sees: Σ∂y and Σ∂y·x̂ (N, C), and ∂pooled; with parts of the kernel's."""
     i, block = tl.program_id(0), tl.program_id(1)
     channel = block * BC + tl.arange(0, BC)
@@ -236,8 +323,18 @@ def gate_backward(part_d, part_dz, inverse_std, weight, bias, kernel, pooled, ga
 
 
 @triton.jit
-def parameter_gradients(rows_d, rows_dx, inverse_std, d_weight, d_bias, rows, c,
-                         NORMALISED: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+def parameter_gradients(
+    rows_d,
+    rows_dx,
+    inverse_std,
+    d_weight,
+    d_bias,
+    rows,
+    c,
+    NORMALISED: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+):
     """Column sums of (rows, C); if not NORMALISED, the second are of Σd·(z - mean)."""
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     sum_d = tl.zeros([BC], tl.float32)
@@ -255,10 +352,30 @@ def parameter_gradients(rows_d, rows_dx, inverse_std, d_weight, d_bias, rows, c,
 
 
 @triton.jit
-def gradient_input(grad, out, z, mean, inverse_std, weight, gate, d_pooled, d_weight, d_bias,
-                   dz, n, c, hw, per, BATCH: tl.constexpr, ECA: tl.constexpr,
-                   ACTIVATION: tl.constexpr, NHWC: tl.constexpr, VEC: tl.constexpr,
-                   BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
+def gradient_input(
+    grad,
+    out,
+    z,
+    mean,
+    inverse_std,
+    weight,
+    gate,
+    d_pooled,
+    d_weight,
+    d_bias,
+    dz,
+    n,
+    c,
+    hw,
+    per,
+    BATCH: tl.constexpr,
+    ECA: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NHWC: tl.constexpr,
+    VEC: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+):
     """∂z = a·s·d + a·∂pooled/HW - a·∂bias/M - a·∂weight/(M·σ)·(z - mean)."""
     c, hw = _sizes(c, hw, NHWC, VEC)
     i = tl.program_id(0)

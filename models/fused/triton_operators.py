@@ -69,9 +69,12 @@ class _Grid(NamedTuple):
     def tile(self) -> dict[str, int | bool]:
         per_thread = PER_THREAD if self.vector >= 4 else PER_THREAD // 2
         return {
-            "NHWC": self.nhwc, "VEC": self.vector, "BC": self.block_c, "BP": self.block_p,
+            "NHWC": self.nhwc,
+            "VEC": self.vector,
+            "BC": self.block_c,
+            "BP": self.block_p,
             "num_warps": max(1, self.block_c * self.block_p // (32 * per_thread)),
-        }  # fmt: skip
+        }
 
 
 def _small_grid(c: int) -> tuple[int]:
@@ -119,21 +122,54 @@ def tail_forward(
                 z, parts[0], parts[-1], c, g.hw, g.per, SQUARES=batch, **g.tile
             )
             kernels.statistics[_small_grid(c)](
-                parts[0], parts[-1], means, mean, variance, inverse_std, n, c, g.hw, g.per,
-                g.splits, eps, BATCH=batch, **SMALL,
-            )  # fmt: skip
+                parts[0],
+                parts[-1],
+                means,
+                mean,
+                variance,
+                inverse_std,
+                n,
+                c,
+                g.hw,
+                g.per,
+                g.splits,
+                eps,
+                BATCH=batch,
+                **SMALL,
+            )
         if eca:
             gate = torch.empty_like(pooled)
             kernels.gate[n, triton.cdiv(c, ROW)](
-                means, mean, inverse_std, weight, bias, kernel, pooled, gate, c,
-                K=kernel.numel(), BC=ROW,
-            )  # fmt: skip
+                means,
+                mean,
+                inverse_std,
+                weight,
+                bias,
+                kernel,
+                pooled,
+                gate,
+                c,
+                K=kernel.numel(),
+                BC=ROW,
+            )
         g = _Grid.of(z, APPLY)
         kernels.apply[g.programs](
-            z, mean, inverse_std, weight, bias, gate, z if residual is None else residual, out,
-            c, g.hw, g.per,
-            ECA=eca, RESIDUAL=residual is not None, ACTIVATION=activation, **g.tile,
-        )  # fmt: skip
+            z,
+            mean,
+            inverse_std,
+            weight,
+            bias,
+            gate,
+            z if residual is None else residual,
+            out,
+            c,
+            g.hw,
+            g.per,
+            ECA=eca,
+            RESIDUAL=residual is not None,
+            ACTIVATION=activation,
+            **g.tile,
+        )
     if not eca:
         pooled, gate = vector[:0].clone(), vector[:0].clone()
     return out, new_mean, new_variance, inverse_std, pooled, gate
@@ -149,9 +185,13 @@ def _(z, weight, bias, kernel, residual, mean, variance, eps, activation):
     statistics = (c,) if mean is None else (0,)
     rows = (0,) if kernel is None else (n, c)
     return (
-        torch.empty_like(z), small(*statistics), small(*statistics), small(c), small(*rows),
+        torch.empty_like(z),
+        small(*statistics),
+        small(*statistics),
+        small(c),
         small(*rows),
-    )  # fmt: skip
+        small(*rows),
+    )
 
 
 @torch.library.custom_op("eca_net::tail_backward", mutates_args=())
@@ -186,9 +226,20 @@ def tail_backward(
     parts = z.new_empty((2, g.splits * n, c), dtype=torch.float32)
     with _on(z):
         kernels.gradient_sums[g.programs](
-            grad, masked_by, z, mean, parts[0], parts[1], dr, c, g.hw, g.per,
-            ACTIVATION=activation, KEEP=want_residual, **g.tile,
-        )  # fmt: skip
+            grad,
+            masked_by,
+            z,
+            mean,
+            parts[0],
+            parts[1],
+            dr,
+            c,
+            g.hw,
+            g.per,
+            ACTIVATION=activation,
+            KEEP=want_residual,
+            **g.tile,
+        )
         rows = parts
         if eca:
             k, blocks = kernel.numel(), triton.cdiv(c, ROW)
@@ -196,29 +247,80 @@ def tail_backward(
             d_pooled = torch.empty_like(rows[0])
             of_blocks = z.new_empty((n * blocks, k), dtype=torch.float32)
             kernels.gate_backward[n, blocks](
-                parts[0], parts[1], inverse_std, weight, bias, kernel, pooled, gate, rows[0],
-                rows[1], d_pooled, of_blocks, n, c, g.splits, K=k, BC=ROW,
-            )  # fmt: skip
+                parts[0],
+                parts[1],
+                inverse_std,
+                weight,
+                bias,
+                kernel,
+                pooled,
+                gate,
+                rows[0],
+                rows[1],
+                d_pooled,
+                of_blocks,
+                n,
+                c,
+                g.splits,
+                K=k,
+                BC=ROW,
+            )
             d_kernel = of_blocks.sum(0)
         kernels.parameter_gradients[_small_grid(c)](
-            rows[0], rows[1], inverse_std, d_weight, d_bias, rows.shape[1], c, NORMALISED=eca,
+            rows[0],
+            rows[1],
+            inverse_std,
+            d_weight,
+            d_bias,
+            rows.shape[1],
+            c,
+            NORMALISED=eca,
             **SMALL,
-        )  # fmt: skip
+        )
         if want_z:
             if want_residual:  # d is in memory: one tensor to read, not two
                 grad, activation = dr, False
             g = _Grid.of(z, APPLY)
             kernels.gradient_input[g.programs](
-                grad, masked_by, z, mean, inverse_std, weight, gate if eca else mean, d_pooled,
-                d_weight, d_bias, dz, n, c, g.hw, g.per,
-                BATCH=batch_statistics, ECA=eca, ACTIVATION=activation, **g.tile,
-            )  # fmt: skip
+                grad,
+                masked_by,
+                z,
+                mean,
+                inverse_std,
+                weight,
+                gate if eca else mean,
+                d_pooled,
+                d_weight,
+                d_bias,
+                dz,
+                n,
+                c,
+                g.hw,
+                g.per,
+                BATCH=batch_statistics,
+                ECA=eca,
+                ACTIVATION=activation,
+                **g.tile,
+            )
     return dz, d_weight, d_bias, d_kernel, dr
 
 
 @tail_backward.register_fake
-def _(grad, z, out, weight, bias, kernel, mean, inverse_std, pooled, gate, batch_statistics,
-      want_z, want_residual):  # fmt: skip
+def _(
+    grad,
+    z,
+    out,
+    weight,
+    bias,
+    kernel,
+    mean,
+    inverse_std,
+    pooled,
+    gate,
+    batch_statistics,
+    want_z,
+    want_residual,
+):
     nothing = z.new_empty(0)
     return (
         torch.empty_like(z) if want_z else nothing,

@@ -12,9 +12,16 @@ from utils.system.errors import UserError
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 COLUMNS = {
-    "benchmark", "variant", "baseline", "device", "dtype", "batch", "ratio_min", "ratio_median",
+    "benchmark",
+    "variant",
+    "baseline",
+    "device",
+    "dtype",
+    "batch",
+    "ratio_min",
+    "ratio_median",
     "ratio_max",
-}  # fmt: skip
+}
 
 
 def run(script, *flags):
@@ -86,9 +93,13 @@ def test_all_goes_on_after_one_that_fails_and_names_it(tmp_path, monkeypatch, ca
     if gpu:
         *ran, last = ran
         assert last[1:] == [
-            str(BENCHMARKS / "data_loading.py"), "--json",
-            str(tmp_path / "to" / "data_loading_cuda.json"), "--device", "cuda", "--smoke",
-        ]  # fmt: skip
+            str(BENCHMARKS / "data_loading.py"),
+            "--json",
+            str(tmp_path / "to" / "data_loading_cuda.json"),
+            "--device",
+            "cuda",
+            "--smoke",
+        ]
     assert [Path(c[1]).stem for c in ran] == list(every.BENCHMARKS)
     for name, command in zip(every.BENCHMARKS, ran, strict=True):
         assert Path(command[1]).exists()

@@ -52,20 +52,27 @@ DOCUMENTS = {
     "docs/PREDICT.md": {**SHORT, "[359]/0[0-2]*.png": "5/00*.png"},
     "docs/ECA_ANYWHERE.md": SHORT,
     "docs/FINE_TUNING.md": {
-        **SHORT, "epochs: int = 10": "epochs: int = 1",
+        **SHORT,
+        "epochs: int = 10": "epochs: int = 1",
         "[fine_tune(lr_of, seed) for seed in (1, 2, 3)]": "[fine_tune(lr_of, 1)] * 3",
     },
     "docs/SCALING.md": {  # what takes several nodes: test_nodes.py
         **SHORT,
-        **{f"torchrun --nnodes=2 --node-rank={rank} --master-addr=HEAD --master-port=29500 "
-           "--nproc-per-node=8 main.py -a eca_resnet50 DATA": "" for rank in (0, 1)},
-        "demo:digits --epochs 1": "DATA -a eca_resnet50", " DATA": " demo_data/digits",
+        **{
+            f"torchrun --nnodes=2 --node-rank={rank} --master-addr=HEAD --master-port=29500 "
+            "--nproc-per-node=8 main.py -a eca_resnet50 DATA": ""
+            for rank in (0, 1)
+        },
+        "demo:digits --epochs 1": "DATA -a eca_resnet50",
+        " DATA": " demo_data/digits",
         "s3://bucket/imagenet": "file://shards",
         "--nproc-per-node=8": "--nproc-per-node=1",  # two: the agents below, and test_torchrun.py
-        "29511": free_port(), "-b 1024": "-b 16", "-j 16": "-j 2",
+        "29511": free_port(),
+        "-b 1024": "-b 16",
+        "-j 16": "-j 2",
         "-a eca_resnet50": "-a eca_resnet18 --img-size 32 --epochs 1 -j 0 -b 32",
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +112,9 @@ def workspace(tmp_path, few_digits, monkeypatch):
 
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # activated
     deterministic, precision = (
-        torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
-    )  # fmt: skip
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+    )
     yield tmp_path
     torch.use_deterministic_algorithms(deterministic)
     torch.set_float32_matmul_precision(precision)
@@ -124,8 +132,10 @@ def test_runs_and_prints_what_it_shows(name, workspace):
 
 def write_shapes_of(network, path, **fields):
     """A checkpoint whose tensors have the right shapes and hold one number each."""
-    tensors = {k: torch.zeros(1).expand(v.shape) if v.shape else torch.zeros((), dtype=v.dtype)
-               for k, v in network.state_dict().items()}  # fmt: skip
+    tensors = {
+        k: torch.zeros(1).expand(v.shape) if v.shape else torch.zeros((), dtype=v.dtype)
+        for k, v in network.state_dict().items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, {**weights.describe_network(network), **fields, "state_dict": tensors})
 
@@ -135,15 +145,20 @@ def test_readme_s_commands_are_understood(workspace, monkeypatch):
     monkeypatch.setattr(Parser, "parse_args", record := Record(Parser.parse_args))
     stop_at(monkeypatch, "utils.system.distributed.setup", "utils.cost.classifier_cost.count_cost")
     with torch.device("meta"):
-        networks = {n: models.create_model(n, num_classes=10) for n in ("eca_resnet18",
-                    "eca_resnet50")}  # fmt: skip
+        networks = {
+            n: models.create_model(n, num_classes=10) for n in ("eca_resnet18", "eca_resnet50")
+        }
     for name, network in networks.items():
         write_shapes_of(network, workspace / f"{name}.pth")
     recipe = main.RECIPE.override(**main.DEMO).as_dict()
     state = dict.fromkeys(checkpoint.RUN) | {
-        "recipe": recipe, "args": {"data": "demo:digits"}, "img_size": 32, "crop_pct": 1.0,
-        "progress": {"epoch": 8, "step": 0}, "classes": list("0123456789"),
-    }  # fmt: skip
+        "recipe": recipe,
+        "args": {"data": "demo:digits"},
+        "img_size": 32,
+        "crop_pct": 1.0,
+        "progress": {"epoch": 8, "step": 0},
+        "classes": list("0123456789"),
+    }
     run = workspace / "runs" / "eca_resnet18_demo-1"
     for name in ("last.pth", "best.pth"):
         write_shapes_of(networks["eca_resnet18"], run / name, **state)
@@ -267,8 +282,11 @@ python in a line of output
 def test_blocks_are_found():
     first, second = blocks(PAGE)
     assert (first.kind, first.line, second.kind, second.text) == (
-        "commands", 5, "python", "print(1)\n",
-    )  # fmt: skip
+        "commands",
+        5,
+        "python",
+        "print(1)\n",
+    )
     assert command_lines(first.text) == ["python main.py a", "find . |    python predict.py x"]
     assert first.shown.startswith("run 1")
     assert second.shown.startswith("train")

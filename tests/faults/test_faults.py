@@ -129,13 +129,17 @@ def test_one_process_over_two_gpus(call, tree, tmp_path, monkeypatch):
     [
         (OSError(errno.EMFILE, "Too many open files"), "too many open files: use fewer"),
         (OSError(errno.ENFILE, "Too many open files in system"), "too many open files: use fewer"),
-        (OSError("Caught OSError in DataLoader worker\n… [Errno 24] Too many open files"),
-         "too many open files: use fewer"),
+        (
+            OSError("Caught OSError in DataLoader worker\n… [Errno 24] Too many open files"),
+            "too many open files: use fewer",
+        ),
         (RuntimeError("received 0 items of ancdata"), "too many open files: use fewer"),
-        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
-         "no more processes allowed: use fewer workers (-j), or raise the limit (ulimit -u)"),
+        (
+            BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+            "no more processes allowed: use fewer workers (-j), or raise the limit (ulimit -u)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_limits_of_files_and_processes(error, message):
     with pytest.raises(UserError) as caught, in_one_line(Memory("-b 8", "a smaller -b")):
         raise error
@@ -148,8 +152,18 @@ def test_a_seed_gives_equal_runs_on_two_threads_too(call, tree, tmp_path):
     torch.set_num_threads(2)
     try:
         for name in ("one", "two"):
-            code, *_ = call("-a", "eca_resnet18", *SMALL[2:], "--epochs", 1, "--img-size", 64,
-                            "--output", tmp_path / name, tree)  # fmt: skip
+            code, *_ = call(
+                "-a",
+                "eca_resnet18",
+                *SMALL[2:],
+                "--epochs",
+                1,
+                "--img-size",
+                64,
+                "--output",
+                tmp_path / name,
+                tree,
+            )
             assert code == 0
     finally:
         torch.set_num_threads(former)

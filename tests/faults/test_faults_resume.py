@@ -169,8 +169,10 @@ def test_weights_are_not_a_run(call, run_folder, tree):
     torch.save(checkpoint.load(run_folder / "last.pth")["state_dict"], "weights.pth")
     code, _, err = call("--resume", "weights.pth", tree)
     assert code == 2
-    assert err == ["error: weights.pth: holds weights, not a run of this program; start from them "
-                   "with --pretrained weights.pth"]  # fmt: skip
+    assert err == [
+        "error: weights.pth: holds weights, not a run of this program; start from them "
+        "with --pretrained weights.pth"
+    ]
     code, _, err = call("-e", "--resume", "weights.pth", "-a", "resnet18", tree)
     assert code == 2
     assert "weights.pth holds mobilenetv2, ksize None, 3 classes: leave --arch resnet18" in err[0]
@@ -227,9 +229,11 @@ def test_a_run_that_another_process_has_gone_on_with(call, run_folder, monkeypat
     before = (run_folder / "args.json").read_text()
     code, _, err = call("--resume", "auto", "--output", run_folder, "--epochs", 3)
     assert code == 1
-    assert err == [f"error: {run_folder}/last.pth: another process has gone on with this run since "
-                   "it was read (epoch 3, step 3): start again with --resume auto --output "
-                   f"{run_folder}"]  # fmt: skip
+    assert err == [
+        f"error: {run_folder}/last.pth: another process has gone on with this run since "
+        "it was read (epoch 3, step 3): start again with --resume auto --output "
+        f"{run_folder}"
+    ]
     assert place(run_folder) == (2, 3)
     assert (run_folder / "args.json").read_text() == before
     with pytest.raises(UserError, match="another process has gone on"):  # nothing to read then
@@ -246,11 +250,22 @@ def test_the_command_to_go_on_names_the_device(monkeypatch):
 def test_momentum_and_decay_can_change_on_the_way(call, run_folder, monkeypatch):
     places, save_last = [], checkpoint.CheckpointFolder.save_last
     monkeypatch.setattr(
-        checkpoint.CheckpointFolder, "save_last",
+        checkpoint.CheckpointFolder,
+        "save_last",
         lambda folder, state: places.append(state["progress"]["step"]) or save_last(folder, state),
-    )  # fmt: skip
-    code, *_ = call("--resume", run_folder / "last.pth", "--epochs", 3, "--momentum", 0.5,
-                    "--wd", 0, "--save-minutes", 1e-9)  # fmt: skip
+    )
+    code, *_ = call(
+        "--resume",
+        run_folder / "last.pth",
+        "--epochs",
+        3,
+        "--momentum",
+        0.5,
+        "--wd",
+        0,
+        "--save-minutes",
+        1e-9,
+    )
     assert code == 0
     assert places[:4] == [1, 2, 3, 4]  # no step is quicker than 60 ns
     saved = checkpoint.load(run_folder / "last.pth")

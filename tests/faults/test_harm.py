@@ -17,8 +17,11 @@ pytestmark = pytest.mark.faults
 
 def assert_steps(lines: list[str], done: dict, epochs: int) -> None:
     """With -p 1: that a run of `epochs` begins behind `done`, and not anew."""
-    shown = [tuple(map(int, re.match(r"epoch (\d+)/\d+  step (\d)/4", line).groups()))
-             for line in lines if "  step " in line]  # fmt: skip
+    shown = [
+        tuple(map(int, re.match(r"epoch (\d+)/\d+  step (\d)/4", line).groups()))
+        for line in lines
+        if "  step " in line
+    ]
     every = [(epoch + 1, step + 1) for epoch in range(epochs) for step in range(4)]
     assert shown == every[4 * done["epoch"] + done["step"] :]
 
@@ -52,8 +55,9 @@ def test_a_signal_saves_at_the_next_step(start, tree, tmp_path, signum, code):
 
 
 def test_a_signal_during_evaluation_loses_no_epoch(start, tree, tmp_path):
-    slow = start(*SMALL, "-b", 1, "--img-size", 64, "--epochs", 500, "-p", 8, "--output", "run",
-                 tree)  # fmt: skip
+    slow = start(
+        *SMALL, "-b", 1, "--img-size", 64, "--epochs", 500, "-p", 8, "--output", "run", tree
+    )
     slow.wait_for("epoch 1/500  step 24/24")  # evaluation of 15 images one by one comes now
     slow.process.send_signal(signal.SIGTERM)
     code, _, _ = slow.end()
@@ -66,7 +70,7 @@ def test_a_signal_during_evaluation_loses_no_epoch(start, tree, tmp_path):
 
 
 def test_kill_9_and_resume_auto(start, tree, tmp_path):
-    """Nothing but the operating system's kill; what it comes to is compared in test_kill_and_resume.py."""
+    """The operating system's kill alone; test_kill_and_resume.py compares what comes of it."""
     running = start(*LONG, "-j", 2, "--save-every", 1, "--output", "run", tree)
     running.wait_for("epoch 2/500  step 2/4")
     workers = running.children()
@@ -89,8 +93,10 @@ def test_a_killed_worker(start, tree, tmp_path):
     os.kill(workers[0], signal.SIGKILL)
     code, _, err = running.end()
     assert code == 1
-    assert err == ["error: a loader worker was killed by SIGKILL (out of memory?): use fewer "
-                   "workers (-j) or a smaller -b; go on with --resume auto"]  # fmt: skip
+    assert err == [
+        "error: a loader worker was killed by SIGKILL (out of memory?): use fewer "
+        "workers (-j) or a smaller -b; go on with --resume auto"
+    ]
     assert all_gone(workers)
     assert progress(tmp_path / "run")["epoch"] >= 1
 
@@ -100,7 +106,7 @@ HANGING = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 sys.argv = ["main.py", *sys.argv[1:]]
-from utils import data
+from utils.data import loading as data
 read = data.read_image
 def read_image(*arguments):
     while os.path.exists({mark!r}):
@@ -127,8 +133,10 @@ def test_hung_workers(tree, tmp_path):
     running, workers = start_hanging(tree, tmp_path, "-j", 2, "--worker-timeout", 2)
     code, _, err = running.end()
     assert code == 1
-    assert err == ["error: no batch from the loader workers for 2 s: they hang (slow or stuck "
-                   "storage?); raise --worker-timeout or use fewer workers (-j)"]  # fmt: skip
+    assert err == [
+        "error: no batch from the loader workers for 2 s: they hang (slow or stuck "
+        "storage?); raise --worker-timeout or use fewer workers (-j)"
+    ]
     assert all_gone(workers)
 
 
@@ -177,8 +185,10 @@ def test_a_killed_rank(start, tree, tmp_path):
     os.kill(ranks[1], signal.SIGKILL)
     code, _, err = running.end()
     assert code == 1
-    assert ("error (rank 0): another process of this run ended or hangs (its own lines say why); "
-            "nothing saved is lost: go on with --resume auto") in err  # fmt: skip
+    assert (
+        "error (rank 0): another process of this run ended or hangs (its own lines say why); "
+        "nothing saved is lost: go on with --resume auto"
+    ) in err
     assert all_gone(ranks)
     saved = progress(tmp_path / "run")
     assert (saved["epoch"], saved["step"]) >= (1, 0)

@@ -17,9 +17,7 @@ pytestmark = pytest.mark.faults
 def test_two_runs_in_one_folder(start, tree, tmp_path):
     first = start(*LONG, "--output", "run", tree)
     first.wait_for("epoch 2/500  step 1/4")
-    second = Running(
-        tmp_path, ROOT / "main.py", "--resume", "auto", "--output", tmp_path / "run"
-    )  # fmt: skip
+    second = Running(tmp_path, ROOT / "main.py", "--resume", "auto", "--output", tmp_path / "run")
     code, _, err = second.end()
     assert code == 1
     assert len(err) == 1
@@ -50,12 +48,24 @@ def test_no_memory(start, tree, tmp_path):
     def little_memory():
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 
-    running = start(*SMALL, "-b", 24, "--img-size", 2000, "--epochs", 1, "--output", "run", tree,
-                    preexec_fn=little_memory)  # fmt: skip
+    running = start(
+        *SMALL,
+        "-b",
+        24,
+        "--img-size",
+        2000,
+        "--epochs",
+        1,
+        "--output",
+        "run",
+        tree,
+        preexec_fn=little_memory,
+    )
     code, _, err = running.end()
     assert code == 1
-    assert err == ["error: out of memory with -b 24: give a smaller -b or --img-size, or --amp "
-                   "bf16"]  # fmt: skip
+    assert err == [
+        "error: out of memory with -b 24: give a smaller -b or --img-size, or --amp bf16"
+    ]
 
 
 def test_a_full_disk(start, tree, tmp_path):
@@ -71,8 +81,11 @@ def test_a_full_disk(start, tree, tmp_path):
     code, _, err = again.end()
     assert code == 1
     assert len(err) == 1
-    assert re.match(r"error: no room to write run/last.pth .*: [\d.]+ MB needed, .* free; what was "
-                    "written before it is whole. Make room, and resume$", err[0])  # fmt: skip
+    assert re.match(
+        r"error: no room to write run/last.pth .*: [\d.]+ MB needed, .* free; what was "
+        "written before it is whole. Make room, and resume$",
+        err[0],
+    )
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.pth")} == before
     assert not list((tmp_path / "run").glob("*tmp*"))
     last = start("--resume", "auto", "--output", "run", "--epochs", 2)

@@ -13,18 +13,44 @@ from utils.runs import checkpoint
 
 def kill_and_resume(tree, tmp_path, kills: int, script: str, *flags: object) -> list[str]:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "helpers" / "kill_driver.py"), script, str(tree),
-         str(tmp_path / "runs"), str(kills), *map(str, flags)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=1500,
+        [
+            sys.executable,
+            str(ROOT / "tests" / "helpers" / "kill_driver.py"),
+            script,
+            str(tree),
+            str(tmp_path / "runs"),
+            str(kills),
+            *map(str, flags),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=1500,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     log = tmp_path / "runs" / "moments.txt"
     assert done.returncode == 0, done.stderr + log.read_text()[-3000:]
     return done.stdout.splitlines()
 
 
-FLAGS = ("--img-size", 32, "-b", 8, "--min-scale", 0.5, "--epochs", 2, "--seed", 1,
-         "--save-every", 2, "--lr", 0.01, "-p", 1)  # fmt: skip
+FLAGS = (
+    "--img-size",
+    32,
+    "-b",
+    8,
+    "--min-scale",
+    0.5,
+    "--epochs",
+    2,
+    "--seed",
+    1,
+    "--save-every",
+    2,
+    "--lr",
+    0.01,
+    "-p",
+    1,
+)
 
 
 def test_three_kills(tree, tmp_path):
@@ -44,18 +70,39 @@ def test_twenty_four_kills(tree, tmp_path):
 @pytest.mark.faults
 def test_kills_of_a_fused_resnet_in_bf16(tree, tmp_path):
     lines = kill_and_resume(
-        tree, tmp_path, 3, "main.py", "-a", "eca_resnet18", "--amp", "bf16", "--channels-last",
+        tree,
+        tmp_path,
+        3,
+        "main.py",
+        "-a",
+        "eca_resnet18",
+        "--amp",
+        "bf16",
+        "--channels-last",
         *FLAGS,
-    )  # fmt: skip
+    )
     assert len(lines) == 3
 
 
 @pytest.mark.faults
 def test_kills_with_every_part_of_the_modern_recipe(tree, tmp_path):
     lines = kill_and_resume(
-        tree, tmp_path, 6, "light_main.py", *FLAGS, "--recipe", "modern", "--warmup-epochs", 1,
-        "--train-size", 32, "--accumulate", 2, "--clip-grad", 1,
-    )  # fmt: skip
+        tree,
+        tmp_path,
+        6,
+        "light_main.py",
+        *FLAGS,
+        "--recipe",
+        "modern",
+        "--warmup-epochs",
+        1,
+        "--train-size",
+        32,
+        "--accumulate",
+        2,
+        "--clip-grad",
+        1,
+    )
     assert len(lines) == 6
 
 
@@ -65,9 +112,17 @@ def test_three_ranks_resume_as_one_run(run, tree, tmp_path):
     flags = ("-a", "eca_resnet18", "--img-size", 32, "-b", 12, "-j", 0, "--seed", 1, "--lr", 0.01)
     for output, epochs in (("through", 2), ("parts", 1), ("parts", 2)):
         done = run(
-            "main.py", *flags, tree, "--epochs", epochs, "--resume", "auto", "--output", output,
+            "main.py",
+            *flags,
+            tree,
+            "--epochs",
+            epochs,
+            "--resume",
+            "auto",
+            "--output",
+            output,
             ranks=3,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
     assert "resuming parts/last.pth" in done.stdout
     through, parts = (checkpoint.load(tmp_path / n / "last.pth") for n in ("through", "parts"))

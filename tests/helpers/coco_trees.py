@@ -13,9 +13,14 @@ SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 40.0, 10.0, 40.0]]
 
 def annotation(number=1, image_id=1, category_id=1, bbox=(10, 10, 20, 30), **changes):
     entry = {
-        "id": number, "image_id": image_id, "category_id": category_id, "bbox": list(bbox),
-        "area": bbox[2] * bbox[3], "iscrowd": 0, "segmentation": SQUARE,
-    }  # fmt: skip
+        "id": number,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": list(bbox),
+        "area": bbox[2] * bbox[3],
+        "iscrowd": 0,
+        "segmentation": SQUARE,
+    }
     entry.update(changes)
     return {key: value for key, value in entry.items() if value is not None}
 

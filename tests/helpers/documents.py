@@ -103,12 +103,20 @@ def run_command(line: str, root: Path, shown: str) -> str:
     if program != "python" or re.search(r"[|<>;&]", re.sub(r"'[^']*'", "", line)):
         own = shlex.quote(sys.executable)
         done = subprocess.run(
-            ["bash", "-eo", "pipefail", "-c", f'''
+            [
+                "bash",
+                "-eo",
+                "pipefail",
+                "-c",
+                f"""
                 python() {{ {own} "$@"; }}
                 torchrun() {{ {own} -m torch.distributed.run "$@"; }}
-                {line}'''],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+                {line}""",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         return done.stdout + done.stderr
     code = 0

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import main as _main  # noqa: E402, F401 - imported before forking
-from utils.classification import engine
+from utils.classification import engine  # noqa: E402
 from utils.runs import checkpoint  # noqa: E402
 
 STATE = ("state_dict", "raw_state_dict", "averaged_steps", "optimizer", "progress", "history")

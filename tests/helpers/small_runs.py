@@ -22,10 +22,14 @@ class Running:
         self.out, self.err = folder / "stdout", folder / "stderr"
         with open(self.out, "w") as out, open(self.err, "w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, *map(str, command)], cwd=folder, stdout=out, stderr=err,
+                [sys.executable, *map(str, command)],
+                cwd=folder,
+                stdout=out,
+                stderr=err,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": PATH},
-                start_new_session=True, **options,
-            )  # fmt: skip
+                start_new_session=True,
+                **options,
+            )
 
     def wait_for(self, pattern: str, since: int = 0) -> None:
         """Until a line of stdout matches."""

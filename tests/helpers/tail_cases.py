@@ -38,9 +38,11 @@ def run(fused, bn, attention, z, residual, activation, grad):
     relu = nn.ReLU() if activation else None
     if fused:
         assert can_fuse(z, bn, attention, residual, relu)
-    out = fused_tail(z, bn, attention, residual, activation) if fused else block_tail(
-        z, bn, attention, residual, relu, fused=False
-    )  # fmt: skip
+    out = (
+        fused_tail(z, bn, attention, residual, activation)
+        if fused
+        else block_tail(z, bn, attention, residual, relu, fused=False)
+    )
     return outcome(out, bn, attention, z, residual, grad)
 
 

@@ -195,8 +195,11 @@ def test_places_by_name_and_by_type(capsys):
     network = torchvision.models.resnet18().double().eval()
     done = add_eca(network, after="layer[34].*.bn2", ksize=7)
     assert [insertion.name for insertion in done] == [
-        "layer3.0.bn2.eca", "layer3.1.bn2.eca", "layer4.0.bn2.eca", "layer4.1.bn2.eca",
-    ]  # fmt: skip
+        "layer3.0.bn2.eca",
+        "layer3.1.bn2.eca",
+        "layer4.0.bn2.eca",
+        "layer4.1.bn2.eca",
+    ]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "ResNet: 4 ECA layers put in, 28 parameters"
     assert lines[-1] == "  ECA k=7 on 512 channels after layer4.1.bn2"
@@ -235,12 +238,14 @@ class PreAct(nn.Sequential):
 
 
 def test_refuses_in_one_line_and_changes_nothing():
-    network = nn.ModuleDict({
-        "stem": nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
-        "act": nn.ReLU(),
-        "block": PreAct(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)),
-        "bare": nn.Sequential(nn.ReLU()),
-    })  # fmt: skip
+    network = nn.ModuleDict(
+        {
+            "stem": nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
+            "act": nn.ReLU(),
+            "block": PreAct(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)),
+            "bare": nn.Sequential(nn.ReLU()),
+        }
+    )
     keys = list(network.state_dict())
     for wrong, message in [
         ({}, "found no place for ECA in ModuleDict"),

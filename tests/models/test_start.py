@@ -77,8 +77,11 @@ def test_what_is_asked_for_is_compared_with_what_is_held():
     for file in (held("eca_resnet18", "3333"), held("eca_resnet18", "3333", ours=True)):
         refuse_another(file, "w.pth")
         refuse_another(file, "w.pth", "eca_resnet18", "3333", "eca", 3)
-        with pytest.raises(ValueError, match=r"^w\.pth holds eca_resnet18, ksize \[3, 3, 3, 3\], "
-                           "3 classes: leave --ksize 3577, --num-classes 4 out"):  # fmt: skip
+        with pytest.raises(
+            ValueError,
+            match=r"^w\.pth holds eca_resnet18, ksize \[3, 3, 3, 3\], "
+            "3 classes: leave --ksize 3577, --num-classes 4 out",
+        ):
             refuse_another(file, "w.pth", ksize="3577", num_classes=4)
     detector = {"format": 1, "arch": "mask_rcnn", "state_dict": {}}
     with pytest.raises(ValueError, match=r"w\.pth holds mask_rcnn, which is not for this script"):

@@ -24,8 +24,7 @@ from utils.runs import checkpoint
 from utils.system.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "DETECTION.md"
-SMALL = (*NETWORK, "--batch-size", 4, "--lr-steps", 1, "--warmup-steps", 2,
-         "--optimizer", "sgd")  # fmt: skip
+SMALL = (*NETWORK, "--batch-size", 4, "--lr-steps", 1, "--warmup-steps", 2, "--optimizer", "sgd")
 FASTER = (*SMALL, "-a", "faster_rcnn", "--hflip", 0.5)
 
 
@@ -67,8 +66,15 @@ def test_a_runs_life(detect, shapes, tmp_path, monkeypatch):
     assert any(line.startswith("! no --backbone-weights") for line in lines)
     folder = tmp_path / "first"
     names = {path.name for path in folder.iterdir()}
-    assert {"args.json", "metrics.csv", "curves.png", "predictions.png", "last.pth",
-            "previous.pth", "best.pth"} <= names  # fmt: skip
+    assert {
+        "args.json",
+        "metrics.csv",
+        "curves.png",
+        "predictions.png",
+        "last.pth",
+        "previous.pth",
+        "best.pth",
+    } <= names
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert {"train_loss_classifier", "box_AP", "box_ARl"} <= rows[0].keys()
@@ -120,8 +126,12 @@ def test_the_demo_learns_and_two_ranks_see_what_one_does(detect, run, tmp_path, 
     write_shapes(root, {"train": 9, "val": 1})
     monkeypatch.setattr(demo_shapes, "prepare", lambda: root)
     flags = ("--epochs", 10, "--lr-steps", 8, "--batch-size", 3, "--seed", 0, "--action", "demo")
-    itself = ("--val-images", "train2017",
-              "--val-annotations", "annotations/instances_train2017.json")  # fmt: skip
+    itself = (
+        "--val-images",
+        "train2017",
+        "--val-annotations",
+        "annotations/instances_train2017.json",
+    )
     lines = detect("demo:shapes", *flags, *itself)
     folder = tmp_path / "runs" / "mask_rcnn_eca_resnet18_demo-1"
     saved = checkpoint.load(folder / "best.pth")

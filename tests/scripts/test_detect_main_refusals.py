@@ -49,7 +49,7 @@ def test_bad_flags(detect, capsys, arguments, words):
 
 
 def save_detector(path, **changes):
-    """A RetinaNet as `tools.import_mmdetection` writes one, no run and no norm, but without weights."""
+    """A RetinaNet as `tools.import_mmdetection` writes one: no run, no norm, here no weights."""
     with torch.device("meta"):
         network = create_detector("retinanet", "eca_resnet18", num_classes=5, legacy=True)
     fields = {**describe_detector(network), "model_kwargs": {"legacy": True}, "classes": DIGITS}
@@ -68,9 +68,11 @@ def save_detector(path, **changes):
     ],
 )
 def test_another_network_than_the_files_is_refused(detect, shapes, tmp_path, arguments, left_out):
-    message = "odd kernel sizes" if left_out is None else (
-        f"ours.pth holds retinanet on eca_resnet18, .*: leave {left_out} out"
-    )  # fmt: skip
+    message = (
+        "odd kernel sizes"
+        if left_out is None
+        else (f"ours.pth holds retinanet on eca_resnet18, .*: leave {left_out} out")
+    )
     with pytest.raises(UserError, match=message):
         detect("-e", "--resume", save_detector(tmp_path / "ours.pth"), *arguments, shapes)
 

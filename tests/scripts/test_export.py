@@ -37,9 +37,12 @@ def write_checkpoint(path, name="eca_resnet18", img_size=48, **kwargs):
     with torch.no_grad():
         network(torch.randn(8, 3, 64, 64) * 2 + 1)
     state = {
-        **weights.describe_network(network), "classes": ["a", "b", "ü"], "img_size": img_size,
-        "crop_pct": 0.9, "state_dict": network.state_dict(),
-    }  # fmt: skip
+        **weights.describe_network(network),
+        "classes": ["a", "b", "ü"],
+        "img_size": img_size,
+        "crop_pct": 0.9,
+        "state_dict": network.state_dict(),
+    }
     checkpoint.save(path, state)
     return network.eval()
 
@@ -93,8 +96,9 @@ def test_all_formats(cli, tmp_path, monkeypatch):
     before = (tmp_path / "best.onnx").read_bytes()
     code, text = cli("best.pth")
     assert (code, "best.onnx: is there already; move it, or choose another --output" in text) == (
-        2, True,
-    )  # fmt: skip
+        2,
+        True,
+    )
     assert (tmp_path / "best.onnx").read_bytes() == before
     found = importlib.util.find_spec
     monkeypatch.setattr(
@@ -148,7 +152,9 @@ def test_tensors_that_are_not_the_checkpoints_are_refused(cli, tmp_path, monkeyp
     write_checkpoint(tmp_path / "best.pth")
     write = safetensors_file.to_safetensors
     monkeypatch.setattr(  # one bit of the last tensor's last byte
-        safetensors_file, "to_safetensors", lambda *a: (d := write(*a))[:-1] + bytes([d[-1] ^ damage])
+        safetensors_file,
+        "to_safetensors",
+        lambda *a: (d := write(*a))[:-1] + bytes([d[-1] ^ damage]),
     )
     code, text = cli("best.pth", "--to", "safetensors")
     assert code == damage, text

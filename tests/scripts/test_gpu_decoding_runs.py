@@ -10,6 +10,7 @@ from helpers.small_runs import SMALL
 import detect_main
 import main as script
 import predict
+import visualize_attention
 from tests.scripts.test_main import fail
 from tools import check_images
 from utils.data.gpu_decoding import DeviceReading, check_decoder
@@ -47,7 +48,7 @@ def test_a_torchvision_that_cannot_is_refused(call, monkeypatch):
     assert "give another one, such as torchvision" in err[0]
 
 
-@pytest.mark.parametrize("module", [attention, predict, check_images, detect_main])
+@pytest.mark.parametrize("module", [visualize_attention, predict, check_images, detect_main])
 def test_scripts_that_decode_on_the_cpu_do_not_know_it(call, module):
     code, _, err = call("--decoder", "cuda", "a", "b", entry=module.main)
     assert (code, len(err)) == (2, 1)

@@ -47,8 +47,14 @@ def test_trains_evaluates_and_starts_from_its_weights(run, tree, tmp_path):
 
     folder = tmp_path / "runs" / "resnet18_try-1"
     names = {path.name for path in folder.iterdir()}
-    assert {"args.json", "metrics.csv", "curves.png", "last.pth", "previous.pth",
-            "best.pth"} <= names  # fmt: skip
+    assert {
+        "args.json",
+        "metrics.csv",
+        "curves.png",
+        "last.pth",
+        "previous.pth",
+        "best.pth",
+    } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     args = json.loads((folder / "args.json").read_text())
     assert args["recipe"]["lr"] == 0.02
@@ -101,9 +107,30 @@ def test_trains_evaluates_and_starts_from_its_weights(run, tree, tmp_path):
 
 
 def test_light_main_is_a_recipe_of_the_same_trainer(run, tree, tmp_path):
-    flags = ("--img-size", 32, "-b", 8, "-j", 1, "--epochs", 1, "--schedule", "cosine",
-             "--warmup-epochs", 0.5, "--amp", "bf16", "--channels-last", "--decoder", "pil",
-             "--ksize", "adaptive", "--no-fused", "--output", "here")  # fmt: skip
+    flags = (
+        "--img-size",
+        32,
+        "-b",
+        8,
+        "-j",
+        1,
+        "--epochs",
+        1,
+        "--schedule",
+        "cosine",
+        "--warmup-epochs",
+        0.5,
+        "--amp",
+        "bf16",
+        "--channels-last",
+        "--decoder",
+        "pil",
+        "--ksize",
+        "adaptive",
+        "--no-fused",
+        "--output",
+        "here",
+    )
     lines = succeed(run("light_main.py", *flags, tree))
     assert any("eca_mobilenetv2" in line and "ksize 3,3,3,3,3,5,5" in line for line in lines)
     assert any("bf16, channels_last, block tails module by module" in line for line in lines)
@@ -119,8 +146,13 @@ def test_released_checkpoints_evaluate_as_they_are(run, tree, tmp_path):
     torch.manual_seed(0)
     network = models.create_model("eca_resnet18", ksize="3333", num_classes=3)
     state = {f"module.{key}": value for key, value in network.state_dict().items()}
-    released = {"epoch": 100, "arch": "se_resnet50", "state_dict": state,
-                "best_prec1": torch.tensor(70.0), "optimizer": {}}  # fmt: skip
+    released = {
+        "epoch": 100,
+        "arch": "se_resnet50",
+        "state_dict": state,
+        "best_prec1": torch.tensor(70.0),
+        "optimizer": {},
+    }
     torch.save(released, tmp_path / "released.pth.tar", _use_new_zipfile_serialization=False)
     evaluate = ("-e", "--resume", "released.pth.tar", "--img-size", 32, "-j", 0)
     lines = succeed(run("main.py", *evaluate, "--output", "result", tree))
@@ -132,10 +164,14 @@ def test_released_checkpoints_evaluate_as_they_are(run, tree, tmp_path):
     network.eval()
     from torchvision import transforms
 
-    transform = transforms.Compose([
-        transforms.Resize(37), transforms.CenterCrop(32), transforms.ToTensor(),
-        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ])  # fmt: skip
+    transform = transforms.Compose(
+        [
+            transforms.Resize(37),
+            transforms.CenterCrop(32),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
     losses = []
     for label, name in enumerate("abc"):
         for path in sorted((tree / "val" / name).iterdir()):

@@ -24,9 +24,29 @@ from utils.recipes.classification import MODERN, MODERN_100, RECIPES, Recipe
 from utils.runs import checkpoint
 
 SMALL = ("-a", "eca_mobilenetv2", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j", 0, "--seed", 1)
-PARTS = ("--label-smoothing", 0.1, "--mixup", 0.2, "--cutmix", 1, "--auto-augment", "trivial",
-         "--random-erasing", 0.5, "--ema", 0.99, "--no-norm-decay", "--repeats", 2,
-         "--accumulate", 2, "--clip-grad", 1, "--min-scale", 0.5)  # fmt: skip
+PARTS = (
+    "--label-smoothing",
+    0.1,
+    "--mixup",
+    0.2,
+    "--cutmix",
+    1,
+    "--auto-augment",
+    "trivial",
+    "--random-erasing",
+    0.5,
+    "--ema",
+    0.99,
+    "--no-norm-decay",
+    "--repeats",
+    2,
+    "--accumulate",
+    2,
+    "--clip-grad",
+    1,
+    "--min-scale",
+    0.5,
+)
 
 
 def same(a, b) -> bool:
@@ -41,9 +61,21 @@ def same(a, b) -> bool:
 
 
 OLD_FIELDS = {  # of a recipe, before there was another than the paper's
-    "arch", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "lr_step",
-    "lr_decay", "warmup_epochs", "img_size", "crop_pct", "min_scale", "hflip",
-}  # fmt: skip
+    "arch",
+    "epochs",
+    "batch_size",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "schedule",
+    "lr_step",
+    "lr_decay",
+    "warmup_epochs",
+    "img_size",
+    "crop_pct",
+    "min_scale",
+    "hflip",
+}
 STATE = ("state_dict", "raw_state_dict", "averaged_steps", "optimizer", "progress", "history")
 
 
@@ -151,8 +183,11 @@ def finished(tree, tmp_path_factory):
     """The folder of a run of one epoch with every part. Read only: copy its files."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", list(map(str, ["main.py", *SMALL, *PARTS, "--epochs", 1,
-                                                  "--output", folder, tree])))  # fmt: skip
+        patch.setattr(
+            sys,
+            "argv",
+            list(map(str, ["main.py", *SMALL, *PARTS, "--epochs", 1, "--output", folder, tree])),
+        )
         assert script.main() == 0
     torch.use_deterministic_algorithms(False)
     return folder
@@ -246,11 +281,23 @@ def test_bad_values_are_answered_in_one_line(call, tree, tmp_path, flags, words)
 
 # Documented commands at a size for tests; DATA is the test's own, and so are the demo's images.
 SCALED = {
-    "main.py": ("-a", "resnet18", "-b", 8, "--epochs", 1, "--img-size", 32, "--train-size", 24,
-                "-j", 0),
+    "main.py": (
+        "-a",
+        "resnet18",
+        "-b",
+        8,
+        "--epochs",
+        1,
+        "--img-size",
+        32,
+        "--train-size",
+        24,
+        "-j",
+        0,
+    ),
     "light_main.py": ("-b", 8, "--epochs", 1, "--img-size", 32, "--train-size", 32, "-j", 0),
     "demo": ("-b", 8, "--epochs", 1),
-}  # fmt: skip
+}
 
 
 def documented() -> list[str]:

@@ -21,8 +21,24 @@ from tests.scripts.test_torchrun import assert_step_of_two_halves
 from utils.runs import checkpoint
 
 SCRIPT = ROOT / "slurm" / "train.sbatch"
-FLAGS = ("-a", "resnet18", "--img-size", 96, "-b", 24, "-j", 0, "--epochs", 1, "--lr", 0.001,
-         "--seed", 1, "--min-scale", 0.7)  # fmt: skip
+FLAGS = (
+    "-a",
+    "resnet18",
+    "--img-size",
+    96,
+    "-b",
+    24,
+    "-j",
+    0,
+    "--epochs",
+    1,
+    "--lr",
+    0.001,
+    "--seed",
+    1,
+    "--min-scale",
+    0.7,
+)
 
 
 def free_port() -> int:
@@ -33,17 +49,27 @@ def free_port() -> int:
 
 def on_two_nodes(folder: Path, *arguments: object) -> list[tuple[int, str, str]]:
     """Runs main.py as two agents of one process each; (exit code, stdout, stderr) of both."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
-                "--master-addr=127.0.0.1", f"--master-port={free_port()}"]  # fmt: skip
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--master-addr=127.0.0.1",
+        f"--master-port={free_port()}",
+    ]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as if activated
     agents = [
         subprocess.Popen(
             [*launcher, f"--node-rank={rank}", str(ROOT / "main.py"), *map(str, arguments)],
-            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path},
         )
         for rank in (0, 1)
-    ]  # fmt: skip
+    ]
     try:
         told = [agent.communicate(timeout=300) for agent in agents]
     finally:
@@ -83,21 +109,33 @@ def guide(program: str) -> list[list[str]]:
 
 def in_short(command: list[str], tree: Path) -> list[str]:
     """A command of the guide with a network and data of seconds."""
-    short = {"eca_resnet50": ["mobilenetv2", *map(str, SMALL[2:])], "DATA": [str(tree)],
-             "main.py": [str(ROOT / "main.py")], "light_main.py": [str(ROOT / "light_main.py")],
-             "--master-addr=HEAD": ["--master-addr=127.0.0.1"],
-             "--master-port=29500": [f"--master-port={os.getpid() % 10000 + 20000}"],
-             "--nproc-per-node=8": ["--nproc-per-node=1"]}  # fmt: skip
+    short = {
+        "eca_resnet50": ["mobilenetv2", *map(str, SMALL[2:])],
+        "DATA": [str(tree)],
+        "main.py": [str(ROOT / "main.py")],
+        "light_main.py": [str(ROOT / "light_main.py")],
+        "--master-addr=HEAD": ["--master-addr=127.0.0.1"],
+        "--master-port=29500": [f"--master-port={os.getpid() % 10000 + 20000}"],
+        "--nproc-per-node=8": ["--nproc-per-node=1"],
+    }
     return [word for old in command for word in short.get(old, [old])]
 
 
 @pytest.mark.faults
 def test_the_commands_for_two_nodes(tree, tmp_path):
     agents = [
-        Running(make_folder(tmp_path / name), "-m", "torch.distributed.run",
-                *in_short(command[1:], tree), "--epochs", "1", "--output", tmp_path / "run")
+        Running(
+            make_folder(tmp_path / name),
+            "-m",
+            "torch.distributed.run",
+            *in_short(command[1:], tree),
+            "--epochs",
+            "1",
+            "--output",
+            tmp_path / "run",
+        )
         for name, command in zip(("first", "second"), guide("torchrun"), strict=True)
-    ]  # fmt: skip
+    ]
     for agent in agents:
         code, _, err = agent.end()
         assert code == 0, err
@@ -162,7 +200,7 @@ def slurm(tmp_path, monkeypatch):
 def test_a_job_before_its_time_limit_saves_and_is_requeued(slurm, tree, tmp_path):
     first, _ = (in_short(command, tree) for command in guide("sbatch"))
     assert first[:2] == ["sbatch", "slurm/train.sbatch"]
-    command = ("-c", AS_BASH, SCRIPT, *first[2:], *LONG[len(SMALL):])
+    command = ("-c", AS_BASH, SCRIPT, *first[2:], *LONG[len(SMALL) :])
     job = Running(tmp_path, *command)
     try:
         job.wait_for("epoch 2/500  step 2/4")
@@ -217,9 +255,11 @@ def test_a_job_that_fails_is_not_requeued(slurm, tree, tmp_path):
 def test_the_script_is_bash_and_wants_a_run_folder(slurm, tmp_path):
     assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
     done = subprocess.run(
-        ["bash", SCRIPT, "main.py", "-a", "resnet18", "data"], cwd=tmp_path, capture_output=True,
+        ["bash", SCRIPT, "main.py", "-a", "resnet18", "data"],
+        cwd=tmp_path,
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 2
     assert done.stderr == (
         "error: give the run a folder with --output DIR: a requeued job goes on in it\n"

@@ -72,8 +72,12 @@ def test_table_csv_and_json_hold_the_right_numbers(ckpt, photos, cli, tmp_path, 
     assert "1 of 5 images could not be read" in notes
     found = json.loads((out / "predictions.json").read_text())
     assert [entry["file"].removeprefix(f"{photos}/") for entry in found] == [
-        "a.png", "b.jpg", "bad.png", "cat/c.png", "cat/d[1].png",
-    ]  # fmt: skip
+        "a.png",
+        "b.jpg",
+        "bad.png",
+        "cat/c.png",
+        "cat/d[1].png",
+    ]
     assert found.pop(2) == {"file": f"{photos}/bad.png", "error": "not an image"}
     lines = table.splitlines()
     assert len(lines) == 4
@@ -135,8 +139,11 @@ def test_pictures_go_to_a_new_folder(ckpt, photos, cli, tmp_path, monkeypatch):
     assert "maps of layer3: of 64 pixels layer4 keeps too few positions" in notes
     folder = tmp_path / "runs" / "predict-1"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "grid.png", "maps", "predictions.csv", "predictions.json",
-    ]  # fmt: skip
+        "grid.png",
+        "maps",
+        "predictions.csv",
+        "predictions.json",
+    ]
     names = ["0001_a.png", "0002_b.png", "0004_c.png", "0005_d[1].png"]
     assert sorted(p.name for p in (folder / "maps").iterdir()) == names
     maps = [e["map"] for e in json.loads((folder / "predictions.json").read_text()) if "map" in e]
@@ -196,6 +203,7 @@ def test_faults_of_the_machine_are_told_in_one_line(ckpt, photos, cli, monkeypat
         ("DefaultCPUAllocator: can't allocate memory", "out of memory with -b 32: give a smaller "),
         ("DataLoader worker (pid 7) is killed by signal: Killed.", "killed by SIGKILL (out of mem"),
     ):
+
         def fail(*_, fault=fault):
             raise RuntimeError(fault)
 
@@ -266,8 +274,11 @@ def test_detector_finds_draws_and_writes_coco(detector, photos, cli, tmp_path, m
     assert f"! {photos}/bad.png: not an image; passed over" in notes
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == [
-        "detections.csv", "detections.json", "grid.png", "pictures",
-    ]  # fmt: skip
+        "detections.csv",
+        "detections.json",
+        "grid.png",
+        "pictures",
+    ]
     document = json.loads((out / "detections.json").read_text())
     assert document["categories"] == [{"id": 7, "name": "ant"}, {"id": 3, "name": "bee"}]
     files = [photos / name for name in ("a.png", "b.jpg", "cat/c.png", "cat/d[1].png")]

@@ -15,8 +15,24 @@ from utils.runs import checkpoint
 def test_two_ranks_train_and_evaluate_as_one(run, tree, tmp_path):
     # One step at 96 pixels: BatchNorm over the few values that small batches and images leave it
     # blows rounding up a hundredfold at every further step.
-    flags = ("-a", "resnet18", "--img-size", 96, "-b", 24, "-j", 0, "--epochs", 1, "--lr", 0.001,
-             "--seed", 1, "--min-scale", 0.7)  # fmt: skip
+    flags = (
+        "-a",
+        "resnet18",
+        "--img-size",
+        96,
+        "-b",
+        24,
+        "-j",
+        0,
+        "--epochs",
+        1,
+        "--lr",
+        0.001,
+        "--seed",
+        1,
+        "--min-scale",
+        0.7,
+    )
     done = run("main.py", *flags, "--output", "two", tree, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder: two") == 1

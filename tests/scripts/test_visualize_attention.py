@@ -1,4 +1,4 @@
-"""visualize_attention.py: the weights are those the layers apply, averaged over the right images."""
+"""visualize_attention.py: the weights that the layers apply, averaged over the right images."""
 
 import io
 import sys
@@ -11,6 +11,7 @@ from helpers.shard_sets import make
 from PIL import Image
 from torch import nn
 
+import visualize_attention
 from models import create_model, weights
 from models.attention import ATTENTIONS
 from models.eca_resnet import BasicBlock, ResNet
@@ -135,13 +136,13 @@ def test_a_single_image_says_nothing_of_a_spread():
 
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
-    """Runs visualize_attention.py's main in an empty folder and gives (exit code, all that it printed)."""
+    """Runs visualize_attention.py in an empty folder: (exit code, all that it printed)."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["visualize_attention.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            run_script(attention.main)
+            run_script(visualize_attention.main)
         return end.value.code, "".join(capsys.readouterr())
 
     return call
@@ -236,7 +237,9 @@ def test_squeeze_and_excitation_has_no_kernels(cli, tmp_path, tree, monkeypatch)
 
 def test_class_names_are_not_read_as_formulas():
     layer = LayerWeights("x", 1, 1, np.eye(2, 8), np.ones((2, 8)), np.full(2, 3), None)
-    drawn = channel_weight_plots.draw_weights([layer], [r"$\broken{$", "a long name " * 3], [0, 1], "t")
+    drawn = channel_weight_plots.draw_weights(
+        [layer], [r"$\broken{$", "a long name " * 3], [0, 1], "t"
+    )
     with Image.open(io.BytesIO(drawn)) as image:
         assert image.width > 900
 
@@ -263,8 +266,9 @@ def test_weights_are_drawn_class_by_class(layers, figures):
     uppers = [axis for axis in panels if axis.get_ylabel() == "weight s"]
     lowers = [axis for axis in panels if axis.images and len(axis.get_yticks()) == 2]
     assert [axis.get_title("left") for axis in uppers] == [
-        "stage 1, block 2: 6 channels, k = 3", "stage 2, block 1: 6 channels, k = 5",
-    ]  # fmt: skip
+        "stage 1, block 2: 6 channels, k = 3",
+        "stage 2, block 1: 6 channels, k = 5",
+    ]
     for layer, upper, lower in zip(layers[1:], uppers, lowers, strict=True):
         assert list(lines(upper)) == ["cat", "ant"]
         for label, name in ((2, "cat"), (0, "ant")):

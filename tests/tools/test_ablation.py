@@ -17,8 +17,11 @@ from utils.system.errors import UserError
 def call(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "tools.ablation", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_gains_are_paired_by_seed():
@@ -52,8 +55,12 @@ def test_one_seed_has_no_spread():
 
 
 def test_the_picture_holds_every_run_and_the_sweep(figures):
-    results = [Result("none", (90.0, 92.0), 1), Result("SE", (94.0, 95.0), 1),
-               Result("ECA k=3", (93.0, 96.0), 1), Result("ECA k=9", (97.0, 98.0), 1)]  # fmt: skip
+    results = [
+        Result("none", (90.0, 92.0), 1),
+        Result("SE", (94.0, 95.0), 1),
+        Result("ECA k=3", (93.0, 96.0), 1),
+        Result("ECA k=9", (97.0, 98.0), 1),
+    ]
     ablation.draw(results, "t")
     left, right = figures[0].axes
     assert [text.get_text() for text in left.get_yticklabels()] == [r.name for r in results]
@@ -63,8 +70,11 @@ def test_the_picture_holds_every_run_and_the_sweep(figures):
         assert means[i].get_xydata().tolist() == [[r.mean, i]]
         (bar,) = left.collections[i].get_segments()
         assert bar[:, 0].tolist() == pytest.approx([r.mean - r.std, r.mean + r.std])
-    (sweep,) = [line for line in right.lines if line.get_linestyle() == "-" and
-                len(line.get_xdata()) == 2 and line.get_xdata()[0] == 3]  # fmt: skip
+    (sweep,) = [
+        line
+        for line in right.lines
+        if line.get_linestyle() == "-" and len(line.get_xdata()) == 2 and line.get_xdata()[0] == 3
+    ]
     assert sweep.get_xydata().tolist() == [[3, 94.5], [9, 97.5]]
     levels = {line.get_label(): line.get_ydata()[0] for line in right.lines}
     assert (levels["none"], levels["SE"]) == (91.0, 94.5)

@@ -135,8 +135,11 @@ def test_a_killed_reader_is_one_line(monkeypatch, data):
 def test_as_a_user_runs_it(data):
     done = subprocess.run(
         [sys.executable, "-m", "tools.check_images", str(data)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1
     assert done.stdout.splitlines()[0] == "path,reason"
     assert len(done.stdout.splitlines()) == 5

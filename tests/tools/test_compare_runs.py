@@ -24,12 +24,16 @@ def write_run(folder, top1, seed=1, arch="eca_resnet18", ksize=(3, 5, 7, 7), com
         for i, value in enumerate(top1):
             writer.writerow([i, 0.1, 1.5, 80, 99, 2 - i / 10, value, 99.5])
     saved = {
-        "arch": arch, "attention": "eca", "ksize": list(ksize) if ksize else None, "seed": seed,
+        "arch": arch,
+        "attention": "eca",
+        "ksize": list(ksize) if ksize else None,
+        "seed": seed,
         "recipe": {"arch": arch, "epochs": 4, "lr": 0.1, **recipe},
         "args": {"data": "demo:digits", "print_freq": seed, "amp": "off"},
         "environment": {"commit": str(seed), "command": command},
-        "train_images": 100, "classes": ["x"],
-    }  # fmt: skip
+        "train_images": 100,
+        "classes": ["x"],
+    }
     (folder / "args.json").write_text(json.dumps(saved))
     return folder
 
@@ -95,8 +99,10 @@ def test_settings_that_differ_and_seeds_that_repeat(tmp_path):
 def test_runs_that_began_elsewhere_are_no_repetition(tmp_path):
     """A run that does not say what weights it began with tells it by its command."""
     commands = (
-        "main.py data", "main.py --pretrained=x.pth data", "main.py --pretrained x.pth it's",
-    )  # fmt: skip
+        "main.py data",
+        "main.py --pretrained=x.pth data",
+        "main.py --pretrained x.pth it's",
+    )
     runs = [
         read_run(write_run(tmp_path / str(i), TOP1["a"], seed=i, command=command))
         for i, command in enumerate(commands)
@@ -122,8 +128,11 @@ def test_curves_are_drawn_run_by_run(tmp_path, figures):
     compare_runs.draw(runs)
     panels = dict(zip(PANELS["val_top1"], figures[0].axes, strict=True))
     assert [axis.get_title() for axis in panels.values()] == [
-        "validation top-1 (%)", "validation loss", "training top-1 (%)", "training loss",
-    ]  # fmt: skip
+        "validation top-1 (%)",
+        "validation loss",
+        "training top-1 (%)",
+        "training loss",
+    ]
     assert [axis.get_yscale() for axis in panels.values()] == ["linear", "log"] * 2
     for axis in panels.values():
         assert [line.get_label() for line in axis.lines] == list(names)

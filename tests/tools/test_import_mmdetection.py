@@ -138,30 +138,49 @@ def test_eighty_classes_are_cocos(spelling):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update({"roi_head.bbox_head.fc_cls.weight": t["rpn_head.rpn_cls.weight"]}),
-         "mmdetection 2 or 3"),
+        (
+            lambda t: t.update({"roi_head.bbox_head.fc_cls.weight": t["rpn_head.rpn_cls.weight"]}),
+            "mmdetection 2 or 3",
+        ),
         (lambda t: t.update({"extra.weight": t["rpn_head.rpn_cls.weight"]}), "extra.weight: a fas"),
         (lambda t: t.pop("rpn_head.rpn_conv.weight"), "no Faster R-CNN"),
         (lambda t: t.pop("backbone.layer2.1.conv1.weight"), "no ResNet known here"),
-        (lambda t: t.update({"backbone.layer2.1.eca.conv.weight": torch.ones(1, 1, 9)}),
-         r"sizes \[5, 9\]"),
-        (lambda t: [t.update({f"backbone.layer4.{i}.eca.conv.weight": torch.ones(1, 1, 4)})
-                    for i in (0, 1)], r"sizes \[4\]: one odd"),
+        (
+            lambda t: t.update({"backbone.layer2.1.eca.conv.weight": torch.ones(1, 1, 9)}),
+            r"sizes \[5, 9\]",
+        ),
+        (
+            lambda t: [
+                t.update({f"backbone.layer4.{i}.eca.conv.weight": torch.ones(1, 1, 4)})
+                for i in (0, 1)
+            ],
+            r"sizes \[4\]: one odd",
+        ),
         (lambda t: t.update({"rpn_head.rpn_cls.weight": 3}), "rpn_cls.weight: a int, not a tensor"),
-        (lambda t: [t.update({name.replace(".eca.", ".attn."): t.pop(name)})
-                    for name in list(t) if ".eca." in name], "layer1.0.attn.conv.weight: a fas"),
+        (
+            lambda t: [
+                t.update({name.replace(".eca.", ".attn."): t.pop(name)})
+                for name in list(t)
+                if ".eca." in name
+            ],
+            "layer1.0.attn.conv.weight: a fas",
+        ),
         (lambda t: t.update({"backbone.nonsense": torch.ones(1)}), "backbone.nonsense: a fas"),
         (lambda t: t.update({"backbone.layer1.0.conv1.nonsense": torch.ones(1)}), "conv1.nonsense"),
-        (lambda t: [t.pop(f"bbox_head.fc_reg.{part}") for part in ("bias", "weight")],
-         "lacks 2 tensors of a faster_rcnn on eca_resnet18, such as .*bbox_pred.bias"),
+        (
+            lambda t: [t.pop(f"bbox_head.fc_reg.{part}") for part in ("bias", "weight")],
+            "lacks 2 tensors of a faster_rcnn on eca_resnet18, such as .*bbox_pred.bias",
+        ),
         (lambda t: t.pop("backbone.layer3.1.conv2.weight"), "lacks 1 .*layer3.1.conv2.weight"),
         (lambda t: t.pop("backbone.layer3.1.bn2.running_var"), "lacks 1 .*bn2.running_var"),
         (lambda t: t.pop("backbone.layer2.1.eca.conv.weight"), "lacks 1 .*layer2.1.eca"),
-        (lambda t: t.update({"backbone.layer1.0.bn3.weight": torch.ones(64)}),
-         "has 1 tensors that a faster_rcnn on eca_resnet18 has not, .*layer1.0.bn3"),
+        (
+            lambda t: t.update({"backbone.layer1.0.bn3.weight": torch.ones(64)}),
+            "has 1 tensors that a faster_rcnn on eca_resnet18 has not, .*layer1.0.bn3",
+        ),
         (lambda t: t.update({"bbox_head.fc_reg.bias": torch.ones(9)}), "1 tensors of other shapes"),
     ],
-)  # fmt: skip
+)
 def test_unfit_files_are_refused(change, message):
     with torch.device("meta"):
         file = file_of_v1("faster_rcnn")

@@ -18,8 +18,11 @@ from tools import make_shards
 def call(*arguments: object) -> tuple[int, str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "tools.make_shards", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -50,9 +53,12 @@ def test_what_it_writes(tree, tmp_path):
         f"val: 15 images ({tmp_path}/data/val, 1 shard)",
     ]
     assert sorted(contents(tmp_path / "data")) == [
-        "classes.txt", "train/shard-index.npz", "train/train-00000.tar", "val/shard-index.npz",
+        "classes.txt",
+        "train/shard-index.npz",
+        "train/train-00000.tar",
+        "val/shard-index.npz",
         "val/val-00000.tar",
-    ]  # fmt: skip
+    ]
     assert (tmp_path / "data" / "classes.txt").read_text() == "a\nb\nc\n"
 
     # As the webdataset package groups it: members of a key behind one another, the ending from the
@@ -87,9 +93,21 @@ def test_killed_it_goes_on(tmp_path):
     source = write_tree(tmp_path / "source", train=120, val=2)
     assert call(source, tmp_path / "whole", "--shard-mb", 1)[0] == 0
     running = subprocess.Popen(
-        [sys.executable, "-m", "tools.make_shards", source, tmp_path / "data", "--shard-mb", "1",
-         "-j", "1"], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "tools.make_shards",
+            source,
+            tmp_path / "data",
+            "--shard-mb",
+            "1",
+            "-j",
+            "1",
+        ],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     while not list((tmp_path / "data" / "train").glob("*.tar")):
         assert running.poll() is None
         time.sleep(0.001)

@@ -19,8 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "tools.resize_images", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -33,8 +35,12 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def source(tmp_path: Path) -> Path:
     folder = tmp_path / "src"
     chance = np.random.default_rng(0)
-    for name, shape in (("train/a/wide.jpg", (60, 100)), ("train/b/tall.png", (90, 45)),
-                        ("val/a/small.jpg", (20, 30)), ("val/a/square.png", (40, 40))):  # fmt: skip
+    for name, shape in (
+        ("train/a/wide.jpg", (60, 100)),
+        ("train/b/tall.png", (90, 45)),
+        ("val/a/small.jpg", (20, 30)),
+        ("val/a/square.png", (40, 40)),
+    ):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(chance.integers(0, 255, (6, 6, 3), dtype=np.uint8))

@@ -69,12 +69,15 @@ def recipe_lines(recipe: Recipe, name: str) -> list[str]:
     parts = [
         f"{words} {value:g}"
         for words, value in (
-            ("label smoothing", recipe.label_smoothing), ("mixup", recipe.mixup),
-            ("cutmix", recipe.cutmix), ("random erasing", recipe.random_erasing),
-            ("EMA", recipe.ema), ("gradient norm at most", recipe.clip_grad),
+            ("label smoothing", recipe.label_smoothing),
+            ("mixup", recipe.mixup),
+            ("cutmix", recipe.cutmix),
+            ("random erasing", recipe.random_erasing),
+            ("EMA", recipe.ema),
+            ("gradient norm at most", recipe.clip_grad),
         )
         if value
-    ]  # fmt: skip
+    ]
     switches = (
         (recipe.auto_augment != "none", AUGMENT_NAMES.get(recipe.auto_augment)),
         (not recipe.norm_decay, "no decay on norms, biases and ECA kernels"),

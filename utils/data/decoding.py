@@ -42,8 +42,17 @@ JFIF = b"JFIF\0"  # behind the first marker; says that they are YCbCr
 END = b"\xff\xd9"  # the last bytes of a JPEG that was not cut short
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # characters that move a terminal's cursor, or worse
 # Of an image's file these tell what is wrong with it; any other OSError tells of the machine.
-OF_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
-               errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)  # fmt: skip
+OF_THE_FILE = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENXIO,
+    errno.ENODEV,
+)
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow itself turns from warning to refusing
 
 

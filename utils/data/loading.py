@@ -156,9 +156,12 @@ def training_batches(
 ) -> Callable[[], Iterator[Batch]]:
     """Augmented batches in the order that `order` was told to seek."""
     transform = train_transform(
-        recipe.crop_size, recipe.min_scale, recipe.hflip, recipe.auto_augment,
+        recipe.crop_size,
+        recipe.min_scale,
+        recipe.hflip,
+        recipe.auto_augment,
         recipe.random_erasing,
-    )  # fmt: skip
+    )
     dataset = ImageDataset(images, transform, seed, reading.decoder, skip_broken)
     return reading.batches(dataset, order)
 

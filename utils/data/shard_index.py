@@ -32,12 +32,14 @@ from utils.system.files import write_atomically
 NAME = "shard-index.npz"
 VERSION = 1
 BLOCK = 512  # of a tar file
-MEMBER = np.dtype([
-    ("shard", np.int32),
-    ("offset", np.int64),  # of the image's bytes
-    ("size", np.int64),
-    ("header", np.uint32),  # CRC-32 of the block in front of them, which names them
-])  # fmt: skip
+MEMBER = np.dtype(
+    [
+        ("shard", np.int32),
+        ("offset", np.int64),  # of the image's bytes
+        ("size", np.int64),
+        ("header", np.uint32),  # CRC-32 of the block in front of them, which names them
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,19 @@ class ShardIndex:
 
     def to_bytes(self) -> bytes:
         about = {
-            "version": VERSION, "shards": self.shards, "sizes": self.sizes, "ignored": self.ignored,
-        }  # fmt: skip
+            "version": VERSION,
+            "shards": self.shards,
+            "sizes": self.sizes,
+            "ignored": self.ignored,
+        }
         file = io.BytesIO()
         np.savez(
-            file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), names=self.names,
-            labels=self.labels, members=self.members,
-        )  # fmt: skip
+            file,
+            about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+            names=self.names,
+            labels=self.labels,
+            members=self.members,
+        )
         return file.getvalue()
 
     @classmethod
@@ -79,9 +87,13 @@ class ShardIndex:
                 if about["version"] != VERSION or held["members"].dtype != MEMBER:
                     return None
                 return cls(
-                    tuple(about["shards"]), tuple(about["sizes"]), held["names"], held["labels"],
-                    held["members"], about["ignored"],
-                )  # fmt: skip
+                    tuple(about["shards"]),
+                    tuple(about["sizes"]),
+                    held["names"],
+                    held["labels"],
+                    held["members"],
+                    about["ignored"],
+                )
         except Exception:  # numpy, zipfile and json each have several
             return None
 
@@ -140,9 +152,13 @@ def make_index(root: str, listed: dict[str, int | None]) -> ShardIndex:
             f"{len(listed)} tar files; python -m tools.make_shards writes such shards"
         )
     return ShardIndex(
-        tuple(listed), tuple(sizes), np.array(names), np.array(labels, np.int64),
-        np.array(members, MEMBER), dict(ignored),
-    )  # fmt: skip
+        tuple(listed),
+        tuple(sizes),
+        np.array(names),
+        np.array(labels, np.int64),
+        np.array(members, MEMBER),
+        dict(ignored),
+    )
 
 
 def _contents(

@@ -1,5 +1,4 @@
-"""DATA as the scripts take it: train/ and val/ of class folders or of tar shards, here or at a URL.
-"""
+"""DATA as the scripts take it: train/ and val/, of class folders or tar shards, here or at a URL."""
 
 import os
 from collections.abc import Sequence

@@ -63,7 +63,9 @@ def train_transform(
 
 def eval_transform(img_size: int, crop_pct: float) -> v2.Compose:
     """Shorter side to S / crop_pct, then the central S x S (0.875: 256 and 224)."""
-    return v2.Compose([
-        v2.Resize(round(img_size / crop_pct), antialias=True),
-        v2.CenterCrop(img_size),
-    ])  # fmt: skip
+    return v2.Compose(
+        [
+            v2.Resize(round(img_size / crop_pct), antialias=True),
+            v2.CenterCrop(img_size),
+        ]
+    )

@@ -22,8 +22,19 @@ from utils.system.errors import UserError
 from utils.system.files import write_atomically
 
 FIGURES = (
-    "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
-)  # fmt: skip
+    "AP",
+    "AP50",
+    "AP75",
+    "APs",
+    "APm",
+    "APl",
+    "AR1",
+    "AR10",
+    "AR100",
+    "ARs",
+    "ARm",
+    "ARl",
+)
 BACKENDS = ("faster-coco-eval", "pycocotools")
 MASK_THRESHOLD = 0.5
 

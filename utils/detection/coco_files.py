@@ -112,7 +112,7 @@ def read_json(place: Place) -> dict[str, Any]:
 
 
 def _of_image(entry: Any, part: str, images: list[dict[str, Any]]) -> str:
-    """" of image FILE", where the file lets know which."""
+    """ " of image FILE", where the file lets know which."""
     if not isinstance(entry, dict) or part == "categories":
         return ""
     if part == "images":

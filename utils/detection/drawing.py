@@ -42,9 +42,15 @@ def draw(
         masks = found["masks"].reshape(len(labels), *image.shape[1:]) > 0.5
         image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colours)
     return draw_bounding_boxes(
-        image, found["boxes"], captions, colours, width=1,
-        label_colors="black", label_background_colors=colours, fill_labels=True,
-    )  # fmt: skip
+        image,
+        found["boxes"],
+        captions,
+        colours,
+        width=1,
+        label_colors="black",
+        label_background_colors=colours,
+        fill_labels=True,
+    )
 
 
 def enlarge(image: Tensor, found: dict[str, Tensor], factor: int) -> tuple[Tensor, dict]:

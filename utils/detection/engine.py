@@ -1,7 +1,7 @@
 """One epoch of a detector's training, and its detections over a data set.
 
-As in utils.classification.engine the training loop is a generator that rests after every step; the step is its
-own: a dict of losses, a clipped gradient, images of several sizes.
+As in utils.classification.engine the training loop is a generator that rests after every
+step; the step is its own: a dict of losses, a clipped gradient, images of several sizes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -114,10 +114,13 @@ def draw_curves(history: list[dict[str, float]], path: Path, title: str) -> None
     losses = [name for name in history[-1] if name.startswith("train_")]
     panels = [("Training losses", "mean of an epoch", losses)]
     panels += [
-        (f"{kind.capitalize()}es" if kind == "box" else "Masks", "AP (%)",
-         [f"{kind}_{name}" for name in FIGURES[:6]])
+        (
+            f"{kind.capitalize()}es" if kind == "box" else "Masks",
+            "AP (%)",
+            [f"{kind}_{name}" for name in FIGURES[:6]],
+        )
         for kind in kinds
-    ]  # fmt: skip
+    ]
     panels.append(("Learning rate", "at the epoch's last step", ["lr"]))
     for axis, (name, unit, columns) in zip(axes.flat, panels, strict=False):
         for column in columns:

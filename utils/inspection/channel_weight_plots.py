@@ -33,17 +33,23 @@ def draw_weights(
         reach = np.abs(differences).max() or 1.0
         for j, label in enumerate(shown):
             upper.plot(
-                layer.mean[label], label=short(classes[label]), color=CURVES[j % len(CURVES)],
+                layer.mean[label],
+                label=short(classes[label]),
+                color=CURVES[j % len(CURVES)],
                 linewidth=0.9 if len(differences[0]) <= 256 else 0.6,
-            )  # fmt: skip
+            )
         upper.set_title(panel_title(layer), fontsize=9, loc="left")
         upper.set(ylabel="weight s", xlim=(-0.5, len(differences[0]) - 0.5))
         upper.tick_params(labelbottom=False)
         upper.grid(alpha=0.25, linewidth=0.5)
         rows = lower.imshow(
-            differences, cmap=STEPS, vmin=-reach, vmax=reach, aspect="auto",
+            differences,
+            cmap=STEPS,
+            vmin=-reach,
+            vmax=reach,
+            aspect="auto",
             interpolation="nearest",
-        )  # fmt: skip
+        )
         lower.set_yticks(range(len(shown)), [short(classes[label], 12) for label in shown])
         for j, text in enumerate(lower.get_yticklabels()):
             text.set(color=CURVES[j % len(CURVES)], fontsize=8)
@@ -55,9 +61,14 @@ def draw_weights(
     lower.set_xlabel("channel")
     handles, labels = upper.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside upper right", ncols=min(len(labels), 8), fontsize=8,
-        title="class", title_fontsize=8,
-    )  # fmt: skip
+        handles,
+        labels,
+        loc="outside upper right",
+        ncols=min(len(labels), 8),
+        fontsize=8,
+        title="class",
+        title_fontsize=8,
+    )
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return png(figure, colours=256)
 
@@ -103,9 +114,13 @@ def draw_kernels(layers: Sequence[LayerWeights], title: str) -> bytes:
     across = min(4, len(stages))
     down = math.ceil(len(stages) / across)
     figure, axes = plt.subplots(
-        down, across, figsize=(2.7 * across + 0.6, 2.5 * down + 0.4), sharey=True, squeeze=False,
+        down,
+        across,
+        figsize=(2.7 * across + 0.6, 2.5 * down + 0.4),
+        sharey=True,
+        squeeze=False,
         layout="constrained",
-    )  # fmt: skip
+    )
     for axis, stage in zip(axes.flat, stages, strict=False):
         blocks = [layer for layer in layers if layer.stage == stage]
         named = [1, len(blocks)] if len(blocks) > 8 else range(1, len(blocks) + 1)
@@ -114,9 +129,14 @@ def draw_kernels(layers: Sequence[LayerWeights], title: str) -> bytes:
             reach = len(layer.kernel) // 2
             x = np.arange(-reach, reach + 1)
             axis.plot(
-                x, layer.kernel, "o-", color=shade, markersize=3.5, linewidth=1.2,
+                x,
+                layer.kernel,
+                "o-",
+                color=shade,
+                markersize=3.5,
+                linewidth=1.2,
                 label=str(layer.block) if layer.block in named else None,
-            )  # fmt: skip
+            )
         axis.axhline(0, color="0.6", linewidth=0.6)
         axis.set_title(f"stage {stage}, k = {len(blocks[0].kernel)}", fontsize=9)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))

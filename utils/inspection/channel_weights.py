@@ -88,9 +88,14 @@ class GateStatistics:
         # 0 / 0 for a single image, which says nothing of a variance.
         variance = (square - mean.square()).clamp(min=0) * counts * (counts > 1) / (counts - 1)
         return LayerWeights(
-            name, stage, block, mean.numpy(), variance.sqrt().numpy(), self.counts.numpy(),
+            name,
+            stage,
+            block,
+            mean.numpy(),
+            variance.sqrt().numpy(),
+            self.counts.numpy(),
             None if kernel is None else kernel.flatten().double().cpu().numpy(),
-        )  # fmt: skip
+        )
 
 
 def table(layers: Sequence[LayerWeights]) -> str:

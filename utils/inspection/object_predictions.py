@@ -152,8 +152,10 @@ class CocoDocument:
             {"id": i, "name": name} for i, name in zip(self.category_ids, self.names, strict=True)
         ]
         document = {
-            "images": self.images, "annotations": self.annotations, "categories": categories,
-        }  # fmt: skip
+            "images": self.images,
+            "annotations": self.annotations,
+            "categories": categories,
+        }
         return json.dumps(document, ensure_ascii=False) + "\n"
 
     def csv(self) -> str:

@@ -94,9 +94,15 @@ def draw_map(
     bar.ax.tick_params(length=0)
     bar.outline.set_visible(False)
     middle.text(
-        0.5, -0.07 / tall, f"Grad-CAM on {where}", transform=middle.transAxes, ha="center",
-        va="top", fontsize=7, color="0.4",
-    )  # fmt: skip
+        0.5,
+        -0.07 / tall,
+        f"Grad-CAM on {where}",
+        transform=middle.transAxes,
+        ha="center",
+        va="top",
+        fontsize=7,
+        color="0.4",
+    )
 
     names = [short(name) for name, _ in ranking]
     shares = [100 * confidence for _, confidence in ranking]

@@ -21,9 +21,14 @@ from utils.recipes.classification import PAPER, RECIPES, Recipe
 from utils.recipes.schedules import SCHEDULES
 
 OF_TRAINING = {
-    "skip_bad_images", "start_epoch", "print_freq", "save_every", "save_minutes", "seed",
+    "skip_bad_images",
+    "start_epoch",
+    "print_freq",
+    "save_every",
+    "save_minutes",
+    "seed",
     *({f.name for f in fields(Recipe)} - {"arch", "batch_size", "img_size", "crop_pct"}),
-}  # fmt: skip
+}
 OF_BLOCKS = {"no_fused", "channels_last"}
 
 
@@ -52,39 +57,55 @@ def _data_flags(group, recipe: Recipe) -> None:
         "data", metavar="DATA", nargs="?", help="data folder (when resuming: the run's own)"
     )
     group.add_argument(
-        "-j", "--workers", type=count, metavar="N",
+        "-j",
+        "--workers",
+        type=count,
+        metavar="N",
         help="loader processes of each rank (default: 4, or what the machine has; demos: 0)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--img-size", type=positive_int, metavar="S", help=f"pixels (default: {recipe.img_size})"
     )
     group.add_argument(
-        "--crop-pct", type=number(float, 0, 1, above=True), metavar="F",
+        "--crop-pct",
+        type=number(float, 0, 1, above=True),
+        metavar="F",
         help=f"evaluation: share of the resized image that is kept (default: {recipe.crop_pct})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--min-scale", type=number(float, 0, 1, above=True), metavar="F",
+        "--min-scale",
+        type=number(float, 0, 1, above=True),
+        metavar="F",
         help=f"training: smallest crop, as a share of the area (default: {recipe.min_scale})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--hflip", type=fraction, metavar="P",
+        "--hflip",
+        type=fraction,
+        metavar="P",
         help=f"training: probability of a mirrored image (default: {recipe.hflip})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--decoder", type=partial(decoder_name, known=(*DECODERS, ON_DEVICE)),
-        default="torchvision", metavar="NAME",
+        "--decoder",
+        type=partial(decoder_name, known=(*DECODERS, ON_DEVICE)),
+        default="torchvision",
+        metavar="NAME",
         help="torchvision; simplejpeg, if installed, reads the same pixels quicker; pil reads and "
         "resizes exactly as published evaluations did, more slowly; cuda decodes, crops and flips "
         "on the run's GPU, to slightly other pixels (docs/PERFORMANCE.md)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
+        "--skip-bad-images",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="training: replace images that cannot be read, and list them at the end",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--worker-timeout", type=non_negative_float, default=600, metavar="S",
+        "--worker-timeout",
+        type=non_negative_float,
+        default=600,
+        metavar="S",
         help="seconds without a batch after which loader workers count as hung (default: 600)",
-    )  # fmt: skip
+    )
 
 
 def _network_flags(group, recipe: Recipe, networks: list[str]) -> None:
@@ -98,14 +119,16 @@ def _network_flags(group, recipe: Recipe, networks: list[str]) -> None:
         "-a", "--arch", type=known, metavar="NAME", help=f"network (default: {recipe.arch})"
     )
     group.add_argument(
-        "--ksize", metavar="K",
+        "--ksize",
+        metavar="K",
         help="kernel sizes: 3557, 3,5,5,11, adaptive, or 13 for MobileNetV2 (default: published)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--attention", metavar="NAME",
+        "--attention",
+        metavar="NAME",
         help="another attention in the same network, as in the paper's ablation: eca_ns, se_var1, "
         "se_var2, se_var3, … (default: what the network's name says)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--num-classes", type=positive_int, metavar="N", help="default: read from the data"
     )
@@ -114,144 +137,197 @@ def _network_flags(group, recipe: Recipe, networks: list[str]) -> None:
 
 def _optimisation_flags(group, recipe: Recipe) -> None:
     group.add_argument(
-        "--recipe", choices=RECIPES,
+        "--recipe",
+        choices=RECIPES,
         help=f"values for the flags below and --crop-pct, where none is given (default: {PAPER}, "
         "whose numbers stand here); a demo keeps its sizes and schedule; see docs/RECIPES.md",
-    )  # fmt: skip
-    group.add_argument(
-        "--epochs", type=positive_int, metavar="N", help=f"default: {recipe.epochs}"
     )
+    group.add_argument("--epochs", type=positive_int, metavar="N", help=f"default: {recipe.epochs}")
     group.add_argument(
-        "--start-epoch", type=count, metavar="N",
+        "--start-epoch",
+        type=count,
+        metavar="N",
         help="begin at this epoch (default: 0, or where the resumed run stopped; going back makes "
         "a new folder)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "-b", "--batch-size", type=positive_int, metavar="N",
+        "-b",
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
         help=f"global batch, over all devices (default: {recipe.batch_size})",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--lr", "--learning-rate", type=positive_float, metavar="F", help=f"default: {recipe.lr}"
     )
     group.add_argument(
-        "--momentum", type=number(float, 0, 1, below=True), metavar="F",
+        "--momentum",
+        type=number(float, 0, 1, below=True),
+        metavar="F",
         help=f"default: {recipe.momentum}",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--wd", "--weight-decay", dest="weight_decay", type=non_negative_float, metavar="F",
+        "--wd",
+        "--weight-decay",
+        dest="weight_decay",
+        type=non_negative_float,
+        metavar="F",
         help=f"default: {recipe.weight_decay}",
-    )  # fmt: skip
+    )
     group.add_argument("--schedule", choices=SCHEDULES, help=f"default: {recipe.schedule}")
     group.add_argument(
-        "--lr-step", type=positive_int, metavar="N",
+        "--lr-step",
+        type=positive_int,
+        metavar="N",
         help=f"schedule step: epochs between two decays (default: {recipe.lr_step})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--lr-decay", type=number(float, 0, 1, above=True), metavar="F",
+        "--lr-decay",
+        type=number(float, 0, 1, above=True),
+        metavar="F",
         help=f"schedules step and exp: factor of a decay (default: {recipe.lr_decay})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--warmup-epochs", type=non_negative_float, metavar="F",
+        "--warmup-epochs",
+        type=non_negative_float,
+        metavar="F",
         help=f"linear rise of the learning rate (default: {recipe.warmup_epochs:g})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--amp", choices=("off", "bf16", "fp16"), default="off",
+        "--amp",
+        choices=("off", "bf16", "fp16"),
+        default="off",
         help="automatic mixed precision (default: off)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--channels-last", action=argparse.BooleanOptionalAction, default=False,
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="NHWC memory format (default: no)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False,
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="torch.compile the network (default: no)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--fused", action=argparse.BooleanOptionalAction, default=True,
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="run BatchNorm, ECA, addition and ReLU as one operation (default: yes)",
-    )  # fmt: skip
+    )
 
 
 def _modern_flags(group) -> None:
     group.add_argument(
-        "--label-smoothing", type=number(float, 0, 1, below=True), metavar="F",
+        "--label-smoothing",
+        type=number(float, 0, 1, below=True),
+        metavar="F",
         help="share of each target that is spread over all classes",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--mixup", type=non_negative_float, metavar="ALPHA",
+        "--mixup",
+        type=non_negative_float,
+        metavar="ALPHA",
         help="blend pairs of images; their shares are drawn from Beta(ALPHA, ALPHA)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--cutmix", type=non_negative_float, metavar="ALPHA",
+        "--cutmix",
+        type=non_negative_float,
+        metavar="ALPHA",
         help="paste a rectangle of one image into another; with --mixup, one of them per batch",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--auto-augment", choices=AUTO_AUGMENTS, help="torchvision's TrivialAugment or RandAugment"
     )
     group.add_argument(
-        "--random-erasing", type=fraction, metavar="P",
+        "--random-erasing",
+        type=fraction,
+        metavar="P",
         help="probability of a rectangle in the mean colour",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--train-size", type=count, metavar="S",
+        "--train-size",
+        type=count,
+        metavar="S",
         help="pixels of training images (0: --img-size, which is then evaluation's alone)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--repeats", type=positive_int, metavar="N",
+        "--repeats",
+        type=positive_int,
+        metavar="N",
         help="repeated augmentation: each image of a batch N times, an epoch as long as ever",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--ema", type=number(float, 0, 1, below=True), metavar="DECAY",
+        "--ema",
+        type=number(float, 0, 1, below=True),
+        metavar="DECAY",
         help="evaluate and save averaged weights; decay per step, lower in the first steps",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--norm-decay", action=argparse.BooleanOptionalAction,
+        "--norm-decay",
+        action=argparse.BooleanOptionalAction,
         help="weight decay on norms, biases and ECA kernels, too (the paper: yes)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--clip-grad", type=non_negative_float, metavar="NORM", help="the gradient's largest norm"
     )
     group.add_argument(
-        "--accumulate", type=positive_int, metavar="N",
+        "--accumulate",
+        type=positive_int,
+        metavar="N",
         help="take each batch in N parts, for less memory",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--sync-bn", action=argparse.BooleanOptionalAction,
+        "--sync-bn",
+        action=argparse.BooleanOptionalAction,
         help="BatchNorm over all processes' images (torchrun on GPUs)",
-    )  # fmt: skip
+    )
 
 
 def _run_flags(group) -> None:
     group.add_argument("-e", "--evaluate", action="store_true", help="evaluate only")
     group.add_argument(
-        "--fast", action="store_true",
+        "--fast",
+        action="store_true",
         help="with -e: BatchNorm folded, ECA's gate before the last convolution, --amp as weights",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--resume", metavar="CKPT",
+        "--resume",
+        metavar="CKPT",
         help="go on from this checkpoint with its run's own settings; auto: the newest good one "
         "of --output or of the newest run",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--output", metavar="DIR",
+        "--output",
+        metavar="DIR",
         help="run folder (default: runs/ARCH[_ACTION]-N, a new one); with -e a new folder for the "
         "figures, but with -e --resume auto that of the run, and nothing is written",
-    )  # fmt: skip
+    )
     group.add_argument("--action", metavar="TEXT", help="a word for the run folder's name")
     group.add_argument(
-        "-p", "--print-freq", type=positive_int, default=10, metavar="N",
+        "-p",
+        "--print-freq",
+        type=positive_int,
+        default=10,
+        metavar="N",
         help="steps between two lines of progress (default: 10)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--save-every", type=positive_int, metavar="STEPS",
+        "--save-every",
+        type=positive_int,
+        metavar="STEPS",
         help="checkpoint inside the epoch, too (default: at its end)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--save-minutes", type=positive_float, metavar="M", help="the same, by the clock"
     )
     group.add_argument(
-        "--seed", type=number(int, 0, 2**63 - 1), metavar="N",
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        metavar="N",
         help="repeatable run: bit for bit on the CPU; on CUDA with deterministic kernels, slower",
-    )  # fmt: skip
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     group.add_argument("--gpu", type=count, metavar="N", help="use this GPU alone")

@@ -16,10 +16,26 @@ from utils.options.parser import (
 from utils.recipes.detection import AUTO, OPTIMIZERS, DetectionRecipe
 
 OF_TRAINING = {
-    "train_images", "train_annotations", "drop_empty", "hflip", "backbone_weights", "epochs",
-    "batch_size", "optimizer", "lr", "momentum", "weight_decay", "lr_steps", "lr_decay",
-    "warmup_steps", "clip", "print_freq", "save_every", "save_minutes", "seed",
-}  # fmt: skip
+    "train_images",
+    "train_annotations",
+    "drop_empty",
+    "hflip",
+    "backbone_weights",
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "lr_steps",
+    "lr_decay",
+    "warmup_steps",
+    "clip",
+    "print_freq",
+    "save_every",
+    "save_minutes",
+    "seed",
+}
 
 
 def build_parser(
@@ -51,33 +67,48 @@ def _data_flags(group, recipe: DetectionRecipe) -> None:
             f"--{part}-images", metavar="DIR", help=f"in DATA, instead of {part}2017"
         )
         group.add_argument(
-            f"--{part}-annotations", metavar="FILE",
+            f"--{part}-annotations",
+            metavar="FILE",
             help=f"in DATA, instead of annotations/instances_{part}2017.json",
-        )  # fmt: skip
+        )
     group.add_argument(
-        "--drop-empty", action=argparse.BooleanOptionalAction, default=False,
+        "--drop-empty",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="leave images without objects out of training (default: they train as background)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "-j", "--workers", type=count, metavar="N",
+        "-j",
+        "--workers",
+        type=count,
+        metavar="N",
         help="loader processes of each rank (default: 4, or what the machine has; demo: 0)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--min-size", type=positive_int, metavar="S",
+        "--min-size",
+        type=positive_int,
+        metavar="S",
         help=f"pixels of an image's shorter side (default: {recipe.min_size})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--max-size", type=positive_int, metavar="S",
+        "--max-size",
+        type=positive_int,
+        metavar="S",
         help=f"most pixels of the longer side (default: {recipe.max_size})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--hflip", type=fraction, metavar="P",
+        "--hflip",
+        type=fraction,
+        metavar="P",
         help=f"training: probability of a mirrored image (default: {recipe.hflip})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--worker-timeout", type=non_negative_float, default=600, metavar="S",
+        "--worker-timeout",
+        type=non_negative_float,
+        default=600,
+        metavar="S",
         help="seconds without a batch after which loader workers count as hung (default: 600)",
-    )  # fmt: skip
+    )
 
 
 def _network_flags(
@@ -95,30 +126,39 @@ def _network_flags(
 
     group.add_argument("-a", "--arch", choices=detectors, help=f"detector (default: {recipe.arch})")
     group.add_argument(
-        "-b", "--backbone", type=known, metavar="NAME",
+        "-b",
+        "--backbone",
+        type=known,
+        metavar="NAME",
         help=f"a ResNet of this project (default: {recipe.backbone})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--ksize", metavar="K",
+        "--ksize",
+        metavar="K",
         help="ECA's kernel sizes: 3377, 3,5,5,11 or adaptive (default: the published ones)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--backbone-weights", metavar="CKPT",
+        "--backbone-weights",
+        metavar="CKPT",
         help="start from a checkpoint of main.py, or a released one",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--norm", choices=norms,
+        "--norm",
+        choices=norms,
         help="BatchNorm of the backbone: eval (statistics fixed, affine trained), frozen (both "
         "fixed), bn, sync (default: eval with --backbone-weights, else bn)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--trainable-layers", type=number(int, 0, 5), metavar="N",
+        "--trainable-layers",
+        type=number(int, 0, 5),
+        metavar="N",
         help="0 to 5: 3 trains layer2 to layer4 (default: 3 with --backbone-weights, else 5)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--legacy", action="store_true",
+        "--legacy",
+        action="store_true",
         help="mmdetection v1's geometry (imported checkpoints bring it along)",
-    )  # fmt: skip
+    )
 
 
 def learning_rate(text: str) -> float | str:
@@ -129,91 +169,128 @@ def learning_rate(text: str) -> float | str:
 def _optimisation_flags(group, recipe: DetectionRecipe) -> None:
     group.add_argument("--epochs", type=positive_int, metavar="N", help=f"default: {recipe.epochs}")
     group.add_argument(
-        "--batch-size", type=positive_int, metavar="N",
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
         help=f"global batch, over all devices (default: {recipe.batch_size})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--optimizer", choices=OPTIMIZERS,
+        "--optimizer",
+        choices=OPTIMIZERS,
         help=f"adamw learns quicker without pretrained weights (default: {recipe.optimizer})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--lr", type=learning_rate, metavar="F",
+        "--lr",
+        type=learning_rate,
+        metavar="F",
         help="default: auto, which is 0.01 for each 8 images of a batch",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--momentum", type=number(float, 0, 1, below=True), metavar="F",
+        "--momentum",
+        type=number(float, 0, 1, below=True),
+        metavar="F",
         help=f"default: {recipe.momentum}",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--wd", "--weight-decay", dest="weight_decay", type=non_negative_float, metavar="F",
+        "--wd",
+        "--weight-decay",
+        dest="weight_decay",
+        type=non_negative_float,
+        metavar="F",
         help=f"default: {recipe.weight_decay}",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--lr-steps", type=positive_int, nargs="+", metavar="N",
+        "--lr-steps",
+        type=positive_int,
+        nargs="+",
+        metavar="N",
         help=f"epochs after which the rate decays (default: {' '.join(map(str, recipe.lr_steps))})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--lr-decay", type=number(float, 0, 1, above=True), metavar="F",
+        "--lr-decay",
+        type=number(float, 0, 1, above=True),
+        metavar="F",
         help=f"factor of a decay (default: {recipe.lr_decay})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--warmup-steps", type=count, metavar="N",
+        "--warmup-steps",
+        type=count,
+        metavar="N",
         help=f"rise of the rate from {recipe.warmup_factor:.2g} of it (default: "
         f"{recipe.warmup_steps})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--clip", type=positive_float, metavar="F",
+        "--clip",
+        type=positive_float,
+        metavar="F",
         help=f"largest gradient norm (default: {recipe.clip:g})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--amp", choices=("off", "bf16", "fp16"), default="off",
+        "--amp",
+        choices=("off", "bf16", "fp16"),
+        default="off",
         help="automatic mixed precision; the heads' outputs stay float32 (default: off)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--channels-last", action=argparse.BooleanOptionalAction,
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
         help="NHWC memory format (default: on the CPU, where it is several times quicker)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--fused", action=argparse.BooleanOptionalAction, default=True,
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="run BatchNorm, ECA, addition and ReLU as one operation (default: yes)",
-    )  # fmt: skip
+    )
 
 
 def _run_flags(group) -> None:
     group.add_argument("-e", "--evaluate", action="store_true", help="evaluate only")
     group.add_argument(
-        "--resume", metavar="CKPT",
+        "--resume",
+        metavar="CKPT",
         help="go on from this checkpoint with its run's own settings; auto: the newest good one "
         "of --output or of the newest run",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--results-json", metavar="FILE",
+        "--results-json",
+        metavar="FILE",
         help="with -e: write the detections in COCO's result format",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--picture", metavar="FILE",
+        "--picture",
+        metavar="FILE",
         help="with -e: draw detections beside the ground truth of some images",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--output", metavar="DIR",
+        "--output",
+        metavar="DIR",
         help="run folder (default: runs/ARCH_BACKBONE[_ACTION]-N, a new one); with -e a new folder "
         "for the figures, but with -e --resume auto that of the run, and nothing is written",
-    )  # fmt: skip
+    )
     group.add_argument("--action", metavar="TEXT", help="a word for the run folder's name")
     group.add_argument(
-        "-p", "--print-freq", type=positive_int, default=10, metavar="N",
+        "-p",
+        "--print-freq",
+        type=positive_int,
+        default=10,
+        metavar="N",
         help="steps between two lines of progress (default: 10)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--save-every", type=positive_int, metavar="STEPS",
+        "--save-every",
+        type=positive_int,
+        metavar="STEPS",
         help="checkpoint inside the epoch, too (default: at its end)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--save-minutes", type=positive_float, metavar="M", help="the same, by the clock"
     )
     group.add_argument(
-        "--seed", type=count, metavar="N",
+        "--seed",
+        type=count,
+        metavar="N",
         help="repeatable run: bit for bit on the CPU; on CUDA as far as its kernels allow",
-    )  # fmt: skip
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     group.add_argument("--gpu", type=count, metavar="N", help="use this GPU alone")

@@ -15,36 +15,44 @@ def build_parser(description: str) -> Parser:
         "checkpoint", metavar="CKPT", help="of main.py, of detect_main.py, or released weights"
     )
     parser.add_argument(
-        "images", metavar="IMAGES", nargs="+",
+        "images",
+        metavar="IMAGES",
+        nargs="+",
         help="files, folders, quoted patterns, or - for one path a line on standard input",
-    )  # fmt: skip
-    parser.add_argument(
-        "-k", "--topk", type=positive_int, metavar="K", help="classes (default: 5)"
     )
+    parser.add_argument("-k", "--topk", type=positive_int, metavar="K", help="classes (default: 5)")
     parser.add_argument(
-        "--min-score", type=fraction, metavar="F",
+        "--min-score",
+        type=fraction,
+        metavar="F",
         help="detectors: show objects from this score on (default: 0.5); files hold all",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--format", choices=FORMATS, default="table", help="on standard output (default: table)"
     )
     parser.add_argument(
-        "--maps", action="store_true", default=None,
+        "--maps",
+        action="store_true",
+        default=None,
         help="write each image with its class-activation map",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--map-stage", type=positive_int, metavar="N",
+        "--map-stage",
+        type=positive_int,
+        metavar="N",
         help="of this feature map, 1 the finest (default: the last with at least 4 x 4 positions)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--grid", action="store_true",
+        "--grid",
+        action="store_true",
         help="write one picture of all images, of the first 400 at most (detectors: 100)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--output", metavar="DIR",
+        "--output",
+        metavar="DIR",
         help="folder for predictions.csv, predictions.json and the pictures (default with --maps "
         "or --grid: runs/predict-N, a new one)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--names", metavar="FILE", help="class names, one a line (default: the checkpoint's)"
     )
@@ -52,38 +60,54 @@ def build_parser(description: str) -> Parser:
         "--img-size", type=positive_int, metavar="S", help="pixels (default: the checkpoint's)"
     )
     parser.add_argument(
-        "--crop-pct", type=number(float, 0, 1, above=True), metavar="F",
+        "--crop-pct",
+        type=number(float, 0, 1, above=True),
+        metavar="F",
         help="share of the resized image that is kept (default: the checkpoint's)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--fast", action="store_true", default=None,
-        help="BatchNorm folded, ECA's gate before the last convolution, --amp as weights",
-    )  # fmt: skip
-    parser.add_argument(
-        "--amp", choices=DTYPES,
-        help="with --fast (default: bf16 where the device is faster in it, else off)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--decoder", type=decoder_name, metavar="NAME",
-        help=f"{', '.join(DECODERS)}: as for main.py",
-    )  # fmt: skip
-    parser.add_argument(
-        "-b", "--batch-size", type=positive_int, metavar="N", help="default: 32"
     )
     parser.add_argument(
-        "-j", "--workers", type=count, metavar="N",
+        "--fast",
+        action="store_true",
+        default=None,
+        help="BatchNorm folded, ECA's gate before the last convolution, --amp as weights",
+    )
+    parser.add_argument(
+        "--amp",
+        choices=DTYPES,
+        help="with --fast (default: bf16 where the device is faster in it, else off)",
+    )
+    parser.add_argument(
+        "--decoder",
+        type=decoder_name,
+        metavar="NAME",
+        help=f"{', '.join(DECODERS)}: as for main.py",
+    )
+    parser.add_argument("-b", "--batch-size", type=positive_int, metavar="N", help="default: 32")
+    parser.add_argument(
+        "-j",
+        "--workers",
+        type=count,
+        metavar="N",
         help="loader processes (default: 4, or what the machine has; none for a few images)",
-    )  # fmt: skip
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return parser
 
 
 # The flags that one kind of network alone uses, with their defaults.
 OF_CLASSIFIERS = {
-    "topk": 5, "maps": False, "map_stage": None, "names": None, "img_size": None,
-    "crop_pct": None, "fast": False, "amp": None, "decoder": "torchvision", "batch_size": 32,
+    "topk": 5,
+    "maps": False,
+    "map_stage": None,
+    "names": None,
+    "img_size": None,
+    "crop_pct": None,
+    "fast": False,
+    "amp": None,
+    "decoder": "torchvision",
+    "batch_size": 32,
     "workers": None,
-}  # fmt: skip
+}
 OF_DETECTORS = {"min_score": 0.5}
 
 

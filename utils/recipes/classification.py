@@ -61,18 +61,48 @@ class Recipe:
 # What --recipe changes of a script's own recipe, the paper's. docs/RECIPES.md gives every number's
 # source. MODERN is torchvision's for its V2 weights; MODERN_100 a hundred epochs with the weaker
 # regularisation of timm's A3.
-MODERN = MappingProxyType({
-    "epochs": 600, "batch_size": 1024, "lr": 0.5, "weight_decay": 2e-5, "norm_decay": False,
-    "schedule": "cosine", "warmup_epochs": 5.0, "label_smoothing": 0.1, "mixup": 0.2, "cutmix": 1.0,
-    "auto_augment": "trivial", "random_erasing": 0.1, "repeats": 4, "ema": 0.99997,
-    "train_size": 176, "crop_pct": 224 / 232,
-})  # fmt: skip
-MODERN_100 = MappingProxyType({
-    "epochs": 100, "batch_size": 1024, "lr": 0.5, "weight_decay": 1e-4, "norm_decay": False,
-    "schedule": "cosine", "warmup_epochs": 5.0, "mixup": 0.1, "cutmix": 1.0,
-    "auto_augment": "rand", "ema": 0.9998, "train_size": 160, "crop_pct": 0.95,
-})  # fmt: skip
+MODERN = MappingProxyType(
+    {
+        "epochs": 600,
+        "batch_size": 1024,
+        "lr": 0.5,
+        "weight_decay": 2e-5,
+        "norm_decay": False,
+        "schedule": "cosine",
+        "warmup_epochs": 5.0,
+        "label_smoothing": 0.1,
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "auto_augment": "trivial",
+        "random_erasing": 0.1,
+        "repeats": 4,
+        "ema": 0.99997,
+        "train_size": 176,
+        "crop_pct": 224 / 232,
+    }
+)
+MODERN_100 = MappingProxyType(
+    {
+        "epochs": 100,
+        "batch_size": 1024,
+        "lr": 0.5,
+        "weight_decay": 1e-4,
+        "norm_decay": False,
+        "schedule": "cosine",
+        "warmup_epochs": 5.0,
+        "mixup": 0.1,
+        "cutmix": 1.0,
+        "auto_augment": "rand",
+        "ema": 0.9998,
+        "train_size": 160,
+        "crop_pct": 0.95,
+    }
+)
 PAPER = "paper"
-RECIPES = MappingProxyType({
-    PAPER: MappingProxyType({}), "modern": MODERN, "modern100": MODERN_100,
-})  # fmt: skip
+RECIPES = MappingProxyType(
+    {
+        PAPER: MappingProxyType({}),
+        "modern": MODERN,
+        "modern100": MODERN_100,
+    }
+)

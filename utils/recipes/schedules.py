@@ -50,7 +50,12 @@ def lr_at(
 def rate_of(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
     """A recipe's learning rate as a function of the step."""
     return partial(
-        lr_at, steps_per_epoch=steps_per_epoch, lr=recipe.lr, epochs=recipe.epochs,
-        schedule=recipe.schedule, warmup_epochs=recipe.warmup_epochs, lr_step=recipe.lr_step,
+        lr_at,
+        steps_per_epoch=steps_per_epoch,
+        lr=recipe.lr,
+        epochs=recipe.epochs,
+        schedule=recipe.schedule,
+        warmup_epochs=recipe.warmup_epochs,
+        lr_step=recipe.lr_step,
         lr_decay=recipe.lr_decay,
-    )  # fmt: skip
+    )

@@ -14,8 +14,15 @@ from tqdm import tqdm
 from utils.system.files import write_atomically
 
 COLUMNS = (
-    "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
-)  # fmt: skip
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_top1",
+    "train_top5",
+    "val_loss",
+    "val_top1",
+    "val_top5",
+)
 
 
 class RunLogger:
@@ -115,9 +122,12 @@ class Progress:
         self.bar = None
         if on_terminal and not quiet:
             self.bar = tqdm(
-                total=total, initial=done, leave=False, dynamic_ncols=True,
+                total=total,
+                initial=done,
+                leave=False,
+                dynamic_ncols=True,
                 bar_format=self.bar_format("ETA {remaining}"),
-            )  # fmt: skip
+            )
 
     def bar_format(self, figures: str) -> str:
         """tqdm's format of a bar that leaves 80 columns to the figures; they are cut from the end.

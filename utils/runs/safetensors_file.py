@@ -191,6 +191,7 @@ def largest_difference(
     if worst > TOLERANCE:
         raise UserError(
             f"{name} differs from the network by {worst:.1e} of the largest logit, more than "
-            f"{TOLERANCE:g}: not written", EXIT_FAILED,
-        )  # fmt: skip
+            f"{TOLERANCE:g}: not written",
+            EXIT_FAILED,
+        )
     return worst

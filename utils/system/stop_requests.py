@@ -67,8 +67,9 @@ class Votes:
             work.wait()
             due = [bool(v) for v in tensor.tolist()]
         tensor = torch.tensor(votes, dtype=torch.int32)
-        self._pending = tensor, dist.all_reduce(
-            tensor, dist.ReduceOp.MAX, group=self.group, async_op=True
+        self._pending = (
+            tensor,
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True),
         )
         return due
 

@@ -157,10 +157,14 @@ def test_head_outputs_stay_float32_under_autocast(arch):
         return hook
 
     outputs = (
-        "head.classification_head.cls_logits", "head.regression_head.bbox_reg",
-        "rpn.head.cls_logits", "rpn.head.bbox_pred", "roi_heads.box_predictor.cls_score",
-        "roi_heads.box_predictor.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits",
-    )  # fmt: skip
+        "head.classification_head.cls_logits",
+        "head.regression_head.bbox_reg",
+        "rpn.head.cls_logits",
+        "rpn.head.bbox_pred",
+        "roi_heads.box_predictor.cls_score",
+        "roi_heads.box_predictor.bbox_pred",
+        "roi_heads.mask_predictor.mask_fcn_logits",
+    )
     for name, module in detector.named_modules():
         if name in (*outputs, "backbone.fpn.inner_blocks.0"):
             module.register_forward_hook(note(name))

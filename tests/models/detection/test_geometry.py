@@ -31,9 +31,11 @@ def mmdetection_v1_anchors(base, scales, ratios, stride, rows, columns):
                     w, h = base * scale / ratio**0.5, base * scale * ratio**0.5
                     middle = 0.5 * (base - 1)
                     box = [
-                        middle - 0.5 * (w - 1), middle - 0.5 * (h - 1),
-                        middle + 0.5 * (w - 1), middle + 0.5 * (h - 1),
-                    ]  # fmt: skip
+                        middle - 0.5 * (w - 1),
+                        middle - 0.5 * (h - 1),
+                        middle + 0.5 * (w - 1),
+                        middle + 0.5 * (h - 1),
+                    ]
                     shift = [column * stride, row * stride] * 2
                     anchors.append([round(v) + s for v, s in zip(box, shift, strict=True)])
     return torch.tensor(anchors, dtype=torch.float32)
@@ -49,9 +51,9 @@ def test_legacy_anchors(arch):
     scales = [4 * 2 ** (i / 3) for i in range(3)] if single else [8]
     maps = [torch.zeros(1, 1, 3, 5)] * 5
     (anchors,) = generator(ImageList(torch.zeros(1, 3, 99, 99), [(99, 99)]), maps)
-    expected = torch.cat([
-        mmdetection_v1_anchors(s, scales, (0.5, 1.0, 2.0), s, 3, 5) for s in strides
-    ])  # fmt: skip
+    expected = torch.cat(
+        [mmdetection_v1_anchors(s, scales, (0.5, 1.0, 2.0), s, 3, 5) for s in strides]
+    )
     assert torch.equal(anchors - torch.tensor([0, 0, 1, 1]), expected)
 
 
@@ -125,15 +127,20 @@ def ramps(size=256):
 
 
 def test_legacy_roi_align_leaves_small_regions_small():
-    boxes = torch.tensor([
-        [8.0, 12.0, 10.0, 15.0], [9.0, 9.0, 9.5, 40.0],  # under a cell of P2 wide
-        [8.0, 8.0, 60.0, 40.0], [20.0, 8.0, 180.0, 140.0], [30.0, 30.0, 240.0, 200.0],
-    ])  # fmt: skip
+    boxes = torch.tensor(
+        [
+            [8.0, 12.0, 10.0, 15.0],
+            [9.0, 9.0, 9.5, 40.0],  # under a cell of P2 wide
+            [8.0, 8.0, 60.0, 40.0],
+            [20.0, 8.0, 180.0, 140.0],
+            [30.0, 30.0, 240.0, 200.0],
+        ]
+    )
     pool = LegacyRoIAlign(7)
     found = pool(ramps(), [boxes, boxes], [(256, 256)] * 2)
     # A mean of samples on a ramp is the value at their middle: mmdetection v1's formula by hand.
     level = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt().div(56).log2().floor().clamp(0, 3)
-    start, end = (boxes / (4 * 2**level[:, None])).split(2, 1)
+    start, end = (boxes / (4 * 2 ** level[:, None])).split(2, 1)
     steps = (torch.arange(7) + 0.5) / 7
     middle = start[..., None] + (end - start)[..., None] * steps  # region, (x, y), bin
     expected = middle[:, 0, None, :] + 100 * middle[:, 1, :, None]

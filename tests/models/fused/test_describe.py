@@ -24,18 +24,33 @@ COMPILED = "fused block tails"
         ("eca_resnet18", False, torch.float32, OPERATIONS, {"fused_tail": 8}),
         ("eca_resnet18", True, torch.float32, COMPILED, {"fused_tail": 8}),
         ("eca_resnet18", True, torch.bfloat16, COMPILED, {"fused_tail": 8}),
-        ("eca_resnet18", True, torch.float16, OPERATIONS.replace(NO_COMPILER, NOT_FOR_HALF),
-         {"fused_tail": 8}),
+        (
+            "eca_resnet18",
+            True,
+            torch.float16,
+            OPERATIONS.replace(NO_COMPILER, NOT_FOR_HALF),
+            {"fused_tail": 8},
+        ),
         ("resnet18", False, torch.float32, KERNEL, {"_plain_tail": 8}),
-        ("resnet18", True, torch.float32, COMPILED + ", small ones by BatchNorm's own kernel",
-         {"_plain_tail": 8}),
-        ("resnet18", True, torch.float16, KERNEL.replace(NO_COMPILER, NOT_FOR_HALF),
-         {"_plain_tail": 8}),
+        (
+            "resnet18",
+            True,
+            torch.float32,
+            COMPILED + ", small ones by BatchNorm's own kernel",
+            {"_plain_tail": 8},
+        ),
+        (
+            "resnet18",
+            True,
+            torch.float16,
+            KERNEL.replace(NO_COMPILER, NOT_FOR_HALF),
+            {"_plain_tail": 8},
+        ),
         ("se_resnet18", True, torch.float32, "block tails module by module (attention se)", {}),
         ("eca_mobilenetv2", False, torch.float32, OPERATIONS, {"fused_tail": 17}),
         ("mobilenetv2", False, torch.float32, KERNEL, {"_plain_tail": 17}),
     ],
-)  # fmt: skip
+)
 def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, dtype, tails, of_blocks):
     if native:
         monkeypatch.undo()  # what the fixture `operations` has switched off
@@ -58,14 +73,19 @@ def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, dtype, t
         ("resnet18", "cpu", False, {"compiled": True}, "fused block tails"),
         ("eca_resnet18", "cuda", True, {}, "fused block tails (Triton)"),
         ("resnet18", "cuda", True, {"compiled": True}, "fused block tails (Triton)"),
-        ("eca_resnet18", "cuda", True, {"sync_bn": True},
-         "block tails module by module (SyncBatchNorm)"),
+        (
+            "eca_resnet18",
+            "cuda",
+            True,
+            {"sync_bn": True},
+            "block tails module by module (SyncBatchNorm)",
+        ),
         ("eca_resnet18", "cuda", False, {}, "block tails module by module (no Triton)"),
         ("eca_resnet18", "cuda", False, {"compiled": True}, "fused block tails"),
         ("eca_resnet18", "mps", False, {}, "block tails module by module (no kernels for mps)"),
         ("eca_resnet18", "mps", False, {"compiled": True}, "fused block tails"),
     ],
-)  # fmt: skip
+)
 def test_elsewhere_the_description_says_why(monkeypatch, name, device, triton, flags, tails):
     why_not = None if triton else "no Triton"
     monkeypatch.setattr(describe, "why_not_triton", lambda *_: why_not)

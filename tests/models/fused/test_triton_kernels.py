@@ -63,9 +63,16 @@ def launches(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", run)
 
     def launch(
-        shape, memory_format="nhwc", dtype=torch.bfloat16, capability=90, eca=True, residual=True,
-        activation=True, training=True, want_residual=True,
-    ):  # fmt: skip
+        shape,
+        memory_format="nhwc",
+        dtype=torch.bfloat16,
+        capability=90,
+        eca=True,
+        residual=True,
+        activation=True,
+        training=True,
+        want_residual=True,
+    ):
         monkeypatch.setattr(triton.runtime.driver, "_active", FakeGPU(capability))
         found.clear()
         z, r = (torch.empty(shape, dtype=dtype) for _ in range(2))
@@ -76,10 +83,20 @@ def launches(monkeypatch):
             z, vector, vector, kernel, r if residual else None, *given, 1e-5, activation
         )
         triton_operators.tail_backward(
-            r, z, out if activation else None, vector, vector, kernel, mean if training else vector,
-            inverse_std, pooled if eca else None, gate if eca else None, training, True,
+            r,
+            z,
+            out if activation else None,
+            vector,
+            vector,
+            kernel,
+            mean if training else vector,
+            inverse_std,
+            pooled if eca else None,
+            gate if eca else None,
+            training,
+            True,
             residual and want_residual,
-        )  # fmt: skip
+        )
         return dict(found)
 
     return launch
@@ -154,8 +171,11 @@ def test_evaluation_and_no_attention(launches):
     found = launches((1, 24, 7, 7), training=False)
     assert len(re.findall("tt.reduce.return", found["moments"].code["ttir"])) == 2  # no squares
     assert set(launches((1, 24, 7, 7), training=False, eca=False)) == {
-        "apply", "gradient_sums", "parameter_gradients", "gradient_input",
-    }  # fmt: skip
+        "apply",
+        "gradient_sums",
+        "parameter_gradients",
+        "gradient_input",
+    }
 
 
 def test_float16(launches):

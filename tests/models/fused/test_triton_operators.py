@@ -47,11 +47,16 @@ def operators(monkeypatch):
     """Every tail goes through the operators, on a CPU too, once they have been tried."""
 
     def on_triton(z):
-        return z.dtype in triton_operators.DTYPES and triton_operators.why_not(z.device, z.dtype) is None
+        return (
+            z.dtype in triton_operators.DTYPES
+            and triton_operators.why_not(z.device, z.dtype) is None
+        )
 
     torch.manual_seed(0)
     device = torch.zeros((), device=DEVICE).device
-    assert [triton_operators.why_not(device, dtype) for dtype in triton_operators.DTYPES] == [None] * 3
+    assert [triton_operators.why_not(device, dtype) for dtype in triton_operators.DTYPES] == [
+        None
+    ] * 3
     monkeypatch.setattr(block_tail, "eca_triton", triton_operators)
     monkeypatch.setattr(block_tail, "_on_triton", on_triton)
 
@@ -235,7 +240,9 @@ def test_operators_keep_torchs_rules(operators):
 def test_compiles_into_one_graph(operators, monkeypatch):
     bn, attention, z, r, grad = make_case((2, 8, 5, 5), memory_format=torch.channels_last)
     expected = outcome(bn, attention, z, r, grad)
-    monkeypatch.setattr(triton_operators, "_reasons", {})  # whether Triton works, the compiler must ask
+    monkeypatch.setattr(
+        triton_operators, "_reasons", {}
+    )  # whether Triton works, the compiler must ask
     z.requires_grad_()
     out = torch.compile(fused_tail, backend="aot_eager", fullgraph=True)(z, bn, attention, r)
     out.backward(grad)

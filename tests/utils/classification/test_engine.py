@@ -21,9 +21,7 @@ PLAIN = contextlib.nullcontext
 
 def batches(count=4, size=6, classes=3):
     torch.manual_seed(9)
-    return [
-        Batch(torch.randn(size, 5), torch.randint(classes, (size,)), ()) for _ in range(count)
-    ]
+    return [Batch(torch.randn(size, 5), torch.randint(classes, (size,)), ()) for _ in range(count)]
 
 
 def network(dropout=0.0):
@@ -39,16 +37,29 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def train(
-    net, given, first_step=0, lr_at=lambda step: 0.1, guard=None, optimizer=None, seed=7,
-    scaler=NO_SCALER, **rule,
-):  # fmt: skip
+    net,
+    given,
+    first_step=0,
+    lr_at=lambda step: 0.1,
+    guard=None,
+    optimizer=None,
+    seed=7,
+    scaler=NO_SCALER,
+    **rule,
+):
     meter = ClassificationMeter(CPU)
     passed = list(
         train_epoch(
-            net, given, optimizer or sgd(net), scaler, meter, guard or NonFiniteGuard(CPU),
-            StepRule(lr_at, seed, PLAIN, **rule), first_step,
+            net,
+            given,
+            optimizer or sgd(net),
+            scaler,
+            meter,
+            guard or NonFiniteGuard(CPU),
+            StepRule(lr_at, seed, PLAIN, **rule),
+            first_step,
         )
-    )  # fmt: skip
+    )
     return meter, passed
 
 
@@ -76,9 +87,15 @@ def test_it_rests_after_each_step():
     net = network()
     before = [p.detach().clone() for p in net.parameters()]
     steps = train_epoch(
-        net, batches(), sgd(net), NO_SCALER, ClassificationMeter(CPU), NonFiniteGuard(CPU),
-        StepRule(lambda step: 0.1, 0, PLAIN), first_step=0,
-    )  # fmt: skip
+        net,
+        batches(),
+        sgd(net),
+        NO_SCALER,
+        ClassificationMeter(CPU),
+        NonFiniteGuard(CPU),
+        StepRule(lambda step: 0.1, 0, PLAIN),
+        first_step=0,
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
     next(steps)
     after = [p.detach().clone() for p in net.parameters()]

@@ -26,9 +26,14 @@ def fresh(momentum=0.9, weight_decay=1e-4, rank=0, fp16=False, ema=0.0):
     )
     scaler = torch.amp.GradScaler("cpu", enabled=fp16)
     return TrainState(
-        network, optimizer, scaler, ClassificationMeter(CPU), NonFiniteGuard(CPU), rank,
+        network,
+        optimizer,
+        scaler,
+        ClassificationMeter(CPU),
+        NonFiniteGuard(CPU),
+        rank,
         average=WeightAverage(network, ema) if ema else None,
-    )  # fmt: skip
+    )
 
 
 def train(state, steps, first=0):
@@ -155,9 +160,9 @@ def test_momentum_is_taken_up_in_this_run_s_memory_format():
 def test_flags_given_anew_win_over_the_saved_optimizer(tmp_path):
     state = fresh(momentum=0.9, weight_decay=1e-4)
     train(state, 1)
-    group = taken_up(
-        tmp_path / "a", state, momentum=0.5, weight_decay=0.0
-    ).optimizer.param_groups[0]
+    group = taken_up(tmp_path / "a", state, momentum=0.5, weight_decay=0.0).optimizer.param_groups[
+        0
+    ]
     assert (group["momentum"], group["weight_decay"]) == (0.5, 0.0)
 
 
@@ -209,8 +214,9 @@ def test_one_number_that_is_not_finite_is_found_in_any_tensor(which, value):
     assert caught.value.exit_code == EXIT_NON_FINITE
 
 
-@pytest.mark.parametrize(("ranks", "own"), [(2, [[1, 2, 3, 4], [5, 6, 7, 8]]),
-                                            (3, [[6, 8, 10, 12], [0] * 4, [0] * 4])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ranks", "own"), [(2, [[1, 2, 3, 4], [5, 6, 7, 8]]), (3, [[6, 8, 10, 12], [0] * 4, [0] * 4])]
+)
 def test_each_rank_goes_on_with_its_own_sums(monkeypatch, ranks, own):
     """Two ranks wrote; as many take up their own rows, another number adds up to the same."""
     state = fresh()

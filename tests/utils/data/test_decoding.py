@@ -44,8 +44,12 @@ def test_decoders_agree(tmp_path, kind):
 def test_grey_palette_and_cmyk_become_rgb(tmp_path):
     grey = SMOOTH.convert("L")
     one_bit = grey.point(lambda v: 255 * (v > 120)).convert("1")
-    for name, image in (("l.png", grey), ("l.jpg", grey), ("p.png", SMOOTH.quantize(64)),
-                        ("one.png", one_bit)):  # fmt: skip
+    for name, image in (
+        ("l.png", grey),
+        ("l.jpg", grey),
+        ("p.png", SMOOTH.quantize(64)),
+        ("one.png", one_bit),
+    ):
         image.save(tmp_path / name)
         quick, pillow = both(tmp_path / name)
         np.testing.assert_array_equal(quick, pillow)
@@ -239,9 +243,14 @@ def test_the_frame_header_behind_other_segments():
     assert decoding._jpeg_frame(b"\x89PNG") is None
 
 
-STORAGE = {errno.EIO: "see to the storage", errno.ESTALE: "see to the storage",
-           errno.ETIMEDOUT: "see to the storage", errno.ENOMEM: "see to the storage",
-           errno.EMFILE: "use fewer workers", errno.ENFILE: "use fewer workers"}  # fmt: skip
+STORAGE = {
+    errno.EIO: "see to the storage",
+    errno.ESTALE: "see to the storage",
+    errno.ETIMEDOUT: "see to the storage",
+    errno.ENOMEM: "see to the storage",
+    errno.EMFILE: "use fewer workers",
+    errno.ENFILE: "use fewer workers",
+}
 
 
 @pytest.mark.parametrize("number", [*STORAGE, errno.ENOENT, errno.EACCES, errno.ELOOP])

@@ -182,8 +182,9 @@ def test_an_image_too_large_for_the_device_s_memory_is_not_decoded_elsewhere(ima
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("passes", [epoch, validation])
 def test_a_jpeg_broken_inside_ends_the_run_with_its_path(images, workers, passes):
-    index = next(i for b in SeededBatches(len(images), 4, 0) for _, i in b
-                 if "plain" in str(images.path(i)))  # fmt: skip
+    index = next(
+        i for b in SeededBatches(len(images), 4, 0) for _, i in b if "plain" in str(images.path(i))
+    )
     path = break_inside(images, index)
     with pytest.raises(UserError) as caught:
         passes(images, "cuda", workers)

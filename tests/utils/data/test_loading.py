@@ -32,9 +32,16 @@ from utils.system.processes import end_children
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(
-    arch="x", epochs=1, batch_size=4, lr=0.1, momentum=0.9, weight_decay=0, schedule="step",
-    img_size=16, crop_pct=0.8,
-)  # fmt: skip
+    arch="x",
+    epochs=1,
+    batch_size=4,
+    lr=0.1,
+    momentum=0.9,
+    weight_decay=0,
+    schedule="step",
+    img_size=16,
+    crop_pct=0.8,
+)
 
 
 @pytest.fixture
@@ -103,11 +110,10 @@ def test_batches_are_normalised_as_imagenet(folder):
     dataset = ImageDataset(folder, eval_transform(16, 0.8))
     batch = next(validation_batches(folder, RECIPE, Reading(CPU, 0))())
     expected = torch.stack([dataset[0, i][0] for i in range(4)]).double() / 255
-    mean, std = (torch.tensor(v, dtype=torch.double).view(3, 1, 1) for v in
-                 (IMAGENET_MEAN, IMAGENET_STD))  # fmt: skip
-    torch.testing.assert_close(
-        batch.images.double(), (expected - mean) / std, atol=1e-5, rtol=0
+    mean, std = (
+        torch.tensor(v, dtype=torch.double).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
     )
+    torch.testing.assert_close(batch.images.double(), (expected - mean) / std, atol=1e-5, rtol=0)
     assert batch.images.dtype == torch.float32
     assert batch.targets.tolist() == folder.labels[:4].tolist()
 

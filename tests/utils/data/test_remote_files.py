@@ -64,10 +64,15 @@ def test_indexing_starts_a_shard_again(store, tmp_path, monkeypatch):
             return super().read(*arguments)
 
     opened = MemoryFileSystem.open
-    monkeypatch.setattr(MemoryFileSystem, "open", lambda fs, path, mode="rb", **k: (
-        Flaky(fs.cat_file(path)) if (path[-4:], mode) == (".tar", "rb") else
-        opened(fs, path, mode, **k)
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        MemoryFileSystem,
+        "open",
+        lambda fs, path, mode="rb", **k: (
+            Flaky(fs.cat_file(path))
+            if (path[-4:], mode) == (".tar", "rb")
+            else opened(fs, path, mode, **k)
+        ),
+    )
     found = shard_index.find_index(f"{url}/train")
     assert next(calls) > 5
     wanted = shard_index.find_index(str(tmp_path / "local/train"))

@@ -92,9 +92,12 @@ class Echo(Dataset):
 def test_loader_workers_change_nothing(workers):
     order = SeededBatches(103, 10, seed=7)
     loader = DataLoader(
-        Echo(), batch_sampler=order, num_workers=workers, collate_fn=list,
+        Echo(),
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=list,
         persistent_workers=workers > 0,
-    )  # fmt: skip
+    )
     for epoch, step in ((0, 0), (1, 4), (2, 0)):
         order.seek(epoch, step)
         assert list(loader) == batches(epoch, step)

@@ -57,8 +57,15 @@ def test_odd_names(tmp_path, monkeypatch):
     paths, names that are not UTF-8 or longer than a tar header's field."""
     source = write_tree(tmp_path / "source", train=2, val=1)
     image = (source / "train" / "a" / "0.png").read_bytes()
-    names = ["a/x.JPG", "a/x.png", "a/deep/er/y.jpeg", "a/2020.01.02.jpg", "a-b/1.png",
-             f"a/{'long' * 40}.png", "ß/1.png"]  # fmt: skip
+    names = [
+        "a/x.JPG",
+        "a/x.png",
+        "a/deep/er/y.jpeg",
+        "a/2020.01.02.jpg",
+        "a-b/1.png",
+        f"a/{'long' * 40}.png",
+        "ß/1.png",
+    ]
     for name in map(os.fsencode, [*names, os.fsdecode(b"a/\xff.png")]):
         place = os.path.join(os.fsencode(source), b"train", name)
         os.makedirs(os.path.dirname(place), exist_ok=True)
@@ -83,8 +90,11 @@ def test_labels_go_by_name_whatever_the_numbers(tree, tmp_path):
     for part, numbers in (("train", (2, 0, 1, 2)), ("val", (1,))):
         members = []
         for key, number in enumerate(numbers):
-            members += [(f"./{key:04}.png", image), (f"./{key:04}.cls", b"%d\n" % number),
-                        (f"./{key:04}.json", b"{}")]  # fmt: skip
+            members += [
+                (f"./{key:04}.png", image),
+                (f"./{key:04}.cls", b"%d\n" % number),
+                (f"./{key:04}.json", b"{}"),
+            ]
         write_tar(tmp_path / part / "shard-0.tar", [*members, ("lost.png", image)])
     (tmp_path / "classes.txt").write_text("zebra\nbee\nant\n")
     train, val = open_split(str(tmp_path))
@@ -169,8 +179,9 @@ def test_faults_in_shards_end_in_one_line(run, sharded, tmp_path):
 
     # An image that is broken: as in folders, the next one takes its place and it is listed.
     broken = train.path(5)
-    place.write_bytes(whole[: broken.offset] + bytes(broken.size)
-                      + whole[broken.offset + broken.size :])  # fmt: skip
+    place.write_bytes(
+        whole[: broken.offset] + bytes(broken.size) + whole[broken.offset + broken.size :]
+    )
     done = run("main.py", *flags, "-j", 1, "data")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-6:-4] == [
@@ -188,8 +199,9 @@ def test_faults_in_shards_end_in_one_line(run, sharded, tmp_path):
     fault = ImageDataset(train, eval_transform(32, 1.0), skip_broken=True)[0, 5]
     assert isinstance(fault, UserError)
     assert (str(fault), fault.exit_code) == (
-        f"{place}: No such file or directory; see to it, and go on with --resume auto", 1
-    )  # fmt: skip
+        f"{place}: No such file or directory; see to it, and go on with --resume auto",
+        1,
+    )
 
     # Other images where the index says they are: nothing is replaced.
     place.write_bytes(whole[512:] + whole[:512])

@@ -160,5 +160,9 @@ def test_what_is_passed_over_is_counted(folder):
         part.type = tarfile.DIRTYPE
         tar.addfile(part, io.BytesIO())
     assert find_index(str(folder)).ignored == {
-        "hidden": 1, "image without .cls": 1, ".json": 1, "no ending": 1, "link": 1,
-    }  # fmt: skip
+        "hidden": 1,
+        "image without .cls": 1,
+        ".json": 1,
+        "no ending": 1,
+        "link": 1,
+    }

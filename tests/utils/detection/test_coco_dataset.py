@@ -149,8 +149,10 @@ def test_wrong_ids_are_errors(tmp_path, changes, message):
         (lambda c: c["images"].clear(), "the list 'images' is empty"),
         (lambda c: c["images"][1].pop("width"), r"\[1\] of image picture-2.png has no 'width'"),
         (lambda c: c["images"][1].pop("file_name"), r"images\[1\] has no 'file_name'"),
-        (lambda c: c["annotations"][0].pop("bbox"),
-         r"annotations\[0\] of image picture-1.png has no 'bbox'"),
+        (
+            lambda c: c["annotations"][0].pop("bbox"),
+            r"annotations\[0\] of image picture-1.png has no 'bbox'",
+        ),
         (lambda c: c["annotations"][0].pop("image_id"), r"annotations\[0\] has no 'image_id'"),
         (lambda c: c["annotations"].append(7), r"annotations\[1\] has no 'image_id'"),
         (lambda c: c["images"][1].update(id="2"), "picture-2.png has the id '2', no whole"),
@@ -164,7 +166,7 @@ def test_wrong_ids_are_errors(tmp_path, changes, message):
         (lambda c: c["categories"][0].update(name="cat"), "categories 7 and 1 .* named 'cat'"),
         (lambda c: c["images"][2].update(file_name="gone.png"), "1 of 3 images are missing.*gone"),
     ],
-)  # fmt: skip
+)
 def test_bad_files_are_errors(tmp_path, change, message):
     root = write_tree(tmp_path, [annotation()])
     with pytest.raises(UserError, match=message):

@@ -37,10 +37,15 @@ def random_case(root, images=12, seed=0, crowds=True):
             counts = {"size": list(SIZE), "counts": coco_masks.run_lengths(mask)}
             annotations.append(
                 annotation(
-                    len(annotations) + 1, image_id, category, (x, y, w, h), segmentation=counts,
-                    area=int(mask.sum()), iscrowd=int(crowds and chance.random() < 0.1),
+                    len(annotations) + 1,
+                    image_id,
+                    category,
+                    (x, y, w, h),
+                    segmentation=counts,
+                    area=int(mask.sum()),
+                    iscrowd=int(crowds and chance.random() < 0.1),
                 )
-            )  # fmt: skip
+            )
             for _ in range(int(chance.integers(0, 3))):
                 shift = chance.normal(0, 1, 4)
                 seen = mask ^ (chance.random(SIZE) < 0.05)
@@ -213,8 +218,8 @@ def test_gathering_on_one_process_sorts_by_image():
 WORKER = """
 import json, sys
 from pathlib import Path
-from tests.test_coco_evaluation import random_case
-from utils import distributed
+from tests.utils.detection.test_coco_evaluation import random_case
+from utils.system import distributed
 from utils.detection.coco_evaluation import GroundTruth, gather
 from utils.detection.coco_files import locate
 context = distributed.setup("cpu")
@@ -235,9 +240,16 @@ def test_two_ranks_give_what_one_gives(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     root = Path(__file__).resolve().parents[3]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        tmp_path / "worker.py", tmp_path / "data", tmp_path / "results.json", tmp_path / "out.json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        tmp_path / "worker.py",
+        tmp_path / "data",
+        tmp_path / "results.json",
+        tmp_path / "out.json",
+    ]
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

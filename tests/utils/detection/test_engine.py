@@ -37,10 +37,18 @@ def run(network, values, clip=1e9, lr=1.0):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     meter, guard = LossMeter(CPU, ("a", "b")), NonFiniteGuard(CPU)
     epoch = train_epoch(
-        network, map(batch_of, values), optimizer, meter, guard,
-        first_step=7, lr_at=lambda step: lr * (step - 6), clip=clip, seed=0,
-        autocast=no_autocast, scaler=NO_SCALER,
-    )  # fmt: skip
+        network,
+        map(batch_of, values),
+        optimizer,
+        meter,
+        guard,
+        first_step=7,
+        lr_at=lambda step: lr * (step - 6),
+        clip=clip,
+        seed=0,
+        autocast=no_autocast,
+        scaler=NO_SCALER,
+    )
     return list(epoch), meter
 
 

@@ -13,9 +13,11 @@ from utils.inspection.object_predictions import CocoDocument, Found, find_object
 def test_large_pictures_are_shrunk_with_their_objects():
     image = torch.zeros(3, 500, 2000, dtype=torch.uint8)
     objects = {
-        "boxes": torch.tensor([[200.0, 100.0, 1000.0, 400.0]]), "labels": torch.tensor([0]),
-        "scores": torch.tensor([0.9]), "masks": torch.zeros(1, 1, 500, 2000),
-    }  # fmt: skip
+        "boxes": torch.tensor([[200.0, 100.0, 1000.0, 400.0]]),
+        "labels": torch.tensor([0]),
+        "scores": torch.tensor([0.9]),
+        "masks": torch.zeros(1, 1, 500, 2000),
+    }
     drawn = picture(Found("x", (500, 2000), image, objects), ["ant"], 0.5)
     assert drawn.shape == (3, 250, 1000)
     ys, xs = drawn.amax(0).nonzero(as_tuple=True)

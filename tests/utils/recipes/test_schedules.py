@@ -17,15 +17,15 @@ def test_step_divides_by_ten_every_thirty_epochs():
 
 
 def test_exp_decays_every_epoch():
-    rates = [lr_at(e * 3 + 2, 3, lr=0.045, epochs=400, schedule="exp", lr_decay=0.98)
-             for e in (0, 1, 399)]  # fmt: skip
+    rates = [
+        lr_at(e * 3 + 2, 3, lr=0.045, epochs=400, schedule="exp", lr_decay=0.98)
+        for e in (0, 1, 399)
+    ]
     assert rates == pytest.approx([0.045, 0.045 * 0.98, 0.045 * 0.98**399])
 
 
 def test_cosine_after_a_linear_warmup():
-    rates = [
-        lr_at(s, 10, lr=0.2, epochs=5, schedule="cosine", warmup_epochs=1) for s in range(50)
-    ]
+    rates = [lr_at(s, 10, lr=0.2, epochs=5, schedule="cosine", warmup_epochs=1) for s in range(50)]
     assert rates[:10] == pytest.approx([0.02 * (s + 1) for s in range(10)])
     assert rates[10] == pytest.approx(0.2)
     assert rates[30] == pytest.approx(0.1)  # half way
@@ -60,9 +60,15 @@ def test_a_run_that_is_all_warm_up():
 
 def test_a_recipe_s_rate():
     recipe = Recipe(
-        arch="x", epochs=5, batch_size=4, lr=0.2, momentum=0.9, weight_decay=0, schedule="cosine",
+        arch="x",
+        epochs=5,
+        batch_size=4,
+        lr=0.2,
+        momentum=0.9,
+        weight_decay=0,
+        schedule="cosine",
         warmup_epochs=1,
-    )  # fmt: skip
+    )
     rate = rate_of(recipe, steps_per_epoch=10)
     assert [rate(s) for s in (0, 10, 30)] == pytest.approx([0.02, 0.2, 0.1])
     step = recipe.override(schedule="step", warmup_epochs=0.0, lr_step=2, lr_decay=0.5)

@@ -234,8 +234,11 @@ def test_only_plain_types_are_in_the_file(path):
     with zipfile.ZipFile(path) as archive:
         name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
         wanted = pickle_globals(archive.read(name))
-    assert wanted <= {"torch._utils._rebuild_tensor_v2", "torch.FloatStorage",
-                      "collections.OrderedDict"}  # fmt: skip
+    assert wanted <= {
+        "torch._utils._rebuild_tensor_v2",
+        "torch.FloatStorage",
+        "collections.OrderedDict",
+    }
 
 
 def pickle_globals(data):

@@ -173,8 +173,12 @@ def test_threads_of_data_parallel_have_the_callers_autocast(monkeypatch, dtype):
 def test_ranks_wait_for_each_other_longer_than_for_their_workers(monkeypatch):
     """NCCL's own 10 minutes are --worker-timeout's: which of the two spoke would be chance."""
     waits = []
-    for name, result in (("init_process_group", None), ("new_group", None), ("get_rank", 0),
-                         ("get_world_size", 2)):  # fmt: skip
+    for name, result in (
+        ("init_process_group", None),
+        ("new_group", None),
+        ("get_rank", 0),
+        ("get_world_size", 2),
+    ):
         monkeypatch.setattr(
             dist, name, lambda *_, result=result, **kw: waits.append(kw.get("timeout")) or result
         )
