@@ -1,7 +1,7 @@
 """MobileNetV2's recipe, handed to main.py's entry."""
 
 from main import main
-from utils.data.loading import demo_digits
+from utils.data import demo_digits
 from utils.options.parser import run_script
 from utils.recipes.classification import Recipe
 

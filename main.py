@@ -23,15 +23,9 @@ import models
 from models import start, weights
 from utils.classification import engine, report
 from utils.classification.state import TrainState
+from utils.data import demo_digits, splits
 from utils.data.gpu_decoding import check_decoder, reading_of
-from utils.data.loading import (
-    Reading,
-    demo_digits,
-    replaced_lines,
-    splits,
-    training_batches,
-    validation_batches,
-)
+from utils.data.loading import Reading, replaced_lines, training_batches, validation_batches
 from utils.data.sampler import SeededBatches, check_batch, mix_seed
 from utils.options.classification import OF_BLOCKS, OF_TRAINING, build_parser
 from utils.options.parser import refuse_idle, run_script

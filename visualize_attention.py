@@ -17,9 +17,9 @@ from models.eca_module import ECALayer
 from models.inspection import attention_layers, recorded_gates
 from models.weights import network_from_checkpoint
 from utils.classification.report import network_line
+from utils.data import demo_digits, image_folder, splits
 from utils.data.decoding import DECODERS, decoder_name, printable
 from utils.data.image_folder import ImageFolder
-from utils.data.loading import demo_digits, image_folder, splits
 from utils.data.user_images import read_batches
 from utils.inspection import channel_weight_plots
 from utils.inspection.channel_weights import GateStatistics, LayerWeights, table, write_npz

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from models.construction import Ksize
-from models.eca_mobilenetv2 import MobileNetV2, eca_mobilenetv2, mobilenetv2, se_mobilenetv2
-from models.eca_module import ECALayer, adaptive_kernel_size, parse_ksize
-from models.eca_resnet import (
+from .construction import Ksize
+from .eca_mobilenetv2 import MobileNetV2, eca_mobilenetv2, mobilenetv2, se_mobilenetv2
+from .eca_module import ECALayer, adaptive_kernel_size, parse_ksize
+from .eca_resnet import (
     ResNet,
     eca_resnet18,
     eca_resnet34,
@@ -28,10 +28,10 @@ from models.eca_resnet import (
     se_resnet101,
     se_resnet152,
 )
-from models.fused.block_tail import set_fused, why_not_triton
-from models.fused.describe import describe_tails
-from models.inference import optimise_for_inference
-from models.insertion import Insertion, add_eca
+from .fused.block_tail import set_fused, why_not_triton
+from .fused.describe import describe_tails
+from .inference import optimise_for_inference
+from .insertion import Insertion, add_eca
 
 __all__ = [
     "MODELS",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.eca_module import ECALayer
+from .eca_module import ECALayer
 
 
 class _Gate(nn.Module):

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from models.attention import takes_ksize
-from models.eca_module import parse_ksize
+from .attention import takes_ksize
+from .eca_module import parse_ksize
 
 Ksize = str | Sequence[int] | None
 

@@ -8,10 +8,10 @@ import math
 
 from torch import Tensor, nn
 
-from models.attention import find_attention, takes_ksize
-from models.construction import Ksize, check_ksize, check_num_classes, initialise_convolutions
-from models.eca_module import ADAPTIVE, adaptive_kernel_size
-from models.fused.block_tail import block_tail, is_bare
+from .attention import find_attention, takes_ksize
+from .construction import Ksize, check_ksize, check_num_classes, initialise_convolutions
+from .eca_module import ADAPTIVE, adaptive_kernel_size
+from .fused.block_tail import block_tail, is_bare
 
 STEM, LAST = 32, 1280  # channels before the first stage and after the last
 STAGES = (  # expansion ratio, output channels at width 1, blocks, stride of the first block

@@ -114,7 +114,7 @@ def parse_ksize(
 def __getattr__(name: str) -> object:
     """`add_eca` is found here as well. Its file is read only then: this one can be copied alone."""
     if name == "add_eca":
-        from models.insertion import add_eca
+        from .insertion import add_eca
 
         return add_eca
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,10 +5,10 @@ With attention off the networks compute what torchvision's compute, under the sa
 
 from torch import Tensor, nn
 
-from models.attention import find_attention, takes_ksize
-from models.construction import Ksize, check_ksize, check_num_classes, initialise_convolutions
-from models.eca_module import ADAPTIVE, adaptive_kernel_size
-from models.fused.block_tail import block_tail, norm_act
+from .attention import find_attention, takes_ksize
+from .construction import Ksize, check_ksize, check_num_classes, initialise_convolutions
+from .eca_module import ADAPTIVE, adaptive_kernel_size
+from .fused.block_tail import block_tail, norm_act
 
 WIDTHS = (64, 128, 256, 512)  # of the four stages, before a block's expansion
 

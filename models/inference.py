@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.eca_mobilenetv2 import ConvBNReLU, InvertedResidual, MobileNetV2
-from models.eca_module import ECALayer
-from models.eca_resnet import BasicBlock, Bottleneck, ResNet
-from models.fused.formulas import along_channels
-from models.fused.passes import finish_in_place, pixel_means
+from .eca_mobilenetv2 import ConvBNReLU, InvertedResidual, MobileNetV2
+from .eca_module import ECALayer
+from .eca_resnet import BasicBlock, Bottleneck, ResNet
+from .fused.formulas import along_channels
+from .fused.passes import finish_in_place, pixel_means
 
 
 def fastest_dtype(device: torch.device | str) -> torch.dtype:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.eca_module import ADAPTIVE, ECALayer, adaptive_kernel_size
+from .eca_module import ADAPTIVE, ECALayer, adaptive_kernel_size
 
 # Class names, as neither library need be there: torchvision's and timm's residual blocks, ...
 BLOCKS = frozenset(

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.eca_mobilenetv2 import STAGE_OF_BLOCK, STAGES, MobileNetV2
-from models.eca_module import ECALayer
-from models.eca_resnet import ResNet
+from .eca_mobilenetv2 import STAGE_OF_BLOCK, STAGES, MobileNetV2
+from .eca_module import ECALayer
+from .eca_resnet import ResNet
 
 COARSEST = 32  # pixels a position of the last feature map; each before it is twice as fine
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import MODELS, create_model
-from models.construction import Ksize
-from models.weights import (
+from . import MODELS, create_model
+from .construction import Ksize
+from .weights import (
     describe_network,
     describe_weights,
     find_state_dict,

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models import create_model
-from models.eca_mobilenetv2 import LAST, STAGE_OF_BLOCK, STAGES, STEM, shorten_ksize
-from models.eca_resnet import DEPTHS, Bottleneck
+from . import create_model
+from .eca_mobilenetv2 import LAST, STAGE_OF_BLOCK, STAGES, STEM, shorten_ksize
+from .eca_resnet import DEPTHS, Bottleneck
 
 FORMAT = 1  # of our checkpoints; a file with a higher number is from a newer version
 

@@ -79,7 +79,7 @@ def call(
 ) -> Iterator[Callable[..., tuple[int, list[str], list[str]]]]:
     """main.py's main in this process: (exit code, lines on stdout, lines on stderr)."""
     import main as script
-    from utils.options.classification import parser
+    from utils.options import parser
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parser, "end_children", lambda: True)

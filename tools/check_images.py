@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from utils.data import remote_files, shard_folder
 from utils.data.decoding import (
     DECODERS,
     EXTENSIONS,
@@ -25,7 +26,6 @@ from utils.data.decoding import (
     printable,
     read_image,
 )
-from utils.data.loading import remote_files, shard_folder
 from utils.data.shard_folder import Member
 from utils.options.parser import Parser, positive_int, run_script
 from utils.system.errors import EXIT_FAILED, UserError

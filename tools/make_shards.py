@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from utils.data import image_folder, shard_folder, shard_index
 from utils.data.decoding import printable, read_file
 from utils.data.image_folder import ImageFolder
-from utils.data.loading import image_folder, shard_folder, shard_index
 from utils.data.shard_folder import ShardFolder
 from utils.options.parser import Parser, positive_int, run_script
 from utils.system.errors import EXIT_FAILED, UserError

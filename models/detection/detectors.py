@@ -14,13 +14,13 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from models import create_model
-from models.construction import Ksize
-from models.detection.geometry import LegacyBoxCoder, LegacyP6P7, LegacyTransform, PyramidAnchors
-from models.detection.heads import compute_in_float32, initialise_box_head, make_heads
-from models.detection.norms import freeze
-from models.eca_resnet import ResNet
-from models.weights import FORMAT, find_state_dict, load_weights, strip_prefixes
+from .. import create_model
+from ..construction import Ksize
+from ..eca_resnet import ResNet
+from ..weights import FORMAT, find_state_dict, load_weights, strip_prefixes
+from .geometry import LegacyBoxCoder, LegacyP6P7, LegacyTransform, PyramidAnchors
+from .heads import compute_in_float32, initialise_box_head, make_heads
+from .norms import freeze
 
 DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet}
 # The label of a data set's first category: the R-CNNs keep 0 for background.

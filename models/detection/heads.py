@@ -13,7 +13,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 
-from models.detection.geometry import LegacyRoIAlign
+from .geometry import LegacyRoIAlign
 
 
 def make_heads(

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torchvision.models.detection import FasterRCNN, RetinaNet
 
-from models import create_model
-from models.construction import Ksize
-from models.detection.detectors import create_detector, load_backbone
+from .. import create_model
+from ..construction import Ksize
+from .detectors import create_detector, load_backbone
 
 
 def start_detector(

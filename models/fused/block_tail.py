@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from models.eca_module import ECALayer
-from models.fused import native
-from models.fused.formulas import Gradients, Kept, Wanted, tail_backward, tail_forward
-from models.fused.passes import accumulation_dtype
+from ..eca_module import ECALayer
+from . import native
+from .formulas import Gradients, Kept, Wanted, tail_backward, tail_forward
+from .passes import accumulation_dtype
 
 eca_triton = None
 _not_imported = "PyTorch finds no CUDA device"
 if torch.cuda.is_available():  # where it is not, Triton's import would only cost time
     try:
-        from models.fused import triton_operators as eca_triton
+        from . import triton_operators as eca_triton
     except Exception as error:  # also of a Triton that does not fit this PyTorch
         _not_imported = f"Triton cannot be imported: {error}"
 

@@ -6,8 +6,8 @@ What is said here of a device is what `can_fuse` and `block_tail` of `eca_fused`
 import torch
 from torch import nn
 
-from models.fused import native
-from models.fused.block_tail import why_not_triton
+from . import native
+from .block_tail import why_not_triton
 
 
 def describe_tails(

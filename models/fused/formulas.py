@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.fused.passes import passes_for
+from .passes import passes_for
 
 
 def _neighbours(x: Tensor, k: int) -> list[Tensor]:

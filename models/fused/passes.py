@@ -13,7 +13,7 @@ z, residual, out and grad are (N, C, H, W) in one dtype and memory format. Every
 import torch
 from torch import Tensor
 
-from models.fused.native import Native, serves
+from .native import Native, serves
 
 CHUNK_BYTES = 2 << 20  # per thread; measured, flat between 1 and 4 MiB
 

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from models.fused import triton_kernels as kernels
+from . import triton_kernels as kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 4096  # elements that a program holds at a time

@@ -32,7 +32,7 @@ import models
 from models import weights
 from models.detection.detectors import create_detector, describe_detector
 from tools import ablation
-from utils.data.loading import demo_digits
+from utils.data import demo_digits
 from utils.options.parser import Parser
 from utils.runs import checkpoint
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tools import make_shards
-from utils.options.classification import parser
+from utils.options import parser
 
 
 def make(monkeypatch, source: Path, target: Path, *flags: object) -> Path:

@@ -4,8 +4,8 @@ import copy
 import os
 
 import pytest
-import tail_cases
 import torch
+from helpers import tail_cases
 from torch import nn
 
 from models.eca_module import ECALayer

@@ -13,8 +13,8 @@ import predict
 import visualize_attention
 from tests.scripts.test_main import fail
 from tools import check_images
+from utils.data import decoding
 from utils.data.gpu_decoding import DeviceReading, check_decoder
-from utils.data.loading import decoding
 from utils.runs import checkpoint
 from utils.system.errors import UserError
 

@@ -19,7 +19,7 @@ from main import DEMO, RECIPE
 from models import weights
 from utils.classification.report import recipe_lines
 from utils.classification.state import TrainState
-from utils.data.loading import demo_digits
+from utils.data import demo_digits
 from utils.recipes.classification import MODERN, MODERN_100, RECIPES, Recipe
 from utils.runs import checkpoint
 

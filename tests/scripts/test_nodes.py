@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import small_runs
+from helpers import small_runs
 from helpers.small_runs import LONG, SMALL, Running, all_gone, progress
 from helpers.trees import ROOT
 

@@ -15,7 +15,7 @@ from helpers.trees import ROOT
 
 from tools import check_images
 from tools.check_images import find_broken, find_images
-from utils.options.classification import parser
+from utils.options import parser
 from utils.system.errors import UserError
 
 

@@ -17,9 +17,10 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+from utils.data import decoding
 from utils.data.decoding import ON_DEVICE, BrokenImageError, printable
 from utils.data.loader_workers import as_raised
-from utils.data.loading import Batch, ImageDataset, Loaded, Reading, decoding
+from utils.data.loading import Batch, ImageDataset, Loaded, Reading
 from utils.data.sampler import Key
 from utils.system.errors import UserError
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from utils.data import remote_files
 from utils.data.decoding import printable
 from utils.data.image_folder import ImageFolder, count_names
-from utils.data.loading import remote_files
 from utils.data.shard_index import BLOCK, NAME, find_index
 from utils.system.errors import EXIT_FAILED, UserError
 

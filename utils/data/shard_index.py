@@ -24,8 +24,8 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from utils.data import remote_files
 from utils.data.decoding import EXTENSIONS, printable
-from utils.data.loading import remote_files
 from utils.system.errors import UserError
 from utils.system.files import write_atomically
 

@@ -1,10 +1,10 @@
-"""DATA as the scripts take it: train/ and val/, of class folders or tar shards, here or at a URL."""
+"""DATA as the scripts take it: train/ and val/ of class folders or tar shards, or a URL."""
 
 import os
 from collections.abc import Sequence
 
+from utils.data import image_folder, remote_files, shard_folder
 from utils.data.image_folder import ImageFolder
-from utils.data.loading import image_folder, remote_files, shard_folder
 
 
 def open_images(root: str, classes: Sequence[str] | None = None) -> ImageFolder:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from utils.data import decoding
 from utils.data.decoding import BrokenImageError, printable, read_image
-from utils.data.loading import decoding
 from utils.system.errors import EXIT_FAILED, UserError
 
 CHANCE = np.random.default_rng(0)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from utils.data.loading import demo_digits
+from utils.data import demo_digits
 from utils.detection import demo_shapes
 from utils.system.errors import UserError
 

@@ -10,6 +10,7 @@ import torch
 from helpers.mixed_images import PLAIN, photo, write_mixed
 
 from tests.utils.data.test_loading import CPU, RECIPE, same
+from utils.data import decoding, gpu_decoding
 from utils.data.decoding import BrokenImageError, read_image
 from utils.data.gpu_decoding import Finish, Unfinished, check_decoder, pack, reading_of
 from utils.data.image_folder import scan
@@ -17,8 +18,6 @@ from utils.data.loading import (
     IMAGENET_STD,
     ImageDataset,
     Reading,
-    decoding,
-    gpu_decoding,
     training_batches,
     validation_batches,
 )

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from utils.data import loader_workers
 from utils.data.loader_workers import checked, leave_broken_connections_unsaid
-from utils.data.loading import loader_workers
 from utils.system.errors import UserError
 from utils.system.fault_messages import Memory, in_one_line
 

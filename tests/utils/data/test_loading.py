@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torchvision import transforms as v1
 
+from utils.data import loading
 from utils.data.decoding import BrokenImageError
 from utils.data.image_folder import scan
 from utils.data.loading import (
@@ -19,7 +20,6 @@ from utils.data.loading import (
     ImageDataset,
     Reading,
     eval_transform,
-    loading,
     replaced_lines,
     train_transform,
     training_batches,

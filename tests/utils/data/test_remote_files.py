@@ -12,7 +12,8 @@ from helpers.trees import write_tree
 
 from tests.utils.data.test_shard_folder import assert_same_images
 from tools.check_images import find_images
-from utils.data.loading import ImageDataset, eval_transform, loading, remote_files, shard_index
+from utils.data import loading, remote_files, shard_index
+from utils.data.loading import ImageDataset, eval_transform
 from utils.data.splits import open_split
 from utils.system.errors import UserError
 

@@ -12,8 +12,9 @@ from helpers.trees import write_tree
 
 from tests.faults.test_kill_and_resume import FLAGS, kill_and_resume
 from tools.check_images import find_broken, find_images
+from utils.data import remote_files, shard_folder, shard_index
 from utils.data.image_folder import describe
-from utils.data.loading import ImageDataset, eval_transform, remote_files, shard_folder, shard_index
+from utils.data.loading import ImageDataset, eval_transform
 from utils.data.splits import open_images, open_split
 from utils.data.user_images import read_batches
 from utils.system.errors import UserError

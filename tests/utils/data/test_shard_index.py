@@ -9,7 +9,7 @@ import time
 import pytest
 from helpers.shard_sets import write_tar
 
-from utils.data.loading import shard_index
+from utils.data import shard_index
 from utils.data.shard_index import NAME, ShardIndex, find_index
 from utils.system.errors import UserError
 

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from tests.coco_trees import annotation, write_tree
+from helpers.coco_trees import annotation, write_tree
 
 from utils.data.loading import Reading
 from utils.detection.batches import (

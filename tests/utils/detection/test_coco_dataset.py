@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers.coco_trees import SQUARE, annotation, write_tree
 from PIL import Image
-from tests.coco_trees import SQUARE, annotation, write_tree
 
 from utils.data.decoding import BrokenImageError
 from utils.detection import coco_masks

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.coco_trees import annotation, write_tree
+from helpers.coco_trees import annotation, write_tree
 
 from utils.detection import coco_masks
 from utils.detection.coco_evaluation import BACKENDS, FIGURES, GroundTruth, gather, to_results

@@ -17,7 +17,7 @@ from models.detection.norms import NORMS
 from utils.classification.engine import NonFiniteGuard, StepRule, train_epoch
 from utils.classification.state import TrainState
 from utils.data.loading import Batch
-from utils.options.classification import classification, detection
+from utils.options import classification, detection
 from utils.options.parser import Parser
 from utils.system import backends, distributed
 from utils.system.errors import UserError
