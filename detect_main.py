@@ -22,7 +22,6 @@ from models.detection import detectors as detection
 from models.detection.norms import NORMS
 from models.detection.start import refuse_another_network, start_detector
 from utils.classification import report
-from utils.classification.engine import NonFiniteGuard
 from utils.data.loading import Reading
 from utils.data.sampler import mix_seed
 from utils.detection import demo_shapes, engine
@@ -41,7 +40,7 @@ from utils.detection.log import DetectionFiles, DetectionProgress, DetectionStat
 from utils.options.detection import OF_TRAINING, build_parser
 from utils.options.parser import refuse_idle, run_script
 from utils.recipes.detection import AUTO, DetectionRecipe, lr_at
-from utils.runs import checkpoint, resume
+from utils.runs import checkpoint, resume, resume_checks
 from utils.runs import folder as runs
 from utils.system import backends, distributed
 from utils.system import output_checks as outputs
@@ -49,6 +48,7 @@ from utils.system.errors import UserError, as_user_error
 from utils.system.fault_messages import Memory, in_one_line
 from utils.system.processes import default_workers
 from utils.system.stop_requests import StopRequest, Votes
+from utils.training.finite_guard import NonFiniteGuard
 
 RECIPE = DetectionRecipe()  # the paper's, for COCO
 
@@ -193,11 +193,11 @@ def train(
     )
     check_batch(recipe.batch_size, len(train_split), context.world_size)
     names = "\0".join(train_split.file_names).encode("utf-8", "backslashreplace")
-    digest = resume.digest(names, train_split.boxes, train_split.labels)
+    digest = resume_checks.digest(names, train_split.boxes, train_split.labels)
     if saved is not None:
         if saved["classes"] != train_split.classes:
             raise UserError(f"{args.data} has other classes than the run: resume it with its data")
-        resume.refuse_changes(
+        resume_checks.refuse_changes(
             saved,
             asked.seed,
             asked.batch_size,
@@ -206,8 +206,8 @@ def train(
             "--batch-size",
             can_begin=False,
         )
-        resume.refuse_other_data(saved, digest, can_begin=False)
-        resume.refuse_another_optimizer(saved, recipe)
+        resume_checks.refuse_other_data(saved, digest, can_begin=False)
+        resume_checks.refuse_another_optimizer(saved, recipe)
     torch.manual_seed(seed)
     network, notes = build_network(args, recipe, saved, len(train_split.classes) + first_label)
     if network.model_kwargs["norm"] == "sync" and context.device.type != "cuda":

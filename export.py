@@ -15,6 +15,7 @@ from models.inspection import COARSEST
 from models.weights import describe_network, network_from_checkpoint
 from utils.classification.report import network_line
 from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD
+from utils.inspection import export_formats
 from utils.options.parser import Parser, positive_int, run_script
 from utils.runs import checkpoint_info, safetensors_file
 from utils.runs.checkpoint import load
@@ -22,8 +23,8 @@ from utils.system.errors import UserError, as_user_error
 from utils.system.files import write_atomically
 
 FORMATS = {
-    "onnx": (safetensors_file.to_onnx, safetensors_file.run_onnx),
-    "pt2": (safetensors_file.to_pt2, safetensors_file.run_pt2),
+    "onnx": (export_formats.to_onnx, export_formats.run_onnx),
+    "pt2": (export_formats.to_pt2, export_formats.run_pt2),
 }
 
 
@@ -34,8 +35,8 @@ def build_parser() -> Parser:
         "--to",
         metavar="FORMAT",
         nargs="+",
-        choices=safetensors_file.NEEDS,
-        default=list(safetensors_file.NEEDS),
+        choices=export_formats.NEEDS,
+        default=list(export_formats.NEEDS),
         help="onnx, pt2, safetensors (default: all three)",
     )
     parser.add_argument(
@@ -62,7 +63,7 @@ def main() -> None:
         raise UserError(
             "--no-fold is for onnx and pt2, and safetensors holds BatchNorm as it is: leave it out"
         )
-    safetensors_file.check_packages(args.to)
+    export_formats.check_packages(args.to)
     source = Path(args.checkpoint)
     folder = Path(args.output) if args.output else source.parent
     stem = re.sub(r"(\.(pth|pt|tar|safetensors))+$", "", source.name)
@@ -101,11 +102,11 @@ def main() -> None:
         else:
             # A .pt2 is for one position of the last feature map, or for more: not for both.
             any_size = name == "onnx" or img_size > COARSEST
-            graph = safetensors_file.to_exported(form, example_size(img_size, any_size), any_size)
+            graph = export_formats.to_exported(form, example_size(img_size, any_size), any_size)
             write, run = FORMATS[name]
             data = write(graph, metadata)
             shapes = trial_shapes(img_size, any_size)
-            worst = safetensors_file.largest_difference(run(data), network, shapes, target.name)
+            worst = export_formats.largest_difference(run(data), network, shapes, target.name)
             sizes = "any size" if any_size else f"{img_size} x {img_size} pixels"
             if name == "pt2" and any_size:
                 sizes = f"sizes above {COARSEST}"

@@ -31,15 +31,15 @@ from utils.options.classification import OF_BLOCKS, OF_TRAINING, build_parser
 from utils.options.parser import refuse_idle, run_script
 from utils.recipes.classification import PAPER, RECIPES, Recipe
 from utils.recipes.schedules import UNUSED
-from utils.runs import checkpoint, resume
+from utils.runs import checkpoint, resume, resume_checks
 from utils.runs import folder as runs
-from utils.runs.metrics_log import Progress
 from utils.runs.writer import RunFiles
 from utils.system import backends, distributed
 from utils.system.errors import UserError, as_user_error
 from utils.system.fault_messages import Memory, in_one_line
 from utils.system.processes import default_workers
 from utils.system.stop_requests import StopRequest, Votes
+from utils.training.progress import Progress
 
 RECIPE = Recipe(  # the paper's, for ResNets
     arch="eca_resnet50",
@@ -224,15 +224,15 @@ def train(
         recipe.accumulate,
         recipe.repeats,
     )
-    digest = resume.digest(train_images.paths, train_images.labels)
+    digest = resume_checks.digest(train_images.paths, train_images.labels)
     if recipe.sync_bn:
         distributed.refuse_sync_bn(context)
     if saved is not None:
-        resume.refuse_changes(
+        resume_checks.refuse_changes(
             saved, asked.seed, asked.batch_size, len(train_images), args.start_epoch
         )
-        resume.refuse_other_data(saved, digest, args.start_epoch)
-        resume.refuse_another_recipe(saved, asked.recipe, recipe, args.start_epoch)
+        resume_checks.refuse_other_data(saved, digest, args.start_epoch)
+        resume_checks.refuse_another_recipe(saved, asked.recipe, recipe, args.start_epoch)
     torch.manual_seed(seed)
     with as_user_error():
         if saved is not None:

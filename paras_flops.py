@@ -33,9 +33,10 @@ from utils.cost.detector_tables import (
     detector_fields,
     detector_table,
 )
-from utils.options.parser import Parser, did_you_mean, number, run_script
+from utils.cost.table_parts import size_text
+from utils.options.parser import Parser, number, run_script
 from utils.system.errors import UserError
-from utils.system.text import size_text
+from utils.system.text import did_you_mean
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
 ATTENTION_LAYERS = tuple({type(a.build(16, 3)) for a in attention.ATTENTIONS.values() if a})

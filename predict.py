@@ -20,13 +20,12 @@ from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from models.inference import optimise_for_inference
-from models.inspection import COARSEST, feature_maps
+from models.inspection import COARSEST, feature_maps, grad_cam
 from models.weights import network_from_checkpoint
 from utils.classification.report import network_line
-from utils.data.decoding import printable, read_image
+from utils.data.decoding import read_image
 from utils.data.user_images import UserBatch, find_images, read_batches
 from utils.inspection import pictures
-from utils.inspection.class_activation import grad_cam
 from utils.inspection.class_predictions import Guess, Prediction, PredictionLog, path_width
 from utils.inspection.object_predictions import (
     CocoDocument,
@@ -46,6 +45,7 @@ from utils.system.errors import EXIT_FAILED, UserError, as_user_error
 from utils.system.fault_messages import Memory, in_one_line
 from utils.system.files import write_atomically
 from utils.system.processes import default_workers
+from utils.system.text import printable
 
 FINE_ENOUGH = 4  # positions a side: with fewer, a map hardly tells where
 MOST_IN_GRID = 400

@@ -18,12 +18,12 @@ from models.inspection import attention_layers, recorded_gates
 from models.weights import network_from_checkpoint
 from utils.classification.report import network_line
 from utils.data import demo_digits, image_folder, splits
-from utils.data.decoding import DECODERS, decoder_name, printable
+from utils.data.decoding import DECODERS, decoder_name
 from utils.data.image_folder import ImageFolder
 from utils.data.user_images import read_batches
 from utils.inspection import channel_weight_plots
 from utils.inspection.channel_weights import GateStatistics, LayerWeights, table, write_npz
-from utils.options.parser import Parser, count, did_you_mean, number, positive_int, run_script
+from utils.options.parser import Parser, count, number, positive_int, run_script
 from utils.runs import folder as run_folder
 from utils.runs.checkpoint import load
 from utils.runs.checkpoint_info import preprocessing, refuse_detector
@@ -32,6 +32,7 @@ from utils.system.errors import EXIT_FAILED, UserError, as_user_error
 from utils.system.fault_messages import Memory, in_one_line
 from utils.system.files import write_atomically
 from utils.system.processes import default_workers
+from utils.system.text import did_you_mean, printable
 
 CURVES = 4  # as in the paper's figure
 

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from utils.system.malloc import keep_freed_memory
+from utils.system.backends import keep_freed_memory
 
 
 def differs(device: torch.device) -> bool:

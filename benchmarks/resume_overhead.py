@@ -24,7 +24,6 @@ import torch
 from torch.utils.data import BatchSampler, RandomSampler
 
 import models
-from utils.classification.engine import NonFiniteGuard
 from utils.classification.metrics import ClassificationMeter, cross_entropy
 from utils.classification.state import TrainState
 from utils.data.sampler import SeededBatches, mix_seed
@@ -34,6 +33,7 @@ from utils.runs import checkpoint
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.writer import RunFiles
 from utils.system.stop_requests import StopRequest, Votes
+from utils.training.finite_guard import NonFiniteGuard
 
 IMAGES = 1_281_167
 CPU = torch.device("cpu")

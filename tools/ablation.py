@@ -24,13 +24,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tools.compare_runs import read_run
-from utils.options.parser import Parser, did_you_mean, positive_int, run_script
+from utils.options.parser import Parser, positive_int, run_script
 from utils.runs import folder as run_folder
 from utils.system import output_checks
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically
 from utils.system.processes import processors
-from utils.system.text import columns
+from utils.system.text import columns, did_you_mean
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 KERNELS = (1, 3, 5, 7, 9)  # of the paper's figure on k

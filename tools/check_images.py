@@ -18,19 +18,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.data import remote_files, shard_folder
-from utils.data.decoding import (
-    DECODERS,
-    EXTENSIONS,
-    BrokenImageError,
-    decoder_name,
-    printable,
-    read_image,
-)
+from utils.data.decoding import DECODERS, EXTENSIONS, BrokenImageError, decoder_name, read_image
 from utils.data.shard_folder import Member
 from utils.options.parser import Parser, positive_int, run_script
 from utils.system.errors import EXIT_FAILED, UserError
-from utils.system.pools import shared
-from utils.system.processes import processors
+from utils.system.processes import processors, shared
+from utils.system.text import printable
 
 CHUNK = 16  # files that a process takes at a time
 

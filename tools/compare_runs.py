@@ -172,7 +172,8 @@ def draw(runs: Sequence[Run]) -> bytes:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    from utils.inspection.pictures import CURVES, png, short
+    from utils.inspection.pictures import CURVES, png
+    from utils.system.text import short
 
     decides = runs[0].decides
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")

@@ -19,14 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.data import image_folder, shard_folder, shard_index
-from utils.data.decoding import printable, read_file
+from utils.data.decoding import read_file
 from utils.data.image_folder import ImageFolder
 from utils.data.shard_folder import ShardFolder
 from utils.options.parser import Parser, positive_int, run_script
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import remove_leftovers, write_atomically
-from utils.system.pools import shared
-from utils.system.processes import default_workers
+from utils.system.processes import default_workers, shared
+from utils.system.text import printable
 
 SHUFFLE = 0  # seed
 

@@ -14,8 +14,9 @@ from helpers.trees import write_tree
 
 import main as script
 from utils.runs import checkpoint, safetensors_file
-from utils.runs.resume import refuse_other_data
-from utils.runs.writer import RunFiles, command
+from utils.runs.commands import command
+from utils.runs.resume_checks import refuse_other_data
+from utils.runs.writer import RunFiles
 from utils.system.errors import UserError
 
 

@@ -11,6 +11,7 @@ from torch import nn
 import export
 import predict
 from models import create_model, weights
+from utils.inspection import export_formats
 from utils.options.parser import run_script
 from utils.runs import checkpoint, checkpoint_info, safetensors_file
 from utils.system.errors import UserError
@@ -76,9 +77,9 @@ def test_all_formats(cli, tmp_path, monkeypatch):
     assert json.loads(held["mean"]) == [0.485, 0.456, 0.406]
     assert (held["img_size"], held["crop_pct"], held["ksize"]) == ("48", "0.9", "[3, 5, 7, 7]")
 
-    extra = {safetensors_file.METADATA: ""}
+    extra = {export_formats.METADATA: ""}
     program = torch.export.load(tmp_path / "best.pt2", extra_files=extra)
-    assert json.loads(extra[safetensors_file.METADATA])["classes"] == ["a", "b", "ü"]
+    assert json.loads(extra[export_formats.METADATA])["classes"] == ["a", "b", "ü"]
     for x, y in zip(images, expected, strict=True):
         torch.testing.assert_close(program.module()(x), y, rtol=1e-4, atol=1e-4)
 
@@ -122,9 +123,9 @@ def test_small_images(cli, tmp_path, name, img_size, flags):
     code, text = cli("tiny.pth.tar", "--to", "pt2", "--output", "new/folder", *flags)
     assert code == 0, text
     assert "any batch, 32 x 32 pixels" in text
-    extra = {safetensors_file.METADATA: ""}
+    extra = {export_formats.METADATA: ""}
     program = torch.export.load(tmp_path / "new/folder/tiny.pt2", extra_files=extra)
-    assert json.loads(extra[safetensors_file.METADATA])["img_size"] == 32
+    assert json.loads(extra[export_formats.METADATA])["img_size"] == 32
     assert ("batch_norm" in program.graph_module.code) == ("--no-fold" in flags)
     for n in (1, 7):
         images = torch.randn(n, 3, 32, 32)
@@ -135,7 +136,7 @@ def test_a_file_that_computes_something_else_is_refused():
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
 
     def check(written):
-        return safetensors_file.largest_difference(written, network, [(2, 2, 2)], "x.onnx")
+        return export_formats.largest_difference(written, network, [(2, 2, 2)], "x.onnx")
 
     assert check(network) == 0
     assert check(lambda x: network(x) * (1 + 5e-5)) == pytest.approx(5e-5, rel=0.1)

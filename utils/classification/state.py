@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from utils.classification.engine import NonFiniteGuard
 from utils.classification.metrics import ClassificationMeter
 from utils.recipes.classification import Recipe
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
+from utils.training.finite_guard import NonFiniteGuard
 from utils.training.optimizer import make_sgd, take_up
 from utils.training.weight_average import WeightAverage
 

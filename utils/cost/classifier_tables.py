@@ -12,16 +12,8 @@ from utils.cost.classifier_cost import (
     titles,
 )
 from utils.cost.published import Published
-from utils.system.text import (
-    agrees,
-    beside,
-    columns,
-    disagreements,
-    ksize_text,
-    legend,
-    paragraphs,
-    size_text,
-)
+from utils.cost.table_parts import agrees, beside, disagreements, legend, size_text
+from utils.system.text import columns, ksize_text, paragraphs
 
 
 @dataclass

@@ -5,16 +5,8 @@ from dataclasses import asdict, dataclass
 
 from utils.cost.classifier_cost import format_flops, format_params
 from utils.cost.published import Published
-from utils.system.text import (
-    agrees,
-    beside,
-    columns,
-    disagreements,
-    ksize_text,
-    legend,
-    paragraphs,
-    size_text,
-)
+from utils.cost.table_parts import agrees, beside, disagreements, legend, size_text
+from utils.system.text import columns, ksize_text, paragraphs
 
 LEGEND = (
     (

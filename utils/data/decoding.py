@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from utils.system.errors import EXIT_FAILED, FEWER_FILES, TOO_MANY_FILES, UserError
+from utils.system.text import printable
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -40,7 +41,6 @@ EXIF = b"Exif\0\0"  # what follows may turn the picture
 ADOBE = b"Adobe"  # what follows may say that three components are RGB already
 JFIF = b"JFIF\0"  # behind the first marker; says that they are YCbCr
 END = b"\xff\xd9"  # the last bytes of a JPEG that was not cut short
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # characters that move a terminal's cursor, or worse
 # Of an image's file these tell what is wrong with it; any other OSError tells of the machine.
 OF_THE_FILE = (
     errno.ENOENT,
@@ -88,14 +88,6 @@ def decoder_name(text: str, known: Sequence[str] = DECODERS) -> str:
             "simplejpeg is not installed: pip install simplejpeg, or leave --decoder out"
         )
     return text
-
-
-def printable(path: str | bytes | Stored) -> str:
-    """A path fit for a line of a terminal: bytes that are not UTF-8, and control characters such
-    as line breaks, are shown as \\xNN."""
-    path = path if isinstance(path, str | bytes | os.PathLike) else str(path)
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def read_file(path: str | bytes) -> bytes:

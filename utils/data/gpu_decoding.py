@@ -18,11 +18,12 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from utils.data import decoding
-from utils.data.decoding import ON_DEVICE, BrokenImageError, printable
+from utils.data.decoding import ON_DEVICE, BrokenImageError
 from utils.data.loader_workers import as_raised
 from utils.data.loading import Batch, ImageDataset, Loaded, Reading
 from utils.data.sampler import Key
 from utils.system.errors import UserError
+from utils.system.text import printable
 
 ON_CPU = decoding.DECODERS[0]  # what takes the device's place
 Item = tuple[torch.Tensor, int, int, Key]  # image, label, broken: see `ImageDataset`; key

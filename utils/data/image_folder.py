@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from utils.data.decoding import EXTENSIONS, printable
-from utils.options.parser import did_you_mean
+from utils.data.decoding import EXTENSIONS
 from utils.system.errors import UserError
+from utils.system.text import did_you_mean, printable
 
 
 @dataclass(frozen=True)

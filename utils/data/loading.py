@@ -14,13 +14,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
-from utils.data.decoding import BrokenImageError, printable, read_image
+from utils.data.decoding import BrokenImageError, read_image
 from utils.data.image_folder import ImageFolder
 from utils.data.loader_workers import checked, init_worker
 from utils.data.sampler import Key, SeededBatches, ShardedBatches, mix_seed
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform, train_transform
 from utils.recipes.classification import Recipe
 from utils.system.errors import UserError
+from utils.system.text import printable
 
 Loaded = tuple[torch.Tensor, torch.Tensor, list[int]]  # images, targets, broken: of a `Batch`
 REPLACEMENT_TRIES = 100  # consecutive broken files after which skipping gives up

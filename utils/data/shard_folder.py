@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from utils.data import remote_files
-from utils.data.decoding import printable
 from utils.data.image_folder import ImageFolder, count_names
 from utils.data.shard_index import BLOCK, NAME, find_index
 from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.text import printable
 
 CLASSES = "classes.txt"
 

@@ -25,9 +25,10 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.data import remote_files
-from utils.data.decoding import EXTENSIONS, printable
+from utils.data.decoding import EXTENSIONS
 from utils.system.errors import UserError
 from utils.system.files import write_atomically
+from utils.system.text import printable
 
 NAME = "shard-index.npz"
 VERSION = 1

@@ -12,10 +12,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from utils.data.decoding import EXTENSIONS, BrokenImageError, Stored, printable, read_image
+from utils.data.decoding import EXTENSIONS, BrokenImageError, Stored, read_image
 from utils.data.loader_workers import leave_broken_connections_unsaid
 from utils.data.loading import device_batches, eval_transform
 from utils.system.errors import UserError
+from utils.system.text import printable
 
 
 @dataclass(frozen=True)

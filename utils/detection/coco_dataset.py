@@ -15,11 +15,12 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from utils.data.decoding import BrokenImageError, printable, read_image
+from utils.data.decoding import BrokenImageError, read_image
 from utils.data.sampler import Key, mix_seed
 from utils.detection import coco_masks
 from utils.detection.coco_files import Place, box_fault, check_references, read_json
 from utils.system.errors import UserError
+from utils.system.text import printable
 
 MIN_SIDE = 1.0  # pixels that a box must have on each side after clipping
 

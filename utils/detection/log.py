@@ -12,9 +12,11 @@ from pathlib import Path
 from utils.classification.state import TrainState
 from utils.detection.coco_evaluation import FIGURES, Summary
 from utils.detection.engine import LossMeter
-from utils.runs.metrics_log import Progress, RunLogger, duration
-from utils.runs.writer import RunFiles, command, look_line
+from utils.runs.commands import command, look_line
+from utils.runs.metrics_log import RunLogger
+from utils.runs.writer import RunFiles
 from utils.system.files import write_atomically
+from utils.training.progress import Progress, duration
 
 KINDS = {"bbox": "box", "segm": "mask"}  # COCO's words, and the columns'
 

@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from utils.inspection.channel_weights import LayerWeights
-from utils.inspection.pictures import CURVES, png, short
+from utils.inspection.pictures import CURVES, png
+from utils.system.text import short
 
 STEPS = matplotlib.colormaps["RdBu_r"].resampled(21)  # so few that the file's palette holds them
 

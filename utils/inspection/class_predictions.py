@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.data.decoding import printable
 from utils.system.files import write_atomically
+from utils.system.text import printable
 
 FORMATS = ("table", "csv", "json")
 WIDEST_PATH = 48  # characters of the table's first column; a longer path pushes its row aside

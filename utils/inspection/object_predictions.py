@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.data.decoding import BrokenImageError, printable, read_image
+from utils.data.decoding import BrokenImageError, read_image
 from utils.detection import coco_masks
 from utils.detection.coco_evaluation import MASK_THRESHOLD, to_results
 from utils.detection.drawing import draw, enlarge
 from utils.system.errors import UserError
 from utils.system.fault_messages import is_out_of_memory
 from utils.system.files import write_atomically
+from utils.system.text import printable
 
 SMALLEST, LARGEST = 320, 1000  # pixels of a drawn picture's longer side
 

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.data.decoding import printable
+from utils.system.text import printable, short
 
 SIDE = 448  # pixels of a picture's longer side beside its map
 CELL = 132  # pixels of a picture in the grid ...
@@ -189,14 +189,6 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, wid
     while text and draw.textlength(text + "…", font) > width:
         text = text[:-1]
     return text + "…"
-
-
-def short(text: str, most: int = 24) -> str:
-    """`text` as matplotlib is to draw it: not longer than `most`, never taken for a formula, nor
-    for what a legend leaves out, as it does what begins with "_"."""
-    text = text.replace("$", r"\$")
-    text = f"\u200b{text}" if text.startswith("_") else text  # a space of no width
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def png(figure: plt.Figure, colours: int | None = None) -> bytes:

@@ -10,7 +10,6 @@ from utils.data.transforms import AUTO_AUGMENTS
 from utils.options.parser import (
     Parser,
     count,
-    did_you_mean,
     fraction,
     non_negative_float,
     number,
@@ -19,6 +18,7 @@ from utils.options.parser import (
 )
 from utils.recipes.classification import PAPER, RECIPES, Recipe
 from utils.recipes.schedules import SCHEDULES
+from utils.system.text import did_you_mean
 
 OF_TRAINING = {
     "skip_bad_images",

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from utils.options.parser import (
     Parser,
     count,
-    did_you_mean,
     fraction,
     non_negative_float,
     number,
@@ -14,6 +13,7 @@ from utils.options.parser import (
     positive_int,
 )
 from utils.recipes.detection import AUTO, OPTIMIZERS, DetectionRecipe
+from utils.system.text import did_you_mean
 
 OF_TRAINING = {
     "train_images",

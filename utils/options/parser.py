@@ -1,20 +1,14 @@
 """Command-line manners shared by the scripts: checked numbers, did-you-mean, one-line errors."""
 
 import argparse
-import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 
 from utils.system.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from utils.system.processes import end_children
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """A hint such as `; did you mean eca_resnet50?`, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.7)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+from utils.system.text import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from utils.data.decoding import printable
 from utils.runs import checkpoint
 from utils.system.errors import UserError
+from utils.system.text import printable
 
 IMG_SIZE, CROP_PCT = 224, 0.875  # of released weights, which do not say
 

@@ -1,68 +1,11 @@
-"""What the tables of counted networks share: columns, legends, and the published beside ours."""
+"""Text for people: columns, hints, and names that are safe to show on a terminal."""
 
-import textwrap
+import difflib
+import os
+import re
 from collections.abc import Sequence
-from typing import Protocol
 
-from utils.cost.published import Published
-
-WIDTH = 120  # of running text; the tables are as wide as their numbers
-MARK = {True: "yes", False: "no", None: "-"}
-
-
-class Counted(Protocol):
-    """A report on one network."""
-
-    published: Published | None  # None: nothing for these settings
-
-    @property
-    def network(self) -> str: ...
-
-    @property
-    def params(self) -> str: ...  # counted, in the units and the rounding of `published`
-
-    @property
-    def flops(self) -> str: ...
-
-
-def agrees(report: Counted) -> bool | None:
-    """Whether our figures, rounded, are the published ones; None where there are none."""
-    printed = report.published
-    if printed is None:
-        return None
-    return printed.params == report.params and printed.flops in (None, report.flops)
-
-
-def beside(report: Counted) -> list[str]:
-    """Five cells: published parameters and FLOPs, ours, and whether they agree."""
-    printed = report.published
-    theirs = [printed.params, printed.flops or "-"] if printed else ["-", "-"]
-    return [*theirs, report.params, report.flops, MARK[agrees(report)]]
-
-
-def disagreements(reports: Sequence[Counted]) -> str:
-    """A paragraph on the reports whose figures are not the published ones, or an empty string."""
-    lines = []
-    for report in reports:
-        if agrees(report) is not False:
-            continue
-        printed = report.published
-        said = "; ".join(
-            f"published {theirs} {what}, counted {ours}"
-            for what, theirs, ours in (
-                ("parameters", printed.params, report.params),
-                ("FLOPs", printed.flops, report.flops),
-            )
-            if theirs not in (None, ours)
-        )
-        note = f"{report.network}: {said}" + (f": {printed.remark}" if printed.remark else "")
-        lines.append(textwrap.fill(f"  {note}.", WIDTH, subsequent_indent="    "))
-    return "\n".join(["Where published and counted do not agree:", *lines]) if lines else ""
-
-
-def size_text(size: tuple[int, int]) -> str:
-    """Height and width, such as 800x1280."""
-    return f"{size[0]}x{size[1]}"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # characters that move a terminal's cursor, or worse
 
 
 def ksize_text(ksize: tuple[int, ...] | None) -> str:
@@ -85,17 +28,28 @@ def columns(rows: Sequence[Sequence[str]], left: int = 1, gap: int = 2) -> str:
     return "\n".join(lines)
 
 
-def legend(entries: Sequence[tuple[str, str]]) -> str:
-    """What each column is: the titles flush left, the text wrapped beside them."""
-    margin = max(len(title) for title, _ in entries) + 2
-    return "\n".join(
-        textwrap.fill(
-            text, WIDTH, initial_indent=title.ljust(margin), subsequent_indent=" " * margin
-        )
-        for title, text in entries
-    )
-
-
 def paragraphs(*parts: str) -> str:
     """The parts that are not empty, with an empty line between them."""
     return "\n\n".join(part for part in parts if part)
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A hint such as `; did you mean eca_resnet50?`, or an empty string when nothing is close."""
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.7)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def printable(path: object) -> str:
+    """A path fit for a line of a terminal: bytes that are not UTF-8, and control characters such
+    as line breaks, are shown as \\xNN."""
+    path = path if isinstance(path, str | bytes | os.PathLike) else str(path)
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def short(text: str, most: int = 24) -> str:
+    """`text` as matplotlib is to draw it: not longer than `most`, never taken for a formula, nor
+    for what a legend leaves out, as it does what begins with "_"."""
+    text = text.replace("$", r"\$")
+    text = f"\u200b{text}" if text.startswith("_") else text  # a space of no width
+    return text if len(text) <= most else text[: most - 1] + "…"

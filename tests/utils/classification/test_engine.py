@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.classification.engine import NonFiniteGuard, StepRule, evaluate, train_epoch
+from utils.classification.engine import StepRule, evaluate, train_epoch
 from utils.classification.metrics import ClassificationMeter, cross_entropy
 from utils.classification.mixing import make_mix
 from utils.data.loading import Batch
 from utils.system.errors import EXIT_NON_FINITE, UserError
+from utils.training.finite_guard import NonFiniteGuard
 
 CPU = torch.device("cpu")
 PLAIN = contextlib.nullcontext

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from utils.classification.engine import NonFiniteGuard
 from utils.classification.metrics import ClassificationMeter
 from utils.classification.state import TrainState
 from utils.recipes.classification import Recipe
 from utils.runs import checkpoint
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
+from utils.training.finite_guard import NonFiniteGuard
 from utils.training.weight_average import WeightAverage
 
 CPU = torch.device("cpu")

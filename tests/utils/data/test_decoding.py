@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from utils.data import decoding
-from utils.data.decoding import BrokenImageError, printable, read_image
+from utils.data.decoding import BrokenImageError, read_image
 from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.text import printable
 
 CHANCE = np.random.default_rng(0)
 SMOOTH = Image.fromarray(CHANCE.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((80, 60))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from utils.classification.engine import NonFiniteGuard
 from utils.detection.batches import DetectionBatch
 from utils.detection.engine import LossMeter, detect, train_epoch
 from utils.system.errors import EXIT_NON_FINITE, UserError
+from utils.training.finite_guard import NonFiniteGuard
 
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)

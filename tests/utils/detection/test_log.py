@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from utils.classification.engine import NonFiniteGuard
 from utils.detection.coco_evaluation import FIGURES, Summary
 from utils.detection.engine import LossMeter
 from utils.detection.log import DetectionFiles, DetectionProgress, DetectionState, val_columns
 from utils.detection.report import best_lines
 from utils.system.errors import UserError
+from utils.training.finite_guard import NonFiniteGuard
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,8 @@ from PIL import Image
 from torch import nn
 
 from models import create_model
-from models.inspection import feature_maps
+from models.inspection import feature_maps, grad_cam
 from utils.data.loading import eval_transform
-from utils.inspection.class_activation import grad_cam
 from utils.inspection.pictures import COLOURS, draw_map, seen_square
 
 

@@ -14,13 +14,14 @@ import main
 import models
 from models.detection.detectors import DETECTORS
 from models.detection.norms import NORMS
-from utils.classification.engine import NonFiniteGuard, StepRule, train_epoch
+from utils.classification.engine import StepRule, train_epoch
 from utils.classification.state import TrainState
 from utils.data.loading import Batch
 from utils.options import classification, detection
 from utils.options.parser import Parser
 from utils.system import backends, distributed
 from utils.system.errors import UserError
+from utils.training.finite_guard import NonFiniteGuard
 
 CPU = torch.device("cpu")
 

@@ -4,16 +4,9 @@ import argparse
 
 import pytest
 
-from utils.options.parser import (
-    Parser,
-    did_you_mean,
-    fraction,
-    number,
-    positive_float,
-    positive_int,
-    run_script,
-)
+from utils.options.parser import Parser, fraction, number, positive_float, positive_int, run_script
 from utils.system.errors import UserError
+from utils.system.text import did_you_mean
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from utils.runs import writer
-from utils.runs.writer import command, look_line
+from utils.runs.commands import command, look_line
 
 
 @pytest.fixture

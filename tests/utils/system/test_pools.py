@@ -8,7 +8,7 @@ import time
 import pytest
 
 from utils.system.errors import EXIT_FAILED, UserError
-from utils.system.pools import shared
+from utils.system.processes import shared
 
 
 def power(base: int, exponent: int) -> int:

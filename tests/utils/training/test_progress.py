@@ -11,7 +11,7 @@ import sys
 import termios
 
 from utils.detection.log import DetectionProgress
-from utils.runs.metrics_log import Progress
+from utils.training.progress import Progress
 
 
 @contextlib.contextmanager

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from utils.system import malloc
+from utils.system import backends
 
 ROOT = Path(__file__).resolve().parents[3]
 CODE = """
 import resource, sys, torch
-from utils.system.malloc import keep_freed_memory
+from utils.system.backends import keep_freed_memory
 if "keep" in sys.argv and not keep_freed_memory():
     sys.exit(77)
 def step():
@@ -41,5 +41,5 @@ def test_large_tensors_do_not_fault_again():
 
 
 def test_other_systems_are_left_alone(monkeypatch):
-    monkeypatch.setattr(malloc.sys, "platform", "darwin")
-    assert not malloc.keep_freed_memory()
+    monkeypatch.setattr(backends.sys, "platform", "darwin")
+    assert not backends.keep_freed_memory()
