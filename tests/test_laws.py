@@ -1,63 +1,231 @@
-"""The house's laws that a program can check."""
+"""The laws of the house: which folder may import which, and how long files and functions are."""
 
 import ast
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from helpers.trees import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted(
-    [
-        *ROOT.glob("*.py"),
-        *(p for room in ("models", "utils", "tools") for p in (ROOT / room).rglob("*.py")),
-    ]
-)
+# Folder -> the folders that its files may import from, besides their own. docs/ARCHITECTURE.md
+# shows the same arrows.
+ARROWS: Mapping[str, frozenset[str]] = {
+    "utils": frozenset(),
+    "utils/system": frozenset(),
+    "utils/recipes": frozenset(),
+    "utils/cost": frozenset({"utils/system"}),
+    "utils/data": frozenset({"utils/system", "utils/recipes"}),
+    "utils/training": frozenset({"utils/system"}),
+    "utils/runs": frozenset({"utils/system", "utils/recipes", "utils/data"}),
+    "utils/classification": frozenset(
+        {"utils/training", "utils/runs", "utils/data", "utils/recipes", "utils/system"}
+    ),
+    "utils/detection": frozenset(
+        {"utils/training", "utils/runs", "utils/data", "utils/recipes", "utils/system"}
+    ),
+    "utils/inspection": frozenset({"utils/detection", "utils/data", "utils/system"}),
+    "utils/options": frozenset({"utils/recipes", "utils/data", "utils/inspection", "utils/system"}),
+    "models": frozenset({"models/fused"}),
+    "models/fused": frozenset({"models/eca_module"}),
+    "models/detection": frozenset({"models"}),
+}
+OPEN = ("", "tools", "benchmarks")  # scripts and tools may import models and utils
+LONGEST_FILE, LONGEST_FUNCTION = 300, 60
+WITH_ARGS = ("utils/options",)  # where a parsed command line may be called `args`
+OUTSIDE = {  # packages that models/ may import besides torch and Python's own
+    "models/detection": {"torchvision"},
+    "models/fused/triton_operators": {"triton"},
+    "models/fused/triton_kernels": {"triton"},
+}
 
 
-def imported(path: Path, at_once: bool = False) -> set[str]:
-    """What a file imports; `at_once`: when it is imported itself, not inside of its functions."""
-    names = set()
-    tree = ast.parse(path.read_text())
+def sources(root: Path) -> list[Path]:
+    """Every file of the program: scripts, models, utils and tools."""
+    rooms = [root / name for name in ("models", "utils", "tools", "benchmarks")]
+    return sorted([*root.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))])
+
+
+def module_of(path: Path, root: Path) -> str:
+    """A file's name with slashes and without its ending: `utils/runs/resume`, `models`."""
+    name = path.relative_to(root).with_suffix("").as_posix()
+    return name.removesuffix("/__init__")
+
+
+def folder_of(module: str, root: Path) -> str:
+    """The folder that a module lies in; a package lies in itself."""
+    if (root / module).is_dir():
+        return module
+    return module.rpartition("/")[0]
+
+
+def imported(path: Path, root: Path, at_once: bool = False) -> Iterator[str]:
+    """Modules that a file imports, those of the repository as `module_of` names them.
+
+    Args:
+        at_once: only what is imported together with the file, not inside of its functions.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = path.parent.relative_to(root).parts
     for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            yield from (alias.name.replace(".", "/") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names.add(node.module.split(".")[0])
-    return names
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            start = "/".join([*base, *(node.module or "").split(".")]).rstrip("/")
+            for alias in node.names:
+                inner = f"{start}/{alias.name}"
+                is_module = (root / f"{inner}.py").exists() or (root / inner).is_dir()
+                yield inner if is_module else start
 
 
-SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
-OF_MODELS = {"torch", "models", *sys.stdlib_module_names} - {"argparse"}
+def broken_arrows(root: Path) -> list[str]:
+    """Imports that the law of arrows forbids, one line each."""
+    found = []
+    for path in sources(root):
+        module = module_of(path, root)
+        here = folder_of(module, root)
+        if here in OPEN:
+            continue
+        scripts = {script.stem for script in root.glob("*.py")}
+        for name in imported(path, root):
+            top = name.partition("/")[0]
+            if top in scripts or top in ("tools", "benchmarks", "tests"):
+                found.append(f"{module} -> {name}")
+            if top not in ("models", "utils"):
+                continue
+            there = folder_of(name, root)
+            if there != here and not {there, name} & ARROWS[here]:
+                found.append(f"{module} -> {name}")
+    return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_models_and_utils_never_import_each_other(path: Path):
-    home, names = path.parent.name, imported(path)
-    if home == "models":
-        further = {"eca_detection": "torchvision", "eca_triton": "triton"}
-        further = {name for prefix, name in further.items() if path.stem.startswith(prefix)}
-        assert names <= OF_MODELS | further
-    if home == "utils":
-        assert {"main", "detect_main", "attention"} <= SCRIPTS
-        assert not names & {"models", *SCRIPTS}
+def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
+    """Circles in a graph, each as the list of its nodes."""
+    found, done, path = [], set(), []
+
+    def visit(node: str) -> None:
+        if node in path:
+            found.append(path[path.index(node) :])
+            return
+        if node in done:
+            return
+        path.append(node)
+        for other in sorted(arrows.get(node, ())):
+            visit(other)
+        path.pop()
+        done.add(node)
+
+    for node in sorted(arrows):
+        visit(node)
+    return found
+
+
+def file_arrows(root: Path) -> dict[str, set[str]]:
+    modules = {module_of(path, root): path for path in sources(root)}
+    return {
+        module: {name for name in imported(path, root, at_once=True) if name in modules} - {module}
+        for module, path in modules.items()
+    }
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def planted(tmp_path: Path, files: Mapping[str, str]) -> Path:
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def test_every_folder_has_its_arrows():
+    folders = {folder_of(module_of(path, ROOT), ROOT) for path in sources(ROOT)}
+    assert folders == {*ARROWS, *OPEN}
+    assert len(sources(ROOT)) > 100
+
+
+def test_imports_follow_the_arrows():
+    assert broken_arrows(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("utils/system/files.py", "from utils.runs import resume\n"),
+        ("utils/training/epochs.py", "def f():\n    import utils.runs.resume\n"),
+        ("utils/classification/engine.py", "from utils.detection.engine import detect\n"),
+        ("utils/runs/resume.py", "import models\n"),
+        ("utils/runs/resume.py", "import main\n"),
+        ("models/weights.py", "from utils.runs import resume\n"),
+        ("models/fused/passes.py", "from ..weights import load\n"),
+        ("models/weights.py", "from .detection.engine import x\n"),
+    ],
+)
+def test_a_planted_import_breaks_the_law(tmp_path: Path, file: str, text: str):
+    names = ("utils/runs/resume", "utils/detection/engine", "models/weights", "models/__init__")
+    names += ("models/detection/engine", "main")
+    root = planted(tmp_path, {**{f"{name}.py": "" for name in names}, file: text})
+    assert len(broken_arrows(root)) == 1
+
+
+def test_no_circle_of_files_or_folders():
+    assert circles(file_arrows(ROOT)) == []
+    assert circles({folder: {*to} - {"models/eca_module"} for folder, to in ARROWS.items()}) == []
+
+
+def test_a_planted_circle_is_found(tmp_path: Path):
+    texts = {"utils/a.py": "from utils import b\n", "utils/b.py": "from utils.a import x\n"}
+    assert circles(file_arrows(planted(tmp_path, texts))) == [["utils/a", "utils/b"]]
+
+
+def test_models_need_torch_alone():
+    standard = {*sys.stdlib_module_names} - {"argparse"}
+    for path in (path for path in sources(ROOT) if path.is_relative_to(ROOT / "models")):
+        module = module_of(path, ROOT)
+        allowed = {"torch", "models", *standard}
+        for name in (module, folder_of(module, ROOT)):
+            allowed |= OUTSIDE.get(name, set())
+        foreign = {name.partition("/")[0] for name in imported(path, ROOT)} - allowed
+        assert not foreign, f"{module}: {foreign}"
 
 
 def test_the_layer_needs_torch_alone():
-    standard = {"math", "collections", "numbers"}
-    assert imported(ROOT / "models" / "eca_module.py", at_once=True) <= {"torch", *standard}
+    found = set(imported(ROOT / "models" / "eca_module.py", ROOT))
+    assert found <= {"torch", "math", "collections/abc", "numbers"}
 
 
-def test_args_stop_at_the_scripts():
-    """No function below the scripts takes a parsed command line."""
-    for path in SOURCES:
-        if path.parent == ROOT:
+def test_args_stop_at_scripts_options_and_tools():
+    """Below them nothing takes or keeps a parsed command line."""
+    for path in sources(ROOT):
+        module = module_of(path, ROOT)
+        if folder_of(module, ROOT) in (*OPEN, *WITH_ARGS):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                taken = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]}
-                annotated = {ast.unparse(a.annotation) for a in node.args.args if a.annotation}
-                assert not annotated & {"Namespace", "argparse.Namespace"}, f"{path}: {node.name}"
-                if node.name not in ("parse_args",):  # argparse's own signature
-                    assert not taken & {"args", "opts"}, f"{path}: {node.name}"
+        for function in functions(path):
+            given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+            names = {argument.arg for argument in given}
+            kinds = {ast.unparse(a.annotation) for a in given if a.annotation}
+            assert not names & {"args", "opts"}, f"{module}: {function.name}"
+            assert not kinds & {"Namespace", "argparse.Namespace"}, f"{module}: {function.name}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                assert node.attr != "args", f"{module}: line {node.lineno}"
+
+
+def test_files_and_functions_are_short():
+    long = [
+        f"{module_of(path, ROOT)}: {lines} lines"
+        for path in sources(ROOT)
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > LONGEST_FILE
+    ]
+    long += [
+        f"{module_of(path, ROOT)}:{function.lineno} {function.name}: {lines} lines"
+        for path in sources(ROOT)
+        for function in functions(path)
+        if (lines := function.end_lineno - function.lineno + 1) > LONGEST_FUNCTION
+    ]
+    assert long == []
