@@ -1,0 +1,1 @@
+"""Programs for data, runs and studies, started as `python -m tools.NAME`."""

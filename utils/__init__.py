@@ -1,1 +1,1 @@
-"""What a run is made of besides the network: data, loop, meters, files. Never imports `models`."""
+"""What a run is made of besides the network. Never imports `models`."""

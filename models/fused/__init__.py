@@ -1,0 +1,1 @@
+"""BatchNorm, ECA, addition and ReLU as one operation, on the CPU and on CUDA."""

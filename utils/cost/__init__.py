@@ -1,0 +1,1 @@
+"""Parameters and FLOPs by named conventions, beside the published figures."""

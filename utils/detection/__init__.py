@@ -1,0 +1,1 @@
+"""Training and evaluating detectors on data in COCO's format."""

@@ -1,0 +1,1 @@
+"""Looking at networks: predictions, channel weights, pictures, exported files."""

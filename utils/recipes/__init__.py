@@ -1,0 +1,1 @@
+"""Training settings as frozen values, and learning rates as pure functions."""

@@ -1,0 +1,1 @@
+"""A run's folder: checkpoints, resuming, logs, commands. Knows no training step."""

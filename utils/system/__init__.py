@@ -1,0 +1,1 @@
+"""The process and its surroundings: errors, files, signals, other processes, text."""

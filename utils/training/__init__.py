@@ -1,0 +1,1 @@
+"""What training any network needs. Knows no files and no command line."""
