@@ -10,6 +10,7 @@ examples:
 
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,6 @@ import models
 from models.detection import detectors as detection
 from models.detection.norms import NORMS
 from models.detection.start import refuse_another_network, start_detector
-from utils.classification import report
 from utils.data.loading import Reading
 from utils.data.sampler import mix_seed
 from utils.detection import demo_shapes, engine
@@ -36,19 +36,22 @@ from utils.detection.batches import (
 from utils.detection.coco_dataset import load_split
 from utils.detection.coco_evaluation import judge, write_results
 from utils.detection.coco_files import Place, locate
-from utils.detection.log import DetectionFiles, DetectionProgress, DetectionState
+from utils.detection.outcome import DETECTION
+from utils.detection.state import first_state
 from utils.options.detection import OF_TRAINING, build_parser
 from utils.options.parser import refuse_idle, run_script
 from utils.recipes.detection import AUTO, DetectionRecipe, lr_at
 from utils.runs import checkpoint, resume, resume_checks
 from utils.runs import folder as runs
+from utils.runs.writer import RunFiles, Saving
 from utils.system import backends, distributed
 from utils.system import output_checks as outputs
 from utils.system.errors import UserError, as_user_error
 from utils.system.fault_messages import Memory, in_one_line
 from utils.system.processes import default_workers
-from utils.system.stop_requests import StopRequest, Votes
-from utils.training.finite_guard import NonFiniteGuard
+from utils.system.stop_requests import StopRequest
+from utils.training import device_report
+from utils.training.epochs import Task, run_epochs
 
 RECIPE = DetectionRecipe()  # the paper's, for COCO
 
@@ -63,7 +66,6 @@ OF_ONE_START = (
     "results_json",
     "picture",
 )
-WARMUP = "--warmup-steps"  # what a remedy calls it
 SMALLER = "a smaller --min-size, or --amp bf16"  # what spares memory
 OF_A_NETWORK = ("arch", "backbone", "ksize", "norm", "trainable_layers", "legacy")
 BACKBONES = [name for name in models.MODELS if "resnet" in name]
@@ -223,14 +225,13 @@ def train(
 
     # All that changes from here on.
     reading = put(network, args, context)
-    losses = detection.LOSSES[recipe.arch]
-    state = DetectionState(
+    state = first_state(
         network,
-        engine.make_optimizer(network, recipe, context.device),
-        torch.amp.GradScaler(context.device.type, enabled=args.amp == "fp16"),
-        engine.LossMeter(context.device, losses),
-        NonFiniteGuard(context.device, WARMUP),
+        recipe,
+        detection.LOSSES[recipe.arch],
+        context.device,
         context.rank,
+        args.amp == "fp16",
     )
     if saved is not None:
         state.restore(saved)
@@ -264,14 +265,14 @@ def train(
     if context.is_main:
         folder = runs.open_folder(name, args.output, folder)
         context.say(f"run folder: {folder}")
-    files = DetectionFiles(
+    files = RunFiles(
         folder if context.is_main else None,
         fixed,
-        name,
-        state.epoch,
-        args.save_every,
-        args.save_minutes,
-        saved,
+        DETECTION,
+        title=name,
+        first_epoch=state.epoch,
+        saving=Saving(args.save_every, args.save_minutes),
+        saved=saved,
     )
 
     if files.lacks_best():
@@ -279,61 +280,43 @@ def train(
 
     wrapped = distributed.wrap(network, context)
     autocast = partial(backends.autocast, context.device, args.amp)
-    votes = Votes(context.votes)
-    while state.epoch < recipe.epochs:
-        first = state.epoch * order.steps  # the epoch's first step, counted over the run
-        order.seek(state.epoch, state.step)
-        progress = DetectionProgress(
-            f"epoch {state.epoch + 1}/{recipe.epochs}",
-            order.steps,
-            recipe.batch_size,
-            args.print_freq,
-            done=state.step,
-            quiet=not context.is_main,
-        )
-        for _ in engine.train_epoch(
+    results = []
+
+    def steps(first_step: int):
+        return engine.train_epoch(
             wrapped,
             train_batches(),
             state.optimizer,
             state.meter,
             state.guard,
-            first_step=first + state.step,
+            first_step=first_step,
             lr_at=rate,
             clip=recipe.clip,
             seed=mix_seed(seed, context.rank),
             autocast=autocast,
             scaler=state.scaler,
-        ):
-            state.step += 1
-            if progress.advance():
-                state.guard.check()
-                means = state.meter.means(state.meter.total())
-                progress.show(means, rate(first + state.step - 1))
-            stopping, saving = votes.cast(bool(stop), files.due(state.step))
-            if stopping or saving:
-                files.save(state.snapshot())
-            if stopping:
-                distributed.barrier()  # torchrun ends the others as soon as one has ended
-                return files.stopped(state.epoch, state.step, stop.exit_code)
-        votes.settle()
-        speed = progress.close()
-
-        distributed.broadcast_buffers(network)
-        files.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
-        found = engine.detect(
-            network,
-            val_batches(),
-            val.category_ids,
-            first_label,
-            autocast,
-            lambda: context.is_main and bool(stop),
         )
+
+    def evaluated(stop: Callable[[], bool]):
+        found = engine.detect(network, val_batches(), val.category_ids, first_label, autocast, stop)
         if found is None:
-            return files.stopped(state.epoch, state.step, stop.exit_code)
-        results, summaries = judge(found, val.truth, context)
-        improved = state.finish_epoch(rate(first + order.steps - 1), summaries)
-        files.finish_epoch(state.snapshot(), speed, improved)
-        context.say(detection_report.epoch_line(state.history[-1], recipe.epochs, speed, improved))
+            return None
+        of_all_ranks, summaries = judge(found, val.truth, context)
+        results[:] = of_all_ranks or ()  # rank 0 alone has them
+        return summaries
+
+    task = Task(
+        DETECTION,
+        order,
+        steps,
+        evaluated,
+        rate,
+        recipe.epochs,
+        recipe.batch_size,
+        args.print_freq,
+    )
+    if code := run_epochs(state, task, files, context, stop):
+        return code
 
     files.close()
     if context.is_main:
@@ -383,7 +366,7 @@ def device_lines(network: nn.Module, args: Namespace, context: distributed.Conte
     last = is_channels_last(args, context)
     dtype = backends.DTYPES[args.amp]
     tails = models.describe_tails(network, context.device, args.fused, dtype)
-    return report.device_lines(context, args.amp, last, compiled=False, tails=tails)
+    return device_report.device_lines(context, args.amp, last, compiled=False, tails=tails)
 
 
 def is_channels_last(args: Namespace, context: distributed.Context) -> bool:

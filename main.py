@@ -22,7 +22,8 @@ from torch import nn
 import models
 from models import start, weights
 from utils.classification import engine, report
-from utils.classification.state import TrainState
+from utils.classification.outcome import CLASSIFICATION
+from utils.classification.state import first_state
 from utils.data import demo_digits, splits
 from utils.data.gpu_decoding import check_decoder, reading_of
 from utils.data.loading import Reading, replaced_lines, training_batches, validation_batches
@@ -33,13 +34,14 @@ from utils.recipes.classification import PAPER, RECIPES, Recipe
 from utils.recipes.schedules import UNUSED
 from utils.runs import checkpoint, resume, resume_checks
 from utils.runs import folder as runs
-from utils.runs.writer import RunFiles
+from utils.runs.writer import RunFiles, Saving
 from utils.system import backends, distributed
 from utils.system.errors import UserError, as_user_error
 from utils.system.fault_messages import Memory, in_one_line
 from utils.system.processes import default_workers
-from utils.system.stop_requests import StopRequest, Votes
-from utils.training.progress import Progress
+from utils.system.stop_requests import StopRequest
+from utils.training.device_report import device_lines
+from utils.training.epochs import Task, run_epochs
 
 RECIPE = Recipe(  # the paper's, for ResNets
     arch="eca_resnet50",
@@ -168,7 +170,7 @@ def evaluate(args: Namespace, recipe: Recipe, saved: dict, context: distributed.
     context.say(
         *report.data_lines(None, images),
         report.network_line(network),
-        *report.device_lines(context, args.amp, args.channels_last, args.compile, tails),
+        *device_lines(context, args.amp, args.channels_last, args.compile, tails),
     )
     reading = place(network, args, context, compiled=args.compile and not args.fast)
     amp = args.amp
@@ -252,13 +254,13 @@ def train(
         *report.data_lines(train_images, val_images),
         report.network_line(network),
         *notes,
-        *report.device_lines(context, args.amp, args.channels_last, args.compile, tails),
+        *device_lines(context, args.amp, args.channels_last, args.compile, tails),
         *report.recipe_lines(recipe, args.recipe or PAPER),
     )
 
     # All that changes from here on.
     reading = place(network, args, context, compiled=args.compile)
-    state = TrainState.fresh(
+    state = first_state(
         network, recipe, context.device, context.rank, args.amp == "fp16", args.compile
     )
     if saved is not None:
@@ -309,30 +311,20 @@ def train(
     files = RunFiles(
         folder if context.is_main else None,
         fixed,
-        name,
-        state.epoch,
-        args.save_every,
-        args.save_minutes,
-        saved,
+        CLASSIFICATION,
+        title=name,
+        first_epoch=state.epoch,
+        saving=Saving(args.save_every, args.save_minutes),
+        saved=saved,
     )
 
     if files.lacks_best():
         state.best = {}
     wrapped = distributed.wrap(network, context, recipe.sync_bn)
     evaluated = distributed.spread(state.evaluated, context)
-    votes = Votes(context.votes)
-    while state.epoch < recipe.epochs:
-        first = state.epoch * order.steps  # the epoch's first step, counted over the run
-        order.seek(state.epoch, state.step)
-        progress = Progress(
-            f"epoch {state.epoch + 1}/{recipe.epochs}",
-            order.steps,
-            recipe.batch_size,
-            args.print_freq,
-            done=state.step,
-            quiet=not context.is_main,
-        )
-        for batch in engine.train_epoch(
+
+    def steps(first_step: int):
+        return engine.train_epoch(
             wrapped,
             train_batches(),
             state.optimizer,
@@ -340,37 +332,21 @@ def train(
             state.meter,
             state.guard,
             rule,
-            first_step=first + state.step,
-        ):
-            state.finish_step(batch.broken)
-            if progress.advance():
-                state.guard.check()
-                means = state.meter.means(state.meter.total())
-                progress.show(means, rule.lr_at(first + state.step - 1))
-            stopping, saving = votes.cast(bool(stop), files.due(state.step))
-            if stopping or saving:
-                files.save(state.snapshot())
-            if stopping:
-                distributed.barrier()  # torchrun ends the others as soon as one has ended
-                return files.stopped(state.epoch, state.step, stop.exit_code)
-        votes.settle()
-        speed = progress.close()
-
-        state.share_buffers()
-        files.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
-        figures = engine.evaluate(
-            evaluated,
-            val_batches(),
-            context.device,
-            autocast,
-            lambda: context.is_main and bool(stop),
+            first_step=first_step,
         )
-        if figures is None:
-            return files.stopped(state.epoch, state.step, stop.exit_code)
-        improved = state.finish_epoch(rule.lr_at(first), figures)
-        files.finish_epoch(state.snapshot(), speed, improved)
-        context.say(report.epoch_line(state.history[-1], recipe.epochs, speed, improved))
 
+    task = Task(
+        CLASSIFICATION,
+        order,
+        steps,
+        lambda stop: engine.evaluate(evaluated, val_batches(), context.device, autocast, stop),
+        rule.lr_at,
+        recipe.epochs,
+        recipe.batch_size,
+        args.print_freq,
+    )
+    if code := run_epochs(state, task, files, context, stop):
+        return code
     files.close()
     context.say(*replaced_lines(train_images, state.all_broken()))
     context.say(*files.farewell(state.best, args.data))

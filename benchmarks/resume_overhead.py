@@ -25,15 +25,16 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 import models
 from utils.classification.metrics import ClassificationMeter, cross_entropy
-from utils.classification.state import TrainState
+from utils.classification.outcome import CLASSIFICATION
 from utils.data.sampler import SeededBatches, mix_seed
 from utils.options.parser import Parser, positive_int, run_script
 from utils.recipes.schedules import lr_at
 from utils.runs import checkpoint
 from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.writer import RunFiles
+from utils.runs.writer import RunFiles, Saving
 from utils.system.stop_requests import StopRequest, Votes
 from utils.training.finite_guard import NonFiniteGuard
+from utils.training.state import RunState
 
 IMAGES = 1_281_167
 CPU = torch.device("cpu")
@@ -100,9 +101,9 @@ def median(function: Callable[[], object], rounds: int, repeat: int) -> float:
     return statistics.median(times)
 
 
-def new_state(arch: str) -> TrainState:
+def new_state(arch: str) -> RunState:
     network = models.create_model(arch).train()
-    return TrainState(
+    return RunState(
         network,
         torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9, weight_decay=1e-4, fused=True),
         torch.amp.GradScaler("cpu", enabled=False),
@@ -111,7 +112,7 @@ def new_state(arch: str) -> TrainState:
     )
 
 
-def training_step(state: TrainState, batch: int, img_size: int) -> Callable[[], None]:
+def training_step(state: RunState, batch: int, img_size: int) -> Callable[[], None]:
     """A step without any of the parts that are measured."""
     images, targets = torch.randn(batch, 3, img_size, img_size), torch.randint(1000, (batch,))
 
@@ -154,11 +155,15 @@ def guard(rounds: int) -> float:
 
 def questions(rounds: int) -> float:
     """What the loop asks after each step; saving is not due."""
-    files, votes, stop = RunFiles(None, {}, "", 0, 10**9, 10**9), Votes(None), StopRequest()
+    files, votes, stop = (
+        RunFiles(None, {}, CLASSIFICATION, saving=Saving(10**9, 10**9)),
+        Votes(None),
+        StopRequest(),
+    )
     return median(lambda: votes.cast(bool(stop), files.due(12345)), rounds, 100)
 
 
-def checkpoints(state: TrainState, folder: Path, rounds: int) -> tuple[float, int]:
+def checkpoints(state: RunState, folder: Path, rounds: int) -> tuple[float, int]:
     """Seconds to snapshot and write one, the former one kept, and its size in bytes."""
     files = CheckpointFolder(folder)
     seconds = median(lambda: files.save_last(state.snapshot()), rounds, 1)

@@ -13,6 +13,7 @@ from helpers.small_runs import SMALL, place
 from helpers.trees import write_tree
 
 import main as script
+from utils.classification.outcome import CLASSIFICATION
 from utils.runs import checkpoint, safetensors_file
 from utils.runs.commands import command
 from utils.runs.resume_checks import refuse_other_data
@@ -238,7 +239,7 @@ def test_a_run_that_another_process_has_gone_on_with(call, run_folder, monkeypat
     assert place(run_folder) == (2, 3)
     assert (run_folder / "args.json").read_text() == before
     with pytest.raises(UserError, match="another process has gone on"):  # nothing to read then
-        RunFiles(run_folder, {}, "", 0, None, None, None)
+        RunFiles(run_folder, {}, CLASSIFICATION)
 
 
 def test_the_command_to_go_on_names_the_device(monkeypatch):

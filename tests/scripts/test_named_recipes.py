@@ -18,10 +18,10 @@ from light_main import RECIPE as LIGHT
 from main import DEMO, RECIPE
 from models import weights
 from utils.classification.report import recipe_lines
-from utils.classification.state import TrainState
 from utils.data import demo_digits
 from utils.recipes.classification import MODERN, MODERN_100, RECIPES, Recipe
 from utils.runs import checkpoint
+from utils.training.state import RunState
 
 SMALL = ("-a", "eca_mobilenetv2", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j", 0, "--seed", 1)
 PARTS = (
@@ -149,7 +149,7 @@ def test_killed_and_stopped_with_all_parts_a_run_ends_bit_for_bit(
     flags = (*SMALL, *PARTS, "--epochs", 2, "--save-every", 1, tree)
     assert call(*flags, "--output", "through")[0] == 0
 
-    finish_step = TrainState.finish_step
+    finish_step = RunState.finish_step
     steps = []
 
     def stumble(state, broken):
@@ -160,7 +160,7 @@ def test_killed_and_stopped_with_all_parts_a_run_ends_bit_for_bit(
         if len(steps) == 5:
             os.kill(os.getpid(), signal.SIGTERM)  # in the second epoch, which saves
 
-    monkeypatch.setattr(TrainState, "finish_step", stumble)
+    monkeypatch.setattr(RunState, "finish_step", stumble)
     again = ("--resume", "auto", "--output", "cut", *flags)
     monkeypatch.setattr(sys, "argv", ["main.py", *map(str, again)])
     with pytest.raises(Killed):

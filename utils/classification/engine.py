@@ -6,7 +6,7 @@ state is whole.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,9 +20,9 @@ from utils.data.sampler import mix_seed
 from utils.recipes.classification import Recipe
 from utils.recipes.schedules import rate_of
 from utils.system import distributed
+from utils.system.backends import AutocastFactory
 from utils.training.finite_guard import NonFiniteGuard
 
-AutocastFactory = Callable[[], AbstractContextManager]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 

@@ -1,11 +1,9 @@
-"""What a run says before it starts: data, network, device, recipe."""
+"""What a run says before it starts: data, network, recipe."""
 
-import torch
 from torch import nn
 
 from utils.data.image_folder import ImageFolder, describe
 from utils.recipes.classification import PAPER, Recipe
-from utils.system.distributed import Context
 
 AUGMENT_NAMES = {"trivial": "TrivialAugment", "rand": "RandAugment"}
 
@@ -21,28 +19,6 @@ def network_line(network: nn.Module) -> str:
         f"network: {network.arch}{other}, {parameters:,} parameters, {ksize}, "
         f"{network.num_classes} classes"
     )
-
-
-def device_lines(
-    context: Context, amp: str, channels_last: bool, compiled: bool, tails: str = ""
-) -> list[str]:
-    """Where the run takes place and how; `tails` says how the ends of blocks run."""
-    name = str(context.device)
-    if context.device.type == "cuda":
-        name = torch.cuda.get_device_name(context.device)
-    elif context.device.type == "cpu":
-        name = f"CPU, {torch.get_num_threads()} threads"
-    if context.world_size > 1:
-        name += f", {context.world_size} processes (DistributedDataParallel)"
-    elif len(context.data_parallel) > 1:
-        name += f" x {len(context.data_parallel)} (DataParallel)"
-    traits = ["float32" if amp == "off" else amp]
-    traits += ["channels_last"] * channels_last + ["compiled"] * compiled
-    traits += [tails] if tails else []
-    lines = [f"device: {name}; {', '.join(traits)}"]
-    if len(context.data_parallel) > 1:
-        lines.append(f"  torchrun --nproc-per-node={len(context.data_parallel)} is faster")
-    return lines
 
 
 def recipe_lines(recipe: Recipe, name: str) -> list[str]:
@@ -94,16 +70,6 @@ def data_lines(train: ImageFolder | None, val: ImageFolder) -> list[str]:
     lines = [] if train is None else describe(train, "train")
     lines += describe(val, "val")
     return lines
-
-
-def epoch_line(row: dict[str, float], epochs: int, speed: float, improved: bool) -> str:
-    """One finished epoch."""
-    return (
-        f"epoch {row['epoch'] + 1}/{epochs}  train loss {row['train_loss']:.4f} "
-        f"top-1 {row['train_top1']:.2f} %  val loss {row['val_loss']:.4f} "
-        f"top-1 {row['val_top1']:.2f} % top-5 {row['val_top5']:.2f} %  {speed:,.0f} images/s"
-        + ("  (best)" if improved else "")
-    )
 
 
 def evaluation_line(figures: dict[str, float], seconds: float) -> str:

@@ -1,190 +1,40 @@
-"""All that training changes, as one object that can be written down and taken up again."""
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+"""The state in which a classifier's training begins."""
 
 import torch
 from torch import nn
 
 from utils.classification.metrics import ClassificationMeter
 from utils.recipes.classification import Recipe
-from utils.system import distributed
-from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.training.finite_guard import NonFiniteGuard
-from utils.training.optimizer import make_sgd, take_up
+from utils.training.optimizer import make_sgd
+from utils.training.state import RunState
 from utils.training.weight_average import WeightAverage
 
 
-@dataclass
-class TrainState:
-    """Where a run stands. Saved by `snapshot`, taken up by `restore`, bit for bit.
+def first_state(
+    network: nn.Module,
+    recipe: Recipe,
+    device: torch.device,
+    rank: int = 0,
+    fp16: bool = False,
+    compiled: bool = False,
+) -> RunState:
+    """Returns the state in which a run begins.
 
-    There is no generator state and no loader state in it: shuffling, augmentation and dropout are
-    functions of (seed, epoch, step), see `utils.data.sampler`.
+    Args:
+        network: on its device, with its first weights, without any parallel wrapping.
+        fp16: scale the loss, as float16 needs it.
+        compiled: `network` was compiled; an average of its weights is then, too.
     """
-
-    network: nn.Module  # without any parallel wrapping
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    meter: ClassificationMeter  # of the epoch under way
-    guard: NonFiniteGuard
-    rank: int = 0
-    epoch: int = 0  # the epoch under way
-    step: int = 0  # optimizer steps done in it
-    best: dict[str, float] = field(default_factory=dict)  # the history row with the highest top-1
-    history: list[dict[str, float]] = field(default_factory=list)  # one row per finished epoch
-    broken: list[int] = field(default_factory=list)  # images that this rank had to replace
-    average: WeightAverage | None = None  # of the network's weights, where there is one
-
-    @classmethod
-    def fresh(
-        cls,
-        network: nn.Module,
-        recipe: Recipe,
-        device: torch.device,
-        rank: int = 0,
-        fp16: bool = False,
-        compiled: bool = False,
-    ) -> "TrainState":
-        """The state in which a run begins. `network` is on its device, with its first weights."""
-        average = WeightAverage(network, recipe.ema) if recipe.ema else None
-        if compiled and average is not None:
-            average.module.compile()  # a copy of a compiled network is not compiled
-        return cls(
-            network,
-            make_sgd(network, recipe.lr, recipe.momentum, recipe.weight_decay, recipe.norm_decay),
-            torch.amp.GradScaler(device.type, enabled=fp16),
-            ClassificationMeter(device),
-            NonFiniteGuard(device),
-            rank,
-            average=average,
-        )
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The network that is evaluated, and that a checkpoint's user gets."""
-        return self.network if self.average is None else self.average.module
-
-    def finish_step(self, broken: Sequence[int]) -> None:
-        """Counts a step that the optimizer has done; `broken` are images replaced in it."""
-        self.step += 1
-        self.broken += broken
-        if self.average is not None:
-            self.average.update_parameters(self.network)
-
-    def begin(self, epoch: int) -> None:
-        """Moves to the first step of `epoch`: an empty meter, no rows and no best from it on."""
-        self.epoch, self.step = epoch, 0
-        self.history = [row for row in self.history if row["epoch"] < epoch]
-        if self.best and self.best["epoch"] >= epoch:
-            self.best = {}
-        self.meter = ClassificationMeter(self.meter.sums.device)
-
-    def share_buffers(self) -> None:
-        """Gives every rank rank 0's BatchNorm statistics. Call on every rank."""
-        distributed.broadcast_buffers(self.network)
-        if self.average is not None:
-            distributed.broadcast_buffers(self.average.module)
-
-    def finish_epoch(self, lr: float, val: dict[str, float]) -> bool:
-        """Writes the epoch into the history and moves on. Call on every rank.
-
-        Args:
-            lr: at the epoch's first step.
-            val: what `engine.evaluate` returned.
-
-        Returns:
-            Whether its top-1 is the best so far; with a loss that is not finite it never is.
-        """
-        train = self.meter.means(self.meter.total())
-        row = {"epoch": self.epoch, "lr": lr}
-        row |= {f"train_{k}": train[k] for k in ("loss", "top1", "top5")}
-        row |= {f"val_{k}": val[k] for k in ("loss", "top1", "top5")}
-        self.history.append(row)
-        finite = math.isfinite(row["val_loss"])
-        improved = finite and row["val_top1"] > self.best.get("val_top1", -1.0)
-        if improved:
-            self.best = dict(row)
-        self.begin(self.epoch + 1)
-        return improved
-
-    def snapshot(self) -> dict:
-        """Plain values and tensors. Call on every rank: each one's sums are in it.
-
-        Raises:
-            UserError: exit code 3, when a loss or a tensor of the network is not finite; such a
-                state is never written.
-        """
-        self.guard.check()
-        self._refuse_ruined()
-        # One row a rank, not their total: floating-point sums resumed from a total would end in
-        # other bits than sums that were never interrupted.
-        sums = torch.tensor(distributed.gather(self.meter.sums.tolist()), dtype=torch.float64)
-        raw = {}
-        if self.average is not None:
-            averaged = int(self.average.n_averaged)
-            raw = {"raw_state_dict": self.network.state_dict(), "averaged_steps": averaged}
-        return {
-            "state_dict": self.evaluated.state_dict(),
-            **raw,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "progress": {
-                "epoch": self.epoch,
-                "step": self.step,
-                "sums": sums,
-                "best": dict(self.best),
-                "broken": self.all_broken(),
-            },
-            "history": [dict(row) for row in self.history],
-        }
-
-    def _refuse_ruined(self) -> None:
-        """Ends the run on every rank when an update has made the network not finite.
-
-        The loss before such an update was finite, so the guard has not seen it yet.
-        """
-        networks = {id(n): n for n in (self.network, self.evaluated)}.values()
-        tensors = [t for n in networks for t in n.state_dict().values() if t.is_floating_point()]
-        largest = torch.stack([torch.linalg.vector_norm(t, math.inf).float() for t in tensors])
-        if distributed.all_reduce((~largest.isfinite()).any().float()) > 0:
-            raise UserError(
-                f"after step {self.step} of epoch {self.epoch + 1} the network's weights or "
-                "BatchNorm statistics are not finite numbers; they were not saved, and earlier "
-                f"checkpoints are as they were. Lower --lr, lengthen {self.guard.warmup_flag}, or "
-                "use --amp off",
-                EXIT_NON_FINITE,
-            )
-
-    def all_broken(self) -> list[int]:
-        """The replaced images of all ranks, once for each time. Call on every rank."""
-        return sorted(index for broken in distributed.gather(self.broken) for index in broken)
-
-    def restore(self, saved: dict) -> None:
-        """Takes up what `snapshot` returned; the caller has loaded `state_dict` into the network.
-
-        The optimizer's settings (momentum, weight decay, …) stay as this run's flags made them, and
-        its learning rate is that of the last step done.
-        An average that the saved run did not keep begins here, at its weights.
-        """
-        if "raw_state_dict" in saved:
-            self.network.load_state_dict(saved["raw_state_dict"])
-        if self.average is not None:
-            self.average.module.load_state_dict(saved["state_dict"])
-            self.average.n_averaged.fill_(saved.get("averaged_steps", 0))
-        own = self.optimizer.state_dict()["param_groups"]
-        for group, before in zip(own, saved["optimizer"]["param_groups"], strict=False):
-            group["lr"] = before["lr"]  # a step sets it, and there may be none to come
-        take_up(self.optimizer, {**saved["optimizer"], "param_groups": own})
-        if self.scaler.is_enabled() and saved["scaler"]:
-            self.scaler.load_state_dict(saved["scaler"])
-        progress = saved["progress"]
-        self.epoch, self.step = progress["epoch"], progress["step"]
-        if len(progress["sums"]) == distributed.ranks():
-            self.meter.sums.copy_(progress["sums"][self.rank])
-        elif self.rank == 0:  # another number of ranks: one takes all, the others begin at zero
-            self.meter.sums.copy_(progress["sums"].sum(dim=0))
-        self.best = dict(progress["best"])
-        self.broken = list(progress["broken"]) if self.rank == 0 else []
-        self.history = [dict(row) for row in saved["history"]]
+    average = WeightAverage(network, recipe.ema) if recipe.ema else None
+    if compiled and average is not None:
+        average.module.compile()  # a copy of a compiled network is not compiled
+    return RunState(
+        network,
+        make_sgd(network, recipe.lr, recipe.momentum, recipe.weight_decay, recipe.norm_decay),
+        torch.amp.GradScaler(device.type, enabled=fp16),
+        ClassificationMeter(device),
+        NonFiniteGuard(device),
+        rank,
+        average=average,
+    )

@@ -28,6 +28,7 @@ class DetectionBatch:
     images: list[torch.Tensor]  # (3, H, W) float32 from 0 to 1, each of its own size
     targets: list[Target]
     image_ids: list[int]
+    broken: tuple[int, ...] = ()  # none: an image that cannot be read ends a detector's run
 
 
 class GroupedBatches(SeededBatches):

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from utils.classification.engine import AutocastFactory
 from utils.data.sampler import mix_seed
 from utils.detection.batches import DetectionBatch
 from utils.detection.coco_evaluation import Result, to_results
 from utils.recipes.detection import DetectionRecipe
 from utils.system import distributed
+from utils.system.backends import AutocastFactory
 from utils.training.finite_guard import NonFiniteGuard
 from utils.training.optimizer import start_momentum
 

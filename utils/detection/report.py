@@ -14,7 +14,7 @@ from utils.detection.coco_dataset import CocoDataset, load_split
 from utils.detection.coco_evaluation import FIGURES, Result, Summary
 from utils.detection.coco_files import Place
 from utils.detection.drawing import png, side_by_side
-from utils.detection.log import KINDS
+from utils.detection.outcome import KINDS
 from utils.recipes.detection import DetectionRecipe
 from utils.system.files import write_atomically
 
@@ -45,19 +45,6 @@ def recipe_line(recipe: DetectionRecipe, auto: bool) -> str:
     )
 
 
-def epoch_line(row: dict[str, float], epochs: int, speed: float, improved: bool) -> str:
-    """One finished epoch."""
-    figures = "  ".join(
-        f"{kind} AP {row[f'{kind}_AP']:.1f} AP50 {row[f'{kind}_AP50']:.1f}"
-        for kind in KINDS.values()
-        if f"{kind}_AP" in row
-    )
-    return (
-        f"epoch {row['epoch'] + 1}/{epochs}  train loss {row['train_loss']:.4f}  val {figures}  "
-        f"{speed:,.1f} images/s" + ("  (best)" if improved else "")
-    )
-
-
 def summary_lines(summaries: dict[str, Summary]) -> list[str]:
     """COCO's twelve figures and every class's AP, in %; "-" where nothing was to be found."""
 
@@ -79,7 +66,7 @@ def summary_lines(summaries: dict[str, Summary]) -> list[str]:
 
 
 def best_lines(best: dict[str, Any]) -> list[str]:
-    """`summary_lines` of `DetectionState.best`, under the epoch's number."""
+    """`summary_lines` of `RunState.best`, under the epoch's number."""
     if "summaries" not in best:  # of a run that an earlier version began
         return []
     summaries = {kind: Summary(**fields) for kind, fields in best["summaries"].items()}

@@ -2,23 +2,38 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.system.files import write_atomically
 
-COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_top1",
-    "train_top5",
-    "val_loss",
-    "val_top1",
-    "val_top5",
-)
+
+class CurveLike(Protocol):
+    """One line of a diagram, see `utils.training.outcome.Curve`."""
+
+    column: str
+    label: str | None
+    colour: str | None
+
+
+class PanelLike(Protocol):
+    """One diagram, see `utils.training.outcome.Panel`."""
+
+    title: str
+    unit: str
+    curves: Sequence[CurveLike]
+    last: str
+
+
+class Figures(Protocol):
+    """What is recorded of an epoch, see `utils.training.outcome.Outcome`."""
+
+    columns: Callable[[Sequence[dict]], Sequence[str]]
+    panels: Callable[[Sequence[dict]], Sequence[PanelLike]]
+    result: Callable[[dict], str]
 
 
 class RunLogger:
@@ -29,17 +44,18 @@ class RunLogger:
     two runs share, go to TensorBoard alone.
 
     Args:
+        figures: which columns and diagrams there are.
         first_epoch: of this process; TensorBoard forgets older events from there on.
     """
 
-    def __init__(self, folder: Path, title: str, first_epoch: int = 0):
-        self.folder, self.title = folder, title
+    def __init__(self, folder: Path, figures: Figures, title: str, first_epoch: int = 0):
+        self.folder, self.figures, self.title = folder, figures, title
         self.is_new = not any(folder.glob("events.out.tfevents.*"))  # also of a run that goes on
         self.board = SummaryWriter(str(folder), purge_step=first_epoch or None)
 
     def log(self, history: list[dict[str, float]], images_per_second: float) -> None:
         """Writes everything anew; the last row of `history` is the epoch just finished."""
-        text, columns = io.StringIO(), self.columns(history)
+        text, columns = io.StringIO(), self.figures.columns(history)
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
@@ -50,47 +66,39 @@ class RunLogger:
         self.is_new = False
         self.board.add_scalar("train/images_per_second", images_per_second, row["epoch"])
         self.board.flush()
-        self.draw(history)
-
-    def columns(self, history: list[dict[str, float]]) -> Sequence[str]:
-        """Of metrics.csv, "epoch" first."""
-        return COLUMNS
-
-    def draw(self, history: list[dict[str, float]]) -> None:
-        draw_curves(history, self.folder / "curves.png", self.title)
+        panels = self.figures.panels(history)
+        draw_curves(history, panels, self.folder / "curves.png", self.title)
 
     def close(self) -> None:
         self.board.close()
 
 
-def draw_curves(history: list[dict[str, float]], path: Path, title: str) -> None:
-    """Loss, top-1, top-5 and learning rate over epochs, as one PNG."""
+def draw_curves(
+    history: list[dict[str, float]], panels: Sequence[PanelLike], path: Path, title: str
+) -> None:
+    """Draws up to four panels over epochs, as one PNG. Values below 0 stand for "none"."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    epochs = [row["epoch"] + 1 for row in history]
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    panels = (
-        ("Loss", "cross-entropy", "loss"),
-        ("Top-1", "accuracy (%)", "top1"),
-        ("Top-5", "accuracy (%)", "top5"),
-    )
-    for axis, (name, unit, key) in zip(axes.flat, panels, strict=False):
-        for part, colour in (("train", "tab:blue"), ("val", "tab:orange")):
-            values = [row[f"{part}_{key}"] for row in history]
-            label = f"{part} (last {values[-1]:.2f})" if values else part
-            axis.plot(epochs, values, "o-", markersize=3, color=colour, label=label)
-        axis.set(title=name, ylabel=unit)
-        axis.legend()
-    axes.flat[3].plot(epochs, [row["lr"] for row in history], "o-", markersize=3, color="tab:green")
-    axes.flat[3].set(title="Learning rate", ylabel="at the epoch's first step")
-    for axis in axes.flat:
-        axis.set_xlabel("epoch")
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for curve in panel.curves:
+            points = [(row["epoch"] + 1, row[curve.column]) for row in history]
+            points = [point for point in points if not point[1] < 0]  # keeps what is no number
+            if points:
+                label = curve.label and f"{curve.label} {panel.last.format(points[-1][1])}"
+                values = zip(*points, strict=True)
+                axis.plot(*values, "o-", markersize=3, color=curve.colour, label=label)
+        axis.set(title=panel.title, ylabel=panel.unit, xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
+        if any(axis.get_legend_handles_labels()):
+            axis.legend(fontsize="small" if len(panel.curves) != 2 else None)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
     figure.suptitle(title)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)

@@ -1,14 +1,28 @@
 """The one writer of a run's folder: checkpoints, log, and the lines that say how to go on."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils.runs import checkpoint
 from utils.runs import folder as run_folder
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.commands import command, look_line
-from utils.runs.metrics_log import RunLogger
+from utils.runs.metrics_log import Figures, RunLogger
 from utils.system.errors import EXIT_FAILED, UserError
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When a checkpoint is written besides at an epoch's end.
+
+    Args:
+        every: steps between checkpoints inside an epoch, or None.
+        minutes: between any two checkpoints, or None.
+    """
+
+    every: int | None = None
+    minutes: float | None = None
 
 
 class RunFiles:
@@ -17,10 +31,10 @@ class RunFiles:
     Args:
         folder: the run's folder; None on ranks above 0.
         fixed: what every checkpoint holds besides the state: network, classes, recipe, flags.
+        figures: what is recorded of an epoch.
         title: of the curves.
         first_epoch: that this process will finish.
-        save_every: steps between checkpoints inside an epoch, or None.
-        save_minutes: minutes between any two checkpoints, or None.
+        saving: when checkpoints are due.
         saved: the checkpoint that this process goes on from, or None.
 
     Raises:
@@ -32,24 +46,21 @@ class RunFiles:
         self,
         folder: Path | None,
         fixed: dict,
-        title: str,
-        first_epoch: int,
-        save_every: int | None,
-        save_minutes: float | None,
+        figures: Figures,
+        *,
+        title: str = "",
+        first_epoch: int = 0,
+        saving: Saving = Saving(),
         saved: dict | None = None,
     ):
-        self.folder, self.fixed = folder, fixed
-        self.save_every, self.save_minutes = save_every, save_minutes
+        self.folder, self.fixed, self.figures, self.saving = folder, fixed, figures, saving
         self.saved_at = time.monotonic()
         if folder is not None:
             self.lock = run_folder.lock(folder)
             self.checkpoints = CheckpointFolder(folder)
             self._refuse_newer(saved)
             run_folder.write_json(folder / "args.json", fixed)
-            self.logger = self._open_logger(title, first_epoch)
-
-    def _open_logger(self, title: str, first_epoch: int) -> RunLogger:
-        return RunLogger(self.folder, title, first_epoch)
+            self.logger = RunLogger(folder, figures, title, first_epoch)
 
     def _refuse_newer(self, saved: dict | None) -> None:
         """Ends a run that another one, which was still at its last steps, has left behind."""
@@ -72,10 +83,10 @@ class RunFiles:
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` steps of the epoch."""
-        if self.save_every is not None and step % self.save_every == 0:
+        if self.saving.every is not None and step % self.saving.every == 0:
             return True
         passed = time.monotonic() - self.saved_at
-        return self.save_minutes is not None and passed >= 60 * self.save_minutes
+        return self.saving.minutes is not None and passed >= 60 * self.saving.minutes
 
     def save(self, snapshot: dict) -> None:
         """Writes `last`; the one before it becomes `previous`."""
@@ -104,15 +115,9 @@ class RunFiles:
         if self.folder is None:
             return []
         last, weights = self.checkpoints.last, self.checkpoints.best
-        result = "no epoch had a finite validation loss"
-        if best:
-            result = (
-                f"best top-1 {best['val_top1']:.2f} %, top-5 {best['val_top5']:.2f} % "
-                f"(epoch {best['epoch'] + 1})"
-            )
         evaluate = f"  evaluate:    {command('-e', '--resume', weights, data)}"
         return [
-            f"done: {result}",
+            f"done: {self.figures.result(best)}",
             *([evaluate] if best else []),
             look_line(self.folder),
             f"  train on:    {command('--resume', last, '--epochs', 'N')}",

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -37,6 +38,7 @@ def configure(deterministic: bool, device: torch.device, one_shape: bool = True)
     ]
 
 
+AutocastFactory = Callable[[], AbstractContextManager]  # of the context in which a network runs
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

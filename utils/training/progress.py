@@ -3,8 +3,26 @@
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class StepWords:
+    """How the figures of an epoch under way are said.
+
+    Args:
+        figures: means so far → the words that a bar always shows.
+        details: means so far → further words; a bar shows them last, where it has room.
+        lr_digits, speed_decimals: of the learning rate, and of images per second.
+    """
+
+    figures: Callable[[Mapping[str, float]], str]
+    details: Callable[[Mapping[str, float]], str] = lambda means: ""
+    lr_digits: int = 4
+    speed_decimals: int = 0
 
 
 class Progress:
@@ -14,10 +32,22 @@ class Progress:
         title: such as "epoch 3/8".
         total: steps of the epoch, of which `done` lie behind.
         images: in one step, over all ranks.
+        words: how figures are said.
         quiet: say nothing (ranks above 0).
     """
 
-    def __init__(self, title: str, total: int, images: int, every: int, done: int = 0, quiet=False):
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        images: int,
+        every: int,
+        words: StepWords,
+        *,
+        done: int = 0,
+        quiet: bool = False,
+    ):
+        self.words = words
         self.title, self.total, self.images, self.every = title, total, images, every
         self.step = done
         self.since = self.started = time.perf_counter()
@@ -48,23 +78,25 @@ class Progress:
             self.bar.update()
         return self.step % self.every == 0 or self.step == self.total
 
-    def show(self, figures: dict[str, float], lr: float) -> None:
-        """Shows loss and top-1 so far, with the speed since the last time."""
+    def show(self, means: Mapping[str, float], lr: float) -> None:
+        """Shows the means so far in the epoch, with the speed since the last time."""
         now = time.perf_counter()
         speed = (self.step - self.since_step) * self.images / max(now - self.since, 1e-9)
         self.since, self.since_step = now, self.step
         if self.quiet:
             return
-        text = f"loss {figures['loss']:.4f}  top-1 {figures['top1']:.2f} %"
+        figures, details = self.words.figures(means), self.words.details(means)
+        rate = f"{speed:,.{self.words.speed_decimals}f} images/s"
         if self.bar is not None:
-            text += f"  {speed:,.0f} images/s  ETA {{remaining}}"
-            self.bar.bar_format = self.bar_format(text)
+            text = f"{figures}  {rate}  ETA {{remaining}}"
+            self.bar.bar_format = self.bar_format(f"{text}  {details}" if details else text)
             self.bar.refresh()
             return
         left = (now - self.started) / (self.step - self.first) * (self.total - self.step)
         print(
-            f"{self.title}  step {self.step:>{len(str(self.total))}}/{self.total}  {text}  "
-            f"lr {lr:.4g}  {speed:,.0f} images/s  ETA {duration(left)}",
+            f"{self.title}  step {self.step:>{len(str(self.total))}}/{self.total}  "
+            f"{figures}{' ' + details if details else ''}  lr {lr:.{self.words.lr_digits}g}  "
+            f"{rate}  ETA {duration(left)}",
             flush=True,
         )
 

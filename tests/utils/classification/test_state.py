@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from utils.classification.metrics import ClassificationMeter
-from utils.classification.state import TrainState
+from utils.classification.outcome import CLASSIFICATION
+from utils.classification.state import first_state
 from utils.recipes.classification import Recipe
 from utils.runs import checkpoint
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.training.finite_guard import NonFiniteGuard
+from utils.training.state import RunState
 from utils.training.weight_average import WeightAverage
 
 CPU = torch.device("cpu")
@@ -25,7 +27,7 @@ def fresh(momentum=0.9, weight_decay=1e-4, rank=0, fp16=False, ema=0.0):
         network.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay
     )
     scaler = torch.amp.GradScaler("cpu", enabled=fp16)
-    return TrainState(
+    return RunState(
         network,
         optimizer,
         scaler,
@@ -91,7 +93,7 @@ def test_interrupted_in_an_epoch_equals_uninterrupted(tmp_path):
     train(second, 3, first=2)
     for state in (through, second):
         state.broken.append(7)
-        assert state.finish_epoch(0.1, val())
+        assert state.finish_epoch(0.1, val(), CLASSIFICATION)
     assert bits(second) == bits(through)
     assert second.epoch == 1
     assert second.best == through.history[0]
@@ -137,7 +139,7 @@ def test_momentum_is_taken_up_in_this_run_s_memory_format():
         torch.manual_seed(0)
         network = nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
         recipe = Recipe("x", 1, 4, lr=0.1, momentum=0.9, weight_decay=0.0, schedule="step")
-        return TrainState.fresh(network, recipe, CPU)
+        return first_state(network, recipe, CPU)
 
     def step(state):
         state.optimizer.zero_grad()
@@ -170,11 +172,11 @@ def test_starting_again_at_an_earlier_epoch_leaves_no_row_twice():
     state = fresh()
     for top1 in (10.0, 40.0, 20.0):
         train(state, 1)
-        state.finish_epoch(0.1, val(top1=top1))
+        state.finish_epoch(0.1, val(top1=top1), CLASSIFICATION)
     state.begin(1)
     assert [row["epoch"] for row in state.history] == [0]
     train(state, 1)
-    state.finish_epoch(0.1, val(top1=30.0))
+    state.finish_epoch(0.1, val(top1=30.0), CLASSIFICATION)
     assert [row["epoch"] for row in state.history] == [0, 1]
     assert state.best["val_top1"] == 30.0  # 40.0 was of what is now run again
 
@@ -183,10 +185,12 @@ def test_starting_again_at_an_earlier_epoch_leaves_no_row_twice():
 def test_a_loss_that_is_not_finite_is_never_the_best(loss):
     state = fresh()
     train(state, 1)
-    assert not state.finish_epoch(0.1, val(loss=loss, top1=99.0))
+    assert not state.finish_epoch(0.1, val(loss=loss, top1=99.0), CLASSIFICATION)
     assert state.best == {}
-    assert state.finish_epoch(0.1, val(top1=0.0))  # nothing right, but the best so far
-    assert not state.finish_epoch(0.1, val(top1=0.0))  # a tie keeps the earlier epoch
+    assert state.finish_epoch(0.1, val(top1=0.0), CLASSIFICATION)  # nothing right, but best so far
+    assert not state.finish_epoch(
+        0.1, val(top1=0.0), CLASSIFICATION
+    )  # a tie keeps the earlier epoch
 
 
 def test_a_ruined_state_is_never_written():
@@ -263,12 +267,12 @@ def test_a_fresh_state_is_the_recipe_s():
         arch="x", epochs=1, batch_size=4, lr=0.3, momentum=0.8, weight_decay=0.01, schedule="step"
     )
     network = nn.Linear(3, 2)
-    state = TrainState.fresh(network, recipe, CPU)
+    state = first_state(network, recipe, CPU)
     assert state.evaluated is network
     assert len(state.optimizer.param_groups) == 1
     assert not state.scaler.is_enabled()
     modern = recipe.override(ema=0.9, norm_decay=False)
-    state = TrainState.fresh(network, modern, CPU, rank=1, fp16=True)
+    state = first_state(network, modern, CPU, rank=1, fp16=True)
     assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.01, 0]
     assert [group["momentum"] for group in state.optimizer.param_groups] == [0.8, 0.8]
     assert state.average.decay == 0.9

@@ -15,8 +15,9 @@ import models
 from models.detection.detectors import DETECTORS
 from models.detection.norms import NORMS
 from utils.classification.engine import StepRule, train_epoch
-from utils.classification.state import TrainState
+from utils.classification.state import first_state
 from utils.data.loading import Batch
+from utils.detection.state import WARMUP
 from utils.options import classification, detection
 from utils.options.parser import Parser
 from utils.system import backends, distributed
@@ -109,7 +110,7 @@ def test_fp16_scales_the_loss_and_steps_as_float32_does():
         amp = classifiers().parse_args(flags).amp
         torch.manual_seed(0)
         network = nn.Linear(5, 3)
-        state = TrainState.fresh(network, main.RECIPE, CPU, fp16=amp == "fp16")
+        state = first_state(network, main.RECIPE, CPU, fp16=amp == "fp16")
         rule = StepRule(lambda step: 0.1, 7, partial(backends.autocast, CPU, amp))
         batch = Batch(torch.randn(6, 5), torch.arange(6) % 3, ())
         list(
@@ -168,7 +169,7 @@ def test_remedies_are_flags_of_the_script(
 def test_the_remedy_for_a_loss_that_is_not_finite(monkeypatch):
     for guard, parser in (
         (NonFiniteGuard(CPU), classifiers()),
-        (NonFiniteGuard(CPU, detect_main.WARMUP), detectors()),
+        (NonFiniteGuard(CPU, WARMUP), detectors()),
     ):
         guard.first_bad = torch.tensor(3)
         with pytest.raises(UserError) as caught:

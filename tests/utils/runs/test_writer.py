@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.runs import writer
+from utils.classification.outcome import CLASSIFICATION
+from utils.runs import commands, writer
 from utils.runs.commands import command, look_line
 
 
@@ -49,15 +50,15 @@ def test_the_script_as_it_was_given_and_the_python_that_runs(place, monkeypatch)
 def test_under_a_launcher(place, monkeypatch, nodes, flags):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("GROUP_WORLD_SIZE", nodes)
-    monkeypatch.setattr(writer, "_interpreter", lambda: "python")
+    monkeypatch.setattr(commands, "_interpreter", lambda: "python")
     rest = f"{flags}--nproc-per-node=2 {'… ' if flags else ''}main.py -e"
     assert command("-e") == f"torchrun {rest}"
-    monkeypatch.setattr(writer, "_interpreter", lambda: ".venv/bin/python")
+    monkeypatch.setattr(commands, "_interpreter", lambda: ".venv/bin/python")
     assert command("-e") == f".venv/bin/python -m torch.distributed.run {rest}"
 
 
 def test_without_a_best_epoch_there_is_no_checkpoint_to_evaluate(place):
-    files = writer.RunFiles(place, {}, "net", 0, None, None, None)
+    files = writer.RunFiles(place, {}, CLASSIFICATION, title="net")
     first, *others = files.farewell({}, "DATA")
     assert first == "done: no epoch had a finite validation loss"
     assert not any("best.pth" in line for line in others)

@@ -10,7 +10,8 @@ import struct
 import sys
 import termios
 
-from utils.detection.log import DetectionProgress
+from utils.classification.outcome import CLASSIFICATION
+from utils.detection.outcome import DETECTION
 from utils.training.progress import Progress
 
 
@@ -45,7 +46,7 @@ def advance(progress, seconds, monkeypatch):
 
 def test_the_bar_shows_loss_top1_speed_and_eta(monkeypatch):
     with terminal(monkeypatch) as drawn:
-        progress = Progress("epoch 37/100", total=5004, images=20480, every=100, done=2402)
+        progress = Progress("epoch 37/100", 5004, 20480, 100, CLASSIFICATION.step_words, done=2402)
         advance(progress, 100 * 20480 / 12345, monkeypatch)
         progress.show({"loss": 6.9078, "top1": 48.21}, 0.1)
         lines = drawn()
@@ -59,7 +60,7 @@ def test_the_bar_shows_loss_top1_speed_and_eta(monkeypatch):
 
 def test_a_detectors_bar_keeps_speed_and_eta_before_the_parts_of_the_loss(monkeypatch):
     with terminal(monkeypatch) as drawn:
-        progress = DetectionProgress("epoch 12/12", total=14659, images=8, every=100, done=7000)
+        progress = Progress("epoch 12/12", 14659, 8, 100, DETECTION.step_words, done=7000)
         advance(progress, 100, monkeypatch)
         losses = ("objectness", "rpn_box_reg", "classifier", "box_reg", "mask")
         progress.show({"loss": 12.3456} | {f"loss_{name}": 1.0 for name in losses}, 0.1)

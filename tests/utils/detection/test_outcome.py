@@ -9,10 +9,13 @@ from torch import nn
 
 from utils.detection.coco_evaluation import FIGURES, Summary
 from utils.detection.engine import LossMeter
-from utils.detection.log import DetectionFiles, DetectionProgress, DetectionState, val_columns
+from utils.detection.outcome import DETECTION, val_columns
 from utils.detection.report import best_lines
+from utils.runs.writer import RunFiles, Saving
 from utils.system.errors import UserError
 from utils.training.finite_guard import NonFiniteGuard
+from utils.training.progress import Progress
+from utils.training.state import RunState
 
 CPU = torch.device("cpu")
 
@@ -27,14 +30,12 @@ def new_state():
     network = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return DetectionState(
-        network, optimizer, scaler, LossMeter(CPU, ("a", "b")), NonFiniteGuard(CPU), 0
-    )
+    return RunState(network, optimizer, scaler, LossMeter(CPU, ("a", "b")), NonFiniteGuard(CPU), 0)
 
 
 def finish(state, ap, masks=True):
     state.meter.update({"a": torch.tensor(1.0), "b": torch.tensor(2.0)})
-    return state.finish_epoch(0.1, summaries(ap, masks))
+    return state.finish_epoch(0.1, summaries(ap, masks), DETECTION)
 
 
 def test_columns_are_percent_and_minus_one_stays():
@@ -75,11 +76,11 @@ def test_a_state_goes_on_where_it_was_saved():
 @pytest.mark.parametrize("masks", [True, False])
 def test_a_run_folder(tmp_path, masks):
     state = new_state()
-    files = DetectionFiles(tmp_path, {"arch": "x"}, "title", 0, save_every=2, save_minutes=None)
+    files = RunFiles(tmp_path, {"arch": "x"}, DETECTION, saving=Saving(every=2))
     assert files.due(2)
     assert not files.due(3)
     with pytest.raises(UserError, match="another process"):
-        DetectionFiles(tmp_path, {}, "title", 0, None, None)
+        RunFiles(tmp_path, {}, DETECTION)
     for ap in (0.1, 0.2):
         improved = finish(state, ap, masks)
         files.finish_epoch(state.snapshot(), 1.0, improved)
@@ -96,7 +97,7 @@ def test_a_run_folder(tmp_path, masks):
 
 
 def test_progress_names_the_losses(capsys):
-    progress = DetectionProgress("epoch 1/2", total=4, images=8, every=2)
+    progress = Progress("epoch 1/2", 4, 8, 2, DETECTION.step_words)
     assert not progress.advance()
     assert progress.advance()
     progress.show({"loss": 1.5, "loss_mask": 1.0, "loss_objectness": 0.5}, 0.01)

@@ -1,0 +1,134 @@
+"""The one loop over epochs, for classifiers and detectors: train, save, evaluate, record, stop.
+
+It knows no files: it is handed a writer. It knows no network: a `Task` has the steps and the
+evaluation, and the task's `Outcome` the columns, the score and the words.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from utils.system import distributed
+from utils.system.distributed import Context
+from utils.system.stop_requests import StopRequest, Votes
+from utils.training.outcome import Outcome
+from utils.training.progress import Progress
+from utils.training.state import RunState
+
+
+class Order(Protocol):
+    """The order of an epoch's batches, a function of the epoch."""
+
+    steps: int
+
+    def seek(self, epoch: int, first_step: int) -> None:
+        """Makes the next pass that of `epoch`, from `first_step` on."""
+
+
+class Done(Protocol):
+    """A batch after its step; `broken` are the images that had to be replaced in it."""
+
+    @property
+    def broken(self) -> Sequence[int]:
+        """The numbers of these images."""
+
+
+class Writer(Protocol):
+    """What keeps a run's results. `utils.runs.writer.RunFiles` is one."""
+
+    def due(self, step: int) -> bool:
+        """Returns whether the state is to be saved after `step` steps of the epoch."""
+
+    def save(self, snapshot: dict) -> None:
+        """Saves the state."""
+
+    def finish_epoch(self, snapshot: dict, images_per_second: float, improved: bool) -> None:
+        """Saves the state after an epoch and its evaluation."""
+
+    def stopped(self, epoch: int, step: int, exit_code: int) -> int:
+        """Says where the run was saved when it was asked to stop; returns `exit_code`."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, for how long, and how it is judged.
+
+    Args:
+        outcome: columns, score and words.
+        order: of the training batches.
+        steps: trains from the run's step of this number on, resting after each step.
+        evaluate: judges the network over all ranks; None when the function that it is handed,
+            which asks whether to stop, said so. Called on every rank.
+        lr_at: step of the run → learning rate.
+        epochs, batch_size, print_freq: of the run.
+    """
+
+    outcome: Outcome
+    order: Order
+    steps: Callable[[int], Iterator[Done]]
+    evaluate: Callable[[Callable[[], bool]], Any]
+    lr_at: Callable[[int], float]
+    epochs: int
+    batch_size: int
+    print_freq: int
+
+
+def run_epochs(
+    state: RunState, task: Task, writer: Writer, context: Context, stop: StopRequest
+) -> int:
+    """Trains from where `state` is to the last epoch, or until asked to stop.
+
+    Returns:
+        The exit code: 0 after the last epoch, that of `stop` otherwise.
+    """
+    votes = Votes(context.votes)
+    while state.epoch < task.epochs:
+        first = state.epoch * task.order.steps  # the epoch's first step, counted over the run
+        speed = _train_epoch(state, task, writer, context, stop, votes)
+        if speed is None:
+            distributed.barrier()  # torchrun ends the others as soon as one has ended
+            return writer.stopped(state.epoch, state.step, stop.exit_code)
+        state.share_buffers()
+        writer.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
+        found = task.evaluate(lambda: context.is_main and bool(stop))
+        if found is None:
+            return writer.stopped(state.epoch, state.step, stop.exit_code)
+        recorded_at = first + task.order.steps - 1 if task.outcome.lr_at_end else first
+        improved = state.finish_epoch(task.lr_at(recorded_at), found, task.outcome)
+        writer.finish_epoch(state.snapshot(), speed, improved)
+        context.say(task.outcome.epoch_line(state.history[-1], task.epochs, speed, improved))
+    return 0
+
+
+def _train_epoch(
+    state: RunState, task: Task, writer: Writer, context: Context, stop: StopRequest, votes: Votes
+) -> float | None:
+    """Does the steps that are left of the epoch, saving where due.
+
+    Returns:
+        Images per second; None when the run was asked to stop, and has been saved.
+    """
+    first = state.epoch * task.order.steps
+    task.order.seek(state.epoch, state.step)
+    progress = Progress(
+        f"epoch {state.epoch + 1}/{task.epochs}",
+        task.order.steps,
+        task.batch_size,
+        task.print_freq,
+        task.outcome.step_words,
+        done=state.step,
+        quiet=not context.is_main,
+    )
+    for batch in task.steps(first + state.step):
+        state.finish_step(batch.broken)
+        if progress.advance():
+            state.guard.check()
+            means = state.meter.means(state.meter.total())
+            progress.show(means, task.lr_at(first + state.step - 1))
+        stopping, saving = votes.cast(bool(stop), writer.due(state.step))
+        if stopping or saving:
+            writer.save(state.snapshot())
+        if stopping:
+            return None
+    votes.settle()
+    return progress.close()
