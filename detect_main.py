@@ -38,6 +38,7 @@ from utils.detection.coco_evaluation import judge, write_results
 from utils.detection.coco_files import Place, locate
 from utils.detection.outcome import DETECTION
 from utils.detection.state import first_state
+from utils.options.common import NEVER_TAKEN, OF_ONE_START, saved_recipe
 from utils.options.detection import OF_TRAINING, build_parser
 from utils.options.parser import refuse_idle, run_script
 from utils.recipes.detection import AUTO, DetectionRecipe, lr_at
@@ -55,17 +56,6 @@ from utils.training.epochs import Task, run_epochs
 
 RECIPE = DetectionRecipe()  # the paper's, for COCO
 
-# Flags of one start of the program; the others are the run's own and come back with --resume.
-OF_ONE_START = (
-    "resume",
-    "evaluate",
-    "backbone_weights",
-    "output",
-    "device",
-    "gpu",
-    "results_json",
-    "picture",
-)
 SMALLER = "a smaller --min-size, or --amp bf16"  # what spares memory
 OF_A_NETWORK = ("arch", "backbone", "ksize", "norm", "trainable_layers", "legacy")
 BACKBONES = [name for name in models.MODELS if "resnet" in name]
@@ -89,16 +79,17 @@ def main() -> int:
         with as_user_error(f"{args.resume} "):
             refuse_another_network(saved, {name: getattr(asked, name) for name in OF_A_NETWORK})
     if saved is not None and "recipe" in saved:
-        parser.set_defaults(**saved["args"])
+        source = str(args.resume)
+        parser.set_defaults(**parser.take_saved(saved["args"], NEVER_TAKEN, source))
         args = parser.parse_args()
-        recipe = DetectionRecipe.from_dict(saved["recipe"])
+        recipe = saved_recipe(parser, DetectionRecipe, saved["recipe"], source)
     recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
     refuse_idle(given, OF_TRAINING if args.evaluate else (), "with -e, which does not train")
     refuse_idle(given, ("momentum",) if recipe.optimizer == "adamw" else (), "with adamw")
     if args.data is None:
         raise UserError(f"no DATA given: a folder in COCO's layout, or {demo_shapes.SHAPES}")
     if args.workers is None:  # the demo's images are so small that processes would cost more
-        args.workers = 0 if on_demo else default_workers()
+        args.workers = 0 if args.data == demo_shapes.SHAPES else default_workers()
 
     context = distributed.setup(args.device, args.gpu)
     if context.data_parallel:

@@ -29,6 +29,7 @@ from utils.data.gpu_decoding import check_decoder, reading_of
 from utils.data.loading import Reading, replaced_lines, training_batches, validation_batches
 from utils.data.sampler import SeededBatches, check_batch, mix_seed
 from utils.options.classification import OF_BLOCKS, OF_TRAINING, build_parser
+from utils.options.common import NEVER_TAKEN, OF_ONE_START, saved_recipe
 from utils.options.parser import refuse_idle, run_script
 from utils.recipes.classification import PAPER, RECIPES, Recipe
 from utils.recipes.schedules import UNUSED
@@ -55,18 +56,6 @@ RECIPE = Recipe(  # the paper's, for ResNets
     lr_decay=0.1,
 )
 DEMO = {"arch": "eca_resnet18", **demo_digits.DIGITS_RECIPE}
-
-# Flags of one start of the program; the others are the run's own and come back with --resume.
-OF_ONE_START = (
-    "resume",
-    "evaluate",
-    "fast",
-    "pretrained",
-    "output",
-    "start_epoch",
-    "device",
-    "gpu",
-)
 
 
 def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
@@ -97,9 +86,10 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
                 args.num_classes,
             )
         if checkpoint.is_run(saved):
-            parser.set_defaults(**saved["args"])
+            source = str(args.resume or args.pretrained)
+            parser.set_defaults(**parser.take_saved(saved["args"], NEVER_TAKEN, source))
             args = parser.parse_args()
-            recipe = Recipe.from_dict(saved["recipe"])
+            recipe = saved_recipe(parser, Recipe, saved["recipe"], source)
         else:
             recipe = recipe.override(**{k: saved.get(k) for k in ("img_size", "crop_pct")})
     recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
@@ -130,7 +120,7 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
     if args.data is None:
         raise UserError(f"no DATA given: a folder with train/ and val/, or {demo_digits.DIGITS}")
     if args.workers is None:  # a demo's images are so small that processes would cost more
-        args.workers = 0 if on_demo else default_workers()
+        args.workers = 0 if args.data.startswith(demo_digits.PREFIX) else default_workers()
 
     needs = Memory(
         f"-b {recipe.batch_size}",

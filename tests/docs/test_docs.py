@@ -24,6 +24,7 @@ from helpers.documents import (
     stop_at,
     within,
 )
+from helpers.tiny_runs import RUN
 from PIL import Image
 
 import detect_main
@@ -151,12 +152,13 @@ def test_readme_s_commands_are_understood(workspace, monkeypatch):
     for name, network in networks.items():
         write_shapes_of(network, workspace / f"{name}.pth")
     recipe = main.RECIPE.override(**main.DEMO).as_dict()
-    state = dict.fromkeys(checkpoint.RUN) | {
+    run_fields = {name: RUN[name] for name in checkpoint.RUN}
+    state = run_fields | {
         "recipe": recipe,
         "args": {"data": "demo:digits"},
         "img_size": 32,
         "crop_pct": 1.0,
-        "progress": {"epoch": 8, "step": 0},
+        "progress": {**RUN["progress"], "epoch": 8},
         "classes": list("0123456789"),
     }
     run = workspace / "runs" / "eca_resnet18_demo-1"

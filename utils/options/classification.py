@@ -7,6 +7,15 @@ from functools import partial
 
 from utils.data.decoding import DECODERS, ON_DEVICE, decoder_name
 from utils.data.transforms import AUTO_AUGMENTS
+from utils.options.common import (
+    add_data_flag,
+    add_fused,
+    add_resume,
+    add_run_flags,
+    add_sgd,
+    add_worker_timeout,
+    add_workers,
+)
 from utils.options.parser import (
     Parser,
     count,
@@ -53,16 +62,8 @@ def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> P
 
 
 def _data_flags(group, recipe: Recipe) -> None:
-    group.add_argument(
-        "data", metavar="DATA", nargs="?", help="data folder (when resuming: the run's own)"
-    )
-    group.add_argument(
-        "-j",
-        "--workers",
-        type=count,
-        metavar="N",
-        help="loader processes of each rank (default: 4, or what the machine has; demos: 0)",
-    )
+    add_data_flag(group)
+    add_workers(group, "demos")
     group.add_argument(
         "--img-size", type=positive_int, metavar="S", help=f"pixels (default: {recipe.img_size})"
     )
@@ -99,13 +100,7 @@ def _data_flags(group, recipe: Recipe) -> None:
         default=False,
         help="training: replace images that cannot be read, and list them at the end",
     )
-    group.add_argument(
-        "--worker-timeout",
-        type=non_negative_float,
-        default=600,
-        metavar="S",
-        help="seconds without a batch after which loader workers count as hung (default: 600)",
-    )
+    add_worker_timeout(group)
 
 
 def _network_flags(group, recipe: Recipe, networks: list[str]) -> None:
@@ -160,20 +155,7 @@ def _optimisation_flags(group, recipe: Recipe) -> None:
     group.add_argument(
         "--lr", "--learning-rate", type=positive_float, metavar="F", help=f"default: {recipe.lr}"
     )
-    group.add_argument(
-        "--momentum",
-        type=number(float, 0, 1, below=True),
-        metavar="F",
-        help=f"default: {recipe.momentum}",
-    )
-    group.add_argument(
-        "--wd",
-        "--weight-decay",
-        dest="weight_decay",
-        type=non_negative_float,
-        metavar="F",
-        help=f"default: {recipe.weight_decay}",
-    )
+    add_sgd(group, recipe)
     group.add_argument("--schedule", choices=SCHEDULES, help=f"default: {recipe.schedule}")
     group.add_argument(
         "--lr-step",
@@ -211,12 +193,7 @@ def _optimisation_flags(group, recipe: Recipe) -> None:
         default=False,
         help="torch.compile the network (default: no)",
     )
-    group.add_argument(
-        "--fused",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="run BatchNorm, ECA, addition and ReLU as one operation (default: yes)",
-    )
+    add_fused(group)
 
 
 def _modern_flags(group) -> None:
@@ -293,41 +270,6 @@ def _run_flags(group) -> None:
         action="store_true",
         help="with -e: BatchNorm folded, ECA's gate before the last convolution, --amp as weights",
     )
-    group.add_argument(
-        "--resume",
-        metavar="CKPT",
-        help="go on from this checkpoint with its run's own settings; auto: the newest good one "
-        "of --output or of the newest run",
-    )
-    group.add_argument(
-        "--output",
-        metavar="DIR",
-        help="run folder (default: runs/ARCH[_ACTION]-N, a new one); with -e a new folder for the "
-        "figures, but with -e --resume auto that of the run, and nothing is written",
-    )
-    group.add_argument("--action", metavar="TEXT", help="a word for the run folder's name")
-    group.add_argument(
-        "-p",
-        "--print-freq",
-        type=positive_int,
-        default=10,
-        metavar="N",
-        help="steps between two lines of progress (default: 10)",
-    )
-    group.add_argument(
-        "--save-every",
-        type=positive_int,
-        metavar="STEPS",
-        help="checkpoint inside the epoch, too (default: at its end)",
-    )
-    group.add_argument(
-        "--save-minutes", type=positive_float, metavar="M", help="the same, by the clock"
-    )
-    group.add_argument(
-        "--seed",
-        type=number(int, 0, 2**63 - 1),
-        metavar="N",
-        help="repeatable run: bit for bit on the CPU; on CUDA with deterministic kernels, slower",
-    )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--gpu", type=count, metavar="N", help="use this GPU alone")
+    add_resume(group)
+    words = "repeatable run: bit for bit on the CPU; on CUDA with deterministic kernels, slower"
+    add_run_flags(group, ("ARCH",), (number(int, 0, 2**63 - 1), words))

@@ -3,11 +3,19 @@
 import argparse
 from collections.abc import Iterable, Sequence
 
+from utils.options.common import (
+    add_data_flag,
+    add_fused,
+    add_resume,
+    add_run_flags,
+    add_sgd,
+    add_worker_timeout,
+    add_workers,
+)
 from utils.options.parser import (
     Parser,
     count,
     fraction,
-    non_negative_float,
     number,
     positive_float,
     positive_int,
@@ -59,9 +67,7 @@ def build_parser(
 
 
 def _data_flags(group, recipe: DetectionRecipe) -> None:
-    group.add_argument(
-        "data", metavar="DATA", nargs="?", help="data folder (when resuming: the run's own)"
-    )
+    add_data_flag(group)
     for part in ("train", "val"):
         group.add_argument(
             f"--{part}-images", metavar="DIR", help=f"in DATA, instead of {part}2017"
@@ -77,13 +83,7 @@ def _data_flags(group, recipe: DetectionRecipe) -> None:
         default=False,
         help="leave images without objects out of training (default: they train as background)",
     )
-    group.add_argument(
-        "-j",
-        "--workers",
-        type=count,
-        metavar="N",
-        help="loader processes of each rank (default: 4, or what the machine has; demo: 0)",
-    )
+    add_workers(group, "demo")
     group.add_argument(
         "--min-size",
         type=positive_int,
@@ -102,13 +102,7 @@ def _data_flags(group, recipe: DetectionRecipe) -> None:
         metavar="P",
         help=f"training: probability of a mirrored image (default: {recipe.hflip})",
     )
-    group.add_argument(
-        "--worker-timeout",
-        type=non_negative_float,
-        default=600,
-        metavar="S",
-        help="seconds without a batch after which loader workers count as hung (default: 600)",
-    )
+    add_worker_timeout(group)
 
 
 def _network_flags(
@@ -185,20 +179,7 @@ def _optimisation_flags(group, recipe: DetectionRecipe) -> None:
         metavar="F",
         help="default: auto, which is 0.01 for each 8 images of a batch",
     )
-    group.add_argument(
-        "--momentum",
-        type=number(float, 0, 1, below=True),
-        metavar="F",
-        help=f"default: {recipe.momentum}",
-    )
-    group.add_argument(
-        "--wd",
-        "--weight-decay",
-        dest="weight_decay",
-        type=non_negative_float,
-        metavar="F",
-        help=f"default: {recipe.weight_decay}",
-    )
+    add_sgd(group, recipe)
     group.add_argument(
         "--lr-steps",
         type=positive_int,
@@ -236,22 +217,12 @@ def _optimisation_flags(group, recipe: DetectionRecipe) -> None:
         action=argparse.BooleanOptionalAction,
         help="NHWC memory format (default: on the CPU, where it is several times quicker)",
     )
-    group.add_argument(
-        "--fused",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="run BatchNorm, ECA, addition and ReLU as one operation (default: yes)",
-    )
+    add_fused(group)
 
 
 def _run_flags(group) -> None:
     group.add_argument("-e", "--evaluate", action="store_true", help="evaluate only")
-    group.add_argument(
-        "--resume",
-        metavar="CKPT",
-        help="go on from this checkpoint with its run's own settings; auto: the newest good one "
-        "of --output or of the newest run",
-    )
+    add_resume(group)
     group.add_argument(
         "--results-json",
         metavar="FILE",
@@ -262,35 +233,5 @@ def _run_flags(group) -> None:
         metavar="FILE",
         help="with -e: draw detections beside the ground truth of some images",
     )
-    group.add_argument(
-        "--output",
-        metavar="DIR",
-        help="run folder (default: runs/ARCH_BACKBONE[_ACTION]-N, a new one); with -e a new folder "
-        "for the figures, but with -e --resume auto that of the run, and nothing is written",
-    )
-    group.add_argument("--action", metavar="TEXT", help="a word for the run folder's name")
-    group.add_argument(
-        "-p",
-        "--print-freq",
-        type=positive_int,
-        default=10,
-        metavar="N",
-        help="steps between two lines of progress (default: 10)",
-    )
-    group.add_argument(
-        "--save-every",
-        type=positive_int,
-        metavar="STEPS",
-        help="checkpoint inside the epoch, too (default: at its end)",
-    )
-    group.add_argument(
-        "--save-minutes", type=positive_float, metavar="M", help="the same, by the clock"
-    )
-    group.add_argument(
-        "--seed",
-        type=count,
-        metavar="N",
-        help="repeatable run: bit for bit on the CPU; on CUDA as far as its kernels allow",
-    )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--gpu", type=count, metavar="N", help="use this GPU alone")
+    words = "repeatable run: bit for bit on the CPU; on CUDA as far as its kernels allow"
+    add_run_flags(group, ("ARCH", "BACKBONE"), (count, words))

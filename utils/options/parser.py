@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from utils.system.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from utils.system.processes import end_children
-from utils.system.text import did_you_mean
+from utils.system.text import did_you_mean, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,8 +39,51 @@ class Parser(argparse.ArgumentParser):
             for name, value in changed.items()
         }
 
+    def take_saved(
+        self, values: Mapping[str, object], one_start: Collection[str], source: str
+    ) -> dict[str, object]:
+        """Returns those of a file's values that a run may carry, checked as flags are.
+
+        Args:
+            values: names of flags, or of a recipe's fields, and what the file holds for them.
+            one_start: names that no file may set.
+            source: the file, for messages.
+
+        Raises:
+            UserError: a value that the flag itself would refuse; names file, field and value.
+        """
+        known = {action.dest: action for action in self._actions if action.dest != "help"}
+        taken = {k: v for k, v in values.items() if k in known and k not in one_start}
+        for name, value in taken.items():
+            if value is not None and not _fits(known[name], value):
+                raise UserError(
+                    f"{printable(source)}: the saved {name.replace('_', '-')} "
+                    f"{printable(repr(value))[:60]} is not what --{name.replace('_', '-')} takes; "
+                    "give a checkpoint as the scripts write it"
+                )
+        return taken
+
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _fits(action: argparse.Action, value: object) -> bool:
+    """Whether a saved value is one that the flag would have given."""
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        return isinstance(value, bool)
+    if action.nargs == "+":
+        single = argparse.Action([], "", type=action.type, choices=action.choices)
+        return isinstance(value, list | tuple) and all(_fits(single, part) for part in value)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return False
+    if action.choices is not None and value not in action.choices:
+        return False
+    if action.type is None:
+        return isinstance(value, str)
+    try:
+        return action.type(str(value)) == value
+    except (argparse.ArgumentTypeError, ValueError):
+        return False
 
 
 def number(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from utils.runs import schema
 from utils.runs.safetensors_file import read_safetensors
 from utils.system.errors import UserError
 from utils.system.files import remove_leftovers, write_atomically
@@ -48,14 +49,17 @@ def load(path: str | Path) -> dict:
 
     Raises:
         CorruptCheckpointError: damaged or cut short.
-        UserError: no such file, not a checkpoint, or a pickle that wants to run code.
+        UserError: no such file, not a checkpoint, a pickle that wants to run code, or a field of
+            ours that is not of its type (see `utils.runs.schema`).
     """
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}; give the path of a checkpoint, such as runs/…/{BEST}")
     if path.suffix == ".safetensors":  # torch may read its tensors, and drops all the rest
-        return read_safetensors(path)
+        state = read_safetensors(path)
+        schema.check(state, path)
+        return state
     try:
         if zipfile.is_zipfile(path):
             if (damaged := _damaged_part(path)) is not None:
@@ -80,6 +84,8 @@ def load(path: str | Path) -> dict:
         raise CorruptCheckpointError(f"{path}: damaged, or not a checkpoint") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    if is_ours(state):
+        schema.check(state, path)
     return state
 
 

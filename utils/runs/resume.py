@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from utils.runs import checkpoint
+from utils.runs import checkpoint, checkpoint_info, schema
 from utils.runs import folder as run_folder
 from utils.system import distributed, output_checks
 from utils.system.errors import UserError
@@ -46,6 +46,7 @@ def read(
                 f"{resume}: holds weights, not a run of this program; start from them with "
                 f"--pretrained {resume}"
             )
+        schema.check_run(saved, resume if resume != AUTO else folder)
         if pretrained is not None and saved.get("pretrained", pretrained) != pretrained:
             raise UserError(
                 f"the run in {folder} began with {saved['pretrained'] or 'fresh weights'}: leave "
@@ -65,10 +66,12 @@ def read_detector(
         UserError: nothing to evaluate, another kind of checkpoint, or as in `find`.
     """
     saved, folder = _find_and_say(resume, name, output, evaluate, detector=True)
-    if saved is not None and not (checkpoint.is_ours(saved) and "backbone" in saved):
+    if saved is not None and not checkpoint_info.is_detector(saved):
         raise UserError(f"{resume}: no detector's checkpoint; give one of detect_main.py")
     if saved is not None and not evaluate and "recipe" not in saved:
         raise UserError(f"{resume}: holds weights, not a run; it can be evaluated with -e")
+    if saved is not None and not evaluate:
+        schema.check_run(saved, resume if resume != AUTO else folder)
     _check_output(output, folder, evaluate, resume)
     return saved, folder
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers.tiny_runs import tiny_run
 
 from utils.runs import checkpoint, resume
 from utils.runs import folder as run_folder
@@ -24,8 +25,7 @@ def write_run(name, when, **fields):
     path = run_folder.RUNS / name
     path.mkdir(parents=True)
     run_folder.write_json(path / "args.json", fields)
-    state = {"state_dict": {}, **dict.fromkeys(checkpoint.RUN), **fields}
-    checkpoint.save(path / "last.pth", {**state, "progress": {"epoch": 3}})
+    checkpoint.save(path / "last.pth", tiny_run(**fields))
     os.utime(path / "last.pth", (when, when))
     return path
 

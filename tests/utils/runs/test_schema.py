@@ -1,0 +1,171 @@
+"""A field of the wrong type, or out of range: one line with the file and the field."""
+
+import copy
+
+import pytest
+import torch
+from helpers.tiny_runs import RECIPE, ROW, RUN, tiny_run
+
+from utils.options.classification import build_parser
+from utils.options.common import NEVER_TAKEN, saved_recipe
+from utils.recipes.classification import Recipe
+from utils.runs import checkpoint, resume
+from utils.system.errors import UserError
+
+SPARSE = torch.eye(3).to_sparse()
+WRONG = {
+    "arch": (7, None),
+    "backbone": (7,),
+    "attention": (3, ["eca"]),
+    "ksize": (7, "3577", [3, "5"], [0], [True]),
+    "num_classes": ("3", 0, -1, 2.5, 2**40, True),
+    "model_kwargs": ([1], None, {"width_mult": torch.ones(1)}, {1: 2}),
+    "classes": ("abc", [1, 2], {"a": 1}),
+    "category_ids": ("12", [1.5]),
+    "img_size": ("32", 0, -32, 1.5, 2**40, [32]),
+    "crop_pct": ("0.8", 0, 2.0, -1, float("nan")),
+    "recipe": (None, [1], "paper", {1: 2}, {"lr": torch.ones(1)}),
+    "args": (None, [1], "x", {1: 2}, {"data": torch.ones(1)}),
+    "seed": (None, "1", -1, 1.5, 2**64),
+    "train_digest": (1, None),
+    "pretrained": (1, ["x"]),
+    "train_images": (None, "24", -1),
+    "environment": (None, "torch"),
+    "state_dict": (
+        [torch.ones(1)],
+        {"weight": 1.0},
+        {"weight": SPARSE},
+        {"weight": torch.ones(2, dtype=torch.complex64)},
+        {1: torch.ones(1)},
+    ),
+    "raw_state_dict": (None, {"weight": SPARSE}),
+    "averaged_steps": ("4", -1, 1.5),
+    "optimizer": (None, [], {"state": [], "param_groups": []}, {"param_groups": [1]}),
+    "scaler": (None, [], {"scale": "x"}),
+    "history": (None, {}, [1], [{"epoch": "0"}], [{"epoch": 0, "lr": "x"}]),
+}
+WRONG_PROGRESS = {
+    "epoch": ("1", -1, 1.5, None),
+    "step": ("1", -1, None),
+    "sums": (None, [0.0], SPARSE, torch.zeros(4)),
+    "best": (None, [], {"epoch": "0"}, {"val_top1": "x"}),
+    "broken": (None, 3, ["x"], [-1]),
+}
+CASES = [(name, {name: value}) for name, values in WRONG.items() for value in values]
+CASES += [
+    ("progress", {"progress": value})
+    for value in (
+        None,
+        [],
+        "x",
+        *(
+            {**RUN["progress"], name: value}
+            for name, values in WRONG_PROGRESS.items()
+            for value in values
+        ),
+    )
+]
+# What a run needs to go on, though each part that there is is right.
+LACKING = [
+    ("progress", {"progress": {"epoch": 1}}),
+    ("optimizer", {"optimizer": {"state": {}}}),
+    ("optimizer", {"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}}),
+    ("history", {"history": [{"lr": 0.1}]}),
+]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def read(contents):
+    checkpoint.save("last.pth", contents)
+    return resume.read("last.pth", None, None, None, False, None)
+
+
+def test_what_a_run_saves_is_read():
+    assert read(tiny_run())[0]["seed"] == 1
+    best = {**ROW, "summaries": {"bbox": {"figures": {"AP": 0.5}, "per_class": {"cat": -1.0}}}}
+    assert read(tiny_run(progress={**RUN["progress"], "best": best}))[0] is not None
+
+
+@pytest.mark.parametrize(("field", "changes"), [*CASES, *LACKING])
+def test_a_wrong_field_is_one_line(field, changes):
+    with pytest.raises(UserError) as caught:
+        read(tiny_run(**copy.deepcopy(changes)))
+    message = str(caught.value)
+    assert message.startswith(f"last.pth: the field {field} cannot be used (")
+    assert "\n" not in message
+
+
+def parser():
+    recipe = Recipe(**RECIPE)
+    return build_parser(recipe, ["mobilenetv2", "eca_resnet18"], "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("print_freq", 0),
+        ("print_freq", "x"),
+        ("print_freq", True),
+        ("save_every", -1),
+        ("save_minutes", [1]),
+        ("amp", "fp8"),
+        ("fused", "yes"),
+        ("decoder", "evil"),
+        ("data", 3),
+        ("action", 1.5),
+        ("lr", -1.0),
+        ("lr", float("nan")),
+        ("epochs", 2.5),
+        ("seed", 2**64),
+        ("schedule", "none"),
+        ("recipe", "mine"),
+        ("arch", "resnet19"),
+        ("worker_timeout", "soon"),
+    ],
+)
+def test_saved_flags_are_checked_as_flags_are(name, value):
+    with pytest.raises(UserError, match=rf"c.pth: the saved {name.replace('_', '-')} "):
+        parser().take_saved({name: value}, NEVER_TAKEN, "c.pth")
+
+
+def test_a_file_sets_no_flag_of_one_start():
+    values = {
+        "data": "tree",
+        "lr": 0.5,
+        "img_size": None,
+        "output": "/elsewhere",
+        "evaluate": True,
+        "device": "cuda:9",
+        "gpu": 9,
+        "resume": "x",
+        "pretrained": "x",
+        "workers": 10**6,
+        "start_epoch": 5,
+        "help": "x",
+        "no_flag": 1,
+    }
+    taken = parser().take_saved(values, NEVER_TAKEN, "c.pth")
+    assert taken == {"data": "tree", "lr": 0.5, "img_size": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": None}, "the saved recipe lacks epochs"),
+        ({"lr": "fast"}, "the saved lr 'fast' is not what --lr takes"),
+        ({"batch_size": 0}, "the saved batch-size 0 is not what --batch-size takes"),
+        ({"mixup": -1.0}, "the saved mixup -1.0 is not what"),
+        ({"sync_bn": "no"}, "the saved sync-bn 'no' is not what"),
+    ],
+)
+def test_a_saved_recipe_is_checked_as_flags_are(changes, message):
+    assert saved_recipe(parser(), Recipe, RECIPE, "c.pth") == Recipe(**RECIPE)
+    with pytest.raises(UserError, match=message):
+        saved_recipe(parser(), Recipe, {**RECIPE, **changes}, "c.pth")
+    without = {name: value for name, value in RECIPE.items() if name != "epochs"}
+    with pytest.raises(UserError, match="lacks epochs"):
+        saved_recipe(parser(), Recipe, without, "c.pth")
