@@ -61,7 +61,7 @@ _INERT = {
     "types.SimpleNamespace": Settings,
     "numpy.dtype": Unread,
     "numpy.ndarray": Unread,
-    **{f"numpy.dtypes.{kind}DType": Unread for kind in _KINDS.split()},
+    **{f"numpy.dtypes.{kind}DType": Unread for kind in _KINDS},
     **dict.fromkeys(_SCALARS + _ARRAYS, _unread),
     **{
         f"pathlib.{module}{name}": _path
