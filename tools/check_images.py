@@ -32,9 +32,10 @@ CHUNK = 16  # files that a process takes at a time
 def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
     """All files with an image's ending below `root`, sorted, and how many others there are.
 
-    Hidden (.name) files and folders, and those of systems, are passed over, as in training. A folder to which several
-    links lead is read once, so links that lead in a circle end. Images in tar shards come first,
-    where `root`, or its train/ or val/, holds such shards as main.py would read.
+    Hidden (.name) files and folders, and those of systems, are passed over, as in training. A
+    folder to which several links lead is read once, so links that lead in a circle end. Images in
+    tar shards come first, where `root`, or its train/ or val/, holds such shards as main.py would
+    read.
 
     Raises:
         UserError: no such folder, or one that cannot be listed; shards that are damaged.

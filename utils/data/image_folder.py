@@ -160,9 +160,7 @@ def describe(folder: ImageFolder, title: str) -> list[str]:
     present = len(folder.classes) - len(folder.empty_classes())
     lines = [f"{title}: {len(folder):,} images in {present} classes ({folder.where})"]
     if len(folder.classes) == 1:
-        lines.append(
-            "  ! one class alone: there is nothing to tell apart, and top-1 is always 100 %"
-        )
+        lines.append("  ! one class alone: nothing to tell apart, and top-1 is always 100 %")
     if empty := folder.empty_classes():
         lines.append(f"  ! no {title} image for {count_names(empty)}")
     if folder.ignored:

@@ -205,9 +205,7 @@ def test_another_name_of_val_is_named_in_the_refusal(tmp_path, there):
 
 def test_classes_that_differ_in_case_only_are_named(tmp_path):
     make(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/Cat/1.jpg", "val/dog/1.jpg")
-    with pytest.raises(
-        UserError, match=r"1 class \(Cat\) .*\(Cat is cat there: only the case differs"
-    ):
+    with pytest.raises(UserError, match=r"\(Cat\) .*\(Cat is cat there: only the case differs"):
         open_split(str(tmp_path))
     make(tmp_path, "both/Cat/1.jpg", "both/cat/1.jpg")
     assert "! 2 classes (Cat, cat) differ in case only" in said(tmp_path / "both")
