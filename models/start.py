@@ -37,9 +37,8 @@ def first_network(
             weights, where they have any that the network could take.
         num_classes: None for as many as there are names; never fewer.
         attention: None for what the name says.
-        pretrained: a file of one of the three kinds in `models.weights`, whose last layer is left
-            out where it is for other classes, and whose attention is new where it is a plain
-            network's.
+        pretrained: a file of one of the three kinds in `models.weights`. The last layer is new
+            where it has other classes, and attention where it has none.
         file: its name, for messages.
         names: of the classes; None where they are not known yet.
         identity_start: the new ECA layers begin with a gate of 1, see `start_as_identity`.
@@ -78,13 +77,17 @@ def first_network(
         raise ValueError(f"{file}: {error}") from None
     notes += renamed
     if identity_start:
-        if attention_parameters(network).keys() & tensors.keys():
-            raise ValueError(
-                f"{file}: holds trained attention kernels, which --identity-start would delete: "
-                "leave it out"
-            )
+        _refuse_trained(network, tensors, file)
         notes.append(start_as_identity(network))
     return network, [f"pretrained: {file}", *(f"  {note}" for note in notes)]
+
+
+def _refuse_trained(network: nn.Module, tensors: Mapping[str, Any], file: str) -> None:
+    if attention_parameters(network).keys() & tensors.keys():
+        raise ValueError(
+            f"{file}: holds trained attention kernels, which --identity-start would delete: "
+            "leave it out"
+        )
 
 
 def start_as_identity(network: nn.Module) -> str:

@@ -152,12 +152,9 @@ def load_weights(
     Args:
         network: one of ours, unwrapped. On `meta` it takes the tensors themselves.
         state_dict: its weights, with wrappers' prefixes or without.
-        replace_head: where the weights have another number of classes, or no last layer, leave the
-            last layer as it is initialised and load the rest.
-        other_classes: with `replace_head`, leave it even where the number is the same: the weights
-            are known to be for classes of other names.
-        add_attention: where the weights are a plain network's, leave the attention layers as they
-            are initialised.
+        replace_head: leave the last layer as it is where the weights have other classes, or none.
+        other_classes: with `replace_head`, leave it even where only the classes' names differ.
+        add_attention: leave the attention layers as they are where the weights have none.
 
     Returns:
         What was done, one sentence each.
@@ -169,9 +166,9 @@ def load_weights(
     own = network.state_dict()
     head = (f"{network.head}.weight", f"{network.head}.bias")
     classes = weights[head[0]].shape[0] if head[0] in weights else network.num_classes
-    headless = replace_head and not weights.keys() & set(head)
+    headless = not weights.keys() & set(head)
     fresh = {}
-    if headless or (replace_head and (other_classes or classes != network.num_classes)):
+    if replace_head and (headless or other_classes or classes != network.num_classes):
         fresh = {name: own[name] for name in head}
     attention = {}
     if add_attention and _read_attention(weights) == "none":
@@ -194,10 +191,8 @@ def load_weights(
     notes = [f"Loaded {len(weights) - len(fresh)} tensors into {network.arch}."]
     if weights.keys() - state_dict.keys():
         notes.append("Took the wrappers' prefixes off their names.")
-    if attention:
-        what = "kernels" if network.ksize else "parameters"
-        notes.append(f"The weights have no attention: {len(attention)} attention {what} are new.")
-    if headless:
+    notes += [_new_attention(len(attention), network)] if attention else []
+    if headless and fresh:
         notes.append(f"Left {network.head} as initialised: the weights have no last layer.")
     elif head[0] in fresh:
         why = f"the weights have {classes} classes, the network {network.num_classes}"
@@ -205,6 +200,11 @@ def load_weights(
             why = f"the weights' {classes} classes have other names"
         notes.append(f"Left {network.head} as initialised: {why}.")
     return notes
+
+
+def _new_attention(count: int, network: nn.Module) -> str:
+    what = "kernels" if network.ksize else "parameters"
+    return f"The weights have no attention: {count} attention {what} are new."
 
 
 def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> nn.Module:
