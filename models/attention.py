@@ -111,6 +111,16 @@ ATTENTIONS: dict[str, Attention | None] = {
 }
 
 
+def attention_parameters(network: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a network's attention layers, by their names in its state dict."""
+    return {
+        f"{name}.{parameter}": value
+        for name, module in network.named_modules()
+        if isinstance(module, ECALayer | _Gate)
+        for parameter, value in module.state_dict().items()
+    }
+
+
 def find_attention(name: str) -> Attention | None:
     """The entry of `ATTENTIONS`; a ValueError with the nearest names for an unknown one."""
     if name not in ATTENTIONS:

@@ -7,13 +7,16 @@ import torch
 from torch import nn
 
 from . import MODELS, create_model
+from .attention import attention_parameters
 from .construction import Ksize
+from .eca_module import ECALayer
 from .weights import (
     describe_network,
     describe_weights,
     find_state_dict,
     load_weights,
     read_ksize,
+    read_state_dict,
 )
 
 
@@ -25,6 +28,7 @@ def first_network(
     pretrained: Mapping[str, Any] | None = None,
     file: str = "",
     names: Sequence[str] | None = None,
+    identity_start: bool = False,
 ) -> tuple[nn.Module, list[str]]:
     """The network of a new run. On `meta` it costs nothing, and finds all that does not fit.
 
@@ -33,10 +37,11 @@ def first_network(
             weights, where they have any that the network could take.
         num_classes: None for as many as there are names; never fewer.
         attention: None for what the name says.
-        pretrained: a file of one of the three kinds in `models.weights`, whose last layer is left
-            out where it is for other classes.
+        pretrained: a file of one of the three kinds in `models.weights`. The last layer is new
+            where it has other classes, and attention where it has none.
         file: its name, for messages.
         names: of the classes; None where they are not known yet.
+        identity_start: the new ECA layers begin with a gate of 1, see `start_as_identity`.
 
     Returns:
         The network and what was done with the weights, one line each.
@@ -51,9 +56,10 @@ def first_network(
         )
     num_classes = num_classes or len(names or range(1000))
     if pretrained is None:
-        return _create(arch, ksize, attention, num_classes), []
+        network = _create(arch, ksize, attention, num_classes)
+        return network, [start_as_identity(network)] if identity_start else []
     try:
-        tensors = find_state_dict(pretrained)
+        tensors, renamed = read_state_dict(pretrained)
         if ksize is None:
             with torch.device("meta"):
                 network = _create(arch, None, attention, num_classes)
@@ -66,10 +72,56 @@ def first_network(
     known = pretrained.get("classes") if "format" in pretrained else None
     others = None not in (known, names) and list(known) != list(names)
     try:
-        notes = load_weights(network, tensors, replace_head=True, other_classes=others)
+        notes = load_weights(network, tensors, True, others, add_attention=True)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    notes += renamed
+    if identity_start:
+        _refuse_trained(network, tensors, file)
+        notes.append(start_as_identity(network))
     return network, [f"pretrained: {file}", *(f"  {note}" for note in notes)]
+
+
+def _refuse_trained(network: nn.Module, tensors: Mapping[str, Any], file: str) -> None:
+    if attention_parameters(network).keys() & tensors.keys():
+        raise ValueError(
+            f"{file}: holds trained attention kernels, which --identity-start would delete: "
+            "leave it out"
+        )
+
+
+def start_as_identity(network: nn.Module) -> str:
+    """Makes a network with ECA compute exactly what it computes without ECA, until it is trained.
+
+    A sigmoid is nowhere 1. With a kernel of zeros it is 1/2 everywhere, so the BatchNorm before it,
+    the last thing that the gate multiplies, gets twice its weight and bias: x · 2 · 1/2, exact in
+    floating point. Nothing else changes: the formula, the names and the checkpoint are as ever, and
+    the kernel has its usual gradient.
+
+    Returns:
+        What was done, one sentence.
+
+    Raises:
+        ValueError: the attention is not ECA, whose kernels alone are known to do this.
+    """
+    if network.attention != "eca":
+        raise ValueError(
+            f"--identity-start is for eca, and {network.arch}'s attention is {network.attention}: "
+            "leave it out"
+        )
+    count = 0
+    with torch.no_grad():
+        for module in network.modules():
+            norm = None
+            for child in module.children():
+                if isinstance(child, nn.BatchNorm2d):
+                    norm = child
+                elif isinstance(child, ECALayer):
+                    child.conv.weight.zero_()
+                    norm.weight.mul_(2)
+                    norm.bias.mul_(2)
+                    count += 1
+    return f"{count} ECA layers begin without effect: kernel 0, the BatchNorm before it doubled."
 
 
 def refuse_another(

@@ -4,7 +4,8 @@ Three kinds of file are understood, as `torch.load(..., weights_only=True)` retu
   ours      a dict with "format", the fields of `describe_network`, and "state_dict";
   released  the authors' {"epoch", "arch", "state_dict", "best_prec1", "optimizer"}, whose names
             begin with `module.` and whose "arch" can be wrong, so shapes alone are believed;
-  bare      a state dict by itself, as torchvision gives it.
+  bare      a state dict by itself, as torchvision gives it, or as other programs wrap and name it,
+            see `foreign_weights`.
 Every fault is a ValueError of one line.
 """
 
@@ -15,8 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import create_model
+from .attention import attention_parameters
 from .eca_mobilenetv2 import LAST, STAGE_OF_BLOCK, STAGES, STEM, shorten_ksize
 from .eca_resnet import DEPTHS, Bottleneck
+from .foreign_weights import find_weights, plain_names
 
 FORMAT = 1  # of our checkpoints; a file with a higher number is from a newer version
 
@@ -43,10 +46,24 @@ def strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_state_dict(checkpoint: Any) -> dict[str, Tensor]:
-    """The weights in a file of any of the three kinds, under unwrapped names."""
-    state_dict = checkpoint
-    if isinstance(checkpoint, Mapping) and "state_dict" in checkpoint:
-        state_dict = checkpoint["state_dict"]
+    """The weights in a file of any of the three kinds, under this project's names."""
+    return read_state_dict(checkpoint)[0]
+
+
+def read_state_dict(checkpoint: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights in a file of any of the three kinds, under this project's names.
+
+    Returns:
+        The weights, and what was done to find and name them: one sentence, or none.
+
+    Raises:
+        ValueError: one line, for what holds no weights.
+    """
+    done: list[str] = []
+    ours = isinstance(checkpoint, Mapping) and "format" in checkpoint
+    state_dict = checkpoint.get("state_dict") if ours else None
+    if not ours:
+        state_dict, done = find_weights(checkpoint)
     if not isinstance(state_dict, Mapping) or not state_dict:
         raise ValueError(f"no weights here: a state dict is wanted, not {_kind(checkpoint)}")
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state_dict.items()):
@@ -54,7 +71,11 @@ def find_state_dict(checkpoint: Any) -> dict[str, Tensor]:
             f"no weights here: a dict of tensors, or one under 'state_dict', is wanted,"
             f" not {_kind(checkpoint)}"
         )
-    return strip_prefixes(state_dict)
+    weights = strip_prefixes(state_dict)
+    if not ours:
+        weights, renamed = plain_names(weights)
+        done += renamed
+    return weights, ["Of another program's names: " + "; ".join(done) + "."] if done else []
 
 
 def read_ksize(state_dict: StateDict) -> tuple[int, ...] | None:
@@ -124,16 +145,16 @@ def load_weights(
     state_dict: StateDict,
     replace_head: bool = False,
     other_classes: bool = False,
+    add_attention: bool = False,
 ) -> list[str]:
     """Copies weights into `network`, all or nothing.
 
     Args:
         network: one of ours, unwrapped. On `meta` it takes the tensors themselves.
         state_dict: its weights, with wrappers' prefixes or without.
-        replace_head: where the weights have another number of classes, leave the last layer as it
-            is initialised and load the rest.
-        other_classes: with `replace_head`, leave it even where the number is the same: the weights
-            are known to be for classes of other names.
+        replace_head: leave the last layer as it is where the weights have other classes, or none.
+        other_classes: with `replace_head`, leave it even where only the classes' names differ.
+        add_attention: leave the attention layers as they are where the weights have none.
 
     Returns:
         What was done, one sentence each.
@@ -145,10 +166,15 @@ def load_weights(
     own = network.state_dict()
     head = (f"{network.head}.weight", f"{network.head}.bias")
     classes = weights[head[0]].shape[0] if head[0] in weights else network.num_classes
+    headless = not weights.keys() & set(head)
     fresh = {}
-    if replace_head and (other_classes or classes != network.num_classes):
+    if replace_head and (headless or other_classes or classes != network.num_classes):
         fresh = {name: own[name] for name in head}
-        weights |= fresh
+    attention = {}
+    if add_attention and _read_attention(weights) == "none":
+        attention = attention_parameters(network)
+        fresh |= {name: own[name] for name in attention.keys() - weights.keys()}
+    weights |= fresh
 
     faults = _misfits(own, weights)
     if any(faults.values()):
@@ -165,12 +191,20 @@ def load_weights(
     notes = [f"Loaded {len(weights) - len(fresh)} tensors into {network.arch}."]
     if weights.keys() - state_dict.keys():
         notes.append("Took the wrappers' prefixes off their names.")
-    if fresh:
+    notes += [_new_attention(len(attention), network)] if attention else []
+    if headless and fresh:
+        notes.append(f"Left {network.head} as initialised: the weights have no last layer.")
+    elif head[0] in fresh:
         why = f"the weights have {classes} classes, the network {network.num_classes}"
         if classes == network.num_classes:
             why = f"the weights' {classes} classes have other names"
         notes.append(f"Left {network.head} as initialised: {why}.")
     return notes
+
+
+def _new_attention(count: int, network: nn.Module) -> str:
+    what = "kernels" if network.ksize else "parameters"
+    return f"The weights have no attention: {count} attention {what} are new."
 
 
 def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> nn.Module:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from utils.data import remote_files, shard_folder
 from utils.data.decoding import DECODERS, EXTENSIONS, BrokenImageError, decoder_name, read_image
+from utils.data.image_folder import is_passed_over
 from utils.data.shard_folder import Member
 from utils.options.parser import Parser, positive_int, run_script
 from utils.system.errors import EXIT_FAILED, UserError
@@ -31,9 +32,10 @@ CHUNK = 16  # files that a process takes at a time
 def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
     """All files with an image's ending below `root`, sorted, and how many others there are.
 
-    Hidden (.name) files and folders are passed over, as in training. A folder to which several
-    links lead is read once, so links that lead in a circle end. Images in tar shards come first,
-    where `root`, or its train/ or val/, holds such shards as main.py would read.
+    Hidden (.name) files and folders, and those of systems, are passed over, as in training. A
+    folder to which several links lead is read once, so links that lead in a circle end. Images in
+    tar shards come first, where `root`, or its train/ or val/, holds such shards as main.py would
+    read.
 
     Raises:
         UserError: no such folder, or one that cannot be listed; shards that are damaged.
@@ -58,7 +60,7 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
         inside, folders[:] = sorted(folders), []
         for name in inside:
             target = os.path.realpath(os.path.join(folder, name))
-            if not name.startswith(b".") and target not in seen:
+            if not is_passed_over(os.fsdecode(name)) and target not in seen:
                 seen.add(target)
                 folders.append(name)
         for name in files:
@@ -91,7 +93,7 @@ def write_csv(file, broken: Iterable[BrokenImageError]) -> None:
 
 
 def main() -> int:
-    parser = Parser(prog="check_data", description=__doc__)
+    parser = Parser(prog="check_images", description=__doc__)
     parser.add_argument("data", metavar="DATA", help="a folder; every image below it is read")
     parser.add_argument("--output", metavar="FILE", help="write the CSV here (a new file)")
     parser.add_argument(

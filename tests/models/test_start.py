@@ -48,7 +48,8 @@ def test_kernel_sizes_are_the_weights_unless_others_are_given():
         ("eca_mobilenetv2", "eca_resnet18"),
         ("eca_resnet18", "eca_mobilenetv2"),
         ("mobilenetv2", "eca_mobilenetv2"),
-        ("eca_resnet18", "resnet18"),
+        ("eca_resnet18", "se_resnet18"),
+        ("eca_resnet18", "resnet34"),
     ],
 )
 def test_weights_of_another_network_are_named_and_nothing_else(arch, weights):

@@ -3,7 +3,8 @@
 Every reader of user images (training, evaluation, prediction, the data check) goes through
 `read_image`, so that odd files look the same to all of them:
 
-- 16-bit grey is scaled to 8 bits (Pillow's own conversion would saturate it);
+- grey of more than 8 bits, and of floats, is scaled to 8 bits by its values, see `_grey_in_8_bits`
+  (Pillow's own conversion would saturate it);
 - CMYK, grey, palette and alpha become RGB, transparent parts on white;
 - of an animation the first frame counts;
 - the EXIF orientation is applied.
@@ -34,7 +35,8 @@ except ImportError:  # announced for a torchvision after 0.29: Pillow reads ever
     decode_jpeg = None
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision")
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+JPEGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi")
+EXTENSIONS = (*JPEGS, ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 DECODERS = ("torchvision", "simplejpeg", "pil")
 ON_DEVICE = "cuda"  # main.py's fourth: the run's GPU decodes, see utils/data/gpu_decoding.py
 EXIF = b"Exif\0\0"  # what follows may turn the picture
@@ -187,15 +189,40 @@ def _pil_rgb(data: bytes) -> Image.Image:
             )
         image.load()
         image = ImageOps.exif_transpose(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        image = Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_grey_in_8_bits(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(canvas, image)
     return image.convert("RGB")
+
+
+def _grey_in_8_bits(values: np.ndarray) -> np.ndarray:
+    """Scales grey values of 16 or 32 bits, integers or floats, to uint8 of the same shape (H, W).
+
+    Few files say what white is, so the largest value decides:
+
+    - floats up to 1: 1 is white;
+    - up to 255: the values are those of 8 bits already;
+    - up to 65535: those of 16 bits, whose upper 8 bits stay. (Values of 10 or 12 bits in files of
+      16 are taken for these, and come out as dark as they are in any viewer.)
+
+    Raises:
+        ValueError: values whose white cannot be known: negative, above 65535, not finite, or
+            floats that end between 1 and 2.
+    """
+    remedy = "white cannot be known: save the image with 8 bits"
+    lowest, highest = values.min().item(), values.max().item()
+    if not (lowest >= 0 and highest <= 65535):  # so written, NaN is refused too
+        raise ValueError(f"grey values from {lowest:g} to {highest:g}; {remedy}")
+    if values.dtype.kind == "f":
+        if 1 < highest < 2:
+            raise ValueError(f"grey values up to {highest:g}, a little more than 1; {remedy}")
+        values = (255 * values if highest <= 1 else values).round()
+    if highest <= 255:
+        return values.astype(np.uint8)
+    return (values.astype(np.uint16) >> 8).astype(np.uint8)
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:

@@ -17,6 +17,27 @@ from utils.data.decoding import EXTENSIONS
 from utils.system.errors import UserError
 from utils.system.text import did_you_mean, printable
 
+# What systems put beside and into folders of images: archivers, storage boxes, file systems.
+SYSTEM_FOLDERS = {
+    "__macosx",
+    "@eadir",
+    "@tmp",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "lost+found",
+    "system volume information",
+}
+OTHER_NAMES = {  # of the folders of DATA, as other programs have them
+    "train": ("training", "train_images"),
+    "val": ("validation", "valid", "test", "testing", "dev", "eval", "val_images"),
+}
+
+
+def is_passed_over(name: str) -> bool:
+    """Whether a file or folder of this name is no part of the data: hidden, or a system's own."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
 
 @dataclass(frozen=True)
 class ImageFolder:
@@ -31,7 +52,7 @@ class ImageFolder:
     paths: np.ndarray  # (n,) bytes, relative to root
     labels: np.ndarray  # (n,) int64 index into classes
     ignored: dict[str, int] = field(default_factory=dict)  # extension → files passed over
-    hidden: int = 0  # files and folders whose name begins with a dot
+    hidden: int = 0  # files and folders that `is_passed_over`
     notes: tuple[str, ...] = ()  # what else a user should know
 
     def __len__(self) -> int:
@@ -62,11 +83,12 @@ def list_classes(root: str) -> list[str]:
     if not os.path.isdir(root):
         parent = os.path.dirname(os.path.abspath(root))
         siblings = os.listdir(parent) if os.path.isdir(parent) else []
-        hint = did_you_mean(os.path.basename(os.path.normpath(root)), siblings)
+        name = os.path.basename(os.path.normpath(root))
+        hint = _by_another_name(name, parent) or did_you_mean(name, siblings)
         layout = "; DATA holds train/ and val/, each with one folder per class"
         raise UserError(f"{printable(root)}: no such folder{hint or layout}")
     with _scandir(root) as entries:
-        names = sorted(e.name for e in entries if _is_folder(e) and not e.name.startswith("."))
+        names = sorted(e.name for e in entries if _is_folder(e) and not is_passed_over(e.name))
     if not names:
         raise UserError(f"{printable(root)}: holds no class folders; put one folder per class in")
     return names
@@ -87,15 +109,19 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
     classes = list(found if classes is None else classes)
     unknown = sorted(set(found) - set(classes))
     if unknown:
+        known = {name.lower(): name for name in classes}
+        cases = [f"{n} is {known[n.lower()]} there" for n in unknown if n.lower() in known]
+        but = f" ({printable(', '.join(cases[:5]))}: only the case differs)" if cases else ""
         raise UserError(
             f"{printable(root)}: {count_names(unknown)} not among the {len(classes)} known "
-            "classes; rename or move these folders (labels go by folder name)"
+            f"classes{but}; rename or move these folders (labels go by folder name)"
         )
     label_of = {name: label for label, name in enumerate(classes)}
     paths: list[bytes] = []
     labels: list[int] = []
     ignored: Counter[str] = Counter()
-    hidden = sum(name.startswith(".") for name in os.listdir(root))
+    beside = os.listdir(root)
+    hidden = sum(map(is_passed_over, beside))
     for name in found:
         before = len(paths)
         hidden += _collect(root, name, paths, ignored, (os.path.realpath(root),))
@@ -114,6 +140,7 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
         labels=np.array(labels, dtype=np.int64),
         ignored=dict(ignored),
         hidden=hidden,
+        notes=tuple(_notes(root, found, beside)),
     )
 
 
@@ -132,13 +159,53 @@ def describe(folder: ImageFolder, title: str) -> list[str]:
     """Lines for the report at the start of a run: counts, and whatever a user should look at."""
     present = len(folder.classes) - len(folder.empty_classes())
     lines = [f"{title}: {len(folder):,} images in {present} classes ({folder.where})"]
+    if len(folder.classes) == 1:
+        lines.append("  ! one class alone: nothing to tell apart, and top-1 is always 100 %")
     if empty := folder.empty_classes():
         lines.append(f"  ! no {title} image for {count_names(empty)}")
     if folder.ignored:
         lines.append(f"  ! passed over: {_counts(folder.ignored)}")
     if folder.hidden:
-        lines.append(f"  ! passed over: {folder.hidden} hidden (.name) entries")
+        lines.append(f"  ! passed over: {folder.hidden} hidden (.name) or system entries")
     return lines + [f"  ! {note}" for note in folder.notes]
+
+
+def _by_another_name(name: str, parent: str) -> str:
+    """What to do where `name` is missing and a folder that can only be meant stands beside it."""
+    if not os.path.isdir(parent):
+        return ""
+    folders = sorted(n for n in os.listdir(parent) if os.path.isdir(os.path.join(parent, n)))
+    cases = [n for n in folders if n.lower() == name.lower()]
+    others = [n for n in folders if n.lower() in OTHER_NAMES.get(name, ())]
+    if not cases + others:
+        return ""
+    found = (cases + others)[0]
+    why = ", which differs in case" if cases else ""
+    return f"; there is {printable(found)}{why}: rename it to {name}, or make a link of that name"
+
+
+def _notes(root: str, found: Sequence[str], beside: Sequence[str]) -> list[str]:
+    """What a user should look at in a folder whose class folders are `found`."""
+    notes = []
+    stray = [name for name in beside if name not in found and name.lower().endswith(EXTENSIONS)]
+    if stray := [name for name in stray if not is_passed_over(name)]:
+        notes.append(
+            f"passed over: {len(stray)} image{'s' * (len(stray) > 1)} directly in "
+            f"{printable(root)} ({printable(sorted(stray)[0])}), in no class folder"
+        )
+    lower = Counter(name.lower() for name in found)
+    if twins := [name for name in found if lower[name.lower()] > 1]:
+        notes.append(f"{count_names(twins)} differ in case only, and are different classes here")
+    if len(found) == 1:
+        with _scandir(os.path.join(root, found[0])) as entries:
+            inner = sorted(e.name for e in entries if _is_folder(e) and not is_passed_over(e.name))
+        if inner:
+            where = printable(os.path.join(root, found[0]))
+            notes.append(
+                f"the folders in {where} look like classes: {count_names(inner)}; move them up, "
+                f"into {printable(root)}"
+            )
+    return notes
 
 
 def _scandir(path: str):
@@ -175,7 +242,7 @@ def _collect(
     with _scandir(os.path.join(root, folder)) as entries:
         for entry in entries:
             relative = os.path.join(folder, entry.name)
-            if entry.name.startswith("."):
+            if is_passed_over(entry.name):
                 hidden += 1
             elif _is_folder(entry):
                 hidden += _collect(root, relative, paths, ignored, (*above, here))

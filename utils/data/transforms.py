@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from utils.data.long_images import is_long, resized_center_crop
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -61,11 +63,30 @@ def train_transform(
     return v2.Compose(steps)
 
 
+class ShorterSide(v2.Resize):
+    """Resizes the shorter side to `size`; of a long image the part that the crop keeps.
+
+    Args:
+        size: of the shorter side, pixels.
+        crop: C; what follows keeps the central C x C.
+    """
+
+    def __init__(self, size: int, crop: int):
+        super().__init__(size, antialias=True)
+        self.crop = crop
+
+    def transform(self, image: torch.Tensor | Image.Image, params: dict):
+        height, width = v2.functional.get_size(image)
+        (size,) = self.size
+        if not is_long(height, width) or size < self.crop:
+            return super().transform(image, params)
+        longer = int(size * max(height, width) / min(height, width))
+        resized = (size, longer) if height < width else (longer, size)
+        if not isinstance(image, torch.Tensor):
+            return resized_center_crop(image, resized, self.crop)
+        return resized_center_crop(image.cpu(), resized, self.crop).to(image.device)
+
+
 def eval_transform(img_size: int, crop_pct: float) -> v2.Compose:
     """Shorter side to S / crop_pct, then the central S x S (0.875: 256 and 224)."""
-    return v2.Compose(
-        [
-            v2.Resize(round(img_size / crop_pct), antialias=True),
-            v2.CenterCrop(img_size),
-        ]
-    )
+    return v2.Compose([ShorterSide(round(img_size / crop_pct), img_size), v2.CenterCrop(img_size)])

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from utils.data.decoding import EXTENSIONS, BrokenImageError, Stored, read_image
+from utils.data.image_folder import is_passed_over
 from utils.data.loader_workers import leave_broken_connections_unsaid
 from utils.data.loading import device_batches, eval_transform
 from utils.system.errors import UserError
@@ -63,7 +64,7 @@ def find_images(names: Sequence[str]) -> list[bytes]:
 def _images_below(folder: bytes) -> list[bytes]:
     found = []
     for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(b".")]
+        folders[:] = [name for name in folders if not is_passed_over(os.fsdecode(name))]
         for name in files:
             if os.fsdecode(name).lower().endswith(EXTENSIONS) and not name.startswith(b"."):
                 found.append(os.path.join(root, name))

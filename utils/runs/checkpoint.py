@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from utils.runs import schema
+from utils.runs import foreign_files, schema
 from utils.runs.safetensors_file import read_safetensors
 from utils.system.errors import UserError
 from utils.system.files import remove_leftovers, write_atomically
@@ -66,13 +66,13 @@ def load(path: str | Path) -> dict:
                 raise CorruptCheckpointError(f"{path}: damaged (checksum of {damaged})")
         elif path.stat().st_size == 0:
             raise CorruptCheckpointError(f"{path}: damaged (the file is empty)")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if (what := foreign_files.why_not_weights(path)) is not None:
+            raise UserError(f"{path}: {what}")
+        with foreign_files.inert_types():
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
-            raise UserError(
-                f"{path}: holds objects that need code to be loaded, which a stranger's file could "
-                "abuse; refused. Ask for a file of plain tensors"
-            ) from None
+            raise UserError(foreign_files.needs_code(path, error)) from None
         raise CorruptCheckpointError(f"{path}: damaged, or not a checkpoint") from None
     except (UserError, MemoryError):
         raise

@@ -69,6 +69,70 @@ def test_16_bits_are_scaled_not_saturated(tmp_path):
         np.testing.assert_array_equal(found[..., 0], ramp >> 8)
 
 
+GREY = np.linspace(0, 1, 60 * 80).reshape(60, 80)  # what a picture shows: 0 black, 1 white
+
+
+@pytest.mark.parametrize("decoder", ["torchvision", "pil"])
+@pytest.mark.parametrize(
+    ("dtype", "white"),
+    [
+        ("float32", 1),
+        ("float32", 255),
+        ("float32", 65535),
+        ("int32", 255),
+        ("int32", 65535),
+        ("uint16", 255),
+        ("uint16", 65535),
+        (">u2", 65535),
+    ],
+)
+def test_grey_of_any_depth_shows_the_same_picture(tmp_path, dtype, white, decoder):
+    values = GREY * white
+    if dtype != "float32":
+        values = values.round()
+    Image.fromarray(values.astype(dtype)).save(tmp_path / "grey.tif")
+    found = read_image(tmp_path / "grey.tif", decoder)
+    found = np.asarray(found if decoder == "pil" else found.permute(1, 2, 0))
+    assert found.shape == (60, 80, 3)
+    assert np.abs(found - 255 * GREY[..., None]).max() < 1.01
+    assert (found.min(), found.max()) == (0, 255)
+
+
+def test_masks_of_zero_and_one(tmp_path):
+    """Floats up to 1 are shares of white; integers up to 255 are what 8 bits hold."""
+    mask = np.array([[0, 1], [1, 0]])
+    Image.fromarray(mask.astype(np.float32)).save(tmp_path / "f.tif")
+    Image.fromarray(mask.astype(np.int32)).save(tmp_path / "i.tif")
+    for name, white in (("f.tif", 255), ("i.tif", 1)):
+        for found in both(tmp_path / name):
+            np.testing.assert_array_equal(found[..., 0], white * mask)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.array([[-1, 200]], dtype=np.int32), "grey values from -1 to 200"),
+        (np.array([[0, 70000]], dtype=np.int32), "from 0 to 70000"),
+        (np.array([[-0.5, 0.5]], dtype=np.float32), "from -0.5 to 0.5"),
+        (np.array([[0, np.nan]], dtype=np.float32), "from nan to nan"),
+        (np.array([[0, np.inf]], dtype=np.float32), "from 0 to inf"),
+        (np.array([[0, 1.25]], dtype=np.float32), "up to 1.25, a little more than 1"),
+    ],
+)
+def test_grey_whose_white_cannot_be_known_is_refused(tmp_path, values, said):
+    Image.fromarray(values).save(tmp_path / "odd.tif")
+    for decoder in ("torchvision", "pil"):
+        with pytest.raises(BrokenImageError, match=f"odd.tif: .*{said}.*save the image with 8"):
+            read_image(tmp_path / "odd.tif", decoder)
+
+
+@pytest.mark.parametrize("ending", decoding.JPEGS)
+def test_a_jpeg_by_any_of_its_endings(tmp_path, ending):
+    SMOOTH.save(tmp_path / f"a{ending}", "JPEG")
+    assert ending in decoding.EXTENSIONS
+    assert read_image(tmp_path / f"a{ending}").shape == (3, 60, 80)
+
+
 def test_transparency_is_on_white(tmp_path):
     pixels = np.zeros((10, 10, 4), dtype=np.uint8)
     pixels[:5] = (200, 0, 0, 255)

@@ -150,3 +150,62 @@ def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match="Permission denied; check its permissions"):
         scan(str(tmp_path))
+
+
+def said(folder: Path, title: str = "train") -> str:
+    return "\n".join(describe(scan(str(folder)), title))
+
+
+def test_nested_folders_are_said_with_the_classes_in_them(tmp_path):
+    make(tmp_path, "train/train/cat/1.jpg", "train/train/dog/1.jpg")
+    text = said(tmp_path / "train")
+    assert "2 images in 1 classes" in text
+    assert "  ! one class alone" in text
+    assert (
+        f"! the folders in {tmp_path}/train/train look like classes: 2 classes (cat, dog)" in text
+    )
+    make(tmp_path, "train/other/1.jpg")
+    assert "!" not in said(tmp_path / "train")  # a class may hold folders
+
+
+@pytest.mark.parametrize(
+    "name", ["__MACOSX", "@eaDir", "lost+found", "#recycle", "$RECYCLE.BIN", ".cache"]
+)
+def test_folders_of_systems_are_no_classes_and_no_images(tmp_path, name):
+    make(tmp_path, "a/1.jpg", "b/1.jpg", f"{name}/1.jpg", f"a/{name}/thumbnail.jpg")
+    folder = scan(str(tmp_path))
+    assert folder.classes == ("a", "b")
+    assert len(folder) == 2
+    assert folder.hidden == 2
+    from tools.check_images import find_images as checked
+    from utils.data.user_images import find_images as named
+
+    assert len(named([str(tmp_path)])) == len(checked(str(tmp_path))[0]) == 2
+
+
+def test_images_in_no_class_folder_are_said(tmp_path):
+    make(tmp_path, "a/1.jpg", "b/1.jpg", "stray.png", "other.JPG", "notes.txt")
+    assert "! passed over: 2 images directly in" in said(tmp_path)
+    assert "(other.JPG), in no class folder" in said(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "there", ["validation", "valid", "test", "Val", "VAL", "Validation", "dev", "eval"]
+)
+def test_another_name_of_val_is_named_in_the_refusal(tmp_path, there):
+    make(tmp_path, "train/a/1.jpg", f"{there}/a/1.jpg")
+    differs = ", which differs in case" if there.lower() == "val" else ""
+    with pytest.raises(UserError) as caught:
+        open_split(str(tmp_path))
+    assert str(caught.value) == (
+        f"{tmp_path}/val: no such folder; there is {there}{differs}: rename it to val, or make a "
+        "link of that name"
+    )
+
+
+def test_classes_that_differ_in_case_only_are_named(tmp_path):
+    make(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/Cat/1.jpg", "val/dog/1.jpg")
+    with pytest.raises(UserError, match=r"\(Cat\) .*\(Cat is cat there: only the case differs"):
+        open_split(str(tmp_path))
+    make(tmp_path, "both/Cat/1.jpg", "both/cat/1.jpg")
+    assert "! 2 classes (Cat, cat) differ in case only" in said(tmp_path / "both")
