@@ -1,5 +1,6 @@
 """What --resume names, and which flags may not change on the way."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils.runs import checkpoint, checkpoint_info, schema
@@ -8,6 +9,21 @@ from utils.system import distributed, output_checks
 from utils.system.errors import UserError
 
 AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    Args:
+        saved: the checkpoint that it goes on from, or that is evaluated; None for a new run.
+        pretrained: the contents of the file of first weights, for a new run.
+        folder: where to go on, None for a new folder.
+    """
+
+    saved: dict | None
+    pretrained: dict | None
+    folder: Path | None
 
 
 def read(

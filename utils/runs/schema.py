@@ -206,7 +206,7 @@ def check_run(contents: Mapping[str, Any], path: str | Path) -> None:
     rows = [*contents["history"], *([progress["best"]] if progress["best"] else [])]
     if any("epoch" not in row for row in rows):
         raise _refused(path, "history", "a row lacks epoch")
-    if "train_images" not in contents:
+    if progress["step"] and "train_images" not in contents:  # compared inside an epoch
         raise _refused(path, "train_images", "it is missing")
 
 

@@ -1,0 +1,75 @@
+"""A classifier's batches, step and evaluation, for the loop of utils.training.epochs."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from utils.classification import engine
+from utils.classification.outcome import CLASSIFICATION
+from utils.classification.training_data import TrainingData
+from utils.data.loading import Batch, Reading, training_batches, validation_batches
+from utils.data.sampler import SeededBatches, mix_seed
+from utils.recipes.classification import Recipe
+from utils.system import distributed
+from utils.system.backends import AutocastFactory
+from utils.system.distributed import Context
+from utils.training.epochs import Task
+from utils.training.state import RunState
+
+
+@dataclass(frozen=True)
+class TaskBatches:
+    """The order of training, and functions that begin a pass over either side of the data."""
+
+    seed: int
+    order: SeededBatches
+    train: Callable[[], Iterator[Batch]]
+    val: Callable[[], Iterator[Batch]]
+
+    @classmethod
+    def of(
+        cls,
+        data: TrainingData,
+        recipe: Recipe,
+        seed: int,
+        reading: Reading,
+        context: Context,
+        skip_bad_images: bool,
+    ) -> "TaskBatches":
+        """Makes the batches of this rank."""
+        rank, world_size = context.rank, context.world_size
+        order = SeededBatches(
+            len(data.train), recipe.batch_size, seed, rank, world_size, recipe.repeats
+        )
+        train = training_batches(data.train, order, recipe, seed, reading, skip_bad_images)
+        val = validation_batches(data.val, recipe, reading, rank, world_size)
+        return cls(seed, order, train, val)
+
+
+def make_task(
+    state: RunState,
+    batches: TaskBatches,
+    recipe: Recipe,
+    autocast: AutocastFactory,
+    print_freq: int,
+    context: Context,
+) -> Task:
+    """Makes what `run_epochs` trains: the network in its parallel wrapping, step and evaluation."""
+    rule = engine.StepRule.of(
+        recipe,
+        batches.order.steps,
+        mix_seed(batches.seed, context.rank),
+        autocast,
+        state.network.num_classes,
+    )
+    wrapped = distributed.wrap(state.network, context, recipe.sync_bn)
+    evaluated = distributed.spread(state.evaluated, context)
+
+    def steps(first_step: int) -> Iterator[Batch]:
+        parts = (state.optimizer, state.scaler, state.meter, state.guard, rule)
+        return engine.train_epoch(wrapped, batches.train(), *parts, first_step=first_step)
+
+    def judge(stop: Callable[[], bool]) -> dict[str, float] | None:
+        return engine.evaluate(evaluated, batches.val(), context.device, autocast, stop)
+
+    length = (recipe.epochs, recipe.batch_size, print_freq)
+    return Task(CLASSIFICATION, batches.order, steps, judge, rule.lr_at, *length)

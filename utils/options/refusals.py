@@ -1,0 +1,42 @@
+"""Command lines of main.py that cannot be meant: refused before any work."""
+
+import argparse
+
+from utils.options.classification import OF_BLOCKS, OF_TRAINING
+from utils.options.parser import refuse_idle
+from utils.recipes.classification import Recipe
+from utils.recipes.schedules import UNUSED
+from utils.system.errors import UserError
+
+
+def refuse_flags(args: argparse.Namespace, given: set[str], recipe: Recipe) -> None:
+    """Refuses flags that contradict each other, or would do nothing.
+
+    Args:
+        args: the flags, with a resumed run's own among them.
+        given: names of those that were typed, as `Parser.given` has them.
+
+    Raises:
+        UserError: one line with the flags.
+    """
+    refuse_idle(given, OF_TRAINING if args.evaluate else (), "with -e, which does not train")
+    if args.fast:
+        if not args.evaluate:
+            raise UserError("--fast rebuilds a network for evaluation: it goes with -e")
+        refuse_idle(given, OF_BLOCKS, "with --fast, which rebuilds the blocks")
+    refuse_idle(given, UNUSED[recipe.schedule], f"with the schedule {recipe.schedule}")
+
+
+def refuse_no_work(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Refuses a start with no epoch left by --start-epoch, or without DATA.
+
+    Raises:
+        UserError: one line with the remedy.
+    """
+    if not args.evaluate and (args.start_epoch or 0) >= recipe.epochs:
+        raise UserError(
+            f"--start-epoch {args.start_epoch}: the run has {recipe.epochs} epochs; give a smaller "
+            "one, or more --epochs"
+        )
+    if args.data is None:
+        raise UserError("no DATA given: a folder with train/ and val/, or demo:digits")

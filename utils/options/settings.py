@@ -1,0 +1,68 @@
+"""A start of a training script as one frozen value: what is no field of the recipe."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from utils.options.common import OF_ONE_START
+
+AnySettings = TypeVar("AnySettings", bound="Settings")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the training scripts have. Each field is a flag of the same name, but for the last two.
+
+    Args:
+        typed: the flags as they were typed, before a resumed run's own came in.
+        kept: the flags that a checkpoint holds.
+    """
+
+    data: str
+    workers: int
+    worker_timeout: float
+    ksize: str | None
+    amp: str
+    fused: bool
+    evaluate: bool
+    resume: str | None
+    output: str | None
+    action: str | None
+    print_freq: int
+    save_every: int | None
+    save_minutes: float | None
+    seed: int | None
+    device: str
+    gpu: int | None
+    typed: Mapping[str, Any]
+    kept: Mapping[str, Any]
+
+    @classmethod
+    def of(cls: type[AnySettings], args: Namespace, typed: Namespace) -> AnySettings:
+        """Makes the settings of a parsed command line, and of what was typed."""
+        values = vars(args)
+        own = {f.name: values[f.name] for f in fields(cls) if f.name not in ("typed", "kept")}
+        kept = {name: value for name, value in values.items() if name not in OF_ONE_START}
+        return cls(**own, typed=dict(vars(typed)), kept=kept)
+
+
+@dataclass(frozen=True)
+class ClassificationSettings(Settings):
+    """What main.py and light_main.py have besides."""
+
+    decoder: str
+    skip_bad_images: bool
+    attention: str | None
+    num_classes: int | None
+    pretrained: str | None
+    recipe: str | None
+    start_epoch: int | None
+    channels_last: bool
+    compile: bool
+    fast: bool
+
+    @property
+    def source(self) -> str:
+        """The file that --resume or --pretrained names, for messages."""
+        return str(self.resume or self.pretrained)
