@@ -1,4 +1,4 @@
-"""Writes the layout of the code into docs/ARCHITECTURE.md: each file with its docstring's first line.
+"""Writes the layout of the code into docs/ARCHITECTURE.md: each file, its docstring's first line.
 
 python docs/write_layout.py
 """

@@ -169,7 +169,7 @@ def detect(
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     """The matplotlib figures that are made into files meanwhile, to see what they show."""
-    from utils.inspection.pictures import plt
+    from utils.system.picture_style import plt
 
     kept = []
     with monkeypatch.context() as patch:

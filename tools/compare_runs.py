@@ -168,36 +168,38 @@ def repeat_lines(runs: Sequence[Run]) -> list[str]:
 
 
 def draw(runs: Sequence[Run]) -> bytes:
-    """A PNG with one panel a figure and one curve a run."""
-    from matplotlib import pyplot as plt
+    """Draws one panel a figure and one curve a run. Returns a PNG."""
     from matplotlib.ticker import MaxNLocator
 
-    from utils.inspection.pictures import CURVES, png
+    from utils.system.picture_style import CURVES, plt, png, styled
     from utils.system.text import short
 
     decides = runs[0].decides
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for axis, column in zip(axes.flat, PANELS[decides], strict=True):
-        for i, (name, run) in enumerate(zip(short_names(runs), runs, strict=True)):
-            rows = [row for row in run.history if math.isfinite(row.get(column, math.nan))]
-            style = {
-                "color": CURVES[i % len(CURVES)],
-                "linestyle": "-" if i < len(CURVES) else "--",
-            }
-            x, y = [row["epoch"] + 1 for row in rows], [row[column] for row in rows]
-            axis.plot(x, y, marker="o", markersize=3, linewidth=1.3, label=short(name, 60), **style)
-        part, _, what = column.partition("_")
-        what = {"top1": "top-1 (%)", "loss": "loss"}.get(what, f"{what} (%)")
-        title = {"val": f"validation {what}", "train": f"training {what}"}.get(part)
-        axis.set_title(title or f"{part} {what}", fontsize=10)
-        if column.endswith("loss"):
-            axis.set_yscale("log")
-        axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axis.grid(alpha=0.3, which="both", linewidth=0.5)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), fontsize=9)
-    return png(figure, colours=256)
+    with styled():
+        figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
+        for axis, column in zip(axes.flat, PANELS[decides], strict=True):
+            for i, (name, run) in enumerate(zip(short_names(runs), runs, strict=True)):
+                points = [row for row in run.history if math.isfinite(row.get(column, math.nan))]
+                x, y = [row["epoch"] + 1 for row in points], [row[column] for row in points]
+                style = ("-", "--", ":", "-.")[i // len(CURVES) % 4]
+                colour = CURVES[i % len(CURVES)]
+                axis.plot(x, y, style, marker="o", ms=3, color=colour, label=short(name, 60))
+            axis.set(title=panel_title(column), xlabel="Epoch")
+            if column.endswith("loss"):
+                axis.set_yscale("log")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        across = max(1, min(4, len(runs), 110 // (8 + max(map(len, labels)))))
+        figure.legend(handles, labels, loc="outside lower center", ncols=across)
+        return png(figure, colours=256)
+
+
+def panel_title(column: str) -> str:
+    """Says what a column of metrics.csv holds: val_top1 → "Validation top-1 (%)"."""
+    part, _, what = column.partition("_")
+    what = {"top1": "top-1 (%)", "loss": "loss"}.get(what, f"{what} (%)")
+    whole = {"val": "Validation", "train": "Training"}.get(part, part.capitalize())
+    return f"{whole} {what}"
 
 
 def main() -> int:

@@ -10,7 +10,9 @@ from helpers.trees import ROOT
 from PIL import Image
 
 from tools import ablation
-from tools.ablation import Result, gain, rows, run_all
+from tools.ablation import run_all
+from utils.inspection import ablation_results
+from utils.inspection.ablation_results import Result, gain, rows
 from utils.system.errors import UserError
 
 
@@ -61,7 +63,7 @@ def test_the_picture_holds_every_run_and_the_sweep(figures):
         Result("ECA k=3", (93.0, 96.0), 1),
         Result("ECA k=9", (97.0, 98.0), 1),
     ]
-    ablation.draw(results, "t")
+    ablation_results.draw(results, "t")
     left, right = figures[0].axes
     assert [text.get_text() for text in left.get_yticklabels()] == [r.name for r in results]
     each, means = left.lines[::4], left.lines[1::4]  # two lines are the caps of a bar
@@ -77,7 +79,7 @@ def test_the_picture_holds_every_run_and_the_sweep(figures):
     ]
     assert sweep.get_xydata().tolist() == [[3, 94.5], [9, 97.5]]
     levels = {line.get_label(): line.get_ydata()[0] for line in right.lines}
-    assert (levels["none"], levels["SE"]) == (91.0, 94.5)
+    assert (levels["no attention"], levels["SE"]) == (91.0, 94.5)
 
 
 def test_the_variants_are_the_papers():

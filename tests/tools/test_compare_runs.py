@@ -128,10 +128,10 @@ def test_curves_are_drawn_run_by_run(tmp_path, figures):
     compare_runs.draw(runs)
     panels = dict(zip(PANELS["val_top1"], figures[0].axes, strict=True))
     assert [axis.get_title() for axis in panels.values()] == [
-        "validation top-1 (%)",
-        "validation loss",
-        "training top-1 (%)",
-        "training loss",
+        "Validation top-1 (%)",
+        "Validation loss",
+        "Training top-1 (%)",
+        "Training loss",
     ]
     assert [axis.get_yscale() for axis in panels.values()] == ["linear", "log"] * 2
     for axis in panels.values():

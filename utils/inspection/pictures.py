@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.system.picture_style import plt, png, styled
 from utils.system.text import printable, short
 
 SIDE = 448  # pixels of a picture's longer side beside its map
@@ -21,7 +19,6 @@ CELL = 132  # pixels of a picture in the grid ...
 LARGE_CELL = 288  # ... where there are captions in it to be read
 TEXT = 34  # pixels of the two lines below it
 COLOURS = LinearSegmentedColormap.from_list("heat", ["#3b0f70", "#b73779", "#fc8961", "#fcfdbf"])
-CURVES = ("#0b5fa5", "#d1495b", "#2e8b57", "#e08e0b", "#6a4c93", "#00798c", "#8d5524", "#7f7f7f")
 RIGHT, WRONG, PLAIN = "#1a7f37", "#cf222e", "#1f2328"
 
 
@@ -66,11 +63,30 @@ def draw_map(
     shown = image.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC)
     overlay = _overlay(np.asarray(shown) / 255, heat, [scale * value for value in square])
 
-    # In inches: two pictures of one size, the colours' scale, and the bars.
+    with styled():
+        figure, (left, middle, bar, right) = _map_axes(size, [name for name, _ in ranking])
+        left.imshow(shown)
+        middle.imshow(overlay)
+        for axis, text in ((left, title), (middle, f"evidence for “{short(ranking[0][0])}”")):
+            axis.set_title(short(text, 36), fontsize=9)
+            axis.axis("off")
+        figure.colorbar(matplotlib.cm.ScalarMappable(cmap=COLOURS), cax=bar, ticks=(0, 1))
+        bar.set_yticklabels(("none", "most"), fontsize=8)
+        bar.tick_params(length=0)
+        bar.spines[:].set_visible(False)
+        below = {"transform": middle.transAxes, "ha": "center", "va": "top"}
+        depth = -0.07 / (3.2 * size[1] / SIDE)
+        middle.text(0.5, depth, f"Grad-CAM on {where}", fontsize=8, color="0.4", **below)
+        _draw_ranking(right, ranking)
+        return png(figure)
+
+
+def _map_axes(size: Sequence[int], names: Sequence[str]) -> tuple[plt.Figure, tuple[plt.Axes, ...]]:
+    """Places, in inches, two pictures of `size` pixels, the colours' scale, and the bars."""
     wide, tall = (3.2 * pixels / SIDE for pixels in size)
     gap, head, foot, bars, least = 0.15, 0.4, 0.3, 1.6, 2.3
-    names = 0.2 + 0.065 * max(len(short(name)) for name, _ in ranking)
-    width = gap + 2 * (max(wide, least) + gap) + 0.7 + names + bars + gap
+    text = 0.2 + 0.075 * max(len(short(name)) for name in names)
+    width = gap + 2 * (max(wide, least) + gap) + 0.7 + text + bars + gap
     height = head + max(tall, least) + foot
     figure = plt.figure(figsize=(width, height))
 
@@ -78,44 +94,29 @@ def draw_map(
         return figure.add_axes((x / width, (height - head - h) / height, w / width, h / height))
 
     shift = max(0, least - wide) / 2
-    left = axes(gap + shift, wide, tall)
-    middle = axes(2 * gap + max(wide, least) + shift, wide, tall)
     x = 2 * gap + 2 * max(wide, least) - shift
-    scale = axes(x + 0.08, 0.1, tall)
-    right = axes(x + 0.7 + shift + names, bars, max(tall, least))
-
-    left.imshow(shown)
-    middle.imshow(overlay)
-    for axis, text in ((left, title), (middle, f"evidence for “{short(ranking[0][0])}”")):
-        axis.set_title(short(text, 36), fontsize=9)
-        axis.axis("off")
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(cmap=COLOURS), cax=scale, ticks=(0, 1))
-    bar.ax.set_yticklabels(("none", "most"), fontsize=7)
-    bar.ax.tick_params(length=0)
-    bar.outline.set_visible(False)
-    middle.text(
-        0.5,
-        -0.07 / tall,
-        f"Grad-CAM on {where}",
-        transform=middle.transAxes,
-        ha="center",
-        va="top",
-        fontsize=7,
-        color="0.4",
+    return figure, (
+        axes(gap + shift, wide, tall),
+        axes(2 * gap + max(wide, least) + shift, wide, tall),
+        axes(x + 0.08, 0.1, tall),
+        axes(x + 0.7 + shift + text, bars, max(tall, least)),
     )
 
+
+def _draw_ranking(axis: plt.Axes, ranking: Sequence[tuple[str, float]]) -> None:
+    """Draws the most likely classes as bars with their confidences."""
     names = [short(name) for name, _ in ranking]
     shares = [100 * confidence for _, confidence in ranking]
     places = range(len(names))
-    right.barh(places, shares, color=["#b73779", *["#b6bcc4"] * (len(names) - 1)], height=0.62)
+    axis.barh(places, shares, color=["#b73779", *["#b6bcc4"] * (len(names) - 1)], height=0.62)
     for place, share in zip(places, shares, strict=True):
-        right.text(share + 2, place, f"{share:.1f} %", va="center", fontsize=8)
-    right.set(xlim=(0, 140), xticks=(), ylim=(max(4.6, len(names) - 0.4), -0.6))
-    right.set_yticks(places, names, fontsize=8)
-    right.tick_params(left=False)
-    right.spines[:].set_visible(False)
-    right.set_title("confidence", fontsize=9, loc="left")
-    return png(figure)
+        axis.text(share + 2, place, f"{share:.1f} %", va="center", fontsize=8)
+    axis.set(xlim=(0, 140), xticks=(), ylim=(max(4.6, len(names) - 0.4), -0.6))
+    axis.set_yticks(places, names, fontsize=8)
+    axis.tick_params(left=False)
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    axis.set_title("confidence", fontsize=9, loc="left")
 
 
 def _overlay(picture: np.ndarray, heat: np.ndarray, square: Sequence[float]) -> np.ndarray:
@@ -189,18 +190,3 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, wid
     while text and draw.textlength(text + "…", font) > width:
         text = text[:-1]
     return text + "…"
-
-
-def png(figure: plt.Figure, colours: int | None = None) -> bytes:
-    """The figure as a PNG file, and no longer in memory.
-
-    Args:
-        colours: at most so many: enough for curves at 256, which makes the file a third as big.
-    """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    if colours is not None:
-        image = Image.open(buffer).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
-        return encoded(image)
-    return buffer.getvalue()

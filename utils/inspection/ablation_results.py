@@ -1,0 +1,133 @@
+"""Results of an ablation over several seeds: means, paired gains, the table, and its picture."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from utils.system.text import short
+
+PLAIN = "none"  # the variant without attention, which the others are compared with
+KERNELS = (1, 3, 5, 7, 9)  # of the paper's figure on k
+# Student's t: its 97.5 % quantile by degrees of freedom, from 1, so that 95 % lie between -t and t;
+# as in the NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2.
+QUANTILES = """
+12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 2.120
+2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042
+"""
+STUDENT_T = tuple(float(text) for text in QUANTILES.split())
+
+
+@dataclass(frozen=True)
+class Result:
+    """Best top-1 in % of each seed's run, in the order of the seeds."""
+
+    name: str
+    top1: tuple[float, ...]
+    parameters: int
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.top1)
+
+    @property
+    def std(self) -> float:
+        """Of the runs, about their mean; nan for a single one."""
+        return statistics.stdev(self.top1) if len(self.top1) > 1 else math.nan
+
+
+def gain(result: Result, plain: Result) -> tuple[float, float]:
+    """Mean of the differences to the plain network, seed by seed, and its standard error.
+
+    Seeds are paired because a seed fixes the order and the augmentation of the images for both.
+    """
+    each = [a - b for a, b in zip(result.top1, plain.top1, strict=True)]
+    error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
+    return statistics.fmean(each), error
+
+
+def stands_out(result: Result, plain: Result) -> bool:
+    """Whether 0 is outside of the gain's 95 % confidence interval, by Student's t."""
+    mean, error = gain(result, plain)
+    freedom = len(result.top1) - 1
+    if freedom < 1:
+        return False
+    return abs(mean) > STUDENT_T[min(freedom, len(STUDENT_T)) - 1] * error
+
+
+def rows(results: Sequence[Result]) -> list[list[str]]:
+    """The table, its titles first. A gain that stands out is marked with a star."""
+    table = [["attention", "parameters", "top-1", "± std", "gain", "± error", "runs"]]
+    plain = next((r for r in results if r.name == PLAIN), None)
+    for r in results:
+        cells = ["-", "-"]
+        if plain is not None and r is not plain:
+            mean, error = gain(r, plain)
+            cells = [f"{mean:+.2f}{'*' if stands_out(r, plain) else ''}", _figure(error)]
+        table.append(
+            [r.name, f"{r.parameters:,}", f"{r.mean:.2f}", _figure(r.std), *cells, str(len(r.top1))]
+        )
+    return table
+
+
+def _figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def draw(results: Sequence[Result], title: str) -> bytes:
+    """Draws every variant with its runs; with two kernel sizes or more also top-1 over k.
+
+    Returns:
+        A PNG.
+    """
+    from matplotlib import pyplot as plt
+
+    from utils.system.picture_style import GREY, MAIN, png, styled
+
+    by_name = {r.name: r for r in results}
+    swept = [(k, by_name[f"ECA k={k}"]) for k in KERNELS if f"ECA k={k}" in by_name]
+    panels = 2 if len(swept) > 1 else 1
+    height = max(2.2, 0.38 * len(results) + 1.4)
+    with styled():
+        figure, axes = plt.subplots(
+            1, panels, figsize=(4.6 * panels, height), layout="constrained", squeeze=False
+        )
+        left = axes[0, 0]
+        for i, r in enumerate(results):
+            left.plot(r.top1, [i] * len(r.top1), "o", color=GREY, markersize=5, alpha=0.7)
+            left.errorbar(r.mean, i, xerr=_bar(r), fmt="D", color=MAIN, capsize=4)
+        left.set_yticks(range(len(results)), [short(r.name) for r in results])
+        left.set_ylim(len(results) - 0.4, -0.6)
+        left.set_xlabel("Top-1 (%)")
+        left.set_title("● one run   ◆ mean ± standard deviation", color=GREY)
+        if panels > 1:
+            _draw_sweep(axes[0, 1], swept, by_name)
+        figure.suptitle(title)
+        return png(figure, colours=256)
+
+
+def _draw_sweep(
+    axis: Any, swept: Sequence[tuple[int, Result]], by_name: Mapping[str, Result]
+) -> None:
+    """Draws top-1 over the kernel size, with lines for what has no k of its own."""
+    from utils.system.picture_style import CURVES, MAIN
+
+    sizes, means = [k for k, _ in swept], [r.mean for _, r in swept]
+    for k, r in swept:
+        axis.errorbar(k, r.mean, yerr=_bar(r), fmt="D", color=MAIN, capsize=4)
+    axis.plot(sizes, means, color=MAIN, linewidth=1, label="ECA, one k in all stages")
+    others = (("ECA adaptive", "--"), ("SE", "-."), (PLAIN, ":"))
+    for (name, style), colour in zip(others, CURVES[1:], strict=False):
+        if name in by_name:
+            label = "no attention" if name == PLAIN else name
+            axis.axhline(by_name[name].mean, color=colour, linestyle=style, label=label)
+    axis.set_xticks(sizes)
+    axis.set(xlabel="Kernel size k", ylabel="Top-1 (%)")
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
+    axis.legend(loc="upper left", labelspacing=0.2)
+
+
+def _bar(result: Result) -> float | None:
+    return None if math.isnan(result.std) else result.std
