@@ -171,7 +171,8 @@ def draw(runs: Sequence[Run]) -> bytes:
     """Draws one panel a figure and one curve a run. Returns a PNG."""
     from matplotlib.ticker import MaxNLocator
 
-    from utils.system.picture_style import CURVES, plt, png, styled
+    from utils.system.colours import CURVES
+    from utils.system.picture_style import plt, png, styled
     from utils.system.text import short
 
     decides = runs[0].decides

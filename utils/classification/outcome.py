@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from utils.system.colours import GREY, MAIN, SECOND
 from utils.training.outcome import Curve, Outcome, Panel, Row
 from utils.training.progress import StepWords
 
@@ -32,14 +33,15 @@ def panels(history: Sequence[Row]) -> list[Panel]:
             title,
             unit,
             (
-                Curve(f"train_{key}", "train", "tab:blue"),
-                Curve(f"val_{key}", "val", "tab:orange"),
+                Curve(f"train_{key}", "train", MAIN),
+                Curve(f"val_{key}", "val", SECOND),
             ),
             "(last {:.2f})",
+            can_be_log=key == "loss",
         )
         for title, unit, key in named
     ]
-    rate = Curve("lr", None, "tab:green")
+    rate = Curve("lr", None, GREY)
     return [*pairs, Panel("Learning rate", "at the epoch's first step", (rate,))]
 
 

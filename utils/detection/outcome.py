@@ -42,6 +42,7 @@ def panels(history: Sequence[Row]) -> list[Panel]:
             "Training losses",
             "mean of an epoch",
             tuple(Curve(name, name.removeprefix("train_")) for name in losses),
+            can_be_log=True,
         )
     ]
     found += [

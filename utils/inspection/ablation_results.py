@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from utils.system.colours import CURVES, GREY, MAIN
 from utils.system.text import short
 
 PLAIN = "none"  # the variant without attention, which the others are compared with
@@ -83,7 +84,7 @@ def draw(results: Sequence[Result], title: str) -> bytes:
     """
     from matplotlib import pyplot as plt
 
-    from utils.system.picture_style import GREY, MAIN, png, styled
+    from utils.system.picture_style import png, styled
 
     by_name = {r.name: r for r in results}
     swept = [(k, by_name[f"ECA k={k}"]) for k in KERNELS if f"ECA k={k}" in by_name]
@@ -111,8 +112,6 @@ def _draw_sweep(
     axis: Any, swept: Sequence[tuple[int, Result]], by_name: Mapping[str, Result]
 ) -> None:
     """Draws top-1 over the kernel size, with lines for what has no k of its own."""
-    from utils.system.picture_style import CURVES, MAIN
-
     sizes, means = [k for k, _ in swept], [r.mean for _, r in swept]
     for k, r in swept:
         axis.errorbar(k, r.mean, yerr=_bar(r), fmt="D", color=MAIN, capsize=4)

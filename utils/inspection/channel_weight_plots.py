@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from utils.inspection.channel_weights import LayerWeights
-from utils.system.picture_style import DIFFERENCES, GREY, MAIN, SECOND, plt, png, styled
+from utils.system.colours import DIFFERENCES, GREY, MAIN, SECOND
+from utils.system.picture_style import plt, png, styled
 from utils.system.text import short
 
 STEPS = matplotlib.colormaps[DIFFERENCES].resampled(21)  # so few that the palette holds them

@@ -2,13 +2,17 @@
 
 import csv
 import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from utils.system.colours import GREY
 from utils.system.files import write_atomically
+
+DECADES = 20  # times: a span of losses from which on the axis is logarithmic
 
 
 class CurveLike(Protocol):
@@ -26,6 +30,7 @@ class PanelLike(Protocol):
     unit: str
     curves: Sequence[CurveLike]
     last: str
+    can_be_log: bool
 
 
 class Figures(Protocol):
@@ -34,6 +39,7 @@ class Figures(Protocol):
     columns: Callable[[Sequence[dict]], Sequence[str]]
     panels: Callable[[Sequence[dict]], Sequence[PanelLike]]
     result: Callable[[dict], str]
+    score: Callable[[dict], float | None]
 
 
 class RunLogger:
@@ -67,40 +73,61 @@ class RunLogger:
         self.board.add_scalar("train/images_per_second", images_per_second, row["epoch"])
         self.board.flush()
         panels = self.figures.panels(history)
-        draw_curves(history, panels, self.folder / "curves.png", self.title)
+        scored = [(self.figures.score(row), row) for row in history]
+        known = [(score, -row["epoch"]) for score, row in scored if score is not None]
+        best = -max(known)[1] if known else None
+        draw_curves(history, panels, self.folder / "curves.png", self.title, best)
 
     def close(self) -> None:
         self.board.close()
 
 
 def draw_curves(
-    history: list[dict[str, float]], panels: Sequence[PanelLike], path: Path, title: str
+    history: list[dict[str, float]],
+    panels: Sequence[PanelLike],
+    path: Path,
+    title: str,
+    best: int | None = None,
 ) -> None:
-    """Draws up to four panels over epochs, as one PNG. Values below 0 stand for "none"."""
-    import matplotlib
+    """Draws up to four panels over epochs, as one PNG. Values below 0 stand for "none".
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Args:
+        best: the epoch, from 0, that is marked as the best.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for curve in panel.curves:
-            points = [(row["epoch"] + 1, row[curve.column]) for row in history]
-            points = [point for point in points if not point[1] < 0]  # keeps what is no number
-            if points:
-                label = curve.label and f"{curve.label} {panel.last.format(points[-1][1])}"
-                values = zip(*points, strict=True)
-                axis.plot(*values, "o-", markersize=3, color=curve.colour, label=label)
-        axis.set(title=panel.title, ylabel=panel.unit, xlabel="epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axis.grid(alpha=0.3)
-        if any(axis.get_legend_handles_labels()):
-            axis.legend(fontsize="small" if len(panel.curves) != 2 else None)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())
+    from utils.system.picture_style import plt, png, styled
+
+    with styled():
+        figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            shown = [
+                value
+                for curve in panel.curves
+                for value in _draw_curve(axis, panel, curve, history)
+            ]
+            axis.set(title=panel.title, ylabel=panel.unit, xlabel="Epoch")
+            if panel.can_be_log and shown and min(shown) > 0 and max(shown) > DECADES * min(shown):
+                axis.set_yscale("log")  # one high value would flatten all the others
+            if best is not None:
+                axis.axvline(best + 1, color=GREY, linestyle=":", zorder=0)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            if any(axis.get_legend_handles_labels()):
+                axis.legend()
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        note = "" if best is None else f"\ndotted: the best epoch, {best + 1}"
+        figure.suptitle(title + note)
+        write_atomically(path, png(figure))
+
+
+def _draw_curve(
+    axis: Any, panel: PanelLike, curve: CurveLike, history: Sequence[dict[str, float]]
+) -> list[float]:
+    """Draws one column of the history, and returns its finite values."""
+    points = [(row["epoch"] + 1, row[curve.column]) for row in history]
+    points = [point for point in points if not point[1] < 0]  # keeps what is no number
+    if points:
+        label = curve.label and f"{curve.label} {panel.last.format(points[-1][1])}"
+        axis.plot(*zip(*points, strict=True), "o-", ms=3, color=curve.colour, label=label)
+    return [value for _, value in points if math.isfinite(value)]

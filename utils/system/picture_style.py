@@ -1,7 +1,6 @@
-"""The one style of all diagrams: colours, sizes of text, and PNG files.
+"""The one style of all diagrams: sizes of text, lines, and PNG files.
 
-The colours are those of Okabe and Ito, which people with any form of colour blindness can tell
-apart. Pictures have a white ground of their own, so that they look alike on light and dark pages.
+Pictures have a white ground of their own, so that they look alike on light and dark pages.
 """
 
 import io
@@ -14,9 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-MAIN, SECOND, GREY = "#0072B2", "#D55E00", "#6b7280"
-CURVES = (MAIN, SECOND, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5c4b8a", "#000000")
-DIFFERENCES = "RdBu_r"  # a map of colours around a middle
+from utils.system.colours import CURVES
+
 SETTINGS = {
     "figure.facecolor": "white",
     "figure.dpi": 110,

@@ -34,6 +34,7 @@ class Panel:
     unit: str
     curves: tuple[Curve, ...]
     last: str = "({:.3g})"
+    can_be_log: bool = False  # a loss: logarithmic where it spans much
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def test_a_run_folder(tmp_path, masks):
     assert float(rows[1]["box_AP"]) == 20
     assert ("mask_AP" in rows[0]) == masks
     with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (1100, 770)
+        assert picture.size == (990, 726)
     assert lines[0].startswith("done: best box AP 20.0 AP50 20.0")
     assert lines[0].endswith("(epoch 2)")
 

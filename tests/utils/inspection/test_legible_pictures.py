@@ -1,0 +1,126 @@
+"""Every diagram, with awkward inputs: no text lies outside the canvas or over another text."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+
+from utils.classification.outcome import CLASSIFICATION
+from utils.inspection import ablation_results, channel_weight_plots
+from utils.inspection.ablation_results import Result
+from utils.inspection.channel_weights import LayerWeights
+from utils.runs.metrics_log import draw_curves
+
+LONG = "a class with a name that is much longer than any label can be"
+NAMES = ("cat", LONG, "_hidden", "$x$ \\frac{", "Größe", "кошка", "")
+VARIANTS = ("none", "SE", "ECA k=1", "ECA k=3", "ECA k=5", "ECA k=7", "ECA k=9", "ECA adaptive")
+
+
+def texts(figure):
+    """The texts that are seen, with what they cover in pixels: left, bottom, right, top."""
+    figure.canvas.draw()
+    unseen = set()
+    for axis in figure.axes:
+        if not axis.get_visible() or not axis.axison:
+            unseen |= set(map(id, axis.findobj(Text)))
+        for ticks, limits, at in (
+            (axis.get_xticklabels(which="both"), axis.get_xlim(), 0),
+            (axis.get_yticklabels(which="both"), axis.get_ylim(), 1),
+        ):  # matplotlib keeps labels beyond the ends of an axis, and does not draw them
+            beyond = [t for t in ticks if not min(limits) <= t.get_position()[at] <= max(limits)]
+            unseen |= set(map(id, beyond))
+    for text in figure.findobj(Text):
+        if text.get_visible() and text.get_text().strip() and id(text) not in unseen:
+            box = text.get_window_extent()
+            yield text.get_text(), (box.x0, box.y0, box.x1, box.y1)
+
+
+def assert_legible(figure):
+    width, height = figure.canvas.get_width_height()
+    found = list(texts(figure))
+    assert found
+    for text, (left, bottom, right, top) in found:
+        assert left >= -1, text
+        assert bottom >= -1, text
+        assert right <= width + 1, text
+        assert top <= height + 1, text
+    for (one, a), (other, b) in combinations(found, 2):
+        wide = min(a[2], b[2]) - max(a[0], b[0])
+        tall = min(a[3], b[3]) - max(a[1], b[1])
+        assert wide <= 2 or tall <= 3, (one, other)
+
+
+def layers(channels, classes, blocks=((1, 2), (2, 2), (4, 2)), k=3):
+    chance = np.random.default_rng(0)
+    return [
+        LayerWeights(
+            f"layer{stage}.{block}",
+            stage,
+            block,
+            chance.random((classes, channels)),
+            chance.random((classes, channels)),
+            np.full(classes, 4),
+            chance.normal(size=k),
+        )
+        for stage, block in blocks
+    ]
+
+
+def test_a_text_over_another_is_noticed(figures):
+    from utils.system.picture_style import plt, png
+
+    figure = plt.figure()
+    figure.text(0.5, 0.5, "one")
+    figure.text(0.51, 0.5, "other")
+    png(figure)
+    with pytest.raises(AssertionError):
+        assert_legible(figures[0])
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (8, 7), (512, 10), (2048, 7)])
+def test_channel_weights(figures, channels, shown):
+    names = [NAMES[i % len(NAMES)] for i in range(shown)]
+    found = layers(channels, shown)
+    channel_weight_plots.draw_weights(found, names, list(range(shown)), "eca_resnet50 on DATA")
+    assert_legible(figures[0])
+
+
+def test_channel_weights_of_a_thousand_classes(figures):
+    names = [f"n{i:08d}" for i in range(1000)]
+    found = layers(64, 1000)
+    channel_weight_plots.draw_weights(found, names, [0, 500, 999], "eca_resnet50")
+    assert_legible(figures[0])
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 36])
+def test_spread_and_kernels(figures, blocks):
+    found = layers(16, 2, [(1 + i // 12, 1 + i % 12) for i in range(blocks)], k=9)
+    channel_weight_plots.draw_spread(found, "eca_resnet152")
+    channel_weight_plots.draw_kernels(found, "eca_resnet152, ECA kernels")
+    for figure in figures:
+        assert_legible(figure)
+
+
+@pytest.mark.parametrize("variants", [1, 2, 8])
+def test_ablation(figures, variants):
+    chosen = VARIANTS[:variants]
+    results = [Result(n, (90.0 + i, 91.0 + i), 10**7) for i, n in enumerate(chosen)]
+    ablation_results.draw(results, "resnet18 on demo:digits, 2 seeds")
+    assert_legible(figures[0])
+
+
+@pytest.mark.parametrize("losses", [[2.3], [16.0, 0.5, 0.2, 0.01], [np.nan, 1.0], [0.0, 0.0]])
+def test_curves(figures, tmp_path, losses):
+    others = ("train_top1", "train_top5", "val_top1", "val_top5")
+    rows = [
+        {"epoch": i, "lr": 0.1, "train_loss": loss, "val_loss": loss, **dict.fromkeys(others, 50.0)}
+        for i, loss in enumerate(losses)
+    ]
+    panels = CLASSIFICATION.panels(rows)
+    draw_curves(rows, panels, tmp_path / "curves.png", "eca_resnet18_a-name-1", best=0)
+    assert_legible(figures[0])
+    spans = np.nanmax(losses) > 20 * np.nanmin(losses) > 0
+    assert figures[0].axes[0].get_yscale() == ("log" if spans else "linear")
+    marks = [line for line in figures[0].axes[0].lines if line.get_linestyle() == ":"]
+    assert [line.get_xdata()[0] for line in marks] == [1]
