@@ -1,6 +1,7 @@
 """A network rebuilt for inference: the same function, fewer passes over its activations.
 
-BatchNorm is folded into the convolutions, activations stand in channels_last, and where a block's
+BatchNorm is folded into the convolutions, ReLU is computed with them, activations stand in
+channels_last, and on a CPU the weights are laid out once (see `packed_convolution`). Where a block's
 last convolution is 1×1 and widens, ECA's gate is had before that convolution: pooling is linear, so
 GAP(W h + b) = W GAP(h) + b, and a bottleneck's h is four times smaller than W h. What then remains
 of ECA, the addition and ReLU is one pass over the convolution's output.
@@ -20,6 +21,7 @@ from .eca_module import ECALayer
 from .eca_resnet import BasicBlock, Bottleneck, ResNet
 from .fused.formulas import along_channels
 from .fused.passes import finish_in_place, pixel_means
+from .packed_convolution import PackedConv2d
 
 
 def fastest_dtype(device: torch.device | str) -> torch.dtype:
@@ -39,14 +41,14 @@ def fastest_dtype(device: torch.device | str) -> torch.dtype:
     return torch.float32
 
 
-def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
-    """A new convolution that computes bn(conv(x)) by bn's running statistics."""
+def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str | None = None) -> PackedConv2d:
+    """Builds a convolution that computes activation(bn(conv(x))) by bn's running statistics."""
     if not isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm):
         raise ValueError(f"{type(bn).__name__} cannot be folded into a convolution as BatchNorm")
     if bn.running_mean is None:
         raise ValueError("BatchNorm without running statistics cannot be folded: train with them")
     wide = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(bn).double())
-    return wide.to(conv.weight.dtype)
+    return PackedConv2d.of(wide.to(conv.weight.dtype), activation)
 
 
 class InferenceBlock(nn.Module):
@@ -80,11 +82,22 @@ class InferenceBlock(nn.Module):
         pointwise = last.kernel_size == last.stride == (1, 1) and last.groups == 1
         self.gate_first = pointwise and last.in_channels < last.out_channels
 
+    def _pools_input(self, h: Tensor, z: Tensor) -> bool:
+        """Tells whether pooling h and one product with the weights reads less than pooling z.
+
+        At batch 1 and 7×7 pixels it does not: the weights outweigh both. An exported graph serves
+        all sizes, so there the kind of the convolution decides.
+        """
+        if not self.gate_first or torch.compiler.is_exporting():
+            return self.gate_first
+        return h.numel() + self.last.weight.numel() < z.numel()
+
     def _gate(self, h: Tensor, z: Tensor) -> Tensor:
-        """ECA's (N, C), from the last convolution's input where that is the smaller."""
-        pooled = pixel_means(h if self.gate_first else z)
+        """ECA's (N, C), from the last convolution's input or output."""
+        pools_input = self._pools_input(h, z)
+        pooled = pixel_means(h if pools_input else z)
         kernel = self.attention.conv.weight.flatten().to(pooled.dtype)
-        if self.gate_first:
+        if pools_input:
             weight, bias = self.last.weight.flatten(1), self.last.bias
             pooled = F.linear(pooled.to(weight.dtype), weight, bias).to(pooled.dtype)
         if torch.compiler.is_exporting():  # one operation, that every runtime has
@@ -141,10 +154,9 @@ def _frozen_weights():
 
 
 def _rebuilt_resnet_block(block: BasicBlock | Bottleneck) -> InferenceBlock:
-    relu = nn.ReLU(inplace=True)
-    body = nn.Sequential(_folded(block.conv1, block.bn1), relu)
+    body = nn.Sequential(_folded(block.conv1, block.bn1, "relu"))
     if isinstance(block, Bottleneck):
-        body.extend([_folded(block.conv2, block.bn2), relu])
+        body.append(_folded(block.conv2, block.bn2, "relu"))
         last = _folded(block.conv3, block.bn3)
     else:
         last = _folded(block.conv2, block.bn2)
@@ -153,8 +165,10 @@ def _rebuilt_resnet_block(block: BasicBlock | Bottleneck) -> InferenceBlock:
     return InferenceBlock(body, last, attention, shortcut, activation=True)
 
 
-def _rebuilt_conv_bn_relu(block: ConvBNReLU) -> nn.Sequential:
+def _rebuilt_conv_bn_relu(block: ConvBNReLU) -> nn.Module:
     conv, bn, activation = block
+    if type(activation) is nn.ReLU6:
+        return _folded(conv, bn, "relu6")
     return nn.Sequential(_folded(conv, bn), activation)
 
 
@@ -167,7 +181,8 @@ def _rebuilt_inverted_residual(block: InvertedResidual) -> InferenceBlock:
 
 def _rebuild(network: ResNet | MobileNetV2) -> None:
     if isinstance(network, ResNet):
-        network.conv1, network.bn1 = _folded(network.conv1, network.bn1), nn.Identity()
+        network.conv1 = _folded(network.conv1, network.bn1, "relu")
+        network.bn1 = network.relu = nn.Identity()
         stages = [network.layer1, network.layer2, network.layer3, network.layer4]
     else:
         stages = [network.features]
@@ -214,4 +229,8 @@ def optimise_for_inference(
     network = copy.deepcopy(model).eval().requires_grad_(False)
     _rebuild(network)
     network.to(dtype=dtype, memory_format=torch.channels_last)
+    if device.type == "cpu" and not compile:
+        for module in network.modules():
+            if isinstance(module, PackedConv2d):
+                module.agrees()  # the trial belongs here, not into the first call
     return InferenceNetwork(network, dtype, compile).eval()

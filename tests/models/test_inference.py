@@ -98,14 +98,25 @@ def test_the_gate_comes_first_where_the_last_convolution_is_pointwise_and_widens
 
 
 @pytest.mark.parametrize("name", ["eca_resnet50", "eca_mobilenetv2"])
-def test_gate_first_and_gate_last_agree(name):
+def test_gate_first_and_gate_last_agree(name, monkeypatch):
     optimised = optimise_for_inference(make_network(name), torch.float32)
     x = torch.randn(2, 3, 64, 64)
-    expected = optimised(x)
-    for block in optimised.modules():
-        if isinstance(block, InferenceBlock):
-            block.gate_first = not block.gate_first and block.last.kernel_size == (1, 1)
-    assert apart(optimised(x), expected) <= 1e-6
+    found = []
+    for first in (False, True):
+        monkeypatch.setattr(InferenceBlock, "_pools_input", lambda *_, first=first: first)
+        found.append(optimised(x))
+    assert apart(*found) <= 2e-6
+
+
+def test_the_gate_comes_first_only_where_that_reads_less():
+    optimised = optimise_for_inference(make_network("eca_resnet50"), torch.float32).network
+    blocks = [optimised.layer1[0], optimised.layer4[1]]
+    for batch, chosen in ((1, [True, False]), (64, [True, True])):
+        found = []
+        for block, side in zip(blocks, (56, 7), strict=True):
+            h, z = (torch.empty(batch, c, side, side) for c in block.last.weight.shape[1::-1])
+            found.append(block._pools_input(h, z))
+        assert found == chosen
 
 
 def test_the_original_stays_as_it_was():
