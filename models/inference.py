@@ -1,10 +1,12 @@
 """A network rebuilt for inference: the same function, fewer passes over its activations.
 
 BatchNorm is folded into the convolutions, ReLU is computed with them, activations stand in
-channels_last, and on a CPU the weights are laid out once (see `packed_convolution`). Where a block's
-last convolution is 1×1 and widens, ECA's gate is had before that convolution: pooling is linear, so
-GAP(W h + b) = W GAP(h) + b, and a bottleneck's h is four times smaller than W h. What then remains
-of ECA, the addition and ReLU is one pass over the convolution's output.
+channels_last, and on a CPU the weights are laid out once (see `packed_convolution`). Where a
+block's last convolution is 1×1 and widens, ECA's gate is had before that convolution: pooling is
+linear, so GAP(W h + b) = W GAP(h) + b, and a bottleneck's h is four times smaller than W h. ECA's
+own convolution along the channels is linear as well, a matrix K with k diagonals, so that the gate
+is sigmoid(K W GAP(h) + K b): one small product, with K W computed beforehand. What then remains of
+ECA, the addition and ReLU is one pass over the convolution's output.
 """
 
 import copy
@@ -51,6 +53,33 @@ def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str | None = None) 
     return PackedConv2d.of(wide.to(conv.weight.dtype), activation)
 
 
+WIDEST_GATE_MATRIX = 512  # channels; beyond, a full matrix costs more than its k diagonals
+
+
+def _gate_of(attention: ECALayer, last: nn.Conv2d, from_input: bool) -> nn.Conv2d:
+    """Builds ECA's convolution as a 1×1 convolution of pooled values, before the sigmoid.
+
+    Args:
+        from_input: the values pooled are those of the 1×1 convolution `last`'s input, so that its
+            weights are part of the product; otherwise of its output.
+    """
+    kernel = attention.conv.weight.detach().double().reshape(1, 1, -1)
+    unit = torch.eye(last.out_channels, dtype=torch.float64, device=kernel.device)
+    matrix = F.conv1d(unit[:, None], kernel, padding=kernel.shape[-1] // 2)[:, 0].T
+    bias = None
+    if from_input:
+        bias = None if last.bias is None else matrix @ last.bias.detach().double()
+        matrix = matrix @ last.weight.detach().double().flatten(1)
+    with torch.device("meta"):
+        gate = nn.Conv2d(matrix.shape[1], matrix.shape[0], 1, bias=bias is not None)
+    dtype = last.weight.dtype
+    weight = matrix.to(dtype).contiguous()[:, :, None, None]
+    gate.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        gate.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return gate
+
+
 class InferenceBlock(nn.Module):
     """act(attention(last(body(x))) + shortcut(x)), with any of the three left out.
 
@@ -81,6 +110,9 @@ class InferenceBlock(nn.Module):
         # An inverted residual's h is the larger one.
         pointwise = last.kernel_size == last.stride == (1, 1) and last.groups == 1
         self.gate_first = pointwise and last.in_channels < last.out_channels
+        self.gate = None
+        if self.gated and (self.gate_first or last.out_channels <= WIDEST_GATE_MATRIX):
+            self.gate = _gate_of(attention, last, self.gate_first)
 
     def _pools_input(self, h: Tensor, z: Tensor) -> bool:
         """Tells whether pooling h and one product with the weights reads less than pooling z.
@@ -90,27 +122,32 @@ class InferenceBlock(nn.Module):
         """
         if not self.gate_first or torch.compiler.is_exporting():
             return self.gate_first
-        return h.numel() + self.last.weight.numel() < z.numel()
+        return h.numel() + self.gate.weight.numel() < z.numel()
 
     def _gate(self, h: Tensor, z: Tensor) -> Tensor:
         """ECA's (N, C), from the last convolution's input or output."""
         pools_input = self._pools_input(h, z)
-        pooled = pixel_means(h if pools_input else z)
+        x = h if pools_input else z
+        if self.gate is not None and pools_input == self.gate_first:
+            weight, bias = self.gate.weight.flatten(1), self.gate.bias
+            pooled = pixel_means(x)
+            return F.linear(pooled.to(weight.dtype), weight, bias).to(pooled.dtype).sigmoid()
+        pooled = pixel_means(x)
         kernel = self.attention.conv.weight.flatten().to(pooled.dtype)
-        if pools_input:
-            weight, bias = self.last.weight.flatten(1), self.last.bias
-            pooled = F.linear(pooled.to(weight.dtype), weight, bias).to(pooled.dtype)
-        if torch.compiler.is_exporting():  # one operation, that every runtime has
-            padding = self.attention.conv.padding
-            return F.conv1d(pooled[:, None], kernel[None, None], padding=padding)[:, 0].sigmoid()
         return along_channels(pooled, kernel).sigmoid()
+
+    def _gate_for_export(self, h: Tensor, z: Tensor) -> Tensor:
+        """ECA's (N, C, 1, 1) in operations that inference engines know from SE, and fuse."""
+        return self.gate((h if self.gate_first else z).mean((2, 3), keepdim=True)).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)
         z = self.last(h)
         identity = None if self.shortcut is None else self.shortcut(x)
         gate = None
-        if self.gated:
+        if self.gated and self.gate is not None and torch.compiler.is_exporting():
+            z = z * self._gate_for_export(h, z)
+        elif self.gated:
             gate = self._gate(h, z)
         elif self.attention is not None:
             z = self.attention(z)
@@ -153,6 +190,13 @@ def _frozen_weights():
     return torch._inductor.config.patch(freezing=True)
 
 
+class _PixelMean(nn.Module):
+    """Mean over the pixels, (N, C, H, W) → (N, C, 1, 1): adaptive pooling exports as 11 nodes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
+
+
 def _rebuilt_resnet_block(block: BasicBlock | Bottleneck) -> InferenceBlock:
     body = nn.Sequential(_folded(block.conv1, block.bn1, "relu"))
     if isinstance(block, Bottleneck):
@@ -183,6 +227,7 @@ def _rebuild(network: ResNet | MobileNetV2) -> None:
     if isinstance(network, ResNet):
         network.conv1 = _folded(network.conv1, network.bn1, "relu")
         network.bn1 = network.relu = nn.Identity()
+        network.avgpool = _PixelMean()
         stages = [network.layer1, network.layer2, network.layer3, network.layer4]
     else:
         stages = [network.features]

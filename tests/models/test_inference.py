@@ -97,9 +97,8 @@ def test_the_gate_comes_first_where_the_last_convolution_is_pointwise_and_widens
     assert first == {"eca_resnet50": {True}, "eca_resnet18": {False}, "eca_mobilenetv2": {False}}
 
 
-@pytest.mark.parametrize("name", ["eca_resnet50", "eca_mobilenetv2"])
-def test_gate_first_and_gate_last_agree(name, monkeypatch):
-    optimised = optimise_for_inference(make_network(name), torch.float32)
+def test_gate_first_and_gate_last_agree(monkeypatch):
+    optimised = optimise_for_inference(make_network("eca_resnet50"), torch.float32)
     x = torch.randn(2, 3, 64, 64)
     found = []
     for first in (False, True):
