@@ -2,76 +2,43 @@
 
 examples:
   export.py runs/eca_resnet50-1/best.pth        best.onnx, best.pt2, best.safetensors beside it
-  export.py CKPT --to onnx --output deploy
+  export.py CKPT --to onnx openvino --output deploy
+  export.py CKPT --int8 DATA                    best.int8.onnx, judged on the images in DATA/val
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from models.inference import optimise_for_inference
 from models.inspection import COARSEST
 from models.weights import describe_network, network_from_checkpoint
 from utils.classification.report import network_line
-from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD
-from utils.inspection import export_formats
-from utils.options.parser import Parser, positive_int, run_script
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from utils.inspection import export_formats, int8_export
+from utils.options.export import TRACED, build_parser, settle
+from utils.options.parser import run_script
 from utils.runs import checkpoint_info, safetensors_file
 from utils.runs.checkpoint import load
 from utils.system.errors import UserError, as_user_error
 from utils.system.files import write_atomically
 
-FORMATS = {
-    "onnx": (export_formats.to_onnx, export_formats.run_onnx),
-    "pt2": (export_formats.to_pt2, export_formats.run_pt2),
+RUN = {
+    "onnx": export_formats.run_onnx,
+    "pt2": export_formats.run_pt2,
+    "openvino": export_formats.run_openvino,
 }
-
-
-def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    parser.add_argument("checkpoint", metavar="CKPT", help="of main.py, or released weights")
-    parser.add_argument(
-        "--to",
-        metavar="FORMAT",
-        nargs="+",
-        choices=export_formats.NEEDS,
-        default=list(export_formats.NEEDS),
-        help="onnx, pt2, safetensors (default: all three)",
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", help="folder of the files (default: the checkpoint's own)"
-    )
-    parser.add_argument(
-        "--no-fold",
-        action="store_true",
-        help="onnx and pt2: keep BatchNorm instead of folding it into the convolutions",
-    )
-    parser.add_argument(
-        "--img-size",
-        type=positive_int,
-        metavar="S",
-        help="pixels, recorded in the files (default: the checkpoint's); up to 32, a .pt2 takes "
-        "this size alone",
-    )
-    return parser
+ENDINGS = {"openvino": (".xml", ".bin")}  # of the others: the format's name
 
 
 def main() -> None:
-    args = build_parser().parse_args()
-    if args.no_fold and not set(args.to) & FORMATS.keys():
-        raise UserError(
-            "--no-fold is for onnx and pt2, and safetensors holds BatchNorm as it is: leave it out"
-        )
-    export_formats.check_packages(args.to)
+    args = settle(build_parser(__doc__).parse_args())
+    export_formats.check_packages(args.to, int8=args.int8 is not None)
     source = Path(args.checkpoint)
-    folder = Path(args.output) if args.output else source.parent
-    stem = re.sub(r"(\.(pth|pt|tar|safetensors))+$", "", source.name)
-    targets = {name: folder / f"{stem}.{name}" for name in args.to}
-    for target in targets.values():
-        if target.exists():
-            raise UserError(f"{target}: is there already; move it, or choose another --output")
-
+    targets = target_files(source, args.output, args.to, args.int8 is not None)
     checkpoint = load(source)
     checkpoint_info.refuse_detector(checkpoint, source)
     with as_user_error(f"{source}: "):
@@ -84,35 +51,111 @@ def main() -> None:
         "crop_pct": crop_pct,
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
+        "precision": "float32",
     }
     print(network_line(network))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; choose another --output") from None
-
+    make_folder(args.output)
     form = network
-    if not args.no_fold and set(args.to) & FORMATS.keys():
+    if not args.no_fold and TRACED & set(args.to):
         form = optimise_for_inference(network, torch.float32).network
-    for name, target in targets.items():
+    if args.int8 is not None:
+        onnx_file, _ = traced_file("onnx", form, network, metadata, "float32")
+        made = int8_export.quantised_files(
+            onnx_file[0],
+            metadata,
+            args.int8,
+            args.to,
+            args.calibration_images,
+            args.max_drop,
+            lambda line: print(line, flush=True),
+        )
+        for name, (parts, note) in made.items():
+            write(targets[name], parts, note)
+        return
+    for name, files in targets.items():
         if name == "safetensors":
-            data = safetensors_file.to_safetensors(network.state_dict(), metadata)
-            safetensors_file.check_safetensors(data, network.state_dict(), target.name)
+            parts = (safetensors_file.to_safetensors(network.state_dict(), metadata),)
+            safetensors_file.check_safetensors(parts[0], network.state_dict(), files[0].name)
             note = "the tensors of the checkpoint"
         else:
-            # A .pt2 is for one position of the last feature map, or for more: not for both.
-            any_size = name == "onnx" or img_size > COARSEST
-            graph = export_formats.to_exported(form, example_size(img_size, any_size), any_size)
-            write, run = FORMATS[name]
-            data = write(graph, metadata)
-            shapes = trial_shapes(img_size, any_size)
-            worst = export_formats.largest_difference(run(data), network, shapes, target.name)
-            sizes = "any size" if any_size else f"{img_size} x {img_size} pixels"
-            if name == "pt2" and any_size:
-                sizes = f"sizes above {COARSEST}"
-            note = f"any batch, {sizes}; logits within {worst:.0e} of the network's"
+            parts, note = traced_file(name, form, network, metadata, files[0].name)
+        write(files, parts, note)
+
+
+def target_files(
+    source: Path, output: str | None, formats: Sequence[str], int8: bool
+) -> dict[str, list[Path]]:
+    """Names the files to write, OpenVINO's two and one of each other format.
+
+    Raises:
+        UserError: one of them is there already.
+    """
+    folder = Path(output) if output else source.parent
+    stem = re.sub(r"(\.(pth|pt|tar|safetensors))+$", "", source.name) + (".int8" if int8 else "")
+    targets = {
+        name: [folder / f"{stem}{ending}" for ending in ENDINGS.get(name, (f".{name}",))]
+        for name in formats
+    }
+    for target in (file for files in targets.values() for file in files):
+        if target.exists():
+            raise UserError(f"{target}: is there already; move it, or choose another --output")
+    return targets
+
+
+def make_folder(output: str | None) -> None:
+    """Makes the folder of --output.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        Path(output or ".").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: {error.strerror}; choose another --output") from None
+
+
+def traced_file(
+    name: str, form: nn.Module, network: nn.Module, metadata: Mapping[str, object], shown: str
+) -> tuple[tuple[bytes, ...], str]:
+    """Makes the contents of a format's files from the network's graph, and compares the results.
+
+    Args:
+        name: onnx, pt2 or openvino.
+        form: the network as it is to be written, such as with BatchNorm folded.
+        network: what `form` stands for.
+        shown: the file's name, for messages.
+
+    Returns:
+        The contents of each file, and what there is to say of them.
+
+    Raises:
+        UserError: its results are not the network's.
+    """
+    img_size = metadata["img_size"]
+    # A .pt2 is for one position of the last feature map, or for more: not for both.
+    any_size = name != "pt2" or img_size > COARSEST
+    graph = export_formats.to_exported(form, example_size(img_size, any_size), any_size)
+    if name == "pt2":
+        parts = (export_formats.to_pt2(graph, metadata),)
+    else:
+        parts = (export_formats.to_onnx(graph, metadata),)
+        if name == "openvino":
+            parts = export_formats.to_openvino(parts[0], metadata)
+    run = RUN[name](*parts)
+    shapes = trial_shapes(img_size, any_size)
+    worst = export_formats.largest_difference(run, network, shapes, shown)
+    sizes = "any size" if any_size else f"{img_size} x {img_size} pixels"
+    if name == "pt2" and any_size:
+        sizes = f"sizes above {COARSEST}"
+    return parts, f"any batch, {sizes}; logits within {worst:.0e} of the network's"
+
+
+def write(files: Sequence[Path], parts: Sequence[bytes], note: str) -> None:
+    """Writes each file whole or not at all; the first, which readers open, as the last."""
+    for target, data in reversed(list(zip(files, parts, strict=True))):
         write_atomically(target, data)
-        print(f"{target}: {len(data) / 1e6:.1f} MB, {note}", flush=True)
+    names = " and ".join([str(files[0]), *(file.suffix for file in files[1:])])
+    print(f"{names}: {sum(map(len, parts)) / 1e6:.1f} MB, {note}", flush=True)
 
 
 def example_size(img_size: int, any_size: bool) -> tuple[int, int]:

@@ -5,6 +5,7 @@ examples:
   predict.py CKPT photos/ --maps --grid         every image of a folder, with pictures
   predict.py CKPT 'photos/**/*.jpg' --format csv > out.csv
   find photos -newer last | predict.py CKPT -
+  predict.py best.onnx photos/                  a file of export.py, run by its own engine
   predict.py DETECTOR photos/                   boxes and masks, drawn and as COCO's JSON
 """
 
@@ -27,6 +28,8 @@ from utils.data.decoding import read_image
 from utils.data.user_images import UserBatch, find_images, read_batches
 from utils.inspection import pictures
 from utils.inspection.class_predictions import Guess, Prediction, PredictionLog, path_width
+from utils.inspection.exported_network import is_exported
+from utils.inspection.exported_network import load as load_exported
 from utils.inspection.object_predictions import (
     CocoDocument,
     class_table,
@@ -35,7 +38,7 @@ from utils.inspection.object_predictions import (
     sentence,
 )
 from utils.options.parser import run_script
-from utils.options.prediction import build_parser, settle
+from utils.options.prediction import build_parser, refuse_for_exported, settle
 from utils.runs import folder as run_folder
 from utils.runs.checkpoint import load
 from utils.runs.checkpoint_info import class_names, is_detector, preprocessing
@@ -57,19 +60,27 @@ def main() -> int:
     args = build_parser(__doc__).parse_args()
     output_checks.check_free(args.output)
     paths = find_images(args.images)
-    saved = load(args.checkpoint)
+    exported = is_exported(args.checkpoint)
+    if exported:
+        refuse_for_exported(vars(args))
+        network = load_exported(args.checkpoint)
+        saved, args.device = network.metadata, "cpu"
+    else:
+        saved = load(args.checkpoint)
     args = Namespace(**settle(vars(args), is_detector(saved)))
     if is_detector(saved):
         return predict_objects(args, saved, paths)
-    with as_user_error(f"{args.checkpoint}: "):
-        network = network_from_checkpoint(saved)
+    if not exported:
+        with as_user_error(f"{args.checkpoint}: "):
+            network = network_from_checkpoint(saved)
     names = class_names(saved, network.num_classes, args.names)
     img_size, crop_pct = preprocessing(saved, args.img_size, args.crop_pct)
     stage = map_stage(network, img_size, args.map_stage) if args.maps else None
     device = distributed.setup(args.device).device
     backends.configure(False, device)
     network.to(device).eval().requires_grad_(False)
-    say(f"{network_line(network)}; the middle {img_size} of {round(img_size / crop_pct)} pixels")
+    line = network.describe() if exported else network_line(network)
+    say(f"{line}; the middle {img_size} of {round(img_size / crop_pct)} pixels")
     if args.fast:
         network = optimise_for_inference(network, DTYPES.get(args.amp))
         say(f"  rebuilt for inference: BatchNorm folded, weights in {network.dtype}")

@@ -1,4 +1,4 @@
-"""A network as a file for other programs: ONNX and torch.export's .pt2.
+"""A network as a file for other programs: ONNX, torch.export's .pt2 and OpenVINO's .xml and .bin.
 
 Each function returns the file's bytes. The optional packages are imported where they are used.
 """
@@ -6,12 +6,15 @@ Each function returns the file's bytes. The optional packages are imported where
 import io
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.optional_packages import require
 
@@ -19,6 +22,7 @@ NEEDS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "pt2": (),
     "safetensors": ("safetensors",),
+    "openvino": ("onnx", "onnxscript", "openvino"),
 }
 
 
@@ -26,12 +30,15 @@ INPUT, OUTPUT = "images", "logits"
 
 
 METADATA = "metadata.json"  # within a .pt2
+OPENVINO_INFO = ["eca_net", "metadata"]  # where an .xml keeps them
+TEXT_METADATA = ("arch", "attention", "precision")  # those that stand in ONNX as they are
+MEAN_AND_STD = (IMAGENET_MEAN, IMAGENET_STD)  # what the images of all networks here are made with
 
 
 TOLERANCE = 1e-4  # relative to the largest logit
 
 
-def check_packages(formats: Sequence[str]) -> None:
+def check_packages(formats: Sequence[str], int8: bool = False) -> None:
     """Ends the export before its work when a package is missing.
 
     Raises:
@@ -39,6 +46,8 @@ def check_packages(formats: Sequence[str]) -> None:
     """
     for name in formats:
         require(NEEDS[name], f"--to {name}", "-r requirements-export.txt")
+    if int8:
+        require(NEEDS["onnx"], "--int8", "-r requirements-export.txt")
 
 
 def to_exported(
@@ -88,8 +97,44 @@ def run_onnx(data: bytes) -> Callable[[Tensor], Tensor]:
     """The network in an ONNX file, run by onnxruntime on the CPU."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return by_onnxruntime(onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]))
+
+
+def by_onnxruntime(session) -> Callable[[Tensor], Tensor]:
+    """Images → logits through an onnxruntime.InferenceSession."""
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+def to_openvino(onnx_file: bytes, metadata: Mapping[str, object]) -> tuple[bytes, bytes]:
+    """OpenVINO's two files, .xml and .bin, of the network in an ONNX file."""
+    import openvino
+
+    model = openvino.Core().read_model(onnx_file)
+    model.set_rt_info(json.dumps(metadata), OPENVINO_INFO)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "model.xml"
+        openvino.save_model(model, target, compress_to_fp16=False)
+        return target.read_bytes(), target.with_suffix(".bin").read_bytes()
+
+
+def run_openvino(xml: bytes, weights: bytes) -> Callable[[Tensor], Tensor]:
+    """The network in OpenVINO's files (.xml, .bin), on the CPU in the precision of the files."""
+    import openvino
+
+    return by_openvino(openvino.Core().read_model(xml, weights))
+
+
+def by_openvino(model) -> Callable[[Tensor], Tensor]:
+    """Images → logits through an openvino.Model, on the CPU.
+
+    Without the hint OpenVINO would compute in bfloat16 where the processor has it, and other
+    machines would give other figures.
+    """
+    import openvino
+
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    return lambda images: torch.from_numpy(request.infer([images.numpy()])[0].copy())
 
 
 def run_pt2(data: bytes) -> Callable[[Tensor], Tensor]:

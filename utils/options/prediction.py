@@ -12,7 +12,10 @@ from utils.system.errors import UserError
 def build_parser(description: str) -> Parser:
     parser = Parser(description=description)
     parser.add_argument(
-        "checkpoint", metavar="CKPT", help="of main.py, of detect_main.py, or released weights"
+        "checkpoint",
+        metavar="CKPT",
+        help="of main.py, of detect_main.py, or released weights; or a file of export.py (.onnx, "
+        ".pt2, .xml)",
     )
     parser.add_argument(
         "images",
@@ -92,6 +95,29 @@ def build_parser(description: str) -> Parser:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return parser
+
+
+def refuse_for_exported(given: dict[str, Any]) -> None:
+    """Refuses flags that a file of export.py has no use for.
+
+    Args:
+        given: {flag: value, None where it was left out}.
+
+    Raises:
+        UserError: one of them was given.
+    """
+    for name, reason in {
+        "fast": "an exported network is rebuilt already",
+        "amp": "an exported network has a precision of its own",
+        "maps": "maps are made from gradients, which an exported network has none of",
+    }.items():
+        if given[name]:
+            raise UserError(f"--{name}: {reason}; leave it out, or give the checkpoint")
+    if given["device"] not in ("auto", "cpu"):
+        raise UserError(
+            f"--device {given['device']}: {given['checkpoint']} is run on the CPU; leave it out, "
+            "or give the checkpoint"
+        )
 
 
 # The flags that one kind of network alone uses, with their defaults.

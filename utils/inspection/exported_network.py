@@ -1,0 +1,197 @@
+"""A file of export.py as a network again: .onnx by onnxruntime, .pt2 by PyTorch, .xml by OpenVINO.
+
+predict.py and main.py -e take such a file in the place of a checkpoint, so that its figures can be
+compared with those of the checkpoint that it came from. What it says of itself (classes, image
+size, crop) is in its metadata; a file without them is refused, because images prepared in another
+way would give wrong figures without a word.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils.inspection import export_formats, program_checks
+from utils.system.errors import UserError
+from utils.system.optional_packages import require
+
+ENDINGS = {".onnx": "onnxruntime", ".pt2": "torch.export", ".xml": "OpenVINO"}
+NEEDED = ("arch", "num_classes", "classes", "img_size", "crop_pct", "mean", "std")
+INSTALL = "-r requirements-export.txt"
+
+
+class ExportedNetwork(nn.Module):
+    """(N, 3, H, W) float32 on the CPU → logits (N, C) float32, by the engine of the file's kind.
+
+    Attributes:
+        metadata: what the file says of itself; has the keys of a checkpoint that describe the
+            network, the class names and the preprocessing.
+        engine: what runs it.
+        fixed_size: (height, width) where the file takes images of one size alone, else None.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        path: Path,
+        metadata: Mapping[str, object],
+        fixed_size: tuple[int, int] | None,
+    ):
+        super().__init__()
+        self.run, self.path, self.metadata = run, path, dict(metadata)
+        self.engine = ENDINGS[path.suffix]
+        self.fixed_size = fixed_size
+        self.arch = str(metadata["arch"])
+        self.num_classes = int(metadata["num_classes"])
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Computes the logits.
+
+        Raises:
+            UserError: the file is for another image size, or its engine fails.
+        """
+        if self.fixed_size and tuple(images.shape[2:]) != self.fixed_size:
+            raise UserError(
+                f"{self.path}: made for images of {self.fixed_size[0]} x {self.fixed_size[1]} "
+                f"pixels, not {images.shape[2]} x {images.shape[3]}: leave --img-size out, or "
+                "export it again with that size"
+            )
+        try:
+            logits = self.run(images.detach().to("cpu", torch.float32).contiguous())
+        except Exception as error:  # what an engine raises is open-ended
+            raise UserError(f"{self.path}: {self.engine} fails: {_first_line(error)}") from None
+        if logits.shape != (len(images), self.num_classes):
+            raise UserError(
+                f"{self.path}: gives an output of shape {tuple(logits.shape)} for {len(images)} "
+                f"images, not ({len(images)}, {self.num_classes}); export it again"
+            )
+        return logits
+
+    def describe(self) -> str:
+        """Gives the line that stands in the place of a checkpoint's network line."""
+        precision = self.metadata.get("precision", "float32")
+        return (
+            f"network: {self.arch} from {self.path.name}, {precision}, run by {self.engine}, "
+            f"{self.num_classes} classes"
+        )
+
+
+def is_exported(path: str | Path) -> bool:
+    """Tells by its name whether a file is one that this module reads."""
+    return Path(path).suffix in ENDINGS
+
+
+def load(path: str | Path) -> ExportedNetwork:
+    """Reads a file of export.py.
+
+    Raises:
+        UserError: no such file, damaged, without export.py's metadata, prepared in another way, or
+            its engine is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}; give a file of export.py")
+    read = {".onnx": _read_onnx, ".pt2": _read_pt2, ".xml": _read_openvino}[path.suffix]
+    try:
+        run, metadata, size = read(path)
+    except UserError:
+        raise
+    except Exception as error:  # what a damaged file makes an engine raise is open-ended
+        raise UserError(
+            f"{path}: damaged, or not a file of export.py ({_first_line(error)})"
+        ) from None
+    network = ExportedNetwork(run, path, _checked(metadata, path), size)
+    side = int(network.metadata["img_size"])
+    network(torch.zeros(1, 3, side, side))  # that it runs is found here, not after reading images
+    return network
+
+
+def _checked(metadata: Mapping[str, object], path: Path) -> Mapping[str, object]:
+    lacking = [key for key in NEEDED if key not in metadata]
+    if lacking:
+        raise UserError(
+            f"{path}: does not say {', '.join(lacking)}, so its images cannot be prepared as it "
+            "needs them; make it with export.py"
+        )
+    classes, size, crop = (metadata[key] for key in ("classes", "img_size", "crop_pct"))
+    fits = (
+        isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
+        and isinstance(metadata["num_classes"], int)
+        and isinstance(size, int)
+        and 0 < size <= 65536
+        and isinstance(crop, int | float)
+        and 0 < crop <= 1
+    )
+    if not fits:
+        raise UserError(f"{path}: its metadata are not those of export.py; make it again")
+    own = export_formats.MEAN_AND_STD
+    if (tuple(metadata["mean"]), tuple(metadata["std"])) != own:
+        raise UserError(f"{path}: made for images of mean and deviation other than {own}")
+    return metadata
+
+
+def _read_onnx(path: Path) -> tuple[Callable, dict, tuple[int, int] | None]:
+    require(("onnxruntime",), str(path), INSTALL)
+    import onnxruntime
+
+    # From bytes, so that a file cannot name others on this machine to be read as its weights.
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        path.read_bytes(), options, providers=["CPUExecutionProvider"]
+    )
+    held = session.get_modelmeta().custom_metadata_map
+    metadata = {key: _value(key, text) for key, text in held.items()}
+    shape = session.get_inputs()[0].shape
+    size = tuple(shape[2:]) if all(isinstance(side, int) for side in shape[2:]) else None
+    return export_formats.by_onnxruntime(session), metadata, size
+
+
+def _read_pt2(path: Path) -> tuple[Callable, dict, tuple[int, int] | None]:
+    program_checks.refuse_code(path)
+    extra = {export_formats.METADATA: ""}
+    program = torch.export.load(path, extra_files=extra)
+    metadata = json.loads(extra[export_formats.METADATA] or "{}")
+    (example,) = program.graph_signature.user_inputs
+    node = next(node for node in program.graph.nodes if node.name == example)
+    shape = node.meta["val"].shape[2:]
+    size = tuple(shape) if all(isinstance(side, int) for side in shape) else None
+    module = program.module()
+    return lambda images: module(images), metadata, size  # as a child its eval() would fail
+
+
+def _read_openvino(path: Path) -> tuple[Callable, dict, tuple[int, int] | None]:
+    require(("openvino",), str(path), INSTALL)
+    weights = path.with_suffix(".bin")
+    if not weights.is_file():
+        raise UserError(f"{path}: {weights.name} must lie beside it; export.py writes the two")
+    import openvino
+
+    model = openvino.Core().read_model(path, weights)
+    info = model.get_rt_info(export_formats.OPENVINO_INFO).value
+    metadata = json.loads(str(info))
+    shape = model.inputs[0].partial_shape
+    size = None
+    if shape[2].is_static and shape[3].is_static:
+        size = shape[2].get_length(), shape[3].get_length()
+    return export_formats.by_openvino(model), metadata, size
+
+
+def _value(key: str, text: str) -> object:
+    """Undoes what `to_onnx` does to a value: strings as they are, others as JSON."""
+    if key in export_formats.TEXT_METADATA:
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
