@@ -47,13 +47,7 @@ def quantised_files(
     Raises:
         UserError: the data does not fit, an image cannot be read, or top-1 falls by more.
     """
-    root = demo_digits.prepare(data) if data.startswith(demo_digits.PREFIX) else data
-    train, val = splits.open_split(str(root), metadata["classes"] or None)
-    if len(train.classes) != metadata["num_classes"]:
-        raise UserError(
-            f"{printable(str(root))} has {len(train.classes)} class folders, the network "
-            f"{metadata['num_classes']} classes: the numbers must agree"
-        )
+    train, val = _open_data(data, metadata)
     count = min(calibration_images, len(train))
     chosen = np.sort(np.random.default_rng(0).choice(len(train), count, replace=False))
     size = metadata["img_size"], metadata["crop_pct"]
@@ -89,6 +83,18 @@ def quantised_files(
         note = f"{100 * share:.0f} % of float32's size; {_speeds(pair, size[0])}"
         found[name] = made[name], note
     return found
+
+
+def _open_data(data: str, metadata: Mapping[str, object]) -> tuple[ImageFolder, ImageFolder]:
+    """Opens the images of train and val, labelled as the network's classes are."""
+    root = demo_digits.prepare(data) if data.startswith(demo_digits.PREFIX) else data
+    train, val = splits.open_split(str(root), metadata["classes"] or None)
+    if len(train.classes) != metadata["num_classes"]:
+        raise UserError(
+            f"{printable(str(root))} has {len(train.classes)} class folders, the network "
+            f"{metadata['num_classes']} classes: the numbers must agree"
+        )
+    return train, val
 
 
 def _batches(
