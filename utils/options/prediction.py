@@ -23,6 +23,13 @@ def build_parser(description: str) -> Parser:
         nargs="+",
         help="files, folders, quoted patterns, or - for one path a line on standard input",
     )
+    _add_output_flags(parser)
+    _add_input_flags(parser)
+    return parser
+
+
+def _add_output_flags(parser: Parser) -> None:
+    """Adds the flags for what is said and drawn."""
     parser.add_argument("-k", "--topk", type=positive_int, metavar="K", help="classes (default: 5)")
     parser.add_argument(
         "--min-score",
@@ -56,6 +63,10 @@ def build_parser(description: str) -> Parser:
         help="folder for predictions.csv, predictions.json and the pictures (default with --maps "
         "or --grid: runs/predict-N, a new one)",
     )
+
+
+def _add_input_flags(parser: Parser) -> None:
+    """Adds the flags for how images are read and the network is run."""
     parser.add_argument(
         "--names", metavar="FILE", help="class names, one a line (default: the checkpoint's)"
     )
@@ -94,7 +105,6 @@ def build_parser(description: str) -> Parser:
         help="loader processes (default: 4, or what the machine has; none for a few images)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    return parser
 
 
 def refuse_for_exported(given: dict[str, Any]) -> None:
