@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .attention import find_attention, takes_ksize
 from .construction import Ksize, check_ksize, check_num_classes, initialise_convolutions
 from .eca_module import ADAPTIVE, adaptive_kernel_size
-from .fused.block_tail import block_tail, is_bare
+from .fused.block_tail import block_tail
+from .fused.stock_modules import is_bare
 
 STEM, LAST = 32, 1280  # channels before the first stage and after the last
 STAGES = (  # expansion ratio, output channels at width 1, blocks, stride of the first block

@@ -15,14 +15,11 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .eca_mobilenetv2 import ConvBNReLU, InvertedResidual, MobileNetV2
-from .eca_module import ECALayer
 from .eca_resnet import BasicBlock, Bottleneck, ResNet
-from .fused.formulas import along_channels
-from .fused.passes import finish_in_place, pixel_means
+from .fused.stock_modules import has_hooks, is_bare, remember
+from .inference_block import InferenceBlock, folded
 from .packed_convolution import PackedConv2d
 
 
@@ -41,117 +38,6 @@ def fastest_dtype(device: torch.device | str) -> torch.dtype:
     ):
         return torch.bfloat16
     return torch.float32
-
-
-def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str | None = None) -> PackedConv2d:
-    """Builds a convolution that computes activation(bn(conv(x))) by bn's running statistics."""
-    if not isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm):
-        raise ValueError(f"{type(bn).__name__} cannot be folded into a convolution as BatchNorm")
-    if bn.running_mean is None:
-        raise ValueError("BatchNorm without running statistics cannot be folded: train with them")
-    wide = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(bn).double())
-    return PackedConv2d.of(wide.to(conv.weight.dtype), activation)
-
-
-WIDEST_GATE_MATRIX = 512  # channels; beyond, a full matrix costs more than its k diagonals
-
-
-def _gate_of(attention: ECALayer, last: nn.Conv2d, from_input: bool) -> nn.Conv2d:
-    """Builds ECA's convolution as a 1×1 convolution of pooled values, before the sigmoid.
-
-    Args:
-        from_input: the values pooled are those of the 1×1 convolution `last`'s input, so that its
-            weights are part of the product; otherwise of its output.
-    """
-    kernel = attention.conv.weight.detach().double().reshape(1, 1, -1)
-    unit = torch.eye(last.out_channels, dtype=torch.float64, device=kernel.device)
-    matrix = F.conv1d(unit[:, None], kernel, padding=kernel.shape[-1] // 2)[:, 0].T
-    bias = None
-    if from_input:
-        bias = None if last.bias is None else matrix @ last.bias.detach().double()
-        matrix = matrix @ last.weight.detach().double().flatten(1)
-    with torch.device("meta"):
-        gate = nn.Conv2d(matrix.shape[1], matrix.shape[0], 1, bias=bias is not None)
-    dtype = last.weight.dtype
-    weight = matrix.to(dtype).contiguous()[:, :, None, None]
-    gate.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        gate.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-    return gate
-
-
-class InferenceBlock(nn.Module):
-    """act(attention(last(body(x))) + shortcut(x)), with any of the three left out.
-
-    Args:
-        body: everything before the last convolution.
-        last: the last convolution, BatchNorm folded in.
-        attention: ECALayer, whose gate is computed here, another attention, or None.
-        shortcut: a module (nn.Identity for x itself) or None for no addition.
-        activation: ReLU after the addition.
-    """
-
-    def __init__(
-        self,
-        body: nn.Module,
-        last: nn.Conv2d,
-        attention: nn.Module | None,
-        shortcut: nn.Module | None,
-        activation: bool,
-    ):
-        super().__init__()
-        self.body = body
-        self.last = last
-        self.attention = attention
-        self.shortcut = shortcut
-        self.activation = activation
-        # A subclass with a forward of its own may have another gate: it is called as it is.
-        self.gated = attention is not None and type(attention).forward is ECALayer.forward
-        # An inverted residual's h is the larger one.
-        pointwise = last.kernel_size == last.stride == (1, 1) and last.groups == 1
-        self.gate_first = pointwise and last.in_channels < last.out_channels
-        self.gate = None
-        if self.gated and (self.gate_first or last.out_channels <= WIDEST_GATE_MATRIX):
-            self.gate = _gate_of(attention, last, self.gate_first)
-
-    def _pools_input(self, h: Tensor, z: Tensor) -> bool:
-        """Tells whether pooling h and one product with the weights reads less than pooling z.
-
-        At batch 1 and 7×7 pixels it does not: the weights outweigh both. An exported graph serves
-        all sizes, so there the kind of the convolution decides.
-        """
-        if not self.gate_first or torch.compiler.is_exporting():
-            return self.gate_first
-        return h.numel() + self.gate.weight.numel() < z.numel()
-
-    def _gate(self, h: Tensor, z: Tensor) -> Tensor:
-        """ECA's (N, C), from the last convolution's input or output."""
-        pools_input = self._pools_input(h, z)
-        x = h if pools_input else z
-        if self.gate is not None and pools_input == self.gate_first:
-            weight, bias = self.gate.weight.flatten(1), self.gate.bias
-            pooled = pixel_means(x)
-            return F.linear(pooled.to(weight.dtype), weight, bias).to(pooled.dtype).sigmoid()
-        pooled = pixel_means(x)
-        kernel = self.attention.conv.weight.flatten().to(pooled.dtype)
-        return along_channels(pooled, kernel).sigmoid()
-
-    def _gate_for_export(self, h: Tensor, z: Tensor) -> Tensor:
-        """ECA's (N, C, 1, 1) in operations that inference engines know from SE, and fuse."""
-        return self.gate((h if self.gate_first else z).mean((2, 3), keepdim=True)).sigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.body(x)
-        z = self.last(h)
-        identity = None if self.shortcut is None else self.shortcut(x)
-        gate = None
-        if self.gated and self.gate is not None and torch.compiler.is_exporting():
-            z = z * self._gate_for_export(h, z)
-        elif self.gated:
-            gate = self._gate(h, z)
-        elif self.attention is not None:
-            z = self.attention(z)
-        return finish_in_place(z, gate, identity, self.activation)
 
 
 class InferenceNetwork(nn.Module):
@@ -197,51 +83,85 @@ class _PixelMean(nn.Module):
         return x.mean((2, 3), keepdim=True)
 
 
-def _rebuilt_resnet_block(block: BasicBlock | Bottleneck) -> InferenceBlock:
-    body = nn.Sequential(_folded(block.conv1, block.bn1, "relu"))
-    if isinstance(block, Bottleneck):
-        body.append(_folded(block.conv2, block.bn2, "relu"))
-        last = _folded(block.conv3, block.bn3)
-    else:
-        last = _folded(block.conv2, block.bn2)
-    shortcut = nn.Identity() if block.downsample is None else _folded(*block.downsample)
+def _is_stock(module: nn.Module, attention: nn.Module | None = None) -> bool:
+    """Tells whether the module and all in it, but for `attention`, are as this package made them.
+
+    Other BatchNorms are looked at by `folded`, which refuses them.
+    """
+    if module is attention:
+        return True
+    kind = type(module)
+    norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm)
+    bare = not has_hooks(module) if norm else kind in REBUILT and is_bare(module, kind)
+    return bare and all(_is_stock(child, attention) for child in module.children())
+
+
+def _rebuilt_resnet_block(block: BasicBlock | Bottleneck) -> nn.Module:
     attention = getattr(block, block.slot) if block.slot else None
+    if not _is_stock(block, attention) or type(block.relu) is not nn.ReLU:
+        return block
+    body = nn.Sequential(folded(block.conv1, block.bn1, "relu"))
+    if isinstance(block, Bottleneck):
+        body.append(folded(block.conv2, block.bn2, "relu"))
+        last = folded(block.conv3, block.bn3)
+    else:
+        last = folded(block.conv2, block.bn2)
+    shortcut = nn.Identity() if block.downsample is None else folded(*block.downsample)
     return InferenceBlock(body, last, attention, shortcut, activation=True)
 
 
 def _rebuilt_conv_bn_relu(block: ConvBNReLU) -> nn.Module:
+    if has_hooks(block) or len(block) != 3 or not _is_stock(nn.Sequential(*list(block)[:2])):
+        return block
     conv, bn, activation = block
-    if type(activation) is nn.ReLU6:
-        return _folded(conv, bn, "relu6")
-    return nn.Sequential(_folded(conv, bn), activation)
+    if type(activation) is nn.ReLU6 and is_bare(activation, nn.ReLU6):
+        return folded(conv, bn, "relu6")
+    return nn.Sequential(folded(conv, bn), activation)
 
 
-def _rebuilt_inverted_residual(block: InvertedResidual) -> InferenceBlock:
+def _rebuilt_inverted_residual(block: InvertedResidual) -> nn.Module:
     *body, conv, bn, attention = block.conv if block.attends else (*block.conv, None)
+    usual = is_bare(block, InvertedResidual) and is_bare(block.conv, nn.Sequential)
+    parts = all(type(part) is ConvBNReLU and is_bare(part, ConvBNReLU) for part in body)
+    if not (usual and parts and type(conv) is nn.Conv2d and _is_stock(nn.Sequential(conv, bn))):
+        return block
     body = nn.Sequential(*[_rebuilt_conv_bn_relu(part) for part in body])
     shortcut = nn.Identity() if block.residual else None
-    return InferenceBlock(body, _folded(conv, bn), attention, shortcut, activation=False)
+    return InferenceBlock(body, folded(conv, bn), attention, shortcut, activation=False)
+
+
+REBUILDERS = {
+    BasicBlock: _rebuilt_resnet_block,
+    Bottleneck: _rebuilt_resnet_block,
+    ConvBNReLU: _rebuilt_conv_bn_relu,
+    InvertedResidual: _rebuilt_inverted_residual,
+}
+REBUILT = {*REBUILDERS, nn.Conv2d, nn.ReLU, nn.ReLU6, nn.Sequential, nn.Identity}
+remember(ResNet, MobileNetV2, *REBUILDERS)
 
 
 def _rebuild(network: ResNet | MobileNetV2) -> None:
+    """Replaces, in place, every block that is as this package made it."""
     if isinstance(network, ResNet):
-        network.conv1 = _folded(network.conv1, network.bn1, "relu")
-        network.bn1 = network.relu = nn.Identity()
-        network.avgpool = _PixelMean()
+        _rebuild_stem(network)
         stages = [network.layer1, network.layer2, network.layer3, network.layer4]
     else:
         stages = [network.features]
-    rebuilders = {
-        BasicBlock: _rebuilt_resnet_block,
-        Bottleneck: _rebuilt_resnet_block,
-        ConvBNReLU: _rebuilt_conv_bn_relu,
-        InvertedResidual: _rebuilt_inverted_residual,
-    }
     for stage in stages:
         for i, block in enumerate(stage):
-            if type(block) not in rebuilders:  # a subclass may compute something else
+            if type(block) not in REBUILDERS:  # a subclass may compute something else
                 raise ValueError(f"a block of type {type(block).__name__} cannot be rebuilt")
-            stage[i] = rebuilders[type(block)](block)
+            stage[i] = REBUILDERS[type(block)](block)
+
+
+def _rebuild_stem(network: ResNet) -> None:
+    stem = nn.Sequential(network.conv1, network.bn1, network.relu)
+    if _is_stock(stem) and type(network.relu) is nn.ReLU:
+        network.conv1 = folded(network.conv1, network.bn1, "relu")
+        network.bn1 = network.relu = nn.Identity()
+    pool = network.avgpool
+    if is_bare(pool, nn.AdaptiveAvgPool2d) and pool.output_size in (1, (1, 1)):
+        network.avgpool = _PixelMean()
 
 
 def optimise_for_inference(
@@ -263,11 +183,14 @@ def optimise_for_inference(
     Raises:
         ValueError: for another network, or one with other blocks or norms.
     """
-    if not isinstance(model, ResNet | MobileNetV2):
+    kinds = [kind for kind in (ResNet, MobileNetV2) if isinstance(model, kind)]
+    if not kinds:
         raise ValueError(
             f"optimise_for_inference takes a ResNet or MobileNetV2 of models, such as"
             f" create_model('eca_resnet50'), not {type(model).__name__}"
         )
+    if not is_bare(model, kinds[0]):
+        raise ValueError("a network with hooks or another forward cannot be rebuilt: remove them")
     device = next(model.parameters()).device
     if dtype is None:
         dtype = fastest_dtype(device)

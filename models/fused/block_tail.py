@@ -25,6 +25,7 @@ from ..eca_module import ECALayer
 from . import native
 from .formulas import Gradients, Kept, Wanted, tail_backward, tail_forward
 from .passes import accumulation_dtype
+from .stock_modules import is_bare, is_eca
 
 eca_triton = None
 _not_imported = "PyTorch finds no CUDA device"
@@ -175,17 +176,6 @@ def _update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, unbiased: Tenso
         torch._foreach_lerp_(running, found, momentum)  # on a GPU one launch
 
 
-def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """True if calling the module runs the forward of `kind` and nothing else."""
-    return type(module).forward is kind.forward and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def _transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which `_FusedTail` lacks."""
     if torch.compiler.is_compiling():
@@ -203,23 +193,20 @@ def can_fuse(
     """Whether `fused_tail` may stand for activation(attention(bn(z)) + residual).
 
     No, so that the modules are called one by one, for: other modules than BatchNorm2d, ECALayer
-    and ReLU, or with another forward than theirs (SyncBatchNorm); BatchNorm without affine
+    and ReLU, or with another forward than theirs (SyncBatchNorm); an ECALayer whose pooling or
+    convolution was changed (`stock_modules.is_eca`); BatchNorm without affine
     parameters; hooks on a module, as FLOPs counters attach them; tracing and export; torch.func's
     transforms and forward-mode differentiation; a residual that broadcasts or differs in dtype; a
     batch of one value a channel; an accelerator without kernels for the dtype, unless compiled.
     """
     modules = [(bn, nn.BatchNorm2d)]
-    if attention is not None:
-        modules.append((attention, ECALayer))
     if activation is not None:
         modules.append((activation, nn.ReLU))
     if not all(is_bare(module, kind) for module, kind in modules):
         return False
     if bn.weight is None or bn.bias is None:
         return False
-    if attention is not None and not (
-        is_bare(attention.avg_pool, nn.AdaptiveAvgPool2d) and is_bare(attention.conv, nn.Conv1d)
-    ):
+    if attention is not None and not is_eca(attention):
         return False
     every_module = nn.modules.module
     if (

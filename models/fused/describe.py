@@ -1,6 +1,6 @@
 """How a network's block tails will run, in words: which form of the passes serves, or why none.
 
-What is said here of a device is what `can_fuse` and `block_tail` of `eca_fused` decide of a tensor.
+What is said here of a device is what `can_fuse` and `block_tail` decide of a tensor.
 """
 
 import torch

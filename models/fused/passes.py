@@ -1,4 +1,4 @@
-"""The passes over (N, C, H, W) that `eca_fused` consists of, in plain PyTorch.
+"""The passes over (N, C, H, W) that `block_tail` consists of, in plain PyTorch.
 
 Each comes in forms of the same signature. `Whole` writes a pass as one expression on the whole
 tensor, which torch.compile turns into one loop. `Chunked` is for eager CPU: it takes a few samples

@@ -1,4 +1,4 @@
-"""The Triton kernels of the fused tail; `eca_triton` launches them.
+"""The Triton kernels of the fused tail; `triton_operators` launches them.
 
 The algebra is that of `eca_fused`, one kernel a step, computed in float32. A program takes a block
 of channels of one sample. Where the batch is small, a reduction over the pixels is split among

@@ -1,4 +1,4 @@
-"""The fused tail on CUDA: two custom operators that launch the kernels of `eca_triton_kernels`.
+"""The fused tail on CUDA: two custom operators that launch the kernels of `triton_kernels`.
 
 The algebra is that of `eca_fused`. Tensors are dense, in channels_last or contiguous format, of
 float32, bfloat16 or float16. Having shapes for fake tensors, the operators are opaque calls to

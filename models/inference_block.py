@@ -1,0 +1,124 @@
+"""The parts of a network rebuilt for inference: folded convolutions, and blocks with ECA's gate."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .eca_module import ECALayer
+from .fused.formulas import along_channels
+from .fused.passes import finish_in_place, pixel_means
+from .fused.stock_modules import is_bare, is_eca
+from .packed_convolution import PackedConv2d
+
+
+def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str | None = None) -> PackedConv2d:
+    """Builds a convolution that computes activation(bn(conv(x))) by bn's running statistics."""
+    if not (is_bare(bn, nn.BatchNorm2d) or is_bare(bn, nn.SyncBatchNorm)):
+        raise ValueError(f"{type(bn).__name__} cannot be folded into a convolution as BatchNorm")
+    if bn.running_mean is None:
+        raise ValueError("BatchNorm without running statistics cannot be folded: train with them")
+    wide = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(bn).double())
+    return PackedConv2d.of(wide.to(conv.weight.dtype), activation)
+
+
+WIDEST_GATE_MATRIX = 512  # channels; beyond, a full matrix costs more than its k diagonals
+
+
+def _gate_of(attention: ECALayer, last: nn.Conv2d, from_input: bool) -> nn.Conv2d:
+    """Builds ECA's convolution as a 1×1 convolution of pooled values, before the sigmoid.
+
+    Args:
+        from_input: the values pooled are those of the 1×1 convolution `last`'s input, so that its
+            weights are part of the product; otherwise of its output.
+    """
+    kernel = attention.conv.weight.detach().double().reshape(1, 1, -1)
+    unit = torch.eye(last.out_channels, dtype=torch.float64, device=kernel.device)
+    matrix = F.conv1d(unit[:, None], kernel, padding=kernel.shape[-1] // 2)[:, 0].T
+    bias = None
+    if from_input:
+        bias = None if last.bias is None else matrix @ last.bias.detach().double()
+        matrix = matrix @ last.weight.detach().double().flatten(1)
+    with torch.device("meta"):
+        gate = nn.Conv2d(matrix.shape[1], matrix.shape[0], 1, bias=bias is not None)
+    dtype = last.weight.dtype
+    weight = matrix.to(dtype).contiguous()[:, :, None, None]
+    gate.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        gate.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return gate
+
+
+class InferenceBlock(nn.Module):
+    """act(attention(last(body(x))) + shortcut(x)), with any of the three left out.
+
+    Args:
+        body: everything before the last convolution.
+        last: the last convolution, BatchNorm folded in.
+        attention: ECALayer, whose gate is computed here, another attention, or None.
+        shortcut: a module (nn.Identity for x itself) or None for no addition.
+        activation: ReLU after the addition.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        last: nn.Conv2d,
+        attention: nn.Module | None,
+        shortcut: nn.Module | None,
+        activation: bool,
+    ):
+        super().__init__()
+        self.body = body
+        self.last = last
+        self.attention = attention
+        self.shortcut = shortcut
+        self.activation = activation
+        self.gated = is_eca(attention)  # a layer that was changed is called as it is
+        # An inverted residual's h is the larger one.
+        pointwise = last.kernel_size == last.stride == (1, 1) and last.groups == 1
+        self.gate_first = pointwise and last.in_channels < last.out_channels
+        self.gate = None
+        if self.gated and (self.gate_first or last.out_channels <= WIDEST_GATE_MATRIX):
+            self.gate = _gate_of(attention, last, self.gate_first)
+
+    def _pools_input(self, h: Tensor, z: Tensor) -> bool:
+        """Tells whether pooling h and one product with the weights reads less than pooling z.
+
+        At batch 1 and 7×7 pixels it does not: the weights outweigh both. An exported graph serves
+        all sizes, so there the kind of the convolution decides.
+        """
+        if not self.gate_first or torch.compiler.is_exporting():
+            return self.gate_first
+        return h.numel() + self.gate.weight.numel() < z.numel()
+
+    def _gate(self, h: Tensor, z: Tensor) -> Tensor:
+        """ECA's (N, C), from the last convolution's input or output."""
+        pools_input = self._pools_input(h, z)
+        x = h if pools_input else z
+        if self.gate is not None and pools_input == self.gate_first:
+            weight, bias = self.gate.weight.flatten(1), self.gate.bias
+            pooled = pixel_means(x)
+            return F.linear(pooled.to(weight.dtype), weight, bias).to(pooled.dtype).sigmoid()
+        pooled = pixel_means(x)
+        kernel = self.attention.conv.weight.flatten().to(pooled.dtype)
+        return along_channels(pooled, kernel).sigmoid()
+
+    def _gate_for_export(self, h: Tensor, z: Tensor) -> Tensor:
+        """ECA's (N, C, 1, 1) in operations that inference engines know from SE, and fuse."""
+        return self.gate((h if self.gate_first else z).mean((2, 3), keepdim=True)).sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        z = self.last(h)
+        identity = None if self.shortcut is None else self.shortcut(x)
+        gate = None
+        if self.gated and self.gate is not None and torch.compiler.is_exporting():
+            z = z * self._gate_for_export(h, z)
+        elif self.gated:
+            gate = self._gate(h, z)
+        elif self.attention is not None:
+            z = self.attention(z)
+        return finish_in_place(z, gate, identity, self.activation)
