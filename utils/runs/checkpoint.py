@@ -62,12 +62,12 @@ def load(path: str | Path) -> dict:
         return state
     try:
         if zipfile.is_zipfile(path):
-            if (damaged := _damaged_part(path)) is not None:
-                raise CorruptCheckpointError(f"{path}: damaged (checksum of {damaged})")
+            if (part := _damaged_part(path)) is not None:
+                raise CorruptCheckpointError(f"{path}: damaged (checksum of {part})")
         elif path.stat().st_size == 0:
             raise CorruptCheckpointError(f"{path}: damaged (the file is empty)")
-        if (what := foreign_files.why_not_weights(path)) is not None:
-            raise UserError(f"{path}: {what}")
+        if (reason := foreign_files.why_not_weights(path)) is not None:
+            raise UserError(f"{path}: {reason}")
         with foreign_files.inert_types():
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -139,7 +139,7 @@ class CheckpointFolder:
         order = [self.last, self.previous, self.best]
         if best_first:
             order = [self.best, self.last, self.previous]
-        notes = []
+        notes: list[str] = []
         for path in order:
             if not path.exists():
                 continue

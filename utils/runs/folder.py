@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import torch
 import torchvision
@@ -94,7 +95,9 @@ def open_folder(name: str, output: str | None, found: Path | None) -> Path:
     Raises:
         UserError: see `create`; or a resumed run is sent to another folder that is in use.
     """
-    return found if _goes_on(output, found) else create(name, output)
+    if found is not None and _goes_on(output, found):
+        return found
+    return create(name, output)
 
 
 def newest(name: str | None, detector: bool = False) -> Path | None:
@@ -110,7 +113,7 @@ def newest(name: str | None, detector: bool = False) -> Path | None:
     return next((folder for folder in folders if _trains_detector(folder) == detector), None)
 
 
-def lock(folder: Path):
+def lock(folder: Path) -> IO[str]:
     """Makes this process the folder's only writer until it ends, however it ends.
 
     Returns:
@@ -204,8 +207,9 @@ def _numbered(name: str) -> list[tuple[int, Path]]:
 
 def _goes_on(output: str | None, found: Path | None) -> bool:
     """Whether a run writes to `found`, a folder of a run before."""
-    same = found is not None and (output is None or Path(output).resolve() == found.resolve())
-    return same and (found / LOCK).exists()
+    if found is None or not (output is None or Path(output).resolve() == found.resolve()):
+        return False
+    return (found / LOCK).exists()
 
 
 def _trains_detector(folder: Path) -> bool | None:

@@ -10,6 +10,7 @@ import re
 import zipfile
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,9 +72,10 @@ _INERT = {
 }
 
 
-def inert_types() -> AbstractContextManager:
+def inert_types() -> AbstractContextManager[Any]:
     """Lets `torch.load(weights_only=True)` pass over the plain values of other programs."""
-    return torch.serialization.safe_globals([(value, name) for name, value in _INERT.items()])
+    allowed: list[Any] = [(value, name) for name, value in _INERT.items()]
+    return torch.serialization.safe_globals(allowed)
 
 
 def why_not_weights(path: Path) -> str | None:

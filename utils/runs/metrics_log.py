@@ -74,7 +74,7 @@ class RunLogger:
         self.board.flush()
         panels = self.figures.panels(history)
         scored = [(self.figures.score(row), row) for row in history]
-        known = [(score, -row["epoch"]) for score, row in scored if score is not None]
+        known = [(score, -int(row["epoch"])) for score, row in scored if score is not None]
         best = -max(known)[1] if known else None
         draw_curves(history, panels, self.folder / "curves.png", self.title, best)
 

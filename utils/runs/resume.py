@@ -62,7 +62,7 @@ def read(
                 f"{resume}: holds weights, not a run of this program; start from them with "
                 f"--pretrained {resume}"
             )
-        schema.check_run(saved, resume if resume != AUTO else folder)
+        schema.check_run(saved, str(folder if resume == AUTO else resume))
         if pretrained is not None and saved.get("pretrained", pretrained) != pretrained:
             raise UserError(
                 f"the run in {folder} began with {saved['pretrained'] or 'fresh weights'}: leave "
@@ -87,7 +87,7 @@ def read_detector(
     if saved is not None and not evaluate and "recipe" not in saved:
         raise UserError(f"{resume}: holds weights, not a run; it can be evaluated with -e")
     if saved is not None and not evaluate:
-        schema.check_run(saved, resume if resume != AUTO else folder)
+        schema.check_run(saved, str(folder if resume == AUTO else resume))
     _check_output(output, folder, evaluate, resume)
     return saved, folder
 

@@ -79,8 +79,8 @@ def either(*rules: Rule) -> Rule:
     """Returns the rule of a value that fits one of several."""
 
     def rule(value: Any) -> str | None:
-        wrongs = [one(value) for one in rules]
-        return None if None in wrongs else " or ".join(wrongs)
+        wrongs = [wrong for one in rules if (wrong := one(value)) is not None]
+        return " or ".join(wrongs) if len(wrongs) == len(rules) else None
 
     return rule
 

@@ -15,6 +15,8 @@ from PIL import Image
 
 from utils.system.colours import CURVES
 
+__all__ = ["SETTINGS", "plt", "png", "styled"]
+
 SETTINGS = {
     "figure.facecolor": "white",
     "figure.dpi": 110,

@@ -38,7 +38,7 @@ class NonFiniteGuard:
         if self.wait:
             self.check()
         else:
-            optimizer.found_inf = bad.clamp_(max=1)
+            optimizer.found_inf = bad.clamp_(max=1)  # type: ignore[attr-defined]  # fused SGD reads it
 
     def check(self) -> None:
         """Raises when a value was not finite. Synchronises with the device.

@@ -1,5 +1,7 @@
 """Stochastic gradient descent, and which parameters its weight decay is for."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -15,7 +17,7 @@ def make_sgd(
         norm_decay: decay every parameter, as the paper does; False spares what `split` says.
     """
     parameters = list(network.parameters())
-    groups = [{"params": parameters}]
+    groups: list[dict[str, Any]] = [{"params": parameters}]
     if not norm_decay:
         decayed, spared = split(network)
         groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
@@ -62,7 +64,8 @@ def split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     Weights of linear layers have two axes and those of 2-d convolutions four. Norms and biases have
     one, and ECA's 1-d convolutions three: each of its few numbers serves all channels of a layer.
     """
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for parameter in network.parameters():
         (decayed if parameter.ndim in DECAYED_AXES else spared).append(parameter)
     return decayed, spared

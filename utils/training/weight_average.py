@@ -37,12 +37,14 @@ class WeightAverage(AveragedModel):
         """Takes one step towards `model`, whose tensors are those of the network in order."""
         rate = 1 - decay_at(int(self.n_averaged), self.decay)  # the counter is on the host
         pairs = zip(_tensors(self.module), _tensors(model), strict=True)
-        real, counters = [], []
+        averages, currents = [], []
         for averaged, current in pairs:
-            (real if averaged.is_floating_point() else counters).append((averaged, current))
-        torch._foreach_lerp_(*map(list, zip(*real, strict=True)), rate)
-        for averaged, current in counters:
-            averaged.copy_(current)
+            if averaged.is_floating_point():
+                averages.append(averaged)
+                currents.append(current)
+            else:  # a counter
+                averaged.copy_(current)
+        torch._foreach_lerp_(averages, currents, rate)
         self.n_averaged += 1
 
 
