@@ -62,22 +62,53 @@ def _legacy_cell(sizes: Sequence[float], stride: int) -> Tensor:
     return torch.cat([first, last + 1], 1)
 
 
-class LegacyTransform(GeneralizedRCNNTransform):
-    """mmdetection v1's resizing: sizes are rounded, and pixel indices rather than edges scale.
+class ScaledSize(tuple):
+    """(height, width) of a resized image that also knows the factor, `scale`, it was resized by.
 
-    A box whose last pixel is x ends at x + 1; scaled by r it ends at r·x + 1, not at r·(x + 1).
+    Height and width are whole pixels, so the factor cannot be read off them.
     """
+
+    scale: float
+
+    def __new__(cls, size: Sequence[int], scale: float) -> "ScaledSize":
+        made = super().__new__(cls, size)
+        made.scale = scale
+        return made
+
+
+class LegacyTransform(GeneralizedRCNNTransform):
+    """mmdetection v1's resizing: one factor for both directions, and pixel indices that scale.
+
+    The factor is min(max_size / longer side, min_size / shorter side), and only the size of the
+    image is rounded (mmcv's imrescale). A box whose last pixel is x ends at x + 1; scaled by r it
+    ends at r·x + 1, not at r·(x + 1).
+    """
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
+        originals = [tuple(image.shape[-2:]) for image in images]
+        batch, targets = super().forward(images, targets)
+        if not self.training:  # in training the factor is drawn, and nothing is scaled back
+            batch.image_sizes = [
+                ScaledSize(size, self._factor(original, self.min_size[-1]))
+                for size, original in zip(batch.image_sizes, originals, strict=True)
+            ]
+        return batch, targets
+
+    def _factor(self, size: Sequence[int], shorter: float) -> float:
+        return min(self.max_size / max(size), shorter / min(size))
 
     def resize(
         self, image: Tensor, target: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         h, w = image.shape[-2:]
         shorter = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
-        scale = min(shorter / min(h, w), self.max_size / max(h, w))
+        scale = self._factor((h, w), shorter)
         size = (int(h * scale + 0.5), int(w * scale + 0.5))
         image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
         if target is not None:
-            target["boxes"] = _scale_pixels(target["boxes"], (h, w), size)
+            target["boxes"] = clip_pixels(scale_pixels(target["boxes"], scale), size)
             if "masks" in target:
                 masks = target["masks"][:, None].float()
                 target["masks"] = F.interpolate(masks, size)[:, 0].byte()
@@ -86,22 +117,33 @@ class LegacyTransform(GeneralizedRCNNTransform):
     def postprocess(
         self,
         result: list[dict[str, Tensor]],
-        image_shapes: list[tuple[int, int]],
+        image_shapes: list[ScaledSize],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         if self.training:
             return result
         for found, shape, original in zip(result, image_shapes, original_image_sizes, strict=True):
-            found["boxes"] = _scale_pixels(found["boxes"], shape, original)
+            found["boxes"] = scale_pixels(found["boxes"], 1 / shape.scale)
             if "masks" in found:
                 found["masks"] = paste_masks_in_image(found["masks"], found["boxes"], original)
         return result
 
 
-def _scale_pixels(boxes: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
-    ratio = boxes.new_tensor([new[1] / old[1], new[0] / old[0]] * 2)
+def scale_pixels(boxes: Tensor, scale: float) -> Tensor:
+    """Multiplies the first and the last pixel of (..., 4) boxes by `scale`."""
     end = boxes.new_tensor([0, 0, 1, 1])
-    return (boxes - end) * ratio + end
+    return (boxes - end) * scale + end
+
+
+def clip_pixels(boxes: Tensor, size: Sequence[int]) -> Tensor:
+    """Moves the first and the last pixel of (..., 4) boxes into an image of (height, width) `size`.
+
+    mmdetection v1's rule (delta2bbox): both lie in [0, width - 1], so that a box outside the image
+    becomes one that is 1 pixel wide at its edge.
+    """
+    end = boxes.new_tensor([0, 0, 1, 1])
+    last = boxes.new_tensor([size[1] - 1, size[0] - 1] * 2)
+    return (boxes - end).clamp(min=0).minimum(last) + end
 
 
 class LegacyBoxCoder(BoxCoder):

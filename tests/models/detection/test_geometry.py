@@ -6,7 +6,13 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
 from models.detection.detectors import DETECTORS, create_detector
-from models.detection.geometry import LegacyP6P7, LegacyRoIAlign, LegacyTransform, PyramidAnchors
+from models.detection.geometry import (
+    LegacyP6P7,
+    LegacyRoIAlign,
+    LegacyTransform,
+    PyramidAnchors,
+    clip_pixels,
+)
 
 
 def test_anchors_are_float32_on_the_strides_of_the_pyramid():
@@ -74,16 +80,32 @@ def test_legacy_box_coding_is_torchvisions_on_ends():
     torch.testing.assert_close(found, torch.cat([decoded_first, decoded_last + 1], 1))
 
 
-def test_legacy_resizing():
-    transform = LegacyTransform(800, 1333, [0.0] * 3, [1.0] * 3).eval()
+@pytest.mark.parametrize(
+    ("image", "limits", "resized", "pixel", "expected"),
+    [
+        ((419, 637), (320, 500), (320, 486), 485, 635.05),
+        ((427, 640), (800, 1333), (800, 1199), 1198, 639.43),
+    ],
+)
+def test_legacy_resizing_by_one_factor(image, limits, resized, pixel, expected):
+    """mmcv's imrescale: one factor, and only the image's size is rounded."""
+    transform = LegacyTransform(*limits, [0.0] * 3, [1.0] * 3).eval()
     boxes = torch.tensor([[10.0, 20.0, 30.0, 50.0]])  # last pixel 29, 49
-    images, targets = transform([torch.rand(3, 427, 640)], [{"boxes": boxes}])
-    assert images.image_sizes == [(800, 1199)]
-    scaled = targets[0]["boxes"][0]
-    torch.testing.assert_close(scaled[2], torch.tensor(29 * 1199 / 640 + 1))
-    found = [{"boxes": targets[0]["boxes"].clone()}]
-    (back,) = transform.postprocess(found, images.image_sizes, [(427, 640)])
-    torch.testing.assert_close(back["boxes"], boxes)
+    images, targets = transform([torch.rand(3, *image)], [{"boxes": boxes}])
+    assert images.image_sizes == [resized]
+    factor = min(limits[1] / max(image), limits[0] / min(image))
+    by_hand = [10 * factor, 20 * factor, 29 * factor + 1, 49 * factor + 1]
+    torch.testing.assert_close(targets[0]["boxes"], torch.tensor([by_hand]))
+    found = [{"boxes": torch.tensor([[0.0, 0.0, pixel + 1, pixel + 1]])}]
+    (back,) = transform.postprocess(found, images.image_sizes, [image])
+    assert back["boxes"][0, 2].item() - 1 == pytest.approx(expected, abs=0.005)
+    assert back["boxes"][0, 3].item() - 1 == pytest.approx(expected, abs=0.005)
+
+
+def test_legacy_clipping_keeps_boxes_of_one_pixel():
+    boxes = torch.tensor([[-9.0, 4.0, -2.0, 9.0], [70.0, -3.0, 90.0, 99.0], [3.0, 4.0, 64.0, 48.0]])
+    expected = [[0.0, 4.0, 1.0, 9.0], [63.0, 0.0, 64.0, 48.0], [3.0, 4.0, 64.0, 48.0]]
+    assert torch.equal(clip_pixels(boxes, (48, 64)), torch.tensor(expected))
 
 
 def test_legacy_pyramid_has_no_relu_before_p7():
