@@ -95,18 +95,24 @@ def create_detector(
         detector = build_rcnn(
             DETECTORS[arch], network, heads, width, anchor_scale, legacy, settings
         )
+    own = {"trainable_layers": trainable_layers, "norm": norm, "legacy": legacy}
+    own |= {"anchor_scale": anchor_scale, "mask_pool": mask_pool, "width": width, **settings}
+    _record(detector, arch, backbone, network, num_classes, own)
+    return detector
+
+
+def _record(
+    detector: FasterRCNN | RetinaNet,
+    arch: str,
+    backbone: str,
+    network: ResNet,
+    num_classes: int,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Writes on the detector what `describe_detector` reads: the arguments that build it again."""
     detector.arch, detector.backbone_arch, detector.num_classes = arch, backbone, num_classes
     detector.attention, detector.ksize = network.attention, network.ksize
-    detector.model_kwargs = {
-        "trainable_layers": trainable_layers,
-        "norm": norm,
-        "legacy": legacy,
-        "anchor_scale": anchor_scale,
-        "mask_pool": mask_pool,
-        "width": width,
-        **settings,
-    }
-    return detector
+    detector.model_kwargs = model_kwargs
 
 
 def _check_settings(arch: str, legacy: bool, settings: Mapping[str, Any]) -> None:
