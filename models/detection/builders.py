@@ -14,7 +14,13 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from ..eca_resnet import ResNet
-from .geometry import LegacyBoxCoder, LegacyP6P7, LegacyTransform, PyramidAnchors
+from .geometry import (
+    DetectorTransform,
+    LegacyBoxCoder,
+    LegacyP6P7,
+    LegacyTransform,
+    PyramidAnchors,
+)
 from .heads import compute_in_float32, initialise_box_head
 from .postprocessing import LegacyRetinaNet, LegacyRoIHeads, LegacyRPN
 
@@ -41,8 +47,8 @@ def build_retinanet(
     )
     compute_in_float32(detector.head.classification_head, "cls_logits")
     compute_in_float32(detector.head.regression_head, "bbox_reg")
+    detector.transform = _transform(detector.transform, legacy)
     if legacy:
-        detector.transform = _legacy_transform(detector.transform)
         detector.box_coder = LegacyBoxCoder(detector.box_coder.weights)
     return detector
 
@@ -76,8 +82,8 @@ def build_rcnn(
     if kind is MaskRCNN:
         nn.init.normal_(roi_heads.mask_predictor.mask_fcn_logits.weight, std=0.01)
         compute_in_float32(roi_heads.mask_predictor, "mask_fcn_logits")
+    detector.transform = _transform(detector.transform, legacy)
     if legacy:
-        detector.transform = _legacy_transform(detector.transform)
         # torchvision builds both itself; the subclasses add methods and no state
         rpn.__class__, roi_heads.__class__ = LegacyRPN, LegacyRoIHeads
         for part in (rpn, roi_heads):
@@ -85,9 +91,14 @@ def build_rcnn(
     return detector
 
 
-def _legacy_transform(new: GeneralizedRCNNTransform) -> LegacyTransform:
-    return LegacyTransform(
-        new.min_size, new.max_size, new.image_mean, new.image_std, new.size_divisible
+def _transform(theirs: GeneralizedRCNNTransform, legacy: bool) -> DetectorTransform:
+    return (LegacyTransform if legacy else DetectorTransform)(
+        theirs.min_size,
+        theirs.max_size,
+        theirs.image_mean,
+        theirs.image_std,
+        theirs.size_divisible,
+        theirs.fixed_size,
     )
 
 

@@ -9,13 +9,14 @@ very small regions; what remains different is in this file.
 from collections.abc import Sequence
 
 import torch
+import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.poolers import LevelMapper
@@ -76,7 +77,49 @@ class ScaledSize(tuple):
         return made
 
 
-class LegacyTransform(GeneralizedRCNNTransform):
+class DetectorTransform(GeneralizedRCNNTransform):
+    """torchvision's normalisation and resizing, with sides of at least one pixel.
+
+    torchvision rounds the shorter side down: of an image of 2000 × 1 pixels it makes 1333 × 0, and
+    raises. Images of other proportions get torchvision's sizes and values.
+    """
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        # a traced graph computes the size from its input's, which torchvision knows how to write
+        if self.fixed_size is not None or torchvision._is_tracing():
+            return super().resize(image, target)
+        return self._resize(image, target)
+
+    def _resize(
+        self, image: Tensor, target: dict[str, Tensor] | None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        original = image.shape[-2:]
+        shorter = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
+        scale = self._factor(original, shorter)
+        size = tuple(max(1, self._round(side * scale)) for side in original)
+        image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
+        if target is not None:
+            target["boxes"] = self._resize_boxes(target["boxes"], original, size, scale)
+            if "masks" in target:
+                masks = target["masks"][:, None].float()
+                target["masks"] = F.interpolate(masks, size)[:, 0].byte()
+        return image, target
+
+    def _factor(self, size: Sequence[int], shorter: float) -> float:
+        return min(shorter / min(size), self.max_size / max(size))
+
+    def _round(self, side: float) -> int:
+        return int(side)
+
+    def _resize_boxes(
+        self, boxes: Tensor, original: Sequence[int], size: Sequence[int], scale: float
+    ) -> Tensor:
+        return resize_boxes(boxes, original, size)
+
+
+class LegacyTransform(DetectorTransform):
     """mmdetection v1's resizing: one factor for both directions, and pixel indices that scale.
 
     The factor is min(max_size / longer side, min_size / shorter side), and only the size of the
@@ -96,23 +139,18 @@ class LegacyTransform(GeneralizedRCNNTransform):
             ]
         return batch, targets
 
-    def _factor(self, size: Sequence[int], shorter: float) -> float:
-        return min(self.max_size / max(size), shorter / min(size))
-
     def resize(
         self, image: Tensor, target: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        h, w = image.shape[-2:]
-        shorter = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
-        scale = self._factor((h, w), shorter)
-        size = (int(h * scale + 0.5), int(w * scale + 0.5))
-        image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
-        if target is not None:
-            target["boxes"] = clip_pixels(scale_pixels(target["boxes"], scale), size)
-            if "masks" in target:
-                masks = target["masks"][:, None].float()
-                target["masks"] = F.interpolate(masks, size)[:, 0].byte()
-        return image, target
+        return self._resize(image, target)  # traced too: torchvision's graph rounds sides down
+
+    def _round(self, side: float) -> int:
+        return int(side + 0.5)
+
+    def _resize_boxes(
+        self, boxes: Tensor, original: Sequence[int], size: Sequence[int], scale: float
+    ) -> Tensor:
+        return clip_pixels(scale_pixels(boxes, scale), size)
 
     def postprocess(
         self,
