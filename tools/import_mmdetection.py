@@ -1,10 +1,10 @@
 """Turns a detector's checkpoint of mmdetection v1 into one of ours.
 
 The authors' detectors were trained with mmdetection 1, whose files mmdetection 2 and 3 no longer
-read. Names are mapped one to one; what the network is (detector, depth, kernel sizes, classes) is
-read off names and shapes, and a file without exactly that network's tensors is refused. Its
-geometry differed from torchvision's (anchor centres, whole-pixel boxes, no ReLU before P7), so the
-result asks for the legacy geometry, which the detectors here offer.
+read. Each tensor's name is mapped to torchvision's. Names and shapes tell what the network is
+(detector, depth, kernel sizes, classes), and a file that does not hold exactly that network's
+tensors is refused. mmdetection 1 had another geometry than torchvision, so the checkpoint that is
+written asks for models/detection's legacy geometry.
 """
 
 import re
@@ -59,14 +59,18 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def convert(file: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a checkpoint of detect_main.py from a loaded file of mmdetection v1.
+    """Makes the fields of a checkpoint of detect_main.py from a loaded file of mmdetection v1.
 
     Args:
         file: {"state_dict", "meta"} or a bare state dict.
 
+    Returns:
+        arch, backbone, attention, ksize, num_classes, model_kwargs, classes, category_ids and
+        state_dict.
+
     Raises:
-        UserError: a file of mmdetection 2 or 3, a name without a place here, a tensor that is
-            missing or has another shape than the network's.
+        UserError: the file is one of mmdetection 2 or 3, a tensor's name is unknown, or a tensor
+            is missing or has another shape than the network's.
     """
     tensors = file["state_dict"] if isinstance(file.get("state_dict"), Mapping) else file
     tensors = {str(name).removeprefix("module."): value for name, value in tensors.items()}
@@ -89,9 +93,10 @@ def convert(file: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def version(meta: Any) -> str | None:
-    """Reads the version of mmdetection that wrote a file from its "meta"; None where it is unsaid.
+    """Reads from a file's "meta" which version of mmdetection wrote it; None where it names none.
 
-    mmdetection 3 writes no version of its own, but the data set's description or mmengine's.
+    mmdetection 3 does not write its version, but a description of the data set, or the version of
+    mmengine.
     """
     if not isinstance(meta, Mapping):
         return None
@@ -111,16 +116,19 @@ def _refuse_newer(meta: Any, tensors: Tensors) -> None:
     else:
         return
     raise UserError(
-        f"{sign}, whose geometry and class order are others than version 1's: use that program's "
-        "own tools"
+        f"{sign}, whose geometry and order of classes differ from version 1's: use the tools of "
+        "that version"
     )
 
 
 def rename(tensors: Tensors, arch: str) -> dict[str, torch.Tensor]:
-    """The same tensors under torchvision's names.
+    """Returns the same tensors under torchvision's names.
+
+    Args:
+        arch: the detector that they belong to, a key of `DETECTORS`.
 
     Raises:
-        UserError: a name has no counterpart; nothing is left out in silence.
+        UserError: a name has no counterpart; no tensor is left out in silence.
     """
     table = COMMON + (ONE_STAGE if arch == "retinanet" else TWO_STAGES)
     named = {}
@@ -156,7 +164,7 @@ def _outputs(named: Tensors, arch: str) -> int:
 
 
 def _backbone(named: Tensors) -> dict[str, Any]:
-    """The fields backbone, attention and ksize of a checkpoint of ours, off names and shapes."""
+    """Reads a checkpoint's fields backbone, attention and ksize off names and shapes."""
     prefix = "backbone.body."
     body = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
     with as_user_error("the backbone: "):
@@ -181,7 +189,11 @@ def _check_all(named: Tensors, shapes: Mapping[str, torch.Size], network: str) -
 
 
 def _classes(meta: Any, count: int) -> tuple[list[str], list[int]]:
-    """Names and category ids: COCO's where the file's names are COCO's or missing, else its own."""
+    """Reads the names of the classes, and gives each a category id.
+
+    COCO's names and ids where there are 80 outputs and the file names COCO's classes or none; else
+    the file's names (numbers, where it has none) and the ids from 1.
+    """
     coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     ids = [i for i, name in enumerate(coco) if name not in ("__background__", "N/A")]
     coco = [coco[i] for i in ids]

@@ -1,4 +1,4 @@
-"""One builder for each kind of detector: the network of torchvision's class on one of our ResNets.
+"""Builds each kind of detector: the network of torchvision's class on one of our ResNets.
 
 What is set here makes them the networks of the published COCO table: the anchors, P6 on C5, the
 first values of the heads, and the layers that keep float32.

@@ -1,8 +1,8 @@
 """Faster R-CNN, Mask R-CNN and RetinaNet on a feature pyramid over any ResNet of this project.
 
 The detectors are torchvision's, its parameter names included. What is set here makes them the
-networks of the published COCO table: the classes, the anchors, P6 on C5; and, from the files
-beside this one, which layers train, what BatchNorm does, what stays in float32.
+networks of the published COCO table: the classes, the anchors, P6 on C5. The files beside this one
+set which layers train, what BatchNorm does, and which layers compute in float32.
 """
 
 import inspect
@@ -66,7 +66,7 @@ def create_detector(
             for RetinaNet (80), as in FIRST_LABEL + the number of categories.
         attention: another attention in the backbone's blocks; None for the backbone's own.
         trainable_layers: 3 trains layer2 to layer4, 4 layer1 too, 5 all, 0 nothing of the backbone.
-        norm: see `eca_detection_norm.set_norm`.
+        norm: see `norms.set_norm`.
         legacy: mmdetection v1's geometry, for weights that were trained with it.
         anchor_scale: an anchor's side in strides of its level; None for 8, RetinaNet 4 (times 1,
             2^(1/3) and 2^(2/3)).
@@ -145,21 +145,21 @@ def _make_backbone(
 def eca_faster_rcnn(
     backbone: str = "eca_resnet50", ksize: Ksize = None, num_classes: int = 81, **kwargs: Any
 ) -> FasterRCNN:
-    """Faster R-CNN with FPN; the arguments are `create_detector`'s."""
+    """Builds a Faster R-CNN with FPN; the arguments are `create_detector`'s."""
     return create_detector("faster_rcnn", backbone, ksize, num_classes, **kwargs)
 
 
 def eca_mask_rcnn(
     backbone: str = "eca_resnet50", ksize: Ksize = None, num_classes: int = 81, **kwargs: Any
 ) -> MaskRCNN:
-    """Mask R-CNN with FPN; the arguments are `create_detector`'s."""
+    """Builds a Mask R-CNN with FPN; the arguments are `create_detector`'s."""
     return create_detector("mask_rcnn", backbone, ksize, num_classes, **kwargs)
 
 
 def eca_retinanet(
     backbone: str = "eca_resnet50", ksize: Ksize = None, num_classes: int = 80, **kwargs: Any
 ) -> RetinaNet:
-    """RetinaNet with FPN; the arguments are `create_detector`'s."""
+    """Builds a RetinaNet with FPN; the arguments are `create_detector`'s."""
     return create_detector("retinanet", backbone, ksize, num_classes, **kwargs)
 
 
@@ -187,7 +187,7 @@ def load_backbone(detector: FasterRCNN | RetinaNet, checkpoint: Any) -> str:
 
 
 def describe_detector(detector: FasterRCNN | RetinaNet) -> dict[str, Any]:
-    """The fields of a checkpoint from which `detector_from_checkpoint` builds the network again."""
+    """Returns the fields of a checkpoint from which `detector_from_checkpoint` builds it again."""
     return {
         "arch": detector.arch,
         "backbone": detector.backbone_arch,

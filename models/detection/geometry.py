@@ -2,8 +2,8 @@
 
 Boxes are (x1, y1, x2, y2) with the end one past the last pixel, everywhere. mmdetection v1 kept the
 last pixel itself and added 1 to every width. Written with ends, its IoU is the same formula as
-torchvision's, and so are its box coding and RoIAlign but for boxes that shrink very much and for
-very small regions; what remains different is in this file.
+torchvision's. So are its box coding, except for boxes that shrink very much, and its RoIAlign,
+except for very small regions. What remains different is in this file.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,9 @@ RATIOS = (0.5, 1.0, 2.0)  # height over width
 class PyramidAnchors(AnchorGenerator):
     """float32 anchors, one set of sizes a level, on the pyramid's own strides.
 
-    torchvision divides image by map instead, and gets 61 for 64 where 800 pixels make 13 cells; and
-    takes the maps' dtype, which under bfloat16 autocast rounds x = 1000 to a multiple of 4.
+    torchvision divides the image's size by the map's instead, and gets a stride of 61 for 64 where
+    800 pixels make 13 cells. And its anchors have the maps' dtype: under bfloat16 autocast x = 1000
+    is rounded to a multiple of 4.
 
     Args:
         sizes: for each level the anchors' sides (the square root of the area) in pixels.
@@ -53,7 +54,7 @@ class PyramidAnchors(AnchorGenerator):
 
 
 def _legacy_cell(sizes: Sequence[float], stride: int) -> Tensor:
-    """(3 · len(sizes), 4): the anchors of the first cell."""
+    """Computes the anchors of the first cell: (3 · len(sizes), 4)."""
     root = torch.tensor(RATIOS, device="cpu").sqrt()[:, None]
     side = torch.tensor(sizes, dtype=torch.float32, device="cpu")[None]
     size = torch.stack([(side / root).flatten(), (side * root).flatten()], 1)
@@ -200,7 +201,8 @@ class LegacyBoxCoder(BoxCoder):
 class LegacyRoIAlign(MultiScaleRoIAlign):
     """mmdetection v1's RoIAlign on P2 to P5: a region smaller than a cell stays as small as it is.
 
-    torchvision's makes it one cell wide, unless it is "aligned", which moves all by half a cell.
+    torchvision's enlarges such a region to one cell. With `aligned=True` it does not, but moves
+    every region by half a cell, which is undone here.
     """
 
     def __init__(self, output_size: int):

@@ -1,7 +1,7 @@
-"""From raw outputs to detections as mmdetection v1 did it ("legacy").
+"""Chooses detections from a network's outputs as mmdetection v1 did ("legacy").
 
 Boxes are clipped by pixel indices, and the last non-maximum suppression (NMS) sees boxes in pixels
-of the original image, where the 1 in "last - first + 1" weighs otherwise than in the resized one.
+of the original image: the 1 in "last - first + 1" has another weight there than in the resized one.
 Boxes are returned in pixels of the resized image, as torchvision's are.
 """
 
@@ -61,8 +61,9 @@ class LegacyRoIHeads(RoIHeads):
 class LegacyRetinaNet(RetinaNet):
     """torchvision's RetinaNet with mmdetection v1's choice of detections.
 
-    `topk_candidates` counts the anchors of a level, ordered by their best class, where torchvision
-    counts pairs of an anchor and a class.
+    `topk_candidates` counts the anchors of a level, ordered by their best class, and each of them
+    takes part with all its classes (`AnchorHead.get_bboxes_single`). torchvision counts pairs of an
+    anchor and a class.
     """
 
     def postprocess_detections(

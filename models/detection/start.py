@@ -30,7 +30,7 @@ def start_detector(
     trainable_layers: int | None = None,
     **settings: Any,
 ) -> tuple[FasterRCNN | RetinaNet, str]:
-    """A detector with its first weights, and one line on those of its backbone.
+    """Builds a detector with its first weights; returns it and a line about its backbone's.
 
     Args:
         arch, backbone, ksize, num_classes, **settings: as in `create_detector`.
@@ -65,8 +65,8 @@ def load_detector(
     Args:
         detector: from `create_detector`, for `classes`.
         checkpoint: of `describe_detector`, with "format", "state_dict" and its "classes". Its
-            layers with an output for each class are left out where the classes are others.
-        classes: names of the new detector's, in the order of its labels.
+            layers with an output for each class are left out where the classes differ.
+        classes: names of the new detector's classes, in the order of its labels.
 
     Returns:
         One sentence that says what was kept and what is fresh.
@@ -106,7 +106,7 @@ def load_detector(
 
 
 def _all_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """`model_kwargs` of a checkpoint; what it lacks are `create_detector`'s defaults."""
+    """Reads a checkpoint's `model_kwargs`, with `create_detector`'s default for each it lacks."""
     parameters = inspect.signature(create_detector).parameters
     settings = {
         name: parameter.default
@@ -122,8 +122,8 @@ def refuse_another_network(checkpoint: Mapping[str, Any], asked: Mapping[str, An
     Args:
         checkpoint: of `describe_detector`; `model_kwargs` that it lacks, as an imported one does,
             are `create_detector`'s defaults.
-        asked: arch, backbone, ksize, norm, trainable_layers, as in `create_detector`; None where
-            nothing is asked. And legacy; False is no question.
+        asked: arch, backbone, ksize, norm, trainable_layers and legacy, as in `create_detector`;
+            None, and False for legacy, where the user asks for nothing.
 
     Raises:
         ValueError: one line with the flags to leave out.
