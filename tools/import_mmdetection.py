@@ -1,32 +1,25 @@
 """Turns a detector's checkpoint of mmdetection v1 into one of ours.
 
 The authors' detectors were trained with mmdetection 1, whose files mmdetection 2 and 3 no longer
-read. Names are mapped one to one; what the network is (detector, depth, kernel sizes, classes) is
-read off names and shapes, and a file without exactly that network's tensors is refused. Its
-geometry differed from torchvision's (anchor centres, whole-pixel boxes, no ReLU before P7), so the
-result asks for the legacy geometry, which the detectors here offer.
+read. Each tensor's name is mapped to torchvision's. Names and shapes tell what the network is
+(detector, depth, kernel sizes, classes), and a file that does not hold exactly that network's
+tensors is refused. mmdetection 1 had another geometry than torchvision, so the checkpoint that is
+written asks for models/detection's legacy geometry.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torchvision.models import get_model
-from torchvision.models.detection import (
-    FasterRCNN,
-    MaskRCNN,
-    MaskRCNN_ResNet50_FPN_Weights,
-    RetinaNet,
-)
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
+from models.detection.detectors import create_detector
+from models.weights import describe_weights
 from utils.options.parser import Parser, run_script
 from utils.runs import checkpoint
-from utils.system.errors import UserError
+from utils.system.errors import UserError, as_user_error
 
 # mmdetection v1's names, and torchvision's. The first that matches a whole name counts.
 COMMON = (
@@ -60,53 +53,38 @@ ONE_STAGE = (
     (r"bbox_head\.retina_cls\.(.+)", r"head.classification_head.cls_logits.\1"),
     (r"bbox_head\.retina_reg\.(.+)", r"head.regression_head.bbox_reg.\1"),
 )
-# blocks in the four stages, and whether a block has a third convolution
-DEPTHS = {
-    (2, 2, 2, 2, False): 18,
-    (3, 4, 6, 3, False): 34,
-    (3, 4, 6, 3, True): 50,
-    (3, 4, 23, 3, True): 101,
-    (3, 8, 36, 3, True): 152,
-}
-DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet}
 RETINA_ANCHORS = 9  # on a cell: 3 sizes of 3 shapes
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 def convert(file: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a checkpoint of detect_main.py from a loaded file of mmdetection v1.
+    """Makes the fields of a checkpoint of detect_main.py from a loaded file of mmdetection v1.
 
     Args:
         file: {"state_dict", "meta"} or a bare state dict.
 
+    Returns:
+        arch, backbone, attention, ksize, num_classes, model_kwargs, classes, category_ids and
+        state_dict.
+
     Raises:
-        UserError: a file of mmdetection 2 or 3, a name without a place here, a tensor that is
-            missing or has another shape than the network's.
+        UserError: the file is one of mmdetection 2 or 3, a tensor's name is unknown, or a tensor
+            is missing or has another shape than the network's.
     """
     tensors = file["state_dict"] if isinstance(file.get("state_dict"), Mapping) else file
     tensors = {str(name).removeprefix("module."): value for name, value in tensors.items()}
-    newer = [name for name in tensors if name.startswith("roi_head.")]
-    if newer:
-        raise UserError(
-            f"{newer[0]} is a name of mmdetection 2 or 3, whose geometry and class order are "
-            "others: use that program's own tools"
-        )
+    _refuse_newer(file.get("meta"), tensors)
     arch = _arch(tensors)
     named = rename(tensors, arch)
-    classes, ids = _classes(file.get("meta"), _outputs(named, arch) - (arch != "retinanet"))
-    depth, attention = _depth(named), _attention(named)
-    ksize = _ksize(named) if attention == "eca" else None
-    prefix = f"{attention}_" if attention != "none" else ""
-    backbone = f"{prefix}resnet{depth}"
-    shapes = _shapes(arch, depth, attention, ksize, _outputs(named, arch))
-    _check_all(named, shapes, f"{arch} on {backbone}")
+    outputs = _outputs(named, arch)
+    classes, ids = _classes(file.get("meta"), outputs - (arch != "retinanet"))
+    network = {"arch": arch, **_backbone(named), "num_classes": outputs}
+    with torch.device("meta"), as_user_error():
+        shapes = {k: v.shape for k, v in create_detector(**network).state_dict().items()}
+    _check_all(named, shapes, f"{arch} on {network['backbone']}")
     return {
-        "arch": arch,
-        "backbone": backbone,
-        "attention": attention,
-        "ksize": ksize,
-        "num_classes": _outputs(named, arch),
+        **network,
         "model_kwargs": {"legacy": True},
         "classes": classes,
         "category_ids": ids,
@@ -114,11 +92,43 @@ def convert(file: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def version(meta: Any) -> str | None:
+    """Reads from a file's "meta" which version of mmdetection wrote it; None where it names none.
+
+    mmdetection 3 does not write its version, but a description of the data set, or the version of
+    mmengine.
+    """
+    if not isinstance(meta, Mapping):
+        return None
+    if "dataset_meta" in meta or "mmengine_version" in meta:
+        return "3"
+    return str(meta["mmdet_version"]) if meta.get("mmdet_version") else None
+
+
+def _refuse_newer(meta: Any, tensors: Tensors) -> None:
+    said = version(meta)
+    number = re.match(r"v?(\d+)", said) if said else None
+    newer = [name for name in tensors if name.startswith("roi_head.")]
+    if number and int(number[1]) > 1:
+        sign = f"its meta says mmdetection {said}"
+    elif newer:
+        sign = f"{newer[0]} is a name of mmdetection 2 or 3"
+    else:
+        return
+    raise UserError(
+        f"{sign}, whose geometry and order of classes differ from version 1's: use the tools of "
+        "that version"
+    )
+
+
 def rename(tensors: Tensors, arch: str) -> dict[str, torch.Tensor]:
-    """The same tensors under torchvision's names.
+    """Returns the same tensors under torchvision's names.
+
+    Args:
+        arch: the detector that they belong to, a key of `DETECTORS`.
 
     Raises:
-        UserError: a name has no counterpart; nothing is left out in silence.
+        UserError: a name has no counterpart; no tensor is left out in silence.
     """
     table = COMMON + (ONE_STAGE if arch == "retinanet" else TWO_STAGES)
     named = {}
@@ -153,69 +163,13 @@ def _outputs(named: Tensors, arch: str) -> int:
     return len(named["roi_heads.box_predictor.cls_score.weight"])
 
 
-def _depth(named: Tensors) -> int:
-    stages = [
-        sum(
-            bool(re.fullmatch(rf"backbone\.body\.layer{i}\.\d+\.conv1\.weight", name))
-            for name in named
-        )
-        for i in (1, 2, 3, 4)
-    ]
-    deep = "backbone.body.layer1.0.conv3.weight" in named
-    shape = (*stages, deep)
-    if shape not in DEPTHS:
-        raise UserError(f"the backbone is no ResNet known here: {stages} blocks in its stages")
-    return DEPTHS[shape]
-
-
-def _attention(named: Tensors) -> str:
-    for name in ("eca", "se"):
-        if any(f".layer1.0.{name}." in key for key in named):
-            return name
-    return "none"
-
-
-def _ksize(named: Tensors) -> list[int]:
-    found = []
-    for stage in (1, 2, 3, 4):
-        pattern = rf"backbone\.body\.layer{stage}\.\d+\.eca\.conv\.weight"
-        sizes = {value.numel() for name, value in named.items() if re.fullmatch(pattern, name)}
-        if len(sizes) != 1 or any(size % 2 == 0 for size in sizes):
-            raise UserError(
-                f"layer{stage} has ECA kernels of sizes {sorted(sizes)}: one odd size is wanted"
-            )
-        found += sizes
-    return found
-
-
-def _shapes(
-    arch: str, depth: int, attention: str, ksize: Sequence[int] | None, outputs: int
-) -> dict[str, torch.Size]:
-    """Names and shapes of the detector's tensors, from torchvision's modules without memory."""
-    levels = (2, 3, 4) if arch == "retinanet" else (1, 2, 3, 4)
-    with torch.device("meta"):
-        body = get_model(f"resnet{depth}", weights=None)
-        widths = [body.fc.in_features >> (4 - level) for level in (1, 2, 3, 4)]
-        stages = (body.layer1, body.layer2, body.layer3, body.layer4)
-        for i, (stage, width) in enumerate(zip(stages, widths, strict=True)):
-            for block in stage:
-                if attention == "eca":
-                    conv = nn.Conv1d(1, 1, ksize[i], bias=False)
-                    block.eca = nn.ModuleDict({"conv": conv})
-                elif attention == "se":
-                    squeeze = nn.Linear(width, width // 16, bias=False)
-                    excite = nn.Linear(width // 16, width, bias=False)
-                    fc = nn.Sequential(squeeze, nn.ReLU(), excite)
-                    block.se = nn.ModuleDict({"fc": fc})
-        pyramid = BackboneWithFPN(
-            body,
-            {f"layer{level}": str(i) for i, level in enumerate(levels)},
-            [widths[level - 1] for level in levels],
-            256,
-            LastLevelP6P7(widths[-1], 256) if arch == "retinanet" else LastLevelMaxPool(),
-        )
-        detector = DETECTORS[arch](pyramid, outputs)
-    return {name: value.shape for name, value in detector.state_dict().items()}
+def _backbone(named: Tensors) -> dict[str, Any]:
+    """Reads a checkpoint's fields backbone, attention and ksize off names and shapes."""
+    prefix = "backbone.body."
+    body = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
+    with as_user_error("the backbone: "):
+        found = describe_weights({**body, "fc.weight": torch.empty(1, 1)})
+    return {"backbone": found["arch"], "attention": found["attention"], "ksize": found["ksize"]}
 
 
 def _check_all(named: Tensors, shapes: Mapping[str, torch.Size], network: str) -> None:
@@ -235,12 +189,20 @@ def _check_all(named: Tensors, shapes: Mapping[str, torch.Size], network: str) -
 
 
 def _classes(meta: Any, count: int) -> tuple[list[str], list[int]]:
-    """Names and category ids: COCO's where the file's names are COCO's or missing, else its own."""
+    """Reads the names of the classes, and gives each a category id.
+
+    COCO's names and ids where there are 80 outputs and the file names COCO's classes or none; else
+    the file's names (numbers, where it has none) and the ids from 1.
+    """
     coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     ids = [i for i, name in enumerate(coco) if name not in ("__background__", "N/A")]
     coco = [coco[i] for i in ids]
-    names = list(meta.get("CLASSES") or []) if isinstance(meta, Mapping) else []
-    spelt = [str(name).replace("_", " ") for name in names]  # v1 wrote traffic_light
+    names = meta.get("CLASSES") or [] if isinstance(meta, Mapping) else []
+    names = [names] if isinstance(names, str) else [str(name) for name in names]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"CLASSES names {twice[0]!r} twice: labels would mean two things")
+    spelt = [name.replace("_", " ") for name in names]  # v1 wrote traffic_light
     if count == len(ids) and (not names or spelt == coco):
         return coco, ids
     if names and len(names) != count:
@@ -255,13 +217,16 @@ def main() -> None:
     args = parser.parse_args()
     if Path(args.out).exists():
         raise UserError(f"{args.out}: exists already; choose another name")
-    fields = convert(checkpoint.load(args.file))
+    file = checkpoint.load(args.file)
+    fields = convert(file)
     size = checkpoint.save(args.out, fields)
     ksize = f", ksize {','.join(map(str, fields['ksize']))}" if fields["ksize"] else ""
     print(
         f"{fields['arch']} on {fields['backbone']}{ksize}, {len(fields['classes'])} classes, "
         f"{len(fields['state_dict'])} tensors"
     )
+    if version(file.get("meta")) is None:
+        print("! the file does not say which mmdetection wrote it: taken for version 1")
     print(f"written to {args.out} ({size / 1e6:,.1f} MB); evaluate it with")
     print(f"  python detect_main.py -e --resume {args.out} DATA")
 

@@ -1,25 +1,22 @@
 """Faster R-CNN, Mask R-CNN and RetinaNet on a feature pyramid over any ResNet of this project.
 
 The detectors are torchvision's, its parameter names included. What is set here makes them the
-networks of the published COCO table: the classes, the anchors, P6 on C5; and, from the files
-beside this one, which layers train, what BatchNorm does, what stays in float32.
+networks of the published COCO table: the classes, the anchors, P6 on C5. The files beside this one
+set which layers train, what BatchNorm does, and which layers compute in float32.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from .. import create_model
 from ..construction import Ksize
 from ..eca_resnet import ResNet
 from ..weights import FORMAT, find_state_dict, load_weights, strip_prefixes
-from .geometry import LegacyBoxCoder, LegacyP6P7, LegacyTransform, PyramidAnchors
-from .heads import compute_in_float32, initialise_box_head, make_heads
+from .builders import build_rcnn, build_retinanet
+from .heads import make_heads
 from .norms import freeze
 
 DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet}
@@ -69,7 +66,7 @@ def create_detector(
             for RetinaNet (80), as in FIRST_LABEL + the number of categories.
         attention: another attention in the backbone's blocks; None for the backbone's own.
         trainable_layers: 3 trains layer2 to layer4, 4 layer1 too, 5 all, 0 nothing of the backbone.
-        norm: see `eca_detection_norm.set_norm`.
+        norm: see `norms.set_norm`.
         legacy: mmdetection v1's geometry, for weights that were trained with it.
         anchor_scale: an anchor's side in strides of its level; None for 8, RetinaNet 4 (times 1,
             2^(1/3) and 2^(2/3)).
@@ -86,14 +83,52 @@ def create_detector(
     Raises:
         ValueError: one line, for a value that will not do.
     """
+    _check_settings(arch, legacy, settings)
+    num_classes = 80 + FIRST_LABEL[arch] if num_classes is None else num_classes
+    network = _make_backbone(arch, backbone, ksize, num_classes, attention)
+    freeze(network, trainable_layers, norm)
+    anchor_scale = anchor_scale or (4 if arch == "retinanet" else 8)
+    if arch == "retinanet":
+        detector = build_retinanet(network, num_classes, width, anchor_scale, legacy, settings)
+    else:
+        heads = make_heads(arch, num_classes, width, mask_pool, legacy)
+        detector = build_rcnn(
+            DETECTORS[arch], network, heads, width, anchor_scale, legacy, settings
+        )
+    own = {"trainable_layers": trainable_layers, "norm": norm, "legacy": legacy}
+    own |= {"anchor_scale": anchor_scale, "mask_pool": mask_pool, "width": width, **settings}
+    _record(detector, arch, backbone, network, num_classes, own)
+    return detector
+
+
+def _record(
+    detector: FasterRCNN | RetinaNet,
+    arch: str,
+    backbone: str,
+    network: ResNet,
+    num_classes: int,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Writes on the detector what `describe_detector` reads: the arguments that build it again."""
+    detector.arch, detector.backbone_arch, detector.num_classes = arch, backbone, num_classes
+    detector.attention, detector.ksize = network.attention, network.ksize
+    detector.model_kwargs = model_kwargs
+
+
+def _check_settings(arch: str, legacy: bool, settings: Mapping[str, Any]) -> None:
     if arch not in DETECTORS:
         raise ValueError(f"unknown detector {arch!r}: use one of {', '.join(DETECTORS)}")
     # RetinaNet hands what it does not know to its transform, which drops it without a word.
     known = inspect.signature(DETECTORS[arch]).parameters.keys() | {"size_divisible", "fixed_size"}
     for name in settings.keys() - known:
         raise ValueError(f"{arch} has no setting {name!r}: give one such as min_size")
-    if num_classes is None:
-        num_classes = 80 + FIRST_LABEL[arch]
+    if legacy and settings.get("fixed_size") is not None:
+        raise ValueError("fixed_size: mmdetection v1's geometry keeps proportions; give min_size")
+
+
+def _make_backbone(
+    arch: str, backbone: str, ksize: Ksize, num_classes: int, attention: str | None
+) -> ResNet:
     if num_classes <= FIRST_LABEL[arch]:
         raise ValueError(
             f"{arch} has no category to find with num_classes={num_classes}: 81 is COCO"
@@ -104,94 +139,27 @@ def create_detector(
     network = create_model(backbone, ksize, num_classes=1, **chosen)
     if not isinstance(network, ResNet):
         raise ValueError(f"a detector takes a ResNet such as eca_resnet50, not {backbone!r}")
-    freeze(network, trainable_layers, norm)
-
-    single_stage = arch == "retinanet"
-    strides = (8, 16, 32, 64, 128) if single_stage else (4, 8, 16, 32, 64)
-    anchor_scale = anchor_scale or (4 if single_stage else 8)
-    anchors = PyramidAnchors(
-        _anchor_sizes(single_stage, anchor_scale, strides, legacy), strides, legacy
-    )
-    pyramid = _pyramid(network, (2, 3, 4) if single_stage else (1, 2, 3, 4), width, legacy)
-    if single_stage:
-        given = {"detections_per_img": 100, **settings}
-        detector = RetinaNet(pyramid, num_classes, anchor_generator=anchors, **given)
-        compute_in_float32(detector.head.classification_head, "cls_logits")
-        compute_in_float32(detector.head.regression_head, "bbox_reg")
-    else:
-        given = {"rpn_anchor_generator": anchors, **settings}
-        given |= make_heads(arch, num_classes, width, mask_pool, legacy)
-        detector = DETECTORS[arch](pyramid, **given)
-        initialise_box_head(detector.roi_heads)
-        compute_in_float32(detector.rpn.head, "cls_logits", "bbox_pred")
-        compute_in_float32(detector.roi_heads.box_predictor, "cls_score", "bbox_pred")
-    if arch == "mask_rcnn":
-        nn.init.normal_(detector.roi_heads.mask_predictor.mask_fcn_logits.weight, std=0.01)
-        compute_in_float32(detector.roi_heads.mask_predictor, "mask_fcn_logits")
-    if legacy:
-        new = detector.transform
-        detector.transform = LegacyTransform(
-            new.min_size, new.max_size, new.image_mean, new.image_std, new.size_divisible
-        )
-        for part in (detector,) if single_stage else (detector.rpn, detector.roi_heads):
-            part.box_coder = LegacyBoxCoder(part.box_coder.weights)
-    detector.arch, detector.backbone_arch, detector.num_classes = arch, backbone, num_classes
-    detector.attention, detector.ksize = network.attention, network.ksize
-    detector.model_kwargs = {
-        "trainable_layers": trainable_layers,
-        "norm": norm,
-        "legacy": legacy,
-        "anchor_scale": anchor_scale,
-        "mask_pool": mask_pool,
-        "width": width,
-        **settings,
-    }
-    return detector
-
-
-def _anchor_sizes(
-    single_stage: bool, scale: float, strides: Sequence[int], legacy: bool
-) -> list[tuple[float, ...]]:
-    if not single_stage:
-        return [(scale * stride,) for stride in strides]
-    octaves = [2 ** (i / 3) for i in range(3)]
-    # torchvision cuts the sizes between the powers of two to whole pixels.
-    cut = float if legacy else int
-    return [tuple(cut(scale * stride * octave) for octave in octaves) for stride in strides]
-
-
-def _pyramid(network: ResNet, levels: Sequence[int], width: int, legacy: bool) -> BackboneWithFPN:
-    deepest = network.fc.in_features
-    extra = LastLevelMaxPool()
-    if 1 not in levels:  # RetinaNet: P6 comes from C5, not from P5
-        extra = (LegacyP6P7 if legacy else LastLevelP6P7)(deepest, width)
-    return BackboneWithFPN(
-        network,
-        {f"layer{level}": str(i) for i, level in enumerate(levels)},
-        [deepest >> (4 - level) for level in levels],
-        width,
-        extra,
-    )
+    return network
 
 
 def eca_faster_rcnn(
     backbone: str = "eca_resnet50", ksize: Ksize = None, num_classes: int = 81, **kwargs: Any
 ) -> FasterRCNN:
-    """Faster R-CNN with FPN; the arguments are `create_detector`'s."""
+    """Builds a Faster R-CNN with FPN; the arguments are `create_detector`'s."""
     return create_detector("faster_rcnn", backbone, ksize, num_classes, **kwargs)
 
 
 def eca_mask_rcnn(
     backbone: str = "eca_resnet50", ksize: Ksize = None, num_classes: int = 81, **kwargs: Any
 ) -> MaskRCNN:
-    """Mask R-CNN with FPN; the arguments are `create_detector`'s."""
+    """Builds a Mask R-CNN with FPN; the arguments are `create_detector`'s."""
     return create_detector("mask_rcnn", backbone, ksize, num_classes, **kwargs)
 
 
 def eca_retinanet(
     backbone: str = "eca_resnet50", ksize: Ksize = None, num_classes: int = 80, **kwargs: Any
 ) -> RetinaNet:
-    """RetinaNet with FPN; the arguments are `create_detector`'s."""
+    """Builds a RetinaNet with FPN; the arguments are `create_detector`'s."""
     return create_detector("retinanet", backbone, ksize, num_classes, **kwargs)
 
 
@@ -219,7 +187,7 @@ def load_backbone(detector: FasterRCNN | RetinaNet, checkpoint: Any) -> str:
 
 
 def describe_detector(detector: FasterRCNN | RetinaNet) -> dict[str, Any]:
-    """The fields of a checkpoint from which `detector_from_checkpoint` builds the network again."""
+    """Returns the fields of a checkpoint from which `detector_from_checkpoint` builds it again."""
     return {
         "arch": detector.arch,
         "backbone": detector.backbone_arch,

@@ -2,20 +2,21 @@
 
 Boxes are (x1, y1, x2, y2) with the end one past the last pixel, everywhere. mmdetection v1 kept the
 last pixel itself and added 1 to every width. Written with ends, its IoU is the same formula as
-torchvision's, and so are its box coding and RoIAlign but for boxes that shrink very much and for
-very small regions; what remains different is in this file.
+torchvision's. So are its box coding, except for boxes that shrink very much, and its RoIAlign,
+except for very small regions. What remains different is in this file.
 """
 
 from collections.abc import Sequence
 
 import torch
+import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.poolers import LevelMapper
@@ -26,8 +27,9 @@ RATIOS = (0.5, 1.0, 2.0)  # height over width
 class PyramidAnchors(AnchorGenerator):
     """float32 anchors, one set of sizes a level, on the pyramid's own strides.
 
-    torchvision divides image by map instead, and gets 61 for 64 where 800 pixels make 13 cells; and
-    takes the maps' dtype, which under bfloat16 autocast rounds x = 1000 to a multiple of 4.
+    torchvision divides the image's size by the map's instead, and gets a stride of 61 for 64 where
+    800 pixels make 13 cells. And its anchors have the maps' dtype: under bfloat16 autocast x = 1000
+    is rounded to a multiple of 4.
 
     Args:
         sizes: for each level the anchors' sides (the square root of the area) in pixels.
@@ -52,7 +54,7 @@ class PyramidAnchors(AnchorGenerator):
 
 
 def _legacy_cell(sizes: Sequence[float], stride: int) -> Tensor:
-    """(3 · len(sizes), 4): the anchors of the first cell."""
+    """Computes the anchors of the first cell: (3 · len(sizes), 4)."""
     root = torch.tensor(RATIOS, device="cpu").sqrt()[:, None]
     side = torch.tensor(sizes, dtype=torch.float32, device="cpu")[None]
     size = torch.stack([(side / root).flatten(), (side * root).flatten()], 1)
@@ -62,46 +64,125 @@ def _legacy_cell(sizes: Sequence[float], stride: int) -> Tensor:
     return torch.cat([first, last + 1], 1)
 
 
-class LegacyTransform(GeneralizedRCNNTransform):
-    """mmdetection v1's resizing: sizes are rounded, and pixel indices rather than edges scale.
+class ScaledSize(tuple):
+    """(height, width) of a resized image that also knows the factor, `scale`, it was resized by.
 
-    A box whose last pixel is x ends at x + 1; scaled by r it ends at r·x + 1, not at r·(x + 1).
+    Height and width are whole pixels, so the factor cannot be read off them.
+    """
+
+    scale: float
+
+    def __new__(cls, size: Sequence[int], scale: float) -> "ScaledSize":
+        made = super().__new__(cls, size)
+        made.scale = scale
+        return made
+
+
+class DetectorTransform(GeneralizedRCNNTransform):
+    """torchvision's normalisation and resizing, with sides of at least one pixel.
+
+    torchvision rounds the shorter side down: of an image of 2000 × 1 pixels it makes 1333 × 0, and
+    raises. Images of other proportions get torchvision's sizes and values.
     """
 
     def resize(
         self, image: Tensor, target: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        h, w = image.shape[-2:]
+        # a traced graph computes the size from its input's, which torchvision knows how to write
+        if self.fixed_size is not None or torchvision._is_tracing():
+            return super().resize(image, target)
+        return self._resize(image, target)
+
+    def _resize(
+        self, image: Tensor, target: dict[str, Tensor] | None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        original = image.shape[-2:]
         shorter = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
-        scale = min(shorter / min(h, w), self.max_size / max(h, w))
-        size = (int(h * scale + 0.5), int(w * scale + 0.5))
+        scale = self._factor(original, shorter)
+        size = tuple(max(1, self._round(side * scale)) for side in original)
         image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
         if target is not None:
-            target["boxes"] = _scale_pixels(target["boxes"], (h, w), size)
+            target["boxes"] = self._resize_boxes(target["boxes"], original, size, scale)
             if "masks" in target:
                 masks = target["masks"][:, None].float()
                 target["masks"] = F.interpolate(masks, size)[:, 0].byte()
         return image, target
 
+    def _factor(self, size: Sequence[int], shorter: float) -> float:
+        return min(shorter / min(size), self.max_size / max(size))
+
+    def _round(self, side: float) -> int:
+        return int(side)
+
+    def _resize_boxes(
+        self, boxes: Tensor, original: Sequence[int], size: Sequence[int], scale: float
+    ) -> Tensor:
+        return resize_boxes(boxes, original, size)
+
+
+class LegacyTransform(DetectorTransform):
+    """mmdetection v1's resizing: one factor for both directions, and pixel indices that scale.
+
+    The factor is min(max_size / longer side, min_size / shorter side), and only the size of the
+    image is rounded (mmcv's imrescale). A box whose last pixel is x ends at x + 1; scaled by r it
+    ends at r·x + 1, not at r·(x + 1).
+    """
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
+        originals = [tuple(image.shape[-2:]) for image in images]
+        batch, targets = super().forward(images, targets)
+        if not self.training:  # in training the factor is drawn, and nothing is scaled back
+            batch.image_sizes = [
+                ScaledSize(size, self._factor(original, self.min_size[-1]))
+                for size, original in zip(batch.image_sizes, originals, strict=True)
+            ]
+        return batch, targets
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        return self._resize(image, target)  # traced too: torchvision's graph rounds sides down
+
+    def _round(self, side: float) -> int:
+        return int(side + 0.5)
+
+    def _resize_boxes(
+        self, boxes: Tensor, original: Sequence[int], size: Sequence[int], scale: float
+    ) -> Tensor:
+        return clip_pixels(scale_pixels(boxes, scale), size)
+
     def postprocess(
         self,
         result: list[dict[str, Tensor]],
-        image_shapes: list[tuple[int, int]],
+        image_shapes: list[ScaledSize],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         if self.training:
             return result
         for found, shape, original in zip(result, image_shapes, original_image_sizes, strict=True):
-            found["boxes"] = _scale_pixels(found["boxes"], shape, original)
+            found["boxes"] = scale_pixels(found["boxes"], 1 / shape.scale)
             if "masks" in found:
                 found["masks"] = paste_masks_in_image(found["masks"], found["boxes"], original)
         return result
 
 
-def _scale_pixels(boxes: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
-    ratio = boxes.new_tensor([new[1] / old[1], new[0] / old[0]] * 2)
+def scale_pixels(boxes: Tensor, scale: float) -> Tensor:
+    """Multiplies the first and the last pixel of (..., 4) boxes by `scale`."""
     end = boxes.new_tensor([0, 0, 1, 1])
-    return (boxes - end) * ratio + end
+    return (boxes - end) * scale + end
+
+
+def clip_pixels(boxes: Tensor, size: Sequence[int]) -> Tensor:
+    """Moves the first and the last pixel of (..., 4) boxes into an image of (height, width) `size`.
+
+    mmdetection v1's rule (delta2bbox): both lie in [0, width - 1], so that a box outside the image
+    becomes one that is 1 pixel wide at its edge.
+    """
+    end = boxes.new_tensor([0, 0, 1, 1])
+    last = boxes.new_tensor([size[1] - 1, size[0] - 1] * 2)
+    return (boxes - end).clamp(min=0).minimum(last) + end
 
 
 class LegacyBoxCoder(BoxCoder):
@@ -120,7 +201,8 @@ class LegacyBoxCoder(BoxCoder):
 class LegacyRoIAlign(MultiScaleRoIAlign):
     """mmdetection v1's RoIAlign on P2 to P5: a region smaller than a cell stays as small as it is.
 
-    torchvision's makes it one cell wide, unless it is "aligned", which moves all by half a cell.
+    torchvision's enlarges such a region to one cell. With `aligned=True` it does not, but moves
+    every region by half a cell, which is undone here.
     """
 
     def __init__(self, output_size: int):

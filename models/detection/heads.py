@@ -19,7 +19,12 @@ from .geometry import LegacyRoIAlign
 def make_heads(
     arch: str, num_classes: int, width: int, mask_pool: int, legacy: bool
 ) -> dict[str, nn.Module]:
-    """The R-CNNs' heads as torchvision makes them, but of any width; `legacy`: its RoIAlign."""
+    """Makes the R-CNNs' heads as torchvision does, but of any width.
+
+    Returns:
+        The arguments of torchvision's class that replace its own heads; with `legacy`, RoIAlign is
+        mmdetection v1's.
+    """
     heads = {
         "box_head": TwoMLPHead(width * 7**2, 4 * width),
         "box_predictor": FastRCNNPredictor(4 * width, num_classes),
@@ -35,8 +40,11 @@ def make_heads(
 
 
 def initialise_box_head(heads: RoIHeads) -> None:
-    """As mmdetection does. torch's own initialisation shrinks the signal threefold in two layers,
-    which costs a network without pretrained weights its first hundred steps."""
+    """Initialises the box head as mmdetection does.
+
+    torch's own initialisation makes the signal three times weaker in two layers, which costs a
+    network without pretrained weights its first hundred steps.
+    """
     for layer in (heads.box_head.fc6, heads.box_head.fc7):
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)

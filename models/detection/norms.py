@@ -1,4 +1,4 @@
-"""What trains in a detector's backbone, and what its BatchNorm does meanwhile."""
+"""Chooses the layers of a detector's backbone that train, and what its BatchNorm does."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -144,7 +144,7 @@ def test_eighty_classes_are_cocos(spelling):
         ),
         (lambda t: t.update({"extra.weight": t["rpn_head.rpn_cls.weight"]}), "extra.weight: a fas"),
         (lambda t: t.pop("rpn_head.rpn_conv.weight"), "no Faster R-CNN"),
-        (lambda t: t.pop("backbone.layer2.1.conv1.weight"), "no ResNet known here"),
+        (lambda t: t.pop("backbone.layer2.1.conv1.weight"), "ResNet of no known depth"),
         (
             lambda t: t.update({"backbone.layer2.1.eca.conv.weight": torch.ones(1, 1, 9)}),
             r"sizes \[5, 9\]",
@@ -154,7 +154,7 @@ def test_eighty_classes_are_cocos(spelling):
                 t.update({f"backbone.layer4.{i}.eca.conv.weight": torch.ones(1, 1, 4)})
                 for i in (0, 1)
             ],
-            r"sizes \[4\]: one odd",
+            "odd kernel sizes",
         ),
         (lambda t: t.update({"rpn_head.rpn_cls.weight": 3}), "rpn_cls.weight: a int, not a tensor"),
         (
@@ -186,6 +186,45 @@ def test_unfit_files_are_refused(change, message):
         file = file_of_v1("faster_rcnn")
     change(file["state_dict"])
     with pytest.raises(UserError, match=message):
+        convert(file)
+
+
+@pytest.mark.parametrize("arch", ["faster_rcnn", "retinanet"])
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"mmdet_version": "2.3.0+abc"},
+        {"mmdet_version": "3.0.0"},
+        {"dataset_meta": {"classes": ("cat", "dog")}},
+        {"mmengine_version": "0.7.0"},
+    ],
+)
+def test_files_of_newer_versions_are_refused(arch, meta):
+    """A RetinaNet's names are the same in all versions, so its meta must tell."""
+    with torch.device("meta"):
+        file = file_of_v1(arch)
+    with pytest.raises(UserError, match=r"its meta says mmdetection [23]"):
+        convert({**file, "meta": meta})
+
+
+@pytest.mark.parametrize("meta", [{"mmdet_version": "0.6.0"}, {"mmdet_version": "1.2.0"}, None])
+def test_files_of_version_one_or_of_none_are_taken(meta):
+    with torch.device("meta"):
+        assert convert({**file_of_v1("retinanet"), "meta": meta})["classes"]
+
+
+def test_classes_as_plain_text_are_one_name():
+    with torch.device("meta"):
+        file = file_of_v1("faster_rcnn", classes=1)
+    file["meta"]["CLASSES"] = "cat"
+    assert convert(file)["classes"] == ["cat"]
+
+
+def test_classes_named_twice_are_refused():
+    with torch.device("meta"):
+        file = file_of_v1("faster_rcnn")
+    file["meta"]["CLASSES"] = ("cat", "cat")
+    with pytest.raises(UserError, match="CLASSES names 'cat' twice"):
         convert(file)
 
 

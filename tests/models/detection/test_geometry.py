@@ -3,10 +3,18 @@
 import pytest
 import torch
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
 from models.detection.detectors import DETECTORS, create_detector
-from models.detection.geometry import LegacyP6P7, LegacyRoIAlign, LegacyTransform, PyramidAnchors
+from models.detection.geometry import (
+    DetectorTransform,
+    LegacyP6P7,
+    LegacyRoIAlign,
+    LegacyTransform,
+    PyramidAnchors,
+    clip_pixels,
+)
 
 
 def test_anchors_are_float32_on_the_strides_of_the_pyramid():
@@ -74,16 +82,107 @@ def test_legacy_box_coding_is_torchvisions_on_ends():
     torch.testing.assert_close(found, torch.cat([decoded_first, decoded_last + 1], 1))
 
 
-def test_legacy_resizing():
-    transform = LegacyTransform(800, 1333, [0.0] * 3, [1.0] * 3).eval()
+@pytest.mark.parametrize("training", [False, True])
+def test_resizing_is_torchvisions(training):
+    """Sizes of many images, and pixels, boxes and masks of a few."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(1000):
+        h, w = torch.randint(20, 700, (2,), generator=generator).tolist()
+        shorter, more = torch.randint(60, (2,), generator=generator).tolist()
+        shorter, longer = shorter + 40, shorter + more + 40  # small, to be quick
+        full = i < 30
+        limits = ((shorter, shorter + 7) if training else shorter, longer, [0.4] * 3, [0.2] * 3)
+        image = torch.rand(3, h, w, generator=generator) if full else torch.zeros(1, h, w)
+        sized = []
+        for kind in (DetectorTransform, GeneralizedRCNNTransform):
+            transform = kind(*limits).train(training)
+            target = None
+            if full:
+                target = {
+                    "boxes": torch.tensor([[1.0, 2.0, w - 3.0, h - 4.0]]),
+                    "masks": (image[:2] > 0.5).byte(),
+                }
+            torch.manual_seed(i)
+            sized.append(transform.resize(image, target))
+        (ours, our_target), (theirs, their_target) = sized
+        assert ours.shape == theirs.shape, (h, w, limits)
+        if full:
+            assert torch.equal(ours, theirs)
+            assert torch.equal(our_target["boxes"], their_target["boxes"])
+            assert torch.equal(our_target["masks"], their_target["masks"])
+            assert our_target["masks"].shape[1:] == ours.shape[1:]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("size", [(2000, 1), (3, 4000)])
+@pytest.mark.parametrize("arch", ["retinanet", "mask_rcnn"])
+def test_images_of_extreme_proportions_keep_a_pixel(arch, size, legacy):
+    """2000 × 1 would become 333 × 0 and 3 × 4000 0 × 333."""
+    torch.manual_seed(0)
+    detector = create_detector(
+        arch,
+        "resnet18",
+        num_classes=3,
+        width=16,
+        norm="bn",
+        trainable_layers=5,
+        legacy=legacy,
+        min_size=200,
+        max_size=333,
+        **({"score_thresh": 0.0} if arch == "retinanet" else {"box_score_thresh": 0.0}),
+    )
+    h, w = size
+    image = torch.rand(3, h, w)
+    box = torch.tensor([[0.0, 0.0, w, h // 2]])
+    masks = torch.zeros(1, h, w, dtype=torch.uint8)
+    masks[:, : int(box[0, 3]), : int(box[0, 2])] = 1
+    target = {"boxes": box, "labels": torch.tensor([1]), "masks": masks}
+    batch, (resized,) = detector.transform([image], [target])
+    expected = (333, 1) if h > w else (1, 333)
+    assert [tuple(s) for s in batch.image_sizes] == [expected]
+    assert resized["masks"].shape[1:] == expected
+    assert (resized["boxes"][:, 2:] > resized["boxes"][:, :2]).all()
+
+    losses = detector([image] * 2, [target] * 2)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    with torch.no_grad():
+        (found,) = detector.eval()([image])
+    assert len(found["boxes"]) > 0
+    assert all(value.isfinite().all() for value in found.values())
+    limit = torch.tensor([w, h, w, h])
+    assert (found["boxes"] >= 0).all()
+    assert (found["boxes"] <= limit + 1e-3).all()
+    if arch == "mask_rcnn":
+        assert found["masks"].shape[1:] == (1, h, w)
+
+
+@pytest.mark.parametrize(
+    ("image", "limits", "resized", "pixel", "expected"),
+    [
+        ((419, 637), (320, 500), (320, 486), 485, 635.05),
+        ((427, 640), (800, 1333), (800, 1199), 1198, 639.43),
+    ],
+)
+def test_legacy_resizing_by_one_factor(image, limits, resized, pixel, expected):
+    """mmcv's imrescale: one factor, and only the image's size is rounded."""
+    transform = LegacyTransform(*limits, [0.0] * 3, [1.0] * 3).eval()
     boxes = torch.tensor([[10.0, 20.0, 30.0, 50.0]])  # last pixel 29, 49
-    images, targets = transform([torch.rand(3, 427, 640)], [{"boxes": boxes}])
-    assert images.image_sizes == [(800, 1199)]
-    scaled = targets[0]["boxes"][0]
-    torch.testing.assert_close(scaled[2], torch.tensor(29 * 1199 / 640 + 1))
-    found = [{"boxes": targets[0]["boxes"].clone()}]
-    (back,) = transform.postprocess(found, images.image_sizes, [(427, 640)])
-    torch.testing.assert_close(back["boxes"], boxes)
+    images, targets = transform([torch.rand(3, *image)], [{"boxes": boxes}])
+    assert images.image_sizes == [resized]
+    factor = min(limits[1] / max(image), limits[0] / min(image))
+    by_hand = [10 * factor, 20 * factor, 29 * factor + 1, 49 * factor + 1]
+    torch.testing.assert_close(targets[0]["boxes"], torch.tensor([by_hand]))
+    found = [{"boxes": torch.tensor([[0.0, 0.0, pixel + 1, pixel + 1]])}]
+    (back,) = transform.postprocess(found, images.image_sizes, [image])
+    assert back["boxes"][0, 2].item() - 1 == pytest.approx(expected, abs=0.005)
+    assert back["boxes"][0, 3].item() - 1 == pytest.approx(expected, abs=0.005)
+
+
+def test_legacy_clipping_keeps_boxes_of_one_pixel():
+    boxes = torch.tensor([[-9.0, 4.0, -2.0, 9.0], [70.0, -3.0, 90.0, 99.0], [3.0, 4.0, 64.0, 48.0]])
+    expected = [[0.0, 4.0, 1.0, 9.0], [63.0, 0.0, 64.0, 48.0], [3.0, 4.0, 64.0, 48.0]]
+    assert torch.equal(clip_pixels(boxes, (48, 64)), torch.tensor(expected))
 
 
 def test_legacy_pyramid_has_no_relu_before_p7():
