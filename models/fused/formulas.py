@@ -1,8 +1,8 @@
 """The fused tail's forward and backward passes, as functions of tensors.
 
-Written once, on passes that `passes` has in several forms; `triton_operators` follows the same steps
-kernel by kernel. Names: d is the gradient of the output where ReLU let it through, x̂ normalised z,
-a = weight/σ, s the gate; Σ is over the pixels of one sample and channel.
+Written once, on passes that `passes` has in several forms; `triton_operators` follows the same
+steps kernel by kernel. Names: d is the gradient of the output where ReLU let it through, x̂
+normalised z, a = weight/σ, s the gate; Σ is over the pixels of one sample and channel.
 """
 
 from typing import NamedTuple
