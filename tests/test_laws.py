@@ -32,6 +32,21 @@ ARROWS: Mapping[str, frozenset[str]] = {
 }
 OPEN = ("", "tools", "benchmarks")  # scripts and tools may import models and utils
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
+# What is over the limits still. The list only gets shorter: each entry is to be divided.
+STILL_LONG: Mapping[str, int] = {
+    "detect_main": 378,
+    "detect_main:train": 162,
+    "main": 323,
+    "models/fused/passes": 315,
+    "models/fused/triton_kernels": 409,
+    "models/fused/triton_operators": 367,
+    "models/fused/triton_operators:tail_backward": 108,
+    "models/fused/triton_operators:tail_forward": 87,
+    "models/insertion:add_eca": 64,
+    "utils/inspection/int8_export:quantised_files": 62,
+    "utils/options/classification:_modern_flags": 65,
+    "utils/options/classification:_optimisation_flags": 64,
+}
 WITH_ARGS = ("utils/options",)  # where a parsed command line may be called `args`
 OUTSIDE = {  # packages that models/ may import besides torch and Python's own
     "models/detection": {"torchvision"},
@@ -216,16 +231,34 @@ def test_args_stop_at_scripts_options_and_tools():
                 assert node.attr != "args", f"{module}: line {node.lineno}"
 
 
+def lengths(root: Path) -> dict[str, int]:
+    """Lines of every file, and of every function as `file:name`."""
+    found: dict[str, int] = {}
+    for path in sources(root):
+        module = module_of(path, root)
+        found[module] = len(path.read_text(encoding="utf-8").splitlines())
+        for function in functions(path):
+            name = f"{module}:{function.name}"
+            lines = function.end_lineno - function.lineno + 1
+            found[name] = max(lines, found.get(name, 0))
+    return found
+
+
+def too_long(found: Mapping[str, int]) -> dict[str, int]:
+    limits = {name: LONGEST_FUNCTION if ":" in name else LONGEST_FILE for name in found}
+    return {name: lines for name, lines in found.items() if lines > limits[name]}
+
+
 def test_files_and_functions_are_short():
-    long = [
-        f"{module_of(path, ROOT)}: {lines} lines"
-        for path in sources(ROOT)
-        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > LONGEST_FILE
-    ]
-    long += [
-        f"{module_of(path, ROOT)}:{function.lineno} {function.name}: {lines} lines"
-        for path in sources(ROOT)
-        for function in functions(path)
-        if (lines := function.end_lineno - function.lineno + 1) > LONGEST_FUNCTION
-    ]
-    assert long == []
+    """What is named in `STILL_LONG` may shrink, and then leaves the list; it may not grow."""
+    found = too_long(lengths(ROOT))
+    assert found.keys() == STILL_LONG.keys()
+    assert {name: lines for name, lines in found.items() if lines > STILL_LONG[name]} == {}
+
+
+def test_a_planted_long_function_is_found(tmp_path: Path):
+    body = "    x = 1\n" * LONGEST_FUNCTION
+    root = planted(
+        tmp_path, {"utils/a.py": f"def f():\n{body}", "utils/b.py": "def f():\n    x = 1\n"}
+    )
+    assert too_long(lengths(root)) == {"utils/a:f": LONGEST_FUNCTION + 1}
