@@ -109,12 +109,3 @@ def parse_ksize(
             f" write for example {example}, or {ADAPTIVE}"
         )
     return tuple(int(k) for k in sizes)
-
-
-def __getattr__(name: str) -> object:
-    """`add_eca` is found here as well. Its file is read only then: this one can be copied alone."""
-    if name == "add_eca":
-        from .insertion import add_eca
-
-        return add_eca
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ learns from there. (Weight decay then pulls towards 1, the network without ECA.)
 """
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,15 +92,15 @@ def add_eca(
     after: str | type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
     ksize: str | int = ADAPTIVE,
     identity: bool = True,
-    replace_se: bool = True,
+    replace_se: bool = False,
     quiet: bool = False,
 ) -> list[Insertion]:
     """Puts an ECA layer at the end of every residual branch of `model`, in place.
 
-    That is after the block's last normalisation and before the addition, as in ECA-ResNet, or
-    where the block has squeeze-and-excitation, in its stead. The names and values of what was there
-    stay; the network's output does too, unless squeeze-and-excitation is replaced (or `identity` is
-    off). Blocks that have ECA are passed over, so a second call changes nothing.
+    That is after the block's last normalisation and before the addition, as in ECA-ResNet. The
+    names and values of what was there stay, squeeze-and-excitation included, and the network's
+    output does too, unless `replace_se` is on or `identity` off. Blocks that have ECA are passed
+    over, so a second call changes nothing.
 
     Args:
         model: ResNet, ResNeXt, RegNet, MobileNetV2 and V3, EfficientNet, EfficientNetV2 and
@@ -109,7 +109,8 @@ def add_eca(
             modules right after which ECA goes, such as "layer*.*.bn3" (`*` stays between dots).
         ksize: "adaptive" (eq. 12, by each layer's channels) or an odd integer.
         identity: start with a gate of exactly 1.
-        replace_se: False leaves squeeze-and-excitation in, and adds ECA at the end of the branch.
+        replace_se: put ECA in the place of squeeze-and-excitation, whose trained weights go; the
+            network then computes something else until it is trained.
         quiet: do not print what was changed.
 
     Returns:
@@ -136,21 +137,25 @@ def add_eca(
     done = []
     for (name, instead), channels in zip(plan, sizes, strict=True):
         k = adaptive_kernel_size(channels) if ksize == ADAPTIVE else ksize
+        place = f"{'in place of' if instead else 'after'} {name}"
         layer = InsertedECA(channels, k, identity)
-        done.append(
-            Insertion(
-                _insert(model, name, layer, instead),
-                f"{'in place of' if instead else 'after'} {name}",
-                channels,
-                k,
-            )
-        )
+        done.append(Insertion(_insert(model, name, layer, instead), place, channels, k))
     if not quiet:
-        weights = sum(insertion.kernel_size for insertion in done)
-        print(f"{type(model).__name__}: {len(done)} ECA layers put in, {weights} parameters")
-        for insertion in done:
-            print(f"  {insertion}")
+        _report(type(model).__name__, done, sum(instead for _, instead in plan))
     return done
+
+
+def _report(network: str, done: Sequence[Insertion], replaced: int) -> None:
+    """Prints what was put in, and with `!` how many trained attentions went."""
+    weights = sum(insertion.kernel_size for insertion in done)
+    print(f"{network}: {len(done)} ECA layers put in, {weights} parameters")
+    if replaced:
+        print(
+            f"! {replaced} squeeze-and-excitation layers were replaced, and their weights are "
+            "gone: train the network before use"
+        )
+    for insertion in done:
+        print(f"  {insertion}")
 
 
 def _matching(model: nn.Module, pattern: str) -> Iterator[str]:

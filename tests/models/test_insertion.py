@@ -11,7 +11,6 @@ import torchvision
 from torch import nn
 
 import models
-from models import eca_module
 from models.eca_module import ECALayer
 from models.insertion import SQUEEZES, InsertedECA, _is_known, add_eca
 
@@ -94,7 +93,7 @@ def test_on(name):
     with torch.no_grad():
         expected = without_squeezes(network)(images)
 
-    done = add_eca(network, quiet=True)
+    done = add_eca(network, replace_se=True, quiet=True)
     assert len(done) == layers
     assert sum("in place of" in insertion.place for insertion in done) == squeezes
     assert not any(type(m).__name__ in SQUEEZES for m in network.modules())
@@ -110,7 +109,7 @@ def test_on(name):
     assert after.keys() - kept.keys() == new
 
     # A second call finds nothing to do, whatever it is asked to do with squeeze-and-excitation.
-    assert add_eca(network, quiet=True) == add_eca(network, replace_se=False, quiet=True) == []
+    assert add_eca(network, quiet=True) == add_eca(network, replace_se=True, quiet=True) == []
     assert network.state_dict().keys() == after.keys()
 
     # Gradients reach every kernel, and one step changes the output.
@@ -157,7 +156,7 @@ def test_the_table_of_the_document(library, name, row):
     with torch.device("cpu" if name.startswith("regnet") else "meta"):  # RegNet computes its widths
         network = build(name)
     assert sum(p.numel() for p in network.parameters()) == int(before.replace(",", ""))
-    done = add_eca(network, quiet=True)
+    done = add_eca(network, replace_se=True, quiet=True)
     assert len(done) == int(layers)
     assert sum(p.numel() for p in network.parameters()) == int(after.replace(",", ""))
     instead = re.match(r"(\d*) ?in place of", place)
@@ -165,10 +164,32 @@ def test_the_table_of_the_document(library, name, row):
     assert sum("in place of" in insertion.place for insertion in done) == squeezes
 
 
-def test_it_has_three_addresses():
-    assert eca_module.add_eca is models.add_eca is add_eca
-    with pytest.raises(AttributeError, match="no attribute 'ad_eca'"):
-        _ = eca_module.ad_eca
+def test_it_has_two_addresses():
+    assert models.add_eca is add_eca
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_by_default_a_network_computes_what_it_did(name):
+    """Squeeze-and-excitation, with its trained weights, too."""
+    torch.manual_seed(0)
+    network = trained_looking(NETWORKS[name][0]())
+    before = copy.deepcopy(network.state_dict())
+    images = torch.randn(2, 3, 40, 48)
+    with torch.no_grad():
+        expected = network(images)
+        done = add_eca(network, quiet=True)
+        torch.testing.assert_close(network(images), expected, rtol=0, atol=0)
+    after = network.state_dict()
+    assert done
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_replaced_attentions_are_counted_and_said(capsys):
+    network = torchvision.models.mobilenet_v3_small()
+    add_eca(network, replace_se=True)
+    assert "! 9 squeeze-and-excitation layers were replaced" in capsys.readouterr().out
+    add_eca(torchvision.models.mobilenet_v3_small())
+    assert "!" not in capsys.readouterr().out
 
 
 def test_convnext_is_attended_in_the_layout_of_the_addition():
@@ -218,7 +239,7 @@ def test_places_by_name_and_by_type(capsys):
     mixed = torchvision.models.mobilenet_v3_small().eval()
     x = torch.randn(1, 3, 32, 32)
     expected = mixed(x)
-    done = add_eca(mixed, replace_se=False, quiet=True)
+    done = add_eca(mixed, quiet=True)
     assert len(done) == 11
     assert all(insertion.place.startswith("after ") for insertion in done)
     assert torch.equal(mixed(x), expected)

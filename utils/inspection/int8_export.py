@@ -73,16 +73,20 @@ def quantised_files(
             f"{name}: top-1 {top1['float32']:.2f} % in float32, {top1['int8']:.2f} % in int8; the "
             f"same class for {agreement:.2f} % of {judged} validation images"
         )
-        if drop > max_drop:
-            raise UserError(
-                f"{name} in int8 loses {drop:.2f} points of top-1, more than --max-drop "
-                f"{max_drop:g}: not written; more --calibration-images may help",
-                EXIT_FAILED,
-            )
+        _refuse_loss(name, drop, max_drop)
         share = sum(map(len, made[name])) / sum(map(len, before))
         note = f"{100 * share:.0f} % of float32's size; {_speeds(pair, size[0])}"
         found[name] = made[name], note
     return found
+
+
+def _refuse_loss(name: str, drop: float, max_drop: float) -> None:
+    if drop > max_drop:
+        raise UserError(
+            f"{name} in int8 loses {drop:.2f} points of top-1, more than --max-drop "
+            f"{max_drop:g}: not written; more --calibration-images may help",
+            EXIT_FAILED,
+        )
 
 
 def _open_data(data: str, metadata: Mapping[str, object]) -> tuple[ImageFolder, ImageFolder]:
