@@ -5,10 +5,8 @@ image of another size than stated) ends the run with one line that names the ima
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,31 +16,12 @@ from torchvision.transforms.v2 import functional as F
 from utils.data.decoding import BrokenImageError, read_image
 from utils.data.sampler import Key, mix_seed
 from utils.detection import coco_masks
-from utils.detection.coco_files import Place, box_fault, check_references, read_json
+from utils.detection.coco_files import Place, check_references, read_json, refuse_missing
+from utils.detection.coco_objects import TextArray, collect_objects
 from utils.system.errors import UserError
 from utils.system.text import printable
 
-MIN_SIDE = 1.0  # pixels that a box must have on each side after clipping
-
 Target = dict[str, torch.Tensor]
-
-
-@dataclass
-class Dropped:
-    """How many objects were left out, by reason, and the first image of each."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    first: dict[str, str] = field(default_factory=dict)
-
-    def note(self, reason: str, image: str) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        self.first.setdefault(reason, image)
-
-    def lines(self) -> list[str]:
-        return [
-            f"  dropped {n:,} objects: {reason} (first in {self.first[reason]})"
-            for reason, n in self.counts.items()
-        ]
 
 
 @dataclass
@@ -58,10 +37,11 @@ class CocoSplit:
         labels: (M,) int64 class indices.
         masks: for each object its segmentation as JSON; None where masks were not asked for. Text
             in one array, as 860,000 Python objects would be copied into every loader process.
+        notes: lines that say what was left out, and what is odd.
     """
 
     folder: Path
-    image_ids: np.ndarray
+    image_ids: list[int]  # of any size, which numpy's integers are not
     file_names: list[str]
     sizes: np.ndarray
     category_ids: list[int]
@@ -69,8 +49,8 @@ class CocoSplit:
     starts: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
-    masks: "TextArray | None"
-    dropped: Dropped
+    masks: TextArray | None
+    notes: list[str]
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -83,7 +63,7 @@ class CocoSplit:
             f"{name}: {len(self):,} images{note}, {len(self.labels):,} objects of "
             f"{len(self.classes)} classes"
         )
-        return [head, *self.dropped.lines()]
+        return [head, *self.notes]
 
     def select(self, keep: np.ndarray) -> "CocoSplit":
         """The split with the images at the indices `keep` only."""
@@ -92,7 +72,7 @@ class CocoSplit:
         counts = np.diff(self.starts)[keep]
         return CocoSplit(
             self.folder,
-            self.image_ids[keep],
+            [self.image_ids[i] for i in keep],
             [self.file_names[i] for i in keep],
             self.sizes[keep],
             self.category_ids,
@@ -101,35 +81,8 @@ class CocoSplit:
             self.boxes[objects],
             self.labels[objects],
             None if self.masks is None else self.masks.select(objects),
-            self.dropped,
+            self.notes,
         )
-
-
-class TextArray:
-    """Strings in two numpy arrays."""
-
-    def __init__(self, texts: Sequence[bytes]):
-        self.ends = np.cumsum([0, *map(len, texts)])
-        self.data = np.frombuffer(b"".join(texts), dtype=np.uint8)
-
-    def __getitem__(self, index: int) -> bytes:
-        return self.data[self.ends[index] : self.ends[index + 1]].tobytes()
-
-    def select(self, indices: Sequence[int]) -> "TextArray":
-        return TextArray([self[i] for i in indices])
-
-
-def clip_box(box: Any, height: int, width: int) -> tuple[float, float, float, float] | str:
-    """COCO's [x, y, w, h] as x1, y1, x2, y2 inside the image, or why it is no box."""
-    fault = box_fault(box)
-    if fault:
-        return fault
-    x, y, w, h = box
-    x1, x2 = max(x, 0), min(x + w, width)
-    y1, y2 = max(y, 0), min(y + h, height)
-    if x2 - x1 < MIN_SIDE or y2 - y1 < MIN_SIDE:
-        return f"box under {MIN_SIDE:g} pixel, or outside the image"
-    return x1, y1, x2, y2
 
 
 def load_split(
@@ -147,76 +100,32 @@ def load_split(
         drop_empty: leave out images without objects; else they train as background.
 
     Raises:
-        UserError: see `read_json` and `check_references`; an image file is missing; nothing is
-            left.
+        UserError: see `read_json` and `check_references`; an image file is missing; no object of
+            the training part is left to train on.
     """
-    folder, annotations = place.images, place.annotations
     content = read_json(place)
-    check_references(annotations, content)
+    check_references(place.annotations, content)
     images = content["images"]
-    missing = [
-        image["file_name"] for image in images if not (folder / image["file_name"]).is_file()
-    ]
-    if missing:
-        raise UserError(
-            f"{folder}: {len(missing):,} of {len(images):,} images are missing, such as "
-            f"{missing[0]}; name the folder with --{place.part}-images"
-        )
+    refuse_missing(place, [image["file_name"] for image in images])
     categories = sorted(content["categories"], key=lambda category: category["id"])
     index_of = {category["id"]: i for i, category in enumerate(categories)}
-    by_image: dict[int, list[dict]] = {image["id"]: [] for image in images}
-    for entry in content["annotations"]:
-        by_image[entry["image_id"]].append(entry)
-
-    dropped = Dropped()
-    boxes, labels, texts, starts = [], [], [], [0]
-    for image in images:
-        for entry in by_image[image["id"]]:
-            box = clip_box(entry["bbox"], image["height"], image["width"])
-            reason = box if isinstance(box, str) else None
-            if drop_crowds and entry.get("iscrowd"):
-                reason = "a crowd under one box"
-            elif masks and reason is None:
-                reason = _mask_fault(entry.get("segmentation"), image)
-            if reason is not None:
-                dropped.note(reason, image["file_name"])
-                continue
-            boxes.append(box)
-            labels.append(index_of[entry["category_id"]])
-            if masks:
-                texts.append(json.dumps(entry["segmentation"]).encode())
-        starts.append(len(boxes))
+    objects = collect_objects(content, index_of, masks, drop_crowds)
+    if place.part == "train" and len(objects.labels) == 0:
+        raise objects.dropped.refusal(place.annotations)
     split = CocoSplit(
-        folder,
-        np.array([image["id"] for image in images]),
+        place.images,
+        [image["id"] for image in images],
         [image["file_name"] for image in images],
         np.array([(image["height"], image["width"]) for image in images]),
         [category["id"] for category in categories],
         [str(category["name"]) for category in categories],
-        np.array(starts),
-        np.array(boxes, dtype=np.float32).reshape(-1, 4),
-        np.array(labels, dtype=np.int64),
-        TextArray(texts) if masks else None,
-        dropped,
+        objects.starts,
+        objects.boxes,
+        objects.labels,
+        objects.masks,
+        objects.lines(),
     )
-    if drop_empty:
-        split = split.select(np.flatnonzero(np.diff(split.starts)))
-    if len(split) == 0:
-        raise UserError(f"{annotations}: no image with an object to train on")
-    return split
-
-
-def _mask_fault(segmentation: Any, image: dict[str, Any]) -> str | None:
-    if isinstance(segmentation, dict):
-        rle = coco_masks.to_rle(segmentation, image["height"], image["width"])
-        if rle is None:
-            return "mask is no run-length code of the image's size"
-        return None if coco_masks.area(rle) else "mask without a pixel"
-    polygons = coco_masks.usable_polygons(segmentation)
-    if not polygons:
-        return "mask is no polygon"
-    seen = coco_masks.covers_a_pixel(polygons, image["height"], image["width"])
-    return None if seen else "mask without a pixel"
+    return split.select(np.flatnonzero(np.diff(split.starts))) if drop_empty else split
 
 
 class CocoDataset(Dataset):
@@ -256,7 +165,7 @@ class CocoDataset(Dataset):
         target = self._target(index, height, width)
         if self.hflip and torch.rand((), generator=self._chance(epoch, index)) < self.hflip:
             image, target = F.horizontal_flip(image), mirror(target, width)
-        return image, target, int(self.split.image_ids[index])
+        return image, target, self.split.image_ids[index]
 
     def _chance(self, epoch: int, index: int) -> torch.Generator:
         return torch.Generator().manual_seed(mix_seed(self.seed, epoch, index))

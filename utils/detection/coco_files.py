@@ -1,6 +1,7 @@
 """COCO's files on disk: where a split's images and annotations are, and whether the ids hold."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from utils.system.errors import UserError
+from utils.system.text import printable
+
+FIELDS = {  # list of a COCO file -> what each of its entries must have
+    "images": ("id", "file_name", "height", "width"),
+    "categories": ("id", "name"),
+    "annotations": ("image_id", "category_id", "bbox"),
+}
+CROWD = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1, "false": 0, "true": 1}  # True == 1 == 1.0
+MOST_PIXELS = 2**31 - 1  # COCO's mask routines count pixels in 32 bits
+NOT_FOUR = "box is not four numbers"
+LONGEST_SHOWN = 120  # characters of a name in a message
 
 
 @dataclass(frozen=True)
@@ -51,26 +63,18 @@ def locate(
 def read_json(place: Place) -> dict[str, Any]:
     """A split's annotation file with its three lists, their ids and the classes' names checked.
 
+    `iscrowd` of every object becomes 0 or 1. A validation file may lack the list of annotations,
+    as those of COCO's test images do: it is empty then.
+
     Raises:
-        UserError: no such file, no JSON, a list or field missing, an id or a class name twice.
+        UserError: no such file, no JSON, a list or field missing or of another kind, an id or a
+            class name twice.
     """
     path = place.annotations
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; name another with --{place.part}-annotations"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); write it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: no COCO annotations: an object with images is wanted")
-    needs = {
-        "images": ("id", "file_name", "height", "width"),
-        "categories": ("id", "name"),
-        "annotations": ("image_id", "category_id", "bbox"),
-    }
-    for part, keys in needs.items():
+    content = _parse(place)
+    if place.part == "val":
+        content.setdefault("annotations", [])
+    for part, keys in FIELDS.items():
         if not isinstance(content.get(part), list):
             raise UserError(f"{path}: no COCO annotations: the list {part!r} is missing")
         for number, entry in enumerate(content[part]):
@@ -79,36 +83,128 @@ def read_json(place: Place) -> dict[str, Any]:
                 where = f"{part}[{number}]{_of_image(entry, part, content['images'])}"
                 raise UserError(f"{path}: {where} has no {lacking[0]!r}: add it")
     for number, image in enumerate(content["images"]):
-        if not isinstance(image["file_name"], str):
-            raise UserError(f"{path}: images[{number}], id {image['id']!r}: file_name is no text")
-        if not all(_is_id(image[side]) and image[side] > 0 for side in ("height", "width")):
-            raise UserError(
-                f"{path}: {image['file_name']}: height and width must be whole numbers of pixels"
-            )
+        _check_image(path, number, image)
     for part, named in (("images", "file_name"), ("categories", "name")):
         if not content[part]:
             raise UserError(f"{path}: the list {part!r} is empty")
-        seen: dict[int, Any] = {}
-        for entry in content[part]:
-            number, name = entry["id"], entry[named]
-            if not _is_id(number):
-                raise UserError(f"{path}: {part}: {name} has the id {number!r}, no whole number")
-            if number in seen:
-                raise UserError(
-                    f"{path}: {part} have the id {number} twice, {seen[number]} and {name}: give "
-                    "each its own"
-                )
-            seen[number] = name
+        _check_ids(path, part, content[part], named)
+    _check_names(path, content["categories"])
+    for number, entry in enumerate(content["annotations"]):
+        entry["iscrowd"] = _crowd(path, number, entry)
+    return content
+
+
+def _parse(place: Place) -> dict[str, Any]:
+    path = place.annotations
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; name another with --{place.part}-annotations"
+        ) from None
+    except RecursionError:
+        raise UserError(
+            f"{path}: cannot be read as JSON (lists in lists, too deep); write it again"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); write it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: no COCO annotations: an object with images is wanted")
+    return content
+
+
+def _check_image(path: Path, number: int, image: dict[str, Any]) -> None:
+    """Refuses a size that no image has, and a name that leads out of the folder of images."""
+    name = image["file_name"]
+    if not isinstance(name, str):
+        raise UserError(f"{path}: images[{number}], id {image['id']!r}: file_name is no text")
+    sides = image["height"], image["width"]
+    if not all(_is_id(side) and side > 0 for side in sides):
+        raise UserError(f"{path}: {shown(name)}: height and width must be whole numbers of pixels")
+    if sides[0] * sides[1] > MOST_PIXELS:
+        raise UserError(
+            f"{path}: {shown(name)}: height and width say more than {MOST_PIXELS:,} pixels, which "
+            "is more than can be read; give those of the image file"
+        )
+    if name.startswith("/") or ".." in name.split("/"):
+        raise UserError(
+            f"{path}: {shown(name)}: a file_name must lie in the folder of images, without '..' "
+            "and without a '/' at its start; write it relative to that folder"
+        )
+
+
+def _check_ids(path: Path, part: str, entries: list[dict[str, Any]], named: str) -> None:
+    seen: dict[int, Any] = {}
+    for entry in entries:
+        number, name = entry["id"], entry[named]
+        if not _is_id(number):
+            raise UserError(f"{path}: {part}: {shown(name)} has the id {number!r}, no whole number")
+        if number in seen:
+            raise UserError(
+                f"{path}: {part} have the id {number} twice, {shown(seen[number])} and "
+                f"{shown(name)}: give each its own"
+            )
+        seen[number] = name
+
+
+def _check_names(path: Path, categories: list[dict[str, Any]]) -> None:
     id_of: dict[str, int] = {}
-    for category in content["categories"]:
+    for category in categories:
         name = str(category["name"])
         if name in id_of:
             raise UserError(
-                f"{path}: categories {id_of[name]} and {category['id']} are both named {name!r}: "
-                "rename one, as classes are told apart by their names"
+                f"{path}: categories {id_of[name]} and {category['id']} are both named "
+                f"{shown(name)!r}: rename one, as classes are told apart by their names"
             )
         id_of[name] = category["id"]
-    return content
+
+
+def _crowd(path: Path, number: int, entry: dict[str, Any]) -> int:
+    """Whether an object is a group of objects, as 0 or 1."""
+    value = entry.get("iscrowd")
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, str):
+        value = value.strip().lower()
+    if (value is None or isinstance(value, (int, float, str))) and value in CROWD:
+        return CROWD[value]
+    raise UserError(
+        f"{path}: annotation {entry.get('id', f'[{number}]')!r} has iscrowd "
+        f"{shown(repr(entry['iscrowd']))}: write 0 for an object, 1 for a group of them"
+    )
+
+
+def shown(name: object) -> str:
+    """A name from a stranger's file, fit for a line of a message."""
+    text = printable(str(name).encode("utf-8", "backslashreplace").decode())
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"
+
+
+def missing_images(place: Place, names: Sequence[str]) -> list[str]:
+    """Those of the file names that are no file in the folder of images."""
+    return [name for name in names if not os.path.isfile(os.path.join(place.images, name))]
+
+
+def refuse_missing(place: Place, names: Sequence[str]) -> None:
+    """Holds the file names of a split against the folder of images.
+
+    Raises:
+        UserError: some are missing; it names one.
+    """
+    missing = missing_images(place, names)
+    if not missing:
+        return
+    name = missing[0]
+    if "://" in name:
+        remedy = "download the images, and write their names in the place of addresses"
+    elif "\\" in name:
+        remedy = "file_name has \\ between folders: write / there"
+    else:
+        remedy = f"name the folder with --{place.part}-images"
+    raise UserError(
+        f"{place.images}: {len(missing):,} of {len(names):,} images are missing, such as "
+        f"{shown(name)}; {remedy}"
+    )
 
 
 def _of_image(entry: Any, part: str, images: list[dict[str, Any]]) -> str:
@@ -119,7 +215,7 @@ def _of_image(entry: Any, part: str, images: list[dict[str, Any]]) -> str:
         names = [entry["file_name"]] if "file_name" in entry else []
     else:
         names = [image["file_name"] for image in images if image["id"] == entry.get("image_id")]
-    return f" of image {names[0]}" if names else ""
+    return f" of image {shown(names[0])}" if names else ""
 
 
 def check_references(path: Path, content: dict[str, Any]) -> None:
@@ -140,8 +236,9 @@ def check_references(path: Path, content: dict[str, Any]) -> None:
             )
         if not _is_id(entry["category_id"]) or entry["category_id"] not in categories:
             raise UserError(
-                f"{path}: annotation {name} of image {images[entry['image_id']]} has category_id "
-                f"{entry['category_id']!r}, which is not among the categories; mend or remove it"
+                f"{path}: annotation {name} of image {shown(images[entry['image_id']])} has "
+                f"category_id {entry['category_id']!r}, which is not among the categories; mend or "
+                "remove it"
             )
 
 
@@ -154,7 +251,7 @@ def is_finite(value: Any) -> bool:
 def box_fault(box: Any) -> str | None:
     """Why a value from JSON is not COCO's [x, y, w, h], or None if it is."""
     if not isinstance(box, Sequence) or len(box) != 4 or not all(map(_is_number, box)):
-        return "box is not four numbers"
+        return NOT_FOUR
     return None if all(map(is_finite, box)) else "box is not finite"
 
 

@@ -11,7 +11,11 @@ import numpy as np
 from utils.detection.coco_files import is_finite
 from utils.system.errors import UserError
 
-FARTHEST = 1e6  # pixels: the rasteriser walks along an edge, and would fill the memory with more
+FARTHEST = 1e6  # pixels from the corner of the image that a polygon may reach
+LONGEST = 1e6  # pixels of outline that an object may have: the rasteriser takes 100 bytes for each
+MARGIN = 100  # of the image's sides, which an outline may be longer than around its pixels
+DIGITS = 12  # characters that a run length may have in COCO's text: 60 bits
+PARTS = 64  # polygons that are merged at a time: one by one each would cost all before it
 
 try:
     from faster_coco_eval import mask as api
@@ -30,19 +34,52 @@ def _api() -> Any:
     return api
 
 
-def usable_polygons(segmentation: Any) -> list[list[float]]:
-    """The parts of a COCO segmentation that are polygons: 3 or more corners, some area."""
+def as_masks(segmentation: Any) -> Any:
+    """A segmentation from JSON in one of COCO's forms, where other tools write it a little else.
+
+    A list of one run-length code becomes that code, a flat list of numbers one polygon, and whole
+    numbers written as floats (1.0) become integers in run lengths. Anything else stays as it is.
+    """
+    if isinstance(segmentation, list) and segmentation:
+        if all(map(is_finite, segmentation)):
+            return [segmentation]
+        if len(segmentation) == 1 and isinstance(segmentation[0], dict):
+            segmentation = segmentation[0]
+    if isinstance(segmentation, dict):
+        whole = {key: _as_integers(segmentation.get(key)) for key in ("size", "counts")}
+        return {**segmentation, **whole}
+    return segmentation
+
+
+def _as_integers(values: Any) -> Any:
+    if not isinstance(values, list):
+        return values
+    return [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
+
+
+def usable_polygons(segmentation: Any, height: int, width: int) -> list[list[float]]:
+    """The parts of a COCO segmentation that are polygons: 3 or more corners, some area.
+
+    None at all where their outlines are together longer than those of any mask of this size: the
+    rasteriser takes time and memory for each pixel of an outline, also far outside the image.
+    """
     if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
         return []
-    return [part for part in segmentation if _is_polygon(part)]
+    outlines = [(part, _outline(part)) for part in segmentation]
+    longest = min(LONGEST, 2 * height * width + MARGIN * (height + width))
+    if sum(length for _, length in outlines) > longest:
+        return []
+    return [part for part, length in outlines if length]
 
 
-def _is_polygon(part: Any) -> bool:
+def _outline(part: Any) -> float:
+    """The length of a polygon's outline in pixels; 0 for what is no polygon, or has no area."""
     if not isinstance(part, Sequence) or len(part) < 6 or len(part) % 2:
-        return False
+        return 0.0
     if not all(is_finite(v) and abs(v) <= FARTHEST for v in part):
-        return False
-    return _area_and_length(part)[0] > 5e-7
+        return 0.0
+    size, length = _area_and_length(part)
+    return length if size > 5e-7 else 0.0
 
 
 def _area_and_length(polygon: Sequence[float]) -> tuple[float, float]:
@@ -69,7 +106,20 @@ def covers_a_pixel(polygons: Sequence[Sequence[float]], height: int, width: int)
 
 
 def _draw(polygons: Sequence[Sequence[float]], height: int, width: int) -> dict[str, Any]:
-    return _api().merge(_api().frPyObjects(polygons, height, width))
+    parts = _api().frPyObjects(polygons, height, width)
+    while len(parts) > 1:
+        parts = [_api().merge(parts[i : i + PARTS]) for i in range(0, len(parts), PARTS)]
+    return parts[0]
+
+
+def of_box(box: Sequence[float], height: int, width: int) -> dict[str, Any] | None:
+    """Run lengths of the part of [x, y, w, h] that lies in the image; None where there is none."""
+    x, y, w, h = box
+    x1, x2 = max(x, 0), min(x + w, width)
+    y1, y2 = max(y, 0), min(y + h, height)
+    if x2 <= x1 or y2 <= y1:
+        return None
+    return _draw([[x1, y1, x2, y1, x2, y2, x1, y2]], height, width)
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
@@ -78,22 +128,23 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
     Returns:
         {"size": [height, width], "counts": bytes}, as the mask routines take it.
     """
-    if isinstance(segmentation, dict):
-        size, counts = segmentation.get("size"), segmentation.get("counts")
-        if not isinstance(size, Sequence) or list(size) != [height, width]:
-            return None
-        if isinstance(counts, str):
-            counts = counts.encode()
-        runs = _runs(counts) if isinstance(counts, bytes) else counts
-        if not isinstance(runs, list) or not all(isinstance(n, int) and n >= 0 for n in runs):
-            return None
-        if sum(runs) != height * width:  # pycocotools would read memory that is not its own
-            return None
-        if isinstance(counts, bytes):
-            return {"size": [height, width], "counts": counts}
-        return _api().frPyObjects(segmentation, height, width)
-    polygons = usable_polygons(segmentation)
-    return _draw(polygons, height, width) if polygons else None
+    segmentation = as_masks(segmentation)
+    if not isinstance(segmentation, dict):
+        polygons = usable_polygons(segmentation, height, width)
+        return _draw(polygons, height, width) if polygons else None
+    size, counts = segmentation["size"], segmentation["counts"]
+    if not isinstance(size, Sequence) or list(size) != [height, width]:
+        return None
+    if isinstance(counts, str):
+        counts = counts.encode("ascii", "replace")
+    runs = _runs(counts) if isinstance(counts, bytes) else counts
+    if not isinstance(runs, list) or not all(type(n) is int and n >= 0 for n in runs):
+        return None
+    if sum(runs) != height * width:  # pycocotools would read memory that is not its own
+        return None
+    if isinstance(counts, bytes):
+        return {"size": [height, width], "counts": counts}
+    return _api().frPyObjects({"size": size, "counts": counts}, height, width)
 
 
 def _runs(text: bytes) -> list[int] | None:
@@ -106,7 +157,7 @@ def _runs(text: bytes) -> list[int] | None:
     value = shift = 0
     for byte in text:
         bits = byte - 48
-        if not 0 <= bits < 64:
+        if not 0 <= bits < 64 or shift >= 5 * DIGITS:
             return None
         value |= (bits & 31) << shift
         shift += 5

@@ -19,6 +19,7 @@ from utils.recipes.detection import DetectionRecipe
 from utils.system.errors import UserError
 
 NAN = float("nan")
+RUNS = [10 * 48 + 10, *(30, 18) * 19, 30, 8 + 34 * 48]  # of SQUARE in an image of 48 × 64
 
 
 def split_of(root, annotations, masks=True, images=3, **kwargs):
@@ -63,7 +64,7 @@ def test_an_image_without_objects_has_an_empty_target(tmp_path):
 
 def test_images_without_objects_are_dropped_on_request(tmp_path):
     split = split_of(tmp_path, [annotation(), annotation(2, 3, 7)], drop_empty=True)
-    assert split.image_ids.tolist() == [1, 3]
+    assert split.image_ids == [1, 3]
     _, target, image_id = CocoDataset(split, 0)[(0, 1)]
     assert image_id == 3
     assert target["labels"].tolist() == [1]
@@ -76,6 +77,10 @@ def test_images_without_objects_are_dropped_on_request(tmp_path):
         ({"bbox": (NAN, 1, 20, 30)}, "not finite"),
         ({"bbox": (1, 1, float("inf"), 30)}, "not finite"),
         ({"bbox": (10, 10, 0.5, 30)}, "under 1 pixel"),
+        ({"bbox": (0.1, 0.1, 0.5, 0.3)}, "under 1 pixel, with all its numbers from 0 to 1"),
+        ({"bbox": (1, 2, 3, 4, 0.5), "area": 1}, "not four numbers"),
+        ({"iscrowd": "true"}, "crowd"),
+        ({"iscrowd": [1]}, "crowd"),
         ({"bbox": (10, 10, -5, 30)}, "under 1 pixel"),
         ({"bbox": (64, 10, 20, 30)}, "outside the image"),
         ({"bbox": (-30, 10, 30.5, 30)}, "outside the image"),
@@ -88,6 +93,14 @@ def test_images_without_objects_are_dropped_on_request(tmp_path):
         ({"segmentation": []}, "no polygon"),
         ({"segmentation": None}, "no polygon"),
         ({"segmentation": [[1, 1, 1e9, 5, 9, 2]]}, "no polygon"),
+        ({"segmentation": [[]]}, "no polygon"),
+        ({"segmentation": [1.0, 2.0, 3.0, 4.0]}, "no polygon"),
+        ({"segmentation": [[1, 1], [20, 1], [20, 20]]}, "no polygon"),
+        ({"segmentation": [[1, 1, 1e5, 1, 1e5, 1e5]]}, "no polygon"),
+        ({"segmentation": {"size": [48, 64], "counts": [0.5, 48 * 64 - 0.5]}}, "run-length"),
+        ({"segmentation": {"size": [48, 64], "counts": [True, 48 * 64 - 1]}}, "run-length"),
+        ({"segmentation": {"size": [48, 64]}}, "run-length"),
+        ({"segmentation": {"size": 48, "counts": [48 * 64]}}, "run-length"),
         ({"segmentation": [[100, 100, 110, 100, 110, 110]]}, "without a pixel"),
         ({"segmentation": [[10.1, 10.1, 10.3, 10.1, 10.3, 10.3]]}, "without a pixel"),
         ({"segmentation": [[5, 10.1, 60, 10.1, 60, 10.2]]}, "without a pixel"),
@@ -108,6 +121,100 @@ def test_what_cannot_be_trained_on_is_dropped_and_said(tmp_path, changes, reason
     assert line.startswith("  dropped 1 objects: ")
     assert reason in line
     assert "picture-2.png" in line
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        SQUARE[0],
+        [{"size": [48, 64], "counts": RUNS}],
+        {"size": [48.0, 64.0], "counts": [float(n) for n in RUNS]},
+        [{"size": [48.0, 64.0], "counts": RUNS}],
+    ],
+)
+def test_masks_that_other_tools_write_a_little_else(tmp_path, segmentation):
+    split = split_of(tmp_path, [annotation(segmentation=segmentation)])
+    mask = torch.zeros(1, 48, 64, dtype=torch.uint8)
+    mask[:, 10:40, 10:30] = 1
+    assert torch.equal(CocoDataset(split, 1)[(0, 0)][1]["masks"], mask)
+
+
+@pytest.mark.parametrize("value", ["0", "false", "False", [0], 0.0, False, None])
+def test_iscrowd_of_other_kinds_is_no_crowd(tmp_path, value):
+    entry = {**annotation(), "iscrowd": value}
+    assert len(split_of(tmp_path, [entry]).labels) == 1
+
+
+@pytest.mark.parametrize("value", ["no", "", 2, [0, 0], [], {}, [[0]], NAN, "\x1b[31m"])
+def test_iscrowd_that_says_nothing_is_refused(tmp_path, value):
+    with pytest.raises(UserError, match=r"annotation 5 has iscrowd .*: write 0") as error:
+        split_of(tmp_path, [annotation(5, iscrowd=value)])
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"iscrowd": 1}, "2 a crowd under one box; write iscrowd 0"),
+        ({"bbox": (0.1, 0.1, 0.5, 0.3)}, "2 box under 1 pixel, .* in pixels"),
+        ({"bbox": (1, 1, 5, 5, 0.5)}, "2 box is not four numbers; .* x, y, width, height in pix"),
+        ({"segmentation": None}, "2 mask is no polygon; add polygons, or train faster_rcnn or"),
+        ({"bbox": (70, 1, 5, 5)}, "2 box under 1 pixel, or outside the image; write bbox"),
+    ],
+)
+def test_a_split_without_an_object_is_not_trained_on(tmp_path, changes, message):
+    entries = [annotation(1), annotation(2, 2)]
+    for entry in entries:
+        entry.update(changes)
+    place = locate(write_tree(tmp_path, entries, part="train"), "train")
+    with pytest.raises(UserError, match=f"json: no object to train on: {message}") as error:
+        load_split(place, masks=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_split_without_annotations(tmp_path):
+    root = write_tree(tmp_path, [], part="train")
+    write_tree(tmp_path, [])
+    with pytest.raises(UserError, match=r"'annotations' is empty; add .* --train-annotations"):
+        load_split(locate(root, "train"))
+    assert len(load_split(locate(root, "val"), drop_crowds=False)) == 3
+    for part in ("train", "val"):
+        path = root / "annotations" / f"instances_{part}2017.json"
+        content = json.loads(path.read_text())
+        del content["annotations"]
+        path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="the list 'annotations' is missing"):
+        load_split(locate(root, "train"))
+    assert len(load_split(locate(root, "val"), drop_crowds=False)) == 3
+
+
+def test_many_boxes_that_had_to_be_cut_are_said(tmp_path):
+    entries = [annotation(i, 1, 1, (10, 10, 20, 30)) for i in range(1, 10)]
+    entries.append(annotation(10, 2, 1, (40, 30, 60, 45)))
+    assert split_of(tmp_path / "a", entries).report("train")[1:] == [
+        "  ! 1 of 10 boxes reach out of their images and are cut: bbox must be x, y, width, "
+        "height, not x1, y1, x2, y2"
+    ]
+    entries.append(annotation(11, 1))
+    assert split_of(tmp_path / "b", entries).report("train")[1:] == []
+
+
+def test_ids_of_any_size(tmp_path):
+    root = write_tree(tmp_path, [annotation(2, 2, 7), annotation(3, 3, 1)])
+    big = 2**64
+
+    def enlarge(content):
+        for entry in content["images"] + content["categories"]:
+            entry["id"] += big
+        for entry in content["annotations"]:
+            entry["image_id"] += big
+            entry["category_id"] += big
+
+    split = load_split(edit(root, enlarge), masks=True, drop_empty=True)
+    assert split.image_ids == [big + 2, big + 3]
+    assert split.category_ids == [big + 1, big + 7]
+    assert split.labels.tolist() == [1, 0]
+    assert CocoDataset(split, 1)[(0, 1)][2] == big + 3
 
 
 def test_boxes_alone_do_not_need_masks(tmp_path):
@@ -165,6 +272,15 @@ def test_wrong_ids_are_errors(tmp_path, changes, message):
         (lambda c: c["categories"].append(c["categories"][0]), "id 7 twice"),
         (lambda c: c["categories"][0].update(name="cat"), "categories 7 and 1 .* named 'cat'"),
         (lambda c: c["images"][2].update(file_name="gone.png"), "1 of 3 images are missing.*gone"),
+        (lambda c: c["images"][2].update(file_name="a\\b.png"), "1 of 3 .*write / there"),
+        (lambda c: c["images"][2].update(file_name="http://a/b.png"), "1 of 3 .*download"),
+        (lambda c: c["images"][2].update(file_name="x" * 300), r"1 of 3 .*x{119}…; name the fold"),
+        (lambda c: c["images"][2].update(file_name="a\0b"), r"1 of 3 .*a\\x00b; name"),
+        (lambda c: c["images"][2].update(file_name="\ud800"), r"1 of 3 .*\\ud800; name"),
+        (lambda c: c["images"][2].update(file_name="../val2017/picture-3.png"), r"3.png.*'\.\.'"),
+        (lambda c: c["images"][2].update(file_name="/etc/hostname"), "/etc/hostname: .*must lie"),
+        (lambda c: c["images"][1].update(height=2**63), "picture-2.png: height and width say more"),
+        (lambda c: c["images"][1].update(height=2**16, width=2**15), "height and width say more"),
     ],
 )
 def test_bad_files_are_errors(tmp_path, change, message):
@@ -178,6 +294,12 @@ def test_no_json(tmp_path):
     path = root / "annotations" / "instances_val2017.json"
     path.write_text('{"images": [')
     with pytest.raises(UserError, match="cannot be read as JSON"):
+        load_split(locate(root, "val"))
+    path.write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(UserError, match=r"cannot be read as JSON .lists in lists, too deep"):
+        load_split(locate(root, "val"))
+    path.write_text('{"images": [], "info": ' + '{"a":' * 200_000 + "1" + "}" * 200_001)
+    with pytest.raises(UserError, match=r"cannot be read as JSON .lists in lists, too deep"):
         load_split(locate(root, "val"))
     path.write_text("[]")
     with pytest.raises(UserError, match="no COCO annotations"):
@@ -274,6 +396,31 @@ def test_run_lengths_are_cocos():
         (text,) = coco_masks.encode(mask[None])
         assert coco_masks._runs(text["counts"].encode()) == coco_masks.run_lengths(mask)
         assert np.array_equal(coco_masks.decode(coco_masks.to_rle(text, 70, 50)), mask)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "usable"),
+    [
+        ({"size": [48, 64], "counts": "o" * 3_000_000}, False),  # a number that never ends
+        ({"size": [48, 64], "counts": "0" * 3_000_000}, False),
+        ([[float(n) for i in range(250_000) for n in (0, i % 48, 64, i % 47)]], False),
+        ([[-9e5, -9e5, 9e5, -9e5, 9e5, 9e5]] * 1000, False),
+        ([[x, y, x + 1, y, x + 1, y + 1] for x in range(64) for y in range(48)], True),
+        ([(24 + 9 * np.exp(1j * np.linspace(0, 6.283, 1_000_000))).view(float).tolist()], True),
+    ],
+)
+def test_masks_made_to_take_for_ever(segmentation, usable):
+    """Each ends in seconds; without their bounds some would take hours, or all memory."""
+    found = coco_masks.to_rle(segmentation, 48, 64)
+    assert (found is not None) == usable
+
+
+def test_many_parts_are_merged_as_a_few(tmp_path):
+    chance = np.random.default_rng(0)
+    starts = chance.uniform(0, 44, (300, 2))
+    polygons = [[x, y, x + 3, y, x + 3, y + 3, x, y + 3] for x, y in starts.tolist()]
+    parts = coco_masks._api().frPyObjects(polygons, 48, 64)
+    assert coco_masks.to_rle(polygons, 48, 64) == coco_masks._api().merge(parts)
 
 
 def test_the_demo_reads_without_a_loss(tmp_path):
