@@ -17,7 +17,7 @@ from utils.data.loading import Reading
 from utils.data.sampler import Key, SeededBatches, ShardedBatches, mix_seed
 from utils.detection.coco_dataset import CocoDataset, CocoSplit, Target, load_split
 from utils.detection.coco_evaluation import GroundTruth
-from utils.detection.coco_files import Place
+from utils.detection.coco_files import Place, shown
 from utils.system.errors import EXIT_FAILED, UserError
 
 
@@ -76,20 +76,21 @@ def check_batch(batch_size: int, images: int, ranks: int) -> None:
         raise UserError(f"--batch-size {batch_size} is more than the {images} training images")
 
 
-def match_classes(classes: list[str], split: CocoSplit, source: str) -> list[int]:
-    """The category ids that `split` gives to `classes`, in their order.
+def match_classes(classes: list[str], split: CocoSplit, source: str) -> list[int | None]:
+    """The category ids that `split` gives to `classes`, in their order; None where it lacks one.
 
     Raises:
-        UserError: it has other classes.
+        UserError: it has a class that is not among them.
     """
-    if sorted(classes) != sorted(split.classes):
-        odd = sorted(set(classes) ^ set(split.classes)) or ["a name twice"]
+    foreign = sorted(set(split.classes) - set(classes))
+    if foreign or len(set(classes)) < len(classes):
+        odd = shown(foreign[0]) if foreign else "a name twice"
         raise UserError(
             f"the validation annotations have {len(split.classes)} classes, {source} "
-            f"{len(classes)}, and they differ in {odd[0]}: the names must agree"
+            f"{len(classes)}, and they differ in {odd}: the names must agree"
         )
     id_of = dict(zip(split.classes, split.category_ids, strict=True))
-    return [id_of[name] for name in classes]
+    return [id_of.get(name) for name in classes]
 
 
 class ValidationSet:
@@ -102,7 +103,8 @@ class ValidationSet:
         source: of `classes`, in words.
 
     Attributes:
-        split: the images. truth: the objects. category_ids: of `classes`. lines: to say of them.
+        split: the images. truth: the objects. category_ids: of `classes`, None for one
+            that the annotations lack. lines: to say of them.
 
     Raises:
         UserError: see `load_split`, `match_classes` and `GroundTruth`.
@@ -112,8 +114,8 @@ class ValidationSet:
         self.place, self.masks = place, masks
         self.split = load_split(place, drop_crowds=False)
         self.category_ids = match_classes(classes, self.split, source)
-        self.truth = GroundTruth(place, masks)
-        self.lines = [self.split.report("val")[0], *self.truth.lines]
+        self.truth = GroundTruth(place, masks, classes)
+        self.lines = self.truth.objects.report("val")
 
 
 def training_batches(

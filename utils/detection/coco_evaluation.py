@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from utils.detection import coco_masks
-from utils.detection.coco_files import Place, box_fault, check_references, is_finite, read_json
+from utils.detection.coco_files import Place
+from utils.detection.coco_truth import JudgedObjects
 from utils.system.distributed import Context, share
 from utils.system.errors import UserError
 from utils.system.files import write_atomically
@@ -56,7 +57,10 @@ class Summary:
 
 
 def to_results(
-    found: dict[str, torch.Tensor], image_id: int, category_ids: Sequence[int], first_label: int
+    found: dict[str, torch.Tensor],
+    image_id: int,
+    category_ids: Sequence[int | None],
+    first_label: int,
 ) -> list[Result]:
     """One image's detections in COCO's result format.
 
@@ -64,10 +68,18 @@ def to_results(
         found: boxes (n, 4) as x1, y1, x2, y2, labels (n,), scores (n,), and with masks (n, 1, H, W)
             from 0 to 1, all in the pixels of the image file.
         category_ids: id of the class that has the label `first_label`, of the next one, and so on.
+            None for a class that the file does not know; its detections are left out.
 
     Raises:
         UserError: a box or score is not finite.
     """
+    known = [
+        i
+        for i, k in enumerate(found["labels"].tolist())
+        if category_ids[k - first_label] is not None
+    ]
+    if len(known) < len(found["labels"]):
+        found = {name: value[known] for name, value in found.items()}
     boxes, scores = found["boxes"].float().cpu(), found["scores"].float().cpu()
     if not (boxes.isfinite().all() and scores.isfinite().all()):
         raise UserError(
@@ -77,8 +89,8 @@ def to_results(
     corners, sizes = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     results: list[Result] = [
         {
-            "image_id": int(image_id),
-            "category_id": int(category_ids[label - first_label]),
+            "image_id": image_id,
+            "category_id": category_ids[label - first_label],
             "bbox": box,
             "score": score,
         }
@@ -113,75 +125,59 @@ def write_results(path: Path, results: list[Result]) -> None:
 
 
 class GroundTruth:
-    """The objects that detections are held against: those of a COCO file, ids and areas filled in.
+    """Judges detections by COCO's rules.
 
     Args:
-        place: its annotations.
-        masks: whether masks are judged, too; then an object without one is left out.
+        place: the annotations. masks, classes: see `JudgedObjects`.
 
     Attributes:
-        lines: what was left out, in words.
+        objects: that are to be found.
 
     Raises:
-        UserError: the file is no COCO file (see `read_json`), or no evaluator is installed.
+        UserError: the file is no COCO file, or no evaluator is installed.
     """
 
-    def __init__(self, place: Place, masks: bool):
+    def __init__(self, place: Place, masks: bool, classes: Sequence[str] = ()):
         find_backend()  # now, and not after an epoch of training
-        content = read_json(place)
-        check_references(place.annotations, content)
-        images = {image["id"]: image for image in content["images"]}
-        self.image_ids = sorted(images)
-        self.categories = sorted(content["categories"], key=lambda category: category["id"])
-        self.kinds = ("bbox", "segm") if masks else ("bbox",)
-        annotations, self.left_out = [], 0
-        for entry in content["annotations"]:
-            kept = _complete(entry, images[entry["image_id"]], masks)
-            if kept is None:
-                self.left_out += 1
-            else:  # COCO's own numbers may repeat or be 0, which its code takes for "no match"
-                annotations.append({**kept, "id": len(annotations) + 1})
-        self.content = {
-            "info": {},
-            "images": [images[i] for i in self.image_ids],
-            "annotations": annotations,
-            "categories": self.categories,
-        }
-
-    @property
-    def lines(self) -> list[str]:
-        if not self.left_out:
-            return []
-        what = "objects without a finite box, or without a mask"
-        return [f"  not evaluated: {self.left_out:,} {what}"]
+        self.objects = JudgedObjects(place, masks, classes)
 
     def judge(self, results: list[Result], backend: str | None = None) -> dict[str, Summary]:
         """COCO's figures of `results`: {"bbox": Summary} and, with masks, "segm".
 
         Args:
-            results: of all ranks; they stay as they are.
+            results: of all ranks, with the file's own ids; they stay as they are.
             backend: one of `BACKENDS`; None for the first that is installed.
 
         Raises:
-            UserError: no backend is installed, or a result is of an unknown image.
+            UserError: no backend is installed, or a result is of an unknown image or category.
         """
-        foreign = {result["image_id"] for result in results} - set(self.image_ids)
-        if foreign:
-            raise UserError(f"detections of image {min(foreign)}, which is not in the annotations")
+        objects = self.objects
+        for key, known in (("image", objects.image_numbers), ("category", objects.class_numbers)):
+            foreign = {result[f"{key}_id"] for result in results} - known.keys()
+            if foreign:
+                raise UserError(
+                    f"detections of {key} {min(foreign)}, which is not in the annotations"
+                )
         coco, evaluator = find_backend(backend)
         with contextlib.redirect_stdout(io.StringIO()):  # both narrate
-            truth = _index(coco, self.content)
-            return {kind: self._judge(coco, evaluator, truth, results, kind) for kind in self.kinds}
+            return {kind: self._judge(coco, evaluator, results, kind) for kind in objects.kinds}
 
-    def _judge(
-        self, coco: type, evaluator: type, truth: Any, results: list[Result], kind: str
-    ) -> Summary:
+    def _judge(self, coco: type, evaluator: type, results: list[Result], kind: str) -> Summary:
+        objects = self.objects
+        truth = _indexed(coco, objects.dataset(objects.annotations[kind]))
         # Without "bbox" a mask's size class goes by its pixels, with it by its box's area.
-        unwanted = "bbox" if kind == "segm" else "segmentation"
-        plain = [{k: v for k, v in r.items() if k != unwanted} for r in results]
+        shape = "segmentation" if kind == "segm" else "bbox"
+        plain = [
+            {
+                "image_id": objects.image_numbers[result["image_id"]],
+                "category_id": objects.class_numbers[result["category_id"]],
+                "score": result["score"],
+                shape: result[shape],
+            }
+            for result in results
+        ]
         # pycocotools cannot load an empty list.
-        nothing = {**self.content, "annotations": []}
-        found = truth.loadRes(plain) if plain else _index(coco, nothing)
+        found = truth.loadRes(plain) if plain else _indexed(coco, objects.dataset([]))
         judged = evaluator(truth, found, kind)
         judged.evaluate()
         judged.accumulate()
@@ -189,11 +185,11 @@ class GroundTruth:
         figures = {name: float(v) for name, v in zip(FIGURES, judged.stats, strict=False)}
         precision = np.asarray(judged.eval["precision"])[..., 0, -1]  # IoU, recall, class
         per_class = {}
-        for i, category in enumerate(self.categories):
+        for i, name in enumerate(objects.names):
             of_class = precision[:, :, i]
             of_class = of_class[of_class > -1]
-            per_class[str(category["name"])] = float(of_class.mean()) if of_class.size else -1.0
-        return Summary(figures, per_class)
+            per_class[name] = float(of_class.mean()) if of_class.size else -1.0
+        return Summary(figures, {**per_class, **dict.fromkeys(objects.other_names, -1.0)})
 
 
 def judge(
@@ -227,25 +223,8 @@ def find_backend(name: str | None = None) -> tuple[type, type]:
     )
 
 
-def _index(coco: type, content: dict[str, Any]) -> Any:
-    indexed = coco()  # evaluation writes into the annotations, so these are copies
-    indexed.dataset = {**content, "annotations": [dict(a) for a in content["annotations"]]}
+def _indexed(coco: type, dataset: dict[str, Any]) -> Any:
+    indexed = coco()
+    indexed.dataset = dataset
     indexed.createIndex()
     return indexed
-
-
-def _complete(entry: dict, image: dict, masks: bool) -> dict | None:
-    """An annotation with all that the evaluation reads; None if it cannot be judged."""
-    if box_fault(entry["bbox"]):
-        return None
-    whole = {key: entry[key] for key in ("image_id", "category_id", "bbox")}
-    whole["iscrowd"] = int(bool(entry.get("iscrowd", 0)))
-    if masks:
-        rle = coco_masks.to_rle(entry.get("segmentation"), image["height"], image["width"])
-        if rle is None:
-            return None
-        whole["segmentation"] = rle
-    area = entry.get("area")
-    if not is_finite(area) or area < 0:  # missing, or as good as missing
-        area = coco_masks.area(rle) if masks else entry["bbox"][2] * entry["bbox"][3]
-    return {**whole, "area": area}

@@ -117,7 +117,7 @@ def train_epoch(
 def detect(
     network: nn.Module,
     batches: Iterable[DetectionBatch],
-    category_ids: Sequence[int],
+    category_ids: Sequence[int | None],
     first_label: int,
     autocast: AutocastFactory,
     stop: Callable[[], bool] = lambda: False,

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from utils.detection.coco_evaluation import FIGURES, Summary
+from utils.detection.coco_truth import KINDS
 from utils.training.outcome import Curve, Outcome, Panel, Row
 from utils.training.progress import StepWords
 
-KINDS = {"bbox": "box", "segm": "mask"}  # COCO's words, and the columns'
 TITLES = {"box": "Boxes", "mask": "Masks"}
 
 
@@ -30,8 +30,12 @@ def kept(summaries: Mapping[str, Summary]) -> dict[str, Any]:
 
 
 def score(row: Mapping[str, float]) -> float:
-    """Returns the AP of masks, or of boxes where there are no masks, in %."""
-    return row.get("mask_AP", row["box_AP"])
+    """Returns the AP of masks, or of boxes where no mask could be judged, in %.
+
+    Where nothing could be judged it is below 0 and grows with the epoch: the last is the best then.
+    """
+    judged = [value for value in (row.get("mask_AP", -1.0), row["box_AP"]) if value >= 0]
+    return judged[0] if judged else -1 / (1 + row["epoch"])
 
 
 def panels(history: Sequence[Row]) -> list[Panel]:
@@ -59,10 +63,15 @@ def step_details(means: Mapping[str, float]) -> str:
     return f"({', '.join(parts)})"
 
 
+def in_percent(value: float) -> str:
+    """Returns a figure in % with one digit; "-" where nothing was to be found."""
+    return f"{value:.1f}" if value >= 0 else "-"
+
+
 def precision_words(row: Mapping[str, float]) -> str:
     """Returns AP and AP50 of boxes, and of masks where there are any."""
     return "  ".join(
-        f"{kind} AP {row[f'{kind}_AP']:.1f} AP50 {row[f'{kind}_AP50']:.1f}"
+        f"{kind} AP {in_percent(row[f'{kind}_AP'])} AP50 {in_percent(row[f'{kind}_AP50'])}"
         for kind in KINDS.values()
         if f"{kind}_AP" in row
     )

@@ -120,6 +120,7 @@ def test_batches_that_cannot_be():
 def test_classes_are_matched_by_name(tmp_path):
     split = load_split(locate(write_tree(tmp_path, []), "val"))
     assert match_classes(["dog", "cat"], split, "x") == [7, 1]
+    assert match_classes(["dog", "cow", "cat"], split, "x") == [7, None, 1]
     with pytest.raises(UserError, match="x 2, and they differ in cat"):
         match_classes(["dog", "cow"], split, "x")
     with pytest.raises(UserError, match="differ in a name twice"):

@@ -16,6 +16,7 @@ from helpers.coco_trees import annotation, write_tree
 from utils.detection import coco_masks
 from utils.detection.coco_evaluation import BACKENDS, FIGURES, GroundTruth, gather, to_results
 from utils.detection.coco_files import locate
+from utils.detection.coco_truth import JudgedObjects
 from utils.system.distributed import Context
 from utils.system.errors import UserError
 
@@ -149,29 +150,136 @@ def test_annotations_that_pycocotools_would_break_on(tmp_path):
 @pytest.mark.parametrize("masks", [False, True])
 def test_an_area_that_is_none_is_counted_anew(tmp_path, area, masks):
     tree = write_tree(tmp_path, [annotation(area=area)])
-    (kept,) = GroundTruth(locate(tree, "val"), masks).content["annotations"]
-    assert kept["area"] == 600
+    for (kept,) in JudgedObjects(locate(tree, "val"), masks).annotations.values():
+        assert kept["area"] == 600
 
 
 @pytest.mark.parametrize("box", [[1, 2, 3, "4"], [1, 2, 3, "x"], [1, 2, True, 4], [1, 2, 3], None])
 def test_a_box_that_is_none_is_not_judged(tmp_path, box):
     bad = {**annotation(2, 2), "bbox": box}
-    truth = GroundTruth(locate(write_tree(tmp_path, [annotation(), bad]), "val"), masks=False)
-    assert [kept["bbox"] for kept in truth.content["annotations"]] == [[10, 10, 20, 30]]
-    assert truth.left_out == 1
+    objects = JudgedObjects(locate(write_tree(tmp_path, [annotation(), bad]), "val"), masks=True)
+    assert [kept["bbox"] for kept in objects.annotations["bbox"]] == [[10, 10, 20, 30]]
+    assert [kept["id"] for kept in objects.annotations["segm"]] == [1, 2]  # it has a mask
+    assert objects.lines == ["  not evaluated: 1 objects without a finite box of four numbers"]
 
 
 def test_what_cannot_be_judged_is_said(tmp_path):
     bad = [annotation(), annotation(2, 2, segmentation=None), annotation(3, 2, bbox=(0, 0, 9, 9))]
     bad[2]["bbox"][0] = float("nan")
-    truth = GroundTruth(locate(write_tree(tmp_path, bad), "val"), masks=True)
-    assert truth.lines == ["  not evaluated: 2 objects without a finite box, or without a mask"]
+    bad.append(annotation(4, 3, iscrowd=1))
+    objects = JudgedObjects(locate(write_tree(tmp_path, bad), "val"), True, ["cat", "cow", "dog"])
+    assert objects.report("val") == [
+        "val: 3 images, 1 of them without objects, 2 objects of 2 classes",
+        "  not evaluated: 1 objects without a finite box of four numbers",
+        "  ignored for masks: 1 objects without a usable mask",
+        "  ! 1 classes of the network are not among the categories, such as cow: their "
+        "detections are left out",
+    ]
+
+
+NO_MASKS = [
+    None,
+    [],
+    [[]],
+    [[1.0, 2.0, 3.0, 4.0]],
+    [1.0, 2.0, 3.0, 4.0],
+    [[10, 10], [30, 10], [30, 40]],
+    [{"size": [48, 64], "counts": [5, 5]}],
+    {"size": [48, 64], "counts": [0.5, 3071.5]},
+    {"size": [48, 64], "counts": [1, 2]},
+    {"size": [64, 48], "counts": [1, 3071]},
+    "text",
+    7,
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("segmentation", NO_MASKS)
+def test_an_object_without_a_mask_keeps_its_box(tmp_path, backend, segmentation):
+    """Box figures are pycocotools' on the same file; for masks the object is as a crowd."""
+    entries = [annotation(1), annotation(2, 2, 7), annotation(3, 2, 1, (30, 5, 30, 40))]
+    entries[1]["segmentation"] = segmentation
+    place = locate(write_tree(tmp_path, entries), "val")
+    whole = {"size": [48, 64], "counts": coco_masks.run_lengths(box_mask(10, 10, 20, 30))}
+    results = [
+        {"image_id": 1, "category_id": 1, "bbox": [11, 10, 20, 30], "score": 0.9},
+        {"image_id": 2, "category_id": 7, "bbox": [10, 10, 20, 28], "score": 0.8},
+    ]
+    text = coco_masks.to_rle(whole, 48, 64)["counts"].decode()
+    for result in results:
+        result["segmentation"] = {"size": [48, 64], "counts": text}
+    found = GroundTruth(place, masks=True).judge(results, backend)
+    expected = by_hand(place, results, "bbox")
+    np.testing.assert_allclose(list(found["bbox"].figures.values()), expected.stats, atol=1e-9)
+    assert found["bbox"].per_class["dog"] == pytest.approx(0.8, abs=0.11)
+    entries[1]["iscrowd"] = 1
+    entries[1]["segmentation"] = whole
+    place = locate(write_tree(tmp_path / "crowd", entries), "val")
+    expected = by_hand(place, results, "segm")
+    np.testing.assert_allclose(list(found["segm"].figures.values()), expected.stats, atol=1e-9)
+
+
+def box_mask(x, y, w, h):
+    mask = np.zeros(SIZE, dtype=bool)
+    mask[y : y + h, x : x + w] = True
+    return mask
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("added", [10**17, 2**64])
+def test_ids_of_any_size_give_the_same_figures(tmp_path, backend, added):
+    place, results = random_case(tmp_path)
+    expected = {kind: by_hand(place, results, kind).stats for kind in ("bbox", "segm")}
+    content = json.loads(place.annotations.read_text())
+    for entry in content["images"] + content["categories"] + content["annotations"]:
+        entry["id"] += added
+    for entry in content["annotations"] + results:
+        entry["image_id"] += added
+        entry["category_id"] += added
+    place.annotations.write_text(json.dumps(content))
+    before = json.dumps(results)
+    found = GroundTruth(place, masks=True).judge(results, backend)
+    assert json.dumps(results) == before
+    for kind, stats in expected.items():
+        np.testing.assert_allclose(list(found[kind].figures.values()), stats, atol=1e-9)
+        assert 0.05 < found[kind].figures["AP"] < 0.95
+
+
+def test_a_class_that_only_the_network_has(tmp_path):
+    place = locate(write_tree(tmp_path, [annotation(category_id=1)]), "val")
+    found = {
+        "boxes": torch.tensor([[10.0, 10.0, 30.0, 40.0], [0.0, 0.0, 20.0, 20.0]]),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.5, 0.9]),
+        "masks": torch.zeros(2, 1, 48, 64),
+    }
+    results = to_results(found, 1, [1, None, 7], first_label=1)
+    assert [result["category_id"] for result in results] == [1]
+    truth = GroundTruth(place, masks=False, classes=["cat", "cow", "dog"])
+    (summary,) = truth.judge(results).values()
+    assert summary.per_class == {"cat": pytest.approx(1.0), "dog": -1.0, "cow": -1.0}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_file_without_objects(tmp_path, backend, listed):
+    place = locate(write_tree(tmp_path, []), "val")
+    if not listed:
+        content = json.loads(place.annotations.read_text())
+        del content["annotations"]
+        place.annotations.write_text(json.dumps(content))
+    results = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 30], "score": 0.5}]
+    truth = GroundTruth(place, masks=False)
+    (summary,) = truth.judge(results, backend).values()
+    assert set(summary.figures.values()) == {-1.0}
+    assert truth.objects.lines == ["  ! no object has a box: box AP will be -"]
 
 
 def test_detections_of_an_unknown_image_are_refused(tmp_path):
     place, results = random_case(tmp_path)
-    with pytest.raises(UserError, match="image 99, which is not in the annotations"):
-        GroundTruth(place, masks=False).judge([{**results[0], "image_id": 99}])
+    for key in ("image", "category"):
+        with pytest.raises(UserError, match=f"{key} 99, which is not in the annotations"):
+            GroundTruth(place, masks=False).judge([{**results[0], f"{key}_id": 99}])
 
 
 def test_an_evaluator_is_looked_for_at_once(tmp_path, monkeypatch):
@@ -250,7 +358,8 @@ def test_two_ranks_give_what_one_gives(tmp_path):
         tmp_path / "results.json",
         tmp_path / "out.json",
     ]
-    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     one = GroundTruth(place, masks=True).judge(results)
