@@ -3,6 +3,9 @@
     python -m tools.check_images DATA                 a CSV of broken files on stdout
     python -m tools.check_images DATA --output BAD.csv
 
+In a folder in COCO's layout (train2017/, val2017/, annotations/) it also lists every image whose
+size is not the one in the annotations, and every image that is missing.
+
 Ends with 0 when all can be read, with 1 when some cannot.
 """
 
@@ -11,16 +14,18 @@ import csv
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from PIL.Image import Image
 from tqdm import tqdm
 
 from utils.data import remote_files, shard_folder
 from utils.data.decoding import DECODERS, EXTENSIONS, BrokenImageError, decoder_name, read_image
 from utils.data.image_folder import is_passed_over
 from utils.data.shard_folder import Member
+from utils.detection.coco_files import Place, read_json, shown
 from utils.options.parser import Parser, positive_int, run_script
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.processes import processors, shared
@@ -74,15 +79,57 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
     return members + sorted(found), others
 
 
+def stated_sizes(root: str) -> dict[bytes, tuple[int, int]]:
+    """Height and width of each image by its path, as COCO's annotations in `root` state them.
+
+    Empty for a folder without such annotations.
+
+    Raises:
+        UserError: the annotations are damaged, see `read_json`.
+    """
+    sizes = {}
+    for part in ("train", "val"):
+        images = os.path.join(root, f"{part}2017")
+        annotations = os.path.join(root, "annotations", f"instances_{part}2017.json")
+        if not os.path.isfile(annotations) or not os.path.isdir(images):
+            continue
+        content = read_json(Place(part, Path(images), Path(annotations)))
+        for image in content["images"]:
+            name = image["file_name"].encode("utf-8", "surrogatepass")
+            path = os.path.join(os.fsencode(images), os.path.normpath(name))
+            sizes[path] = image["height"], image["width"]
+    return sizes
+
+
+def find_missing(
+    paths: Iterable[bytes | Member], sizes: Mapping[bytes, tuple[int, int]]
+) -> list[BrokenImageError]:
+    """Those of COCO's images that are not among the files."""
+    there = set(paths)
+    return [
+        BrokenImageError(shown(os.fsdecode(path)), "missing, but in the annotations")
+        for path in sizes
+        if path not in there and not os.path.isfile(path)
+    ]
+
+
 def find_broken(
-    paths: list[bytes | Member], decoder: str, processes: int
+    paths: list[bytes | Member],
+    decoder: str,
+    processes: int,
+    sizes: Mapping[bytes, tuple[int, int]] | None = None,
 ) -> Iterator[BrokenImageError | None]:
     """For each of `paths`, in order: why it cannot be read, or None.
+
+    Args:
+        sizes: path → height and width that its image must have.
 
     Raises:
         UserError: a process that read them was killed.
     """
-    return shared(partial(_read, decoder=decoder), paths, processes=processes, chunk=CHUNK)
+    sizes = sizes or {}
+    items = [(path, sizes.get(path)) for path in paths]
+    return shared(partial(_read, decoder=decoder), items, processes=processes, chunk=CHUNK)
 
 
 def write_csv(file, broken: Iterable[BrokenImageError]) -> None:
@@ -116,9 +163,10 @@ def main() -> int:
         raise UserError(f"{args.output}: exists already; choose a new --output")
 
     paths, others = find_images(args.data)
-    results = find_broken(paths, args.decoder, args.processes)
+    sizes = {} if remote_files.is_remote(args.data) else stated_sizes(args.data)
+    results = find_broken(paths, args.decoder, args.processes, sizes)
     bar = tqdm(results, total=len(paths), unit="image", disable=not sys.stderr.isatty())
-    broken = [error for error in bar if error is not None]
+    broken = [error for error in bar if error is not None] + find_missing(paths, sizes)
 
     passed = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
     print(
@@ -142,9 +190,16 @@ def _in_shards(folders: list[str]) -> tuple[list[Member], dict[str, int]]:
     return members, others
 
 
-def _read(path: bytes | Member, decoder: str) -> BrokenImageError | None:
+def _read(
+    item: tuple[bytes | Member, tuple[int, int] | None], decoder: str
+) -> BrokenImageError | None:
+    path, size = item
     try:
-        read_image(path, decoder)
+        image = read_image(path, decoder)
+        width, height = image.size if isinstance(image, Image) else image.shape[:-3:-1]
+        if size is not None and size != (height, width):
+            reason = f"{width}x{height} pixels, but {size[1]}x{size[0]} in the annotations"
+            return BrokenImageError(printable(path), reason)
     except BrokenImageError as error:
         return error
     except UserError as error:  # of a file: its part of the disk cannot be read, others' can

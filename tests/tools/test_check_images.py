@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.coco_trees import annotation
+from helpers.coco_trees import write_tree as write_coco_tree
 from helpers.trees import ROOT
+from PIL import Image
 
 from tools import check_images
 from tools.check_images import find_broken, find_images
@@ -86,6 +89,23 @@ def test_a_good_folder(call, tree, tmp_path):
     code, out, err = call(tree, "-j", 1, "--output", tmp_path / "bad.csv")
     assert (code, out) == (2, "")
     assert "exists already" in err
+
+
+@pytest.mark.parametrize("decoder", ["torchvision", "pil"])
+def test_every_wrong_size_of_a_coco_tree_is_found_at_once(call, tmp_path, decoder):
+    root = write_coco_tree(tmp_path / "coco", [annotation()], images=4)
+    turned = [root / "val2017" / f"picture-{n}.png" for n in (1, 3)]
+    for path in turned:
+        Image.new("RGB", (48, 64)).save(path)
+    (root / "val2017" / "picture-2.png").unlink()
+    code, out, err = call(root, "-j", 1, "--decoder", decoder)
+    assert code == 1
+    assert list(csv.reader(out.splitlines())) == [
+        ["path", "reason"],
+        *([str(path), "48x64 pixels, but 64x48 in the annotations"] for path in turned),
+        [str(root / "val2017" / "picture-2.png"), "missing, but in the annotations"],
+    ]
+    assert "3 images read, 3 broken" in err
 
 
 def test_bad_input(call, tmp_path):

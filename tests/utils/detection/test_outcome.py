@@ -59,6 +59,22 @@ def test_the_best_epoch_has_the_highest_ap():
     assert cat.split() == ["cat", "20.0", "20.0"]
 
 
+def test_where_nothing_is_judged_the_last_epoch_is_the_best():
+    state = new_state()
+    assert all(finish(state, -1.0) for _ in range(3))
+    assert state.best["epoch"] == 2
+    assert DETECTION.result(state.best) == "best box AP - AP50 -  mask AP - AP50 - (epoch 3)"
+    assert "val box AP - AP50 -  mask AP - AP50 -  " in DETECTION.epoch_line(state.best, 3, 1, True)
+    assert finish(state, 0.0)
+    assert not finish(state, -1.0)
+
+
+def test_boxes_decide_where_no_mask_is_judged():
+    row = {"epoch": 0, "box_AP": 20.0, "mask_AP": -1.0}
+    assert DETECTION.score(row) == 20
+    assert DETECTION.score({**row, "mask_AP": 0.0}) == 0
+
+
 def test_a_state_goes_on_where_it_was_saved():
     state = new_state()
     finish(state, 0.3)
