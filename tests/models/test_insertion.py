@@ -127,7 +127,7 @@ def test_on(name):
 
         # What was trained goes into a new network of the same make, and into a copy.
         again = build()
-        add_eca(again, quiet=True)
+        add_eca(again, replace_se=True, quiet=True)
         again.load_state_dict(network.state_dict())
         torch.testing.assert_close(again.eval()(images), out, rtol=0, atol=0)
         twin = copy.deepcopy(network)

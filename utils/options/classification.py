@@ -55,8 +55,13 @@ def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> P
     )
     _data_flags(parser.add_argument_group("data"), recipe)
     _network_flags(parser.add_argument_group("network"), recipe, list(networks))
-    _optimisation_flags(parser.add_argument_group("optimisation"), recipe)
-    _modern_flags(parser.add_argument_group("parts of the modern recipes, off in the paper's"))
+    optimisation = parser.add_argument_group("optimisation")
+    _optimisation_flags(optimisation, recipe)
+    _schedule_flags(optimisation, recipe)
+    _speed_flags(optimisation)
+    modern = parser.add_argument_group("parts of the modern recipes, off in the paper's")
+    _augmentation_flags(modern)
+    _regularisation_flags(modern)
     _run_flags(parser.add_argument_group("run"))
     return parser
 
@@ -156,6 +161,9 @@ def _optimisation_flags(group, recipe: Recipe) -> None:
         "--lr", "--learning-rate", type=positive_float, metavar="F", help=f"default: {recipe.lr}"
     )
     add_sgd(group, recipe)
+
+
+def _schedule_flags(group, recipe: Recipe) -> None:
     group.add_argument("--schedule", choices=SCHEDULES, help=f"default: {recipe.schedule}")
     group.add_argument(
         "--lr-step",
@@ -175,6 +183,9 @@ def _optimisation_flags(group, recipe: Recipe) -> None:
         metavar="F",
         help=f"linear rise of the learning rate (default: {recipe.warmup_epochs:g})",
     )
+
+
+def _speed_flags(group) -> None:
     group.add_argument(
         "--amp",
         choices=("off", "bf16", "fp16"),
@@ -196,7 +207,7 @@ def _optimisation_flags(group, recipe: Recipe) -> None:
     add_fused(group)
 
 
-def _modern_flags(group) -> None:
+def _augmentation_flags(group) -> None:
     group.add_argument(
         "--label-smoothing",
         type=number(float, 0, 1, below=True),
@@ -236,6 +247,9 @@ def _modern_flags(group) -> None:
         metavar="N",
         help="repeated augmentation: each image of a batch N times, an epoch as long as ever",
     )
+
+
+def _regularisation_flags(group) -> None:
     group.add_argument(
         "--ema",
         type=number(float, 0, 1, below=True),

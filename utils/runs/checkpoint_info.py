@@ -1,6 +1,8 @@
 """What a saved network says about its own use: weights, class names, preprocessing."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from utils.runs import checkpoint
 from utils.system.errors import UserError
@@ -52,7 +54,12 @@ def preprocessing(
 
 def is_detector(saved: dict) -> bool:
     """Whether a checkpoint of ours holds a detector."""
-    return checkpoint.is_ours(saved) and "backbone" in saved
+    return checkpoint.is_ours(saved) and describes_detector(saved)
+
+
+def describes_detector(fields: Mapping[str, Any]) -> bool:
+    """Whether a run's fields, in our checkpoint or in its args.json, are a detector's."""
+    return "backbone" in fields
 
 
 def refuse_detector(saved: dict, path: str | Path) -> None:

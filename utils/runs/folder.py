@@ -13,6 +13,7 @@ from typing import IO
 import torch
 import torchvision
 
+from utils.runs.checkpoint_info import describes_detector
 from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically
@@ -215,6 +216,7 @@ def _goes_on(output: str | None, found: Path | None) -> bool:
 def _trains_detector(folder: Path) -> bool | None:
     """Whether a run folder is a detector's; None where its args.json does not say."""
     try:
-        return "backbone" in json.loads((folder / "args.json").read_text())
+        fields = json.loads((folder / "args.json").read_text())
     except (OSError, ValueError):
         return None
+    return describes_detector(fields) if isinstance(fields, dict) else None

@@ -12,6 +12,23 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
+class Found:
+    """What --resume led to.
+
+    Args:
+        saved: the checkpoint's contents; None where "auto" finds no checkpoint yet.
+        file: where they were read, for messages; None without them.
+        folder: the run folder to go on in; None for a new one.
+        notes: lines to print.
+    """
+
+    saved: dict | None = None
+    file: Path | None = None
+    folder: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Start:
     """What a run begins with.
 
@@ -55,14 +72,15 @@ def read(
     if evaluate and resume is None and pretrained is not None:
         _check_output(output, None, evaluate, resume)
         return checkpoint.load(pretrained), None
-    saved, folder = _find_and_say(resume, name, output, evaluate)
+    found = _find_and_say(resume, name, output, evaluate)
+    saved, folder = found.saved, found.folder
     if saved is not None and not evaluate:
         if not checkpoint.is_run(saved):
             raise UserError(
                 f"{resume}: holds weights, not a run of this program; start from them with "
                 f"--pretrained {resume}"
             )
-        schema.check_run(saved, str(folder if resume == AUTO else resume))
+        schema.check_run(saved, str(found.file))
         if pretrained is not None and saved.get("pretrained", pretrained) != pretrained:
             raise UserError(
                 f"the run in {folder} began with {saved['pretrained'] or 'fresh weights'}: leave "
@@ -81,13 +99,14 @@ def read_detector(
     Raises:
         UserError: nothing to evaluate, another kind of checkpoint, or as in `find`.
     """
-    saved, folder = _find_and_say(resume, name, output, evaluate, detector=True)
+    found = _find_and_say(resume, name, output, evaluate, detector=True)
+    saved, folder = found.saved, found.folder
     if saved is not None and not checkpoint_info.is_detector(saved):
         raise UserError(f"{resume}: no detector's checkpoint; give one of detect_main.py")
     if saved is not None and not evaluate and "recipe" not in saved:
         raise UserError(f"{resume}: holds weights, not a run; it can be evaluated with -e")
     if saved is not None and not evaluate:
-        schema.check_run(saved, str(folder if resume == AUTO else resume))
+        schema.check_run(saved, str(found.file))
     _check_output(output, folder, evaluate, resume)
     return saved, folder
 
@@ -98,16 +117,16 @@ def _find_and_say(
     output: str | None,
     evaluate: bool,
     detector: bool = False,
-) -> tuple[dict | None, Path | None]:
+) -> Found:
     if resume is None:
         if evaluate:
             raise UserError("-e needs weights to evaluate: add --resume CKPT")
-        return None, None
-    saved, folder, notes = find(resume, name, output, evaluate, detector)
+        return Found()
+    found = find(resume, name, output, evaluate, detector)
     if distributed.is_first():
-        for note in notes:
+        for note in found.notes:
             print(note, flush=True)
-    return saved, folder
+    return found
 
 
 def _folder_from(
@@ -144,7 +163,7 @@ def find(
     output: str | None,
     evaluate: bool = False,
     detector: bool = False,
-) -> tuple[dict | None, Path | None, list[str]]:
+) -> Found:
     """Reads the checkpoint that `--resume` names.
 
     Args:
@@ -152,10 +171,6 @@ def find(
             `runs/<name>-N`, or else, without a name, of the run that saved last.
         evaluate: the best checkpoint before the newest.
         detector: a run of a detector, where there is no name.
-
-    Returns:
-        Its contents (None where "auto" finds no checkpoint yet), the run folder to go on in (None
-        for a new one), and lines to print.
 
     Raises:
         UserError: no such file, damaged, or not a checkpoint; or nothing to evaluate.
@@ -168,12 +183,14 @@ def find(
         place = folder or f"{run_folder.RUNS}/{name or '*'}-*"
         if evaluate:
             raise UserError(f"no checkpoint in {place} to evaluate: name one with --resume CKPT")
-        return None, folder, [f"no checkpoint in {place} yet: starting from the beginning"]
+        note = f"no checkpoint in {place} yet: starting from the beginning"
+        return Found(folder=folder, notes=(note,))
     path, saved, notes = found
-    return saved, folder, [*notes, f"{'evaluating' if evaluate else 'resuming'} {path}"]
+    verb = "evaluating" if evaluate else "resuming"
+    return Found(saved, path, folder, (*notes, f"{verb} {path}"))
 
 
-def _named(path: Path, evaluate: bool) -> tuple[dict, Path | None, list[str]]:
+def _named(path: Path, evaluate: bool) -> Found:
     folder = checkpoint.CheckpointFolder(path.parent)
     try:
         saved = checkpoint.load(path)
@@ -183,5 +200,6 @@ def _named(path: Path, evaluate: bool) -> tuple[dict, Path | None, list[str]]:
         ) from None
     # From an older checkpoint the run takes another course: not over what followed the first time.
     if not evaluate and path.name != checkpoint.LAST and checkpoint.is_whole(folder.last):
-        return saved, None, [f"{path} is not its run's newest checkpoint: going on in a new folder"]
-    return saved, path.parent, []
+        note = f"{path} is not its run's newest checkpoint: going on in a new folder"
+        return Found(saved, path, None, (note,))
+    return Found(saved, path, path.parent)

@@ -99,6 +99,18 @@ def test_a_wrong_field_is_one_line(field, changes):
     assert "\n" not in message
 
 
+def test_with_resume_auto_the_message_names_the_file(tmp_path):
+    lacking = tiny_run(progress={"epoch": 1})
+    detector = tiny_run(arch="retinanet", backbone="resnet18", progress={"epoch": 1})
+    for name, contents in (("a", lacking), ("b", detector)):
+        (tmp_path / name).mkdir()
+        checkpoint.save(tmp_path / name / "previous.pth", contents)
+    with pytest.raises(UserError, match=r"a/previous\.pth: the field progress cannot be used"):
+        resume.read("auto", None, None, str(tmp_path / "a"), False, None)
+    with pytest.raises(UserError, match=r"b/previous\.pth: the field progress cannot be used"):
+        resume.read_detector("auto", None, str(tmp_path / "b"), False)
+
+
 def parser():
     recipe = Recipe(**RECIPE)
     return build_parser(recipe, ["mobilenetv2", "eca_resnet18"], "")
