@@ -19,7 +19,7 @@ def init_worker(_: int) -> None:
     """For `DataLoader(worker_init_fn=…)`."""
     die_with_parent()
     # Stop requests are for the main process, which finishes its step, saves and ends the workers.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     leave_broken_connections_unsaid()
     torch.set_num_threads(1)

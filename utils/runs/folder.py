@@ -1,5 +1,6 @@
 """Run folders: a new one for every run, one writer each."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -104,14 +105,28 @@ def open_folder(name: str, output: str | None, found: Path | None) -> Path:
 def newest(name: str | None, detector: bool = False) -> Path | None:
     """The `runs/<name>-N` with the highest number, if there is one.
 
-    Without a name, the folder below runs/ whose checkpoints changed last, of the runs of detectors
-    or of those of classifiers.
+    Without a name, the folder with a checkpoint below runs/ that was started or resumed last, of
+    the runs of detectors or of those of classifiers. Each start has a number in args.json, so a
+    clock that was set back changes nothing; runs from before there were numbers come first, by
+    the time of their files.
     """
     if name is not None:
         return max(_numbered(name), default=(0, None))[1]
-    saved = sorted(((p.stat().st_mtime, p.parent) for p in RUNS.glob("*-*/*.pth")), reverse=True)
-    folders = dict.fromkeys(folder for _, folder in saved)
-    return next((folder for folder in folders if _trains_detector(folder) == detector), None)
+    order = _by_start()
+    return next((folder for folder in order if _trains_detector(folder) == detector), None)
+
+
+def saved_later(folder: Path) -> list[Path]:
+    """Other runs of its kind with a checkpoint of after those in `folder`, the latest first.
+
+    A clock that was set back does this, or two runs at one time.
+    """
+    kind, when = _trains_detector(folder), _last_saved(folder)
+    if when is None:
+        return []
+    others = [(_last_saved(other), other) for other in _by_start() if other != folder]
+    later = [(t, f) for t, f in others if t is not None and t > when]
+    return [f for _, f in sorted(later, reverse=True) if _trains_detector(f) == kind]
 
 
 def lock(folder: Path) -> IO[str]:
@@ -174,6 +189,7 @@ def environment(context: Context) -> dict[str, str | int | list[int]]:
         "data_parallel": list(context.data_parallel),
         "cpu_threads": torch.get_num_threads(),
         "commit": _commit(),
+        "start_number": 1 + max((_start_number(f) for f in _folders()), default=0),
     }
 
 
@@ -197,13 +213,41 @@ def _commit() -> str:
         return "unknown"
 
 
+def _folders() -> list[Path]:
+    """What lies below runs/; empty where there is no such folder."""
+    try:
+        return list(RUNS.iterdir())
+    except OSError:
+        return []
+
+
 def _numbered(name: str) -> list[tuple[int, Path]]:
+    """The folders `runs/<name>-N` with their N. The name is never taken as a pattern."""
     found = []
-    for path in RUNS.glob(f"{name}-*") if RUNS.is_dir() else ():
+    for path in _folders():
         number = path.name.removeprefix(f"{name}-")
-        if number.isdigit():
+        if path.name.startswith(f"{name}-") and number.isdecimal():
             found.append((int(number), path))
     return found
+
+
+def _by_start() -> list[Path]:
+    """The run folders that hold a checkpoint, the one that was started last first."""
+    found = ((_start_number(f), _last_saved(f), f) for f in _folders() if "-" in f.name)
+    return [f for *_, f in sorted((x for x in found if x[1] is not None), reverse=True)]
+
+
+def _last_saved(folder: Path) -> float | None:
+    """When the newest checkpoint in `folder` was written, or None where none can be read."""
+    times = []
+    try:
+        for path in folder.iterdir():
+            if path.suffix == ".pth":
+                with contextlib.suppress(OSError):  # a link to nowhere, or just deleted
+                    times.append(path.stat().st_mtime)
+    except OSError:  # no folder, or deleted while we look
+        return None
+    return max(times, default=None)
 
 
 def _goes_on(output: str | None, found: Path | None) -> bool:
@@ -215,8 +259,21 @@ def _goes_on(output: str | None, found: Path | None) -> bool:
 
 def _trains_detector(folder: Path) -> bool | None:
     """Whether a run folder is a detector's; None where its args.json does not say."""
+    record = _record(folder)
+    return None if record is None else describes_detector(record)
+
+
+def _start_number(folder: Path) -> int:
+    """The number of the start that wrote args.json, counted over all runs; 0 if it has none."""
+    environment = (_record(folder) or {}).get("environment")
+    number = environment.get("start_number") if isinstance(environment, dict) else None
+    return number if isinstance(number, int) and 0 < number < 2**53 else 0
+
+
+def _record(folder: Path) -> dict | None:
+    """The contents of args.json, or None where it cannot be read."""
     try:
-        fields = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError):
+        record = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return None
-    return describes_detector(fields) if isinstance(fields, dict) else None
+    return record if isinstance(record, dict) else None

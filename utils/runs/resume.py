@@ -168,7 +168,7 @@ def find(
 
     Args:
         resume: a path, or "auto": the newest good checkpoint of `output`, or else of the newest
-            `runs/<name>-N`, or else, without a name, of the run that saved last.
+            `runs/<name>-N`, or else, without a name, of the run that started last.
         evaluate: the best checkpoint before the newest.
         detector: a run of a detector, where there is no name.
 
@@ -186,6 +186,15 @@ def find(
         note = f"no checkpoint in {place} yet: starting from the beginning"
         return Found(folder=folder, notes=(note,))
     path, saved, notes = found
+    if not output and name is None:
+        notes = [
+            *notes,
+            *(
+                f"! {later} was saved after {folder}, but started before it: to take it, give "
+                f"--resume {AUTO} --output {later}"
+                for later in run_folder.saved_later(folder)[:1]
+            ),
+        ]
     verb = "evaluating" if evaluate else "resuming"
     return Found(saved, path, folder, (*notes, f"{verb} {path}"))
 

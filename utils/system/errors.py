@@ -8,7 +8,7 @@ EXIT_FAILED = 1  # something outside the program gave way: a worker, memory, a d
 EXIT_BAD_INPUT = 2  # argparse's own code for a bad flag, used for bad files and data too
 EXIT_NON_FINITE = 3  # the loss or the gradient norm was not a finite number
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
-EXIT_STOPPED = 143  # SIGTERM or SIGUSR1: saved and stopped on request
+EXIT_STOPPED = 143  # SIGTERM, SIGUSR1 or SIGHUP: saved and stopped on request
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 FEWER_FILES = "use fewer workers (-j), or raise the limit (ulimit -n)"

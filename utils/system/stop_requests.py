@@ -9,19 +9,23 @@ from utils.system.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGUSR1 (job schedulers' warning) and Ctrl-C instead of dying from them.
+    """Notes signals that ask the run to end, instead of dying from them.
 
-    The loop finishes its step, saves and leaves with `exit_code`. A second Ctrl-C interrupts at
-    once. Use as a context manager: the former handlers come back on leaving.
+    They are SIGTERM, SIGUSR1 (job schedulers' warning), SIGHUP (the terminal or the ssh connection
+    is gone) and Ctrl-C. The loop finishes its step, saves and leaves with `exit_code`. A second
+    Ctrl-C interrupts at once. Where SIGHUP was ignored already (`nohup`), it stays ignored. Use as
+    a context manager: the former handlers come back on leaving.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
     def __init__(self):
         self.signum: int | None = None
 
     def __enter__(self):
-        self._former = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        noted = [s for s in self.SIGNALS if not (s == signal.SIGHUP and ignored)]
+        self._former = {s: signal.signal(s, self._note) for s in noted}
         return self
 
     def __exit__(self, *_):

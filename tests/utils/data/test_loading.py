@@ -219,7 +219,7 @@ def test_a_hung_worker_is_answered_after_the_timeout(folder):
 
 class SignalsItself(ImageDataset):
     def __getitem__(self, key):
-        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             os.kill(os.getpid(), signum)
         return super().__getitem__(key)
 

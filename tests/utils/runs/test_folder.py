@@ -71,3 +71,38 @@ def test_a_command_can_be_read_again(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/main.py", *words[1:]])
     environment = json.loads(json.dumps(run_folder.environment(Context(torch.device("cpu")))))
     assert shlex.split(environment["command"]) == words
+
+
+def test_a_name_is_no_pattern():
+    for name in ("r_lr[0.1]", "r_*", "r_?"):
+        for number in (1, 2):
+            (run_folder.RUNS / f"{name}-{number}").mkdir(parents=True)
+    (run_folder.RUNS / "r_other-9").mkdir()
+    for name in ("r_lr[0.1]", "r_*", "r_?"):
+        assert run_folder.newest(name) == run_folder.RUNS / f"{name}-2"
+        assert run_folder.create(name) == run_folder.RUNS / f"{name}-3"
+
+
+def test_a_clock_set_back_resumes_the_run_that_started_last():
+    first = write_run("a-1", 2000, environment={"start_number": 1})
+    second = write_run("b-1", 1000, environment={"start_number": 2})
+    write_run("old-1", 9000, arch="x")  # from before starts were numbered
+    assert run_folder.environment(Context(torch.device("cpu")))["start_number"] == 3
+    assert run_folder.newest(None) == second
+    _, folder, notes = resume.find("auto", None, None)
+    assert folder == second
+    assert any(n.startswith("! runs/old-1 was saved after runs/b-1, but started") for n in notes)
+    os.utime(second / "last.pth", (9999, 9999))
+    assert resume.find("auto", None, None)[2] == ["resuming runs/b-1/last.pth"]
+    assert first in run_folder._by_start()
+
+
+def test_links_to_nowhere_and_vanished_runs_are_passed_over():
+    good = write_run("a-1", 10, arch="x")
+    broken = run_folder.RUNS / "b-1"
+    broken.mkdir()
+    (broken / "last.pth").symlink_to("gone.pth")
+    (run_folder.RUNS / "c-1").symlink_to("deleted-while-looking")
+    assert run_folder.newest(None) == good
+    assert resume.find("auto", None, "runs/b-1")[0] is None
+    assert resume.find("auto", "c", None)[0] is None
