@@ -186,7 +186,7 @@ def find(
         note = f"no checkpoint in {place} yet: starting from the beginning"
         return Found(folder=folder, notes=(note,))
     path, saved, notes = found
-    if not output and name is None:
+    if folder is not None and not output and name is None:
         notes = [
             *notes,
             *(

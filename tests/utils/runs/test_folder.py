@@ -89,11 +89,12 @@ def test_a_clock_set_back_resumes_the_run_that_started_last():
     write_run("old-1", 9000, arch="x")  # from before starts were numbered
     assert run_folder.environment(Context(torch.device("cpu")))["start_number"] == 3
     assert run_folder.newest(None) == second
-    _, folder, notes = resume.find("auto", None, None)
-    assert folder == second
-    assert any(n.startswith("! runs/old-1 was saved after runs/b-1, but started") for n in notes)
+    found = resume.find("auto", None, None)
+    assert found.folder == second
+    warning = "! runs/old-1 was saved after runs/b-1, but started"
+    assert any(note.startswith(warning) for note in found.notes)
     os.utime(second / "last.pth", (9999, 9999))
-    assert resume.find("auto", None, None)[2] == ["resuming runs/b-1/last.pth"]
+    assert resume.find("auto", None, None).notes == ("resuming runs/b-1/last.pth",)
     assert first in run_folder._by_start()
 
 
@@ -104,5 +105,5 @@ def test_links_to_nowhere_and_vanished_runs_are_passed_over():
     (broken / "last.pth").symlink_to("gone.pth")
     (run_folder.RUNS / "c-1").symlink_to("deleted-while-looking")
     assert run_folder.newest(None) == good
-    assert resume.find("auto", None, "runs/b-1")[0] is None
-    assert resume.find("auto", "c", None)[0] is None
+    assert resume.find("auto", None, "runs/b-1").saved is None
+    assert resume.find("auto", "c", None).saved is None
