@@ -18,6 +18,7 @@ from utils.runs.checkpoint_info import describes_detector
 from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically
+from utils.system.version import VERSION
 
 RUNS = Path("runs")
 LOCK = ".lock"  # locked while a run writes to the folder; it stays, as the mark of a run folder
@@ -180,6 +181,7 @@ def environment(context: Context) -> dict[str, str | int | list[int]]:
         device = platform.processor() or "cpu"
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "eca_net": VERSION,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a TorchVersion would not load with weights_only
         "torchvision": str(torchvision.__version__),
