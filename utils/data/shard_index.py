@@ -237,7 +237,7 @@ def _store(root: str, cached: Path, data: bytes) -> None:
         with contextlib.suppress(UserError):
             return write_atomically(Path(root, NAME), data)
     with contextlib.suppress(UserError, OSError):
-        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomically(cached, data)
 
 
@@ -253,7 +253,7 @@ def _alone(root: str, cached: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             if remote_files.is_remote(root):
-                cached.parent.mkdir(parents=True, exist_ok=True)
+                cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 root = str(cached.parent)
             handle = os.open(root, os.O_RDONLY)
             held.callback(os.close, handle)
