@@ -1,5 +1,6 @@
 """Run folders: a new one for every run, one writer each."""
 
+import errno
 import fcntl
 import json
 import os
@@ -120,8 +121,14 @@ def lock(folder: Path):
         UserError: another process holds the lock.
     """
     try:
-        handle = open(folder / LOCK, "w")  # noqa: SIM115 - stays open for the whole run
+        # Never truncated, and no link followed: the folder may be one that a stranger packed.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        handle = os.fdopen(os.open(folder / LOCK, flags, 0o666), "rb", buffering=0)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(
+                f"{folder / LOCK}: is a link, which a run never makes; remove it", EXIT_FAILED
+            ) from None
         raise UserError(
             f"{folder}: cannot write there ({error.strerror}); mend its rights, or start a new run",
             EXIT_FAILED,
