@@ -3,11 +3,12 @@
 # make demo-detect   Mask R-CNN with ECA-ResNet-18 on digits over photographs, with a picture
 # make ablation      no attention, SE, ECA-NS and ECA of every k on the digits, three seeds each
 # make benchmarks    every benchmark, with JSON files in runs/benchmarks: half an hour on a CPU
-# make test          set up, run the tests; make test-faults: kills and full disks, minutes long
+# make test          set up, run the tests; make test-faults: kills and full disks, minutes long (KILLS=60: more)
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+KILLS ?= 24
 
 .PHONY: demo demo-light demo-detect ablation benchmarks test test-faults lint clean
 
@@ -39,7 +40,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 test-faults: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m faults -n 2
+	OMP_NUM_THREADS=1 KILLS=$(KILLS) $(RUN) -m pytest -m faults -n 2
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -150,10 +150,8 @@ def _report(network: str, done: Sequence[Insertion], replaced: int) -> None:
     weights = sum(insertion.kernel_size for insertion in done)
     print(f"{network}: {len(done)} ECA layers put in, {weights} parameters")
     if replaced:
-        print(
-            f"! {replaced} squeeze-and-excitation layers were replaced, and their weights are "
-            "gone: train the network before use"
-        )
+        what = "squeeze-and-excitation layers were replaced, and their weights are gone"
+        print(f"! {replaced} {what}: train the network before use")
     for insertion in done:
         print(f"  {insertion}")
 

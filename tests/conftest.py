@@ -18,6 +18,13 @@ from helpers.trees import ROOT, write_tree
 from PIL import Image
 
 
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Says how many tests injected faults, after `-m faults`."""
+    if config.option.markexpr == "faults":
+        passed, failed = (len(terminalreporter.stats.get(k, ())) for k in ("passed", "failed"))
+        terminalreporter.write_line(f"faults: {passed + failed} tests ran, {failed} failed")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def temporary_files() -> Iterator[None]:
     """One folder for them all: what is killed here does not clear up after itself."""

@@ -42,7 +42,6 @@ STILL_LONG: Mapping[str, int] = {
     "models/fused/triton_operators": 367,
     "models/fused/triton_operators:tail_backward": 108,
     "models/fused/triton_operators:tail_forward": 87,
-    "models/insertion": 302,
 }
 WITH_ARGS = ("utils/options",)  # where a parsed command line may be called `args`
 OUTSIDE = {  # packages that models/ may import besides torch and Python's own

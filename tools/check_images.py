@@ -29,7 +29,7 @@ from utils.detection.coco_files import Place, read_json, shown
 from utils.options.parser import Parser, positive_int, run_script
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.processes import processors, shared
-from utils.system.text import printable
+from utils.system.text import cell, printable
 
 CHUNK = 16  # files that a process takes at a time
 
@@ -136,7 +136,7 @@ def write_csv(file, broken: Iterable[BrokenImageError]) -> None:
     """Columns: path, reason."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("path", "reason"))
-    writer.writerows((error.path, error.reason) for error in broken)
+    writer.writerows((cell(error.path), cell(error.reason)) for error in broken)
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from utils.runs import folder as run_folder
 from utils.system import output_checks
 from utils.system.errors import UserError
 from utils.system.files import write_atomically
-from utils.system.text import columns, ksize_text
+from utils.system.text import cell, columns, ksize_text, printable
 
 # The figure that decides which epoch is the best, and what is shown of that epoch.
 RESULTS = {
@@ -145,6 +145,22 @@ def result_rows(runs: Sequence[Run]) -> list[list[str]]:
     return rows
 
 
+def csv_rows(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The table as cells of a CSV file: what is no number is text for a spreadsheet, too."""
+    return [
+        [value if value == "-" or is_number(value) else cell(value) for value in row]
+        for row in rows
+    ]
+
+
+def is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
 def repeat_lines(runs: Sequence[Run]) -> list[str]:
     """Mean and standard deviation of runs that differ in nothing but their seed."""
     groups: dict[tuple, list[Run]] = {}
@@ -223,12 +239,12 @@ def main() -> int:
         what = ", ".join(sorted(kinds))
         raise UserError(f"the runs measure different things ({what}); compare like with like")
     rows = result_rows(runs)
-    print(columns(rows, left=2))
+    print(columns([[printable(value) for value in row] for row in rows], left=2))
     if repeats := repeat_lines(runs):
-        print("", *repeats, sep="\n")
+        print("", *map(printable, repeats), sep="\n")
     folder = run_folder.create("comparison", args.output)
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows(csv_rows(rows))
     write_atomically(folder / "comparison.csv", text.getvalue().encode())
     write_atomically(folder / "comparison.png", draw(runs))
     print(f"\nwritten to {folder}: comparison.csv, comparison.png")

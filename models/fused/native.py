@@ -8,51 +8,40 @@ anything else is missing, `serves` says no and the passes of `eca_passes` do the
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-SOURCE = Path(__file__).with_name("native.cpp")
+from . import native_library
+from .native_library import BuildError
+
 DTYPES = (torch.float32, torch.bfloat16)
-# No -ffast-math: infinities and NaN must come out as PyTorch's do.
-FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-X86_FLAGS = ("-mprefer-vector-width=256",)  # measured on Zen 4; also narrow rows fill such vectors
-SECONDS = 120  # for the compiler
-
-
-class BuildError(Exception):
-    """There is no library, and why."""
+FUNCTIONS = ("moments", "scale_and_add", "gradient_sums", "gradient_input")
 
 
 @functools.cache
 def library() -> ctypes.CDLL | BuildError:
     """The compiled passes, or why there are none."""
     try:
-        library = ctypes.CDLL(_build())
+        library = native_library.load([f"eca_{name}" for name in FUNCTIONS])
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().partition("\n")[0]
         return BuildError(f"the C++ compiler failed: {said[:100]}")
     except subprocess.TimeoutExpired:
-        return BuildError(f"the C++ compiler took more than {SECONDS} s")
+        return BuildError(f"the C++ compiler took more than {native_library.SECONDS} s")
     # RuntimeError: a user without a home folder, as in some containers.
     except (OSError, RuntimeError, BuildError) as error:
         return BuildError(str(error))
     flag, size, pointer = ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p
     shape = [flag, flag, size, size, size]
-    for name, others in {
-        "moments": [pointer] * 3,
-        "scale_and_add": [pointer, pointer, pointer, size, pointer, flag, pointer],
-        "gradient_sums": [pointer] * 7,
-        "gradient_input": [*[pointer] * 6, size, pointer],
-    }.items():
+    arguments = (
+        [pointer] * 3,
+        [pointer, pointer, pointer, size, pointer, flag, pointer],
+        [pointer] * 7,
+        [*[pointer] * 6, size, pointer],
+    )
+    for name, others in zip(FUNCTIONS, arguments, strict=True):
         function = getattr(library, f"eca_{name}")
         function.argtypes, function.restype = shape + others, None
     return library
@@ -64,43 +53,6 @@ def why_not(dtype: torch.dtype = torch.float32) -> str | None:
         return f"compiled passes are not for {dtype}"
     found = library()
     return str(found) if isinstance(found, BuildError) else None
-
-
-def _build() -> str:
-    """Compiles the source unless that was done before; returns the library's path."""
-    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    compiler = shlex.split(found or "")
-    if not compiler:
-        raise BuildError("no C++ compiler")
-    flags = FLAGS + (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
-    key = hashlib.sha256(SOURCE.read_bytes())
-    for part in (*compiler, *flags, torch.__version__, _processor()):
-        key.update(part.encode() + b"\0")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eca-net"
-    target = cache / f"passes-{key.hexdigest()[:16]}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as place:
-            compiled, linked = Path(place, "passes.o"), Path(place, "passes.so")
-            # Linked without OpenMP: its functions are found in the copy that torch has loaded. A
-            # second copy would keep threads of its own, and the two would take turns waiting.
-            to_object = [*flags, "-c", SOURCE, "-o", compiled]
-            for command in (to_object, ["-shared", compiled, "-o", linked]):
-                subprocess.run(
-                    [*compiler, *command], check=True, capture_output=True, timeout=SECONDS
-                )
-            os.replace(linked, target)
-    return str(target)
-
-
-def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by different machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    known = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip() in known}))
 
 
 def serves(z: Tensor) -> bool:

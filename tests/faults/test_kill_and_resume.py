@@ -10,6 +10,8 @@ from helpers.trees import ROOT
 
 from utils.runs import checkpoint
 
+KILLS = int(os.environ.get("KILLS", 24))  # of the long test
+
 
 def kill_and_resume(tree, tmp_path, kills: int, script: str, *flags: object) -> list[str]:
     done = subprocess.run(
@@ -25,7 +27,7 @@ def kill_and_resume(tree, tmp_path, kills: int, script: str, *flags: object) -> 
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=1500 + 120 * kills,  # for a hang: a kill takes some seconds
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     log = tmp_path / "runs" / "moments.txt"
@@ -61,9 +63,9 @@ def test_three_kills(tree, tmp_path):
 
 
 @pytest.mark.faults
-def test_twenty_four_kills(tree, tmp_path):
-    lines = kill_and_resume(tree, tmp_path, 24, "light_main.py", *FLAGS)
-    assert len(lines) == 24
+def test_many_kills(tree, tmp_path):
+    lines = kill_and_resume(tree, tmp_path, KILLS, "light_main.py", *FLAGS)
+    assert len(lines) == KILLS > 0
     assert all(line.endswith("equal") for line in lines)
 
 

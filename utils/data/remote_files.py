@@ -123,10 +123,11 @@ def _ask(url: str, request, missing: object = _NEEDED):
     Raises:
         UserError: it failed every time, or no such file where `missing` gives nothing instead.
     """
-    # A forked worker must not use its parent's connections.
-    fs, path = _filesystem(url, os.getpid())
     for pause in (*PAUSES, None):
         try:
+            # Some stores (ftp://, zip://) are asked as soon as they are opened. By process: a
+            # forked worker must not use its parent's connections.
+            fs, path = _filesystem(url, os.getpid())
             return request(fs, path)
         except (FileNotFoundError, NotADirectoryError):
             if missing is not _NEEDED:
@@ -136,7 +137,7 @@ def _ask(url: str, request, missing: object = _NEEDED):
             raise
         except Exception as error:  # every store has errors of its own
             if pause is None:
-                reason = f"{type(error).__name__} {error}".splitlines()[0]
+                reason = f"{type(error).__name__} {error}".splitlines()[0].rstrip()
                 raise UserError(
                     f"{url}: {reason} ({len(PAUSES) + 1} tries); check the address, the rights and "
                     "the network, and go on with --resume auto",

@@ -33,6 +33,7 @@ from utils.system.text import printable
 NAME = "shard-index.npz"
 VERSION = 1
 BLOCK = 512  # of a tar file
+MOST_CLASSES = 1_000_000  # a larger class number is a fault: every number up to it takes memory
 MEMBER = np.dtype(
     [
         ("shard", np.int32),
@@ -62,6 +63,27 @@ class ShardIndex:
             and all(n in (None, own) for n, own in zip(listed.values(), self.sizes, strict=True))
         )
 
+    def is_sound(self) -> bool:
+        """Whether each image has a class and lies inside a shard: a stranger may have written it.
+
+        Raises:
+            Exception: arrays of other kinds have several.
+        """
+        shard, offset, size = (self.members[part] for part in ("shard", "offset", "size"))
+        shapes = {self.names.shape, self.labels.shape, self.members.shape}
+        if shapes != {(len(self.names),)} or len(self.names) == 0:
+            return False
+        if self.names.dtype.kind != "S" or self.labels.dtype != np.int64:
+            return False
+        if len(self.shards) != len(self.sizes) or any(map(os.path.dirname, self.shards)):
+            return False
+        if not 0 <= self.labels.min() <= self.labels.max() < MOST_CLASSES:
+            return False
+        if not 0 <= shard.min() <= shard.max() < len(self.shards):
+            return False
+        room = np.array(self.sizes, np.int64)[shard] - offset  # no sum, which could overflow
+        return bool(((offset >= BLOCK) & (size >= 0) & (room >= size)).all())
+
     def to_bytes(self) -> bytes:
         about = {
             "version": VERSION,
@@ -87,7 +109,7 @@ class ShardIndex:
                 about = json.loads(held["about"].tobytes())
                 if about["version"] != VERSION or held["members"].dtype != MEMBER:
                     return None
-                return cls(
+                found = cls(
                     tuple(about["shards"]),
                     tuple(about["sizes"]),
                     held["names"],
@@ -95,6 +117,7 @@ class ShardIndex:
                     held["members"],
                     about["ignored"],
                 )
+                return found if found.is_sound() else None
         except Exception:  # numpy, zipfile and json each have several
             return None
 
@@ -186,9 +209,9 @@ def _members(
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (`file` is the caller's)
         for member in tar:
             name = member.name.removeprefix("./")
-            if not member.isfile():
+            if member.issparse() or not member.isfile():  # a sparse file lies there in pieces
                 if name.lower().endswith(EXTENSIONS):
-                    ignored["link"] += 1
+                    ignored["sparse" if member.issparse() else "link"] += 1
                 continue
             if os.path.basename(name).startswith("."):
                 ignored["hidden"] += 1
@@ -197,12 +220,13 @@ def _members(
             header = zlib.crc32(file.read(BLOCK))
             content = None
             if name.endswith(".cls"):
-                content = _class_number(file.read(member.size), f"{place}:{name}")
+                content = _class_number(file.read(min(member.size, BLOCK)), f"{place}:{name}")
             yield name, content, member.offset_data, member.size, header
         file.seek(tar.offset)
         if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end, too
             raise tarfile.ReadError(f"no end mark behind {len(tar.members)} files")
-    except tarfile.TarError as error:
+    # tarfile lets the others pass where a sparse file's header holds no numbers.
+    except (tarfile.TarError, ValueError, IndexError, OverflowError) as error:
         raise UserError(
             f"{printable(place)}: damaged or cut short ({error}); copy or make it again"
         ) from None
@@ -210,12 +234,13 @@ def _members(
 
 def _class_number(text: bytes, name: str) -> int:
     try:
-        number = int(text)
+        number = int(text) if len(text) < BLOCK else -1
     except ValueError:
         number = -1
-    if number < 0:
+    if not 0 <= number < MOST_CLASSES:
         raise UserError(
-            f"{printable(name)}: holds {text[:20]!r}, not the number of a class; "
+            f"{printable(name)}: holds {text[:20]!r}, not the number of a class "
+            f"(0 to {MOST_CLASSES - 1:,}); "
             "python -m tools.make_shards writes such numbers"
         )
     return number
@@ -237,7 +262,7 @@ def _store(root: str, cached: Path, data: bytes) -> None:
         with contextlib.suppress(UserError):
             return write_atomically(Path(root, NAME), data)
     with contextlib.suppress(UserError, OSError):
-        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomically(cached, data)
 
 
@@ -253,7 +278,7 @@ def _alone(root: str, cached: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             if remote_files.is_remote(root):
-                cached.parent.mkdir(parents=True, exist_ok=True)
+                cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 root = str(cached.parent)
             handle = os.open(root, os.O_RDONLY)
             held.callback(os.close, handle)

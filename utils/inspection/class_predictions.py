@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.system.files import write_atomically
-from utils.system.text import printable
+from utils.system.text import cell, printable
 
 FORMATS = ("table", "csv", "json")
 WIDEST_PATH = 48  # characters of the table's first column; a longer path pushes its row aside
@@ -78,9 +78,9 @@ class PredictionLog:
         return ["file", *(t for i in ranks for t in (f"class_{i}", f"confidence_{i}")), "error"]
 
     def _cells(self, prediction: Prediction) -> list[str]:
-        cells = [c for g in prediction.guesses for c in (g.name, f"{g.confidence:.6f}")]
+        cells = [c for g in prediction.guesses for c in (cell(g.name), f"{g.confidence:.6f}")]
         empty = [""] * (2 * self.topk - len(cells))
-        return [prediction.file, *cells, *empty, prediction.error or ""]
+        return [cell(prediction.file), *cells, *empty, cell(prediction.error or "")]
 
     def _json(self) -> str:
         return (

@@ -18,7 +18,7 @@ from utils.detection.drawing import draw, enlarge
 from utils.system.errors import UserError
 from utils.system.fault_messages import is_out_of_memory
 from utils.system.files import write_atomically
-from utils.system.text import printable
+from utils.system.text import cell, printable
 
 SMALLEST, LARGEST = 320, 1000  # pixels of a drawn picture's longer side
 
@@ -170,7 +170,7 @@ class CocoDocument:
             corners = [f"{v:.2f}" for v in (x, y, x + width, y + height)]
             file = self.images[found["image_id"] - 1]["file_name"]
             writer.writerow(
-                [file, name_of[found["category_id"]], f"{found['score']:.6f}", *corners]
+                [cell(file), cell(name_of[found["category_id"]]), f"{found['score']:.6f}", *corners]
             )
         return text.getvalue()
 

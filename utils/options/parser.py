@@ -156,7 +156,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = main() or 0
     except UserError as error:
         rank = os.environ.get("RANK")  # several processes may each have a line to say
-        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
+        where = f" (rank {rank})" if rank else ""
+        print(f"error{where}: {printable(str(error))}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Run folders: a new one for every run, one writer each."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -130,7 +131,7 @@ def saved_later(folder: Path) -> list[Path]:
     return [f for _, f in sorted(later, reverse=True) if _trains_detector(f) == kind]
 
 
-def lock(folder: Path) -> IO[str]:
+def lock(folder: Path) -> IO[bytes]:
     """Makes this process the folder's only writer until it ends, however it ends.
 
     Returns:
@@ -140,8 +141,14 @@ def lock(folder: Path) -> IO[str]:
         UserError: another process holds the lock.
     """
     try:
-        handle = open(folder / LOCK, "w")  # noqa: SIM115 - stays open for the whole run
+        # Never truncated, and no link followed: the folder may be one that a stranger packed.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        handle: IO[bytes] = os.fdopen(os.open(folder / LOCK, flags, 0o666), "rb", buffering=0)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(
+                f"{folder / LOCK}: is a link, which a run never makes; remove it", EXIT_FAILED
+            ) from None
         raise UserError(
             f"{folder}: cannot write there ({error.strerror}); mend its rights, or start a new run",
             EXIT_FAILED,

@@ -17,6 +17,7 @@ from torch import nn
 
 from utils.system.errors import UserError
 from utils.system.processes import die_with_parent
+from utils.system.text import printable_lines
 
 PATIENCE = timedelta(minutes=30)  # of ranks with each other; hung workers are told of before it
 
@@ -43,7 +44,7 @@ class Context:
     def say(self, *lines: str) -> None:
         """Prints on rank 0 only, at once; without lines, nothing."""
         if self.is_main and lines:
-            print(*lines, sep="\n", flush=True)
+            print(*map(printable_lines, lines), sep="\n", flush=True)
 
 
 def is_first() -> bool:

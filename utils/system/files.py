@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 from utils.system.errors import EXIT_FAILED, UserError
 
@@ -27,11 +28,11 @@ def write_atomically(
             was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = _temporary(path)
     kept = path.with_name(f".{path.name}.kept.tmp-{os.getpid()}")
     linked = moved = False
     try:
-        with open(temporary, "wb") as file:
+        with _new_file(temporary) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -69,9 +70,34 @@ def write_atomically(
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Removes temporary files that a killed process left in `folder`."""
+    """Removes temporary files that a killed process left in `folder`.
+
+    A folder with such a name is none of ours: it stays.
+    """
     for path in Path(folder).glob(".*.tmp-*"):
-        path.unlink(missing_ok=True)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """The name of a temporary neighbour: one that no folder has, which could not be removed."""
+    names = (f".{path.name}.tmp-{os.getpid()}{more}" for more in ("", *range(1000, 10_000)))
+    return next(p for p in map(path.with_name, names) if p.is_symlink() or not p.is_dir())
+
+
+def _new_file(path: Path) -> BinaryIO:
+    """Opens a file that was not there, so that a link left under its name is never followed.
+
+    Raises:
+        OSError: a folder has the name, or no file can be made there.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        handle = os.open(path, flags, 0o666)
+    except FileExistsError:  # of a killed process that had our number; a link goes, not its target
+        path.unlink()
+        handle = os.open(path, flags, 0o666)
+    return os.fdopen(handle, "wb")
 
 
 def _link(path: Path, other: Path) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # characters that move a terminal's cursor, or worse
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes a cell for that begins so
+
 
 def ksize_text(ksize: tuple[int, ...] | None) -> str:
     """As `--ksize` takes it: 3557, or 3,5,5,11 where a size has two digits; - for None."""
@@ -43,8 +45,26 @@ def printable(path: object) -> str:
     """A path fit for a line of a terminal: bytes that are not UTF-8, and control characters such
     as line breaks, are shown as \\xNN."""
     path = path if isinstance(path, str | bytes | os.PathLike) else str(path)
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON can hold it
+        text = str(path).encode("utf-8", "backslashreplace").decode()
     return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def printable_lines(text: str) -> str:
+    """Text of several lines for a terminal: as `printable`, but its line breaks remain."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def cell(text: object) -> str:
+    """A user's text as a cell of a CSV file: a spreadsheet is to show it, not to compute it.
+
+    What begins as a formula does (= + - @, tab, carriage return) gets a ' in front, as spreadsheets
+    themselves write such text. Numbers are not passed here: -1 would become text.
+    """
+    text = str(text)
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def short(text: str, most: int = 24) -> str:

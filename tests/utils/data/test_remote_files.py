@@ -164,3 +164,15 @@ def test_workers_open_files_of_their_own(tmp_path):
     for method in ("fork", "spawn"):
         with multiprocessing.get_context(method).Pool(2) as pool:
             assert pool.map(_read_in_worker, paths * 2) == [b"034", b"134", b"234"] * 2
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://127.0.0.1:1/x", "zip://a::file:///dev/null", "reference://x", "nothing://x", "://x"],
+)
+def test_a_store_that_cannot_be_opened_is_one_line(monkeypatch, url):
+    monkeypatch.setattr(remote_files, "PAUSES", ())
+    with pytest.raises(UserError) as caught:
+        remote_files.read_range(url, 0, 1)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(url)

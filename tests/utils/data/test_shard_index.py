@@ -1,11 +1,13 @@
 """The index of tar shards: when it is made, kept, believed and made again."""
 
+import dataclasses
 import io
 import multiprocessing
 import os
 import tarfile
 import time
 
+import numpy as np
 import pytest
 from helpers.shard_sets import write_tar
 
@@ -143,7 +145,10 @@ def test_damaged_shards_are_named(folder, damage):
     assert not (folder / NAME).exists()
 
 
-@pytest.mark.parametrize("content", [b"cat", b"-1", b"", b"1.5"])
+@pytest.mark.parametrize(
+    "content",
+    [b"cat", b"-1", b"", b"1.5", b"1" + b"0" * 18, b"%d" % 2**63, b"9" * 100_000, b"1000000"],
+)
 def test_what_is_no_class_number(folder, content):
     write_tar(folder / "2.tar", [("x.png", b"x"), ("x.cls", content)])
     with pytest.raises(UserError, match=r"2\.tar:x\.cls: holds b'.*', not the number of a class"):
@@ -166,3 +171,63 @@ def test_what_is_passed_over_is_counted(folder):
         "no ending": 1,
         "link": 1,
     }
+
+
+def test_a_sparse_file_is_no_image(folder):
+    """Its header claims the size of what it is unpacked to; its bytes lie there in pieces."""
+    data = write_tar(folder / "0.tar", [*PAIR, ("s.png", b"x"), ("s.cls", b"1")]).read_bytes()
+    info = tarfile.TarInfo("s.png")
+    info.size, info.type = 1, tarfile.GNUTYPE_SPARSE
+    start = data.index(b"s.png")
+    sparse = info.tobuf(tarfile.GNU_FORMAT)
+    (folder / "0.tar").write_bytes(data[:start] + sparse + data[start + len(sparse) :])
+    found = find_index(str(folder))
+    assert found.names.tolist() == [b"a/0.png", b"b/0.jpg"]
+    assert found.ignored == {"sparse": 1}
+
+
+@pytest.mark.parametrize("text", ["x", "1", "9" * 30 + ",1", ""])
+def test_a_sparse_header_without_numbers_is_one_line(folder, text):
+    info = tarfile.TarInfo("s.png")
+    info.pax_headers = {"GNU.sparse.map": text, "GNU.sparse.size": text or "x"}
+    with tarfile.open(folder / "0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info)
+        image = tarfile.TarInfo("a.png")
+        tar.addfile(image)
+    (folder / "1.tar").unlink()
+    with pytest.raises(UserError, match=r"0\.tar: damaged or cut short|no image with its class"):
+        find_index(str(folder))
+
+
+PARTS = ("names", "labels", "members")
+WRONG = {
+    "labels of 2^62": lambda index: {"labels": np.full(2, 2**62)},
+    "negative labels": lambda index: {"labels": np.array([0, -1])},
+    "too few labels": lambda index: {"labels": index.labels[:1]},
+    "float labels": lambda index: {"labels": index.labels / 1},
+    "names of numbers": lambda index: {"names": np.arange(2)},
+    "two axes": lambda index: {"members": index.members[:, None]},
+    "no images": lambda index: {part: getattr(index, part)[:0] for part in PARTS},
+    "a shard that is not there": lambda index: {"members": changed(index, "shard", 2)},
+    "a negative shard": lambda index: {"members": changed(index, "shard", -1)},
+    "an offset beyond the end": lambda index: {"members": changed(index, "offset", 2**62)},
+    "a size of 2^63 - 1": lambda index: {"members": changed(index, "size", 2**63 - 1)},
+    "a negative size": lambda index: {"members": changed(index, "size", -5)},
+}
+
+
+def changed(index, part, value):
+    members = index.members.copy()
+    members[part][1] = value
+    return members
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_an_index_with_wrong_arrays_is_made_again(folder, made, fault):
+    good = find_index(str(folder))
+    bad = dataclasses.replace(good, **WRONG[fault](good))
+    (folder / NAME).write_bytes(bad.to_bytes())
+    found = find_index(str(folder))
+    assert len(made) == 2
+    assert found.labels.tolist() == [0, 3]
+    assert found.members.tolist() == good.members.tolist()

@@ -107,3 +107,31 @@ def test_links_to_nowhere_and_vanished_runs_are_passed_over():
     assert run_folder.newest(None) == good
     assert resume.find("auto", None, "runs/b-1").saved is None
     assert resume.find("auto", "c", None).saved is None
+
+
+@pytest.mark.parametrize("dangling", [True, False])
+def test_a_lock_that_is_a_link_is_refused_and_its_target_left(tmp_path, dangling):
+    target, run = tmp_path / "diary", tmp_path / "run"
+    run.mkdir()
+    if not dangling:
+        target.write_bytes(b"mine")
+    (run / ".lock").symlink_to(target)
+    with pytest.raises(UserError, match=r"run/\.lock: is a link, which a run never makes; remove"):
+        run_folder.lock(run)
+    assert not target.exists() if dangling else target.read_bytes() == b"mine"
+
+
+def test_a_lock_is_never_emptied(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"mine")
+    held = run_folder.lock(tmp_path)
+    assert (tmp_path / ".lock").read_bytes() == b"mine"
+    with pytest.raises(UserError, match="another process is training in this folder"):
+        run_folder.lock(tmp_path)
+    held.close()
+    run_folder.lock(tmp_path).close()
+
+
+def test_a_lock_that_is_a_folder_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match="cannot write there"):
+        run_folder.lock(tmp_path)

@@ -126,3 +126,47 @@ def test_leftovers_of_a_killed_process_go_and_nothing_else(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     remove_leftovers(tmp_path)
     assert set(contents(tmp_path)) == {"last.pth", ".lock", "notes.tmp-1"}
+
+
+@pytest.mark.parametrize("dangling", [True, False])
+def test_a_link_under_the_temporary_s_name_is_never_followed(tmp_path, dangling):
+    """As a stranger's archive may hold them, for every number that a process can have."""
+    target, folder = tmp_path / "diary", tmp_path / "run"
+    folder.mkdir()
+    if not dangling:
+        target.write_bytes(b"mine")
+    (folder / f".last.tmp-{os.getpid()}").symlink_to(target)
+    write_atomically(folder / "last", b"new")
+    assert contents(folder) == {"last": b"new"}
+    assert not (folder / "last").is_symlink()
+    assert not target.exists() if dangling else target.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("word", ["tmp", "kept.tmp"])
+def test_a_folder_with_the_temporary_s_name_stays_and_is_no_hindrance(tmp_path, word):
+    write_atomically(tmp_path / "last", b"old")
+    folder = tmp_path / f".last.{word}-{os.getpid()}"
+    folder.mkdir()
+    (folder / "diary").write_bytes(b"mine")
+    write_atomically(tmp_path / "last", b"new", retire_to=tmp_path / "previous")
+    remove_leftovers(tmp_path)
+    assert (tmp_path / "last").read_bytes() == b"new"
+    assert (tmp_path / "previous").read_bytes() == b"old"
+    assert contents(folder) == {"diary": b"mine"}
+    assert {p.name for p in tmp_path.iterdir()} == {"last", "previous", folder.name}
+
+
+@pytest.mark.parametrize("name", ["last", "previous"])
+def test_links_under_the_files_own_names_are_replaced_not_followed(tmp_path, name):
+    target, folder = tmp_path / "diary", tmp_path / "run"
+    target.write_bytes(b"mine")
+    folder.mkdir()
+    (folder / "last").write_bytes(b"old")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(target)
+    write_atomically(folder / "last", b"new", retire_to=folder / "previous")
+    assert target.read_bytes() == b"mine"
+    assert (folder / "last").read_bytes() == b"new"
+    write_atomically(folder / "last", b"newer", retire_to=folder / "previous")
+    assert contents(folder) == {"last": b"newer", "previous": b"new"}
+    assert target.read_bytes() == b"mine"

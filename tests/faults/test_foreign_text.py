@@ -1,0 +1,74 @@
+"""Names in files of strangers move no cursor on a terminal and compute nothing in a spreadsheet."""
+
+import csv
+import io
+import sys
+
+import pytest
+
+import main
+import predict
+from tools import check_images, compare_runs
+from utils.data.decoding import BrokenImageError
+from utils.inspection.class_predictions import Guess, Prediction, PredictionLog
+from utils.inspection.object_predictions import CocoDocument
+from utils.options.parser import run_script
+from utils.runs import checkpoint
+
+EVIL = "\x1b[2J\nerror: all is well"
+
+
+@pytest.fixture
+def start(monkeypatch, capfd):
+    """Runs a script's main: its exit code and all that it wrote to the terminal."""
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_script(script.main)
+        return end.value.code, "".join(capfd.readouterr())
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("script", "field"), [(main, "arch"), (predict, "arch"), (predict, "classes")]
+)
+def test_a_checkpoint_s_texts_move_no_cursor(start, run_folder, tree, script, field):
+    path = run_folder / "last.pth"
+    state = checkpoint.load(path)
+    state[field] = EVIL if field == "arch" else [EVIL, *state["classes"][1:]]
+    checkpoint.save(path, state)
+    if script is main:
+        code, shown = start(main, "--resume", path, tree, "-e", "--device", "cpu")
+    else:
+        code, shown = start(predict, path, next(tree.glob("val/*/*")), "--device", "cpu")
+    assert code == (2 if field == "arch" else 0)
+    assert "\x1b" not in shown
+    assert "\\x1b[2J" in shown
+    assert not any(line.startswith("error: all is well") for line in shown.splitlines())
+
+
+def test_file_and_class_names_are_text_for_a_spreadsheet(tmp_path):
+    log = PredictionLog("table", ["=1+1.png"], topk=1)
+    log.add(Prediction("=1+1.png", (Guess(0, "@SUM(A1)", 0.5),)))
+    log.write(tmp_path)
+    rows = list(csv.reader((tmp_path / "predictions.csv").read_text().splitlines()))
+    assert rows[1] == ["'=1+1.png", "'@SUM(A1)", "0.500000", ""]
+
+    document = CocoDocument(["+class"], [7])
+    document.images.append({"id": 1, "file_name": "-file.png"})
+    found = {"image_id": 1, "category_id": 7, "score": 0.25, "bbox": [-1.0, 0.0, 2.0, 3.0]}
+    document.annotations.append(found)
+    rows = list(csv.reader(document.csv().splitlines()))
+    assert rows[1] == ["'-file.png", "'+class", "0.250000", "-1.00", "0.00", "1.00", "3.00"]
+
+    text = io.StringIO()
+    check_images.write_csv(text, [BrokenImageError("=x/y.png", "cut short")])
+    assert list(csv.reader(text.getvalue().splitlines()))[1] == ["'=x/y.png", "cut short"]
+
+
+def test_run_names_are_text_for_a_spreadsheet_and_numbers_stay():
+    rows = [["=run", "resnet18", "-", "2/2", "-1.50", "nan", "+a"]]
+    assert compare_runs.csv_rows(rows) == [["'=run", "resnet18", "-", "2/2", "-1.50", "nan", "'+a"]]
