@@ -61,7 +61,7 @@ def test_trains_evaluates_and_starts_from_its_weights(run, tree, tmp_path):
     assert args["seed"] == 1
     assert {"torch", "torchvision", "commit", "command"} <= args["environment"].keys()
     with Image.open(folder / "curves.png") as picture:
-        assert picture.size == (1100, 770)
+        assert picture.size == (990, 726)
 
     rows = read_csv(folder / "metrics.csv")
     assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]

@@ -124,8 +124,10 @@ class RunFiles:
         ]
 
     def close(self) -> None:
+        """Closes the log, and lets another process write to the folder."""
         if self.folder is not None:
             self.logger.close()
+            self.lock.close()
 
 
 def _place(saved: dict) -> tuple[int, int]:

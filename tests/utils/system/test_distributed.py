@@ -11,12 +11,12 @@ from torch import nn
 
 import main
 import models
-from utils.classification import report
 from utils.options.classification import build_parser
 from utils.runs import folder
 from utils.system import distributed
 from utils.system.distributed import Context
 from utils.system.errors import UserError
+from utils.training import device_report
 
 CPU, TWO_RANKS = torch.device("cpu"), Context(torch.device("cpu"), 0, 2)
 
@@ -104,7 +104,7 @@ def test_without_a_launcher_all_gpus_or_the_named_one(two_gpus, given, index, pa
     assert written["device"] == f"GPU {index}"
     assert (written["world_size"], written["data_parallel"]) == (1, list(parallel))
     assert folder.environment(TWO_RANKS)["device"] in (platform.processor(), "cpu")
-    lines = report.device_lines(context, "bf16", False, False)
+    lines = device_report.device_lines(context, "bf16", False, False)
     if parallel:
         assert lines[0].startswith("device: GPU 0 x 2 (DataParallel); bf16")
         assert lines[1:] == ["  torchrun --nproc-per-node=2 is faster"]
