@@ -2,7 +2,7 @@
 
 examples:
   visualize_attention.py CKPT DATA                      over DATA/val, or a folder of classes
-  visualize_attention.py CKPT DATA --curves 0 3 8       these classes' curves in the picture
+  visualize_attention.py CKPT DATA --curves 0 3 8       these classes in the picture
   visualize_attention.py CKPT demo:digits --all-blocks  a panel for each block, not each stage
 """
 
