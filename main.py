@@ -214,9 +214,9 @@ def first_network(
     classes: Sequence[str] | None = None,
 ) -> tuple[nn.Module, list[str]]:
     """Makes a new run's network, and says what became of the weights that it starts from."""
-    asked = (recipe.arch, args.num_classes, args.ksize, args.attention)
+    asked = (recipe.arch, args.num_classes, args.ksize, args.attention, pretrained)
     with as_user_error():
-        return start_weights.first_network(*asked, pretrained, args.pretrained, classes)
+        return start_weights.first_network(*asked, args.pretrained, classes, args.identity_start)
 
 
 def build_network(

@@ -117,9 +117,10 @@ def start_as_identity(network: nn.Module) -> str:
                 if isinstance(child, nn.BatchNorm2d):
                     norm = child
                 elif isinstance(child, ECALayer):
-                    child.conv.weight.zero_()
-                    norm.weight.mul_(2)
-                    norm.bias.mul_(2)
+                    # Not in place: the tensors may be those of the file that was read.
+                    child.conv.weight.data = torch.zeros_like(child.conv.weight.data)
+                    norm.weight.data = 2 * norm.weight.data
+                    norm.bias.data = 2 * norm.bias.data
                     count += 1
     return f"{count} ECA layers begin without effect: kernel 0, the BatchNorm before it doubled."
 

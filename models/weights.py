@@ -189,7 +189,7 @@ def load_weights(
     network.load_state_dict(weights, assign=own[head[0]].is_meta)
 
     notes = [f"Loaded {len(weights) - len(fresh)} tensors into {network.arch}."]
-    if weights.keys() - state_dict.keys():
+    if weights.keys() - state_dict.keys() - fresh.keys():
         notes.append("Took the wrappers' prefixes off their names.")
     notes += [_new_attention(len(attention), network)] if attention else []
     if headless and fresh:

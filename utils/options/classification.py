@@ -32,6 +32,7 @@ from utils.system.text import did_you_mean
 OF_TRAINING = {
     "skip_bad_images",
     "start_epoch",
+    "identity_start",
     "print_freq",
     "save_every",
     "save_minutes",
@@ -133,6 +134,12 @@ def _network_flags(group, recipe: Recipe, networks: list[str]) -> None:
         "--num-classes", type=positive_int, metavar="N", help="default: read from the data"
     )
     group.add_argument("--pretrained", metavar="CKPT", help="start from these weights")
+    group.add_argument(
+        "--identity-start",
+        action="store_true",
+        help="new ECA layers begin without effect: the network starts as the plain one of "
+        "--pretrained",
+    )
 
 
 def _optimisation_flags(group, recipe: Recipe) -> None:

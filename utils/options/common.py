@@ -24,6 +24,7 @@ OF_ONE_START = frozenset(
         "evaluate",
         "fast",
         "pretrained",
+        "identity_start",
         "backbone_weights",
         "output",
         "start_epoch",

@@ -20,6 +20,11 @@ def refuse_flags(args: argparse.Namespace, given: set[str], recipe: Recipe) -> N
         UserError: one line with the flags.
     """
     refuse_idle(given, OF_TRAINING if args.evaluate else (), "with -e, which does not train")
+    if args.identity_start and args.resume not in (None, "auto"):
+        raise UserError(
+            f"--identity-start is for new attention, and --resume {args.resume} goes on with a "
+            "run: leave it out"
+        )
     if args.fast:
         if not args.evaluate:
             raise UserError("--fast rebuilds a network for evaluation: it goes with -e")

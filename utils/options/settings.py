@@ -56,6 +56,7 @@ class ClassificationSettings(Settings):
     attention: str | None
     num_classes: int | None
     pretrained: str | None
+    identity_start: bool
     recipe: str | None
     start_epoch: int | None
     channels_last: bool
