@@ -18,12 +18,8 @@ from torch import Tensor
 
 from utils.inspection.export_formats import INPUT
 
-MIN_MAX, PERCENTILE = "minmax", "percentile"
 
-
-def quantise(
-    onnx_file: bytes, batches: Iterable[Tensor], method: str = MIN_MAX, tails: bool = True
-) -> bytes:
+def quantise(onnx_file: bytes, batches: Iterable[Tensor]) -> bytes:
     """Makes an int8 ONNX file by onnxruntime's static quantisation, with the same metadata.
 
     The file holds QuantizeLinear and DequantizeLinear around each operation, which onnxruntime,
@@ -31,22 +27,12 @@ def quantise(
 
     Args:
         onnx_file: in float32, with BatchNorm folded into the convolutions.
-        batches: normalised images (N, 3, S, S), all of one N, for the range of each activation.
-        method: MIN_MAX, the mean of the batches' ranges, or PERCENTILE, 99.99 % of the values.
-        tails: also what follows a block's convolutions, ECA's product and the addition.
+        batches: normalised images (N, 3, S, S), all of one N. The range of each activation is the
+            mean of the batches' ranges.
     """
     import onnx
     from onnxruntime import quantization
 
-    methods = {
-        MIN_MAX: (quantization.CalibrationMethod.MinMax, {"CalibMovingAverage": True}),
-        PERCENTILE: (
-            quantization.CalibrationMethod.Percentile,
-            {"CalibPercentile": 99.99, "CalibMaxIntermediateOutputs": 1},
-        ),
-    }
-    calibration, options = methods[method]
-    kinds = ["Conv", "MaxPool", *(["Mul", "Add"] if tails else [])]
     with tempfile.TemporaryDirectory() as folder, _without_warnings():
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         model = onnx.shape_inference.infer_shapes(onnx.load_from_string(onnx_file))
@@ -56,13 +42,17 @@ def quantise(
             str(target),
             _Reader(batches),
             quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=kinds,
+            op_types_to_quantize=["Conv", "MaxPool", "Mul", "Add"],
             per_channel=True,
             # Processors without VNNI add two products of 8 bits in 16, where 8-bit weights overflow
             reduce_range=True,
             nodes_to_exclude=_float_nodes(model),
-            calibrate_method=calibration,
-            extra_options={"ActivationSymmetric": False, "WeightSymmetric": True, **options},
+            calibrate_method=quantization.CalibrationMethod.MinMax,
+            extra_options={
+                "ActivationSymmetric": False,
+                "WeightSymmetric": True,
+                "CalibMovingAverage": True,
+            },
         )
         result = onnx.load(target)
         del result.metadata_props[:]
