@@ -3,6 +3,7 @@
 Each function returns the file's bytes. The optional packages are imported where they are used.
 """
 
+import functools
 import io
 import json
 import logging
@@ -10,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +26,11 @@ NEEDS = {
     "safetensors": ("safetensors",),
     "openvino": ("onnx", "onnxscript", "openvino"),
 }
-
-
 INPUT, OUTPUT = "images", "logits"
-
-
 METADATA = "metadata.json"  # within a .pt2
 OPENVINO_INFO = ["eca_net", "metadata"]  # where an .xml keeps them
 TEXT_METADATA = ("arch", "attention", "precision")  # those that stand in ONNX as they are
 MEAN_AND_STD = (IMAGENET_MEAN, IMAGENET_STD)  # what the images of all networks here are made with
-
-
 TOLERANCE = 1e-4  # relative to the largest logit
 
 
@@ -105,11 +101,24 @@ def by_onnxruntime(session) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """The process's one openvino.Core, which lives to its end.
+
+    Each Core gives the thread a stack for signals and, when it goes, puts back the one of before.
+    Two that go in the order in which they came leave the stack of the first, which is freed by
+    then: the next signal, of a child that ends, say, is a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def to_openvino(onnx_file: bytes, metadata: Mapping[str, object]) -> tuple[bytes, bytes]:
     """OpenVINO's two files, .xml and .bin, of the network in an ONNX file."""
     import openvino
 
-    model = openvino.Core().read_model(onnx_file)
+    model = openvino_core().read_model(onnx_file)
     model.set_rt_info(json.dumps(metadata), OPENVINO_INFO)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "model.xml"
@@ -119,9 +128,7 @@ def to_openvino(onnx_file: bytes, metadata: Mapping[str, object]) -> tuple[bytes
 
 def run_openvino(xml: bytes, weights: bytes) -> Callable[[Tensor], Tensor]:
     """The network in OpenVINO's files (.xml, .bin), on the CPU in the precision of the files."""
-    import openvino
-
-    return by_openvino(openvino.Core().read_model(xml, weights))
+    return by_openvino(openvino_core().read_model(xml, weights))
 
 
 def by_openvino(model) -> Callable[[Tensor], Tensor]:
@@ -130,10 +137,8 @@ def by_openvino(model) -> Callable[[Tensor], Tensor]:
     Without the hint OpenVINO would compute in bfloat16 where the processor has it, and other
     machines would give other figures.
     """
-    import openvino
-
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    request = openvino_core().compile_model(model, "CPU", settings).create_infer_request()
     return lambda images: torch.from_numpy(request.infer([images.numpy()])[0].copy())
 
 

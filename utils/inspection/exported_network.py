@@ -171,9 +171,7 @@ def _read_openvino(path: Path) -> tuple[Callable, dict, tuple[int, int] | None]:
     weights = path.with_suffix(".bin")
     if not weights.is_file():
         raise UserError(f"{path}: {weights.name} must lie beside it; export.py writes the two")
-    import openvino
-
-    model = openvino.Core().read_model(path, weights)
+    model = export_formats.openvino_core().read_model(path, weights)
     info = model.get_rt_info(export_formats.OPENVINO_INFO).value
     metadata = json.loads(str(info))
     shape = model.inputs[0].partial_shape

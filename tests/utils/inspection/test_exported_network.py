@@ -2,11 +2,14 @@
 
 import io
 import json
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from helpers.trees import ROOT
 
 from models import create_model
 from models.inference import optimise_for_inference
@@ -203,3 +206,31 @@ def test_judging_counts_by_hand():
     batches = [(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1])), (torch.tensor([2]),) * 2]
     top1, agreement, images = quantisation.judge(networks, batches)
     assert (top1, agreement, images) == ({"float32": 75.0, "int8": 50.0}, 50.0, 4)
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from utils.inspection import export_formats
+parts = [open(name, "rb").read() for name in sys.argv[2:]]
+first, second = (export_formats.run_openvino(*parts) for _ in range(2))
+del first
+del second
+signal.signal(signal.SIGUSR1, lambda *_: print("alive"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_two_networks_of_openvino_is_no_segmentation_fault(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    from openvino import opset13
+
+    image = opset13.parameter([1, 3, 8, 8])
+    kernel = opset13.constant(np.ones((4, 3, 3, 3), np.float32))
+    out = opset13.convolution(image, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
+    openvino.save_model(openvino.Model([out], [image], "x"), tmp_path / "x.xml")
+    files = [tmp_path / "x.xml", tmp_path / "x.bin"]
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, ROOT, *files], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
