@@ -29,7 +29,8 @@ def configure(deterministic: bool, device: torch.device, one_shape: bool = True)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Not NaN into every new tensor: that finds reads of what was never written, at a pass for each.
     torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cudnn.allow_tf32 = False  # matrix products are in full float32 by default
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")  # whatever ran earlier in this process
     if device.type != "cuda":
         return []  # the CPU's kernels are the same ones
     return [
