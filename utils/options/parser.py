@@ -22,13 +22,32 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        parsed, unknown = self.parse_known_args(self._values_last(words), namespace)
         if unknown:
             flags = [word for action in self._actions for word in action.option_strings]
             word = next((u for u in unknown if u.startswith("-")), unknown[0])
             hint = did_you_mean(word.split("=")[0], flags)
             self.error(f"unknown argument {word}{hint or f' (see {self.prog} -h)'}")
         return parsed
+
+    def _values_last(self, words: list[str]) -> list[str]:
+        """Moves flags with several values to the end: a name behind these is none of them.
+
+        argparse itself would take `DATA` of `--lr-steps 8 11 DATA` for a third step.
+        """
+        if "--" in words:
+            return words
+        for action in (action for action in self._actions if action.nargs == "+"):
+            for flag in set(action.option_strings).intersection(words):
+                start = words.index(flag)
+                single = argparse.Action([], "", type=action.type, choices=action.choices)
+                end = start + 1
+                while end < len(words) and _is_taken(single, words[end]):
+                    end += 1
+                if end > start + 1:
+                    words = [*words[:start], *words[end:], *words[start:end]]
+        return words
 
     def given(self, values: Mapping[str, object]) -> set[str]:
         """Names of the flags whose parsed values are not the defaults; "no_NAME" where one is off
@@ -65,6 +84,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _is_taken(action: argparse.Action, word: str) -> bool:
+    """Whether a word of the command line is a value that the flag takes; of a text nobody knows."""
+    if action.type is None:
+        return action.choices is not None and word in action.choices
+    try:
+        action.type(word)
+    except (argparse.ArgumentTypeError, ValueError):
+        return False
+    return True
 
 
 def _fits(action: argparse.Action, value: object) -> bool:

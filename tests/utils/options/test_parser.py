@@ -59,6 +59,21 @@ def test_unknown_flags_get_the_nearest_one(capsys):
     assert "see x -h" in capsys.readouterr().err
 
 
+def test_several_values_do_not_take_the_name_behind_them():
+    parser = Parser()
+    parser.add_argument("data", nargs="?")
+    parser.add_argument("--steps", type=positive_int, nargs="+")
+    parser.add_argument("--kinds", nargs="+", choices=("a", "b"))
+    parser.add_argument("-e", action="store_true")
+    for words in ("--steps 8 11 DATA -e", "DATA --steps 8 11 -e", "-e --steps 8 11 -- DATA"):
+        found = parser.parse_args(words.split())
+        assert (found.data, found.steps, found.e) == ("DATA", [8, 11], True)
+    found = parser.parse_args(["--kinds", "a", "b", "DATA", "--steps", "3"])
+    assert (found.kinds, found.data, found.steps) == (["a", "b"], "DATA", [3])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--steps", "x", "DATA"])
+
+
 def test_did_you_mean():
     assert did_you_mean("eca_resnet5", ["eca_resnet50", "mobilenetv2"]) == (
         "; did you mean eca_resnet50?"
