@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "ARCHITECTURE.md"
-FOLDERS = ("models", "utils", "tools")
+FOLDERS = ("models", "utils", "assembly", "tools")
 BEGIN, END = "<!-- layout: written by docs/write_layout.py -->", "<!-- end of layout -->"
 MARGIN = 36  # columns for names
 

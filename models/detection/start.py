@@ -57,6 +57,38 @@ def start_detector(
     return network, f"! no --backbone-weights: the backbone starts from nothing, with --norm {norm}"
 
 
+def start_from_detector(
+    checkpoint: Mapping[str, Any],
+    num_classes: int,
+    classes: Sequence[str],
+    norm: str | None = None,
+    trainable_layers: int | None = None,
+    **settings: Any,
+) -> tuple[FasterRCNN | RetinaNet, str]:
+    """Builds the detector that a checkpoint holds for other classes; returns it and a line.
+
+    Args:
+        checkpoint: as in `load_detector`. The detector, its backbone and its geometry are those of
+            the checkpoint.
+        num_classes: outputs for each box, as in `create_detector`.
+        classes: names of the new detector's classes, in the order of its labels.
+        norm: None for "eval".
+        trainable_layers: None for 3.
+        **settings: as in `create_detector`, such as min_size.
+
+    Raises:
+        ValueError: one line, see `load_detector`.
+    """
+    if checkpoint.get("format") != FORMAT or "backbone" not in checkpoint:
+        raise ValueError("not a detector's checkpoint: give one of detect_main.py")
+    own = {**_all_settings(checkpoint), "norm": norm or "eval"}
+    own["trainable_layers"] = 3 if trainable_layers is None else trainable_layers
+    names = ("arch", "backbone", "ksize", "attention")
+    fields = {name: checkpoint.get(name) for name in names}
+    detector = create_detector(**fields, num_classes=num_classes, **{**own, **settings})
+    return detector, f"  {load_detector(detector, checkpoint, classes)}"
+
+
 def load_detector(
     detector: FasterRCNN | RetinaNet, checkpoint: Mapping[str, Any], classes: Sequence[str]
 ) -> str:

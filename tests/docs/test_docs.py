@@ -30,12 +30,15 @@ from PIL import Image
 import detect_main
 import main
 import models
+from assembly import detector
 from models import weights
 from models.detection.detectors import create_detector, describe_detector
 from tools import ablation
 from utils.data import demo_digits
 from utils.options.parser import Parser
 from utils.runs import checkpoint
+from utils.runs.resume import Start
+from utils.system.distributed import Context
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"--epochs 6": "--epochs 1"}
@@ -184,10 +187,14 @@ def test_readme_s_commands_are_understood(workspace, monkeypatch):
             if "--backbone-weights" in words:  # read after the data
                 given = record.last
                 settings = {k: getattr(given, k) for k in ("arch", "backbone")}
+                here = Context(torch.device("cpu"))
+                first = detector.read_first_weights(given, {})
                 with torch.device("meta"), warnings.catch_warnings(action="ignore"):
                     recipe = detect_main.RECIPE.override(**settings)
-                    _, notes = detect_main.build_network(given, recipe, None, 91)
-                assert "Loaded" in notes[0]
+                    _, notes = detector.build_network(
+                        given, recipe, Start(None, first, None), ["a"] * 90, here
+                    )
+                assert "Loaded" in notes[1]
 
 
 def test_the_ablation_s_commands_are_understood(tmp_path, monkeypatch):

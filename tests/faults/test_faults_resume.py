@@ -12,11 +12,12 @@ import torch
 from helpers.small_runs import SMALL, place
 from helpers.trees import write_tree
 
-import main as script
 from utils.classification.outcome import CLASSIFICATION
 from utils.runs import checkpoint, safetensors_file
+from utils.runs import folder as runs
 from utils.runs.commands import command
 from utils.runs.resume_checks import refuse_other_data
+from utils.runs.saved_run import Checkpoint
 from utils.runs.writer import RunFiles
 from utils.system.errors import UserError
 
@@ -213,12 +214,12 @@ def test_other_data_inside_an_epoch_is_refused(call, run_folder, tmp_path):
         assert code == 2
         assert "training images with other names or labels than there are now: restore" in err[0]
     del saved["train_digest"]  # as before there were digests: by number alone
-    refuse_other_data(saved, "another")
+    assert refuse_other_data(Checkpoint.of(Path("x"), saved).run, "another") == []
 
 
 def test_a_run_that_another_process_has_gone_on_with(call, run_folder, monkeypatch):
     """As of a job that is started again while the first one still writes its last checkpoint."""
-    real = script.runs.open_folder
+    real = runs.open_folder
 
     def meanwhile(*arguments):
         folder = real(*arguments)
@@ -227,7 +228,7 @@ def test_a_run_that_another_process_has_gone_on_with(call, run_folder, monkeypat
         checkpoint.CheckpointFolder(folder).save_last(saved)
         return folder
 
-    monkeypatch.setattr(script.runs, "open_folder", meanwhile)
+    monkeypatch.setattr(runs, "open_folder", meanwhile)
     before = (run_folder / "args.json").read_text()
     code, _, err = call("--resume", "auto", "--output", run_folder, "--epochs", 3)
     assert code == 1

@@ -17,7 +17,7 @@ from PIL import Image
 import detect_main
 from models import create_model
 from models.detection.detectors import DETECTORS, create_detector
-from utils.detection import demo_shapes, engine
+from utils.detection import demo_shapes, engine, task
 from utils.detection.coco_evaluation import FIGURES, Summary
 from utils.detection.demo_shapes import write_shapes
 from utils.runs import checkpoint
@@ -222,13 +222,13 @@ def test_a_broken_validation_image_costs_no_epoch(detect, shapes, tmp_path, monk
     image.write_bytes(whole)
     again = ("--resume", "auto", "--output", "run")
     figures = Summary(dict.fromkeys(FIGURES, 0.5), dict.fromkeys(DIGITS, 0.25))
-    monkeypatch.setattr(detect_main, "judge", lambda found, *_: (found, {"bbox": figures}))
+    monkeypatch.setattr(task, "judge", lambda found, *_: (found, {"bbox": figures}))
     lines = detect(*again)
     assert not any("epoch 1/1  step" in line for line in lines)
     assert any(line.startswith("epoch 1/1  train loss") for line in lines)
 
     worse = Summary(dict.fromkeys(FIGURES, 0.125), dict.fromkeys(DIGITS, 0.0625))
-    monkeypatch.setattr(detect_main, "judge", lambda found, *_: (found, {"bbox": worse}))
+    monkeypatch.setattr(task, "judge", lambda found, *_: (found, {"bbox": worse}))
     lines = detect(*again, "--epochs", 2)
     at = lines.index("epoch 1, the best:")
     assert lines[at + 2].split() == ["box"] + ["50.0"] * 12

@@ -1,4 +1,4 @@
-"""The two sides of a classifier's data, checked against the recipe and the run that goes on."""
+"""A classifier's data, checked against the recipe and the run or network that it is for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +9,10 @@ from utils.data.image_folder import ImageFolder
 from utils.data.sampler import check_batch
 from utils.recipes.classification import Recipe
 from utils.runs import resume_checks
+from utils.runs.saved_run import Checkpoint
 from utils.system import distributed
 from utils.system.distributed import Context
+from utils.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class TrainingData:
 
 
 def open_training_data(
-    root: str, recipe: Recipe, saved: dict | None, typed: Mapping[str, Any], context: Context
+    root: str, recipe: Recipe, saved: Checkpoint | None, typed: Mapping[str, Any], context: Context
 ) -> TrainingData:
     """Opens the data and refuses what cannot be trained on, or gone on with.
 
@@ -35,11 +37,12 @@ def open_training_data(
     Raises:
         UserError: one line, see `open_split`, `check_batch` and `utils.runs.resume_checks`.
     """
-    train, val = splits.open_split(root, saved and saved["classes"])
+    run = None if saved is None else saved.run
+    train, val = splits.open_split(root, saved and saved.classes)
     distributed.refuse_differences(
         training_images=len(train),
         validation_images=len(val),
-        checkpoint=saved and tuple(saved["progress"][k] for k in ("epoch", "step")),
+        checkpoint=run and run.place,
     )
     check_batch(
         recipe.batch_size,
@@ -52,38 +55,31 @@ def open_training_data(
     digest = resume_checks.digest(train.paths, train.labels)
     if recipe.sync_bn:
         distributed.refuse_sync_bn(context)
-    if saved is not None:
+    if run is not None:
         at = typed["start_epoch"]
-        resume_checks.refuse_changes(saved, typed["seed"], typed["batch_size"], len(train), at)
-        resume_checks.refuse_other_data(saved, digest, at)
-        resume_checks.refuse_another_recipe(saved, typed["recipe"], recipe, at)
+        resume_checks.refuse_changes(run, typed["seed"], typed["batch_size"], len(train), at)
+        context.say(*resume_checks.refuse_other_data(run, digest, at))
+        resume_checks.refuse_another_recipe(run, typed["recipe"], recipe, at)
+        context.say(*resume_checks.other_threads(run, context.device))
     return TrainingData(train, val, digest)
 
 
-def make_record(
-    network: Mapping[str, Any],
-    flags: Mapping[str, Any],
-    recipe: Recipe,
-    seed: int,
-    data: TrainingData,
-    saved: dict | None,
-) -> dict[str, Any]:
-    """Returns what every checkpoint of a run holds besides the state, but for the environment.
+def open_validation_data(root: str, saved: Checkpoint, outputs: int) -> ImageFolder:
+    """Opens the images on which a checkpoint is evaluated.
 
     Args:
-        network: the fields that say which network it is.
-        flags: of the command line, those that a checkpoint keeps.
-        saved: the checkpoint that the run goes on from, or None.
+        root: the data folder.
+        saved: the checkpoint; the images are labelled by its class names.
+        outputs: of its network, compared with the class folders where it has no names.
+
+    Raises:
+        UserError: one line, see `open_split`; or another number of classes.
     """
-    return {
-        **network,
-        "classes": list(data.train.classes),
-        "img_size": recipe.img_size,
-        "crop_pct": recipe.crop_pct,
-        "recipe": recipe.as_dict(),
-        "args": dict(flags),
-        "seed": seed,
-        "train_digest": data.digest,
-        "pretrained": None if saved is None else saved.get("pretrained"),
-        "train_images": len(data.train),
-    }
+    _, images = splits.open_split(root, saved.classes, with_train=False)
+    distributed.refuse_differences(validation_images=len(images))
+    if saved.classes is None and len(images.classes) != outputs:
+        raise UserError(
+            f"{images.root} has {len(images.classes)} class folders, {saved.file} "
+            f"{outputs} classes without names: the numbers must agree"
+        )
+    return images

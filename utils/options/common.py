@@ -26,6 +26,7 @@ OF_ONE_START = frozenset(
         "pretrained",
         "identity_start",
         "backbone_weights",
+        "detector_weights",
         "output",
         "start_epoch",
         "device",

@@ -29,6 +29,7 @@ OF_TRAINING = {
     "drop_empty",
     "hflip",
     "backbone_weights",
+    "detector_weights",
     "epochs",
     "batch_size",
     "optimizer",
@@ -137,16 +138,22 @@ def _network_flags(
         help="start from a checkpoint of main.py, or a released one",
     )
     group.add_argument(
+        "--detector-weights",
+        metavar="CKPT",
+        help="start from a detector of this program, also one of other classes: the layers with an "
+        "output for each class are new then",
+    )
+    group.add_argument(
         "--norm",
         choices=norms,
         help="BatchNorm of the backbone: eval (statistics fixed, affine trained), frozen (both "
-        "fixed), bn, sync (default: eval with --backbone-weights, else bn)",
+        "fixed), bn, sync (default: eval with weights to start from, else bn)",
     )
     group.add_argument(
         "--trainable-layers",
         type=number(int, 0, 5),
         metavar="N",
-        help="0 to 5: 3 trains layer2 to layer4 (default: 3 with --backbone-weights, else 5)",
+        help="0 to 5: 3 trains layer2 to layer4 (default: 3 with weights to start from, else 5)",
     )
     group.add_argument(
         "--legacy",

@@ -1,4 +1,4 @@
-"""Command lines of main.py that cannot be meant: refused before any work."""
+"""Command lines of main.py that cannot be meant are refused here, and doubtful ones told of."""
 
 import argparse
 
@@ -7,6 +7,9 @@ from utils.options.parser import refuse_idle
 from utils.recipes.classification import Recipe
 from utils.recipes.schedules import UNUSED
 from utils.system.errors import UserError
+
+FAMILIES = {"resnet": "ResNets", "mobilenet": "MobileNetV2"}
+SCRIPTS = {"resnet": "main.py", "mobilenet": "light_main.py"}
 
 
 def refuse_flags(args: argparse.Namespace, given: set[str], recipe: Recipe) -> None:
@@ -45,3 +48,29 @@ def refuse_no_work(args: argparse.Namespace, recipe: Recipe) -> None:
         )
     if args.data is None:
         raise UserError("no DATA given: a folder with train/ and val/, or demo:digits")
+
+
+def notes_on(recipe: Recipe, paper: Recipe, other_numbers: bool) -> tuple[str, ...]:
+    """Returns lines on a recipe that can be meant, but hardly is.
+
+    Args:
+        recipe: of the run.
+        paper: what the script proposes for its own family of networks.
+        other_numbers: the numbers are not the script's, but those of a --recipe or of demo data.
+    """
+    notes = []
+    if not other_numbers and _family(recipe.arch) != _family(paper.arch):
+        notes.append(
+            f"! {recipe.arch} trains by the paper's numbers for {FAMILIES[_family(paper.arch)]}; "
+            f"those for {FAMILIES[_family(recipe.arch)]} come with {SCRIPTS[_family(recipe.arch)]}"
+        )
+    if recipe.warmup_epochs > recipe.epochs:
+        notes.append(
+            f"! the warm-up takes {recipe.warmup_epochs:g} epochs and the run has {recipe.epochs}: "
+            f"the learning rate never reaches {recipe.lr:g}"
+        )
+    return tuple(notes)
+
+
+def _family(arch: str) -> str:
+    return "mobilenet" if "mobilenet" in arch else "resnet"

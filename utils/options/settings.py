@@ -46,6 +46,11 @@ class Settings:
         kept = {name: value for name, value in values.items() if name not in OF_ONE_START}
         return cls(**own, typed=dict(vars(typed)), kept=kept)
 
+    @property
+    def source(self) -> str:
+        """The file that the run begins with, as the command line named it, for messages."""
+        return str(self.resume)
+
 
 @dataclass(frozen=True)
 class ClassificationSettings(Settings):
@@ -65,5 +70,25 @@ class ClassificationSettings(Settings):
 
     @property
     def source(self) -> str:
-        """The file that --resume or --pretrained names, for messages."""
         return str(self.resume or self.pretrained)
+
+
+@dataclass(frozen=True)
+class DetectionSettings(Settings):
+    """What detect_main.py has besides. Sizes are None where the checkpoint's own are meant."""
+
+    train_images: str | None
+    train_annotations: str | None
+    val_images: str | None
+    val_annotations: str | None
+    drop_empty: bool
+    min_size: int | None
+    max_size: int | None
+    norm: str | None
+    trainable_layers: int | None
+    legacy: bool
+    backbone_weights: str | None
+    detector_weights: str | None
+    channels_last: bool | None
+    results_json: str | None
+    picture: str | None

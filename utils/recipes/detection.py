@@ -1,5 +1,6 @@
 """A detector's training recipe as one frozen value, and its learning rate as a pure function."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -44,7 +45,7 @@ class DetectionRecipe:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "DetectionRecipe":
+    def from_dict(cls, values: Mapping[str, Any]) -> "DetectionRecipe":
         """The recipe saved with a run; fields that it did not know yet take their defaults."""
         known = {f.name for f in fields(cls)}
         kept = {k: v for k, v in values.items() if k in known}

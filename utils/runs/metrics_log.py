@@ -18,28 +18,40 @@ DECADES = 20  # times: a span of losses from which on the axis is logarithmic
 class CurveLike(Protocol):
     """One line of a diagram, see `utils.training.outcome.Curve`."""
 
-    column: str
-    label: str | None
-    colour: str | None
+    @property
+    def column(self) -> str: ...
+    @property
+    def label(self) -> str | None: ...
+    @property
+    def colour(self) -> str | None: ...
 
 
 class PanelLike(Protocol):
     """One diagram, see `utils.training.outcome.Panel`."""
 
-    title: str
-    unit: str
-    curves: Sequence[CurveLike]
-    last: str
-    can_be_log: bool
+    @property
+    def title(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def curves(self) -> Sequence[CurveLike]: ...
+    @property
+    def last(self) -> str: ...
+    @property
+    def can_be_log(self) -> bool: ...
 
 
 class Figures(Protocol):
     """What is recorded of an epoch, see `utils.training.outcome.Outcome`."""
 
-    columns: Callable[[Sequence[dict]], Sequence[str]]
-    panels: Callable[[Sequence[dict]], Sequence[PanelLike]]
-    result: Callable[[dict], str]
-    score: Callable[[dict], float | None]
+    @property
+    def columns(self) -> Callable[[Sequence[dict[str, float]]], Sequence[str]]: ...
+    @property
+    def panels(self) -> Callable[[Sequence[dict[str, float]]], Sequence[PanelLike]]: ...
+    @property
+    def result(self) -> Callable[[dict[str, float]], str]: ...
+    @property
+    def score(self) -> Callable[[dict[str, float]], float | None]: ...
 
 
 class RunLogger:

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.runs import checkpoint, checkpoint_info, schema
+from utils.runs import checkpoint
 from utils.runs import folder as run_folder
+from utils.runs.saved_run import Checkpoint, SavedRun
 from utils.system import distributed, output_checks
+from utils.system.distributed import Context
 from utils.system.errors import UserError
 
 AUTO = "auto"
@@ -16,14 +18,12 @@ class Found:
     """What --resume led to.
 
     Args:
-        saved: the checkpoint's contents; None where "auto" finds no checkpoint yet.
-        file: where they were read, for messages; None without them.
+        saved: the checkpoint; None where "auto" finds none yet.
         folder: the run folder to go on in; None for a new one.
         notes: lines to print.
     """
 
-    saved: dict | None = None
-    file: Path | None = None
+    saved: Checkpoint | None = None
     folder: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -34,13 +34,30 @@ class Start:
 
     Args:
         saved: the checkpoint that it goes on from, or that is evaluated; None for a new run.
-        pretrained: the contents of the file of first weights, for a new run.
+        pretrained: the file of first weights, for a new run.
         folder: where to go on, None for a new folder.
+        notes: lines to say before training.
     """
 
-    saved: dict | None
-    pretrained: dict | None
+    saved: Checkpoint | None
+    pretrained: Checkpoint | None
     folder: Path | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> SavedRun | None:
+        """The run that it goes on from."""
+        return None if self.saved is None else self.saved.run
+
+    def seed(self, asked: int | None, context: Context) -> int:
+        """Returns the seed of the run: the saved one, the one asked for, or a fresh one.
+
+        Call it on every rank; all get rank 0's.
+        """
+        held = asked if self.run is None else self.run.seed
+        value = distributed.share(run_folder.fresh_seed() if held is None else held, context)
+        assert isinstance(value, int)
+        return value
 
 
 def read(
@@ -50,8 +67,8 @@ def read(
     output: str | None,
     evaluate: bool,
     start_epoch: int | None,
-) -> tuple[dict | None, Path | None]:
-    """The checkpoint that a classifier's run goes on from, or that is to be evaluated.
+) -> tuple[Checkpoint | None, Path | None]:
+    """Finds the checkpoint that a classifier's run goes on from, or that is to be evaluated.
 
     Args:
         resume, name, output, evaluate: as in `find`; `resume` may be None.
@@ -59,7 +76,7 @@ def read(
         start_epoch: --start-epoch.
 
     Returns:
-        Its contents and the run folder to go on in; each may be None.
+        It and the run folder to go on in; each may be None.
 
     Raises:
         UserError: nothing to evaluate, weights alone where a run is wanted, other weights than the
@@ -71,42 +88,43 @@ def read(
         )
     if evaluate and resume is None and pretrained is not None:
         _check_output(output, None, evaluate, resume)
-        return checkpoint.load(pretrained), None
+        return Checkpoint.read(Path(pretrained)), None
     found = _find_and_say(resume, name, output, evaluate)
     saved, folder = found.saved, found.folder
     if saved is not None and not evaluate:
-        if not checkpoint.is_run(saved):
+        if saved.run is None:
             raise UserError(
                 f"{resume}: holds weights, not a run of this program; start from them with "
                 f"--pretrained {resume}"
             )
-        schema.check_run(saved, str(found.file))
-        if pretrained is not None and saved.get("pretrained", pretrained) != pretrained:
+        began_with = saved.contents.get("pretrained", pretrained)  # old files do not say
+        if pretrained is not None and began_with != pretrained:
             raise UserError(
-                f"the run in {folder} began with {saved['pretrained'] or 'fresh weights'}: leave "
+                f"the run in {folder} began with {began_with or 'fresh weights'}: leave "
                 f"--pretrained {pretrained} out, or give another --output or --action"
             )
-        folder = _folder_from(start_epoch, saved["progress"]["epoch"], folder, output)
+        folder = _folder_from(start_epoch, saved.run.epoch, folder, output)
     _check_output(output, folder, evaluate, resume)
     return saved, folder
 
 
 def read_detector(
     resume: str | None, name: str | None, output: str | None, evaluate: bool
-) -> tuple[dict | None, Path | None]:
-    """As `read`, for a detector's run.
+) -> tuple[Checkpoint | None, Path | None]:
+    """Finds a detector's checkpoint as `read` does a classifier's.
 
     Raises:
         UserError: nothing to evaluate, another kind of checkpoint, or as in `find`.
     """
     found = _find_and_say(resume, name, output, evaluate, detector=True)
     saved, folder = found.saved, found.folder
-    if saved is not None and not checkpoint_info.is_detector(saved):
+    if saved is not None and not saved.is_detector:
         raise UserError(f"{resume}: no detector's checkpoint; give one of detect_main.py")
-    if saved is not None and not evaluate and "recipe" not in saved:
-        raise UserError(f"{resume}: holds weights, not a run; it can be evaluated with -e")
-    if saved is not None and not evaluate:
-        schema.check_run(saved, str(found.file))
+    if saved is not None and not evaluate and saved.run is None:
+        raise UserError(
+            f"{resume}: holds weights, not a run; evaluate it with -e, or start from it with "
+            "--detector-weights"
+        )
     _check_output(output, folder, evaluate, resume)
     return saved, folder
 
@@ -185,7 +203,7 @@ def find(
             raise UserError(f"no checkpoint in {place} to evaluate: name one with --resume CKPT")
         note = f"no checkpoint in {place} yet: starting from the beginning"
         return Found(folder=folder, notes=(note,))
-    path, saved, notes = found
+    path, contents, notes = found
     if folder is not None and not output and name is None:
         notes = [
             *notes,
@@ -196,13 +214,13 @@ def find(
             ),
         ]
     verb = "evaluating" if evaluate else "resuming"
-    return Found(saved, path, folder, (*notes, f"{verb} {path}"))
+    return Found(Checkpoint.of(path, contents), folder, (*notes, f"{verb} {path}"))
 
 
 def _named(path: Path, evaluate: bool) -> Found:
     folder = checkpoint.CheckpointFolder(path.parent)
     try:
-        saved = checkpoint.load(path)
+        saved = Checkpoint.read(path)
     except checkpoint.CorruptCheckpointError as error:
         raise UserError(
             f"{error}; --resume {AUTO} --output {path.parent} takes the newest good one there"
@@ -210,5 +228,5 @@ def _named(path: Path, evaluate: bool) -> Found:
     # From an older checkpoint the run takes another course: not over what followed the first time.
     if not evaluate and path.name != checkpoint.LAST and checkpoint.is_whole(folder.last):
         note = f"{path} is not its run's newest checkpoint: going on in a new folder"
-        return Found(saved, path, None, (note,))
-    return Found(saved, path, path.parent)
+        return Found(saved, None, (note,))
+    return Found(saved, path.parent)

@@ -3,14 +3,16 @@
 import hashlib
 
 import numpy as np
+import torch
 
 from utils.recipes.classification import PAPER, Recipe
 from utils.recipes.detection import DetectionRecipe
+from utils.runs.saved_run import SavedRun
 from utils.system.errors import UserError
 
 
 def refuse_changes(
-    saved: dict,
+    run: SavedRun,
     seed: int | None,
     batch_size: int | None,
     train_images: int,
@@ -21,7 +23,7 @@ def refuse_changes(
     """Stops a resumption that could not be exact.
 
     Args:
-        saved: the checkpoint.
+        run: that goes on.
         seed, batch_size: as given on the command line, or None.
         train_images: how many there are now.
         at_epoch: --start-epoch, which gives up the place inside an epoch.
@@ -31,21 +33,21 @@ def refuse_changes(
     Raises:
         UserError: another seed; another batch size or data set inside an epoch.
     """
-    if seed is not None and seed != saved["seed"]:
-        raise UserError(f"the run's seed is {saved['seed']}: leave --seed {seed} out")
-    step = saved["progress"]["step"]
+    if seed is not None and seed != run.seed:
+        raise UserError(f"the run's seed is {run.seed}: leave --seed {seed} out")
+    step = run.step
     if not step or at_epoch is not None:
         return
     remedy = ", or begin at an epoch's start with --start-epoch" if can_begin else ""
-    held = saved["recipe"]["batch_size"]
+    held = run.recipe["batch_size"]
     if batch_size not in (None, held):
         raise UserError(
             f"the run stopped inside an epoch, after {step} batches of {held}: leave "
             f"{batch_flag} {batch_size} out{remedy}"
         )
-    if train_images != saved["train_images"]:
+    if train_images != run.train_images:
         raise UserError(
-            f"the run stopped inside an epoch over {saved['train_images']:,} training images, and "
+            f"the run stopped inside an epoch over {run.train_images:,} training images, and "
             f"there are {train_images:,} now: restore the data{remedy}"
         )
 
@@ -59,34 +61,57 @@ def digest(*parts: bytes | np.ndarray) -> str:
 
 
 def refuse_other_data(
-    saved: dict, data: str, at_epoch: int | None = None, can_begin: bool = True
-) -> None:
+    run: SavedRun, data: str, at_epoch: int | None = None, can_begin: bool = True
+) -> list[str]:
     """Stops a resumption inside an epoch over as many images, but not the same.
 
     Args:
-        saved: the checkpoint; one of before there were digests is not looked at.
+        run: that goes on; one of before there were digests is not looked at.
         data: the `digest` of what there is now.
         at_epoch, can_begin: --start-epoch, and whether the script has it.
+
+    Returns:
+        A line for the user where the data changed and the run stands between two epochs.
 
     Raises:
         UserError: names or labels differ.
     """
-    inside = saved["progress"]["step"] and at_epoch is None
-    if inside and saved.get("train_digest", data) != data:
+    if run.train_digest in (None, data):
+        return []
+    if run.step and at_epoch is None:
         remedy = ", or begin at an epoch's start with --start-epoch" if can_begin else ""
         raise UserError(
             "the run stopped inside an epoch over training images with other names or labels than "
             f"there are now: restore the data{remedy}"
         )
+    return [
+        "! the training images have other names or labels than those that the run began with: it "
+        "goes on with what is there now"
+    ]
+
+
+def other_threads(run: SavedRun, device: torch.device) -> list[str]:
+    """Returns a line for the user where a run on the CPU goes on with another number of threads.
+
+    A sum that is shared among threads is rounded otherwise for each number of them.
+    """
+    now = torch.get_num_threads()
+    if device.type != "cpu" or run.cpu_threads in (None, now):
+        return []
+    return [
+        f"! the run was computed by {run.cpu_threads} threads, and goes on with {now}: sums are "
+        "rounded otherwise, so it will not end bit for bit as it would have; set "
+        f"OMP_NUM_THREADS={run.cpu_threads} for that"
+    ]
 
 
 def refuse_another_recipe(
-    saved: dict, name: str | None, recipe: Recipe, at_epoch: int | None
+    run: SavedRun, name: str | None, recipe: Recipe, at_epoch: int | None
 ) -> None:
     """Stops a resumption whose flags ask for what cannot be taken up.
 
     Args:
-        saved: the checkpoint.
+        run: that goes on.
         name: --recipe, or None.
         recipe: the saved one with this start's flags.
         at_epoch: --start-epoch.
@@ -95,8 +120,8 @@ def refuse_another_recipe(
         UserError: another recipe by name; other copies of images inside an epoch; other parameters
             with weight decay, whose momentum is saved by their order.
     """
-    held = Recipe.from_dict(saved["recipe"])
-    held_name = saved["args"].get("recipe") or PAPER
+    held = Recipe.from_dict(run.recipe)
+    held_name = run.flags.get("recipe") or PAPER
     if name not in (None, held_name):
         raise UserError(
             f"the run's recipe is {held_name}: leave --recipe {name} out (flags such as --epochs "
@@ -107,19 +132,19 @@ def refuse_another_recipe(
         raise UserError(
             f"the run {verb} norms, biases and ECA kernels: leave --{flag}norm-decay out"
         )
-    if saved["progress"]["step"] and at_epoch is None and recipe.repeats != held.repeats:
+    if run.step and at_epoch is None and recipe.repeats != held.repeats:
         raise UserError(
             f"the run stopped inside an epoch with each image {held.repeats} times a batch: leave "
             f"--repeats {recipe.repeats} out, or begin at an epoch's start with --start-epoch"
         )
 
 
-def refuse_another_optimizer(saved: dict, recipe: DetectionRecipe) -> None:
+def refuse_another_optimizer(run: SavedRun, recipe: DetectionRecipe) -> None:
     """Stops a detector's resumption that cannot use the saved optimizer's state.
 
     Raises:
         UserError: names the run's optimizer.
     """
-    held = DetectionRecipe.from_dict(saved["recipe"]).optimizer
+    held = DetectionRecipe.from_dict(run.recipe).optimizer
     if recipe.optimizer != held:
         raise UserError(f"the run's optimizer is {held}: leave --optimizer {recipe.optimizer} out")

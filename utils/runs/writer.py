@@ -4,11 +4,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.runs import checkpoint
 from utils.runs import folder as run_folder
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.commands import command, look_line
 from utils.runs.metrics_log import Figures, RunLogger
+from utils.runs.saved_run import Checkpoint, SavedRun
 from utils.system.errors import EXIT_FAILED, UserError
 
 
@@ -28,6 +28,8 @@ class Saving:
 class RunFiles:
     """Writes on the main process; on every other rank each method does nothing.
 
+    `begin` comes first.
+
     Args:
         folder: the run's folder; None on ranks above 0.
         fixed: what every checkpoint holds besides the state: network, classes, recipe, flags.
@@ -35,7 +37,7 @@ class RunFiles:
         title: of the curves.
         first_epoch: that this process will finish.
         saving: when checkpoints are due.
-        saved: the checkpoint that this process goes on from, or None.
+        saved: the run that this process goes on from, or None.
 
     Raises:
         UserError: another process is writing to the folder, or has written to it since `saved` was
@@ -51,7 +53,7 @@ class RunFiles:
         title: str = "",
         first_epoch: int = 0,
         saving: Saving = Saving(),
-        saved: dict | None = None,
+        saved: SavedRun | None = None,
     ):
         self.folder, self.fixed, self.figures, self.saving = folder, fixed, figures, saving
         self.saved_at = time.monotonic()
@@ -59,17 +61,29 @@ class RunFiles:
             self.lock = run_folder.lock(folder)
             self.checkpoints = CheckpointFolder(folder)
             self._refuse_newer(saved)
-            run_folder.write_json(folder / "args.json", fixed)
-            self.logger = RunLogger(folder, figures, title, first_epoch)
+            self.title, self.first_epoch = title, first_epoch
+            self.logger: RunLogger | None = None
 
-    def _refuse_newer(self, saved: dict | None) -> None:
+    def begin(self, snapshot: dict) -> None:
+        """Makes the folder a run's: a checkpoint of its first state, args.json, an open log.
+
+        The checkpoint comes before args.json: whatever kills the run from then on, it comes back
+        with its own network, recipe and seed.
+        """
+        if self.folder is not None:
+            if not self.checkpoints.last.exists():
+                self.save(snapshot)
+            run_folder.write_json(self.folder / "args.json", self.fixed)
+            self.logger = RunLogger(self.folder, self.figures, self.title, self.first_epoch)
+
+    def _refuse_newer(self, saved: SavedRun | None) -> None:
         """Ends a run that another one, which was still at its last steps, has left behind."""
         try:
-            last = checkpoint.load(self.checkpoints.last)
+            last = Checkpoint.read(self.checkpoints.last).run
         except UserError:  # none, or damaged: nothing newer than what was found then
             return
-        if saved is None or _place(last) != _place(saved):
-            epoch, step = _place(last)
+        if last is not None and (saved is None or last.place != saved.place):
+            epoch, step = last.place
             raise UserError(
                 f"{self.checkpoints.last}: another process has gone on with this run since it was "
                 f"read (epoch {epoch + 1}, step {step}): start again with --resume auto --output "
@@ -99,6 +113,7 @@ class RunFiles:
         if self.folder is not None:
             if improved:
                 self.checkpoints.save_best({**self.fixed, **snapshot})
+            assert self.logger is not None  # `begin` has opened it
             self.logger.log(snapshot["history"], images_per_second)
         self.save(snapshot)
 
@@ -126,9 +141,6 @@ class RunFiles:
     def close(self) -> None:
         """Closes the log, and lets another process write to the folder."""
         if self.folder is not None:
-            self.logger.close()
+            if self.logger is not None:
+                self.logger.close()
             self.lock.close()
-
-
-def _place(saved: dict) -> tuple[int, int]:
-    return saved["progress"]["epoch"], saved["progress"]["step"]

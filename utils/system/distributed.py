@@ -8,7 +8,7 @@ import re
 import signal
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -102,6 +102,17 @@ def setup(device: str = "auto", gpu: int | None = None) -> Context:
     dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=PATIENCE)
     votes = dist.new_group(backend="gloo", timeout=PATIENCE)
     return Context(found, dist.get_rank(), dist.get_world_size(), votes=votes)
+
+
+def on_one_gpu(context: Context) -> Context:
+    """Returns a context without DataParallel, for networks that do not run in it, and says so."""
+    gpus = len(context.data_parallel)
+    if gpus:
+        context.say(
+            f"{gpus} GPUs: detectors run on one of them, or on all by torchrun "
+            f"--nproc-per-node={gpus}"
+        )
+    return replace(context, data_parallel=())
 
 
 def tear_down() -> None:

@@ -93,6 +93,7 @@ def test_a_state_goes_on_where_it_was_saved():
 def test_a_run_folder(tmp_path, masks):
     state = new_state()
     files = RunFiles(tmp_path, {"arch": "x"}, DETECTION, saving=Saving(every=2))
+    files.begin(state.snapshot())
     assert files.due(2)
     assert not files.due(3)
     with pytest.raises(UserError, match="another process"):

@@ -12,6 +12,7 @@ from torch import nn
 import detect_main
 import main
 import models
+from assembly import classifier, detector
 from models.detection.detectors import DETECTORS
 from models.detection.norms import NORMS
 from utils.classification.engine import StepRule, train_epoch
@@ -96,10 +97,10 @@ def test_the_report_of_block_tails_is_for_the_run_s_precision(monkeypatch, amp):
     monkeypatch.setattr(
         models, "describe_tails", lambda net, device, fused, dtype, *_: asked.append(dtype) or "so"
     )
-    args = argparse.Namespace(amp=amp, fused=True, compile=False, channels_last=False)
-    context = distributed.Context(CPU)
-    assert main.how_tails_run(nn.Identity(), args, context) == "so"
-    assert detect_main.device_lines(nn.Identity(), args, context)[0].endswith("so")
+    flags = {"amp": amp, "fused": True, "compile": False, "channels_last": False, "fast": False}
+    settings, context = argparse.Namespace(**flags), distributed.Context(CPU)
+    for kind in (classifier, detector):
+        assert kind.how_it_runs(nn.Identity(), settings, context)[0].endswith("so")
     assert asked == [backends.DTYPES[amp]] * 2
 
 

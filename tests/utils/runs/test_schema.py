@@ -85,7 +85,7 @@ def read(contents):
 
 
 def test_what_a_run_saves_is_read():
-    assert read(tiny_run())[0]["seed"] == 1
+    assert read(tiny_run())[0].run.seed == 1
     best = {**ROW, "summaries": {"bbox": {"figures": {"AP": 0.5}, "per_class": {"cat": -1.0}}}}
     assert read(tiny_run(progress={**RUN["progress"], "best": best}))[0] is not None
 

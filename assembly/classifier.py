@@ -1,0 +1,153 @@
+"""A classifier for main.py: its first or saved weights, its device, and what is said of it."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import models
+from models import start as start_weights
+from models import weights
+from utils.classification import report
+from utils.classification.state import first_state
+from utils.classification.training_data import TrainingData
+from utils.data.gpu_decoding import reading_of
+from utils.data.loading import Reading
+from utils.options.settings import ClassificationSettings
+from utils.recipes.classification import PAPER, Recipe
+from utils.runs.resume import Start
+from utils.runs.saved_run import Checkpoint
+from utils.system import backends
+from utils.system.distributed import Context
+from utils.system.errors import as_user_error
+from utils.training.device_report import device_lines
+from utils.training.state import RunState
+
+
+def first_network(
+    asked: Namespace | ClassificationSettings,
+    recipe: Recipe,
+    pretrained: Checkpoint | None,
+    classes: Sequence[str] | None = None,
+) -> tuple[nn.Module, list[str]]:
+    """Makes a new run's network.
+
+    Args:
+        asked: the flags.
+        pretrained: the file of first weights, or None.
+        classes: names of the data's classes; None where they are not known yet.
+
+    Returns:
+        The network, and lines that say what became of the weights.
+
+    Raises:
+        UserError: flags, classes and weights do not fit together.
+    """
+    with as_user_error():
+        return start_weights.first_network(
+            recipe.arch,
+            asked.num_classes,
+            asked.ksize,
+            asked.attention,
+            None if pretrained is None else pretrained.contents,
+            asked.pretrained or "",
+            classes,
+            asked.identity_start,
+        )
+
+
+def build_network(
+    settings: ClassificationSettings, recipe: Recipe, start: Start, classes: Sequence[str]
+) -> tuple[nn.Module, list[str]]:
+    """Makes the network that is trained, with its first or saved weights, and lines about it."""
+    if start.saved is None:
+        network, notes = first_network(settings, recipe, start.pretrained, classes)
+    else:
+        with as_user_error():
+            network, notes = weights.network_from_checkpoint(start.saved.contents), []
+    return network, [report.network_line(network), *notes]
+
+
+def how_it_trains(
+    network: nn.Module, settings: ClassificationSettings, recipe: Recipe, context: Context
+) -> list[str]:
+    """Says where and how a network is trained."""
+    return [
+        *how_it_runs(network, settings, context, recipe.sync_bn),
+        *report.recipe_lines(recipe, settings.recipe or PAPER),
+    ]
+
+
+def how_it_runs(
+    network: nn.Module,
+    settings: ClassificationSettings,
+    context: Context,
+    sync_bn: bool = False,
+) -> list[str]:
+    """Says on which device a network runs, in which precision, and how the ends of its blocks do.
+
+    Call it before `place`, which may compile the network.
+    """
+    tails = ""
+    if not settings.fast:
+        dtype = backends.DTYPES[settings.amp]
+        tails = models.describe_tails(
+            network, context.device, settings.fused, dtype, settings.compile, sync_bn
+        )
+    return device_lines(context, settings.amp, settings.channels_last, settings.compile, tails)
+
+
+def place(network: nn.Module, settings: ClassificationSettings, context: Context) -> Reading:
+    """Puts the network on its device in its layout, and says how its batches are to be read."""
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    network.to(context.device).to(memory_format=layout)
+    models.set_fused(network, settings.fused)
+    if settings.compile and not settings.fast:
+        network.compile()
+    reading = reading_of(settings.decoder)
+    return reading(
+        context.device, settings.workers, settings.worker_timeout, settings.decoder, layout
+    )
+
+
+def begin_state(
+    network: nn.Module,
+    settings: ClassificationSettings,
+    recipe: Recipe,
+    saved: Checkpoint | None,
+    context: Context,
+) -> RunState:
+    """Makes all that changes in training, as it was saved where a run goes on."""
+    fp16 = settings.amp == "fp16"
+    state = first_state(network, recipe, context.device, context.rank, fp16, settings.compile)
+    if saved is not None:
+        state.restore(saved.contents)
+    if settings.start_epoch is not None:
+        state.begin(settings.start_epoch)
+    return state
+
+
+def make_record(
+    network: nn.Module,
+    settings: ClassificationSettings,
+    recipe: Recipe,
+    seed: int,
+    data: TrainingData,
+    start: Start,
+) -> dict[str, Any]:
+    """Returns what every checkpoint of a run holds besides the state, but for the environment."""
+    return {
+        **weights.describe_network(network),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "classes": list(data.train.classes),
+        "img_size": recipe.img_size,
+        "crop_pct": recipe.crop_pct,
+        "recipe": recipe.as_dict(),
+        "args": dict(settings.kept),
+        "seed": seed,
+        "train_digest": data.digest,
+        "pretrained": settings.pretrained if start.run is None else start.run.pretrained,
+        "train_images": len(data.train),
+    }

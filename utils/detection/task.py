@@ -1,0 +1,116 @@
+"""A detector's batches, step and evaluation, for the loop of utils.training.epochs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import nn
+
+from utils.data.loading import Reading
+from utils.data.sampler import mix_seed
+from utils.detection import engine
+from utils.detection.batches import (
+    DetectionBatch,
+    GroupedBatches,
+    ValidationSet,
+    evaluation_batches,
+    training_batches,
+)
+from utils.detection.coco_evaluation import Result, Summary, judge
+from utils.detection.outcome import DETECTION
+from utils.detection.training_data import DetectionData
+from utils.recipes.detection import DetectionRecipe, lr_at
+from utils.system import distributed
+from utils.system.backends import AutocastFactory
+from utils.system.distributed import Context
+from utils.training.epochs import Task
+from utils.training.state import RunState
+
+Summaries = dict[str, Summary]  # of "bbox", and of "segm" where masks are judged
+
+
+@dataclass
+class Evaluation:
+    """Evaluates a detector on the validation images, each once over all ranks.
+
+    Args:
+        val: images and objects.
+        first_label: of the network's classes.
+        autocast: the context of forward.
+
+    Attributes:
+        results: of the last evaluation, in COCO's format; on rank 0 alone.
+    """
+
+    val: ValidationSet
+    first_label: int
+    reading: Reading
+    autocast: AutocastFactory
+    context: Context
+    results: Sequence[Result] = field(default=(), init=False)
+
+    def __post_init__(self) -> None:
+        rank, world_size = self.context.rank, self.context.world_size
+        self.batches = evaluation_batches(
+            self.val.split, self.first_label, self.reading, rank, world_size
+        )
+
+    def __call__(
+        self, network: nn.Module, stop: Callable[[], bool] = lambda: False
+    ) -> Summaries | None:
+        """Returns COCO's figures; None when `stop` said so. Call it on every rank."""
+        found = engine.detect(
+            network,
+            self.batches(),
+            self.val.category_ids,
+            self.first_label,
+            self.autocast,
+            stop,
+        )
+        if found is None:
+            return None
+        results, summaries = judge(found, self.val.truth, self.context)
+        self.results = results or ()
+        return summaries
+
+
+def make_task(
+    state: RunState,
+    data: DetectionData,
+    evaluation: Evaluation,
+    recipe: DetectionRecipe,
+    seed: int,
+    print_freq: int,
+) -> Task:
+    """Makes what `run_epochs` trains: the network in its parallel wrapping, step and evaluation.
+
+    Args:
+        recipe: with a number for its learning rate.
+        seed: of the run.
+    """
+    context, reading, autocast = evaluation.context, evaluation.reading, evaluation.autocast
+    rank, world_size = context.rank, context.world_size
+    order = GroupedBatches(data.train.sizes, recipe.batch_size, seed, rank, world_size)
+    batches = training_batches(
+        data.train, order, evaluation.first_label, recipe.hflip, seed, reading
+    )
+    rate = partial(lr_at, steps_per_epoch=order.steps, recipe=recipe)
+    wrapped = distributed.wrap(state.network, context)
+
+    def steps(first_step: int) -> Iterator[DetectionBatch]:
+        return engine.train_epoch(
+            wrapped,
+            batches(),
+            state.optimizer,
+            state.meter,
+            state.guard,
+            first_step=first_step,
+            lr_at=rate,
+            clip=recipe.clip,
+            seed=mix_seed(seed, rank),
+            autocast=autocast,
+            scaler=state.scaler,
+        )
+
+    length = (recipe.epochs, recipe.batch_size, print_freq)
+    return Task(DETECTION, order, steps, partial(evaluation, state.network), rate, *length)
