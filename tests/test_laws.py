@@ -37,7 +37,6 @@ STILL_LONG: Mapping[str, int] = {
     "detect_main": 378,
     "detect_main:train": 162,
     "main": 323,
-    "models/fused/passes": 315,
     "models/fused/triton_kernels": 409,
     "models/fused/triton_operators": 367,
     "models/fused/triton_operators:tail_backward": 108,

@@ -24,8 +24,8 @@ from torch.autograd import forward_ad
 from ..eca_module import ECALayer
 from . import native
 from .formulas import Gradients, Kept, Wanted, tail_backward, tail_forward
-from .passes import accumulation_dtype
 from .stock_modules import is_bare, is_eca
+from .whole_passes import accumulation_dtype
 
 eca_triton = None
 _not_imported = "PyTorch finds no CUDA device"
