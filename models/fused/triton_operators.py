@@ -1,4 +1,4 @@
-"""The fused tail on CUDA: two custom operators that launch the kernels of `triton_kernels`.
+"""The fused tail on CUDA: two custom operators that launch Triton kernels.
 
 The algebra is that of `eca_fused`. Tensors are dense, in channels_last or contiguous format, of
 float32, bfloat16 or float16. Having shapes for fake tensors, the operators are opaque calls to
@@ -14,7 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_kernels as kernels
+from . import triton_channel_kernels as channel_kernels
+from . import triton_pass_kernels as pass_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 4096  # elements that a program holds at a time
@@ -118,10 +119,10 @@ def tail_forward(
             g = _Grid.of(z, REDUCE)
             means = z.new_empty((n, c), dtype=torch.float32)
             parts = z.new_empty((1 + batch, g.splits, n, c), dtype=torch.float32)
-            kernels.moments[g.programs](
+            pass_kernels.moments[g.programs](
                 z, parts[0], parts[-1], c, g.hw, g.per, SQUARES=batch, **g.tile
             )
-            kernels.statistics[_small_grid(c)](
+            channel_kernels.statistics[_small_grid(c)](
                 parts[0],
                 parts[-1],
                 means,
@@ -139,7 +140,7 @@ def tail_forward(
             )
         if eca:
             gate = torch.empty_like(pooled)
-            kernels.gate[n, triton.cdiv(c, ROW)](
+            channel_kernels.gate[n, triton.cdiv(c, ROW)](
                 means,
                 mean,
                 inverse_std,
@@ -153,7 +154,7 @@ def tail_forward(
                 BC=ROW,
             )
         g = _Grid.of(z, APPLY)
-        kernels.apply[g.programs](
+        pass_kernels.apply[g.programs](
             z,
             mean,
             inverse_std,
@@ -225,7 +226,7 @@ def tail_backward(
     g = _Grid.of(z, REDUCE)
     parts = z.new_empty((2, g.splits * n, c), dtype=torch.float32)
     with _on(z):
-        kernels.gradient_sums[g.programs](
+        pass_kernels.gradient_sums[g.programs](
             grad,
             masked_by,
             z,
@@ -246,7 +247,7 @@ def tail_backward(
             rows = z.new_empty((2, n, c), dtype=torch.float32)
             d_pooled = torch.empty_like(rows[0])
             of_blocks = z.new_empty((n * blocks, k), dtype=torch.float32)
-            kernels.gate_backward[n, blocks](
+            channel_kernels.gate_backward[n, blocks](
                 parts[0],
                 parts[1],
                 inverse_std,
@@ -266,7 +267,7 @@ def tail_backward(
                 BC=ROW,
             )
             d_kernel = of_blocks.sum(0)
-        kernels.parameter_gradients[_small_grid(c)](
+        channel_kernels.parameter_gradients[_small_grid(c)](
             rows[0],
             rows[1],
             inverse_std,
@@ -281,7 +282,7 @@ def tail_backward(
             if want_residual:  # d is in memory: one tensor to read, not two
                 grad, activation = dr, False
             g = _Grid.of(z, APPLY)
-            kernels.gradient_input[g.programs](
+            pass_kernels.gradient_input[g.programs](
                 grad,
                 masked_by,
                 z,
