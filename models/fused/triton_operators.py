@@ -5,85 +5,21 @@ float32, bfloat16 or float16. Having shapes for fake tensors, the operators are 
 torch.compile and export. With TRITON_INTERPRET=1 in the environment they take CPU tensors.
 """
 
-import contextlib
-import math
 import threading
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from . import triton_channel_kernels as channel_kernels
+from . import triton_grids as grids
 from . import triton_pass_kernels as pass_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TILE = 4096  # elements that a program holds at a time
-PER_THREAD = 16  # of them, so that the registers suffice; half where a thread cannot load vectors
-# Programs, by estimate: the 400 to 500 that run at once on 132 multiprocessors should have several
-# turns, for the last is seldom full; but parts are few where they must be added up.
-REDUCE, APPLY = 4096, 8192
-SMALL = {"BN": 128, "BC": 8}  # tiles of the kernels that reduce (N, C) over N
-ROW = 128  # channels a program of the kernels that work along them
 OLDEST = (7, 0)  # compute capability; torch.compile refuses older ones to Triton, too
 
 _reasons: dict[tuple[torch.device, torch.dtype], str | None] = {}
 _lock = threading.Lock()
-
-
-class _Grid(NamedTuple):
-    """How a pass over (N, C, H, W) is cut into programs."""
-
-    n: int
-    c: int
-    hw: int
-    nhwc: bool
-    block_c: int
-    block_p: int
-    vector: int  # a power of two that divides the length of a line of memory
-    splits: int  # of the pixels
-    per: int  # pixels in a split, a multiple of block_p
-
-    @classmethod
-    def of(cls, z: Tensor, programs: int) -> "_Grid":
-        """About `programs` programs. A function of the shape alone, so that sums do not vary."""
-        n, c, h, w = z.shape
-        hw = h * w
-        nhwc = not z.is_contiguous()
-        vector = math.gcd(16, c if nhwc else hw)
-        tile = TILE if vector >= 4 else TILE // 2
-        if nhwc:  # a row of 64 channels is a full line of memory in 16 bits and two in 32
-            block_c = min(64, triton.next_power_of_2(c))
-            block_p = min(tile // block_c, triton.next_power_of_2(hw))
-        else:
-            block_p = min(1024, tile, triton.next_power_of_2(hw))
-            block_c = min(tile // block_p, 64, triton.next_power_of_2(c))
-        wanted = triton.cdiv(programs, n * triton.cdiv(c, block_c))
-        per = triton.cdiv(triton.cdiv(hw, wanted), block_p) * block_p
-        return cls(n, c, hw, nhwc, block_c, block_p, vector, triton.cdiv(hw, per), per)
-
-    @property
-    def programs(self) -> tuple[int, int, int]:
-        return self.n, triton.cdiv(self.c, self.block_c), self.splits
-
-    @property
-    def tile(self) -> dict[str, int | bool]:
-        per_thread = PER_THREAD if self.vector >= 4 else PER_THREAD // 2
-        return {
-            "NHWC": self.nhwc,
-            "VEC": self.vector,
-            "BC": self.block_c,
-            "BP": self.block_p,
-            "num_warps": max(1, self.block_c * self.block_p // (32 * per_thread)),
-        }
-
-
-def _small_grid(c: int) -> tuple[int]:
-    return (triton.cdiv(c, SMALL["BC"]),)
-
-
-def _on(z: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext()
 
 
 @torch.library.custom_op("eca_net::tail_forward", mutates_args=())
@@ -114,15 +50,15 @@ def tail_forward(
     else:
         new_mean, new_variance = vector[:0].clone(), vector[:0].clone()
         inverse_std = (variance + eps).rsqrt()
-    with _on(z):
+    with grids.on_device_of(z):
         if batch or eca:
-            g = _Grid.of(z, REDUCE)
+            g = grids.Grid.of(z, grids.REDUCE)
             means = z.new_empty((n, c), dtype=torch.float32)
             parts = z.new_empty((1 + batch, g.splits, n, c), dtype=torch.float32)
             pass_kernels.moments[g.programs](
                 z, parts[0], parts[-1], c, g.hw, g.per, SQUARES=batch, **g.tile
             )
-            channel_kernels.statistics[_small_grid(c)](
+            channel_kernels.statistics[grids.small_grid(c)](
                 parts[0],
                 parts[-1],
                 means,
@@ -136,11 +72,11 @@ def tail_forward(
                 g.splits,
                 eps,
                 BATCH=batch,
-                **SMALL,
+                **grids.SMALL,
             )
         if eca:
             gate = torch.empty_like(pooled)
-            channel_kernels.gate[n, triton.cdiv(c, ROW)](
+            channel_kernels.gate[n, triton.cdiv(c, grids.ROW)](
                 means,
                 mean,
                 inverse_std,
@@ -151,9 +87,9 @@ def tail_forward(
                 gate,
                 c,
                 K=kernel.numel(),
-                BC=ROW,
+                BC=grids.ROW,
             )
-        g = _Grid.of(z, APPLY)
+        g = grids.Grid.of(z, grids.APPLY)
         pass_kernels.apply[g.programs](
             z,
             mean,
@@ -223,9 +159,9 @@ def tail_backward(
     d_weight, d_bias = torch.empty_like(mean), torch.empty_like(mean)
     d_kernel = d_pooled = mean.new_empty(0)
     masked_by = out if activation else z
-    g = _Grid.of(z, REDUCE)
+    g = grids.Grid.of(z, grids.REDUCE)
     parts = z.new_empty((2, g.splits * n, c), dtype=torch.float32)
-    with _on(z):
+    with grids.on_device_of(z):
         pass_kernels.gradient_sums[g.programs](
             grad,
             masked_by,
@@ -243,7 +179,7 @@ def tail_backward(
         )
         rows = parts
         if eca:
-            k, blocks = kernel.numel(), triton.cdiv(c, ROW)
+            k, blocks = kernel.numel(), triton.cdiv(c, grids.ROW)
             rows = z.new_empty((2, n, c), dtype=torch.float32)
             d_pooled = torch.empty_like(rows[0])
             of_blocks = z.new_empty((n * blocks, k), dtype=torch.float32)
@@ -264,10 +200,10 @@ def tail_backward(
                 c,
                 g.splits,
                 K=k,
-                BC=ROW,
+                BC=grids.ROW,
             )
             d_kernel = of_blocks.sum(0)
-        channel_kernels.parameter_gradients[_small_grid(c)](
+        channel_kernels.parameter_gradients[grids.small_grid(c)](
             rows[0],
             rows[1],
             inverse_std,
@@ -276,12 +212,12 @@ def tail_backward(
             rows.shape[1],
             c,
             NORMALISED=eca,
-            **SMALL,
+            **grids.SMALL,
         )
         if want_z:
             if want_residual:  # d is in memory: one tensor to read, not two
                 grad, activation = dr, False
-            g = _Grid.of(z, APPLY)
+            g = grids.Grid.of(z, grids.APPLY)
             pass_kernels.gradient_input[g.programs](
                 grad,
                 masked_by,
