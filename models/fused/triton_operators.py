@@ -8,12 +8,10 @@ torch.compile and export. With TRITON_INTERPRET=1 in the environment they take C
 import threading
 
 import torch
-import triton
 from torch import Tensor
 
-from . import triton_channel_kernels as channel_kernels
 from . import triton_grids as grids
-from . import triton_pass_kernels as pass_kernels
+from . import triton_launches as launches
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (7, 0)  # compute capability; torch.compile refuses older ones to Triton, too
@@ -39,76 +37,26 @@ def tail_forward(
     mean and variance are given, and come back empty, or are the batch's. Without a kernel pooled
     and gate are empty. All but z, residual and out are float32.
     """
+    if (mean is None) != (variance is None):
+        raise ValueError("tail_forward takes mean and variance together, or neither")
     batch, eca = mean is None, kernel is not None
-    n, c = z.shape[:2]
-    vector = z.new_empty(c, dtype=torch.float32)
-    out = torch.empty_like(z)
-    pooled = gate = means = z.new_empty((n, c) if eca else 0, dtype=torch.float32)
-    if batch:
-        new_mean, new_variance, inverse_std = (torch.empty_like(vector) for _ in range(3))
+    # Not one empty tensor for all: the results of an operator share no memory.
+    new_mean, new_variance, pooled, gate = (z.new_empty(0, dtype=torch.float32) for _ in range(4))
+    if mean is None or variance is None:
+        new_mean, new_variance, inverse_std = (
+            z.new_empty(z.shape[1], dtype=torch.float32) for _ in range(3)
+        )
         mean, variance = new_mean, new_variance
     else:
-        new_mean, new_variance = vector[:0].clone(), vector[:0].clone()
         inverse_std = (variance + eps).rsqrt()
     with grids.on_device_of(z):
         if batch or eca:
-            g = grids.Grid.of(z, grids.REDUCE)
-            means = z.new_empty((n, c), dtype=torch.float32)
-            parts = z.new_empty((1 + batch, g.splits, n, c), dtype=torch.float32)
-            pass_kernels.moments[g.programs](
-                z, parts[0], parts[-1], c, g.hw, g.per, SQUARES=batch, **g.tile
-            )
-            channel_kernels.statistics[grids.small_grid(c)](
-                parts[0],
-                parts[-1],
-                means,
-                mean,
-                variance,
-                inverse_std,
-                n,
-                c,
-                g.hw,
-                g.per,
-                g.splits,
-                eps,
-                BATCH=batch,
-                **grids.SMALL,
-            )
-        if eca:
-            gate = torch.empty_like(pooled)
-            channel_kernels.gate[n, triton.cdiv(c, grids.ROW)](
-                means,
-                mean,
-                inverse_std,
-                weight,
-                bias,
-                kernel,
-                pooled,
-                gate,
-                c,
-                K=kernel.numel(),
-                BC=grids.ROW,
-            )
-        g = grids.Grid.of(z, grids.APPLY)
-        pass_kernels.apply[g.programs](
-            z,
-            mean,
-            inverse_std,
-            weight,
-            bias,
-            gate,
-            z if residual is None else residual,
-            out,
-            c,
-            g.hw,
-            g.per,
-            ECA=eca,
-            RESIDUAL=residual is not None,
-            ACTIVATION=activation,
-            **g.tile,
+            means = launches.statistics(z, mean, variance, inverse_std, eps, batch)
+        if kernel is not None:
+            pooled, gate = launches.gate(means, mean, inverse_std, weight, bias, kernel)
+        out = launches.apply(
+            z, mean, inverse_std, weight, bias, gate if eca else None, residual, activation
         )
-    if not eca:
-        pooled, gate = vector[:0].clone(), vector[:0].clone()
     return out, new_mean, new_variance, inverse_std, pooled, gate
 
 
@@ -152,94 +100,35 @@ def tail_backward(
     Without activation `out` is None and ∂residual, which is grad itself, comes back empty.
     """
     eca, activation = kernel is not None, out is not None
-    want_residual = want_residual and activation
-    n, c = z.shape[:2]
-    dz = torch.empty_like(z) if want_z else z.new_empty(0)
-    dr = torch.empty_like(z) if want_residual else z.new_empty(0)
-    d_weight, d_bias = torch.empty_like(mean), torch.empty_like(mean)
+    masked_by = z if out is None else out
+    keep = want_residual and activation
     d_kernel = d_pooled = mean.new_empty(0)
-    masked_by = out if activation else z
-    g = grids.Grid.of(z, grids.REDUCE)
-    parts = z.new_empty((2, g.splits * n, c), dtype=torch.float32)
+    dz = z.new_empty(0)
     with grids.on_device_of(z):
-        pass_kernels.gradient_sums[g.programs](
-            grad,
-            masked_by,
-            z,
-            mean,
-            parts[0],
-            parts[1],
-            dr,
-            c,
-            g.hw,
-            g.per,
-            ACTIVATION=activation,
-            KEEP=want_residual,
-            **g.tile,
-        )
-        rows = parts
-        if eca:
-            k, blocks = kernel.numel(), triton.cdiv(c, grids.ROW)
-            rows = z.new_empty((2, n, c), dtype=torch.float32)
-            d_pooled = torch.empty_like(rows[0])
-            of_blocks = z.new_empty((n * blocks, k), dtype=torch.float32)
-            channel_kernels.gate_backward[n, blocks](
-                parts[0],
-                parts[1],
-                inverse_std,
-                weight,
-                bias,
-                kernel,
-                pooled,
-                gate,
-                rows[0],
-                rows[1],
-                d_pooled,
-                of_blocks,
-                n,
-                c,
-                g.splits,
-                K=k,
-                BC=grids.ROW,
+        rows, d = launches.gradient_sums(grad, masked_by, z, mean, activation, keep)
+        if kernel is not None:
+            rows, d_pooled, d_kernel = launches.gate_backward(
+                rows, inverse_std, weight, bias, kernel, pooled, gate
             )
-            d_kernel = of_blocks.sum(0)
-        channel_kernels.parameter_gradients[grids.small_grid(c)](
-            rows[0],
-            rows[1],
-            inverse_std,
-            d_weight,
-            d_bias,
-            rows.shape[1],
-            c,
-            NORMALISED=eca,
-            **grids.SMALL,
-        )
+        d_weight, d_bias = launches.parameter_gradients(rows, inverse_std, eca)
         if want_z:
-            if want_residual:  # d is in memory: one tensor to read, not two
-                grad, activation = dr, False
-            g = grids.Grid.of(z, grids.APPLY)
-            pass_kernels.gradient_input[g.programs](
+            if keep:  # d is in memory: the kernel reads it alone, not grad and out
+                grad, activation = d, False
+            dz = launches.gradient_input(
                 grad,
                 masked_by,
                 z,
                 mean,
                 inverse_std,
                 weight,
-                gate if eca else mean,
+                gate if eca else None,
                 d_pooled,
                 d_weight,
                 d_bias,
-                dz,
-                n,
-                c,
-                g.hw,
-                g.per,
-                BATCH=batch_statistics,
-                ECA=eca,
-                ACTIVATION=activation,
-                **g.tile,
+                batch_statistics,
+                activation,
             )
-    return dz, d_weight, d_bias, d_kernel, dr
+    return dz, d_weight, d_bias, d_kernel, d
 
 
 @tail_backward.register_fake

@@ -237,6 +237,15 @@ def test_operators_keep_torchs_rules(operators):
 
 
 @on_device
+def test_a_mean_without_its_variance_is_refused(operators):
+    bn, _, z, _, _ = make_case((2, 8, 5, 5))
+    weight, bias, mean = bn.weight.detach(), bn.bias.detach(), bn.running_mean
+    for statistics in ((mean, None), (None, mean)):
+        with pytest.raises(ValueError, match="together"):
+            triton_operators.tail_forward(z, weight, bias, None, None, *statistics, 1e-5, True)
+
+
+@on_device
 def test_compiles_into_one_graph(operators, monkeypatch):
     bn, attention, z, r, grad = make_case((2, 8, 5, 5), memory_format=torch.channels_last)
     expected = outcome(bn, attention, z, r, grad)
