@@ -22,62 +22,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..eca_module import ECALayer
-from . import native
-from .formulas import Gradients, Kept, Wanted, tail_backward, tail_forward
+from . import dispatch, native
+from .formulas import Kept, Wanted
 from .stock_modules import is_bare, is_eca
 from .whole_passes import accumulation_dtype
-
-eca_triton = None
-_not_imported = "PyTorch finds no CUDA device"
-if torch.cuda.is_available():  # where it is not, Triton's import would only cost time
-    try:
-        from . import triton_operators as eca_triton
-    except Exception as error:  # also of a Triton that does not fit this PyTorch
-        _not_imported = f"Triton cannot be imported: {error}"
-
-
-def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """None if Triton kernels serve tensors of `dtype` on `device`, else in one line the reason."""
-    if device.type != "cuda":
-        return "they are for CUDA devices"
-    if eca_triton is None:
-        return _not_imported
-    if dtype not in eca_triton.DTYPES:
-        return f"there are none for {dtype}"
-    return eca_triton.why_not(device, dtype)
-
-
-def _on_triton(z: Tensor) -> bool:
-    return z.is_cuda and why_not_triton(z.device, z.dtype) is None
-
-
-def _forward(z, weight, bias, kernel, residual, statistics, eps, activation):
-    """`tail_forward` by whatever serves z best, but with the batch's unbiased variance."""
-    if not _on_triton(z):
-        given = (z, weight, bias, kernel, residual, statistics, eps, activation)
-        out, variance, kept = tail_forward(*given)
-        if statistics is None:
-            count = z.numel() // z.shape[1]
-            variance = variance * (count / (count - 1))
-        return out, variance, kept
-    mean, variance = statistics or (None, None)
-    out, *found, inverse_std, pooled, gate = eca_triton.tail_forward(
-        z, weight, bias, kernel, residual, mean, variance, eps, activation
-    )
-    mean, variance = statistics or found
-    return out, variance, Kept(mean, inverse_std, pooled, gate)
-
-
-def _backward(grad, z, out, weight, bias, kernel, kept, batch_statistics, wanted):
-    """`tail_backward` likewise. grad and z are of one memory format."""
-    if not _on_triton(z):
-        given = (grad, z, out, weight, bias, kernel, kept, batch_statistics, wanted)
-        return tail_backward(*given)
-    dz, d_weight, d_bias, d_kernel, d = eca_triton.tail_backward(
-        grad, z, out, weight, bias, kernel, *kept, batch_statistics, wanted.z, wanted.residual
-    )
-    found = (dz, d_weight, d_bias, d_kernel, grad if out is None else d)
-    return Gradients(*(g if want else None for g, want in zip(found, wanted, strict=True)))
 
 
 def _widened(small: Tensor | None, z: Tensor) -> Tensor | None:
@@ -96,7 +44,7 @@ class _FusedTail(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, weight, bias, kernel, residual, statistics, eps, activation):
         small = [_widened(t, z) for t in (weight, bias, kernel)]
-        out, variance, kept = _forward(z, *small, residual, statistics, eps, activation)
+        out, variance, kept = dispatch.forward(z, *small, residual, statistics, eps, activation)
         ctx.save_for_backward(z, out if activation else None, weight, bias, kernel, *kept)
         ctx.batch_statistics = statistics is None
         ctx.memory_format = _format_of(z)  # backward must not ask: Dynamo does not know it there
@@ -116,7 +64,7 @@ class _FusedTail(torch.autograd.Function):
         small = [_widened(t, z) for t in (weight, bias, kernel)]
         wanted = Wanted(*ctx.needs_input_grad[:5])
         grad = grad.contiguous(memory_format=ctx.memory_format)
-        found = _backward(grad, z, out, *small, Kept(*kept), ctx.batch_statistics, wanted)
+        found = dispatch.backward(grad, z, out, *small, Kept(*kept), ctx.batch_statistics, wanted)
         like = (z, weight, bias, kernel, grad)
         found = [g if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)]
         return *found, None, None, None
@@ -221,7 +169,7 @@ def can_fuse(
     if z.dim() != 4 or not z.is_floating_point() or z.numel() <= z.shape[1]:
         return False
     if z.device.type not in ("cpu", "meta") and not (
-        torch.compiler.is_compiling() or _on_triton(z)
+        torch.compiler.is_compiling() or dispatch.on_triton(z)
     ):
         return False
     return residual is None or (residual.shape == z.shape and residual.dtype == z.dtype)
@@ -271,7 +219,7 @@ LARGE = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 def _pays(z: Tensor) -> bool:
     large = z.numel() >= LARGE.get(z.device.type, math.inf)
-    return large and (_on_triton(z) or native.serves(z))
+    return large and (dispatch.on_triton(z) or native.serves(z))
 
 
 def _plain_tail(z: Tensor, bn: nn.Module, residual: Tensor | None, activation: bool) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from . import native
-from .block_tail import why_not_triton
+from .dispatch import why_not_triton
 
 
 def describe_tails(

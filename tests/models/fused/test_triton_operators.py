@@ -28,7 +28,7 @@ from torch import nn
 triton = pytest.importorskip("triton", reason="Triton is not installed here")
 
 from models.eca_resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
-from models.fused import block_tail, triton_grids, triton_operators  # noqa: E402
+from models.fused import block_tail, dispatch, triton_grids, triton_operators  # noqa: E402
 from models.fused.block_tail import fused_tail  # noqa: E402
 
 
@@ -57,8 +57,8 @@ def operators(monkeypatch):
     assert [triton_operators.why_not(device, dtype) for dtype in triton_operators.DTYPES] == [
         None
     ] * 3
-    monkeypatch.setattr(block_tail, "eca_triton", triton_operators)
-    monkeypatch.setattr(block_tail, "_on_triton", on_triton)
+    monkeypatch.setattr(dispatch, "eca_triton", triton_operators)
+    monkeypatch.setattr(dispatch, "on_triton", on_triton)
 
 
 @pytest.fixture
