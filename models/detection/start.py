@@ -128,7 +128,7 @@ def refuse_another_network(checkpoint: Mapping[str, Any], asked: Mapping[str, An
     Raises:
         ValueError: one line with the flags to leave out.
     """
-    held = {name: checkpoint.get(name) for name in ("arch", "backbone", "ksize")}
+    held: dict[str, Any] = {name: checkpoint.get(name) for name in ("arch", "backbone", "ksize")}
     held |= _all_settings(checkpoint)
     plain = ("arch", "backbone", "norm", "trainable_layers")
     differing = [name for name in plain if asked[name] not in (None, held[name])]

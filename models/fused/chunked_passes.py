@@ -84,13 +84,13 @@ class Chunked:
         statistics = []
         for s in chunks.slices:
             x = chunks.widen(z[s], buffer)
-            if per_sample:
+            if means is not None:
                 torch.mean(x, (2, 3), out=means[s])
             statistics.append(torch.batch_norm_update_stats(x, None, None, 0.0))
         mean_of, variance_of = (torch.stack(t) for t in zip(*statistics, strict=True))
         share = mean_of.new_tensor([[(s.stop - s.start) / len(z)] for s in chunks.slices])
         # The rows of `means` are summed pairwise, so they are the better source where both exist.
-        mean = means.mean(0) if per_sample else (share * mean_of).sum(0)
+        mean = means.mean(0) if means is not None else (share * mean_of).sum(0)
         return means, mean, (share * (variance_of + (mean_of - mean).square())).sum(0)
 
     @staticmethod
@@ -99,7 +99,7 @@ class Chunked:
     ) -> Tensor:
         chunks = Chunks(z)
         narrow = z.dtype != chunks.dtype
-        buffer = chunks.buffer() if narrow else None
+        buffer = chunks.buffer() if narrow else z
         out = torch.empty_like(z)
         scale, shift = over_pixels(scale), over_pixels(shift)
         for s in chunks.slices:
@@ -119,13 +119,14 @@ class Chunked:
         grad: Tensor, out: Tensor | None, z: Tensor, mean: Tensor, keep: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         chunks = Chunks(z)
-        masked = out is not None
-        d = torch.empty_like(z) if masked and keep else grad
-        scratch = torch.empty_like(chunks.like) if masked and not keep else None
+        d = grad if out is None or not keep else torch.empty_like(z)
+        scratch = None if out is None or keep else torch.empty_like(chunks.like)
         sum_d = z.new_empty(z.shape[:2], dtype=chunks.dtype)
         sum_dz = torch.empty_like(sum_d)
         for s in chunks.slices:
-            part = _mask(grad[s], out[s], d[s] if keep else scratch) if masked else grad[s]
+            part = grad[s]
+            if out is not None:
+                part = _mask(part, out[s], d[s] if scratch is None else scratch)
             _sums_of_products(part, z[s], mean, sum_d[s], sum_dz[s])
         return d, sum_d, sum_dz
 
@@ -140,12 +141,12 @@ class Chunked:
     ) -> Tensor:
         chunks = Chunks(z)
         narrow = z.dtype != chunks.dtype
-        scratch = torch.empty_like(chunks.like) if out is not None else None
-        buffer_z = chunks.buffer() if narrow else None
-        buffer_d = chunks.buffer() if narrow else None
+        scratch = grad if out is None else torch.empty_like(chunks.like)
+        buffer_z = chunks.buffer() if narrow else z
+        buffer_d = chunks.buffer() if narrow else grad
         dz = torch.empty_like(z)
-        small = (on_grad, on_z, constant)
-        on_grad, on_z, constant = (None if t is None else over_pixels(t) for t in small)
+        on_grad = over_pixels(on_grad)
+        on_z, constant = (None if t is None else over_pixels(t) for t in (on_z, constant))
         for s in chunks.slices:
             part = grad[s] if out is None else _mask(grad[s], out[s], scratch)
             wide = chunks.widen(part, buffer_d)

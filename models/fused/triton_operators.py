@@ -61,14 +61,24 @@ def tail_forward(
 
 
 @tail_forward.register_fake
-def _(z, weight, bias, kernel, residual, mean, variance, eps, activation):
+def _(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    activation: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, c = z.shape[:2]
 
-    def small(*shape):
+    def small(*shape: int) -> Tensor:
         return z.new_empty(shape, dtype=torch.float32)
 
     statistics = (c,) if mean is None else (0,)
-    rows = (0,) if kernel is None else (n, c)
+    rows: tuple[int, ...] = (0,) if kernel is None else (n, c)
     return (
         torch.empty_like(z),
         small(*statistics),
@@ -107,6 +117,8 @@ def tail_backward(
     with grids.on_device_of(z):
         rows, d = launches.gradient_sums(grad, masked_by, z, mean, activation, keep)
         if kernel is not None:
+            assert pooled is not None
+            assert gate is not None
             rows, d_pooled, d_kernel = launches.gate_backward(
                 rows, inverse_std, weight, bias, kernel, pooled, gate
             )
@@ -133,20 +145,20 @@ def tail_backward(
 
 @tail_backward.register_fake
 def _(
-    grad,
-    z,
-    out,
-    weight,
-    bias,
-    kernel,
-    mean,
-    inverse_std,
-    pooled,
-    gate,
-    batch_statistics,
-    want_z,
-    want_residual,
-):
+    grad: Tensor,
+    z: Tensor,
+    out: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+    pooled: Tensor | None,
+    gate: Tensor | None,
+    batch_statistics: bool,
+    want_z: bool,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     nothing = z.new_empty(0)
     return (
         torch.empty_like(z) if want_z else nothing,
@@ -157,7 +169,8 @@ def _(
     )
 
 
-@torch.compiler.assume_constant_result  # Dynamo calls it while it traces, and traces the answer
+# Dynamo calls it while it traces, and traces the answer.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """None if the operators run on the device in the dtype, else in one line the reason why not.
 
