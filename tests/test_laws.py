@@ -204,7 +204,7 @@ def test_models_need_torch_alone():
 
 def test_the_layer_needs_torch_alone():
     found = set(imported(ROOT / "models" / "eca_module.py", ROOT))
-    assert found <= {"torch", "math", "collections/abc", "numbers"}
+    assert found <= {"torch", "math", "collections/abc", "numbers", "typing"}
 
 
 def test_args_stop_at_scripts_options_and_tools():
