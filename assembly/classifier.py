@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 import models
 from models import start as start_weights
 from models import weights
+from models.weights import Network
 from utils.classification import report
 from utils.classification.state import first_state
 from utils.classification.training_data import TrainingData
@@ -31,7 +31,7 @@ def first_network(
     recipe: Recipe,
     pretrained: Checkpoint | None,
     classes: Sequence[str] | None = None,
-) -> tuple[nn.Module, list[str]]:
+) -> tuple[Network, list[str]]:
     """Makes a new run's network.
 
     Args:
@@ -60,7 +60,7 @@ def first_network(
 
 def build_network(
     settings: ClassificationSettings, recipe: Recipe, start: Start, classes: Sequence[str]
-) -> tuple[nn.Module, list[str]]:
+) -> tuple[Network, list[str]]:
     """Makes the network that is trained, with its first or saved weights, and lines about it."""
     if start.saved is None:
         network, notes = first_network(settings, recipe, start.pretrained, classes)
@@ -71,7 +71,7 @@ def build_network(
 
 
 def how_it_trains(
-    network: nn.Module, settings: ClassificationSettings, recipe: Recipe, context: Context
+    network: Network, settings: ClassificationSettings, recipe: Recipe, context: Context
 ) -> list[str]:
     """Says where and how a network is trained."""
     return [
@@ -81,7 +81,7 @@ def how_it_trains(
 
 
 def how_it_runs(
-    network: nn.Module,
+    network: Network,
     settings: ClassificationSettings,
     context: Context,
     sync_bn: bool = False,
@@ -99,7 +99,7 @@ def how_it_runs(
     return device_lines(context, settings.amp, settings.channels_last, settings.compile, tails)
 
 
-def place(network: nn.Module, settings: ClassificationSettings, context: Context) -> Reading:
+def place(network: Network, settings: ClassificationSettings, context: Context) -> Reading:
     """Puts the network on its device in its layout, and says how its batches are to be read."""
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     network.to(context.device).to(memory_format=layout)
@@ -113,7 +113,7 @@ def place(network: nn.Module, settings: ClassificationSettings, context: Context
 
 
 def begin_state(
-    network: nn.Module,
+    network: Network,
     settings: ClassificationSettings,
     recipe: Recipe,
     saved: Checkpoint | None,
@@ -130,7 +130,7 @@ def begin_state(
 
 
 def make_record(
-    network: nn.Module,
+    network: Network,
     settings: ClassificationSettings,
     recipe: Recipe,
     seed: int,

@@ -28,8 +28,9 @@ from .eca_resnet import (
     se_resnet101,
     se_resnet152,
 )
-from .fused.block_tail import set_fused, why_not_triton
+from .fused.block_tail import set_fused
 from .fused.describe import describe_tails
+from .fused.dispatch import why_not_triton
 from .inference import optimise_for_inference
 from .insertion import Insertion, add_eca
 

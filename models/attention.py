@@ -6,7 +6,7 @@ differ in f only. Pooling, convolution and linear maps are modules, so that FLOP
 
 import difflib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,12 @@ from .eca_module import ECALayer
 class _Gate(nn.Module):
     """x · σ(f(y)); a subclass gives `f`: (N, C) → (N, C)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
+
+    def f(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         gate = torch.sigmoid(self.f(self.avg_pool(x).flatten(1)))
@@ -97,7 +100,7 @@ class SEVar3Layer(_Gate):
 class Attention(NamedTuple):
     slot: str  # the attribute of a ResNet block that holds the layer, so a part of its keys
     takes_ksize: bool
-    build: Callable[[int, int | None], nn.Module]  # (channels, kernel size) → layer
+    build: Callable[[int, Any], nn.Module]  # (channels, kernel size or None) → layer
 
 
 ATTENTIONS: dict[str, Attention | None] = {

@@ -1,6 +1,7 @@
 """What the two families of networks share: checks of their arguments, and initialisation."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -19,7 +20,7 @@ def check_num_classes(num_classes: int) -> int:
 
 def check_ksize(
     arch: str, attention: str, ksize: Ksize, stages: int | tuple[int, ...]
-) -> tuple[int, ...] | str | None:
+) -> tuple[int, ...] | Literal["adaptive"] | None:
     """`parse_ksize` for an attention that has kernels; None for one that has none."""
     if takes_ksize(attention):
         return parse_ksize(ksize, stages)

@@ -5,6 +5,7 @@ names. At other widths channels are int(c · width_mult), as in the authors' cod
 """
 
 import math
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -169,8 +170,9 @@ class MobileNetV2(nn.Module):
         self.features.append(ConvBNReLU(in_channels, last, 1))
         self.classifier = nn.Sequential(nn.Dropout(0.25), nn.Linear(last, num_classes))
         initialise_convolutions(self)
-        nn.init.normal_(self.classifier[1].weight, 0, 0.01)
-        nn.init.zeros_(self.classifier[1].bias)
+        linear = cast(nn.Linear, self.classifier[1])
+        nn.init.normal_(linear.weight, 0, 0.01)
+        nn.init.zeros_(linear.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map: (N, 3, H, W) → (N, C, ⌈H/32⌉, ⌈W/32⌉), C = 1280 up to width 1."""

@@ -10,18 +10,19 @@ alone into another project:
 import math
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-ADAPTIVE = "adaptive"
+ADAPTIVE: Literal["adaptive"] = "adaptive"
 
 _EXAMPLES = {2: "13 or 1,3", 4: "3557 or 3,5,5,11"}
 
 
 def _is_kernel_size(k: object) -> bool:
     """Odd kernels only: an even one has no middle, so its output would not line up with C."""
-    return isinstance(k, Integral) and not isinstance(k, bool) and k > 0 and k % 2 == 1
+    return isinstance(k, Integral) and not isinstance(k, bool) and int(k) > 0 and int(k) % 2 == 1
 
 
 class ECALayer(nn.Module):
@@ -78,8 +79,8 @@ def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1) -> int:
 
 
 def parse_ksize(
-    ksize: str | Sequence[int], stages: int | tuple[int, ...] = 4
-) -> tuple[int, ...] | str:
+    ksize: str | Sequence[int] | None, stages: int | tuple[int, ...] = 4
+) -> tuple[int, ...] | Literal["adaptive"]:
     """Reads kernel sizes, one a stage, as the command line or a caller gives them.
 
     Args:
@@ -93,6 +94,7 @@ def parse_ksize(
     Raises:
         ValueError: one line that shows a valid example.
     """
+    sizes: list[Any]
     counts = (stages,) if isinstance(stages, int) else stages
     if isinstance(ksize, str):
         text = ksize.strip()

@@ -3,6 +3,8 @@
 With attention off the networks compute what torchvision's compute, under the same names.
 """
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from .attention import find_attention, takes_ksize
@@ -25,6 +27,8 @@ class _Block(nn.Module):
     """What both blocks share: attention, if any, under the name of its slot, and the shortcut."""
 
     fused = True  # operations as one wherever that is possible; `set_fused` sets it
+    if TYPE_CHECKING:
+        relu: nn.Module
 
     def _add_tail(
         self, in_channels: int, out_channels: int, stride: int, attention: str, ksize: int | None
@@ -116,6 +120,11 @@ class ResNet(nn.Module):
 
     head = "fc"
     fused = True  # likewise, of the stem
+    if TYPE_CHECKING:
+        layer1: nn.Sequential
+        layer2: nn.Sequential
+        layer3: nn.Sequential
+        layer4: nn.Sequential
 
     def __init__(
         self,
@@ -133,9 +142,9 @@ class ResNet(nn.Module):
             ksize = tuple(adaptive_kernel_size(c) for c in channels)
         self.arch = arch
         self.attention = attention
-        self.ksize = ksize
+        self.ksize: tuple[int, ...] | None = ksize
         self.num_classes = check_num_classes(num_classes)
-        self.model_kwargs: dict = {}
+        self.model_kwargs: dict[str, object] = {}
 
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -165,7 +174,7 @@ class ResNet(nn.Module):
 
 
 # depth: block, blocks in each stage, and the kernel sizes of the authors' released weights
-DEPTHS = {
+DEPTHS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int], str]] = {
     18: (BasicBlock, (2, 2, 2, 2), "3577"),
     34: (BasicBlock, (3, 4, 6, 3), "3357"),
     50: (Bottleneck, (3, 4, 6, 3), "3557"),

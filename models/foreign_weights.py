@@ -6,7 +6,7 @@ for what stands here, and each thing done is told in a word of one note.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -129,7 +129,7 @@ def _of_timms_mobilenet(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _renamed(weights, rename)
 
 
-def _renamed(weights: Mapping[str, Tensor], rename) -> dict[str, Tensor]:
+def _renamed(weights: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
     new: dict[str, Tensor] = {}
     for old, tensor in weights.items():
         name = rename(old)
@@ -139,5 +139,5 @@ def _renamed(weights: Mapping[str, Tensor], rename) -> dict[str, Tensor]:
     return new
 
 
-def _last_parts(names) -> str:
+def _last_parts(names: Iterable[str]) -> str:
     return ", ".join(sorted({name.rpartition(".")[2] for name in names}))

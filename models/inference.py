@@ -11,7 +11,9 @@ ECA, the addition and ReLU is one pass over the convolution's output.
 
 import copy
 import functools
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +67,7 @@ class InferenceNetwork(nn.Module):
 
 
 @functools.cache  # each patch made anew would stay in memory
-def _frozen_weights():
+def _frozen_weights() -> AbstractContextManager:
     """What is compiled inside takes the weights for constants, and lays them out to suit.
 
     torch.compile's own option comes too late: what is an input and what a constant is decided while
@@ -113,24 +115,26 @@ def _rebuilt_resnet_block(block: BasicBlock | Bottleneck) -> nn.Module:
 def _rebuilt_conv_bn_relu(block: ConvBNReLU) -> nn.Module:
     if has_hooks(block) or len(block) != 3 or not _is_stock(nn.Sequential(*list(block)[:2])):
         return block
-    conv, bn, activation = block
+    conv, bn, activation = cast(tuple[nn.Conv2d, nn.BatchNorm2d, nn.Module], tuple(block))
     if type(activation) is nn.ReLU6 and is_bare(activation, nn.ReLU6):
         return folded(conv, bn, "relu6")
     return nn.Sequential(folded(conv, bn), activation)
 
 
 def _rebuilt_inverted_residual(block: InvertedResidual) -> nn.Module:
-    *body, conv, bn, attention = block.conv if block.attends else (*block.conv, None)
+    *parts, conv, bn, attention = block.conv if block.attends else (*block.conv, None)
     usual = is_bare(block, InvertedResidual) and is_bare(block.conv, nn.Sequential)
-    parts = all(type(part) is ConvBNReLU and is_bare(part, ConvBNReLU) for part in body)
-    if not (usual and parts and type(conv) is nn.Conv2d and _is_stock(nn.Sequential(conv, bn))):
+    stock = all(type(part) is ConvBNReLU and is_bare(part, ConvBNReLU) for part in parts)
+    if not (usual and stock and type(conv) is nn.Conv2d and _is_stock(nn.Sequential(conv, bn))):
         return block
-    body = nn.Sequential(*[_rebuilt_conv_bn_relu(part) for part in body])
+    body = nn.Sequential(*[_rebuilt_conv_bn_relu(cast(ConvBNReLU, part)) for part in parts])
     shortcut = nn.Identity() if block.residual else None
-    return InferenceBlock(body, folded(conv, bn), attention, shortcut, activation=False)
+    return InferenceBlock(
+        body, folded(conv, cast(nn.BatchNorm2d, bn)), attention, shortcut, activation=False
+    )
 
 
-REBUILDERS = {
+REBUILDERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     BasicBlock: _rebuilt_resnet_block,
     Bottleneck: _rebuilt_resnet_block,
     ConvBNReLU: _rebuilt_conv_bn_relu,
@@ -144,7 +148,7 @@ def _rebuild(network: ResNet | MobileNetV2) -> None:
     """Replaces, in place, every block that is as this package made it."""
     if isinstance(network, ResNet):
         _rebuild_stem(network)
-        stages = [network.layer1, network.layer2, network.layer3, network.layer4]
+        stages = [cast(nn.Sequential, network.get_submodule(f"layer{i}")) for i in (1, 2, 3, 4)]
     else:
         stages = [network.features]
     for stage in stages:
@@ -158,10 +162,12 @@ def _rebuild_stem(network: ResNet) -> None:
     stem = nn.Sequential(network.conv1, network.bn1, network.relu)
     if _is_stock(stem) and type(network.relu) is nn.ReLU:
         network.conv1 = folded(network.conv1, network.bn1, "relu")
-        network.bn1 = network.relu = nn.Identity()
+        nothing = nn.Identity()
+        for name in ("bn1", "relu"):
+            setattr(network, name, nothing)
     pool = network.avgpool
     if is_bare(pool, nn.AdaptiveAvgPool2d) and pool.output_size in (1, (1, 1)):
-        network.avgpool = _PixelMean()
+        network.add_module("avgpool", _PixelMean())
 
 
 def optimise_for_inference(
@@ -183,20 +189,21 @@ def optimise_for_inference(
     Raises:
         ValueError: for another network, or one with other blocks or norms.
     """
-    kinds = [kind for kind in (ResNet, MobileNetV2) if isinstance(model, kind)]
-    if not kinds:
+    if not isinstance(model, ResNet | MobileNetV2):
         raise ValueError(
             f"optimise_for_inference takes a ResNet or MobileNetV2 of models, such as"
             f" create_model('eca_resnet50'), not {type(model).__name__}"
         )
-    if not is_bare(model, kinds[0]):
+    usual = is_bare(model, ResNet if isinstance(model, ResNet) else MobileNetV2)
+    if not usual:
         raise ValueError("a network with hooks or another forward cannot be rebuilt: remove them")
     device = next(model.parameters()).device
     if dtype is None:
         dtype = fastest_dtype(device)
-    network = copy.deepcopy(model).eval().requires_grad_(False)
+    network = copy.deepcopy(model)
+    network.eval().requires_grad_(False)
     _rebuild(network)
-    network.to(dtype=dtype, memory_format=torch.channels_last)
+    network.to(dtype).to(memory_format=torch.channels_last)
     if device.type == "cpu" and not compile:
         for module in network.modules():
             if isinstance(module, PackedConv2d):

@@ -1,6 +1,7 @@
 """The parts of a network rebuilt for inference: folded convolutions, and blocks with ECA's gate."""
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +81,8 @@ class InferenceBlock(nn.Module):
         # An inverted residual's h is the larger one.
         pointwise = last.kernel_size == last.stride == (1, 1) and last.groups == 1
         self.gate_first = pointwise and last.in_channels < last.out_channels
-        self.gate = None
-        if self.gated and (self.gate_first or last.out_channels <= WIDEST_GATE_MATRIX):
+        self.gate: nn.Conv2d | None = None
+        if is_eca(attention) and (self.gate_first or last.out_channels <= WIDEST_GATE_MATRIX):
             self.gate = _gate_of(attention, last, self.gate_first)
 
     def _pools_input(self, h: Tensor, z: Tensor) -> bool:
@@ -90,7 +91,7 @@ class InferenceBlock(nn.Module):
         At batch 1 and 7×7 pixels it does not: the weights outweigh both. An exported graph serves
         all sizes, so there the kind of the convolution decides.
         """
-        if not self.gate_first or torch.compiler.is_exporting():
+        if self.gate is None or not self.gate_first or torch.compiler.is_exporting():
             return self.gate_first
         return h.numel() + self.gate.weight.numel() < z.numel()
 
@@ -103,12 +104,12 @@ class InferenceBlock(nn.Module):
             pooled = pixel_means(x)
             return F.linear(pooled.to(weight.dtype), weight, bias).to(pooled.dtype).sigmoid()
         pooled = pixel_means(x)
-        kernel = self.attention.conv.weight.flatten().to(pooled.dtype)
+        kernel = cast(ECALayer, self.attention).conv.weight.flatten().to(pooled.dtype)
         return along_channels(pooled, kernel).sigmoid()
 
-    def _gate_for_export(self, h: Tensor, z: Tensor) -> Tensor:
+    def _gate_for_export(self, gate: nn.Conv2d, h: Tensor, z: Tensor) -> Tensor:
         """ECA's (N, C, 1, 1) in operations that inference engines know from SE, and fuse."""
-        return self.gate((h if self.gate_first else z).mean((2, 3), keepdim=True)).sigmoid()
+        return gate((h if self.gate_first else z).mean((2, 3), keepdim=True)).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)
@@ -116,7 +117,7 @@ class InferenceBlock(nn.Module):
         identity = None if self.shortcut is None else self.shortcut(x)
         gate = None
         if self.gated and self.gate is not None and torch.compiler.is_exporting():
-            z = z * self._gate_for_export(h, z)
+            z = z * self._gate_for_export(self.gate, h, z)
         elif self.gated:
             gate = self._gate(h, z)
         elif self.attention is not None:

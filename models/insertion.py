@@ -10,7 +10,7 @@ learns from there. (Weight decay then pulls towards 1, the network without ECA.)
 
 import fnmatch
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class InsertedECA(ECALayer):
             )
         gate = torch.sigmoid(self.conv(x.mean((2, 3)).unsqueeze(1)))
         if self.gain is not None:
-            gate = self.gain * gate
+            gate = self.gain * gate  # type: ignore[operator]
         return x * gate.reshape(*x.shape[:2], 1, 1)
 
 
@@ -90,7 +90,7 @@ class Insertion(NamedTuple):
 def add_eca(
     model: nn.Module,
     after: str | type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
-    ksize: str | int = ADAPTIVE,
+    ksize: Literal["adaptive"] | int = ADAPTIVE,
     identity: bool = True,
     replace_se: bool = False,
     quiet: bool = False,
@@ -243,10 +243,10 @@ def _channels(model: nn.Module, name: str, instead: bool) -> int:
         found += [m.out_channels for m in block.modules() if isinstance(m, nn.Conv2d)]
         return min(found)  # all but the MLP's wide layer have the block's channels
     place = model.get_submodule(name)
-    wanted = ("num_features", "num_channels", "normalized_shape", "out_channels", "out_features")
+    wanted = ["num_features", "num_channels", "normalized_shape", "out_channels", "out_features"]
     members = list(place.modules())
     if instead:
-        wanted = ("in_channels", "in_features")
+        wanted = ["in_channels", "in_features"]
     else:
         members.reverse()
     for module in members:
@@ -281,7 +281,7 @@ def _insert(model: nn.Module, name: str, layer: InsertedECA, instead: bool) -> s
     return f"{name}.eca"
 
 
-def _attend(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+def _attend(module: Any, inputs: tuple, output: Tensor) -> Tensor:
     """A forward hook: it finds its layer through `module`, so that it survives deepcopy."""
     return module.eca(output)
 
@@ -291,7 +291,7 @@ def _ends_convnext(parent: nn.Module, own: str) -> bool:
     return own == "drop_path" and type(parent).__name__ == "ConvNeXtBlock"
 
 
-def _runs_in_order(module: nn.Module) -> bool:
+def _runs_in_order(module: nn.Module) -> TypeGuard[nn.Sequential]:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 

@@ -3,14 +3,15 @@
 For tools that look inside: the networks themselves know nothing of being watched.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from .eca_mobilenetv2 import STAGE_OF_BLOCK, STAGES, MobileNetV2
+from .attention import _Gate
+from .eca_mobilenetv2 import STAGE_OF_BLOCK, STAGES, InvertedResidual, MobileNetV2
 from .eca_module import ECALayer
 from .eca_resnet import ResNet
 
@@ -34,7 +35,7 @@ def feature_maps(network: nn.Module) -> dict[str, nn.Module]:
     """
     if isinstance(network, ResNet):
         return {f"layer{i}": getattr(network, f"layer{i}") for i in (1, 2, 3, 4)}
-    _check(network)
+    features = _mobilenet(network).features
     last = len(STAGE_OF_BLOCK) + 1
     ends = [
         STAGE_OF_BLOCK.index(
@@ -43,7 +44,7 @@ def feature_maps(network: nn.Module) -> dict[str, nn.Module]:
         for stage, (*_, stride) in enumerate(STAGES)
         if stride == 2
     ]
-    return {f"features.{i}": network.features[i] for i in (*ends, last)}
+    return {f"features.{i}": features[i] for i in (*ends, last)}
 
 
 def attention_layers(network: nn.Module) -> list[AttentionLayer]:
@@ -56,9 +57,9 @@ def attention_layers(network: nn.Module) -> list[AttentionLayer]:
                     layer = getattr(block, block.slot)
                     found.append(AttentionLayer(f"{name}.{i}.{block.slot}", stage, i + 1, layer))
         return found
-    _check(network)
+    features = _mobilenet(network).features
     for i, stage in enumerate(STAGE_OF_BLOCK):
-        inside = network.features[i + 1].conv
+        inside = cast(InvertedResidual, features[i + 1]).conv
         last = len(inside) - 1
         if not isinstance(inside[last], nn.BatchNorm2d):
             block = i - STAGE_OF_BLOCK.index(stage) + 1
@@ -72,7 +73,7 @@ def gate(layer: nn.Module, x: Tensor) -> Tensor:
     y = x.mean((2, 3))
     if isinstance(layer, ECALayer):
         return torch.sigmoid(layer.conv(y.unsqueeze(1))).squeeze(1)
-    return torch.sigmoid(layer.f(y))
+    return torch.sigmoid(cast(_Gate, layer).f(y))
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def recorded_gates(network: nn.Module) -> Iterator[dict[str, Tensor]]:
     """While open, each forward pass leaves every attention layer's gate (N, C) under its name."""
     gates: dict[str, Tensor] = {}
 
-    def watch(name: str):
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         def record(layer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
             gates[name] = gate(layer, inputs[0])
 
@@ -94,9 +95,10 @@ def recorded_gates(network: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _check(network: nn.Module) -> None:
+def _mobilenet(network: nn.Module) -> MobileNetV2:
     if not isinstance(network, MobileNetV2):
         raise ValueError(f"a network of models.MODELS is wanted, not {type(network).__name__}")
+    return network
 
 
 def grad_cam(

@@ -8,15 +8,19 @@ else, or the call is not one they are made for (another device, gradients, torch
 torch.export), it is an ordinary convolution followed by the activation.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ACTIVATIONS = {  # name -> oneDNN's name and its two numbers
+ACTIVATIONS: dict[str | None, tuple[str, list[float]]] = {
+    # name: oneDNN's name and its numbers
     None: ("none", []),
     "relu": ("relu", []),
     "relu6": ("hardtanh", [0.0, 6.0]),
 }
+_Pair = tuple[int, int]  # what torch's convolutions keep, though it says tuple[int, ...]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative to the largest output
 
 
@@ -47,10 +51,10 @@ class PackedConv2d(nn.Conv2d):
             new = cls(
                 conv.in_channels,
                 conv.out_channels,
-                conv.kernel_size,
-                conv.stride,
-                conv.padding,
-                conv.dilation,
+                cast(_Pair, conv.kernel_size),
+                cast(_Pair, conv.stride),
+                cast(_Pair | str, conv.padding),
+                cast(_Pair, conv.dilation),
                 conv.groups,
                 conv.bias is not None,
                 conv.padding_mode,
@@ -66,7 +70,7 @@ class PackedConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         after = f", activation={self.activation}" if self.activation else ""
-        return super().extra_repr() + after
+        return super().extra_repr() + after  # type: ignore[no-untyped-call]
 
     def _plain(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -149,9 +153,9 @@ class PackedConv2d(nn.Conv2d):
         allowed = TOLERANCE[weight.dtype] * expected.abs().max()
         return bool((found - expected).abs().max() <= allowed)
 
-    def _apply(self, *args, **kwargs) -> "PackedConv2d":
+    def _apply(self, *args: Any, **kwargs: Any) -> "PackedConv2d":
         self._agrees = self._packed = None  # the parameters move or change their dtype
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k != "_packed"}  # it cannot be copied

@@ -1,7 +1,7 @@
 """What a run begins with: the network asked for, and a file's weights in it. ValueErrors again."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from .attention import attention_parameters
 from .construction import Ksize
 from .eca_module import ECALayer
 from .weights import (
+    Network,
     describe_network,
     describe_weights,
     find_state_dict,
@@ -29,7 +30,7 @@ def first_network(
     file: str = "",
     names: Sequence[str] | None = None,
     identity_start: bool = False,
-) -> tuple[nn.Module, list[str]]:
+) -> tuple[Network, list[str]]:
     """The network of a new run. On `meta` it costs nothing, and finds all that does not fit.
 
     Args:
@@ -70,7 +71,7 @@ def first_network(
         raise ValueError(f"{file}: {error}") from None
     network = _create(arch, ksize, attention, num_classes)
     known = pretrained.get("classes") if "format" in pretrained else None
-    others = None not in (known, names) and list(known) != list(names)
+    others = known is not None and names is not None and list(known) != list(names)
     try:
         notes = load_weights(network, tensors, True, others, add_attention=True)
     except ValueError as error:
@@ -82,7 +83,7 @@ def first_network(
     return network, [f"pretrained: {file}", *(f"  {note}" for note in notes)]
 
 
-def _refuse_trained(network: nn.Module, tensors: Mapping[str, Any], file: str) -> None:
+def _refuse_trained(network: Network, tensors: Mapping[str, Any], file: str) -> None:
     if attention_parameters(network).keys() & tensors.keys():
         raise ValueError(
             f"{file}: holds trained attention kernels, which --identity-start would delete: "
@@ -90,7 +91,7 @@ def _refuse_trained(network: nn.Module, tensors: Mapping[str, Any], file: str) -
         )
 
 
-def start_as_identity(network: nn.Module) -> str:
+def start_as_identity(network: Network) -> str:
     """Makes a network with ECA compute exactly what it computes without ECA, until it is trained.
 
     A sigmoid is nowhere 1. With a kernel of zeros it is 1/2 everywhere, so the BatchNorm before it,
@@ -112,11 +113,12 @@ def start_as_identity(network: nn.Module) -> str:
     count = 0
     with torch.no_grad():
         for module in network.modules():
-            norm = None
+            norm: nn.BatchNorm2d | None = None
             for child in module.children():
                 if isinstance(child, nn.BatchNorm2d):
                     norm = child
                 elif isinstance(child, ECALayer):
+                    assert norm is not None  # ECA comes after BatchNorm in every block
                     # Not in place: the tensors may be those of the file that was read.
                     child.conv.weight.data = torch.zeros_like(child.conv.weight.data)
                     norm.weight.data = 2 * norm.weight.data
@@ -168,6 +170,6 @@ def refuse_another(
         )
 
 
-def _create(arch: str, ksize: Ksize, attention: str | None, num_classes: int) -> nn.Module:
+def _create(arch: str, ksize: Ksize, attention: str | None, num_classes: Any) -> Network:
     chosen = {} if attention is None else {"attention": attention}
-    return create_model(arch, ksize, num_classes, **chosen)
+    return cast(Network, create_model(arch, ksize, num_classes, **chosen))

@@ -11,14 +11,14 @@ Every fault is a ValueError of one line.
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import create_model
 from .attention import attention_parameters
-from .eca_mobilenetv2 import LAST, STAGE_OF_BLOCK, STAGES, STEM, shorten_ksize
-from .eca_resnet import DEPTHS, Bottleneck
+from .eca_mobilenetv2 import LAST, STAGE_OF_BLOCK, STAGES, STEM, MobileNetV2, shorten_ksize
+from .eca_resnet import DEPTHS, Bottleneck, ResNet
 from .foreign_weights import find_weights, plain_names
 
 FORMAT = 1  # of our checkpoints; a file with a higher number is from a newer version
@@ -26,6 +26,7 @@ FORMAT = 1  # of our checkpoints; a file with a higher number is from a newer ve
 FIELDS = ("arch", "attention", "ksize", "num_classes", "model_kwargs")  # that rebuild a network
 
 StateDict = Mapping[str, Tensor]
+Network = ResNet | MobileNetV2
 
 _WRAPPERS = {"module", "_orig_mod"}  # (Distributed)DataParallel, torch.compile
 _RESNET_ECA = re.compile(r"layer(\d)\.\d+\.eca\.conv\.weight$")
@@ -104,7 +105,7 @@ def read_ksize(state_dict: StateDict) -> tuple[int, ...] | None:
     return (shorten_ksize(ksize) if short else ksize) or None
 
 
-def describe_network(network: nn.Module) -> dict[str, Any]:
+def describe_network(network: Network) -> dict[str, Any]:
     """The fields of our checkpoints from which `network_from_checkpoint` builds `network` again."""
     return {
         "arch": network.arch,
@@ -141,7 +142,7 @@ def describe_weights(state_dict: StateDict) -> dict[str, Any]:
 
 
 def load_weights(
-    network: nn.Module,
+    network: Network,
     state_dict: StateDict,
     replace_head: bool = False,
     other_classes: bool = False,
@@ -178,11 +179,11 @@ def load_weights(
 
     faults = _misfits(own, weights)
     if any(faults.values()):
-        ksize = read_ksize(weights)
-        if not faults["missing"] and not faults["unexpected"] and ksize != network.ksize:
+        ksize, built = read_ksize(weights), network.ksize
+        if ksize and built and ksize != built and not (faults["missing"] or faults["unexpected"]):
             raise ValueError(
                 f"the weights have kernel sizes {_join(ksize)} and {network.arch} was built with"
-                f" {_join(network.ksize)}: give --ksize {_join(ksize)}"
+                f" {_join(built)}: give --ksize {_join(ksize)}"
             )
         report = "; ".join(f"{len(v)} {fault}: {_first(v)}" for fault, v in faults.items() if v)
         raise ValueError(f"the weights do not fit {network.arch}: {report}")
@@ -202,12 +203,12 @@ def load_weights(
     return notes
 
 
-def _new_attention(count: int, network: nn.Module) -> str:
+def _new_attention(count: int, network: Network) -> str:
     what = "kernels" if network.ksize else "parameters"
     return f"The weights have no attention: {count} attention {what} are new."
 
 
-def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> nn.Module:
+def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> Network:
     """Builds the network that a file of any of the three kinds holds, with its weights.
 
     Raises:
@@ -225,7 +226,7 @@ def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> nn.Module:
     else:
         fields = describe_weights(weights)
     kwargs = fields.pop("model_kwargs")
-    network = create_model(fields.pop("arch"), **fields, **kwargs)
+    network = cast(Network, create_model(fields.pop("arch"), **fields, **kwargs))
     load_weights(network, weights)
     return network
 

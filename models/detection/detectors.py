@@ -135,6 +135,10 @@ def _make_backbone(
         )
     if ksize is None and attention in (None, "eca"):
         ksize = DETECTOR_KSIZE.get((arch, backbone))
+    return _make_resnet(backbone, ksize, attention)
+
+
+def _make_resnet(backbone: str, ksize: Ksize, attention: str | None) -> ResNet:
     chosen = {} if attention is None else {"attention": attention}
     network = create_model(backbone, ksize, num_classes=1, **chosen)
     if not isinstance(network, ResNet):
@@ -176,9 +180,7 @@ def load_backbone(detector: FasterRCNN | RetinaNet, checkpoint: Any) -> str:
     Raises:
         ValueError: one line, for missing or foreign names, other shapes, or another ksize.
     """
-    network = create_model(
-        detector.backbone_arch, detector.ksize, num_classes=1, attention=detector.attention
-    )
+    network = _make_resnet(detector.backbone_arch, detector.ksize, detector.attention)
     head = {name: value for name, value in network.state_dict().items() if name.startswith("fc.")}
     load_weights(network, {**find_state_dict(checkpoint), **head})
     loaded, body = network.state_dict(), detector.backbone.body

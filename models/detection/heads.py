@@ -79,7 +79,7 @@ def compute_in_float32(head: nn.Module, *names: str) -> None:
     for name in names:
         old = getattr(head, name)
         if isinstance(old, nn.Linear):
-            new = _Float32Linear(old.in_features, old.out_features)
+            new: nn.Module = _Float32Linear(old.in_features, old.out_features)
         else:
             new = _Float32Conv2d(
                 old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding

@@ -74,17 +74,18 @@ class LegacyRetinaNet(RetinaNet):
     ) -> list[dict[str, Tensor]]:
         detections = []
         for i, size in enumerate(image_shapes):
-            boxes, scores = [], []
+            boxes_of_levels, scores_of_levels = [], []
             for logits, codes, cells in zip(
                 head_outputs["cls_logits"], head_outputs["bbox_regression"], anchors[i], strict=True
             ):
                 level = logits[i].sigmoid()
                 best = level.amax(1)
                 top = best.topk(min(self.topk_candidates, len(best))).indices
-                boxes.append(self.box_coder.decode_single(codes[i][top], cells[top]))
-                scores.append(level[top])
-            scores = torch.cat(scores)
-            boxes = clip_pixels(torch.cat(boxes), size)[:, None].expand(-1, scores.shape[1], 4)
+                boxes_of_levels.append(self.box_coder.decode_single(codes[i][top], cells[top]))
+                scores_of_levels.append(level[top])
+            scores = torch.cat(scores_of_levels)
+            boxes = clip_pixels(torch.cat(boxes_of_levels), size)
+            boxes = boxes[:, None].expand(-1, scores.shape[1], 4)
             chosen = choose_detections(
                 boxes,
                 scores,

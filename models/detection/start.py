@@ -84,7 +84,7 @@ def start_from_detector(
     own = {**_all_settings(checkpoint), "norm": norm or "eval"}
     own["trainable_layers"] = 3 if trainable_layers is None else trainable_layers
     names = ("arch", "backbone", "ksize", "attention")
-    fields = {name: checkpoint.get(name) for name in names}
+    fields: dict[str, Any] = {name: checkpoint.get(name) for name in names}
     detector = create_detector(**fields, num_classes=num_classes, **{**own, **settings})
     return detector, f"  {load_detector(detector, checkpoint, classes)}"
 
@@ -160,7 +160,7 @@ def refuse_another_network(checkpoint: Mapping[str, Any], asked: Mapping[str, An
     Raises:
         ValueError: one line with the flags to leave out.
     """
-    held = {name: checkpoint.get(name) for name in ("arch", "backbone", "ksize")}
+    held: dict[str, Any] = {name: checkpoint.get(name) for name in ("arch", "backbone", "ksize")}
     held |= _all_settings(checkpoint)
     plain = ("arch", "backbone", "norm", "trainable_layers")
     differing = [name for name in plain if asked[name] not in (None, held[name])]

@@ -16,72 +16,22 @@ blocks call: it takes this path where `can_fuse` allows it, else the modules one
 """
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..eca_module import ECALayer
-from . import native
-from .formulas import Gradients, Kept, Wanted, tail_backward, tail_forward
-from .passes import accumulation_dtype
+from . import dispatch, native
+from .formulas import Kept, Wanted
 from .stock_modules import is_bare, is_eca
-
-eca_triton = None
-_not_imported = "PyTorch finds no CUDA device"
-if torch.cuda.is_available():  # where it is not, Triton's import would only cost time
-    try:
-        from . import triton_operators as eca_triton
-    except Exception as error:  # also of a Triton that does not fit this PyTorch
-        _not_imported = f"Triton cannot be imported: {error}"
+from .whole_passes import accumulation_dtype
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """None if Triton kernels serve tensors of `dtype` on `device`, else in one line the reason."""
-    if device.type != "cuda":
-        return "they are for CUDA devices"
-    if eca_triton is None:
-        return _not_imported
-    if dtype not in eca_triton.DTYPES:
-        return f"there are none for {dtype}"
-    return eca_triton.why_not(device, dtype)
-
-
-def _on_triton(z: Tensor) -> bool:
-    return z.is_cuda and why_not_triton(z.device, z.dtype) is None
-
-
-def _forward(z, weight, bias, kernel, residual, statistics, eps, activation):
-    """`tail_forward` by whatever serves z best, but with the batch's unbiased variance."""
-    if not _on_triton(z):
-        given = (z, weight, bias, kernel, residual, statistics, eps, activation)
-        out, variance, kept = tail_forward(*given)
-        if statistics is None:
-            count = z.numel() // z.shape[1]
-            variance = variance * (count / (count - 1))
-        return out, variance, kept
-    mean, variance = statistics or (None, None)
-    out, *found, inverse_std, pooled, gate = eca_triton.tail_forward(
-        z, weight, bias, kernel, residual, mean, variance, eps, activation
-    )
-    mean, variance = statistics or found
-    return out, variance, Kept(mean, inverse_std, pooled, gate)
-
-
-def _backward(grad, z, out, weight, bias, kernel, kept, batch_statistics, wanted):
-    """`tail_backward` likewise. grad and z are of one memory format."""
-    if not _on_triton(z):
-        given = (grad, z, out, weight, bias, kernel, kept, batch_statistics, wanted)
-        return tail_backward(*given)
-    dz, d_weight, d_bias, d_kernel, d = eca_triton.tail_backward(
-        grad, z, out, weight, bias, kernel, *kept, batch_statistics, wanted.z, wanted.residual
-    )
-    found = (dz, d_weight, d_bias, d_kernel, grad if out is None else d)
-    return Gradients(*(g if want else None for g, want in zip(found, wanted, strict=True)))
-
-
-def _widened(small: Tensor | None, z: Tensor) -> Tensor | None:
-    return None if small is None else small.to(accumulation_dtype(z.dtype))
+def _widened(small: Tensor, z: Tensor) -> Tensor:
+    """Returns `small` in the dtype in which sums over z are accumulated."""
+    return small.to(accumulation_dtype(z.dtype))
 
 
 def _format_of(z: Tensor) -> torch.memory_format:
@@ -94,9 +44,20 @@ class _FusedTail(torch.autograd.Function):
     """(z, weight, bias, kernel, residual) → out; the batch's mean, unbiased variance, or None."""
 
     @staticmethod
-    def forward(ctx, z, weight, bias, kernel, residual, statistics, eps, activation):
-        small = [_widened(t, z) for t in (weight, bias, kernel)]
-        out, variance, kept = _forward(z, *small, residual, statistics, eps, activation)
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        kernel: Tensor | None,
+        residual: Tensor | None,
+        statistics: tuple[Tensor, Tensor] | None,
+        eps: float,
+        activation: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        w, b = _widened(weight, z), _widened(bias, z)
+        k = None if kernel is None else _widened(kernel, z)
+        out, variance, kept = dispatch.forward(z, w, b, k, residual, statistics, eps, activation)
         ctx.save_for_backward(z, out if activation else None, weight, bias, kernel, *kept)
         ctx.batch_statistics = statistics is None
         ctx.memory_format = _format_of(z)  # backward must not ask: Dynamo does not know it there
@@ -106,20 +67,21 @@ class _FusedTail(torch.autograd.Function):
         return out, kept.mean, variance
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "the fused block tail has first derivatives only: call models.set_fused(network,"
                 " False) before backward with create_graph=True"
             )
         z, out, weight, bias, kernel, *kept = ctx.saved_tensors
-        small = [_widened(t, z) for t in (weight, bias, kernel)]
+        w, b = _widened(weight, z), _widened(bias, z)
+        k = None if kernel is None else _widened(kernel, z)
         wanted = Wanted(*ctx.needs_input_grad[:5])
         grad = grad.contiguous(memory_format=ctx.memory_format)
-        found = _backward(grad, z, out, *small, Kept(*kept), ctx.batch_statistics, wanted)
+        found = dispatch.backward(grad, z, out, w, b, k, Kept(*kept), ctx.batch_statistics, wanted)
         like = (z, weight, bias, kernel, grad)
-        found = [g if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)]
-        return *found, None, None, None
+        given = [g if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)]
+        return *given, None, None, None
 
 
 def fused_tail(
@@ -144,7 +106,7 @@ def fused_tail(
     """
     batch_statistics = bn.training or bn.running_mean is None
     statistics = None
-    if not batch_statistics:
+    if not batch_statistics and bn.running_mean is not None and bn.running_var is not None:
         # A copy of the mean, which backward needs: a step in training mode may come before that.
         mean = bn.running_mean.to(accumulation_dtype(z.dtype), copy=True)
         statistics = (mean, _widened(bn.running_var, z))
@@ -164,16 +126,17 @@ def fused_tail(
 def _update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, unbiased: Tensor) -> None:
     """As nn.BatchNorm2d does: unbiased variance; momentum None is the average over all batches."""
     momentum, batches = bn.momentum, bn.num_batches_tracked
+    running: list[Any] = [bn.running_mean, bn.running_var]
     if momentum is None and batches is None:
         return
     with torch.no_grad():
         if batches is not None:
             batches.add_(1)
-        if momentum is None:
-            momentum = [batches.to(bn.running_mean.dtype).reciprocal()] * 2
-        running, found = (bn.running_mean, bn.running_var), (mean, unbiased)
-        found = [new.to(old.dtype) for old, new in zip(running, found, strict=True)]
-        torch._foreach_lerp_(running, found, momentum)  # on a GPU one launch
+        share: Any = momentum
+        if momentum is None and batches is not None:
+            share = [batches.to(running[0].dtype).reciprocal()] * 2
+        found = [new.to(old.dtype) for old, new in zip(running, (mean, unbiased), strict=True)]
+        torch._foreach_lerp_(running, found, share)  # on a GPU one launch
 
 
 def _transformed() -> bool:
@@ -199,7 +162,7 @@ def can_fuse(
     transforms and forward-mode differentiation; a residual that broadcasts or differs in dtype; a
     batch of one value a channel; an accelerator without kernels for the dtype, unless compiled.
     """
-    modules = [(bn, nn.BatchNorm2d)]
+    modules: list[tuple[nn.Module, type[nn.Module]]] = [(bn, nn.BatchNorm2d)]
     if activation is not None:
         modules.append((activation, nn.ReLU))
     if not all(is_bare(module, kind) for module, kind in modules):
@@ -216,12 +179,13 @@ def can_fuse(
         or every_module._global_backward_pre_hooks
     ):
         return False
-    if torch.jit.is_tracing() or torch.compiler.is_exporting() or _transformed():
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or torch.compiler.is_exporting() or _transformed():
         return False
     if z.dim() != 4 or not z.is_floating_point() or z.numel() <= z.shape[1]:
         return False
     if z.device.type not in ("cpu", "meta") and not (
-        torch.compiler.is_compiling() or _on_triton(z)
+        torch.compiler.is_compiling() or dispatch.on_triton(z)
     ):
         return False
     return residual is None or (residual.shape == z.shape and residual.dtype == z.dtype)
@@ -240,7 +204,9 @@ def block_tail(
         eager_cpu = z.device.type == "cpu" and not torch.compiler.is_compiling()
         if attention is None and eager_cpu and not _pays(z):
             return _plain_tail(z, bn, residual, activation is not None)
-        return fused_tail(z, bn, attention, residual, activation is not None)
+        # `can_fuse` has said that they are of these classes.
+        norm, eca = cast(nn.BatchNorm2d, bn), cast("ECALayer | None", attention)
+        return fused_tail(z, norm, eca, residual, activation is not None)
     y = bn(z)
     if attention is not None:
         y = attention(y)
@@ -260,7 +226,7 @@ def norm_act(z: Tensor, bn: nn.Module, activation: nn.Module, fused: bool = True
         and _pays(z)
         and can_fuse(z, bn, None, None, activation)
     ):
-        return fused_tail(z, bn)
+        return fused_tail(z, cast(nn.BatchNorm2d, bn))
     return activation(bn(z))
 
 
@@ -271,7 +237,7 @@ LARGE = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 def _pays(z: Tensor) -> bool:
     large = z.numel() >= LARGE.get(z.device.type, math.inf)
-    return large and (_on_triton(z) or native.serves(z))
+    return large and (dispatch.on_triton(z) or native.serves(z))
 
 
 def _plain_tail(z: Tensor, bn: nn.Module, residual: Tensor | None, activation: bool) -> Tensor:
@@ -289,5 +255,5 @@ def set_fused(network: nn.Module, fused: bool) -> int:
     """Sets `fused` on every block, and network, that has the switch, and says on how many."""
     found = [module for module in network.modules() if hasattr(module, "fused")]
     for module in found:
-        module.fused = bool(fused)
+        module.fused = bool(fused)  # type: ignore[assignment]
     return len(found)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from . import native
-from .block_tail import why_not_triton
+from .dispatch import why_not_triton
 
 
 def describe_tails(
@@ -26,13 +26,13 @@ def describe_tails(
         compiled: by torch.compile.
         sync_bn: its BatchNorms will become SyncBatchNorm.
     """
-    named = {getattr(module, "attention", None) for module in network.modules()}
-    named = {name for name in named if isinstance(name, str)}
+    attentions = (getattr(module, "attention", None) for module in network.modules())
+    named = {name for name in attentions if isinstance(name, str)}
     others = ", ".join(sorted(named - {"eca", "none"}))
     sync_bn = sync_bn or any(isinstance(m, nn.SyncBatchNorm) for m in network.modules())
     on_cuda = device.type == "cuda"
     no_triton = why_not_triton(device, dtype) if on_cuda else None
-    obstacles = (
+    obstacles: tuple[tuple[object, str], ...] = (
         (not fused, ""),
         (sync_bn, " (SyncBatchNorm)"),
         (others, f" (attention {others})"),
@@ -42,10 +42,10 @@ def describe_tails(
     for stands, why in obstacles:
         if stands:
             return f"block tails module by module{why}"
-    if device.type == "cpu" and not compiled and (why := native.why_not(dtype)):
+    if device.type == "cpu" and not compiled and (no_native := native.why_not(dtype)):
         if named == {"none"}:
-            return f"block tails by BatchNorm's own kernel, the rest in place ({why})"
-        return f"fused block tails by PyTorch's operations ({why})"
+            return f"block tails by BatchNorm's own kernel, the rest in place ({no_native})"
+        return f"fused block tails by PyTorch's operations ({no_native})"
     if device.type == "cpu" and not compiled and named == {"none"}:
         return "fused block tails, small ones by BatchNorm's own kernel"
     return f"fused block tails{' (Triton)' if on_cuda and no_triton is None else ''}"

@@ -92,6 +92,7 @@ def tail_forward(
     scale = (weight * inverse_std)[None]
     shift = bias - mean * scale
     if kernel is not None:
+        assert means is not None
         pooled = (means - mean) * inverse_std
         gate = along_channels(torch.addcmul(bias, pooled, weight), kernel).sigmoid()
         scale, shift = scale * gate, shift * gate
@@ -120,6 +121,8 @@ def tail_backward(
     on_grad = a[None]
     constant = on_z = d_kernel = None
     if kernel is not None:
+        assert pooled is not None
+        assert gate is not None
         on_grad = a * gate
         d_gate = torch.addcmul(bias * sum_d, weight, sum_dx)
         d_logit = torch.ops.aten.sigmoid_backward(d_gate, gate)

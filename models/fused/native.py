@@ -9,6 +9,7 @@ anything else is missing, `serves` says no and the passes of `eca_passes` do the
 import ctypes
 import functools
 import subprocess
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,12 @@ def library() -> ctypes.CDLL | BuildError:
     # RuntimeError: a user without a home folder, as in some containers.
     except (OSError, RuntimeError, BuildError) as error:
         return BuildError(str(error))
+    flag: type[Any]
+    size: type[Any]
+    pointer: type[Any]
     flag, size, pointer = ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p
     shape = [flag, flag, size, size, size]
-    arguments = (
+    arguments: tuple[list[type[Any]], ...] = (
         [pointer] * 3,
         [pointer, pointer, pointer, size, pointer, flag, pointer],
         [pointer] * 7,
@@ -66,6 +70,12 @@ def serves(z: Tensor) -> bool:
     )
 
 
+def _compiled() -> ctypes.CDLL:
+    found = library()
+    assert not isinstance(found, BuildError)  # `serves` is asked first
+    return found
+
+
 def _shape(z: Tensor) -> tuple[bool, bool, int, int, int]:
     n, c, h, w = z.shape
     return z.dtype == torch.bfloat16, not z.is_contiguous(), n, c, h * w
@@ -93,7 +103,7 @@ class Native:
     def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
         means = z.new_empty(z.shape[:2], dtype=torch.float32)
         variances = torch.empty_like(means)
-        library().eca_moments(*_shape(z), *map(_pointer, (z, means, variances)))
+        _compiled().eca_moments(*_shape(z), *map(_pointer, (z, means, variances)))
         return means, variances
 
     @staticmethod
@@ -108,7 +118,7 @@ class Native:
         """`out` may be z itself."""
         out = torch.empty_like(z) if out is None else out
         scale, shift, step = _rows(scale, shift, len(z))
-        library().eca_scale_and_add(
+        _compiled().eca_scale_and_add(
             *_shape(z),
             *map(_pointer, (z, scale, shift)),
             step,
@@ -126,7 +136,7 @@ class Native:
         sum_d = z.new_empty(z.shape[:2], dtype=torch.float32)
         sum_dz = torch.empty_like(sum_d)
         tensors = (grad, out, z, mean.contiguous(), d, sum_d, sum_dz)
-        library().eca_gradient_sums(*_shape(z), *map(_pointer, tensors))
+        _compiled().eca_gradient_sums(*_shape(z), *map(_pointer, tensors))
         return grad if d is None else d, sum_d, sum_dz
 
     @staticmethod
@@ -142,7 +152,7 @@ class Native:
         constant = torch.zeros_like(on_grad) if constant is None else constant
         on_grad, constant, step = _rows(on_grad, constant, len(z))
         on_z = None if on_z is None else on_z.contiguous()
-        library().eca_gradient_input(
+        _compiled().eca_gradient_input(
             *_shape(z),
             *map(_pointer, (grad, out, z, on_grad, on_z, constant)),
             step,

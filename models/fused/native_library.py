@@ -48,6 +48,7 @@ def load(functions: Sequence[str]) -> ctypes.CDLL:
     key = hashlib.sha256(SOURCE.read_bytes())
     for part in (*compiler, *flags, torch.__version__, _processor()):
         key.update(part.encode() + b"\0")
+    cache: Path | None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eca-net"
     target = cache / f"passes-{key.hexdigest()[:16]}.so"
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -75,7 +76,9 @@ def _compile(compiler: list[str], flags: Sequence[str], place: Path) -> Path:
     compiled, linked = place / "passes.o", place / "passes.so"
     # Linked without OpenMP: its functions are found in the copy that torch has loaded. A second
     # copy would keep threads of its own, and the two would take turns waiting.
-    for command in ([*flags, "-c", SOURCE, "-o", compiled], ["-shared", compiled, "-o", linked]):
+    commands: tuple[list[str | Path], ...]
+    commands = ([*flags, "-c", SOURCE, "-o", compiled], ["-shared", compiled, "-o", linked])
+    for command in commands:
         subprocess.run([*compiler, *command], check=True, capture_output=True, timeout=SECONDS)
     content = linked.read_bytes()
     linked.write_bytes(content + hashlib.sha256(content).digest())  # behind what a loader reads

@@ -4,12 +4,15 @@ A fast path reads weights off modules in place of calling them. That is right on
 them would compute the formula: users change layers, add hooks, patch methods, or edit the source.
 """
 
+from typing import Any, TypeGuard, TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from ..eca_module import ECALayer
 
-_KINDS = (
+_M = TypeVar("_M", bound=nn.Module)
+_KINDS: tuple[type[nn.Module], ...] = (
     ECALayer,
     nn.AdaptiveAvgPool2d,
     nn.BatchNorm2d,
@@ -22,9 +25,11 @@ _KINDS = (
     nn.SyncBatchNorm,
 )
 # As they were when this file was imported: a method that is patched later is another one.
-_FORWARDS = {kind: kind.forward for kind in _KINDS}
+_FORWARDS: dict[type[nn.Module], object] = {kind: kind.forward for kind in _KINDS}
 _CALL = nn.Module.__call__
-_CONVOLVE = {kind: kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d)}
+_CONVOLVE: dict[type[nn.Module], object] = {
+    kind: kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d)
+}
 _CHECKS = nn.BatchNorm2d._check_input_dim
 
 
@@ -43,11 +48,11 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def is_bare(module: object, kind: type[nn.Module]) -> bool:
+def is_bare(module: object, kind: type[_M]) -> TypeGuard[_M]:
     """Tells whether calling the module runs the original forward of `kind` and nothing else."""
     if not isinstance(module, kind):
         return False
-    own = type(module)
+    own: Any = type(module)  # with what `kind` has beyond nn.Module
     if own.forward is not _FORWARDS[kind] or own.__call__ is not _CALL:
         return False
     if kind in _CONVOLVE and (
@@ -74,7 +79,7 @@ def is_channel_convolution(conv: nn.Conv1d) -> bool:
     )
 
 
-def is_eca(attention: object) -> bool:
+def is_eca(attention: object) -> TypeGuard[ECALayer]:
     """Tells whether calling the module computes x · σ(conv1d(mean of x)), with its own kernel."""
     if not ORIGINAL_ECA or not is_bare(attention, ECALayer):
         return False
@@ -92,7 +97,8 @@ def _computes_the_formula(layer: nn.Module, kernel: Tensor) -> bool:
     """Tries an ECA layer on a small input: its source may have been edited."""
     x = torch.arange(60.0, dtype=torch.float64, device="cpu").sub(31).div(17).reshape(2, 5, 2, 3)
     pooled = nn.functional.pad(x.mean((2, 3)), (1, 1))
-    gate = sum(kernel[j] * pooled[:, j : j + 5] for j in range(3)).sigmoid()
+    first, second, third = (kernel[j] * pooled[:, j : j + 5] for j in range(3))
+    gate = (first + second + third).sigmoid()
     try:
         found = layer(x)
     except Exception:  # whatever an edited layer raises, the formula is not for it

@@ -1,88 +1,23 @@
-"""The fused tail on CUDA: two custom operators that launch the kernels of `triton_kernels`.
+"""The fused tail on CUDA: two custom operators that launch Triton kernels.
 
 The algebra is that of `eca_fused`. Tensors are dense, in channels_last or contiguous format, of
 float32, bfloat16 or float16. Having shapes for fake tensors, the operators are opaque calls to
 torch.compile and export. With TRITON_INTERPRET=1 in the environment they take CPU tensors.
 """
 
-import contextlib
-import math
 import threading
-from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from . import triton_kernels as kernels
+from . import triton_grids as grids
+from . import triton_launches as launches
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TILE = 4096  # elements that a program holds at a time
-PER_THREAD = 16  # of them, so that the registers suffice; half where a thread cannot load vectors
-# Programs, by estimate: the 400 to 500 that run at once on 132 multiprocessors should have several
-# turns, for the last is seldom full; but parts are few where they must be added up.
-REDUCE, APPLY = 4096, 8192
-SMALL = {"BN": 128, "BC": 8}  # tiles of the kernels that reduce (N, C) over N
-ROW = 128  # channels a program of the kernels that work along them
 OLDEST = (7, 0)  # compute capability; torch.compile refuses older ones to Triton, too
 
 _reasons: dict[tuple[torch.device, torch.dtype], str | None] = {}
 _lock = threading.Lock()
-
-
-class _Grid(NamedTuple):
-    """How a pass over (N, C, H, W) is cut into programs."""
-
-    n: int
-    c: int
-    hw: int
-    nhwc: bool
-    block_c: int
-    block_p: int
-    vector: int  # a power of two that divides the length of a line of memory
-    splits: int  # of the pixels
-    per: int  # pixels in a split, a multiple of block_p
-
-    @classmethod
-    def of(cls, z: Tensor, programs: int) -> "_Grid":
-        """About `programs` programs. A function of the shape alone, so that sums do not vary."""
-        n, c, h, w = z.shape
-        hw = h * w
-        nhwc = not z.is_contiguous()
-        vector = math.gcd(16, c if nhwc else hw)
-        tile = TILE if vector >= 4 else TILE // 2
-        if nhwc:  # a row of 64 channels is a full line of memory in 16 bits and two in 32
-            block_c = min(64, triton.next_power_of_2(c))
-            block_p = min(tile // block_c, triton.next_power_of_2(hw))
-        else:
-            block_p = min(1024, tile, triton.next_power_of_2(hw))
-            block_c = min(tile // block_p, 64, triton.next_power_of_2(c))
-        wanted = triton.cdiv(programs, n * triton.cdiv(c, block_c))
-        per = triton.cdiv(triton.cdiv(hw, wanted), block_p) * block_p
-        return cls(n, c, hw, nhwc, block_c, block_p, vector, triton.cdiv(hw, per), per)
-
-    @property
-    def programs(self) -> tuple[int, int, int]:
-        return self.n, triton.cdiv(self.c, self.block_c), self.splits
-
-    @property
-    def tile(self) -> dict[str, int | bool]:
-        per_thread = PER_THREAD if self.vector >= 4 else PER_THREAD // 2
-        return {
-            "NHWC": self.nhwc,
-            "VEC": self.vector,
-            "BC": self.block_c,
-            "BP": self.block_p,
-            "num_warps": max(1, self.block_c * self.block_p // (32 * per_thread)),
-        }
-
-
-def _small_grid(c: int) -> tuple[int]:
-    return (triton.cdiv(c, SMALL["BC"]),)
-
-
-def _on(z: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext()
 
 
 @torch.library.custom_op("eca_net::tail_forward", mutates_args=())
@@ -102,88 +37,48 @@ def tail_forward(
     mean and variance are given, and come back empty, or are the batch's. Without a kernel pooled
     and gate are empty. All but z, residual and out are float32.
     """
+    if (mean is None) != (variance is None):
+        raise ValueError("tail_forward takes mean and variance together, or neither")
     batch, eca = mean is None, kernel is not None
-    n, c = z.shape[:2]
-    vector = z.new_empty(c, dtype=torch.float32)
-    out = torch.empty_like(z)
-    pooled = gate = means = z.new_empty((n, c) if eca else 0, dtype=torch.float32)
-    if batch:
-        new_mean, new_variance, inverse_std = (torch.empty_like(vector) for _ in range(3))
+    # Not one empty tensor for all: the results of an operator share no memory.
+    new_mean, new_variance, pooled, gate = (z.new_empty(0, dtype=torch.float32) for _ in range(4))
+    if mean is None or variance is None:
+        new_mean, new_variance, inverse_std = (
+            z.new_empty(z.shape[1], dtype=torch.float32) for _ in range(3)
+        )
         mean, variance = new_mean, new_variance
     else:
-        new_mean, new_variance = vector[:0].clone(), vector[:0].clone()
         inverse_std = (variance + eps).rsqrt()
-    with _on(z):
+    with grids.on_device_of(z):
         if batch or eca:
-            g = _Grid.of(z, REDUCE)
-            means = z.new_empty((n, c), dtype=torch.float32)
-            parts = z.new_empty((1 + batch, g.splits, n, c), dtype=torch.float32)
-            kernels.moments[g.programs](
-                z, parts[0], parts[-1], c, g.hw, g.per, SQUARES=batch, **g.tile
-            )
-            kernels.statistics[_small_grid(c)](
-                parts[0],
-                parts[-1],
-                means,
-                mean,
-                variance,
-                inverse_std,
-                n,
-                c,
-                g.hw,
-                g.per,
-                g.splits,
-                eps,
-                BATCH=batch,
-                **SMALL,
-            )
-        if eca:
-            gate = torch.empty_like(pooled)
-            kernels.gate[n, triton.cdiv(c, ROW)](
-                means,
-                mean,
-                inverse_std,
-                weight,
-                bias,
-                kernel,
-                pooled,
-                gate,
-                c,
-                K=kernel.numel(),
-                BC=ROW,
-            )
-        g = _Grid.of(z, APPLY)
-        kernels.apply[g.programs](
-            z,
-            mean,
-            inverse_std,
-            weight,
-            bias,
-            gate,
-            z if residual is None else residual,
-            out,
-            c,
-            g.hw,
-            g.per,
-            ECA=eca,
-            RESIDUAL=residual is not None,
-            ACTIVATION=activation,
-            **g.tile,
+            means = launches.statistics(z, mean, variance, inverse_std, eps, batch)
+        if kernel is not None:
+            pooled, gate = launches.gate(means, mean, inverse_std, weight, bias, kernel)
+        out = launches.apply(
+            z, mean, inverse_std, weight, bias, gate if eca else None, residual, activation
         )
-    if not eca:
-        pooled, gate = vector[:0].clone(), vector[:0].clone()
     return out, new_mean, new_variance, inverse_std, pooled, gate
 
 
 @tail_forward.register_fake
-def _(z, weight, bias, kernel, residual, mean, variance, eps, activation):
+def _(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    activation: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, c = z.shape[:2]
 
-    def small(*shape):
+    def small(*shape: int) -> Tensor:
         return z.new_empty(shape, dtype=torch.float32)
 
     statistics = (c,) if mean is None else (0,)
-    rows = (0,) if kernel is None else (n, c)
+    rows: tuple[int, ...] = (0,) if kernel is None else (n, c)
     return (
         torch.empty_like(z),
         small(*statistics),
@@ -215,112 +110,55 @@ def tail_backward(
     Without activation `out` is None and ∂residual, which is grad itself, comes back empty.
     """
     eca, activation = kernel is not None, out is not None
-    want_residual = want_residual and activation
-    n, c = z.shape[:2]
-    dz = torch.empty_like(z) if want_z else z.new_empty(0)
-    dr = torch.empty_like(z) if want_residual else z.new_empty(0)
-    d_weight, d_bias = torch.empty_like(mean), torch.empty_like(mean)
+    masked_by = z if out is None else out
+    keep = want_residual and activation
     d_kernel = d_pooled = mean.new_empty(0)
-    masked_by = out if activation else z
-    g = _Grid.of(z, REDUCE)
-    parts = z.new_empty((2, g.splits * n, c), dtype=torch.float32)
-    with _on(z):
-        kernels.gradient_sums[g.programs](
-            grad,
-            masked_by,
-            z,
-            mean,
-            parts[0],
-            parts[1],
-            dr,
-            c,
-            g.hw,
-            g.per,
-            ACTIVATION=activation,
-            KEEP=want_residual,
-            **g.tile,
-        )
-        rows = parts
-        if eca:
-            k, blocks = kernel.numel(), triton.cdiv(c, ROW)
-            rows = z.new_empty((2, n, c), dtype=torch.float32)
-            d_pooled = torch.empty_like(rows[0])
-            of_blocks = z.new_empty((n * blocks, k), dtype=torch.float32)
-            kernels.gate_backward[n, blocks](
-                parts[0],
-                parts[1],
-                inverse_std,
-                weight,
-                bias,
-                kernel,
-                pooled,
-                gate,
-                rows[0],
-                rows[1],
-                d_pooled,
-                of_blocks,
-                n,
-                c,
-                g.splits,
-                K=k,
-                BC=ROW,
+    dz = z.new_empty(0)
+    with grids.on_device_of(z):
+        rows, d = launches.gradient_sums(grad, masked_by, z, mean, activation, keep)
+        if kernel is not None:
+            assert pooled is not None
+            assert gate is not None
+            rows, d_pooled, d_kernel = launches.gate_backward(
+                rows, inverse_std, weight, bias, kernel, pooled, gate
             )
-            d_kernel = of_blocks.sum(0)
-        kernels.parameter_gradients[_small_grid(c)](
-            rows[0],
-            rows[1],
-            inverse_std,
-            d_weight,
-            d_bias,
-            rows.shape[1],
-            c,
-            NORMALISED=eca,
-            **SMALL,
-        )
+        d_weight, d_bias = launches.parameter_gradients(rows, inverse_std, eca)
         if want_z:
-            if want_residual:  # d is in memory: one tensor to read, not two
-                grad, activation = dr, False
-            g = _Grid.of(z, APPLY)
-            kernels.gradient_input[g.programs](
+            if keep:  # d is in memory: the kernel reads it alone, not grad and out
+                grad, activation = d, False
+            dz = launches.gradient_input(
                 grad,
                 masked_by,
                 z,
                 mean,
                 inverse_std,
                 weight,
-                gate if eca else mean,
+                gate if eca else None,
                 d_pooled,
                 d_weight,
                 d_bias,
-                dz,
-                n,
-                c,
-                g.hw,
-                g.per,
-                BATCH=batch_statistics,
-                ECA=eca,
-                ACTIVATION=activation,
-                **g.tile,
+                batch_statistics,
+                activation,
             )
-    return dz, d_weight, d_bias, d_kernel, dr
+    return dz, d_weight, d_bias, d_kernel, d
 
 
 @tail_backward.register_fake
 def _(
-    grad,
-    z,
-    out,
-    weight,
-    bias,
-    kernel,
-    mean,
-    inverse_std,
-    pooled,
-    gate,
-    batch_statistics,
-    want_z,
-    want_residual,
-):
+    grad: Tensor,
+    z: Tensor,
+    out: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+    pooled: Tensor | None,
+    gate: Tensor | None,
+    batch_statistics: bool,
+    want_z: bool,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     nothing = z.new_empty(0)
     return (
         torch.empty_like(z) if want_z else nothing,
@@ -331,7 +169,8 @@ def _(
     )
 
 
-@torch.compiler.assume_constant_result  # Dynamo calls it while it traces, and traces the answer
+# Dynamo calls it while it traces, and traces the answer.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """None if the operators run on the device in the dtype, else in one line the reason why not.
 

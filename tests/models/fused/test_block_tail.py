@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.fused import block_tail as eca_fused
-from models.fused import formulas, passes
+from models.fused import chunked_passes, formulas, passes
 from models.fused.block_tail import block_tail, fused_tail
 
 pytestmark = pytest.mark.usefixtures("seeded", "operations")
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("seeded", "operations")
 @pytest.fixture
 def small_chunks(monkeypatch):
     """So little room that each sample is a chunk of its own."""
-    monkeypatch.setattr(passes, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunked_passes, "CHUNK_BYTES", 1)
 
 
 @pytest.mark.parametrize("training", [True, False])

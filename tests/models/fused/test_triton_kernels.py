@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed here")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from models.fused import triton_operators  # noqa: E402
+from models.fused import triton_grids, triton_operators  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is in the compiler's place"
@@ -216,6 +216,6 @@ def test_programs_fill_a_large_gpu_several_times():
         for c, size in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)):
             z = torch.empty(256, c, size, size, device="meta")
             z = z.to(memory_format=FORMATS[memory_format])
-            n, blocks, splits = triton_operators._Grid.of(z, triton_operators.REDUCE).programs
+            n, blocks, splits = triton_grids.Grid.of(z, triton_grids.REDUCE).programs
             found[c] = n * blocks * splits
         assert min(found.values()) >= 4096, found

@@ -28,7 +28,7 @@ from torch import nn
 triton = pytest.importorskip("triton", reason="Triton is not installed here")
 
 from models.eca_resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
-from models.fused import block_tail, triton_operators  # noqa: E402
+from models.fused import block_tail, dispatch, triton_grids, triton_operators  # noqa: E402
 from models.fused.block_tail import fused_tail  # noqa: E402
 
 
@@ -57,8 +57,8 @@ def operators(monkeypatch):
     assert [triton_operators.why_not(device, dtype) for dtype in triton_operators.DTYPES] == [
         None
     ] * 3
-    monkeypatch.setattr(block_tail, "eca_triton", triton_operators)
-    monkeypatch.setattr(block_tail, "_on_triton", on_triton)
+    monkeypatch.setattr(dispatch, "eca_triton", triton_operators)
+    monkeypatch.setattr(dispatch, "on_triton", on_triton)
 
 
 @pytest.fixture
@@ -123,12 +123,12 @@ def test_odd_shapes(shape, ksize, calls):
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_pixels_split_among_programs(memory_format, calls, monkeypatch):
     """Splits of unequal size, more than one tile in each, and a last tile that is not full."""
-    monkeypatch.setattr(triton_operators, "TILE", 64 if memory_format == "nchw" else 512)
+    monkeypatch.setattr(triton_grids, "TILE", 64 if memory_format == "nchw" else 512)
     bn, attention, z, r, grad = make_case((1, 10, 15, 17), memory_format=FORMATS[memory_format])
-    blocks = triton_operators._Grid.of(z, 1).programs[1]
-    monkeypatch.setattr(triton_operators, "REDUCE", 2 * blocks)
-    monkeypatch.setattr(triton_operators, "APPLY", 2 * blocks)
-    grid = triton_operators._Grid.of(z, triton_operators.REDUCE)
+    blocks = triton_grids.Grid.of(z, 1).programs[1]
+    monkeypatch.setattr(triton_grids, "REDUCE", 2 * blocks)
+    monkeypatch.setattr(triton_grids, "APPLY", 2 * blocks)
+    grid = triton_grids.Grid.of(z, triton_grids.REDUCE)
     assert grid.splits > 1
     assert grid.per > grid.block_p
     assert grid.hw % grid.per % grid.block_p
@@ -142,10 +142,10 @@ def test_pixels_split_among_programs(memory_format, calls, monkeypatch):
 def test_no_cancellation_where_the_mean_dwarfs_the_deviation(
     memory_format, tile, calls, monkeypatch
 ):
-    monkeypatch.setattr(triton_operators, "TILE", tile)
-    monkeypatch.setattr(triton_operators, "REDUCE", 1)
+    monkeypatch.setattr(triton_grids, "TILE", tile)
+    monkeypatch.setattr(triton_grids, "REDUCE", 1)
     bn, attention, z, _, grad = make_case((4, 16, 9, 9), memory_format=FORMATS[memory_format])
-    assert (triton_operators._Grid.of(z, 1).block_p < 81) == (tile == 64)
+    assert (triton_grids.Grid.of(z, 1).block_p < 81) == (tile == 64)
     case = (bn, attention, z + 4096, None, grad, False)
     # z's own grid is 2^-11 of a deviation here; Σz² - (Σz)²/M in float32 would be off by about 1.
     assert_close(outcome(*case), exact_outcome(*case), (5e-3, 5e-3))
@@ -234,6 +234,15 @@ def test_operators_keep_torchs_rules(operators):
             given = (grad, z, masked, weight, bias, k, mean, inverse_std, pooled, gate)
             given = (*given, s[0] is None, want, want)
             torch.library.opcheck(torch.ops.eca_net.tail_backward, given, test_utils=checks)
+
+
+@on_device
+def test_a_mean_without_its_variance_is_refused(operators):
+    bn, _, z, _, _ = make_case((2, 8, 5, 5))
+    weight, bias, mean = bn.weight.detach(), bn.bias.detach(), bn.running_mean
+    for statistics in ((mean, None), (None, mean)):
+        with pytest.raises(ValueError, match="together"):
+            triton_operators.tail_forward(z, weight, bias, None, None, *statistics, 1e-5, True)
 
 
 @on_device
