@@ -7,6 +7,7 @@ examples:
   main.py --recipe modern DATA                    600 epochs for what the network can do
   main.py --resume auto                           go on with the newest run
   main.py demo:digits                             real images without a download
+  main.py demo:fashion --download                 70,000 photographs of garments
 """
 
 import sys
@@ -27,7 +28,7 @@ from utils.classification.outcome import CLASSIFICATION
 from utils.classification.state import first_state
 from utils.classification.task import TaskBatches, make_task
 from utils.classification.training_data import TrainingData, make_record, open_training_data
-from utils.data import demo_digits, splits
+from utils.data import demo_sets, splits
 from utils.data.gpu_decoding import check_decoder, reading_of
 from utils.data.loading import Reading, replaced_lines, validation_batches
 from utils.options.classification import build_parser
@@ -61,17 +62,17 @@ RECIPE = Recipe(  # the paper's, for ResNets
     lr_step=30,
     lr_decay=0.1,
 )
-DEMO = {"arch": "eca_resnet18", **demo_digits.DIGITS_RECIPE}
+DEMOS = demo_sets.recipes("eca_resnet18")
 
 
-def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
+def main(recipe: Recipe = RECIPE, demos: Mapping[str, Mapping[str, object]] = DEMOS) -> int:
     """One run from the command line.
 
     Args:
         recipe: the script's default, the paper's.
-        demo: what demo data needs otherwise, whatever the --recipe.
+        demos: what each demo needs otherwise, whatever the --recipe.
     """
-    settings, recipe, start = read_command_line(recipe, demo)
+    settings, recipe, start = read_command_line(recipe, demos)
     smaller = "a smaller -b or --img-size, or --amp bf16"
     needs = Memory(f"-b {recipe.batch_size}", smaller, " or a smaller -b")
     context = distributed.setup(settings.device, settings.gpu)
@@ -89,14 +90,13 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
 
 
 def read_command_line(
-    recipe: Recipe, demo: Mapping[str, object]
+    recipe: Recipe, demos: Mapping[str, Mapping[str, object]]
 ) -> tuple[ClassificationSettings, Recipe, Start]:
     """Parses the flags, finds the checkpoint, merges the recipe, and refuses what does not fit."""
     parser = build_parser(recipe, models.MODELS, __doc__.replace("main.py", Path(sys.argv[0]).name))
     args = typed = parser.parse_args()
     given = parser.given(vars(typed))
-    on_demo = (args.data or "").startswith(demo_digits.PREFIX)
-    recipe = recipe.override(**RECIPES[args.recipe or PAPER]).override(**demo if on_demo else {})
+    recipe = recipe.override(**RECIPES[args.recipe or PAPER]).override(**demos.get(args.data, {}))
     of_any_run = args.data is None and args.arch is None and args.action is None
     name = None if of_any_run else runs.run_name(args.arch or recipe.arch, args.action)
     saved, folder = resume.read(
@@ -122,7 +122,7 @@ def read_command_line(
             first_network(args, recipe, pretrained)
     refuse_no_work(args, recipe)
     if args.workers is None:  # a demo's images are so small that processes would cost more
-        args.workers = 0 if args.data.startswith(demo_digits.PREFIX) else default_workers()
+        args.workers = 0 if demo_sets.is_demo(args.data) else default_workers()
     args.channels_last |= args.fast  # how --fast rebuilds
     settings = ClassificationSettings.of(args, typed)
     return settings, recipe, Start(saved, pretrained, folder)
@@ -137,7 +137,7 @@ def evaluate(
     classes = saved.get("classes")
     with as_user_error(f"{source}: "):
         network = weights.network_from_checkpoint(saved)
-    root = demo_digits.find_root(settings.data, context)
+    root = demo_sets.find_root(settings.data, context, settings.data_files, settings.download)
     _, images = splits.open_split(root, classes, with_train=False)
     distributed.refuse_differences(validation_images=len(images))
     if classes is None and len(images.classes) != network.num_classes:
@@ -184,7 +184,7 @@ def train(
     seed = distributed.share(runs.fresh_seed() if seed is None else seed, context)
     context.say(*backends.configure(settings.seed is not None, context.device))
     # Data first: what a user can have wrong is said before anything heavy.
-    root = demo_digits.find_root(settings.data, context)
+    root = demo_sets.find_root(settings.data, context, settings.data_files, settings.download)
     data = open_training_data(root, recipe, start.saved, settings.typed, context)
     torch.manual_seed(seed)
     network = build_network(settings, recipe, start, data, context)
