@@ -10,6 +10,7 @@ again with the same --output DIR, and refuses a plan that was changed since.
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -162,7 +163,7 @@ def _result(spec: Spec, folder: Path) -> RunResult:
 
 def _multiply_adds(spec: Spec, classes: int, img_size: int) -> int:
     arch, flags = arch_and_flags(*spec[:2])
-    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    given = dict(itertools.pairwise(flags))
     with torch.device("meta"):
         network = models.create_model(
             arch,

@@ -224,7 +224,7 @@ class Record:
         return call
 
 
-PAGES = (*DOCUMENTS, "README.md", "docs/ABLATION.md")
+PAGES = (*DOCUMENTS, "README.md", "docs/ABLATION.md", "docs/EVIDENCE.md")
 
 
 @pytest.mark.parametrize("name", PAGES)

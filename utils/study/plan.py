@@ -21,11 +21,21 @@ VARIANTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "ECA k=3": ("eca_{}", ("--ksize", K3)),
     "ECA adaptive": ("eca_{}", ("--ksize", "adaptive")),
     "ECA published": ("eca_{}", ()),
+    "ECA identity start": ("eca_{}", ("--identity-start",)),  # on weights of a plain network
 }
 STAGES = {"resnet": "3333", "mobilenet": "33"}  # K3 as --ksize takes it
 # Flags that the study gives itself, or that would make runs of one plan differ.
 OWN = ("-a", "--arch", "--ksize", "--attention", "--lr", "--learning-rate", "--seed", "--output")
-OWN += ("--resume", "-e", "--evaluate", "--recipe", "--pretrained", "-j", "--workers", "--device")
+OWN += (
+    "--resume",
+    "-e",
+    "--evaluate",
+    "--recipe",
+    "--identity-start",
+    "-j",
+    "--workers",
+    "--device",
+)
 
 
 @dataclass(frozen=True)
