@@ -2,6 +2,7 @@
 # make demo-light    the same with ECA-MobileNetV2
 # make demo-detect   Mask R-CNN with ECA-ResNet-18 on digits over photographs, with a picture
 # make ablation      no attention, SE, ECA-NS and ECA of every k on the digits, three seeds each
+# make evidence-smoke  a whole study on a tiny part of the digits, in two minutes: docs/EVIDENCE.md
 # make benchmarks    every benchmark, with JSON files in runs/benchmarks: half an hour on a CPU
 # make test          set up, run the tests; make test-faults: kills and full disks, minutes long (KILLS=60: more)
 PYTHON ?= python3
@@ -10,7 +11,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 KILLS ?= 24
 
-.PHONY: demo demo-light demo-detect ablation benchmarks test test-faults lint clean
+.PHONY: demo demo-light demo-detect ablation evidence-smoke benchmarks test test-faults lint clean
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
@@ -32,6 +33,9 @@ demo-detect: $(READY)
 
 ablation: $(READY)
 	$(RUN) -m tools.ablation demo:digits --jobs 2 -- --epochs 4
+
+evidence-smoke: $(READY)
+	$(RUN) -m tools.study tools/study_plans/smoke.json --jobs 2
 
 benchmarks: $(READY)
 	$(RUN) benchmarks/all.py --out runs/benchmarks

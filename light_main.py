@@ -1,7 +1,7 @@
 """MobileNetV2's recipe, handed to main.py's entry."""
 
 from main import main
-from utils.data import demo_digits
+from utils.data import demo_sets
 from utils.options.parser import run_script
 from utils.recipes.classification import Recipe
 
@@ -15,8 +15,7 @@ RECIPE = Recipe(  # the paper's, for MobileNetV2
     schedule="exp",
     lr_decay=0.98,
 )
-# MobileNetV2 halves a map 5 times, and takes longer than a ResNet to settle.
-DEMO = demo_digits.DIGITS_RECIPE | {"img_size": 64, "epochs": 10, "lr": 0.03}
+DEMOS = demo_sets.recipes("eca_mobilenetv2", light=True)
 
 if __name__ == "__main__":
-    run_script(lambda: main(RECIPE, DEMO))
+    run_script(lambda: main(RECIPE, DEMOS))

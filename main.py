@@ -7,6 +7,7 @@ examples:
   main.py --recipe modern DATA                    600 epochs for what the network can do
   main.py --resume auto                           go on with the newest run
   main.py demo:digits                             real images without a download
+  main.py demo:fashion --download                 70,000 photographs of garments
 """
 
 import sys
@@ -20,13 +21,12 @@ import torch
 import models
 from assembly import classifier
 from assembly.run_folder import open_files
-from models import start as start_weights
 from models import weights
 from utils.classification import engine, report
 from utils.classification.outcome import CLASSIFICATION
 from utils.classification.task import TaskBatches, make_task
 from utils.classification.training_data import open_training_data, open_validation_data
-from utils.data import demo_digits
+from utils.data import demo_sets
 from utils.data.gpu_decoding import check_decoder
 from utils.data.loading import replaced_lines, validation_batches
 from utils.options.classification import build_parser
@@ -59,17 +59,17 @@ RECIPE = Recipe(  # the paper's, for ResNets
     lr_decay=0.1,
 )
 SMALLER = "a smaller -b or --img-size, or --amp bf16"  # what spares memory
-DEMO = {"arch": "eca_resnet18", **demo_digits.DIGITS_RECIPE}
+DEMOS = demo_sets.recipes("eca_resnet18")
 
 
-def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
+def main(recipe: Recipe = RECIPE, demos: Mapping[str, Mapping[str, object]] = DEMOS) -> int:
     """One run from the command line.
 
     Args:
         recipe: the script's default, the paper's.
-        demo: what demo data needs otherwise, whatever the --recipe.
+        demos: what each demo needs otherwise, whatever the --recipe.
     """
-    settings, recipe, start = read_command_line(recipe, demo)
+    settings, recipe, start = read_command_line(recipe, demos)
     needs = Memory(f"-b {recipe.batch_size}", SMALLER, " or a smaller -b")
     context = distributed.setup(settings.device, settings.gpu)
     try:
@@ -86,24 +86,21 @@ def main(recipe: Recipe = RECIPE, demo: Mapping[str, object] = DEMO) -> int:
 
 
 def read_command_line(
-    recipe: Recipe, demo: Mapping[str, object]
+    recipe: Recipe, demos: Mapping[str, Mapping[str, object]]
 ) -> tuple[ClassificationSettings, Recipe, Start]:
     """Parses the flags, finds the checkpoint, merges the recipe, and refuses what does not fit."""
     paper = recipe
     parser = build_parser(recipe, models.MODELS, __doc__.replace("main.py", Path(sys.argv[0]).name))
     args = typed = parser.parse_args()
     given = parser.given(vars(typed))
-    on_demo = (args.data or "").startswith(demo_digits.PREFIX)
-    recipe = recipe.override(**RECIPES[args.recipe or PAPER]).override(**demo if on_demo else {})
+    recipe = recipe.override(**RECIPES[args.recipe or PAPER]).override(**demos.get(args.data, {}))
     of_any_run = args.data is None and args.arch is None and args.action is None
     name = None if of_any_run else runs.run_name(args.arch or recipe.arch, args.action)
     places = (args.resume, args.pretrained, name, args.output)
     saved, folder = resume.read(*places, args.evaluate, args.start_epoch)
     if saved is not None:
         source = str(args.resume or args.pretrained)
-        asked = (args.arch, args.ksize, args.attention, args.num_classes)
-        with as_user_error():
-            start_weights.refuse_another(saved.contents, source, *asked)
+        classifier.refuse_another(saved, source, args)
         if saved.run is not None:
             parser.set_defaults(**parser.take_saved(saved.run.flags, NEVER_TAKEN, source))
             args = parser.parse_args()
@@ -118,8 +115,9 @@ def read_command_line(
         with torch.device("meta"):  # costs nothing, and finds what does not fit
             classifier.first_network(args, recipe, pretrained)
     refuse_no_work(args, recipe)
+    on_demo = demo_sets.is_demo(args.data)
     if args.workers is None:  # a demo's images are so small that processes would cost more
-        args.workers = 0 if args.data.startswith(demo_digits.PREFIX) else default_workers()
+        args.workers = 0 if on_demo else default_workers()
     args.channels_last |= args.fast  # how --fast rebuilds
     notes = notes_on(recipe, paper, on_demo or args.recipe not in (None, PAPER))
     return ClassificationSettings.of(args, typed), recipe, Start(saved, pretrained, folder, notes)
@@ -132,7 +130,7 @@ def evaluate(
     backends.configure(False, context.device)
     with as_user_error(f"{saved.file}: "):
         network = weights.network_from_checkpoint(saved.contents)
-    root = demo_digits.find_root(settings.data, context)
+    root = demo_sets.find_root(settings.data, context, settings.data_files, settings.download)
     images = open_validation_data(root, saved, network.num_classes)
     context.say(
         *report.data_lines(None, images),
@@ -167,7 +165,7 @@ def train(
     seed = start.seed(settings.seed, context)
     context.say(*backends.configure(settings.seed is not None, context.device))
     # Data first: what a user can have wrong is said before anything heavy.
-    root = demo_digits.find_root(settings.data, context)
+    root = demo_sets.find_root(settings.data, context, settings.data_files, settings.download)
     data = open_training_data(root, recipe, start.saved, settings.typed, context)
     torch.manual_seed(seed)
     network, notes = classifier.build_network(settings, recipe, start, data.train.classes)

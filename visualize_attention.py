@@ -17,7 +17,7 @@ from models.eca_module import ECALayer
 from models.inspection import attention_layers, recorded_gates
 from models.weights import network_from_checkpoint
 from utils.classification.report import network_line
-from utils.data import demo_digits, image_folder, splits
+from utils.data import demo_sets, image_folder, splits
 from utils.data.decoding import DECODERS, decoder_name
 from utils.data.image_folder import ImageFolder
 from utils.data.user_images import read_batches
@@ -100,7 +100,7 @@ def main() -> int:
             f"{args.checkpoint}: {network.arch} has no attention layers to look at; give a "
             "checkpoint of an ECA or SE network"
         )
-    on_demo = args.data.startswith(demo_digits.PREFIX)
+    on_demo = demo_sets.is_demo(args.data)
     images = only(open_images(args.data, on_demo), args.per_class)
     shown = chosen_classes(images.classes, args.curves)
     img_size, crop_pct = preprocessing(saved, args.img_size, args.crop_pct)
@@ -142,7 +142,7 @@ def main() -> int:
 def open_images(data: str, on_demo: bool) -> ImageFolder:
     """DATA/val, or DATA itself where it has no val/; its classes need not be the checkpoint's."""
     if on_demo:
-        data = str(demo_digits.prepare(data))
+        data = str(demo_sets.prepare(data))
     inner = os.path.join(data, "val")
     return splits.open_images(inner if os.path.isdir(inner) else data)
 

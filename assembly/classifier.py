@@ -58,6 +58,18 @@ def first_network(
         )
 
 
+def refuse_another(saved: Checkpoint, source: str, asked: Namespace) -> None:
+    """Refuses flags that ask for another network than the one that a checkpoint holds.
+
+    Args:
+        source: the checkpoint, as the command line named it.
+        asked: the flags.
+    """
+    wanted = (asked.arch, asked.ksize, asked.attention, asked.num_classes)
+    with as_user_error():
+        start_weights.refuse_another(saved.contents, source, *wanted)
+
+
 def build_network(
     settings: ClassificationSettings, recipe: Recipe, start: Start, classes: Sequence[str]
 ) -> tuple[Network, list[str]]:

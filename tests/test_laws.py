@@ -25,6 +25,7 @@ ARROWS: Mapping[str, frozenset[str]] = {
         {"utils/training", "utils/runs", "utils/data", "utils/recipes", "utils/system"}
     ),
     "utils/inspection": frozenset({"utils/detection", "utils/data", "utils/system"}),
+    "utils/study": frozenset({"utils/data", "utils/system"}),
     "utils/options": frozenset({"utils/recipes", "utils/data", "utils/inspection", "utils/system"}),
     "models": frozenset({"models/fused"}),
     "models/fused": frozenset({"models/eca_module"}),

@@ -22,9 +22,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tools.compare_runs import read_run
-from utils.inspection.ablation_results import KERNELS, PLAIN, Result, draw, rows
 from utils.options.parser import Parser, positive_int, run_script
 from utils.runs import folder as run_folder
+from utils.study.ablation_results import KERNELS, PLAIN, Result, draw, rows
 from utils.system import output_checks
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically

@@ -34,7 +34,7 @@ from assembly import detector
 from models import weights
 from models.detection.detectors import create_detector, describe_detector
 from tools import ablation
-from utils.data import demo_digits
+from utils.data import demo_digits, demo_sets
 from utils.options.parser import Parser
 from utils.runs import checkpoint
 from utils.runs.resume import Start
@@ -100,7 +100,7 @@ def workspace(tmp_path, few_digits, monkeypatch):
     for source in (*ROOT.glob("*.py"), ROOT / "Makefile", ROOT / "utils", ROOT / "models"):
         (tmp_path / source.name).symlink_to(source)
     shutil.copytree(few_digits, tmp_path / "demo_data")
-    monkeypatch.setattr(demo_digits, "HOME", Path("demo_data"))
+    monkeypatch.setattr(demo_sets, "HOME", Path("demo_data"))
     photos = tmp_path / "demo_data" / "shapes" / "val2017"
     photos.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
@@ -154,7 +154,7 @@ def test_readme_s_commands_are_understood(workspace, monkeypatch):
         }
     for name, network in networks.items():
         write_shapes_of(network, workspace / f"{name}.pth")
-    recipe = main.RECIPE.override(**main.DEMO).as_dict()
+    recipe = main.RECIPE.override(**main.DEMOS["demo:digits"]).as_dict()
     run_fields = {name: RUN[name] for name in checkpoint.RUN}
     state = run_fields | {
         "recipe": recipe,
@@ -231,7 +231,7 @@ class Record:
         return call
 
 
-PAGES = (*DOCUMENTS, "README.md", "docs/ABLATION.md")
+PAGES = (*DOCUMENTS, "README.md", "docs/ABLATION.md", "docs/EVIDENCE.md")
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import models
-from main import DEMO, RECIPE, main
+from main import DEMOS, RECIPE, main
 from utils.runs import checkpoint
 from utils.system.errors import UserError
 
@@ -226,5 +226,5 @@ def test_recipes_are_the_papers():
     assert (RECIPE.schedule, RECIPE.lr_step, RECIPE.lr_decay) == ("step", 30, 0.1)
     assert (LIGHT.epochs, LIGHT.batch_size, LIGHT.lr, LIGHT.weight_decay) == (400, 96, 0.045, 4e-5)
     assert (LIGHT.schedule, LIGHT.lr_decay) == ("exp", 0.98)
-    assert DEMO["arch"] == "eca_resnet18"
+    assert DEMOS["demo:digits"]["arch"] == "eca_resnet18"
     assert Path(models.__file__).parent.parent == Path(__file__).parents[2]

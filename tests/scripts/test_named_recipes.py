@@ -13,12 +13,12 @@ import torch
 from helpers.trees import ROOT
 
 import main as script
-from light_main import DEMO as LIGHT_DEMO
+from light_main import DEMOS as LIGHT_DEMOS
 from light_main import RECIPE as LIGHT
-from main import DEMO, RECIPE
+from main import DEMOS, RECIPE
 from models import weights
 from utils.classification.report import recipe_lines
-from utils.data import demo_digits
+from utils.data import demo_sets
 from utils.recipes.classification import MODERN, MODERN_100, RECIPES, Recipe
 from utils.runs import checkpoint
 from utils.training.state import RunState
@@ -123,7 +123,9 @@ def test_the_paper_s_recipe_has_nothing_of_the_others():
 
 
 @pytest.mark.parametrize("name", ["modern", "modern100"])
-@pytest.mark.parametrize(("recipe", "demo"), [(RECIPE, DEMO), (LIGHT, LIGHT_DEMO)])
+@pytest.mark.parametrize(
+    ("recipe", "demo"), [(RECIPE, DEMOS["demo:digits"]), (LIGHT, LIGHT_DEMOS["demo:digits"])]
+)
 def test_a_demo_keeps_its_sizes_under_every_recipe(recipe, demo, name):
     found = recipe.override(**RECIPES[name]).override(**demo)
     assert {key: getattr(found, key) for key in demo} == demo
@@ -308,7 +310,7 @@ def documented() -> list[str]:
 
 @pytest.mark.parametrize("line", documented())
 def test_documented_commands(call, run, tree, tmp_path, monkeypatch, line):
-    monkeypatch.setattr(demo_digits, "HOME", tmp_path / "home")
+    monkeypatch.setattr(demo_sets, "HOME", tmp_path / "home")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "digits").symlink_to(tree)
     words = [str(tree) if word == "DATA" else word for word in line.split()]
@@ -323,7 +325,7 @@ def test_documented_commands(call, run, tree, tmp_path, monkeypatch, line):
         assert result["loss"] == pytest.approx(wanted, rel=1e-3)  # of bfloat16, and one rank's
     else:
         name, arguments = words[1], words[2:]
-        entry = script.main if name == "main.py" else lambda: script.main(LIGHT, LIGHT_DEMO)
+        entry = script.main if name == "main.py" else lambda: script.main(LIGHT, LIGHT_DEMOS)
         scaled = SCALED["demo" if "demo:digits" in arguments else name]
         code, out, err = call(*arguments, *scaled, entry=entry)
         text = "\n".join([*out, *err])

@@ -11,8 +11,8 @@ from PIL import Image
 
 from tools import ablation
 from tools.ablation import run_all
-from utils.inspection import ablation_results
-from utils.inspection.ablation_results import Result, gain, rows
+from utils.study import ablation_results
+from utils.study.ablation_results import Result, gain, rows
 from utils.system.errors import UserError
 
 

@@ -1,20 +1,12 @@
-"""Real images without a download: scikit-learn's handwritten digits as an ImageFolder tree."""
+"""demo:digits: scikit-learn's handwritten digits as an ImageFolder tree, without a download."""
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from utils.system.distributed import Context, share
 from utils.system.errors import UserError
 
-HOME = Path(__file__).resolve().parents[2] / "demo_data"
-PREFIX = "demo:"
-DIGITS = "demo:digits"
 SPLIT_SEED = 0
 VAL_SHARE = 0.2
 PIXELS = 32  # the 8 x 8 scans, enlarged once, so that every run reads the same files
@@ -37,48 +29,6 @@ DIGITS_RECIPE = {
     "repeats": 1,
     "train_size": 0,
 }
-
-
-def find_root(data: str, context: Context) -> str | Path:
-    """The folder that DATA names; demo data is written by rank 0 while the others wait."""
-    if data.startswith(PREFIX):
-        return share(prepare(data) if context.is_main else None, context)
-    return data
-
-
-def prepare(name: str) -> Path:
-    """The folder of a demo's images, written the first time.
-
-    Args:
-        name: "demo:digits".
-
-    Raises:
-        UserError: another name, or scikit-learn is not installed.
-    """
-    if name != DIGITS:
-        raise UserError(f"no demo data {name!r}; there is {DIGITS}")
-    return write_once(HOME / "digits", write_digits)
-
-
-def write_once(target: Path, write: Callable[[Path], None]) -> Path:
-    """`target`, made by `write` in a folder beside it if it is not there: whole, or not at all.
-
-    What lies below the present folder is returned, and so told, by its short name.
-    """
-    if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            write(staging)
-            os.chmod(staging, 0o755)
-            os.rename(staging, target)
-        except OSError:
-            if not target.is_dir():  # else another process was first, with the same files
-                raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    here = Path.cwd()
-    return target.relative_to(here) if target.is_relative_to(here) else target
 
 
 def write_digits(folder: Path) -> None:

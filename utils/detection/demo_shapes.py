@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from utils.data.demo_digits import HOME, SPLIT_SEED, VAL_SHARE, write_once
+from utils.data.demo_digits import SPLIT_SEED, VAL_SHARE
+from utils.data.demo_sets import HOME, write_once
 from utils.detection.coco_masks import run_lengths
 from utils.system.distributed import Context, share
 from utils.system.errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data import demo_digits, splits
+from utils.data import demo_sets, splits
 from utils.data.image_folder import ImageFolder
 from utils.data.user_images import read_batches
 from utils.inspection import export_formats, quantisation
@@ -91,7 +91,7 @@ def _refuse_loss(name: str, drop: float, max_drop: float) -> None:
 
 def _open_data(data: str, metadata: Mapping[str, object]) -> tuple[ImageFolder, ImageFolder]:
     """Opens the images of train and val, labelled as the network's classes are."""
-    root = demo_digits.prepare(data) if data.startswith(demo_digits.PREFIX) else data
+    root = demo_sets.prepare(data) if demo_sets.is_demo(data) else data
     train, val = splits.open_split(str(root), metadata["classes"] or None)
     if len(train.classes) != metadata["num_classes"]:
         raise UserError(

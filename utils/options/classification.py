@@ -6,10 +6,12 @@ from dataclasses import fields
 from functools import partial
 
 from utils.data.decoding import DECODERS, ON_DEVICE, decoder_name
+from utils.data.demo_sets import DEMOS
 from utils.data.transforms import AUTO_AUGMENTS
 from utils.options.common import (
     add_data_flag,
     add_fused,
+    add_original_files,
     add_resume,
     add_run_flags,
     add_sgd,
@@ -52,7 +54,7 @@ def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> P
     parser = Parser(
         description=description,
         epilog="DATA is a folder with train/ and val/, each of one folder per class or of tar "
-        "shards (docs/SCALING.md), the URL of such shards, or demo:digits.",
+        f"shards (docs/SCALING.md), the URL of such shards, or one of {DEMOS}.",
     )
     _data_flags(parser.add_argument_group("data"), recipe)
     _network_flags(parser.add_argument_group("network"), recipe, list(networks))
@@ -69,6 +71,7 @@ def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> P
 
 def _data_flags(group, recipe: Recipe) -> None:
     add_data_flag(group)
+    add_original_files(group)
     add_workers(group, "demos")
     group.add_argument(
         "--img-size", type=positive_int, metavar="S", help=f"pixels (default: {recipe.img_size})"

@@ -31,6 +31,8 @@ OF_ONE_START = frozenset(
         "start_epoch",
         "device",
         "gpu",
+        "data_files",
+        "download",
         "results_json",
         "picture",
     }
@@ -71,6 +73,21 @@ def add_data_flag(group: argparse._ArgumentGroup) -> None:
     """Adds DATA."""
     group.add_argument(
         "data", metavar="DATA", nargs="?", help="data folder (when resuming: the run's own)"
+    )
+
+
+def add_original_files(group: argparse._ArgumentGroup) -> None:
+    """Adds --data-files and --download."""
+    group.add_argument(
+        "--data-files",
+        metavar="DIR",
+        help="the original files of demo:fashion, demo:cifar10 or demo:cifar100 (default: where "
+        "the system's package has them)",
+    )
+    group.add_argument(
+        "--download",
+        action="store_true",
+        help="let torchvision fetch the original files",
     )
 
 

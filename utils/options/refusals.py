@@ -2,11 +2,13 @@
 
 import argparse
 
+from utils.data.demo_sets import DEMOS, takes_files
 from utils.options.classification import OF_BLOCKS, OF_TRAINING
 from utils.options.parser import refuse_idle
 from utils.recipes.classification import Recipe
 from utils.recipes.schedules import UNUSED
 from utils.system.errors import UserError
+from utils.system.text import printable
 
 FAMILIES = {"resnet": "ResNets", "mobilenet": "MobileNetV2"}
 SCRIPTS = {"resnet": "main.py", "mobilenet": "light_main.py"}
@@ -36,7 +38,7 @@ def refuse_flags(args: argparse.Namespace, given: set[str], recipe: Recipe) -> N
 
 
 def refuse_no_work(args: argparse.Namespace, recipe: Recipe) -> None:
-    """Refuses a start with no epoch left by --start-epoch, or without DATA.
+    """Refuses a start with no epoch left by --start-epoch, without DATA, or with idle files for it.
 
     Raises:
         UserError: one line with the remedy.
@@ -47,7 +49,12 @@ def refuse_no_work(args: argparse.Namespace, recipe: Recipe) -> None:
             "one, or more --epochs"
         )
     if args.data is None:
-        raise UserError("no DATA given: a folder with train/ and val/, or demo:digits")
+        raise UserError(f"no DATA given: a folder with train/ and val/, or one of {DEMOS}")
+    if (args.data_files or args.download) and not takes_files(args.data):
+        flag = "--download" if args.download else "--data-files"
+        raise UserError(f"{flag} does nothing with {printable(args.data)}: leave it out")
+    if args.data_files and args.download:
+        raise UserError("--data-files and --download are two ways to the same: give one of them")
 
 
 def notes_on(recipe: Recipe, paper: Recipe, other_numbers: bool) -> tuple[str, ...]:

@@ -56,6 +56,8 @@ class Settings:
 class ClassificationSettings(Settings):
     """What main.py and light_main.py have besides."""
 
+    data_files: str | None
+    download: bool
     decoder: str
     skip_bad_images: bool
     attention: str | None

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from utils.data import demo_digits
+from utils.data import demo_digits, demo_sets
 from utils.detection import demo_shapes
 from utils.system.errors import UserError
 
@@ -20,9 +20,9 @@ def names(folder) -> dict[str, list[str]]:
 
 def test_the_split_is_stratified_and_fixed(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(demo_digits, "HOME", tmp_path)
+    monkeypatch.setattr(demo_sets, "HOME", tmp_path)
     monkeypatch.setattr(demo_digits, "PIXELS", 1)  # the files are not looked into
-    files = names(demo_digits.prepare(demo_digits.DIGITS))
+    files = names(demo_sets.prepare("demo:digits"))
     counts = {key: len(of_class) for key, of_class in files.items()}
     assert sum(n for key, n in counts.items() if key.startswith("train")) == 1438
     assert sum(n for key, n in counts.items() if key.startswith("val")) == 359
@@ -37,9 +37,9 @@ def test_the_split_is_stratified_and_fixed(tmp_path, monkeypatch):
 def test_without_scikit_learn_the_line_says_what_to_install(tmp_path, monkeypatch):
     for name in ("sklearn", "sklearn.datasets"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it is an ImportError
-    monkeypatch.setattr(demo_digits, "HOME", tmp_path)
+    monkeypatch.setattr(demo_sets, "HOME", tmp_path)
     with pytest.raises(UserError, match="scikit-learn, which is not installed: pip install -r req"):
-        demo_digits.prepare(demo_digits.DIGITS)
+        demo_sets.prepare("demo:digits")
     with pytest.raises(UserError, match="scikit-learn, which is not installed: pip install -r req"):
         demo_shapes.write_shapes(tmp_path)
     assert not list(tmp_path.iterdir())  # nothing half made is taken for the data next time

@@ -7,10 +7,11 @@ import pytest
 from matplotlib.text import Text
 
 from utils.classification.outcome import CLASSIFICATION
-from utils.inspection import ablation_results, channel_weight_plots
-from utils.inspection.ablation_results import Result
+from utils.inspection import channel_weight_plots
 from utils.inspection.channel_weights import LayerWeights
 from utils.runs.metrics_log import draw_curves
+from utils.study import ablation_results
+from utils.study.ablation_results import Result
 
 LONG = "a class with a name that is much longer than any label can be"
 NAMES = ("cat", LONG, "_hidden", "$x$ \\frac{", "Größe", "кошка", "")

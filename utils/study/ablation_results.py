@@ -6,18 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from utils.study.student_t import quantile
 from utils.system.colours import CURVES, GREY, MAIN
 from utils.system.text import short
 
 PLAIN = "none"  # the variant without attention, which the others are compared with
 KERNELS = (1, 3, 5, 7, 9)  # of the paper's figure on k
-# Student's t: its 97.5 % quantile by degrees of freedom, from 1, so that 95 % lie between -t and t;
-# as in the NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2.
-QUANTILES = """
-12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 2.120
-2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042
-"""
-STUDENT_T = tuple(float(text) for text in QUANTILES.split())
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ def stands_out(result: Result, plain: Result) -> bool:
     freedom = len(result.top1) - 1
     if freedom < 1:
         return False
-    return abs(mean) > STUDENT_T[min(freedom, len(STUDENT_T)) - 1] * error
+    return abs(mean) > quantile(0.95, freedom) * error
 
 
 def rows(results: Sequence[Result]) -> list[list[str]]:

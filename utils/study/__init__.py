@@ -1,0 +1,1 @@
+"""Studies over many runs: plans, parts of the data, statistics, tables, pictures."""
