@@ -111,9 +111,10 @@ def read_first_weights(asked: Namespace, network_flags: Mapping[str, Any]) -> Ch
 
 def place_of(part: str, settings: DetectionSettings, root: str | Path) -> Place:
     """Returns where the images and annotations of "train" or "val" are, below the data folder."""
+    names = (settings.val_images, settings.val_annotations)
     if part == "train":
-        return locate(root, part, settings.train_images, settings.train_annotations)
-    return locate(root, part, settings.val_images, settings.val_annotations)
+        names = (settings.train_images, settings.train_annotations)
+    return locate(root, part, *names, settings.images_anywhere)
 
 
 def is_channels_last(settings: DetectionSettings, context: Context) -> bool:

@@ -4,7 +4,8 @@
     python -m tools.check_images DATA --output BAD.csv
 
 In a folder in COCO's layout (train2017/, val2017/, annotations/) it also lists every image whose
-size is not the one in the annotations, and every image that is missing.
+size is not the one in the annotations, every image that is missing, and every entry that is wrong:
+ids and file names that stand twice or lead nowhere, boxes and masks that cannot be used.
 
 Ends with 0 when all can be read, with 1 when some cannot.
 """
@@ -18,19 +19,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from PIL.Image import Image
+from PIL import Image
 from tqdm import tqdm
 
 from utils.data import remote_files, shard_folder
 from utils.data.decoding import DECODERS, EXTENSIONS, BrokenImageError, decoder_name, read_image
 from utils.data.image_folder import is_passed_over
 from utils.data.shard_folder import Member
-from utils.detection.coco_files import Place, read_json, shown
+from utils.detection.coco_check import AnnotationCheck
+from utils.detection.coco_files import Place, shown
 from utils.options.parser import Parser, positive_int, run_script
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.processes import processors, shared
 from utils.system.text import cell, printable
 
+ORIENTATION = 0x0112  # the number of this field in EXIF
 CHUNK = 16  # files that a process takes at a time
 
 
@@ -79,26 +82,32 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
     return members + sorted(found), others
 
 
-def stated_sizes(root: str) -> dict[bytes, tuple[int, int]]:
-    """Height and width of each image by its path, as COCO's annotations in `root` state them.
+def check_annotations(
+    root: str,
+) -> tuple[dict[bytes, tuple[int, int]], list[BrokenImageError]]:
+    """Looks through COCO's annotations in `root`, if there are any.
 
-    Empty for a folder without such annotations.
+    Returns:
+        Height and width of each image by its path, and all that is wrong with images' entries,
+        categories and objects.
 
     Raises:
-        UserError: the annotations are damaged, see `read_json`.
+        UserError: a file of annotations is no JSON with COCO's lists.
     """
-    sizes = {}
+    sizes, faults = {}, []
     for part in ("train", "val"):
         images = os.path.join(root, f"{part}2017")
         annotations = os.path.join(root, "annotations", f"instances_{part}2017.json")
         if not os.path.isfile(annotations) or not os.path.isdir(images):
             continue
-        content = read_json(Place(part, Path(images), Path(annotations)))
-        for image in content["images"]:
-            name = image["file_name"].encode("utf-8", "surrogatepass")
-            path = os.path.join(os.fsencode(images), os.path.normpath(name))
-            sizes[path] = image["height"], image["width"]
-    return sizes
+        # Where an image lies is no fault here: the user has named the folder to look at.
+        place = Place(part, Path(images), Path(annotations), anywhere=True)
+        checked = AnnotationCheck(place)
+        faults += [BrokenImageError(path, reason) for path, reason in checked.faults]
+        for file_name, size in checked.sizes.items():
+            name = os.path.normpath(file_name.encode("utf-8", "surrogatepass"))
+            sizes[os.path.join(os.fsencode(images), name)] = size
+    return sizes, faults
 
 
 def find_missing(
@@ -163,10 +172,11 @@ def main() -> int:
         raise UserError(f"{args.output}: exists already; choose a new --output")
 
     paths, others = find_images(args.data)
-    sizes = {} if remote_files.is_remote(args.data) else stated_sizes(args.data)
+    remote = remote_files.is_remote(args.data)
+    sizes, faults = ({}, []) if remote else check_annotations(args.data)
     results = find_broken(paths, args.decoder, args.processes, sizes)
     bar = tqdm(results, total=len(paths), unit="image", disable=not sys.stderr.isatty())
-    broken = [error for error in bar if error is not None] + find_missing(paths, sizes)
+    broken = [error for error in bar if error is not None] + find_missing(paths, sizes) + faults
 
     passed = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
     print(
@@ -190,15 +200,23 @@ def _in_shards(folders: list[str]) -> tuple[list[Member], dict[str, int]]:
     return members, others
 
 
+def is_turned(path: bytes) -> bool:
+    """Whether an image's EXIF orientation swaps its sides."""
+    with Image.open(os.fsdecode(path)) as image:
+        return image.getexif().get(ORIENTATION, 1) >= 5
+
+
 def _read(
     item: tuple[bytes | Member, tuple[int, int] | None], decoder: str
 ) -> BrokenImageError | None:
     path, size = item
     try:
         image = read_image(path, decoder)
-        width, height = image.size if isinstance(image, Image) else image.shape[:-3:-1]
+        width, height = image.size if isinstance(image, Image.Image) else image.shape[:-3:-1]
         if size is not None and size != (height, width):
             reason = f"{width}x{height} pixels, but {size[1]}x{size[0]} in the annotations"
+            if size == (width, height) and is_turned(path):
+                reason += ": its EXIF orientation turns it, which the annotations leave out"
             return BrokenImageError(printable(path), reason)
     except BrokenImageError as error:
         return error

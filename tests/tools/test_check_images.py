@@ -164,3 +164,31 @@ def test_as_a_user_runs_it(data):
     assert done.stdout.splitlines()[0] == "path,reason"
     assert len(done.stdout.splitlines()) == 5
     assert done.stderr.splitlines() == ["41 images read, 4 broken; passed over: 1 .txt"]
+
+
+def test_an_image_that_its_exif_turns_is_told_as_such(call, tmp_path):
+    """Annotators that leave EXIF out write the sides as they are stored."""
+    root = write_coco_tree(tmp_path / "coco", [annotation()], images=2)
+    path = root / "val2017" / "picture-1.png"
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(path, exif=exif)
+    code, out, _ = call(root)
+    assert code == 1
+    (row,) = list(csv.reader(out.splitlines()))[1:]
+    assert row == [
+        str(path),
+        "48x64 pixels, but 64x48 in the annotations: its EXIF orientation turns it, which the "
+        "annotations leave out",
+    ]
+
+
+def test_wrong_entries_of_annotations_are_listed(call, tmp_path):
+    root = write_coco_tree(tmp_path / "coco", [annotation(1, image_id=9), annotation(2)])
+    code, out, _ = call(root)
+    assert code == 1
+    where = root / "annotations" / "instances_val2017.json"
+    assert list(csv.reader(out.splitlines()))[1:] == [
+        [str(where), "annotation 1 has the unknown image_id 9"]
+    ]

@@ -16,7 +16,8 @@ from torchvision.transforms.v2 import functional as F
 from utils.data.decoding import BrokenImageError, read_image
 from utils.data.sampler import Key, mix_seed
 from utils.detection import coco_masks
-from utils.detection.coco_files import Place, check_references, read_json, refuse_missing
+from utils.detection.coco_files import Place, check_references, read_json
+from utils.detection.coco_images import refuse_missing
 from utils.detection.coco_objects import TextArray, collect_objects
 from utils.system.errors import UserError
 from utils.system.text import printable

@@ -1,7 +1,6 @@
 """COCO's files on disk: where a split's images and annotations are, and whether the ids hold."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,21 +23,32 @@ LONGEST_SHOWN = 120  # characters of a name in a message
 
 @dataclass(frozen=True)
 class Place:
-    """A split's folder of images and its annotation file."""
+    """A split's folder of images and its annotation file.
 
-    part: str  # "train" or "val", as in the flags
+    Args:
+        part: "train" or "val", as in the flags.
+        anywhere: images may lie outside of the folder, by links, `..` or absolute names.
+    """
+
+    part: str
     images: Path
     annotations: Path
+    anywhere: bool = False
 
 
 def locate(
-    root: str | Path, part: str, images: str | None = None, annotations: str | None = None
+    root: str | Path,
+    part: str,
+    images: str | None = None,
+    annotations: str | None = None,
+    anywhere: bool = False,
 ) -> Place:
-    """Where the split `part` ("train" or "val") of the data folder `root` is.
+    """Finds where the split `part` ("train" or "val") of the data folder `root` is.
 
     Args:
         images: another name for `{part}2017`, in `root` or absolute.
         annotations: another name for `annotations/instances_{part}2017.json`.
+        anywhere: as in `Place`.
 
     Raises:
         UserError: one of them does not exist.
@@ -48,6 +58,7 @@ def locate(
         part,
         root / (images or f"{part}2017"),
         root / (annotations or f"annotations/instances_{part}2017.json"),
+        anywhere,
     )
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the one that holds {part}2017/")
@@ -71,7 +82,7 @@ def read_json(place: Place) -> dict[str, Any]:
             class name twice.
     """
     path = place.annotations
-    content = _parse(place)
+    content = parse_json(place)
     if place.part == "val":
         content.setdefault("annotations", [])
     for part, keys in FIELDS.items():
@@ -83,18 +94,18 @@ def read_json(place: Place) -> dict[str, Any]:
                 where = f"{part}[{number}]{_of_image(entry, part, content['images'])}"
                 raise UserError(f"{path}: {where} has no {lacking[0]!r}: add it")
     for number, image in enumerate(content["images"]):
-        _check_image(path, number, image)
+        check_image(place, number, image)
     for part, named in (("images", "file_name"), ("categories", "name")):
         if not content[part]:
             raise UserError(f"{path}: the list {part!r} is empty")
         _check_ids(path, part, content[part], named)
     _check_names(path, content["categories"])
     for number, entry in enumerate(content["annotations"]):
-        entry["iscrowd"] = _crowd(path, number, entry)
+        entry["iscrowd"] = crowd(path, number, entry)
     return content
 
 
-def _parse(place: Place) -> dict[str, Any]:
+def parse_json(place: Place) -> dict[str, Any]:
     path = place.annotations
     try:
         content = json.loads(path.read_bytes())
@@ -113,23 +124,23 @@ def _parse(place: Place) -> dict[str, Any]:
     return content
 
 
-def _check_image(path: Path, number: int, image: dict[str, Any]) -> None:
+def check_image(place: Place, number: int, image: dict[str, Any]) -> None:
     """Refuses a size that no image has, and a name that leads out of the folder of images."""
-    name = image["file_name"]
+    path, name = place.annotations, image["file_name"]
     if not isinstance(name, str):
         raise UserError(f"{path}: images[{number}], id {image['id']!r}: file_name is no text")
     sides = image["height"], image["width"]
-    if not all(_is_id(side) and side > 0 for side in sides):
+    if not all(is_id(side) and side > 0 for side in sides):
         raise UserError(f"{path}: {shown(name)}: height and width must be whole numbers of pixels")
     if sides[0] * sides[1] > MOST_PIXELS:
         raise UserError(
             f"{path}: {shown(name)}: height and width say more than {MOST_PIXELS:,} pixels, which "
             "is more than can be read; give those of the image file"
         )
-    if name.startswith("/") or ".." in name.split("/"):
+    if not place.anywhere and (name.startswith("/") or ".." in name.split("/")):
         raise UserError(
             f"{path}: {shown(name)}: a file_name must lie in the folder of images, without '..' "
-            "and without a '/' at its start; write it relative to that folder"
+            "and without a '/' at its start; write it so, or give --images-anywhere"
         )
 
 
@@ -137,7 +148,7 @@ def _check_ids(path: Path, part: str, entries: list[dict[str, Any]], named: str)
     seen: dict[int, Any] = {}
     for entry in entries:
         number, name = entry["id"], entry[named]
-        if not _is_id(number):
+        if not is_id(number):
             raise UserError(f"{path}: {part}: {shown(name)} has the id {number!r}, no whole number")
         if number in seen:
             raise UserError(
@@ -159,7 +170,7 @@ def _check_names(path: Path, categories: list[dict[str, Any]]) -> None:
         id_of[name] = category["id"]
 
 
-def _crowd(path: Path, number: int, entry: dict[str, Any]) -> int:
+def crowd(path: Path, number: int, entry: dict[str, Any]) -> int:
     """Whether an object is a group of objects, as 0 or 1."""
     value = entry.get("iscrowd")
     if isinstance(value, list) and len(value) == 1:
@@ -178,33 +189,6 @@ def shown(name: object) -> str:
     """A name from a stranger's file, fit for a line of a message."""
     text = printable(str(name).encode("utf-8", "backslashreplace").decode())
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"
-
-
-def missing_images(place: Place, names: Sequence[str]) -> list[str]:
-    """Those of the file names that are no file in the folder of images."""
-    return [name for name in names if not os.path.isfile(os.path.join(place.images, name))]
-
-
-def refuse_missing(place: Place, names: Sequence[str]) -> None:
-    """Holds the file names of a split against the folder of images.
-
-    Raises:
-        UserError: some are missing; it names one.
-    """
-    missing = missing_images(place, names)
-    if not missing:
-        return
-    name = missing[0]
-    if "://" in name:
-        remedy = "download the images, and write their names in the place of addresses"
-    elif "\\" in name:
-        remedy = "file_name has \\ between folders: write / there"
-    else:
-        remedy = f"name the folder with --{place.part}-images"
-    raise UserError(
-        f"{place.images}: {len(missing):,} of {len(names):,} images are missing, such as "
-        f"{shown(name)}; {remedy}"
-    )
 
 
 def _of_image(entry: Any, part: str, images: list[dict[str, Any]]) -> str:
@@ -229,12 +213,12 @@ def check_references(path: Path, content: dict[str, Any]) -> None:
     categories = {category["id"] for category in content["categories"]}
     for number, entry in enumerate(content["annotations"]):
         name = entry.get("id", f"[{number}]")
-        if not _is_id(entry["image_id"]) or entry["image_id"] not in images:
+        if not is_id(entry["image_id"]) or entry["image_id"] not in images:
             raise UserError(
                 f"{path}: annotation {name} is of image_id {entry['image_id']!r}, which is not "
                 "among the images; mend or remove it"
             )
-        if not _is_id(entry["category_id"]) or entry["category_id"] not in categories:
+        if not is_id(entry["category_id"]) or entry["category_id"] not in categories:
             raise UserError(
                 f"{path}: annotation {name} of image {shown(images[entry['image_id']])} has "
                 f"category_id {entry['category_id']!r}, which is not among the categories; mend or "
@@ -259,5 +243,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

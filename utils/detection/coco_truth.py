@@ -1,5 +1,6 @@
 """What detections are held against: the objects of a COCO file, with ids and areas filled in."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from utils.detection.coco_files import (
     shown,
 )
 
+MOST_JUDGED = 100  # detections of an image, in COCO's figures
 KINDS = {"bbox": "box", "segm": "mask"}  # COCO's words, and the columns'
 
 
@@ -117,7 +119,15 @@ class JudgedObjects:
             f"{name}: {len(self.image_numbers):,} images{note}, {len(objects):,} objects of "
             f"{len(self.names)} classes"
         )
-        return [head, *self.lines]
+        many = sum(n > MOST_JUDGED for n in Counter(a["image_id"] for a in objects).values())
+        if not many:
+            return [head, *self.lines]
+        return [
+            head,
+            f"  ! {many:,} images have more than {MOST_JUDGED} objects: COCO counts the "
+            f"{MOST_JUDGED} surest detections of an image, so AP cannot reach 100",
+            *self.lines,
+        ]
 
     def dataset(self, annotations: Sequence[dict]) -> dict[str, Any]:
         """The content of a COCO file with copies of these annotations: COCO's code writes there."""

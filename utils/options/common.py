@@ -27,6 +27,7 @@ OF_ONE_START = frozenset(
         "identity_start",
         "backbone_weights",
         "detector_weights",
+        "images_anywhere",
         "output",
         "start_epoch",
         "device",

@@ -84,6 +84,12 @@ def _data_flags(group, recipe: DetectionRecipe) -> None:
         default=False,
         help="leave images without objects out of training (default: they train as background)",
     )
+    group.add_argument(
+        "--images-anywhere",
+        action="store_true",
+        help="images may lie outside of their folder: links, '..' and absolute names in the "
+        "annotations are followed (default: refused)",
+    )
     add_workers(group, "demo")
     group.add_argument(
         "--min-size",

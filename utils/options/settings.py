@@ -84,6 +84,7 @@ class DetectionSettings(Settings):
     val_images: str | None
     val_annotations: str | None
     drop_empty: bool
+    images_anywhere: bool
     min_size: int | None
     max_size: int | None
     norm: str | None
