@@ -1,7 +1,7 @@
-"""The channel attentions that the paper compares ECA with (Table 2), and the table of them all.
+"""The channel attentions of the paper's Table 2, and a table of all attentions by name.
 
-Each takes (N, C, H, W) and gives the same shape: x · σ(f(y)), where y is the mean over H × W. They
-differ in f only. Pooling, convolution and linear maps are modules, so that FLOPs counters see them.
+Each computes x · σ(f(y)) for x of shape (N, C, H, W); y is the mean over H × W. They differ in f
+alone. Pooling, convolution and linear maps are modules, so that FLOPs counters see them.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from .eca_module import ECALayer
 
 
 class _Gate(nn.Module):
-    """x · σ(f(y)); a subclass gives `f`: (N, C) → (N, C)."""
+    """Computes x · σ(f(y)); each subclass defines `f`, (N, C) → (N, C)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,9 +50,9 @@ class ECANSLayer(_Gate):
 class SELayer(_Gate):
     """Squeeze and excitation (eq. 2): f(y) = W2 ReLU(W1 y), C/reduction hidden units, no biases.
 
-    The SE-ResNets then have the published parameters (11.23M, 26.77M, 47.01M and 63.68M of 2^20 for
-    18, 50, 101 and 152), but 34 comes to 20.94M where the paper prints 20.93M, and MobileNetV2 to
-    3.37M where it prints 3.40M, which a reduction of 8 would give.
+    With M = 2^20, SE-ResNet-18, 50, 101 and 152 then have the parameters that the paper prints:
+    11.23M, 26.77M, 47.01M and 63.68M. Two differ. SE-ResNet-34 has 20.94M (paper: 20.93M), and
+    SE-MobileNetV2 has 3.37M (paper: 3.40M, the number for a reduction of 8).
     """
 
     def __init__(self, channels: int, reduction: int = 16):
@@ -76,7 +76,7 @@ class SEVar1Layer(_Gate):
 
 
 class SEVar2Layer(_Gate):
-    """SE-Var2: f(y) = w ⊙ y, one weight a channel, which starts at 1 (the paper does not say)."""
+    """SE-Var2: f(y) = w ⊙ y, one weight per channel, 1 at the start (the paper names no value)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -115,7 +115,7 @@ ATTENTIONS: dict[str, Attention | None] = {
 
 
 def attention_parameters(network: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a network's attention layers, by their names in its state dict."""
+    """Returns the parameters of a network's attention layers, by their names in its state dict."""
     return {
         f"{name}.{parameter}": value
         for name, module in network.named_modules()
@@ -125,7 +125,11 @@ def attention_parameters(network: nn.Module) -> dict[str, Tensor]:
 
 
 def find_attention(name: str) -> Attention | None:
-    """The entry of `ATTENTIONS`; a ValueError with the nearest names for an unknown one."""
+    """Returns the entry of `ATTENTIONS`.
+
+    Raises:
+        ValueError: the name is unknown; the line shows the nearest names.
+    """
     if name not in ATTENTIONS:
         close = difflib.get_close_matches(str(name), ATTENTIONS) or ATTENTIONS
         raise ValueError(f"unknown attention {name!r}: use one of {', '.join(close)}")
@@ -133,6 +137,6 @@ def find_attention(name: str) -> Attention | None:
 
 
 def takes_ksize(name: str) -> bool:
-    """Whether the attention has a kernel size, so whether `ksize` says anything to it."""
+    """Tells whether the attention has a kernel size, which `ksize` then sets."""
     entry = find_attention(name)
     return entry is not None and entry.takes_ksize

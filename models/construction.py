@@ -1,4 +1,4 @@
-"""What the two families of networks share: checks of their arguments, and initialisation."""
+"""What ResNet and MobileNetV2 share: checks of their arguments, and initialisation."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -12,7 +12,7 @@ Ksize = str | Sequence[int] | None
 
 
 def check_num_classes(num_classes: int) -> int:
-    """`num_classes`, if it is an integer of 1 or more; else a ValueError."""
+    """Returns `num_classes`; raises a ValueError if it is not an integer of 1 or more."""
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes must be 1 or more, such as 1000, not {num_classes!r}")
     return num_classes
@@ -21,7 +21,11 @@ def check_num_classes(num_classes: int) -> int:
 def check_ksize(
     arch: str, attention: str, ksize: Ksize, stages: int | tuple[int, ...]
 ) -> tuple[int, ...] | Literal["adaptive"] | None:
-    """`parse_ksize` for an attention that has kernels; None for one that has none."""
+    """Returns what `parse_ksize` reads, or None for an attention without kernel sizes.
+
+    Raises:
+        ValueError: one line; a kernel size that will not do, or one where the attention has none.
+    """
     if takes_ksize(attention):
         return parse_ksize(ksize, stages)
     if ksize is not None:
@@ -30,10 +34,10 @@ def check_ksize(
 
 
 def initialise_convolutions(network: nn.Module) -> None:
-    """Kaiming normal by fan-out for the 2-d convolutions, in place.
+    """Initialises the 2-d convolutions in place: Kaiming normal, by fan-out.
 
-    As published, it passes by ECA's 1-d convolution, which keeps torch's own initialisation, and
-    BatchNorm, which torch starts at weight 1 and bias 0.
+    All else keeps torch's initialisation, as in the authors' code: ECA's 1-d convolution, and
+    BatchNorm, which starts with weight 1 and bias 0.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

@@ -1,8 +1,8 @@
-"""Weights as other programs name them, under this project's names.
+"""Finds weights in files of other programs, and gives them this project's names.
 
 Training scripts wrap weights in dicts of several names, put prefixes before every key, and leave
-counters among the tensors; timm and mmclassification name some layers otherwise. What is taken
-for what stands here, and each thing done is told in a word of one note.
+counters among the tensors; timm and mmclassification have other names for some layers. This file
+holds what is known of them. Each change is described in one note for the user.
 """
 
 import re
@@ -48,7 +48,7 @@ _TIMM_OTHERS = {
 
 
 def find_weights(checkpoint: Any) -> tuple[Any, list[str]]:
-    """What stands in the place of weights in a file of another program, and what to say of it."""
+    """Finds the weights in a file of another program; returns them, and notes for the user."""
     path: list[str] = []
     found = checkpoint
     while isinstance(found, Mapping):
@@ -63,13 +63,12 @@ def find_weights(checkpoint: Any) -> tuple[Any, list[str]]:
 
 
 def plain_names(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The same tensors under the names that this project gives them.
+    """Returns the same tensors under this project's names, and notes on what was renamed.
 
-    Names that are none of those known here are left as they are: what does not fit is told by who
-    loads them.
+    Unknown names are kept: the function that loads the weights reports names that do not fit.
 
     Raises:
-        ValueError: two tensors would have one name.
+        ValueError: two tensors would get the same name.
     """
     done = []
     plain = {name: t for name, t in weights.items() if not COUNTERS.search(name)}
@@ -91,7 +90,7 @@ def plain_names(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
 
 
 def _prefix(weights: Mapping[str, Tensor]) -> str | None:
-    """One of `PREFIXES` that stands before the network's first layer."""
+    """Finds the prefix in `PREFIXES` that the name of the first layer begins with."""
     found = (p for p in PREFIXES for stem in STEMS if p + stem in weights)
     return next(found, None)
 

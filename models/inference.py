@@ -1,12 +1,13 @@
-"""A network rebuilt for inference: the same function, fewer passes over its activations.
+"""Rebuilds a network for inference: it computes the same with fewer passes over its activations.
 
-BatchNorm is folded into the convolutions, ReLU is computed with them, activations stand in
-channels_last, and on a CPU the weights are laid out once (see `packed_convolution`). Where a
-block's last convolution is 1×1 and widens, ECA's gate is had before that convolution: pooling is
-linear, so GAP(W h + b) = W GAP(h) + b, and a bottleneck's h is four times smaller than W h. ECA's
-own convolution along the channels is linear as well, a matrix K with k diagonals, so that the gate
-is sigmoid(K W GAP(h) + K b): one small product, with K W computed beforehand. What then remains of
-ECA, the addition and ReLU is one pass over the convolution's output.
+BatchNorm is folded into the convolutions, ReLU is computed with them, activations have the
+channels_last layout, and on a CPU the weights are packed once (see `packed_convolution`).
+
+Where a block's last convolution is 1×1 and has more outputs than inputs, ECA's gate is computed
+from its input h. Pooling is linear, so GAP(W h + b) = W GAP(h) + b, and a bottleneck's h is four
+times smaller than W h. ECA's convolution along the channels is linear as well: a matrix K with k
+diagonals. So the gate is sigmoid(K W GAP(h) + K b), one small product with K W known beforehand.
+The scaling by the gate, the addition and ReLU are then one pass over the convolution's output.
 """
 
 import copy
@@ -26,10 +27,10 @@ from .packed_convolution import PackedConv2d
 
 
 def fastest_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where the device multiplies matrices in it faster than in float32, else float32.
+    """Returns bfloat16 if the device multiplies matrices faster in it, otherwise float32.
 
-    That is CUDA from compute capability 8.0 and CPUs with AVX512-BF16 or AMX; others emulate it,
-    many times slower.
+    bfloat16 is for CUDA from compute capability 8.0, and for CPUs with AVX512-BF16 or AMX. Others
+    emulate it, and are many times slower.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -45,7 +46,7 @@ def fastest_dtype(device: torch.device | str) -> torch.dtype:
 class InferenceNetwork(nn.Module):
     """Images in any floating dtype and layout → float32 logits, without gradients.
 
-    `network` is the rebuilt one, with the original's attributes (arch, num_classes, …).
+    `network` is the rebuilt network; it has the attributes of the original (arch, num_classes, …).
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, compiled: bool):
@@ -68,10 +69,10 @@ class InferenceNetwork(nn.Module):
 
 @functools.cache  # each patch made anew would stay in memory
 def _frozen_weights() -> AbstractContextManager:
-    """What is compiled inside takes the weights for constants, and lays them out to suit.
+    """While open, torch.compile treats weights as constants, and chooses their layout itself.
 
-    torch.compile's own option comes too late: what is an input and what a constant is decided while
-    the graph is captured, before options count.
+    torch.compile's own option for it has no effect: the graph is captured before that option is
+    read, and the capture decides which tensors are constants.
     """
     import torch._inductor.config  # takes seconds, and most have nothing to compile
 
@@ -86,9 +87,9 @@ class _PixelMean(nn.Module):
 
 
 def _is_stock(module: nn.Module, attention: nn.Module | None = None) -> bool:
-    """Tells whether the module and all in it, but for `attention`, are as this package made them.
+    """Tells whether the module and its children, except `attention`, are as this package made them.
 
-    Other BatchNorms are looked at by `folded`, which refuses them.
+    The kind of a BatchNorm is not checked here: `folded` refuses those that it cannot fold.
     """
     if module is attention:
         return True
@@ -145,7 +146,7 @@ remember(ResNet, MobileNetV2, *REBUILDERS)
 
 
 def _rebuild(network: ResNet | MobileNetV2) -> None:
-    """Replaces, in place, every block that is as this package made it."""
+    """Replaces every block that is unchanged since this package made it, in place."""
     if isinstance(network, ResNet):
         _rebuild_stem(network)
         stages = [cast(nn.Sequential, network.get_submodule(f"layer{i}")) for i in (1, 2, 3, 4)]
@@ -173,14 +174,16 @@ def _rebuild_stem(network: ResNet) -> None:
 def optimise_for_inference(
     model: nn.Module, dtype: torch.dtype | None = None, compile: bool = False
 ) -> InferenceNetwork:
-    """A new network that computes what `model` does in eval mode, faster; `model` stays as it is.
+    """Returns a faster network that computes what `model` computes in eval mode.
+
+    `model` itself is not changed.
 
     Args:
         model: a ResNet or MobileNetV2 of this package, on the device it is to run on.
         dtype: of weights and activations; None for `fastest_dtype` of that device.
-        compile: also through torch.compile with the weights frozen. The first call takes a minute
-            or so, and so does the first with another batch or image size; on CPU it needs a C++
-            compiler.
+        compile: also use torch.compile, with the weights as constants. The first call takes about a
+            minute, and so does the first call with another batch or image size. On a CPU it needs a
+            C++ compiler.
 
     Returns:
         (N, 3, H, W) → (N, num_classes) logits in float32, without gradients. In float32 they agree

@@ -16,7 +16,7 @@ from .packed_convolution import PackedConv2d
 
 
 def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str | None = None) -> PackedConv2d:
-    """Builds a convolution that computes activation(bn(conv(x))) by bn's running statistics."""
+    """Builds a convolution that computes activation(bn(conv(x))) with bn's running statistics."""
     if not (is_bare(bn, nn.BatchNorm2d) or is_bare(bn, nn.SyncBatchNorm)):
         raise ValueError(f"{type(bn).__name__} cannot be folded into a convolution as BatchNorm")
     if bn.running_mean is None:
@@ -32,8 +32,8 @@ def _gate_of(attention: ECALayer, last: nn.Conv2d, from_input: bool) -> nn.Conv2
     """Builds ECA's convolution as a 1×1 convolution of pooled values, before the sigmoid.
 
     Args:
-        from_input: the values pooled are those of the 1×1 convolution `last`'s input, so that its
-            weights are part of the product; otherwise of its output.
+        from_input: the pooled values are the input of `last`, a 1×1 convolution whose weights then
+            belong to the product; otherwise they are its output.
     """
     kernel = attention.conv.weight.detach().double().reshape(1, 1, -1)
     unit = torch.eye(last.out_channels, dtype=torch.float64, device=kernel.device)
@@ -53,13 +53,15 @@ def _gate_of(attention: ECALayer, last: nn.Conv2d, from_input: bool) -> nn.Conv2
 
 
 class InferenceBlock(nn.Module):
-    """act(attention(last(body(x))) + shortcut(x)), with any of the three left out.
+    """Computes act(attention(last(body(x))) + shortcut(x)).
+
+    attention, shortcut and the activation can each be left out.
 
     Args:
         body: everything before the last convolution.
         last: the last convolution, BatchNorm folded in.
-        attention: ECALayer, whose gate is computed here, another attention, or None.
-        shortcut: a module (nn.Identity for x itself) or None for no addition.
+        attention: an ECALayer, whose gate this class computes; another attention; or None.
+        shortcut: a module, nn.Identity for x itself; or None for no addition.
         activation: ReLU after the addition.
     """
 
@@ -86,17 +88,17 @@ class InferenceBlock(nn.Module):
             self.gate = _gate_of(attention, last, self.gate_first)
 
     def _pools_input(self, h: Tensor, z: Tensor) -> bool:
-        """Tells whether pooling h and one product with the weights reads less than pooling z.
+        """Tells whether the gate from h reads less memory than the gate from z.
 
-        At batch 1 and 7×7 pixels it does not: the weights outweigh both. An exported graph serves
-        all sizes, so there the kind of the convolution decides.
+        It reads h and the gate's weights. At batch 1 and 7×7 pixels the weights alone are larger
+        than z. An exported graph is for all sizes, so there the kind of convolution decides.
         """
         if self.gate is None or not self.gate_first or torch.compiler.is_exporting():
             return self.gate_first
         return h.numel() + self.gate.weight.numel() < z.numel()
 
     def _gate(self, h: Tensor, z: Tensor) -> Tensor:
-        """ECA's (N, C), from the last convolution's input or output."""
+        """Computes ECA's gate (N, C) from the last convolution's input h or output z."""
         pools_input = self._pools_input(h, z)
         x = h if pools_input else z
         if self.gate is not None and pools_input == self.gate_first:
@@ -108,7 +110,7 @@ class InferenceBlock(nn.Module):
         return along_channels(pooled, kernel).sigmoid()
 
     def _gate_for_export(self, gate: nn.Conv2d, h: Tensor, z: Tensor) -> Tensor:
-        """ECA's (N, C, 1, 1) in operations that inference engines know from SE, and fuse."""
+        """Computes the gate (N, C, 1, 1) as SE does, in operations that inference engines fuse."""
         return gate((h if self.gate_first else z).mean((2, 3), keepdim=True)).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:

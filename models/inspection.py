@@ -1,6 +1,6 @@
-"""Where a network's stages and attention layers are, and the gates they compute.
+"""Finds a network's stages and attention layers, and records the gates that they compute.
 
-For tools that look inside: the networks themselves know nothing of being watched.
+It serves tools that look into a network; the networks need no code for it.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,10 +28,10 @@ class AttentionLayer(NamedTuple):
 
 
 def feature_maps(network: nn.Module) -> dict[str, nn.Module]:
-    """The modules that put out the last feature map of each resolution, finest first.
+    """Returns the modules that compute the last feature map of each resolution, finest first.
 
-    ResNet: layer1 to layer4, at 1/4 to 1/32 of the input's side; MobileNetV2: 1/2 to 1/32, the last
-    of them after the 1280-channel convolution.
+    For ResNet they are layer1 to layer4, with maps of 1/4 to 1/32 of the input's side. MobileNetV2
+    has maps of 1/2 to 1/32; the last one is the output of the 1280-channel convolution.
     """
     if isinstance(network, ResNet):
         return {f"layer{i}": getattr(network, f"layer{i}") for i in (1, 2, 3, 4)}
@@ -48,7 +48,7 @@ def feature_maps(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def attention_layers(network: nn.Module) -> list[AttentionLayer]:
-    """The attention layers of one of our networks, first to last; none for a plain network."""
+    """Returns a network's attention layers, first to last; an empty list if it has none."""
     found = []
     if isinstance(network, ResNet):
         for stage, name in enumerate(feature_maps(network), 1):
@@ -69,7 +69,7 @@ def attention_layers(network: nn.Module) -> list[AttentionLayer]:
 
 
 def gate(layer: nn.Module, x: Tensor) -> Tensor:
-    """The factors by which an attention layer scales the channels of x: (N, C, H, W) → (N, C)."""
+    """Computes the factors that an attention layer gives x's channels: (N, C, H, W) → (N, C)."""
     y = x.mean((2, 3))
     if isinstance(layer, ECALayer):
         return torch.sigmoid(layer.conv(y.unsqueeze(1))).squeeze(1)
@@ -78,7 +78,7 @@ def gate(layer: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def recorded_gates(network: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """While open, each forward pass leaves every attention layer's gate (N, C) under its name."""
+    """While open, each forward pass stores every attention layer's gate (N, C) under its name."""
     gates: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
@@ -104,18 +104,18 @@ def _mobilenet(network: nn.Module) -> MobileNetV2:
 def grad_cam(
     network: nn.Module, stage: nn.Module, images: Tensor, classes: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Class-activation maps of a batch.
+    """Computes class-activation maps (Grad-CAM) of a batch.
 
     Args:
-        network: (N, 3, H, W) → logits (N, C), in eval mode; with its parameters frozen
-            (`requires_grad_(False)`) no graph is kept for what lies before `stage`.
-        stage: the part of it whose output (N, c, h, w) is looked at.
+        network: (N, 3, H, W) → logits (N, C), in eval mode. With `requires_grad_(False)` on its
+            parameters the layers before `stage` keep no graph.
+        stage: the part of the network whose output (N, c, h, w) is explained.
         images: (N, 3, H, W).
         classes: (N,) the class that each map is for; by default the one with the highest logit.
 
     Returns:
-        logits (N, C) and maps (N, h, w), each from 0 to a maximum of 1. A map is 0 throughout when
-        nothing in the image speaks for the class.
+        logits (N, C) and maps (N, h, w), each from 0 to a maximum of 1. A map is all 0 when
+        nothing in the image raises the logit of the class.
     """
     seen = []
 

@@ -1,11 +1,13 @@
-"""A convolution for inference on a CPU: its weights laid out once, its activation computed with it.
+"""A convolution for inference on a CPU: it packs its weights once and computes the activation too.
 
-oneDNN, which computes PyTorch's convolutions on a CPU, wants weights in a layout of its own.
-`nn.Conv2d` brings them into it at every call, which at batch 1 takes a third of a ResNet's time.
-`PackedConv2d` does so once for a shape of its input: the best layout depends on it, and a layout
-for another shape can be fifty times slower. Where the operators are missing, compute something
-else, or the call is not one they are made for (another device, gradients, torch.compile,
-torch.export), it is an ordinary convolution followed by the activation.
+oneDNN computes PyTorch's convolutions on a CPU, and needs the weights in a layout of its own.
+`nn.Conv2d` converts them at every call, which at batch 1 takes a third of a ResNet's time.
+`PackedConv2d` converts them once for each shape of the input. The best layout depends on that
+shape: the layout for another shape can be fifty times slower.
+
+It computes an ordinary convolution and then the activation where oneDNN's operators are missing or
+compute something else, and for calls that they do not support: on another device, with gradients,
+under torch.compile or torch.export.
 """
 
 from typing import Any, cast
@@ -25,10 +27,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative to the large
 
 
 class PackedConv2d(nn.Conv2d):
-    """activation(conv2d(x)); the parameters are those of nn.Conv2d, and may be changed.
+    """Computes activation(conv2d(x)); the parameters are those of nn.Conv2d, and may be changed.
 
-    The packed weights are no part of state_dict, copies and pickles: they are made anew at the
-    next call, and also when the weights, the input's shape or the number of threads have changed.
+    state_dict, copies and pickles do not hold the packed weights. The next call packs again, and so
+    does a call after the weights, the input's shape or the number of threads have changed.
 
     Attributes:
         activation: None, "relu" or "relu6".
@@ -40,7 +42,7 @@ class PackedConv2d(nn.Conv2d):
 
     @classmethod
     def of(cls, conv: nn.Conv2d, activation: str | None = None) -> "PackedConv2d":
-        """Takes over the parameters of `conv`.
+        """Builds a layer that has the parameters of `conv`: the same tensors.
 
         Raises:
             ValueError: the activation is not a key of `ACTIVATIONS`.
@@ -94,7 +96,7 @@ class PackedConv2d(nn.Conv2d):
         )
 
     def _packed_for(self, x: Tensor) -> Tensor | None:
-        """Gives the packed weights, if this call may use them."""
+        """Returns the packed weights, or None if this call cannot use them."""
         if (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""What a run begins with: the network asked for, and a file's weights in it. ValueErrors again."""
+"""Makes the network that a classification run begins with, with the weights of a file if given."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -31,24 +31,24 @@ def first_network(
     names: Sequence[str] | None = None,
     identity_start: bool = False,
 ) -> tuple[Network, list[str]]:
-    """The network of a new run. On `meta` it costs nothing, and finds all that does not fit.
+    """Builds the network of a new run. On the device `meta` it only makes the checks, at no cost.
 
     Args:
         arch, ksize: as `create_model` takes them. Without `ksize` the kernel sizes are those of the
-            weights, where they have any that the network could take.
-        num_classes: None for as many as there are names; never fewer.
-        attention: None for what the name says.
+            weights, if the weights have some that fit the network.
+        num_classes: None for the number of names, or for 1000 without names.
+        attention: None for the attention that `arch` names.
         pretrained: a file of one of the three kinds in `models.weights`. The last layer is new
-            where it has other classes, and attention where it has none.
-        file: its name, for messages.
-        names: of the classes; None where they are not known yet.
+            where the file has other classes, and attention is new where the file has none.
+        file: the name of that file, for messages.
+        names: the names of the classes; None if they are not known yet.
         identity_start: the new ECA layers begin with a gate of 1, see `start_as_identity`.
 
     Returns:
         The network and what was done with the weights, one line each.
 
     Raises:
-        ValueError: one line, as `create_model` and `load_weights`, or for too few classes.
+        ValueError: one line; see `create_model` and `load_weights`. Also for too few classes.
     """
     if names and num_classes and num_classes < len(names):
         raise ValueError(
@@ -94,16 +94,16 @@ def _refuse_trained(network: Network, tensors: Mapping[str, Any], file: str) -> 
 def start_as_identity(network: Network) -> str:
     """Makes a network with ECA compute exactly what it computes without ECA, until it is trained.
 
-    A sigmoid is nowhere 1. With a kernel of zeros it is 1/2 everywhere, so the BatchNorm before it,
-    the last thing that the gate multiplies, gets twice its weight and bias: x · 2 · 1/2, exact in
-    floating point. Nothing else changes: the formula, the names and the checkpoint are as ever, and
-    the kernel has its usual gradient.
+    A sigmoid never gives 1, but with a kernel of zeros it gives 1/2 everywhere. So the kernel
+    becomes 0, and weight and bias of the BatchNorm before it are doubled: x · 2 · 1/2 is exactly
+    x in floating point. The formula, the names and the checkpoint's fields stay the same, and the
+    kernel has its usual gradient.
 
     Returns:
         What was done, one sentence.
 
     Raises:
-        ValueError: the attention is not ECA, whose kernels alone are known to do this.
+        ValueError: the network's attention is not ECA.
     """
     if network.attention != "eca":
         raise ValueError(
@@ -135,10 +135,12 @@ def refuse_another(
     attention: str | None = None,
     num_classes: int | None = None,
 ) -> None:
-    """Compares what is asked for, None where it is not, with the network that a file holds.
+    """Raises a ValueError if a file holds another network than the one that is asked for.
+
+    arch, ksize, attention and num_classes are what is asked for; None fits every network.
 
     Args:
-        checkpoint: of one of the three kinds in `models.weights`.
+        checkpoint: a file of one of the three kinds in `models.weights`.
         file: its name, for messages.
 
     Raises:

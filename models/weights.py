@@ -1,4 +1,4 @@
-"""Weights and the networks they belong to: prefixes, reading shapes, strict loading, rebuilding.
+"""Reads the weights in a file, loads them into a network, and builds the network they belong to.
 
 Three kinds of file are understood, as `torch.load(..., weights_only=True)` returns them:
   ours      a dict with "format", the fields of `describe_network`, and "state_dict";
@@ -6,7 +6,7 @@ Three kinds of file are understood, as `torch.load(..., weights_only=True)` retu
             begin with `module.` and whose "arch" can be wrong, so shapes alone are believed;
   bare      a state dict by itself, as torchvision gives it, or as other programs wrap and name it,
             see `foreign_weights`.
-Every fault is a ValueError of one line.
+Each error is a ValueError of one line.
 """
 
 import re
@@ -36,7 +36,7 @@ _SE_PARAMETERS = {"fc.0.weight": "se", "weight": "se_var2", "fc.weight": "se_var
 
 
 def strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tensors under unwrapped names, wherever in the names the wrappers stand."""
+    """Returns the same tensors under names from which all parts of wrappers are removed."""
     plain = {}
     for key, value in state_dict.items():
         name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
@@ -47,18 +47,19 @@ def strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_state_dict(checkpoint: Any) -> dict[str, Tensor]:
-    """The weights in a file of any of the three kinds, under this project's names."""
+    """Returns the weights in a file of any of the three kinds, under this project's names."""
     return read_state_dict(checkpoint)[0]
 
 
 def read_state_dict(checkpoint: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights in a file of any of the three kinds, under this project's names.
+    """Finds the weights in a file of any of the three kinds.
 
     Returns:
-        The weights, and what was done to find and name them: one sentence, or none.
+        The weights under this project's names, and a list with one sentence about what was done to
+        find and rename them; an empty list if nothing was.
 
     Raises:
-        ValueError: one line, for what holds no weights.
+        ValueError: one line; the file holds no weights.
     """
     done: list[str] = []
     ours = isinstance(checkpoint, Mapping) and "format" in checkpoint
@@ -80,9 +81,9 @@ def read_state_dict(checkpoint: Any) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def read_ksize(state_dict: StateDict) -> tuple[int, ...] | None:
-    """ECA's kernel sizes off the weights' shapes, as `network.ksize` gives them; None without ECA.
+    """Reads ECA's kernel sizes from the weights' shapes; None without ECA.
 
-    One number a stage; for MobileNetV2 two where two say it. Prefixes do not matter.
+    The form is that of `network.ksize`: a number per stage; for MobileNetV2 two if they suffice.
     """
     stages: dict[int, set[int]] = {}
     short = False
@@ -106,7 +107,7 @@ def read_ksize(state_dict: StateDict) -> tuple[int, ...] | None:
 
 
 def describe_network(network: Network) -> dict[str, Any]:
-    """The fields of our checkpoints from which `network_from_checkpoint` builds `network` again."""
+    """Returns the fields of a checkpoint from which `network_from_checkpoint` builds it again."""
     return {
         "arch": network.arch,
         "attention": network.attention,
@@ -117,9 +118,9 @@ def describe_network(network: Network) -> dict[str, Any]:
 
 
 def describe_weights(state_dict: StateDict) -> dict[str, Any]:
-    """The fields of `describe_network`, read off the names and shapes of unwrapped weights.
+    """Reads the fields of `describe_network` from the names and shapes of unwrapped weights.
 
-    `se_var1` has no parameters, so it cannot be told from no attention.
+    `se_var1` has no parameters, so its weights are taken for those of a network without attention.
     """
     attention = _read_attention(state_dict)
     ksize = read_ksize(state_dict)
@@ -151,7 +152,7 @@ def load_weights(
     """Copies weights into `network`, all or nothing.
 
     Args:
-        network: one of ours, unwrapped. On `meta` it takes the tensors themselves.
+        network: a network of this package, unwrapped. On `meta` it takes the tensors themselves.
         state_dict: its weights, with wrappers' prefixes or without.
         replace_head: leave the last layer as it is where the weights have other classes, or none.
         other_classes: with `replace_head`, leave it even where only the classes' names differ.
@@ -209,10 +210,10 @@ def _new_attention(count: int, network: Network) -> str:
 
 
 def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> Network:
-    """Builds the network that a file of any of the three kinds holds, with its weights.
+    """Builds the network in a file of any of the three kinds, with its weights.
 
     Raises:
-        ValueError: one line, when the file is of none of them or its weights do not fit.
+        ValueError: one line; the file is of no such kind, or its weights do not fit.
     """
     weights = find_state_dict(checkpoint)
     if "format" in checkpoint:
@@ -232,7 +233,7 @@ def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> Network:
 
 
 def _misfits(own: StateDict, weights: StateDict) -> dict[str, list[str]]:
-    """What keeps `weights` from loading into a network whose state dict is `own`."""
+    """Lists what keeps `weights` from loading into a network whose state dict is `own`."""
     return {
         # Files older than BatchNorm's step counter lack it; torch then keeps the network's own.
         "missing": [k for k in own if k not in weights and not k.endswith(".num_batches_tracked")],
@@ -246,7 +247,7 @@ def _misfits(own: StateDict, weights: StateDict) -> dict[str, list[str]]:
 
 
 def _read_attention(weights: StateDict) -> str:
-    """The attention that the parameters of the first block's layer belong to."""
+    """Reads the attention's name from the parameters of the first block."""
     found = {
         key.removeprefix(prefix): tensor
         for key, tensor in weights.items()
@@ -271,7 +272,7 @@ def _read_depth(weights: StateDict) -> int:
 
 
 def _read_width_mult(weights: StateDict) -> float:
-    """The least factor that gives the widths found; any other that does gives the same network."""
+    """Computes the smallest `width_mult` that gives the widths found."""
     widths = {"features.0.0.weight": STEM, f"features.{len(STAGE_OF_BLOCK) + 1}.0.weight": LAST}
     for stage, (_, channels, _, _) in enumerate(STAGES):
         projection = 1 if stage == 0 else 2  # the first stage does not expand

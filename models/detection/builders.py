@@ -1,6 +1,6 @@
-"""Builds each kind of detector: the network of torchvision's class on one of our ResNets.
+"""Builds each kind of detector: a class of torchvision on one of this project's ResNets.
 
-What is set here makes them the networks of the published COCO table: the anchors, P6 on C5, the
+This file sets what makes them the networks of the published COCO table: the anchors, P6 on C5, the
 first values of the heads, and the layers that keep float32.
 """
 
@@ -66,7 +66,7 @@ def build_rcnn(
 
     Args:
         kind: torchvision's class.
-        heads: of `make_heads`.
+        heads: what `make_heads` returns.
 
     The other arguments are `create_detector`'s.
     """

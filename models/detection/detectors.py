@@ -1,7 +1,7 @@
 """Faster R-CNN, Mask R-CNN and RetinaNet on a feature pyramid over any ResNet of this project.
 
-The detectors are torchvision's, its parameter names included. What is set here makes them the
-networks of the published COCO table: the classes, the anchors, P6 on C5. The files beside this one
+The detectors are torchvision's, its parameter names included. Their
+classes, anchors and P6 on C5 are those of the published COCO table. The other files of this folder
 set which layers train, what BatchNorm does, and which layers compute in float32.
 """
 
@@ -62,10 +62,11 @@ def create_detector(
         arch: a key of `DETECTORS`.
         backbone: the name of a ResNet in `models.MODELS`.
         ksize: ECA's kernel sizes; None for the published ones of this detector and backbone.
-        num_classes: outputs for each box: with background for the R-CNNs (81 for COCO), without
-            for RetinaNet (80), as in FIRST_LABEL + the number of categories.
+        num_classes: outputs for each box: FIRST_LABEL + the number of categories. For COCO that is
+            81 for the R-CNNs, which count the background, and 80 for RetinaNet.
         attention: another attention in the backbone's blocks; None for the backbone's own.
-        trainable_layers: 3 trains layer2 to layer4, 4 layer1 too, 5 all, 0 nothing of the backbone.
+        trainable_layers: how much of the backbone trains. 3: layer2 to layer4; 4: layer1 too; 5:
+            all of it; 0: nothing.
         norm: see `norms.set_norm`.
         legacy: mmdetection v1's geometry, for weights that were trained with it.
         anchor_scale: an anchor's side in strides of its level; None for 8, RetinaNet 4 (times 1,
@@ -81,7 +82,7 @@ def create_detector(
         suffice to build it again.
 
     Raises:
-        ValueError: one line, for a value that will not do.
+        ValueError: one line; an argument has a value that it cannot have.
     """
     _check_settings(arch, legacy, settings)
     num_classes = 80 + FIRST_LABEL[arch] if num_classes is None else num_classes
@@ -203,14 +204,14 @@ def describe_detector(detector: FasterRCNN | RetinaNet) -> dict[str, Any]:
 def detector_from_checkpoint(
     checkpoint: Mapping[str, Any], **settings: Any
 ) -> FasterRCNN | RetinaNet:
-    """Builds the detector that a checkpoint of ours holds, with its weights.
+    """Builds the detector of one of this project's checkpoints, with its weights.
 
     Args:
         checkpoint: the fields of `describe_detector`, "format" and "state_dict".
         **settings: replace the checkpoint's `model_kwargs`, such as `min_size`.
 
     Raises:
-        ValueError: one line, when it is no such checkpoint or its weights do not fit.
+        ValueError: one line; it is no such checkpoint, or its weights do not fit.
     """
     wanted = ("format", "arch", "backbone", "attention", "ksize", "num_classes", "model_kwargs")
     missing = [name for name in (*wanted, "state_dict") if name not in checkpoint]

@@ -1,9 +1,9 @@
-"""Anchors and resizing of the detectors: this project's, and mmdetection v1's ("legacy").
+"""The detectors' anchors and resizing: this project's, and those of mmdetection v1 ("legacy").
 
-Boxes are (x1, y1, x2, y2) with the end one past the last pixel, everywhere. mmdetection v1 kept the
-last pixel itself and added 1 to every width. Written with ends, its IoU is the same formula as
-torchvision's. So are its box coding, except for boxes that shrink very much, and its RoIAlign,
-except for very small regions. What remains different is in this file.
+Boxes are (x1, y1, x2, y2) everywhere; x2 and y2 are one past the last pixel. mmdetection v1 kept
+the last pixel itself and added 1 to every width. When its boxes are written as ours, its IoU is
+torchvision's formula. Its box coding is too, except for boxes that shrink very much, and so is its
+RoIAlign, except for very small regions. This file holds what remains different.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ RATIOS = (0.5, 1.0, 2.0)  # height over width
 
 
 class PyramidAnchors(AnchorGenerator):
-    """float32 anchors, one set of sizes a level, on the pyramid's own strides.
+    """Makes float32 anchors at the pyramid's own strides, with sizes for each level.
 
-    torchvision divides the image's size by the map's instead, and gets a stride of 61 for 64 where
-    800 pixels make 13 cells. And its anchors have the maps' dtype: under bfloat16 autocast x = 1000
-    is rounded to a multiple of 4.
+    torchvision divides the image's size by the feature map's size. Where 800 pixels make 13 cells,
+    that gives a stride of 61 in place of 64. Its anchors also have the dtype of the feature maps:
+    under bfloat16 autocast x = 1000 is rounded to a multiple of 4.
 
     Args:
         sizes: for each level the anchors' sides (the square root of the area) in pixels.
@@ -65,7 +65,7 @@ def _legacy_cell(sizes: Sequence[float], stride: int) -> Tensor:
 
 
 class ScaledSize(tuple):
-    """(height, width) of a resized image that also knows the factor, `scale`, it was resized by.
+    """The (height, width) of a resized image, with the factor of the resizing as `scale`.
 
     Height and width are whole pixels, so the factor cannot be read off them.
     """
@@ -81,8 +81,8 @@ class ScaledSize(tuple):
 class DetectorTransform(GeneralizedRCNNTransform):
     """torchvision's normalisation and resizing, with sides of at least one pixel.
 
-    torchvision rounds the shorter side down: of an image of 2000 × 1 pixels it makes 1333 × 0, and
-    raises. Images of other proportions get torchvision's sizes and values.
+    torchvision rounds the shorter side down: an image of 2000 × 1 pixels becomes 1333 × 0, which is
+    an error there. Images of usual proportions get torchvision's sizes and values.
     """
 
     def resize(
@@ -186,9 +186,9 @@ def clip_pixels(boxes: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class LegacyBoxCoder(BoxCoder):
-    """mmdetection v1's box coding: a side shrinks, as it grows, at most 62.5-fold.
+    """mmdetection v1's box coding: a side grows or shrinks by a factor of at most 62.5.
 
-    torchvision's limits growth alone.
+    torchvision limits growth alone.
     """
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
@@ -199,10 +199,10 @@ class LegacyBoxCoder(BoxCoder):
 
 
 class LegacyRoIAlign(MultiScaleRoIAlign):
-    """mmdetection v1's RoIAlign on P2 to P5: a region smaller than a cell stays as small as it is.
+    """mmdetection v1's RoIAlign on P2 to P5: a region smaller than a cell keeps its size.
 
-    torchvision's enlarges such a region to one cell. With `aligned=True` it does not, but moves
-    every region by half a cell, which is undone here.
+    torchvision's RoIAlign enlarges such a region to one cell. With `aligned=True` it does not, but
+    it moves every region by half a cell; this class moves them back.
     """
 
     def __init__(self, output_size: int):

@@ -1,7 +1,7 @@
 """The R-CNNs' heads, of any width, and output layers that keep float32 under autocast.
 
-Boxes that are decoded from bfloat16 lose pixels: a layer whose output becomes a box, a score or a
-mask computes in float32.
+Boxes decoded from bfloat16 are wrong by pixels. So the layers whose outputs become boxes, scores or
+masks compute in float32.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -22,8 +22,8 @@ def make_heads(
     """Makes the R-CNNs' heads as torchvision does, but of any width.
 
     Returns:
-        The arguments of torchvision's class that replace its own heads; with `legacy`, RoIAlign is
-        mmdetection v1's.
+        Arguments for torchvision's class: the heads that replace its own. With `legacy` RoIAlign is
+        that of mmdetection v1.
     """
     heads = {
         "box_head": TwoMLPHead(width * 7**2, 4 * width),
@@ -42,8 +42,8 @@ def make_heads(
 def initialise_box_head(heads: RoIHeads) -> None:
     """Initialises the box head as mmdetection does.
 
-    torch's own initialisation makes the signal three times weaker in two layers, which costs a
-    network without pretrained weights its first hundred steps.
+    torch's own initialisation makes the signal three times weaker in two layers. A network without
+    pretrained weights then loses its first hundred steps.
     """
     for layer in (heads.box_head.fc6, heads.box_head.fc7):
         nn.init.xavier_uniform_(layer.weight)
@@ -75,7 +75,7 @@ def _without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def compute_in_float32(head: nn.Module, *names: str) -> None:
-    """Takes the layers `names` of `head` out of autocast; parameters and names stay."""
+    """Makes the layers `names` of `head` ignore autocast; their parameters and names stay."""
     for name in names:
         old = getattr(head, name)
         if isinstance(old, nn.Linear):

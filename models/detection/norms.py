@@ -10,9 +10,9 @@ STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 
 
 class FixedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that normalises by its stored statistics in training too.
+    """BatchNorm that uses its stored statistics in training too.
 
-    `requires_grad=False` stops only the affine part: statistics move wherever `train()` reaches.
+    `requires_grad=False` fixes weight and bias alone: after `train()` the statistics would change.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -28,9 +28,9 @@ def set_norm(body: nn.Module, norm: str, trained: Sequence[str]) -> None:
 
     Args:
         body: a network with the children `STAGES`.
-        norm: "eval": statistics fixed, affine trained, as the authors did; "frozen": affine fixed
-            too; "bn": both move; "sync": as "bn", with statistics over all processes.
-        trained: the stages that train; the others' statistics are fixed whatever `norm` says.
+        norm: "eval": statistics fixed, weight and bias trained, as the authors did; "frozen": all
+            fixed; "bn": all change; "sync": as "bn", with statistics over all processes.
+        trained: the stages that train; the statistics of the others are fixed for any `norm`.
 
     Raises:
         ValueError: for another `norm`.

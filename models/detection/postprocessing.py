@@ -1,8 +1,8 @@
 """Chooses detections from a network's outputs as mmdetection v1 did ("legacy").
 
-Boxes are clipped by pixel indices, and the last non-maximum suppression (NMS) sees boxes in pixels
-of the original image: the 1 in "last - first + 1" has another weight there than in the resized one.
-Boxes are returned in pixels of the resized image, as torchvision's are.
+Boxes are clipped by pixel indices. The last non-maximum suppression (NMS) takes boxes in pixels of
+the original image, as mmdetection's widths, last - first + 1, depend on the scale. The boxes that
+are returned are in pixels of the resized image, as torchvision's are.
 """
 
 import torch
@@ -108,8 +108,8 @@ def choose_detections(
         scores: (N, classes).
         scale: the factor that the image was resized by.
         lowest: detections score more than this.
-        overlap: of two boxes of a class whose IoU is more than this, the better stays.
-        limit: detections at most.
+        overlap: if two boxes of one class have a higher IoU than this, the better one stays.
+        limit: the largest number of detections.
 
     Returns:
         boxes (n, 4) in pixels of the resized image, scores (n) and columns of `scores` (n), best

@@ -1,4 +1,4 @@
-"""What a detection run begins with: a new detector and its backbone's weights, or a saved one's."""
+"""Makes the detector that a run begins with: with its backbone's weights, or a saved detector's."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ def start_detector(
     trainable_layers: int | None = None,
     **settings: Any,
 ) -> tuple[FasterRCNN | RetinaNet, str]:
-    """Builds a detector with its first weights; returns it and a line about its backbone's.
+    """Builds a detector with its first weights; returns it and a line about its backbone.
 
     Args:
         arch, backbone, ksize, num_classes, **settings: as in `create_detector`.
@@ -149,7 +149,7 @@ def _all_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_another_network(checkpoint: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raises where `asked` is another network than the checkpoint's.
+    """Raises a ValueError if `asked` is another network than the checkpoint's.
 
     Args:
         checkpoint: of `describe_detector`; `model_kwargs` that it lacks, as an imported one does,

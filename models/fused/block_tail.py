@@ -35,13 +35,16 @@ def _widened(small: Tensor, z: Tensor) -> Tensor:
 
 
 def _format_of(z: Tensor) -> torch.memory_format:
-    """The format that z has, or, if it has gaps, that its copy should have."""
+    """Returns z's memory format; if z has gaps, the format that its dense copy should have."""
     nhwc = z.stride(1) == 1 and not z.is_contiguous()
     return torch.channels_last if nhwc else torch.contiguous_format
 
 
 class _FusedTail(torch.autograd.Function):
-    """(z, weight, bias, kernel, residual) → out; the batch's mean, unbiased variance, or None."""
+    """(z, weight, bias, kernel, residual) → out, and the mean and unbiased variance of the batch.
+
+    The last two are None if `statistics` are given.
+    """
 
     @staticmethod
     def forward(
@@ -91,18 +94,18 @@ def fused_tail(
     residual: Tensor | None = None,
     activation: bool = True,
 ) -> Tensor:
-    """act(attention(bn(z)) + residual), with bn's running statistics kept as bn keeps them.
+    """Computes act(attention(bn(z)) + residual), and updates bn's running statistics as bn does.
 
     Args:
         z: (N, C, H, W), the last convolution's output. Half precision is accumulated in float32.
-        bn: in training mode, or without running statistics, it takes the batch's.
+        bn: in training mode, or if it has no running statistics, those of the batch are used.
         residual: shape and dtype of z.
         activation: ReLU, or nothing.
 
     Returns:
         (N, C, H, W) in z's dtype and memory format. It has first derivatives only.
 
-    Call `can_fuse` first: it names the conditions, which are not checked here again.
+    Call `can_fuse` first: this function does not check the conditions that it names.
     """
     batch_statistics = bn.training or bn.running_mean is None
     statistics = None
@@ -124,7 +127,7 @@ def fused_tail(
 
 
 def _update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, unbiased: Tensor) -> None:
-    """As nn.BatchNorm2d does: unbiased variance; momentum None is the average over all batches."""
+    """Updates bn's statistics as nn.BatchNorm2d does; momentum None averages over all batches."""
     momentum, batches = bn.momentum, bn.num_batches_tracked
     running: list[Any] = [bn.running_mean, bn.running_var]
     if momentum is None and batches is None:
@@ -140,7 +143,7 @@ def _update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, unbiased: Tenso
 
 
 def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which `_FusedTail` lacks."""
+    """Tells whether torch.func or forward-mode differentiation is active; the tail has neither."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -153,9 +156,9 @@ def can_fuse(
     residual: Tensor | None = None,
     activation: nn.Module | None = None,
 ) -> bool:
-    """Whether `fused_tail` may stand for activation(attention(bn(z)) + residual).
+    """Tells whether `fused_tail` may replace activation(attention(bn(z)) + residual).
 
-    No, so that the modules are called one by one, for: other modules than BatchNorm2d, ECALayer
+    It may not, and the modules are called one by one, for: other modules than BatchNorm2d, ECALayer
     and ReLU, or with another forward than theirs (SyncBatchNorm); an ECALayer whose pooling or
     convolution was changed (`stock_modules.is_eca`); BatchNorm without affine
     parameters; hooks on a module, as FLOPs counters attach them; tracing and export; torch.func's
@@ -199,7 +202,10 @@ def block_tail(
     activation: nn.Module | None = None,
     fused: bool = True,
 ) -> Tensor:
-    """activation(attention(bn(z)) + residual): at once if wanted and possible, else in turn."""
+    """Computes activation(attention(bn(z)) + residual).
+
+    It is one operation if `fused` is set and `can_fuse` agrees; otherwise module by module.
+    """
     if fused and can_fuse(z, bn, attention, residual, activation):
         eager_cpu = z.device.type == "cpu" and not torch.compiler.is_compiling()
         if attention is None and eager_cpu and not _pays(z):
@@ -216,9 +222,10 @@ def block_tail(
 
 
 def norm_act(z: Tensor, bn: nn.Module, activation: nn.Module, fused: bool = True) -> Tensor:
-    """activation(bn(z)): in 3 and 7 passes in the place of 5 and 8, where that pays.
+    """Computes activation(bn(z)) in fewer passes over memory, where that is faster.
 
-    Not under torch.compile, which fuses these two by itself.
+    There are 3 forward and 7 backward, where the modules take 5 and 8. torch.compile fuses the two
+    modules itself, so under it they are called.
     """
     if (
         fused
@@ -241,9 +248,9 @@ def _pays(z: Tensor) -> bool:
 
 
 def _plain_tail(z: Tensor, bn: nn.Module, residual: Tensor | None, activation: bool) -> Tensor:
-    """BatchNorm's own kernel, the rest in place: what serves small tensors on an eager CPU best.
+    """Calls BatchNorm and does the rest in place: the fastest for small tensors on an eager CPU.
 
-    It keeps what `fused_tail` keeps, and nothing looks at what comes in between: no hooks.
+    It keeps the same tensors as `fused_tail`. In-place operations are safe here: no hook sees y.
     """
     y = bn(z)
     if residual is not None:
@@ -252,7 +259,7 @@ def _plain_tail(z: Tensor, bn: nn.Module, residual: Tensor | None, activation: b
 
 
 def set_fused(network: nn.Module, fused: bool) -> int:
-    """Sets `fused` on every block, and network, that has the switch, and says on how many."""
+    """Sets `fused` on every block and network that has this switch; returns how many have it."""
     found = [module for module in network.modules() if hasattr(module, "fused")]
     for module in found:
         module.fused = bool(fused)  # type: ignore[assignment]

@@ -1,7 +1,8 @@
-"""The fused tail's passes for an eager CPU without the compiled ones: a few samples at a time.
+"""The fused tail's passes in PyTorch's operations for an eager CPU: a few samples at a time.
 
-Operations work in place on one chunk of the batch after the other. All but the first and the last
-of them then find the chunk in the cache, and half precision is widened once per chunk.
+They serve where the compiled passes are missing. Operations work in place on one chunk of the batch
+after the other. So all but the first and the last find the chunk in the cache, and half precision
+is converted to float32 once per chunk.
 """
 
 import torch
@@ -13,7 +14,7 @@ CHUNK_BYTES = 2 << 20  # per thread; measured, flat between 1 and 4 MiB
 
 
 class Chunks:
-    """Slices of the batch, and the buffers they are widened into."""
+    """The slices of a batch, and buffers for a slice in the accumulation dtype."""
 
     def __init__(self, z: Tensor):
         n, c, h, w = z.shape
@@ -27,17 +28,17 @@ class Chunks:
         return torch.empty_like(self.like, dtype=self.dtype)
 
     def widen(self, x: Tensor, buffer: Tensor) -> Tensor:
-        """x itself in the accumulation dtype, else its copy in the buffer."""
+        """Returns x if it has the accumulation dtype, otherwise its copy in the buffer."""
         return x if x.dtype == self.dtype else buffer[: len(x)].copy_(x)
 
 
 def _part(small: Tensor, s: slice) -> Tensor:
-    """The rows of (N, C, 1, 1) that belong to a chunk; (1, C, 1, 1) serves them all."""
+    """Returns the chunk's rows of (N, C, 1, 1); (1, C, 1, 1) is for all chunks."""
     return small if len(small) == 1 else small[s]
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor) -> None:
-    """out = x · scale + shift. addcmul is one loop, but only channels_last vectorises it."""
+    """Computes x · scale + shift into out. addcmul is fast in channels_last alone: vectorised."""
     if shift is not None and x.stride(1) == 1:
         torch.addcmul(shift, x, scale, out=out)
     else:
@@ -47,7 +48,7 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor) -> None
 
 
 class Chunked:
-    """A few samples at a time, in place."""
+    """Passes that take a few samples at a time, in place."""
 
     @staticmethod
     def means(z: Tensor) -> Tensor:
@@ -165,11 +166,11 @@ class Chunked:
 
 
 def _sums_of_products(d: Tensor, z: Tensor, mean: Tensor, sum_d: Tensor, sum_dz: Tensor) -> None:
-    """Σd and Σd·(z - mean) over the pixels, into (N, C).
+    """Computes Σd and Σd·(z - mean) over the pixels, into (N, C).
 
-    BatchNorm's backward has them as the gradients of its bias and, for σ = 1, its weight: per
-    channel and in one loop over both tensors. So each (sample, channel) pair is made a channel of
-    one large sample, or in channels_last, where that is no view, each sample a batch of its own.
+    For σ = 1 they are the gradients of BatchNorm's bias and weight, which its backward computes per
+    channel, in one loop over both tensors. So each (sample, channel) pair becomes a channel of one
+    large sample. In channels_last that would need a copy; there each sample becomes a batch.
     """
     n, c, h, w = z.shape
     if z.is_contiguous():
@@ -187,6 +188,6 @@ def _sums_of_products(d: Tensor, z: Tensor, mean: Tensor, sum_d: Tensor, sum_dz:
 
 
 def _mask(grad: Tensor, out: Tensor, into: Tensor) -> Tensor:
-    """grad where out > 0, else 0."""
+    """Returns grad where out > 0, otherwise 0."""
     into = into[: len(grad)]
     return torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=into)

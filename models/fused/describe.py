@@ -1,6 +1,6 @@
-"""How a network's block tails will run, in words: which form of the passes serves, or why none.
+"""Describes in words how a network's block tails will run: fused and by what, or why not.
 
-What is said here of a device is what `can_fuse` and `block_tail` decide of a tensor.
+The words for a device agree with what `can_fuse` and `block_tail` decide for a tensor on it.
 """
 
 import torch
@@ -18,13 +18,13 @@ def describe_tails(
     compiled: bool = False,
     sync_bn: bool = False,
 ) -> str:
-    """How `network`'s block tails will run on `device`, in a few words for a report.
+    """Describes for a report, in a few words, how `network`'s block tails will run on `device`.
 
     Args:
-        fused: what `set_fused` is given.
-        dtype: of the activations.
-        compiled: by torch.compile.
-        sync_bn: its BatchNorms will become SyncBatchNorm.
+        fused: the value that `set_fused` gets.
+        dtype: the dtype of the activations.
+        compiled: the network will run under torch.compile.
+        sync_bn: the BatchNorms will become SyncBatchNorm.
     """
     attentions = (getattr(module, "attention", None) for module in network.modules())
     named = {name for name in attentions if isinstance(name, str)}

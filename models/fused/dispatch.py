@@ -23,7 +23,7 @@ if torch.cuda.is_available():  # where it is not, Triton's import would only cos
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """None if Triton kernels serve tensors of `dtype` on `device`, else in one line the reason."""
+    """Returns None if Triton kernels take tensors of `dtype` on `device`, otherwise the reason."""
     if device.type != "cuda":
         return "they are for CUDA devices"
     if eca_triton is None:

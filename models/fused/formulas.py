@@ -1,8 +1,8 @@
 """The fused tail's forward and backward passes, as functions of tensors.
 
-Written once, on passes that `passes` has in several forms; `triton_operators` follows the same
-steps kernel by kernel. Names: d is the gradient of the output where ReLU let it through, x̂
-normalised z, a = weight/σ, s the gate; Σ is over the pixels of one sample and channel.
+The passes over large tensors are those that `passes_for` chooses. `triton_operators` does the same
+steps, each in a kernel. Names: d is the output's gradient where ReLU lets it through, x̂ is
+normalised z, a = weight/σ, s is the gate; Σ is over the pixels of one sample and channel.
 """
 
 from typing import NamedTuple
@@ -15,16 +15,18 @@ from .passes import passes_for
 
 
 def _neighbours(x: Tensor, k: int) -> list[Tensor]:
-    """(N, C) → k times (N, C): each channel's neighbour at every place of a kernel of size k, zeros
-    beyond the ends."""
+    """(N, C) → k tensors (N, C): the j-th holds what a kernel's j-th weight multiplies.
+
+    Beyond the first and the last channel there are zeros.
+    """
     padded = F.pad(x, (k // 2, k // 2))
     return [padded[:, j : j + x.shape[1]] for j in range(k)]
 
 
 def along_channels(x: Tensor, kernel: Tensor) -> Tensor:
-    """conv1d over the channels of (N, C), in a form that autocast leaves in its precision.
+    """Computes conv1d over the channels of (N, C) with operations whose dtype autocast keeps.
 
-    On a CPU it also takes a fifth of conv1d's time, and its gradient a tenth.
+    On a CPU it takes a fifth of conv1d's time, and its gradient a tenth.
     """
     first, *others = _neighbours(x, kernel.numel())
     y = first * kernel[0]
@@ -34,7 +36,7 @@ def along_channels(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _kernel_gradient(x: Tensor, d: Tensor, k: int) -> Tensor:
-    """The gradient of `along_channels`' kernel (k,) for its input x and its gradient d, (N, C)."""
+    """Computes the gradient (k,) of `along_channels`' kernel; d is the output's gradient (N, C)."""
     return torch.stack([(neighbour * d).sum() for neighbour in _neighbours(x, k)])
 
 
@@ -56,7 +58,7 @@ class Gradients(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which of the gradients are asked for."""
+    """Which gradients the caller needs."""
 
     z: bool
     weight: bool
@@ -75,10 +77,10 @@ def tail_forward(
     eps: float,
     activation: bool,
 ) -> tuple[Tensor, Tensor, Kept]:
-    """→ out, the variance (C,) that was used, and what backward needs.
+    """Returns out, the variance (C,) that was used, and what backward needs.
 
-    weight, bias (C,), kernel (k,) and `statistics`, a mean and variance (C,) to use in place of the
-    batch's, are in the accumulation dtype.
+    `statistics` are a mean and variance (C,) to use instead of the batch's. They, weight, bias (C,)
+    and kernel (k,) have the accumulation dtype.
     """
     passes = passes_for(z)
     means = pooled = gate = None
@@ -111,7 +113,7 @@ def tail_backward(
     batch_statistics: bool,
     wanted: Wanted,
 ) -> Gradients:
-    """The gradients of `tail_forward`; `out` is None where there is no activation."""
+    """Computes the gradients of `tail_forward`; `out` is None if there is no activation."""
     passes = passes_for(z)
     pixels, count = z.shape[2] * z.shape[3], z.numel() // z.shape[1]
     mean, inverse_std, pooled, gate = kept

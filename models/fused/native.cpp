@@ -1,4 +1,4 @@
-// The fused tail's passes over (N, C, H, W) for CPUs, each in one loop; eca_native.py compiles and
+// The fused tail's passes over (N, C, H, W) for CPUs, each in one loop; native.py compiles and
 // calls them. float32 or bfloat16 elements, float32 for everything small, channels_last (NHWC) or
 // contiguous (NCHW) layout.
 //

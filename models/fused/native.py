@@ -1,9 +1,9 @@
 """The fused tail's passes for an eager CPU, compiled from native.cpp when first needed.
 
-PyTorch's own operations take several passes over memory for each of them, and widen bfloat16 on the
-way. Compiling takes some seconds, once: the library is kept in `~/.cache/eca-net`, under a name
-that changes with the source, the compiler and the processor. Where there is no C++ compiler, or
-anything else is missing, `serves` says no and the passes of `eca_passes` do the work.
+For each of them PyTorch's own operations need several passes over memory, and copies of bfloat16 in
+float32. Compiling takes some seconds, once: the library is kept in `~/.cache/eca-net`, under a name
+that changes with the source, the compiler and the processor. If there is no C++ compiler, or
+something else is missing, `serves` returns False and `Chunked` does the work.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ FUNCTIONS = ("moments", "scale_and_add", "gradient_sums", "gradient_input")
 
 @functools.cache
 def library() -> ctypes.CDLL | BuildError:
-    """The compiled passes, or why there are none."""
+    """Returns the compiled passes, or the reason why there are none."""
     try:
         library = native_library.load([f"eca_{name}" for name in FUNCTIONS])
     except subprocess.CalledProcessError as error:
@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL | BuildError:
 
 
 def why_not(dtype: torch.dtype = torch.float32) -> str | None:
-    """Why there are no compiled passes for `dtype`, or None where there are."""
+    """Returns the reason why there are no compiled passes for `dtype`, or None if there are."""
     if dtype not in DTYPES:
         return f"compiled passes are not for {dtype}"
     found = library()
@@ -60,7 +60,7 @@ def why_not(dtype: torch.dtype = torch.float32) -> str | None:
 
 
 def serves(z: Tensor) -> bool:
-    """Whether `Native` takes z. Compiles the library when asked for the first time."""
+    """Tells whether `Native` takes z. The first call compiles the library."""
     return (
         z.device.type == "cpu"
         and z.dtype in DTYPES
@@ -86,7 +86,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 class Native:
-    """The passes of `eca_passes`, with their signatures, each in one loop over memory."""
+    """The passes of `Whole`, with the same arguments, each in one loop over memory."""
 
     @staticmethod
     def means(z: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class Native:
         activation: bool,
         out: Tensor | None = None,
     ) -> Tensor:
-        """`out` may be z itself."""
+        """Computes `Whole.scale_and_add`, into `out` if given; `out` may be z itself."""
         out = torch.empty_like(z) if out is None else out
         scale, shift, step = _rows(scale, shift, len(z))
         _compiled().eca_scale_and_add(
@@ -162,7 +162,7 @@ class Native:
 
 
 def _rows(a: Tensor, b: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
-    """Two tensors (1, C) or (N, C), made alike, and how many numbers on the next sample's are."""
+    """Returns a and b, (1, C) or (N, C), in one shape, and the step to the next sample's row."""
     if len(a) != len(b):
         a, b = torch.broadcast_tensors(a, b)
     step = a.shape[1] if len(a) == n else 0

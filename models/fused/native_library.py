@@ -26,14 +26,14 @@ OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class BuildError(Exception):
-    """There is no library, and why."""
+    """Says why there is no library."""
 
 
 def load(functions: Sequence[str]) -> ctypes.CDLL:
-    """Returns the library with these functions: the kept one, or one compiled now.
+    """Returns the library with these functions: the one in the cache, or one compiled now.
 
-    A kept one serves if it and its folder are this user's, nobody else can write to either, every
-    byte is as it was written, and it has all `functions`.
+    The one in the cache is used if it and its folder belong to this user, nobody else can write to
+    either, every byte is as it was written, and it has all `functions`.
 
     Raises:
         BuildError: no compiler, or the compiled library lacks a function.
@@ -111,7 +111,7 @@ def _has(library: ctypes.CDLL, functions: Sequence[str]) -> bool:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by different machines."""
+    """Describes what -march=native depends on: different machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -16,7 +16,7 @@ from .whole_passes import Whole, over_pixels
 
 
 def passes_for(z: Tensor) -> type[Whole] | type[Chunked] | type[Native]:
-    """The form of the passes that serves z best."""
+    """Returns the form of the passes that is fastest for z."""
     if z.device.type != "cpu" or torch.compiler.is_compiling():
         return Whole
     return Native if serves(z) else Chunked
@@ -27,7 +27,7 @@ def _is_dense(z: Tensor) -> bool:
 
 
 def pixel_means(z: Tensor) -> Tensor:
-    """Means over the pixels, (N, C) in the accumulation dtype; z may have any strides."""
+    """Computes means over the pixels, (N, C) in the accumulation dtype, for z of any strides."""
     passes = passes_for(z)
     return (passes if passes is not Native or _is_dense(z) else Whole).means(z)
 
@@ -35,7 +35,7 @@ def pixel_means(z: Tensor) -> Tensor:
 def finish_in_place(
     z: Tensor, scale: Tensor | None, residual: Tensor | None, activation: bool
 ) -> Tensor:
-    """act(z · scale + residual) in the place of z, where nothing else needs z: without gradients.
+    """Computes act(z · scale + residual) without gradients; it may overwrite z.
 
     scale is (N, C) in the accumulation dtype, or None for 1.
     """

@@ -1,7 +1,7 @@
-"""Whether a module is exactly what a fast path stands for: the original forward, and no more.
+"""Tells whether a module still computes the formula that a fast path computes in its place.
 
-A fast path reads weights off modules in place of calling them. That is right only while calling
-them would compute the formula: users change layers, add hooks, patch methods, or edit the source.
+A fast path reads a module's weights and does not call the module. That is right only if a call
+would compute the formula: users change layers, add hooks, patch methods, or edit the source.
 """
 
 from typing import Any, TypeGuard, TypeVar
@@ -34,7 +34,7 @@ _CHECKS = nn.BatchNorm2d._check_input_dim
 
 
 def remember(*kinds: type[nn.Module]) -> None:
-    """Takes the present forward of further classes for their original one."""
+    """Records the present forward of further classes as their original one."""
     _FORWARDS.update({kind: kind.forward for kind in kinds})
 
 
@@ -94,7 +94,7 @@ def is_eca(attention: object) -> TypeGuard[ECALayer]:
 
 @torch.no_grad()
 def _computes_the_formula(layer: nn.Module, kernel: Tensor) -> bool:
-    """Tries an ECA layer on a small input: its source may have been edited."""
+    """Tries whether an ECA layer computes the formula: its source may have been edited."""
     x = torch.arange(60.0, dtype=torch.float64, device="cpu").sub(31).div(17).reshape(2, 5, 2, 3)
     pooled = nn.functional.pad(x.mean((2, 3)), (1, 1))
     first, second, third = (kernel[j] * pooled[:, j : j + 5] for j in range(3))

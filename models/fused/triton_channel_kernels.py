@@ -13,7 +13,7 @@ import triton.language as tl
 def _merged(
     part_mean, part_m2, row, channel, n, c, hw, per, splits, BN: tl.constexpr, BC: tl.constexpr
 ):
-    """The parts of `moments` for a tile of samples × channels, as if never split."""
+    """Joins the parts of `moments`: mean and Σ of squared deviations over all pixels, as a tile."""
     inside = (row < n)[:, None] & (channel < c)[None, :]
     mean = tl.zeros([BN, BC], tl.float32)
     m2 = tl.zeros([BN, BC], tl.float32)
@@ -45,7 +45,7 @@ def statistics(
     BN: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Means (N, C); and if BATCH, mean, unbiased variance and 1/σ (C,), σ² being the biased."""
+    """Means (N, C). If BATCH, also mean, unbiased variance and 1/σ (C,), σ² being the biased."""
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     total = tl.zeros([BC], tl.float32)
     for start in range(0, n, BN):
@@ -137,7 +137,7 @@ def gate_backward(
     K: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """What BatchNorm sees: Σ∂y and Σ∂y·x̂ (N, C), and ∂pooled; with parts of the kernel's."""
+    """Σ∂y and Σ∂y·x̂ (N, C) for y = BN(z), and ∂pooled (N, C); also parts of ∂kernel."""
     i, block = tl.program_id(0), tl.program_id(1)
     channel = block * BC + tl.arange(0, BC)
     known = channel < c
@@ -177,7 +177,7 @@ def parameter_gradients(
     BN: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Column sums of (rows, C); if not NORMALISED, the second are of Σd·(z - mean)."""
+    """Column sums of two (rows, C). If not NORMALISED, rows_dx holds Σd·(z - mean), not Σd·x̂."""
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     sum_d = tl.zeros([BC], tl.float32)
     sum_dx = tl.zeros([BC], tl.float32)

@@ -1,4 +1,4 @@
-"""How the kernels of the fused tail are cut into programs.
+"""Cuts the work of the fused tail's Triton kernels into programs.
 
 The numbers depend on the shape alone, so that sums are added in the same order every time.
 """
@@ -35,7 +35,7 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, z: Tensor, programs: int) -> "Grid":
-        """About `programs` programs. A function of the shape alone, so that sums do not vary."""
+        """Cuts z into about `programs` programs, by its shape alone, so that sums do not vary."""
         n, c, h, w = z.shape
         hw = h * w
         nhwc = not z.is_contiguous()
@@ -68,8 +68,10 @@ class Grid(NamedTuple):
 
 
 def small_grid(c: int) -> tuple[int]:
+    """Returns the grid of the kernels that reduce (N, C) over N."""
     return (triton.cdiv(c, SMALL["BC"]),)
 
 
 def on_device_of(z: Tensor) -> contextlib.AbstractContextManager:
+    """While open, z's GPU is the current one, on which Triton launches."""
     return torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext()

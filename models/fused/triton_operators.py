@@ -1,8 +1,9 @@
 """The fused tail on CUDA: two custom operators that launch Triton kernels.
 
-The algebra is that of `eca_fused`. Tensors are dense, in channels_last or contiguous format, of
-float32, bfloat16 or float16. Having shapes for fake tensors, the operators are opaque calls to
-torch.compile and export. With TRITON_INTERPRET=1 in the environment they take CPU tensors.
+They compute what `formulas` computes. Tensors are dense, in channels_last or contiguous format, of
+float32, bfloat16 or float16. Each operator has a version for fake tensors, which gives shapes
+alone; so torch.compile and export do not look inside. With TRITON_INTERPRET=1 in the environment
+they take CPU tensors.
 """
 
 import threading
@@ -32,10 +33,14 @@ def tail_forward(
     eps: float,
     activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ out, mean, unbiased variance, inverse_std (C,), pooled, gate (N, C), as in `eca_fused`.
+    """Returns out; mean, unbiased variance, inverse_std (C,); pooled and gate (N, C).
 
-    mean and variance are given, and come back empty, or are the batch's. Without a kernel pooled
-    and gate are empty. All but z, residual and out are float32.
+    Without mean and variance the batch's are used and returned; otherwise empty tensors are
+    returned for them. Without a kernel pooled and gate are empty. All but z, residual and out are
+    float32.
+
+    Raises:
+        ValueError: only one of mean and variance is given.
     """
     if (mean is None) != (variance is None):
         raise ValueError("tail_forward takes mean and variance together, or neither")
@@ -105,7 +110,7 @@ def tail_backward(
     want_z: bool,
     want_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ ∂z, ∂weight, ∂bias, ∂kernel, ∂residual; the first and last are empty if not wanted.
+    """Returns ∂z, ∂weight, ∂bias, ∂kernel, ∂residual; the first and last are empty if not wanted.
 
     Without activation `out` is None and ∂residual, which is grad itself, comes back empty.
     """
@@ -172,10 +177,10 @@ def _(
 # Dynamo calls it while it traces, and traces the answer.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if the operators run on the device in the dtype, else in one line the reason why not.
+    """Returns None if the operators run on the device in the dtype, otherwise the reason, one line.
 
-    Found out once, by running them: when first used, Triton needs a C compiler and a driver that
-    takes its code.
+    The first call tries them: when first used, Triton needs a C compiler, and a driver that takes
+    its code.
     """
     with _lock:  # DataParallel asks from a thread for each device
         if (device, dtype) not in _reasons:

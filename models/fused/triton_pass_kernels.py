@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def _offsets(i, channel, pixel, c, hw, NHWC: tl.constexpr):
-    """Of the elements (sample i, channel, pixel), as a tile of pixels × channels."""
+    """Offsets of the elements (sample i, channel, pixel) in memory: a tile of pixels × channels."""
     sample = i.to(tl.int64) * c * hw
     if NHWC:
         return sample + pixel[:, None] * c + channel[None, :]
@@ -21,9 +21,10 @@ def _offsets(i, channel, pixel, c, hw, NHWC: tl.constexpr):
 
 @triton.jit
 def _sizes(c, hw, NHWC: tl.constexpr, VEC: tl.constexpr):
-    """c and hw themselves, in a form that shows the compiler that VEC divides a line of memory.
+    """Returns c and hw unchanged, but so that the compiler sees that VEC divides a line of memory.
 
-    By itself it sees divisors of 16 alone; VEC elements are what a thread may load at a time.
+    VEC elements are what a thread may load at a time. By itself the compiler sees only whether 16
+    divides a number.
     """
     if NHWC:
         return c // VEC * VEC, hw
@@ -46,8 +47,9 @@ def moments(
 ):
     """Mean, and if SQUARES Σ of squared deviations, over `per` pixels: (splits, N, C) each.
 
-    Summed about the mean of the first tile. That lies within √(pixels/tile) standard deviations of
-    the mean sought, whatever the values, so little cancels. Only after the loop do threads meet.
+    Sums are of deviations from the first tile's mean. It is at most √(pixels/tile) standard
+    deviations away from the mean of all, for any values, so few digits cancel. Sums over threads
+    are taken after the loop alone.
     """
     c, hw = _sizes(c, hw, NHWC, VEC)
     i, split = tl.program_id(0), tl.program_id(2)

@@ -1,7 +1,7 @@
 """The fused tail's passes, each written as one expression on the whole tensor.
 
-torch.compile turns each expression into one loop. `passes` says which tensors come here, and what
-the arguments of a pass are.
+torch.compile turns each expression into one loop. `passes` chooses this form, and describes the
+arguments of a pass.
 """
 
 import torch
@@ -18,16 +18,16 @@ def over_pixels(small: Tensor) -> Tensor:
 
 
 class Whole:
-    """One expression a pass."""
+    """Passes that are one expression each; the other forms compute the same."""
 
     @staticmethod
     def means(z: Tensor) -> Tensor:
-        """Mean over the pixels: (N, C)."""
+        """Computes the means over the pixels: (N, C)."""
         return z.mean((2, 3), dtype=accumulation_dtype(z.dtype))
 
     @staticmethod
     def moments(z: Tensor, per_sample: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Means (N, C) if asked for, mean (C,) and biased variance (C,)."""
+        """Computes the means (N, C), or None; the mean (C,); and the biased variance (C,)."""
         x = z.to(accumulation_dtype(z.dtype))
         means = x.mean((2, 3))
         mean = means.mean(0)
@@ -38,7 +38,7 @@ class Whole:
     def scale_and_add(
         z: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, activation: bool
     ) -> Tensor:
-        """out = act(z · scale + shift + residual)."""
+        """Computes act(z · scale + shift + residual)."""
         y = z.to(scale.dtype) * over_pixels(scale) + over_pixels(shift)
         if residual is not None:
             y = y + residual
@@ -48,9 +48,9 @@ class Whole:
     def gradient_sums(
         grad: Tensor, out: Tensor | None, z: Tensor, mean: Tensor, keep: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """d = grad where out > 0 (all of it without out), Σd and Σd·(z - mean), both (N, C).
+        """Computes d, which is grad where out > 0, and Σd and Σd·(z - mean), both (N, C).
 
-        `keep` says that d itself is wanted; otherwise grad may be returned in its place.
+        Without out, d is grad. Unless `keep` is set, the first result may be grad instead of d.
         """
         d = grad if out is None else torch.ops.aten.threshold_backward(grad, out, 0)
         wide = d.to(mean.dtype)
@@ -67,7 +67,7 @@ class Whole:
         on_z: Tensor | None,
         constant: Tensor | None,
     ) -> Tensor:
-        """∂z = on_grad · d + on_z · z + constant, with d as above; None stands for zero."""
+        """Computes ∂z = on_grad · d + on_z · z + constant, with d as above; None is zero."""
         d = grad if out is None else torch.ops.aten.threshold_backward(grad, out, 0)
         dz = d.to(on_grad.dtype) * over_pixels(on_grad)
         if on_z is not None:
