@@ -52,12 +52,32 @@ def row(axis, y: float, title: str, operations: list[tuple[str, str]]) -> None:
         x += len(passes) + 0.9
 
 
+def legend(axis, x: float, y: float) -> None:
+    """Says what squares and letters are, in the free corner."""
+    words = {
+        "r": "reads a tensor of N × C × H × W numbers",
+        "w": "writes one",
+    }
+    for i, (kind, text) in enumerate(words.items()):
+        axis.add_patch(Rectangle((x, y - i), 0.92, 0.8, color=COLOURS[kind]))
+        axis.text(x + 0.46, y + 0.4 - i, kind, ha="center", va="center", color="white")
+        axis.text(x + 1.2, y + 0.4 - i, text, va="center", fontsize=10)
+    lines = (
+        "y = s · z + residual, then ReLU",
+        "s: ECA's gate, from the mean of z",
+        "z: BatchNorm's output",
+        "∂: gradient of the loss",
+    )
+    axis.text(x, y - 1.4, "\n".join(lines), fontsize=9, va="top")
+
+
 def draw(path: Path) -> None:
     figure, axis = plt.subplots(figsize=(12, 4.4), layout="constrained")
     for base, title, form in ((5.2, "module by module", MODULES), (1.0, "fused", FUSED)):
         axis.text(0, base + 2.1, title, fontsize=12, weight="bold")
         row(axis, base + 1.0, "forward", form["forward"])
         row(axis, base - 0.6, "backward", form["backward"])
+    legend(axis, 15.0, 2.6)
     axis.set(xlim=(-4, 26), ylim=(-0.2, 8))
     axis.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
