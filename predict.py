@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
-from torchvision.transforms.v2.functional import to_pil_image
 
 from models.inference import optimise_for_inference
 from models.inspection import COARSEST, feature_maps, grad_cam
@@ -26,7 +26,6 @@ from models.weights import network_from_checkpoint
 from utils.classification.report import network_line
 from utils.data.decoding import read_image
 from utils.data.user_images import UserBatch, find_images, read_batches
-from utils.inspection import pictures
 from utils.inspection.class_predictions import Guess, Prediction, PredictionLog, path_width
 from utils.inspection.exported_network import is_exported
 from utils.inspection.exported_network import load as load_exported
@@ -119,6 +118,7 @@ def main() -> int:
 def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int:
     """The same with a detector: every image is drawn with what was found in it."""
     from models.detection.detectors import FIRST_LABEL, detector_from_checkpoint
+    from utils.inspection import pictures  # matplotlib is slow to import
 
     with as_user_error(f"{args.checkpoint}: "):
         network = detector_from_checkpoint(saved).eval()
@@ -137,7 +137,7 @@ def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int
             broken += 1
             continue
         document.add(found)
-        drawn = to_pil_image(picture(found, names, args.min_score))
+        drawn = Image.fromarray(picture(found, names, args.min_score).permute(1, 2, 0).numpy())
         target = folder / "pictures" / png_name(i, found.file)
         target.parent.mkdir(exist_ok=True)
         write_atomically(target, pictures.encoded(drawn))
@@ -237,6 +237,8 @@ def write_map(
     crop_pct: float,
     stage: str,
 ) -> None:
+    from utils.inspection import pictures  # matplotlib is slow to import
+
     image = read_image(path, "pil")
     square = pictures.seen_square(*image.size, img_size, crop_pct)
     ranking = [(guess.name, guess.confidence) for guess in prediction.guesses]
@@ -255,6 +257,8 @@ def write_grid(
     title: str,
 ) -> None:
     """One picture of the readable images; in folders named like a class, right ones are green."""
+    from utils.inspection import pictures  # matplotlib is slow to import
+
     cells, checked, right = [], 0, 0
     for path, prediction in zip(paths, predictions, strict=True):
         if prediction.error is not None:

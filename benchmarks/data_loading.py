@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torchvision import transforms as v1
 
-from utils.data.decoding import DECODERS, ON_DEVICE, decode_jpeg
+from utils.data.decoding import DECODERS, ON_DEVICE, jpeg_decoder
 from utils.data.gpu_decoding import reading_of
 from utils.data.image_folder import ImageFolder, scan
 from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, train_transform
@@ -93,7 +93,7 @@ def main() -> None:
     args = side.settle(parser.parse_args())
     torch.set_num_threads(1)
     decoders = [d for d in DECODERS if d != "simplejpeg" or importlib.util.find_spec(d)]
-    if args.device.type == "cuda" and decode_jpeg is not None:
+    if args.device.type == "cuda" and jpeg_decoder() is not None:
         decoders.append(ON_DEVICE)
 
     with tempfile.TemporaryDirectory() as place:

@@ -1,6 +1,7 @@
 """The laws of the house: which folder may import which, and how long files and functions are."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -257,3 +258,19 @@ def test_a_planted_long_function_is_found(tmp_path: Path):
         tmp_path, {"utils/a.py": f"def f():\n{body}", "utils/b.py": "def f():\n    x = 1\n"}
     )
     assert too_long(lengths(root)) == {"utils/a:f": LONGEST_FUNCTION + 1}
+
+
+@pytest.mark.parametrize("script", ["main.py", "light_main.py", "predict.py", "export.py"])
+def test_help_comes_without_slow_imports(script: str):
+    """What help does not use is imported when used: torchvision takes half as long as torch."""
+    found = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / script, "-h"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
+    )
+    names = {line.rpartition("|")[2].strip() for line in found.stderr.splitlines()}
+    assert "torch" in names
+    slow = {"torchvision", "torch._dynamo", "matplotlib", "tensorboard", "sklearn", "timm", "thop"}
+    assert not names & (slow | {"torch.utils.tensorboard", "sympy", "onnx", "openvino"})

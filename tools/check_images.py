@@ -23,7 +23,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.data import remote_files, shard_folder
-from utils.data.decoding import DECODERS, EXTENSIONS, BrokenImageError, decoder_name, read_image
+from utils.data.decoding import (
+    DECODERS,
+    EXTENSIONS,
+    BrokenImageError,
+    decoder_name,
+    jpeg_decoder,
+    read_image,
+)
 from utils.data.image_folder import is_passed_over
 from utils.data.shard_folder import Member
 from utils.detection.coco_check import AnnotationCheck
@@ -136,6 +143,8 @@ def find_broken(
     Raises:
         UserError: a process that read them was killed.
     """
+    if decoder != "pil":
+        jpeg_decoder()  # imported once, before there are processes
     sizes = sizes or {}
     items = [(path, sizes.get(path)) for path in paths]
     return shared(partial(_read, decoder=decoder), items, processes=processes, chunk=CHUNK)

@@ -41,7 +41,7 @@ def test_a_torchvision_that_cannot_is_refused(call, monkeypatch):
     check_decoder("cuda", torch.device("cuda"), lambda encoded, device: [])
     check_decoder("torchvision", CPU, fails)
 
-    monkeypatch.setattr(decoding, "decode_jpeg", None)  # a torchvision that has dropped it
+    monkeypatch.setattr(decoding, "jpeg_decoder", lambda: None)  # a torchvision that has dropped it
     code, _, err = call("--decoder", "cuda", "DATA")
     assert (code, len(err)) == (2, 1)
     assert "argument --decoder: this torchvision decodes no JPEGs" in err[0]

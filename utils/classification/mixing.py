@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from torchvision.transforms import v2
 
 Mix = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -24,12 +23,16 @@ def make_mix(mixup: float, cutmix: float, num_classes: int) -> Mix:
         mixup, cutmix: alpha of each Beta distribution; 0 leaves that one out, both at 0 all of it,
             and with both a batch takes one of them by even chance.
     """
+    if not mixup and not cutmix:
+        return unmixed
+    from torchvision.transforms import v2  # slow to import, and few runs need it
+
     kinds = [
         kind(alpha=alpha, num_classes=num_classes)
         for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))
         if alpha
     ]
-    return v2.RandomChoice(kinds) if kinds else unmixed
+    return v2.RandomChoice(kinds)
 
 
 def leading_class(targets: torch.Tensor) -> torch.Tensor:

@@ -12,27 +12,23 @@ Every reader of user images (training, evaluation, prediction, the data check) g
 
 import argparse
 import errno
+import functools
 import importlib.util
 import io
 import os
 import re
 import stat
 import warnings
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from utils.system.errors import EXIT_FAILED, FEWER_FILES, TOO_MANY_FILES, UserError
 from utils.system.text import printable
 
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # announced for a torchvision after 0.29: Pillow reads everything then
-    decode_jpeg = None
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision")
 
 JPEGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi")
@@ -80,7 +76,7 @@ def decoder_name(text: str, known: Sequence[str] = DECODERS) -> str:
     """An argparse type: one of `known` that is installed."""
     if text not in known:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
-    if text == ON_DEVICE and decode_jpeg is None:
+    if text == ON_DEVICE and jpeg_decoder() is None:
         raise argparse.ArgumentTypeError(
             "this torchvision decodes no JPEGs, on a GPU or elsewhere: give another one, such as "
             f"{DECODERS[0]}"
@@ -115,6 +111,25 @@ def read_file(path: str | bytes) -> bytes:
         raise UserError(f"{printable(path)}: {error.strerror}; {remedy}", EXIT_FAILED) from None
 
 
+@functools.cache
+def jpeg_decoder() -> Callable[..., Any] | None:
+    """Returns torchvision's `decode_jpeg`, into RGB; None for a torchvision without it.
+
+    It is imported when first used, as torchvision takes half as long to import as torch. Call it
+    before worker processes are forked: they have it then.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:  # announced for a torchvision after 0.29: Pillow reads everything then
+        return None
+    return functools.partial(decode_jpeg, mode=ImageReadMode.RGB)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """Returns an RGB image as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def read_image(
     path: str | bytes | Stored, decoder: str = "torchvision"
 ) -> torch.Tensor | Image.Image:
@@ -139,15 +154,16 @@ def read_image(
         if decoder == "pil":
             return _pil_rgb(data)
         # libjpeg without Pillow is the quick road for what nearly every photo is.
-        frame = None if decode_jpeg is None else _jpeg_frame(data)
-        if frame is not None and frame[2] in (1, 3) and frame[0] * frame[1] <= MAX_PIXELS:
+        frame = _jpeg_frame(data)
+        decode = None if frame is None else jpeg_decoder()
+        if decode is not None and frame[2] in (1, 3) and frame[0] * frame[1] <= MAX_PIXELS:
             if decoder == "simplejpeg" and EXIF not in data:
                 return _by_simplejpeg(data)
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             if decoder == ON_DEVICE and _is_plain(data):
                 return encoded
-            return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-        return pil_to_tensor(_pil_rgb(data))
+            return decode(encoded, apply_exif_orientation=True)
+        return to_tensor(_pil_rgb(data))
     except (MemoryError, UserError):  # not the image's fault
         raise
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error

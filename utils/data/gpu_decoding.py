@@ -41,7 +41,7 @@ def decode_jpegs(encoded: list[torch.Tensor], device: torch.device) -> list[torc
         # it writes to (pytorch/vision#9606): what still reads that memory has to come to its end.
         torch.cuda.current_stream(device).synchronize()
     try:
-        return decoding.decode_jpeg(encoded, mode=decoding.ImageReadMode.RGB, device=device)
+        return decoding.jpeg_decoder()(encoded, device=device)
     except RuntimeError:
         if device.type == "cuda":  # others of the batch may still be written, to memory now free
             torch.cuda.synchronize(device)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.transforms import v2
 
-from utils.data.decoding import BrokenImageError, read_image
+from utils.data.decoding import BrokenImageError, read_image, to_tensor
 from utils.data.image_folder import ImageFolder
 from utils.data.loader_workers import checked, init_worker
 from utils.data.sampler import Key, SeededBatches, ShardedBatches, mix_seed
@@ -54,7 +53,7 @@ class ImageDataset(Dataset):
     def __init__(
         self,
         folder: ImageFolder,
-        transform: v2.Transform,
+        transform: Callable[[Any], Any],
         seed: int | None = None,
         decoder: str = "torchvision",
         skip_broken: bool = False,
@@ -101,7 +100,7 @@ class ImageDataset(Dataset):
                 torch.default_generator.manual_seed(mix_seed(self.seed, *key))
                 image = self.transform(image)
         if not isinstance(image, torch.Tensor):
-            image = v2.functional.pil_to_tensor(image)
+            image = to_tensor(image)
         return image
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from torchvision import datasets
 
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.text import printable
@@ -68,14 +67,14 @@ class CifarSet:
         files: of the binary version, for train and val.
         label_bytes: before each image's pixels; the last of them is its class.
         names: the file of the class names.
-        loader: torchvision's, for the Python version.
+        loader: name of torchvision's, for the Python version.
     """
 
     archive: tuple[str, str]
     files: dict[str, tuple[str, ...]]
     label_bytes: int
     names: str
-    loader: type[datasets.CIFAR10]
+    loader: str
 
 
 CIFAR10 = CifarSet(
@@ -86,7 +85,7 @@ CIFAR10 = CifarSet(
     {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "val": ("test_batch.bin",)},
     1,
     "batches.meta.txt",
-    datasets.CIFAR10,
+    "CIFAR10",
 )
 CIFAR100 = CifarSet(
     (
@@ -96,7 +95,7 @@ CIFAR100 = CifarSet(
     {"train": ("train.bin",), "val": ("test.bin",)},
     2,
     "fine_label_names.txt",
-    datasets.CIFAR100,
+    "CIFAR100",
 )
 
 
@@ -108,6 +107,8 @@ def read_fashion(origin: Origin) -> dict[str, Part]:
     """
     if origin.download:
         with tempfile.TemporaryDirectory() as folder:
+            from torchvision import datasets  # slow to import
+
             _fetch(datasets.FashionMNIST, folder)
             return _read_fashion(Path(folder) / "FashionMNIST" / "raw")
     folder = origin.folder or FASHION_PACKAGE
@@ -134,7 +135,9 @@ def read_cifar(
     Raises:
         UserError: files are missing or are not those that were published; or the download failed.
     """
-    loader = kind.loader
+    from torchvision import datasets  # slow to import
+
+    loader = getattr(datasets, kind.loader)
     if origin.download:
         with tempfile.TemporaryDirectory() as folder:
             _fetch(loader, folder)
@@ -244,9 +247,7 @@ def _joined(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Part:
     return Part(np.concatenate(pixels), np.concatenate(labels))
 
 
-def _by_torchvision(
-    loader: type[datasets.CIFAR10], folder: Path
-) -> tuple[tuple[str, ...], dict[str, Part]]:
+def _by_torchvision(loader: type, folder: Path) -> tuple[tuple[str, ...], dict[str, Part]]:
     """Has torchvision open the pickles, which it does where all their MD5 sums agree."""
     try:
         sides = {"train": loader(folder, train=True), "val": loader(folder, train=False)}
@@ -256,7 +257,7 @@ def _by_torchvision(
     return tuple(sides["train"].classes), parts
 
 
-def _unpack(file: Path, loader: type[datasets.CIFAR10], folder: Path) -> None:
+def _unpack(file: Path, loader: type, folder: Path) -> None:
     """Writes the files that torchvision's loader reads, and no other, from an archive."""
     listed = [*loader.train_list, *loader.test_list]
     wanted = [name for name, _ in listed] + [loader.meta["filename"]]

@@ -1,37 +1,52 @@
 """What an image goes through between decoding and the network, up to 8-bit pixels."""
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from PIL import Image
-from torchvision.transforms import v2
 
 from utils.data.long_images import is_long, resized_center_crop
 
+Picture = torch.Tensor | Image.Image
+Transform = Callable[[Picture], Picture]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class CropResized(v2.RandomResizedCrop):
-    """RandomResizedCrop that hands the crop to `resize` channels_last, its quick road for uint8.
+class CropResized:
+    """torchvision's RandomResizedCrop, with its quick road for uint8: the crop in channels_last.
 
     The pixels are the same; a 500 x 375 photo's crop takes two thirds of the time.
+
+    Args:
+        size: S; the crop is resized to S x S.
+        min_scale: the smallest crop's share of the area; the largest is all of it.
     """
 
-    def transform(self, image: torch.Tensor | Image.Image, params: dict[str, int]):
+    def __init__(self, size: int, min_scale: float):
+        self.whole = transforms_v2().RandomResizedCrop(size, scale=(min_scale, 1.0), antialias=True)
+
+    def __call__(self, image: Picture) -> Picture:
         if not isinstance(image, torch.Tensor):
-            return super().transform(image, params)
-        box = (params[k] for k in ("top", "left", "height", "width"))
-        crop = v2.functional.crop(image, *box)[None].contiguous(memory_format=torch.channels_last)
-        return v2.functional.resize(crop, self.size, self.interpolation, antialias=True)[0]
+            return self.whole(image)
+        functional = transforms_v2().functional
+        box = self.whole.make_params([image])
+        crop = functional.crop(image, *(box[k] for k in ("top", "left", "height", "width")))
+        crop = crop[None].contiguous(memory_format=torch.channels_last)
+        size, interpolation = self.whole.size, self.whole.interpolation
+        return functional.resize(crop, size, interpolation, antialias=True)[0]
 
 
 # Photographic operations of one strength or another, as published for ImageNet.
-AUTO_AUGMENTS = {
-    "none": None,
-    "trivial": partial(v2.TrivialAugmentWide, interpolation=v2.InterpolationMode.BILINEAR),
-    "rand": partial(v2.RandAugment, interpolation=v2.InterpolationMode.BILINEAR),
-}
+AUTO_AUGMENTS = {"none": None, "trivial": "TrivialAugmentWide", "rand": "RandAugment"}
+
+
+def transforms_v2() -> Any:
+    """Returns torchvision.transforms.v2, imported when used: it takes half as long as torch."""
+    from torchvision.transforms import v2
+
+    return v2
 
 
 def train_transform(
@@ -40,8 +55,8 @@ def train_transform(
     hflip: float,
     auto_augment: str = "none",
     random_erasing: float = 0.0,
-) -> v2.Compose:
-    """What a training image goes through.
+) -> Transform:
+    """Makes what a training image goes through.
 
     Args:
         img_size: S; a random crop is resized to S x S.
@@ -51,19 +66,17 @@ def train_transform(
         random_erasing: probability that a rectangle takes the mean colour, which is what
             torchvision's 0 after the normalisation is.
     """
-    steps = [
-        CropResized(img_size, scale=(min_scale, 1.0), antialias=True),
-        v2.RandomHorizontalFlip(hflip),
-    ]
+    v2 = transforms_v2()
+    steps = [CropResized(img_size, min_scale), v2.RandomHorizontalFlip(hflip)]
     if (augment := AUTO_AUGMENTS[auto_augment]) is not None:
-        steps.append(augment())
+        steps.append(getattr(v2, augment)(interpolation=v2.InterpolationMode.BILINEAR))
     if random_erasing:
         mean = [round(255 * m) for m in IMAGENET_MEAN]
         steps += [v2.PILToTensor(), v2.RandomErasing(random_erasing, value=mean)]
     return v2.Compose(steps)
 
 
-class ShorterSide(v2.Resize):
+class ShorterSide:
     """Resizes the shorter side to `size`; of a long image the part that the crop keeps.
 
     Args:
@@ -72,14 +85,14 @@ class ShorterSide(v2.Resize):
     """
 
     def __init__(self, size: int, crop: int):
-        super().__init__(size, antialias=True)
-        self.crop = crop
+        self.resize = transforms_v2().Resize(size, antialias=True)
+        self.size, self.crop = size, crop
 
-    def transform(self, image: torch.Tensor | Image.Image, params: dict):
-        height, width = v2.functional.get_size(image)
-        (size,) = self.size
+    def __call__(self, image: Picture) -> Picture:
+        height, width = transforms_v2().functional.get_size(image)
+        size = self.size
         if not is_long(height, width) or size < self.crop:
-            return super().transform(image, params)
+            return self.resize(image)
         longer = int(size * max(height, width) / min(height, width))
         resized = (size, longer) if height < width else (longer, size)
         if not isinstance(image, torch.Tensor):
@@ -87,6 +100,10 @@ class ShorterSide(v2.Resize):
         return resized_center_crop(image.cpu(), resized, self.crop).to(image.device)
 
 
-def eval_transform(img_size: int, crop_pct: float) -> v2.Compose:
-    """Shorter side to S / crop_pct, then the central S x S (0.875: 256 and 224)."""
+def eval_transform(img_size: int, crop_pct: float) -> Transform:
+    """Makes what an evaluated image goes through.
+
+    The shorter side becomes S / crop_pct, then the central S x S stays (0.875: 256 and 224).
+    """
+    v2 = transforms_v2()
     return v2.Compose([ShorterSide(round(img_size / crop_pct), img_size), v2.CenterCrop(img_size)])

@@ -10,9 +10,8 @@ from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-from utils.data.decoding import EXTENSIONS, BrokenImageError, Stored, read_image
+from utils.data.decoding import EXTENSIONS, BrokenImageError, Stored, read_image, to_tensor
 from utils.data.image_folder import is_passed_over
 from utils.data.loader_workers import leave_broken_connections_unsaid
 from utils.data.loading import device_batches, eval_transform
@@ -89,7 +88,7 @@ class _Paths(Dataset):
         except UserError as error:  # raised in a worker it would arrive as a traceback
             return error
         if not isinstance(image, torch.Tensor):
-            image = pil_to_tensor(image)
+            image = to_tensor(image)
         return index, image
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as F
 
 from utils.data.decoding import BrokenImageError, read_image
 from utils.data.sampler import Key, mix_seed
@@ -165,7 +164,7 @@ class CocoDataset(Dataset):
             )
         target = self._target(index, height, width)
         if self.hflip and torch.rand((), generator=self._chance(epoch, index)) < self.hflip:
-            image, target = F.horizontal_flip(image), mirror(target, width)
+            image, target = image.flip(-1), mirror(target, width)
         return image, target, self.split.image_ids[index]
 
     def _chance(self, epoch: int, index: int) -> torch.Generator:

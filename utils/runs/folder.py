@@ -9,11 +9,11 @@ import platform
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
 import torch
-import torchvision
 
 from utils.runs.checkpoint_info import describes_detector
 from utils.system.distributed import Context
@@ -191,7 +191,7 @@ def environment(context: Context) -> dict[str, str | int | list[int]]:
         "eca_net": VERSION,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a TorchVersion would not load with weights_only
-        "torchvision": str(torchvision.__version__),
+        "torchvision": version("torchvision"),
         "platform": platform.platform(),
         "device": device,
         "world_size": context.world_size,

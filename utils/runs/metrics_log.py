@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
-
 from utils.system.colours import GREY
 from utils.system.files import write_atomically
 
@@ -69,6 +67,8 @@ class RunLogger:
     def __init__(self, folder: Path, figures: Figures, title: str, first_epoch: int = 0):
         self.folder, self.figures, self.title = folder, figures, title
         self.is_new = not any(folder.glob("events.out.tfevents.*"))  # also of a run that goes on
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
         self.board = SummaryWriter(str(folder), purge_step=first_epoch or None)
 
     def log(self, history: list[dict[str, float]], images_per_second: float) -> None:

@@ -238,13 +238,13 @@ def test_nothing_is_decoded_before_what_has_its_memory_is_done(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: wait)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("device"))
 
-    def decode(encoded, mode, device):
+    def decode(encoded, device):
         done.append("decode")
         if not encoded:
             raise RuntimeError
         return encoded
 
-    monkeypatch.setattr(decoding, "decode_jpeg", decode)
+    monkeypatch.setattr(decoding, "jpeg_decoder", lambda: decode)
     for encoded, raised in ([0], nullcontext()), ([], pytest.raises(RuntimeError)):
         with raised:
             gpu_decoding.decode_jpegs(encoded, torch.device("cuda"))
