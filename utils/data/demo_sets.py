@@ -136,7 +136,8 @@ def write_once(target: Path, write: Callable[[Path], None]) -> Path:
             os.rename(staging, target)
     except OSError as error:
         if not target.is_dir():  # else another process was first, with the same files
-            reason = f"cannot write there ({error.strerror}); make room, or mend its rights"
+            why = error.strerror or error
+            reason = f"cannot write there ({why}); make room, or mend its rights"
             raise UserError(f"{target}: {reason}", EXIT_FAILED) from None
     finally:
         if staging is not None:

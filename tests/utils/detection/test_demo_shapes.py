@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from utils.detection import coco_masks, demo_shapes
+from utils.system.errors import UserError
 
 COUNTS = {"train": 6, "val": 3}
 
@@ -88,7 +89,7 @@ def test_written_once_and_whole(tmp_path, monkeypatch):
 
     calls, fail = [], True
     monkeypatch.setattr(demo_shapes, "write_shapes", write)
-    with pytest.raises(OSError, match="no room"):
+    with pytest.raises(UserError, match=r"cannot write there \(no room\); make room"):
         demo_shapes.prepare(tmp_path)
     assert list(tmp_path.iterdir()) == []
     fail = False
