@@ -11,7 +11,6 @@ examples:
 """
 
 import sys
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,13 +21,13 @@ import models
 from assembly import classifier
 from assembly.run_folder import open_files
 from models import weights
-from utils.classification import engine, report
+from utils.classification import report
 from utils.classification.outcome import CLASSIFICATION
 from utils.classification.task import TaskBatches, make_task
 from utils.classification.training_data import open_training_data, open_validation_data
 from utils.data import demo_sets
 from utils.data.gpu_decoding import check_decoder
-from utils.data.loading import replaced_lines, validation_batches
+from utils.data.loading import replaced_lines
 from utils.options.classification import build_parser
 from utils.options.common import NEVER_TAKEN, saved_recipe
 from utils.options.parser import run_script
@@ -142,12 +141,8 @@ def evaluate(
         dtype = backends.DTYPES[settings.amp]
         network = models.optimise_for_inference(network, dtype, compile=settings.compile)
         context.say(f"  rebuilt for inference: BatchNorm folded, weights in {dtype}")
-    batches = validation_batches(images, recipe, reading, context.rank, context.world_size)
-    autocast = partial(backends.autocast, context.device, "off" if settings.fast else settings.amp)
-    began = time.perf_counter()
-    spread = distributed.spread(network, context)
-    figures = engine.evaluate(spread, batches(), context.device, autocast)
-    context.say(report.evaluation_line(figures, time.perf_counter() - began))
+    figures, seconds = classifier.judge(network, images, recipe, settings, reading, context)
+    context.say(report.evaluation_line(figures, seconds))
     if settings.output and settings.resume != resume.AUTO and context.is_main:
         figures |= {"checkpoint": settings.source, "data": settings.data}
         print(f"written to {runs.write_evaluation(settings.output, figures, context)}")

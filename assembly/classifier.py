@@ -1,7 +1,9 @@
 """A classifier for main.py: its first or saved weights, its device, and what is said of it."""
 
+import time
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,19 +12,21 @@ import models
 from models import start as start_weights
 from models import weights
 from models.weights import Network
-from utils.classification import report
+from utils.classification import engine, report
 from utils.classification.state import first_state
 from utils.classification.training_data import TrainingData
 from utils.data.gpu_decoding import reading_of
-from utils.data.loading import Reading
+from utils.data.image_folder import ImageFolder
+from utils.data.loading import Reading, validation_batches
 from utils.options.settings import ClassificationSettings
 from utils.recipes.classification import PAPER, Recipe
 from utils.runs.resume import Start
 from utils.runs.saved_run import Checkpoint
-from utils.system import backends
+from utils.system import backends, distributed
 from utils.system.distributed import Context
 from utils.system.errors import as_user_error
 from utils.training.device_report import device_lines
+from utils.training.progress import evaluation_progress, watched
 from utils.training.state import RunState
 
 
@@ -122,6 +126,33 @@ def place(network: Network, settings: ClassificationSettings, context: Context) 
     return reading(
         context.device, settings.workers, settings.worker_timeout, settings.decoder, layout
     )
+
+
+def judge(
+    network: Network,
+    images: ImageFolder,
+    recipe: Recipe,
+    settings: ClassificationSettings,
+    reading: Reading,
+    context: Context,
+) -> tuple[dict[str, float], float]:
+    """Evaluates a network on images, each once over all ranks, and shows how far it is.
+
+    Args:
+        reading: from `place`.
+
+    Returns:
+        The figures of `utils.classification.engine.evaluate`, and the seconds that it took.
+    """
+    batches = validation_batches(images, recipe, reading, context.rank, context.world_size)
+    autocast = partial(backends.autocast, context.device, "off" if settings.fast else settings.amp)
+    began = time.perf_counter()
+    length = (len(images), recipe.batch_size, settings.print_freq)
+    shown = watched(batches(), evaluation_progress(*length, context))
+    spread = distributed.spread(network, context)
+    figures = engine.evaluate(spread, shown, context.device, autocast)
+    assert figures is not None  # nothing asks it to stop
+    return figures, time.perf_counter() - began
 
 
 def begin_state(

@@ -13,6 +13,7 @@ from utils.system import distributed
 from utils.system.backends import AutocastFactory
 from utils.system.distributed import Context
 from utils.training.epochs import Task
+from utils.training.progress import evaluation_progress, watched
 from utils.training.state import RunState
 
 
@@ -24,6 +25,7 @@ class TaskBatches:
     order: SeededBatches
     train: Callable[[], Iterator[Batch]]
     val: Callable[[], Iterator[Batch]]
+    val_images: int
 
     @classmethod
     def of(
@@ -42,7 +44,7 @@ class TaskBatches:
         )
         train = training_batches(data.train, order, recipe, seed, reading, skip_bad_images)
         val = validation_batches(data.val, recipe, reading, rank, world_size)
-        return cls(seed, order, train, val)
+        return cls(seed, order, train, val, len(data.val))
 
 
 def make_task(
@@ -69,7 +71,12 @@ def make_task(
         return engine.train_epoch(wrapped, batches.train(), *parts, first_step=first_step)
 
     def judge(stop: Callable[[], bool]) -> dict[str, float] | None:
-        return engine.evaluate(evaluated, batches.val(), context.device, autocast, stop)
+        title = f"epoch {state.epoch + 1}/{recipe.epochs} val"
+        progress = evaluation_progress(
+            batches.val_images, recipe.batch_size, print_freq, context, title
+        )
+        shown = watched(batches.val(), progress)
+        return engine.evaluate(evaluated, shown, context.device, autocast, stop)
 
     length = (recipe.epochs, recipe.batch_size, print_freq)
     return Task(CLASSIFICATION, batches.order, steps, judge, rule.lr_at, *length)

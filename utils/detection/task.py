@@ -24,8 +24,10 @@ from utils.system import distributed
 from utils.system.backends import AutocastFactory
 from utils.system.distributed import Context
 from utils.training.epochs import Task
+from utils.training.progress import evaluation_progress, watched
 from utils.training.state import RunState
 
+IMAGES = 10  # steps of an evaluation, of one image each, for one of training
 Summaries = dict[str, Summary]  # of "bbox", and of "segm" where masks are judged
 
 
@@ -37,6 +39,8 @@ class Evaluation:
         val: images and objects.
         first_label: of the network's classes.
         autocast: the context of forward.
+        print_freq: training steps between two lines of progress; here a step is one image of each
+            rank, and there are IMAGES times as many between two lines.
 
     Attributes:
         results: of the last evaluation, in COCO's format; on rank 0 alone.
@@ -47,6 +51,7 @@ class Evaluation:
     reading: Reading
     autocast: AutocastFactory
     context: Context
+    print_freq: int = 10
     results: Sequence[Result] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
@@ -56,12 +61,26 @@ class Evaluation:
         )
 
     def __call__(
-        self, network: nn.Module, stop: Callable[[], bool] = lambda: False
+        self,
+        network: nn.Module,
+        stop: Callable[[], bool] = lambda: False,
+        title: str = "evaluation",
     ) -> Summaries | None:
-        """Returns COCO's figures; None when `stop` said so. Call it on every rank."""
+        """Returns COCO's figures; None when `stop` said so. Call it on every rank.
+
+        Args:
+            title: of its progress.
+        """
+        progress = evaluation_progress(
+            len(self.val.split),
+            self.context.world_size,
+            IMAGES * self.print_freq,
+            self.context,
+            title,
+        )
         found = engine.detect(
             network,
-            self.batches(),
+            watched(self.batches(), progress),
             self.val.category_ids,
             self.first_label,
             self.autocast,
@@ -112,5 +131,8 @@ def make_task(
             scaler=state.scaler,
         )
 
+    def judged(stop: Callable[[], bool]) -> Summaries | None:
+        return evaluation(state.network, stop, f"epoch {state.epoch + 1}/{recipe.epochs} val")
+
     length = (recipe.epochs, recipe.batch_size, print_freq)
-    return Task(DETECTION, order, steps, partial(evaluation, state.network), rate, *length)
+    return Task(DETECTION, order, steps, judged, rate, *length)

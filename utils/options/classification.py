@@ -35,7 +35,6 @@ OF_TRAINING = {
     "skip_bad_images",
     "start_epoch",
     "identity_start",
-    "print_freq",
     "save_every",
     "save_minutes",
     "seed",

@@ -40,7 +40,6 @@ OF_TRAINING = {
     "lr_decay",
     "warmup_steps",
     "clip",
-    "print_freq",
     "save_every",
     "save_minutes",
     "seed",

@@ -4,6 +4,7 @@ It knows no files: it is handed a writer. It knows no network: a `Task` has the 
 evaluation, and the task's `Outcome` the columns, the score and the words.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from utils.system import distributed
 from utils.system.distributed import Context
 from utils.system.stop_requests import StopRequest, Votes
 from utils.training.outcome import Outcome
-from utils.training.progress import Progress
+from utils.training.progress import Pace, Progress
 from utils.training.state import RunState
 
 
@@ -81,13 +82,14 @@ def run_epochs(
     Returns:
         The exit code: 0 after the last epoch, that of `stop` otherwise.
     """
-    votes = Votes(context.votes)
+    votes, pace = Votes(context.votes), Pace()
     while state.epoch < task.epochs:
         first = state.epoch * task.order.steps  # the epoch's first step, counted over the run
-        speed = _train_epoch(state, task, writer, context, stop, votes)
+        speed = _train_epoch(state, task, writer, context, stop, votes, pace)
         if speed is None:
             distributed.barrier()  # torchrun ends the others as soon as one has ended
             return writer.stopped(state.epoch, state.step, stop.exit_code)
+        ended = time.perf_counter()
         state.share_buffers()
         writer.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
         found = task.evaluate(lambda: context.is_main and bool(stop))
@@ -96,12 +98,19 @@ def run_epochs(
         recorded_at = first + task.order.steps - 1 if task.outcome.lr_at_end else first
         improved = state.finish_epoch(task.lr_at(recorded_at), found, task.outcome)
         writer.finish_epoch(state.snapshot(), speed, improved)
+        pace.note_between(time.perf_counter() - ended)
         context.say(task.outcome.epoch_line(state.history[-1], task.epochs, speed, improved))
     return 0
 
 
 def _train_epoch(
-    state: RunState, task: Task, writer: Writer, context: Context, stop: StopRequest, votes: Votes
+    state: RunState,
+    task: Task,
+    writer: Writer,
+    context: Context,
+    stop: StopRequest,
+    votes: Votes,
+    pace: Pace,
 ) -> float | None:
     """Does the steps that are left of the epoch, saving where due.
 
@@ -118,6 +127,8 @@ def _train_epoch(
         task.outcome.step_words,
         done=state.step,
         quiet=not context.is_main,
+        pace=pace,
+        epochs_left=task.epochs - state.epoch - 1,
     )
     for batch in task.steps(first + state.step):
         state.finish_step(batch.broken)

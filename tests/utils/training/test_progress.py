@@ -1,4 +1,4 @@
-"""The bar of progress, on a real terminal of 80 columns."""
+"""The bar of progress, on real terminals of several widths, and its lines elsewhere."""
 
 import contextlib
 import fcntl
@@ -10,16 +10,19 @@ import struct
 import sys
 import termios
 
+import torch
+
 from utils.classification.outcome import CLASSIFICATION
 from utils.detection.outcome import DETECTION
-from utils.training.progress import Progress
+from utils.system.distributed import Context
+from utils.training.progress import Pace, Progress, evaluation_progress, watched
 
 
 @contextlib.contextmanager
-def terminal(monkeypatch):
+def terminal(monkeypatch, columns=80):
     """Standard error on a terminal; gives a function that returns the lines drawn there."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with open(theirs, "w") as stream, monkeypatch.context() as patch:
         patch.setenv("TERM", "xterm")
         patch.setattr(sys, "stderr", stream)
@@ -35,27 +38,58 @@ def terminal(monkeypatch):
     os.close(ours)
 
 
-def advance(progress, seconds, monkeypatch):
-    """A hundred steps that seem to take `seconds`."""
-    began = progress.started
-    monkeypatch.setattr("time.perf_counter", lambda: began + seconds)
-    for _ in range(100):
+def advance(progress, seconds, monkeypatch, steps=100):
+    """Steps that seem to take `seconds` in all, all alike."""
+    now = [progress.last]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    for _ in range(steps):
+        now[0] += seconds / steps
         progress.advance()
-    progress.bar.start_t -= seconds  # the bar has a clock of its own
 
 
-def test_the_bar_shows_loss_top1_speed_and_eta(monkeypatch):
-    with terminal(monkeypatch) as drawn:
-        progress = Progress("epoch 37/100", 5004, 20480, 100, CLASSIFICATION.step_words, done=2402)
+def classifier_line(monkeypatch, columns, epochs_left):
+    """What the bar of an epoch shows last on a terminal of this width."""
+    with terminal(monkeypatch, columns) as drawn:
+        progress = Progress(
+            "epoch 37/100",
+            5004,
+            20480,
+            100,
+            CLASSIFICATION.step_words,
+            done=2402,
+            epochs_left=epochs_left,
+        )
         advance(progress, 100 * 20480 / 12345, monkeypatch)
         progress.show({"loss": 6.9078, "top1": 48.21}, 0.1)
         lines = drawn()
         progress.close()
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= columns
+    return lines[-1]
+
+
+def test_the_bar_shows_loss_top1_speed_and_eta(monkeypatch):
     assert re.fullmatch(
-        r"epoch 37/100  50%\|.+\| loss 6\.9078  top-1 48\.21 %  12,345 images/s  ETA 1:09:\d\d",
-        lines[-1],
+        r"epoch 37/100  50%\|.{3,}\| loss 6\.9078  top-1 48\.21 %  12,345 images/s  ETA 1:09:\d\d",
+        classifier_line(monkeypatch, 80, 0),
     )
+    assert re.fullmatch(
+        r"epoch 37/100  50%\|.{3,}\| loss 6\.9078  top-1 48\.21 %  12,345 images/s  "
+        r"ETA 1:09:\d\d, run 146:2[56]:\d\d",
+        classifier_line(monkeypatch, 100, 63),
+    )
+
+
+def test_narrow_terminals_lose_figures_and_keep_bar_and_both_etas(monkeypatch):
+    for columns in (80, 60):
+        line = classifier_line(monkeypatch, columns, 63)
+        assert re.fullmatch(
+            r"epoch 37/100  50%\|.{3,}\| .*ETA 1:09:\d\d, run 146:2[56]:\d\d", line
+        ), line
+    assert "loss 6.9078" in classifier_line(monkeypatch, 80, 63)
+    assert re.fullmatch(
+        r"epoch 37/100  50%\|.{3,}\| ETA 1:09:\d\d", classifier_line(monkeypatch, 40, 63)
+    )
+    assert re.fullmatch(r".+\| ETA 1:09:\d\d", classifier_line(monkeypatch, 24, 63))
 
 
 def test_a_detectors_bar_keeps_speed_and_eta_before_the_parts_of_the_loss(monkeypatch):
@@ -68,5 +102,37 @@ def test_a_detectors_bar_keeps_speed_and_eta_before_the_parts_of_the_loss(monkey
         progress.close()
     assert max(map(len, lines)) <= 80
     assert re.match(
-        r"epoch 12/12  48%\|.+\| loss 12\.346  8\.0 images/s  ETA 2:05:\d\d  \(objec", lines[-1]
+        r"epoch 12/12  48%\|.{3,}\| loss 12\.346  8\.0 images/s  ETA 2:05:\d\d  \(objec", lines[-1]
     )
+
+
+def test_the_first_step_which_compiles_is_not_in_the_eta(monkeypatch, capsys):
+    pace = Pace()
+    progress = Progress("epoch 1/3", 11, 8, 1, CLASSIFICATION.step_words, pace=pace, epochs_left=2)
+    advance(progress, 500, monkeypatch, steps=1)
+    progress.show({"loss": 1.0, "top1": 50.0}, 0.1)
+    advance(progress, 20, monkeypatch, steps=10)
+    assert pace.step == 2
+    pace.note_between(70)
+    pace.note_between(7)
+    progress = Progress("epoch 2/3", 11, 8, 1, CLASSIFICATION.step_words, pace=pace, epochs_left=1)
+    advance(progress, 2, monkeypatch, steps=1)
+    progress.show({"loss": 1.0, "top1": 50.0}, 0.1)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("images/s  ETA ?, run ?")
+    assert second.endswith("images/s  ETA 0:20, run 0:56")  # 10 and 11 steps, two evaluations
+
+
+def test_an_evaluation_has_lines_at_its_steps_and_none_at_the_last(monkeypatch, capsys):
+    context = Context(torch.device("cpu"))
+    progress = evaluation_progress(359, 32, 4, context, "epoch 1/8 val")
+    assert list(watched(iter(range(12)), progress)) == list(range(12))
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.sub(r"[\d,]+ images/s", "N images/s", line) for line in lines] == [
+        "epoch 1/8 val  step  4/12  N images/s  ETA 0:00",
+        "epoch 1/8 val  step  8/12  N images/s  ETA 0:00",
+    ]
+    with terminal(monkeypatch, 60) as drawn:
+        list(watched(iter(range(12)), evaluation_progress(359, 32, 4, context)))
+        assert any(re.match(r"evaluation .+%\|.{3,}\| .*ETA 0:00", line) for line in drawn())
+    assert not capsys.readouterr().out
