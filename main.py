@@ -145,8 +145,8 @@ def evaluate(
     batches = validation_batches(images, recipe, reading, context.rank, context.world_size)
     autocast = partial(backends.autocast, context.device, "off" if settings.fast else settings.amp)
     began = time.perf_counter()
-    spread = distributed.spread(network, context)
-    figures = engine.evaluate(spread, batches(), context.device, autocast)
+    network_on_gpus = distributed.data_parallel(network, context)
+    figures = engine.evaluate(network_on_gpus, batches(), context.device, autocast)
     context.say(report.evaluation_line(figures, time.perf_counter() - began))
     if settings.output and settings.resume != resume.AUTO and context.is_main:
         figures |= {"checkpoint": settings.source, "data": settings.data}

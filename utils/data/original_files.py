@@ -1,4 +1,4 @@
-"""The original files of Fashion-MNIST and CIFAR, read as arrays without running what they hold.
+"""Reads the original files of Fashion-MNIST and CIFAR as arrays, without running code from them.
 
 Each file is compared with its published checksum before it is read. IDX files and CIFAR's binary
 version are numbers alone, and numpy reads them here. CIFAR's Python version is a pickle, which
@@ -35,7 +35,7 @@ UNREADABLE = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError)
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a data set's original files are.
+    """Says where a data set's original files are.
 
     Args:
         folder: that holds them, or None for where a package of the system puts them.
@@ -48,7 +48,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Part:
-    """The images of train or of val.
+    """Holds the images of train or of val.
 
     Args:
         pixels: (N, H, W) or (N, H, W, 3) uint8.
@@ -61,7 +61,7 @@ class Part:
 
 @dataclass(frozen=True)
 class CifarSet:
-    """What tells the two CIFAR sets apart.
+    """Describes what differs between the two CIFAR sets.
 
     Args:
         archive: file name of the binary version, and its SHA-256.
@@ -196,7 +196,7 @@ def _read_fashion(folder: Path) -> dict[str, Part]:
 
 
 def _checked(file: Path, digest: str) -> bytes:
-    """The contents of `file`, or of `file`.gz unpacked, once they are what was published."""
+    """Returns the contents of `file`, or of `file`.gz unpacked, after comparing the checksum."""
     packed = file.with_name(f"{file.name}.gz")
     try:
         data = file.read_bytes() if file.is_file() else gzip.decompress(packed.read_bytes())
@@ -247,7 +247,7 @@ def _joined(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Part:
 def _by_torchvision(
     loader: type[datasets.CIFAR10], folder: Path
 ) -> tuple[tuple[str, ...], dict[str, Part]]:
-    """Has torchvision open the pickles, which it does where all their MD5 sums agree."""
+    """Lets torchvision open the pickles, which it does only where all their MD5 sums agree."""
     try:
         sides = {"train": loader(folder, train=True), "val": loader(folder, train=False)}
     except (RuntimeError, *UNREADABLE):
@@ -257,7 +257,7 @@ def _by_torchvision(
 
 
 def _unpack(file: Path, loader: type[datasets.CIFAR10], folder: Path) -> None:
-    """Writes the files that torchvision's loader reads, and no other, from an archive."""
+    """Writes only the files that torchvision's loader reads from an archive."""
     listed = [*loader.train_list, *loader.test_list]
     wanted = [name for name, _ in listed] + [loader.meta["filename"]]
     place = folder / loader.base_folder

@@ -1,4 +1,4 @@
-"""What an image goes through between decoding and the network, up to 8-bit pixels."""
+"""Transforms images between decoding and the network, up to 8-bit pixels."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class CropResized(v2.RandomResizedCrop):
-    """RandomResizedCrop that hands the crop to `resize` channels_last, its quick road for uint8.
+    """Crops and resizes as RandomResizedCrop, but quicker: `resize` gets uint8 channels_last.
 
     The pixels are the same; a 500 x 375 photo's crop takes two thirds of the time.
     """
@@ -41,7 +41,7 @@ def train_transform(
     auto_augment: str = "none",
     random_erasing: float = 0.0,
 ) -> v2.Compose:
-    """What a training image goes through.
+    """Returns the transform of training images.
 
     Args:
         img_size: S; a random crop is resized to S x S.
@@ -64,7 +64,7 @@ def train_transform(
 
 
 class ShorterSide(v2.Resize):
-    """Resizes the shorter side to `size`; of a long image the part that the crop keeps.
+    """Resizes the shorter side to `size`; of a long image only the part that the crop uses.
 
     Args:
         size: of the shorter side, pixels.
@@ -88,5 +88,7 @@ class ShorterSide(v2.Resize):
 
 
 def eval_transform(img_size: int, crop_pct: float) -> v2.Compose:
-    """Shorter side to S / crop_pct, then the central S x S (0.875: 256 and 224)."""
+    """Returns the transform of evaluation: shorter side to S / crop_pct, then the central S x S
+    (0.875: 256 and 224).
+    """
     return v2.Compose([ShorterSide(round(img_size / crop_pct), img_size), v2.CenterCrop(img_size)])

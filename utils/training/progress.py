@@ -1,4 +1,4 @@
-"""The progress of an epoch: a bar on a terminal, lines elsewhere."""
+"""Shows the progress of an epoch: a bar on a terminal, lines elsewhere."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class StepWords:
-    """How the figures of an epoch under way are said.
+    """Says how the figures of an epoch under way are written.
 
     Args:
         figures: means so far → the words that a bar always shows.
@@ -26,7 +26,7 @@ class StepWords:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line every `every` steps.
+    """Shows a bar on a terminal; elsewhere a line every `every` steps.
 
     Args:
         title: such as "epoch 3/8".
@@ -65,14 +65,15 @@ class Progress:
             )
 
     def bar_format(self, figures: str) -> str:
-        """tqdm's format of a bar that leaves 80 columns to the figures; they are cut from the end.
+        """Returns tqdm's format of a bar that leaves 80 columns to the figures, which are cut at
+        the end.
 
         tqdm's own spends half of them on the time passed and two speeds.
         """
         return f"{self.title} {{percentage:3.0f}}%|{{bar}}| {figures}"
 
     def advance(self) -> bool:
-        """Counts a step; True when figures are due for `show`."""
+        """Counts a step; returns True when figures are due for `show`."""
         self.step += 1
         if self.bar is not None:
             self.bar.update()
@@ -109,7 +110,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """65.2 → "1:05", 3700 → "1:01:40"."""
+    """Formats seconds: 65.2 → "1:05", 3700 → "1:01:40"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
