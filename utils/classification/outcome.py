@@ -1,4 +1,4 @@
-"""Says how a classifier's run is measured: loss, top-1, top-5; the highest top-1 is the best epoch."""
+"""Says how a classifier's run is measured: loss, top-1, top-5. The best has the highest top-1."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -43,7 +43,7 @@ def start_momentum(optimizer: torch.optim.Optimizer) -> None:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def take_up(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Loads saved optimizer state so that PyTorch's fused kernels can continue from it.
 
     They walk parameter, gradient and state alike by places in memory, whatever the strides say. But

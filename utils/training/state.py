@@ -11,7 +11,7 @@ from torch import nn
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.training.finite_guard import NonFiniteGuard
-from utils.training.optimizer import take_up
+from utils.training.optimizer import load_optimizer_state
 from utils.training.outcome import Outcome
 from utils.training.weight_average import WeightAverage
 
@@ -165,7 +165,7 @@ class RunState:
         own = self.optimizer.state_dict()["param_groups"]
         for group, before in zip(own, saved["optimizer"]["param_groups"], strict=False):
             group["lr"] = before["lr"]  # a step sets it, and there may be none to come
-        take_up(self.optimizer, {**saved["optimizer"], "param_groups": own})
+        load_optimizer_state(self.optimizer, {**saved["optimizer"], "param_groups": own})
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         progress = saved["progress"]
