@@ -49,7 +49,7 @@ BACKBONES = [name for name in models.MODELS if "resnet" in name]
 
 
 def main() -> int:
-    """One run from the command line."""
+    """Does one run from the command line."""
     settings, recipe, start = read_command_line()
     context = distributed.on_one_gpu(distributed.setup(settings.device, settings.gpu))
     less = f"a smaller --batch-size, or {SMALLER}"

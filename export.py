@@ -159,13 +159,13 @@ def write(files: Sequence[Path], parts: Sequence[bytes], note: str) -> None:
 
 
 def example_size(img_size: int, any_size: bool) -> tuple[int, int]:
-    """Height and width to trace with; for any size, such that no rule can be read into them."""
+    """Returns height and width to trace with, such that no rule can be read into them."""
     side = max(img_size, 2 * COARSEST)
     return (side, side + COARSEST) if any_size else (img_size, img_size)
 
 
 def trial_shapes(img_size: int, any_size: bool) -> list[tuple[int, int, int]]:
-    """Batch size, height and width of the images that a file is checked with."""
+    """Returns batch size, height and width of the images that a file is checked with."""
     square = [(1, img_size, img_size), (4, img_size, img_size)]
     return [*square, (2, img_size + 9, img_size + 40)] if any_size else square
 

@@ -1,4 +1,4 @@
-"""MobileNetV2's recipe, handed to main.py's entry."""
+"""Hands MobileNetV2's recipe to main.py's entry."""
 
 from main import main
 from utils.data import demo_sets

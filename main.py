@@ -62,7 +62,7 @@ DEMOS = demo_sets.recipes("eca_resnet18")
 
 
 def main(recipe: Recipe = RECIPE, demos: Mapping[str, Mapping[str, object]] = DEMOS) -> int:
-    """One run from the command line.
+    """Does one run from the command line.
 
     Args:
         recipe: the script's default, the paper's.

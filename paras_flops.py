@@ -82,7 +82,7 @@ def build_parser() -> Parser:
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """An argparse type: 224 → (224, 224), 800x1280 → (800, 1280)."""
+    """Parses a size, as an argparse type: 224 → (224, 224), 800x1280 → (800, 1280)."""
     height, x, width = text.partition("x")
     if x and not (height and width):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 224 or 800x1280")
@@ -90,7 +90,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def networks() -> list[str]:
-    """The classification networks, each once: another spelling shares its constructor."""
+    """Returns the classification networks, each once: another spelling shares its constructor."""
     first_name = {create: name for name, create in reversed(MODELS.items())}
     return list(first_name.values())[::-1]
 
@@ -117,7 +117,7 @@ def check_flags(flags: argparse.Namespace) -> None:
 
 
 def build(create: Callable[..., torch.nn.Module], *settings) -> torch.nn.Module:
-    """The network without memory: counting needs shapes only."""
+    """Returns the network on `meta`, without memory: counting needs shapes only."""
     try:
         with torch.device("meta"):
             return create(*settings)
@@ -172,7 +172,7 @@ def count_detector(
 
 
 def show_progress(text: str) -> None:
-    """On a terminal only, and on one line that the next one overwrites."""
+    """Shows progress on a terminal only, on one line that the next one overwrites."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 

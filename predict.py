@@ -116,7 +116,7 @@ def main() -> int:
 
 
 def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int:
-    """The same with a detector: every image is drawn with what was found in it."""
+    """Runs a detector over the images, and draws on each what was found in it."""
     from models.detection.detectors import FIRST_LABEL, detector_from_checkpoint
     from utils.inspection import pictures  # matplotlib is slow to import
 
@@ -159,13 +159,13 @@ def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int
 
 
 def png_name(index: int, file: str) -> str:
-    """Of a picture of the image `file`: its number and its name, as far as names may go."""
+    """Returns a name for the picture of the image `file`: its number and its shortened name."""
     stem = Path(file).stem.encode()[:LONGEST_STEM].decode(errors="ignore")
     return f"{index + 1:04}_{stem}.png"
 
 
 def finish(folder: Path | None, broken: int, images: int) -> int:
-    """Closing lines, and the exit code."""
+    """Prints the closing lines, and returns the exit code."""
     if folder is not None:
         say(f"written to {folder}")
     if broken:
@@ -174,12 +174,12 @@ def finish(folder: Path | None, broken: int, images: int) -> int:
 
 
 def say(text: str) -> None:
-    """To standard error: standard output is for the predictions alone."""
+    """Prints to standard error: standard output is for the predictions alone."""
     print(text, file=sys.stderr, flush=True)
 
 
 def map_stage(network: nn.Module, img_size: int, number: int | None) -> str:
-    """The name of the module whose output the maps are made from.
+    """Returns the name of the module whose output the maps are made from.
 
     Raises:
         UserError: `number` is more than there are.
@@ -207,7 +207,7 @@ def classify(
     topk: int,
     stage: str | None,
 ) -> Iterator[tuple[int, Prediction, np.ndarray | None]]:
-    """(index, prediction, map or None) of each image in turn; `stage` is None without maps."""
+    """Yields (index, prediction, map or None) of each image; `stage` is None without maps."""
     for batch in batches:
         found = {i: (Prediction(files[i], error=reason), None) for i, reason in batch.broken}
         heats = [None] * len(batch.indices)

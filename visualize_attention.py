@@ -140,7 +140,7 @@ def main() -> int:
 
 
 def open_images(data: str, on_demo: bool) -> ImageFolder:
-    """DATA/val, or DATA itself where it has no val/; its classes need not be the checkpoint's."""
+    """Opens DATA/val, or DATA where it has no val/; its classes need not be the checkpoint's."""
     if on_demo:
         data = str(demo_sets.prepare(data))
     inner = os.path.join(data, "val")
@@ -148,7 +148,7 @@ def open_images(data: str, on_demo: bool) -> ImageFolder:
 
 
 def only(images: ImageFolder, per_class: int | None) -> ImageFolder:
-    """The first `per_class` images of each class; None for all."""
+    """Returns the first `per_class` images of each class; None for all."""
     if per_class is None:
         return images
     kept = [np.flatnonzero(images.labels == i)[:per_class] for i in range(len(images.classes))]
@@ -157,7 +157,7 @@ def only(images: ImageFolder, per_class: int | None) -> ImageFolder:
 
 
 def chosen_classes(classes: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
-    """The indices of the classes whose curves are drawn."""
+    """Returns the indices of the classes whose curves are drawn."""
     if wanted is None:
         return (
             np.linspace(0, len(classes) - 1, min(CURVES, len(classes))).round().astype(int).tolist()
@@ -172,7 +172,7 @@ def chosen_classes(classes: Sequence[str], wanted: Sequence[str] | None) -> list
 def gather(
     network: nn.Module, batches, images: ImageFolder
 ) -> tuple[list[LayerWeights], list[int]]:
-    """The channel weights of every attention layer by class, and the images left out."""
+    """Returns the channel weights of every attention layer by class, and the images left out."""
     statistics = GateStatistics(len(images.classes))
     labels = torch.from_numpy(images.labels)
     broken: list[int] = []

@@ -1,1 +1,1 @@
-"""What joins models/ to utils/ for main.py and detect_main.py: networks built, placed, recorded."""
+"""Joins models/ to utils/ for main.py and detect_main.py: builds, places and records networks."""

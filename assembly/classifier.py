@@ -1,4 +1,4 @@
-"""A classifier for main.py: its first or saved weights, its device, and what is said of it."""
+"""Builds a classifier for main.py, with first or saved weights, and reports on it."""
 
 import time
 from argparse import Namespace
@@ -149,7 +149,7 @@ def judge(
     began = time.perf_counter()
     length = (len(images), recipe.batch_size, settings.print_freq)
     shown = watched(batches(), evaluation_progress(*length, context))
-    spread = distributed.spread(network, context)
+    spread = distributed.data_parallel(network, context)
     figures = engine.evaluate(spread, shown, context.device, autocast)
     assert figures is not None  # nothing asks it to stop
     return figures, time.perf_counter() - began

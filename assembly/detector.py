@@ -1,4 +1,4 @@
-"""A detector for detect_main.py: its first or saved weights, its device, and what is said of it."""
+"""Builds a detector for detect_main.py, with first or saved weights, and reports on it."""
 
 from argparse import Namespace
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The run folder of either training script, opened with its first checkpoint."""
+"""Opens the run folder of either training script, with its first checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any

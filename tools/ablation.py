@@ -36,7 +36,7 @@ MAIN = Path(__file__).resolve().parent.parent / "main.py"
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the ablation: what main.py is asked for, with {} for the plain network's name."""
+    """Holds one row of the ablation: main.py's flags, with {} for the plain network's name."""
 
     arch: str
     flags: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ def command_of(
 
 
 def collect(folders: Mapping[str, Sequence[Path]]) -> list[Result]:
-    """The results of finished runs: {variant: a folder a seed}."""
+    """Returns the results of finished runs: {variant: a folder for each seed}."""
     results = []
     for name, of_seeds in folders.items():
         top1 = tuple(read_run(folder).best["val_top1"] for folder in of_seeds)
@@ -198,7 +198,7 @@ def write_results(root: Path, results: Sequence[Result], title: str) -> None:
 
 
 def open_root(output: str | None) -> Path:
-    """The folder of all runs; one of an ablation before is taken up again."""
+    """Returns the folder of all runs; the folder of an earlier ablation is continued."""
     mark = ".ablation"
     if output is not None and (Path(output) / mark).exists():
         return Path(output)

@@ -45,7 +45,7 @@ CHUNK = 16  # files that a process takes at a time
 
 
 def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
-    """All files with an image's ending below `root`, sorted, and how many others there are.
+    """Returns all files with an image's ending below `root`, sorted, and how many others there are.
 
     Hidden (.name) files and folders, and those of systems, are passed over, as in training. A
     folder to which several links lead is read once, so links that lead in a circle end. Images in
@@ -120,7 +120,7 @@ def check_annotations(
 def find_missing(
     paths: Iterable[bytes | Member], sizes: Mapping[bytes, tuple[int, int]]
 ) -> list[BrokenImageError]:
-    """Those of COCO's images that are not among the files."""
+    """Returns those of COCO's images that are not among the files."""
     there = set(paths)
     return [
         BrokenImageError(shown(os.fsdecode(path)), "missing, but in the annotations")
@@ -135,7 +135,7 @@ def find_broken(
     processes: int,
     sizes: Mapping[bytes, tuple[int, int]] | None = None,
 ) -> Iterator[BrokenImageError | None]:
-    """For each of `paths`, in order: why it cannot be read, or None.
+    """Yields for each of `paths`, in order, why it cannot be read, or None.
 
     Args:
         sizes: path → height and width that its image must have.
@@ -151,7 +151,7 @@ def find_broken(
 
 
 def write_csv(file, broken: Iterable[BrokenImageError]) -> None:
-    """Columns: path, reason."""
+    """Writes a CSV file with the columns path and reason."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("path", "reason"))
     writer.writerows((cell(error.path), cell(error.reason)) for error in broken)

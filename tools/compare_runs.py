@@ -39,7 +39,7 @@ UNTOLD |= {"worker_timeout", "save_every", "save_minutes", "num_classes"}
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder."""
+    """Holds one run folder."""
 
     folder: Path
     arch: str
@@ -54,7 +54,8 @@ class Run:
 
     @property
     def best(self) -> dict[str, float]:
-        """The row with the highest deciding figure; the first of equal ones, as `best.pth` is.
+        """Returns the row with the highest deciding figure; the first of equal ones, as `best.pth`
+        is.
 
         With a validation loss that is not finite no epoch is the best.
         """
@@ -100,7 +101,7 @@ def read_run(folder: Path) -> Run:
 
 
 def first_weights(saved: dict) -> dict[str, str]:
-    """Where a run's weights began, as saved or as its command tells; nothing for fresh ones."""
+    """Returns where a run's first weights came from, as saved or as its command says."""
     if saved.get("pretrained"):
         return {"pretrained": saved["pretrained"]}
     command = saved.get("environment", {}).get("command", "")
@@ -115,20 +116,20 @@ def first_weights(saved: dict) -> dict[str, str]:
 
 
 def short_names(runs: Sequence[Run]) -> list[str]:
-    """The folders' last names where they tell the runs apart, else the whole paths."""
+    """Returns the folders' last names where these differ for all runs, else the whole paths."""
     names = [run.folder.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """{setting: its value in each run} for those that are not the same in all of them."""
+    """Returns {setting: its value in each run} for those that are not the same in all of them."""
     known = dict.fromkeys(name for run in runs for name in run.settings)
     values = {name: [run.settings.get(name, "-") for run in runs] for name in known}
     return {name: found for name, found in values.items() if len(set(found)) > 1}
 
 
 def result_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """The table of results, its titles first, with the settings that differ in the last columns."""
+    """Returns the table of results, titles first, differing settings in the last columns."""
     shown = RESULTS[runs[0].decides]
     differing = differences(runs)
     titles = ["run", "network", "ksize", "epochs", *(title for title, _ in shown), "at epoch"]
@@ -146,7 +147,7 @@ def result_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def csv_rows(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The table as cells of a CSV file: what is no number is text for a spreadsheet, too."""
+    """Returns the table as cells of a CSV file; what is no number is made safe for spreadsheets."""
     return [
         [value if value == "-" or is_number(value) else cell(value) for value in row]
         for row in rows
@@ -162,7 +163,7 @@ def is_number(value: str) -> bool:
 
 
 def repeat_lines(runs: Sequence[Run]) -> list[str]:
-    """Mean and standard deviation of runs that differ in nothing but their seed."""
+    """Returns mean and standard deviation of runs that differ in nothing but their seed."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         rest = tuple(sorted((k, v) for k, v in run.settings.items() if k != "seed"))

@@ -32,7 +32,7 @@ SHUFFLE = 0  # seed
 
 
 def file_sizes(images: ImageFolder) -> np.ndarray:
-    """Bytes of each image.
+    """Returns the bytes of each image.
 
     Raises:
         UserError: a link that leads nowhere.
@@ -47,7 +47,7 @@ def file_sizes(images: ImageFolder) -> np.ndarray:
 
 
 def plan_shards(sizes: np.ndarray, most: int) -> Iterator[np.ndarray]:
-    """The images of each shard, of at most `most` bytes if no image alone is larger.
+    """Returns the images of each shard, at most `most` bytes unless one image is larger.
 
     They are shuffled, always in the same way. It makes no difference to a run here, but readers
     that stream shards mix only neighbours.
@@ -88,7 +88,7 @@ def write_shard(images: ImageFolder, target: Path) -> None:
 
 
 def refuse_strangers(folder: Path) -> None:
-    """Ends the program where `folder` holds what it did not write.
+    """Refuses a `folder` that holds files which this program did not write.
 
     Raises:
         UserError: names the first such file or folder.

@@ -114,7 +114,7 @@ def threads(jobs: int) -> dict[str, str]:
 
 
 def is_finished(place: Path) -> bool:
-    """Whether a run has done all of its epochs."""
+    """Returns whether a run has done all of its epochs."""
     if not (place / "metrics.csv").exists():
         return False
     run = read_run(place)
@@ -122,7 +122,7 @@ def is_finished(place: Path) -> bool:
 
 
 def collect(specs: Sequence[Spec], folder: Path) -> list[RunResult]:
-    """Reads what the runs left, each once.
+    """Reads the results of the runs, each once.
 
     Raises:
         UserError: a run has written no speed, or diverged in every epoch.

@@ -1,4 +1,4 @@
-"""One epoch of training and one evaluation, for any classifier and any optimizer.
+"""Trains a classifier for one epoch, and evaluates it, with any optimizer.
 
 Nothing here knows the command line, files or the terminal. `train_epoch` is a generator that rests
 after every optimizer step, so that its caller can print, save or stop between steps, where the
@@ -28,7 +28,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class StepRule:
-    """How an optimizer step is done, the same all run long.
+    """Says how an optimizer step is done, the same in the whole run.
 
     Args:
         lr_at: step of the run → learning rate.
@@ -59,7 +59,7 @@ class StepRule:
         autocast: AutocastFactory,
         num_classes: int,
     ) -> "StepRule":
-        """The recipe's rule; `num_classes` are the network's outputs."""
+        """Returns the recipe's rule; `num_classes` are the network's outputs."""
         return cls(
             lr_at=rate_of(recipe, steps_per_epoch),
             seed=seed,
@@ -129,7 +129,7 @@ def _backward(
     for number, (x, y) in enumerate(parts, 1):
         # Ranks add up their gradients once, in the last part's backward.
         last = number == rule.accumulate
-        with nullcontext() if last else distributed.apart(network):
+        with nullcontext() if last else distributed.without_gradient_sync(network):
             with rule.autocast():
                 logits = network(x)
                 loss = rule.loss_fn(logits, y)
@@ -147,7 +147,7 @@ def evaluate(
     autocast: AutocastFactory,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Mean loss and top-1/top-5 (in %) of `network` over all ranks' `batches`.
+    """Returns mean loss and top-1/top-5 (in %) of `network` over all ranks' `batches`.
 
     Returns:
         {"loss", "top1", "top5", "images"}, or None when `stop()` said so before the end.

@@ -1,4 +1,4 @@
-"""Sums that live on the device, so that counting costs no synchronisation."""
+"""Sums loss and hits on the device, so that counting costs no synchronisation."""
 
 import torch
 from torch.nn import functional as F
@@ -7,7 +7,7 @@ from utils.system import distributed
 
 
 def count_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...]) -> torch.Tensor:
-    """How many of N samples have their class among the k highest logits.
+    """Counts how many of N samples have their class among the k highest logits.
 
     Args:
         logits: (N, C). With C < k every sample counts as correct.
@@ -24,7 +24,7 @@ def count_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ..
 
 
 class ClassificationMeter:
-    """Loss, top-1 and top-5 over what `update` has seen.
+    """Sums loss, top-1 and top-5 over what `update` has seen.
 
     State: four sums (loss, top-1 hits, top-5 hits, samples) on the device, this rank's share.
     """
@@ -41,12 +41,12 @@ class ClassificationMeter:
         self.sums[3] += n
 
     def total(self) -> torch.Tensor:
-        """The four sums over all ranks, on the host. Synchronises; call it on every rank."""
+        """Returns the four sums over all ranks, on the host. Call it on every rank."""
         return distributed.all_reduce(self.sums.clone()).cpu()
 
     @staticmethod
     def means(total: torch.Tensor) -> dict[str, float]:
-        """{"loss", "top1", "top5"} of `total()`: mean loss and percentages."""
+        """Returns {"loss", "top1", "top5"} of `total()`: mean loss, and percentages."""
         loss, top1, top5, n = total.tolist()
         n = n or float("nan")
         return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}
@@ -55,11 +55,11 @@ class ClassificationMeter:
 def cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Mean cross-entropy in float32, whatever the precision of the logits (N, C).
+    """Returns the mean cross-entropy in float32, whatever the precision of the logits (N, C).
 
     Args:
         targets: (N,) class indices, or (N, C) shares of the classes.
-        label_smoothing: share of each target that is spread evenly over the classes.
+        label_smoothing: share of each target that is divided evenly among the classes.
     """
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 

@@ -1,4 +1,4 @@
-"""Mixup and cutmix: batches of blended images whose targets are shares of two classes."""
+"""Blends images by mixup and cutmix; the targets become shares of two classes."""
 
 from collections.abc import Callable
 
@@ -8,12 +8,13 @@ Mix = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def unmixed(images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch as it is."""
+    """Returns the batch as it is."""
     return images, targets
 
 
 def make_mix(mixup: float, cutmix: float, num_classes: int) -> Mix:
-    """A function (images (N, 3, S, S), targets (N,)) → (mixed images, shares (N, num_classes)).
+    """Returns a function (images (N, 3, S, S), targets (N,)) → (mixed images, shares (N,
+    num_classes)).
 
     torchvision's transforms do it. They pair each image with the one before it and draw one share
     for the whole batch, from torch's default CPU generator: seeded by the step, a batch is mixed
@@ -36,5 +37,5 @@ def make_mix(mixup: float, cutmix: float, num_classes: int) -> Mix:
 
 
 def leading_class(targets: torch.Tensor) -> torch.Tensor:
-    """(N,) classes; of shares (N, C), as mixing makes them, those with the largest."""
+    """Returns (N,) classes; of shares (N, C), as mixing makes them, those with the largest."""
     return targets if targets.ndim == 1 else targets.argmax(dim=1)

@@ -1,4 +1,4 @@
-"""What a classifier's run is measured by: loss, top-1, top-5. The best epoch's top-1 is highest."""
+"""Says how a classifier's run is measured: loss, top-1, top-5. The best has the highest top-1."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a run says before it starts: data, network, recipe."""
+"""Makes the lines that a run prints before it starts: data, network, recipe."""
 
 from torch import nn
 
@@ -9,7 +9,7 @@ AUGMENT_NAMES = {"trivial": "TrivialAugment", "rand": "RandAugment"}
 
 
 def network_line(network: nn.Module) -> str:
-    """Name, parameters, kernel sizes per stage, classes."""
+    """Returns one line: name, parameters, kernel sizes per stage, classes."""
     parameters = sum(p.numel() for p in network.parameters())
     ksize = f"ksize {','.join(map(str, network.ksize))}" if network.ksize else "no ECA"
     prefix = network.arch.partition("_")[0]
@@ -22,7 +22,7 @@ def network_line(network: nn.Module) -> str:
 
 
 def recipe_lines(recipe: Recipe, name: str) -> list[str]:
-    """The numbers of training, and in a second line what is on beyond the paper's.
+    """Returns the numbers of training, and in a second line what is on beyond the paper's.
 
     Args:
         name: of the recipe that flags may have changed since.
@@ -66,14 +66,14 @@ def recipe_lines(recipe: Recipe, name: str) -> list[str]:
 
 
 def data_lines(train: ImageFolder | None, val: ImageFolder) -> list[str]:
-    """Counts of both sides, and what a user should look at."""
+    """Returns counts of train and val, and what a user should check."""
     lines = [] if train is None else describe(train, "train")
     lines += describe(val, "val")
     return lines
 
 
 def evaluation_line(figures: dict[str, float], seconds: float) -> str:
-    """What an evaluation found."""
+    """Returns one line with the figures of an evaluation."""
     return (
         f"{figures['images']:,} images  top-1 {figures['top1']:.3f} %  "
         f"top-5 {figures['top5']:.3f} %  loss {figures['loss']:.4f}  "

@@ -1,4 +1,4 @@
-"""The state in which a classifier's training begins."""
+"""Makes the state in which a classifier's training begins."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""A classifier's batches, step and evaluation, for the loop of utils.training.epochs."""
+"""Joins a classifier's batches, step and evaluation, for the loop of utils.training.epochs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from utils.training.state import RunState
 
 @dataclass(frozen=True)
 class TaskBatches:
-    """The order of training, and functions that begin a pass over either side of the data."""
+    """Holds the order of training, and functions that begin a pass over train or val."""
 
     seed: int
     order: SeededBatches
@@ -64,7 +64,7 @@ def make_task(
         state.network.num_classes,
     )
     wrapped = distributed.wrap(state.network, context, recipe.sync_bn)
-    evaluated = distributed.spread(state.evaluated, context)
+    evaluated = distributed.data_parallel(state.evaluated, context)
 
     def steps(first_step: int) -> Iterator[Batch]:
         parts = (state.optimizer, state.scaler, state.meter, state.guard, rule)

@@ -1,4 +1,4 @@
-"""A classifier's data, checked against the recipe and the run or network that it is for."""
+"""Opens a classifier's data and checks it against the recipe and the saved run or network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from utils.system.errors import UserError
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Images to train on and to validate on; `digest` names the former."""
+    """Holds images to train on and to validate on; `digest` names the former."""
 
     train: ImageFolder
     val: ImageFolder

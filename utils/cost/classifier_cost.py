@@ -1,4 +1,4 @@
-"""What a network costs, by three conventions that disagree, each named for what it counts.
+"""Counts what a network costs by three conventions that disagree, each named for what it counts.
 
 - `mid_2019`: the rule of thop as it was when the ECA-Net tables were made. Published FLOPs are its.
 - `thop_today`: the thop that is installed.
@@ -48,7 +48,7 @@ CONVENTIONS = {  # attribute of Cost and Layer: its title, and what it counts
 
 @dataclass
 class Layer:
-    """One module without children, as it was met on a forward pass."""
+    """Holds one module without children, as it was met on a forward pass."""
 
     name: str  # dotted, as in the state dict
     kind: str  # the class
@@ -62,7 +62,7 @@ class Layer:
 
 @dataclass
 class Cost:
-    """What one forward pass costs, for the input shape it was counted on. All exact."""
+    """Holds what one forward pass costs, for the input shape it was counted on. All exact."""
 
     params: int
     mid_2019: int
@@ -72,11 +72,13 @@ class Cost:
 
     @property
     def mid_2019_printed(self) -> int:
-        """What thop of mid-2019 showed: the sum in single precision, 24 significant bits."""
+        """Returns what thop of mid-2019 showed: the sum in single precision, 24 bits."""
         return int(torch.tensor(self.mid_2019, dtype=torch.float32).item())
 
     def share(self, network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> "Cost":
-        """The part of this cost that lies in the modules of `kinds` and in what they contain."""
+        """Returns the part of this cost that lies in the modules of `kinds` and in what they
+        contain.
+        """
         parts = {name: m for name, m in network.named_modules() if isinstance(m, kinds)}
         inside = tuple(f"{name}." for name in parts)
         layers = [layer for layer in self.layers if f"{layer.name}.".startswith(inside)]
@@ -132,7 +134,7 @@ def _shortcut_batch_norms(network: nn.Module) -> None:
 
 
 def mid_2019_ops(module: nn.Module, x: Tensor, y: Tensor) -> int:
-    """What thop of mid-2019 counted for one call x → y of a module; 0 for those it did not know.
+    """Returns what thop of mid-2019 counted for one call x → y of a module; 0 if unknown to it.
 
     A mixture: a convolution counts multiply-adds, a linear layer counts both halves, and a bias of
     a convolution counts once per input channel. It is kept as it was, for the published figures are
@@ -155,7 +157,7 @@ def mid_2019_ops(module: nn.Module, x: Tensor, y: Tensor) -> int:
 
 
 def _count_by_hooks(network: nn.Module, image: Tensor) -> tuple[list[Layer], dict[str, int]]:
-    """The layers with their mid-2019 counts, and thop's counts of today, from one forward pass."""
+    """Returns the layers with mid-2019 counts, and thop's of today, from one forward pass."""
     layers: dict[str, Layer] = {}
 
     def hook_for(name: str):
@@ -178,7 +180,7 @@ def _count_by_hooks(network: nn.Module, image: Tensor) -> tuple[list[Layer], dic
 
 
 def multiply_adds(network: nn.Module, image: Tensor) -> dict[str, int]:
-    """Multiply-adds of the convolutions and matrix products of a forward pass, by module name.
+    """Returns multiply-adds of convolutions and matrix products of a forward pass, by module name.
 
     The key "" is the whole. torch.utils.flop_counter counts where an operator is dispatched, so it
     sees functional calls too; it counts 2 a multiply-add and nothing for any other operation.
@@ -195,7 +197,7 @@ def multiply_adds(network: nn.Module, image: Tensor) -> dict[str, int]:
 
 
 def thop_today(network: nn.Module, image: Tensor) -> dict[str, int]:
-    """What the installed thop counts for a forward pass, by module name; the key "" is the whole.
+    """Returns what the installed thop counts for a forward pass, by module name; "" is the whole.
 
     thop 0.1.1 counts multiply-adds of convolutions and linear layers (no bias), 2 or 4 per element
     of a BatchNorm (without or with affine), (area + 1) per output of an adaptive average pool, and
@@ -218,12 +220,12 @@ def thop_today(network: nn.Module, image: Tensor) -> dict[str, int]:
 
 
 def thop_version() -> str:
-    """Such as 0.1.1, without the date that thop's wheels append."""
+    """Returns a version such as 0.1.1, without the date that thop's wheels append."""
     return metadata.version("thop").replace("-", ".post").partition(".post")[0]
 
 
 def titles() -> list[str]:
-    """Of the conventions' columns, in the order of `CONVENTIONS`."""
+    """Returns the titles of the conventions' columns, in the order of `CONVENTIONS`."""
     return [title.format(version=thop_version()) for title, _ in CONVENTIONS.values()]
 
 
@@ -242,12 +244,12 @@ def _quiet_thop() -> Iterator:
 
 
 def format_params(params: int, base: int = 1024) -> str:
-    """In the published manner: 25557112 → 24.37M, M = 2^20; with base 1000 → 25.56M, M = 10^6."""
+    """Formats as published: 25557112 → 24.37M, M = 2^20; with base 1000 → 25.56M, M = 10^6."""
     return f"{params / base**2:.2f}M"
 
 
 def format_flops(flops: int, base: int = 1024) -> str:
-    """In the published manner: 4147691520 → 3.86G and 335449024 → 319.9M, with 2^30 and 2^20.
+    """Formats as published: 4147691520 → 3.86G and 335449024 → 319.9M, with 2^30 and 2^20.
 
     Args:
         base: 1024, or 1000 for units of 10^9 and 10^6.

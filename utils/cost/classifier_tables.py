@@ -1,4 +1,4 @@
-"""Counted classification networks as text tables and as JSON, beside what was published."""
+"""Writes counted classification networks as text tables and JSON, beside the published figures."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from utils.system.text import columns, ksize_text, paragraphs
 
 @dataclass
 class Report:
-    """One classification network counted, and what was printed of it."""
+    """Holds one classification network's counts, and what was printed of it."""
 
     network: str
     ksize: tuple[int, ...] | None
@@ -38,7 +38,7 @@ class Report:
 
 
 def classification_table(reports: Sequence[Report]) -> str:
-    """One line per network; the counts are exact, but for what thop of mid-2019 printed."""
+    """Returns one line per network; counts are exact, but for what thop of mid-2019 printed."""
     rows = [
         ["", "", "published", "", "counted", "", "", "parameters", "", "FLOPs", "", "", ""],
         ["network", "ksize", "params", "FLOPs", "params", "FLOPs", "agree", "all", "attention"],
@@ -65,7 +65,7 @@ def classification_table(reports: Sequence[Report]) -> str:
 
 
 def network_table(report: Report) -> str:
-    """One network, one line per convention."""
+    """Returns the table of one network, one line per convention."""
     cost, share, printed = report.cost, report.attention, report.published
     params = [f"{cost.params:,}", f"{share.params:,}", report.params]
     params += [format_params(cost.params, base=1000), printed.params if printed else "-"]
@@ -88,7 +88,9 @@ def network_table(report: Report) -> str:
 
 
 def layer_table(report: Report) -> str:
-    """Every layer in the order of its first call, and the exact sums, none as thop printed it."""
+    """Returns every layer in the order of its first call, and the exact sums, none as thop printed
+    it.
+    """
     rows = [["layer", "kind", "output", "calls", "parameters", *titles()]]
     for layer in report.cost.layers:
         row = [layer.name, layer.kind, "x".join(map(str, layer.output)), str(layer.calls)]
@@ -100,7 +102,7 @@ def layer_table(report: Report) -> str:
 
 
 def report_fields(report: Report, layers: bool = False) -> dict:
-    """The report as plain values for JSON; `layers` adds a list of every layer."""
+    """Returns the report as plain values for JSON; `layers` adds a list of every layer."""
     cost, share = report.cost, report.attention
     fields = {
         "network": report.network,

@@ -1,4 +1,4 @@
-"""Parameters, multiply-adds and published FLOPs of torchvision detectors, counted on `meta`.
+"""Counts parameters, multiply-adds and published FLOPs of torchvision detectors, on `meta`.
 
 What is counted is one image of 800 × 1280: backbone, pyramid, the RPN's or RetinaNet's head on
 every level, the box head on 1000 regions and the mask head on 100. Nothing is computed: meta
@@ -22,12 +22,12 @@ Rule = Callable[[str, nn.Module, Tensor, Tensor], int]  # (name, leaf, its input
 
 
 def trainable_parameters(network: nn.Module) -> int:
-    """Elements of the parameters that a gradient reaches: the published table's `Param.`."""
+    """Counts the elements of parameters that a gradient reaches: the published `Param.`."""
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
 def detection_macs(network: nn.Module, size: tuple[int, int] = SIZE) -> int:
-    """Multiply-adds of convolutions and linear layers, bias left out.
+    """Counts multiply-adds of convolutions and linear layers, bias left out.
 
     Args:
         network: one of torchvision's FasterRCNN, MaskRCNN and RetinaNet, on any device; it is not
@@ -41,14 +41,14 @@ def detection_macs(network: nn.Module, size: tuple[int, int] = SIZE) -> int:
 
 
 def published_detection_flops(network: nn.Module, size: tuple[int, int] = SIZE) -> int:
-    """FLOPs by the rule behind the published COCO table; at `SIZE` they agree with all its digits.
+    """Counts FLOPs by the rule of the published COCO table; at `SIZE` all its digits agree.
 
     A multiply-add counts 1. On top of `detection_macs` come 1 for each output with a convolution's
     bias (not a linear layer's), 2 for each element into BatchNorm, 1 for each out of a ReLU (not
     the RPN's), and 1 for each input of max pooling and of the attention's average pool. The tool
     behind the table took a transposed convolution's weights once for each output, four times too
     many here. RoIAlign, NMS, interpolation, sigmoids and the attention's product count nothing.
-    Arguments and errors are `detection_macs`'.
+    The arguments and errors are those of `detection_macs`.
     """
     return _count(network, size, _published)
 

@@ -1,4 +1,4 @@
-"""Counted detectors as text tables and as JSON, beside what was published."""
+"""Writes counted detectors as text tables and as JSON, beside the published figures."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ LEGEND = (
 
 @dataclass
 class DetectorReport:
-    """One detector counted by the rule of the published COCO table, and what was printed of it."""
+    """Holds one detector's counts by the rule of the COCO table, and what was printed of it."""
 
     detector: str
     backbone: str
@@ -54,7 +54,7 @@ class DetectorReport:
 
 
 def detection_table(reports: Sequence[DetectorReport]) -> str:
-    """One line per detector, all counts exact."""
+    """Returns one line per detector, all counts exact."""
     rows = [
         ["", "", "", "published", "", "counted", "", "", "parameters", "", "FLOPs", ""],
         ["detector", "backbone", "ksize", "params", "FLOPs", "params", "FLOPs", "agree"],
@@ -80,7 +80,7 @@ def detection_table(reports: Sequence[DetectorReport]) -> str:
 
 
 def detector_table(report: DetectorReport) -> str:
-    """One detector, one line per count."""
+    """Returns the table of one detector, one line per count."""
     printed = report.published
     rows = [
         ["", "count", "10^6, 10^9", "published"],
@@ -105,7 +105,7 @@ def detector_table(report: DetectorReport) -> str:
 
 
 def detector_fields(report: DetectorReport) -> dict:
-    """The report as plain values for JSON."""
+    """Returns the report as plain values for JSON."""
     return {
         "detector": report.detector,
         "backbone": report.backbone,

@@ -1,4 +1,4 @@
-"""What the cost tables of classifiers and detectors share: cells, notes and the legend."""
+"""Holds what the cost tables of classifiers and detectors share: cells, notes and the legend."""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ MARK = {True: "yes", False: "no", None: "-"}
 
 
 class Counted(Protocol):
-    """A report on one network."""
+    """Describes a report on one network."""
 
     published: Published | None  # None: nothing for these settings
 
@@ -26,7 +26,7 @@ class Counted(Protocol):
 
 
 def agrees(report: Counted) -> bool | None:
-    """Whether our figures, rounded, are the published ones; None where there are none."""
+    """Returns whether our figures, rounded, are the published ones; None where there are none."""
     printed = report.published
     if printed is None:
         return None
@@ -34,14 +34,14 @@ def agrees(report: Counted) -> bool | None:
 
 
 def beside(report: Counted) -> list[str]:
-    """Five cells: published parameters and FLOPs, ours, and whether they agree."""
+    """Returns five cells: published parameters and FLOPs, ours, and whether they agree."""
     printed = report.published
     theirs = [printed.params, printed.flops or "-"] if printed else ["-", "-"]
     return [*theirs, report.params, report.flops, MARK[agrees(report)]]
 
 
 def disagreements(reports: Sequence[Counted]) -> str:
-    """A paragraph on the reports whose figures are not the published ones, or an empty string."""
+    """Returns a paragraph on reports that differ from the published figures, or an empty string."""
     lines = []
     for report in reports:
         if agrees(report) is not False:
@@ -61,12 +61,12 @@ def disagreements(reports: Sequence[Counted]) -> str:
 
 
 def size_text(size: tuple[int, int]) -> str:
-    """Height and width, such as 800x1280."""
+    """Returns height and width, such as 800x1280."""
     return f"{size[0]}x{size[1]}"
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:
-    """What each column is: the titles flush left, the text wrapped beside them."""
+    """Returns what each column is: the titles flush left, the text wrapped beside them."""
     margin = max(len(title) for title, _ in entries) + 2
     return "\n".join(
         textwrap.fill(

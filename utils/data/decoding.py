@@ -1,4 +1,4 @@
-"""One image file → an upright 8-bit RGB picture, or an error that names the file.
+"""Reads one image file as an upright 8-bit RGB picture, or says in an error what is wrong with it.
 
 Every reader of user images (training, evaluation, prediction, the data check) goes through
 `read_image`, so that odd files look the same to all of them:
@@ -55,7 +55,7 @@ MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow itself turns from warnin
 
 
 class BrokenImageError(Exception):
-    """A file that cannot be read as an image. `path` is printable, `reason` is one line."""
+    """Means that a file cannot be read as an image. `path` is printable, `reason` is one line."""
 
     def __init__(self, path: str, reason: str):
         super().__init__(path, reason)  # both, so that the error survives a worker's pickle
@@ -67,13 +67,13 @@ class BrokenImageError(Exception):
 
 
 class Stored(Protocol):
-    """What stands for the path of an image that is no file: `str()` names it for messages."""
+    """Describes an image that is no file of its own; `str()` gives its name for messages."""
 
     def read(self) -> bytes: ...
 
 
 def decoder_name(text: str, known: Sequence[str] = DECODERS) -> str:
-    """An argparse type: one of `known` that is installed."""
+    """Checks, as an argparse type, that a decoder is one of `known` and is installed."""
     if text not in known:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
     if text == ON_DEVICE and jpeg_decoder() is None:
@@ -89,7 +89,7 @@ def decoder_name(text: str, known: Sequence[str] = DECODERS) -> str:
 
 
 def read_file(path: str | bytes) -> bytes:
-    """The bytes of a file that lies among images.
+    """Returns the bytes of an image file.
 
     Raises:
         OSError: it cannot be read, see `OF_THE_FILE`.
@@ -178,7 +178,7 @@ def read_image(
 
 
 def _is_plain(jpeg: bytes) -> bool:
-    """Whether any decoder makes the same picture of it.
+    """Returns whether every decoder makes the same picture of this JPEG.
 
     What may be turned, may be RGB already, or was cut short is left to libjpeg, which sees it:
     nvJPEG knows no EXIF, and promises nothing of the other two.
@@ -242,7 +242,7 @@ def _grey_in_8_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
-    """(width, height, components) of a JPEG, from its frame header; None for anything else.
+    """Returns (width, height, components) from a JPEG's frame header; None for anything else.
 
     A few bytes are walked instead of asking Pillow, whose set-up costs 5-10 % of a decode.
     """

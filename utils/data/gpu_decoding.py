@@ -1,4 +1,4 @@
-"""--decoder cuda: workers read files, and the run's GPU decodes, crops, resizes and flips.
+"""Decodes on the GPU (--decoder cuda): workers read files, the GPU decodes, crops, resizes, flips.
 
 Bytes travel of plain JPEGs, which nvJPEG reads as libjpeg does but for its arithmetic. Anything
 else, and what nvJPEG refuses after all, is decoded on the CPU as by "torchvision": nvJPEG says
@@ -31,7 +31,7 @@ Decode = Callable[[list[torch.Tensor], torch.device], list[torch.Tensor]]
 
 
 def decode_jpegs(encoded: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """JPEGs, each uint8 (n,) on the CPU, as uint8 (3, H, W) on `device`.
+    """Decodes JPEGs, each uint8 (n,) on the CPU, to uint8 (3, H, W) on `device`.
 
     Raises:
         RuntimeError: one of them cannot be decoded there.
@@ -49,7 +49,7 @@ def decode_jpegs(encoded: list[torch.Tensor], device: torch.device) -> list[torc
 
 
 def check_decoder(decoder: str, device: torch.device, decode: Decode = decode_jpegs) -> None:
-    """Refuses "cuda", before anything else is done, where it would not work.
+    """Refuses "cuda", before any other work, where it would not work.
 
     Raises:
         UserError: the run's device is no GPU of NVIDIA's, or torchvision has no nvJPEG for it.
@@ -73,7 +73,7 @@ def check_decoder(decoder: str, device: torch.device, decode: Decode = decode_jp
 
 
 class Packed(NamedTuple):
-    """A batch on its way from a worker, in one tensor: each would be an open file of its own."""
+    """Holds a batch from a worker in one tensor, because each tensor costs an open file."""
 
     data: torch.Tensor  # uint8 (n,), the images' one after the other
     shapes: list[tuple[int, ...]]  # (n,): the bytes of a JPEG; (S, S, 3): pixels, transformed
@@ -89,12 +89,12 @@ class Packed(NamedTuple):
 
 
 def is_encoded(image: torch.Tensor) -> bool:
-    """Whether `read_image` gave bytes for the device to decode, and not pixels."""
+    """Returns whether `read_image` gave a JPEG's bytes for the device to decode, not pixels."""
     return image.ndim == 1
 
 
 class Unfinished(Dataset):
-    """The items of `images`, without what the device does.
+    """Gives the items of `images` without the work that the device does later.
 
     What a worker decodes it crops, too: whole photographs would fill the shared memory.
     """
@@ -116,7 +116,7 @@ class Unfinished(Dataset):
 
 
 def pack(items: list[Item | BrokenImageError | UserError]) -> Packed | BrokenImageError | UserError:
-    """A batch of the items of an `Unfinished`, or the first of them that is a fault."""
+    """Packs a batch of the items of an `Unfinished`; returns the first fault if there is one."""
     for item in items:
         if isinstance(item, BrokenImageError | UserError):
             return item
@@ -130,7 +130,7 @@ def pack(items: list[Item | BrokenImageError | UserError]) -> Packed | BrokenIma
 
 @dataclass
 class Finish:
-    """Makes images of a `Packed` batch of `images`, see `device_batches`.
+    """Decodes, crops, resizes and flips a `Packed` batch of `images`, see `device_batches`.
 
     An image's crop and flip are drawn on the CPU, by its key, whatever decodes it.
 
@@ -172,7 +172,7 @@ class Finish:
     def _decoded(
         self, places: list[int], images: list[torch.Tensor]
     ) -> Iterator[tuple[int, torch.Tensor | None]]:
-        """Each place with its image on the device, or None where the device cannot decode it.
+        """Yields each place in the batch with its image; None where the device cannot decode it.
 
         What fails together is done again by halves: one image spoils its batch, and photographs
         may be too large for the memory together.
@@ -196,16 +196,16 @@ class Finish:
 
 
 class DeviceReading(Reading):
-    """A `Reading` whose device decodes."""
+    """Reads like `Reading`, but the device decodes."""
 
     def batches(
         self, dataset: ImageDataset, keys: Sampler[list[Key]]
     ) -> Callable[[], Iterator[Batch]]:
-        """As `Reading.batches`, whatever the dataset's own decoder."""
+        """Works as `Reading.batches`; the dataset's own decoder is not used."""
         finish = Finish(dataset, self.device)
         return self._passes(Unfinished(dataset), keys, pack, finish)
 
 
 def reading_of(decoder: str) -> type[Reading]:
-    """The class that has `decoder` decode where it should."""
+    """Returns the class of reading that uses `decoder`: on the device or in the workers."""
     return DeviceReading if decoder == ON_DEVICE else Reading

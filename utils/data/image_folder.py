@@ -1,4 +1,4 @@
-"""A folder of class folders, read by class name.
+"""Lists the images in a folder of class folders; labels follow the names of the classes.
 
 Labels follow names, never positions: when `val/` lacks a class of `train/`, the classes behind it
 keep their labels. (Numbering the folders of each side by itself shifts them without a word, and
@@ -35,13 +35,13 @@ OTHER_NAMES = {  # of the folders of DATA, as other programs have them
 
 
 def is_passed_over(name: str) -> bool:
-    """Whether a file or folder of this name is no part of the data: hidden, or a system's own."""
+    """Returns whether a file or folder is no part of the data: hidden, or made by a system."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The images below one folder.
+    """Holds the paths and labels of the images below one folder.
 
     `paths` are bytes (file names need not be UTF-8) in one numpy array: a Python list of a
     million strings would be copied page by page into every loader worker.
@@ -66,7 +66,7 @@ class ImageFolder:
         return os.path.join(os.fsencode(self.root), self.paths[index])
 
     def take(self, indices: np.ndarray) -> "ImageFolder":
-        """Some of the images, with the same classes."""
+        """Returns some of the images, with the same classes."""
         return replace(self, paths=self.paths[indices], labels=self.labels[indices])
 
     def empty_classes(self) -> list[str]:
@@ -75,7 +75,7 @@ class ImageFolder:
 
 
 def list_classes(root: str) -> list[str]:
-    """The class folders below `root`, sorted by name.
+    """Returns the names of the class folders below `root`, sorted.
 
     Raises:
         UserError: no such folder, or no folder in it.
@@ -145,7 +145,7 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
 
 
 def find_images(root: str) -> list[bytes]:
-    """Paths, relative to `root`, of all images below it at any depth, found as `scan` finds them.
+    """Returns the paths, relative to `root`, of all images below it, found as `scan` finds them.
 
     Raises:
         UserError: a folder that cannot be read, or a link that leads back into itself.
@@ -156,7 +156,7 @@ def find_images(root: str) -> list[bytes]:
 
 
 def describe(folder: ImageFolder, title: str) -> list[str]:
-    """Lines for the report at the start of a run: counts, and whatever a user should look at."""
+    """Returns lines for the report at the start of a run: counts, and what a user should check."""
     present = len(folder.classes) - len(folder.empty_classes())
     lines = [f"{title}: {len(folder):,} images in {present} classes ({folder.where})"]
     if len(folder.classes) == 1:
@@ -171,7 +171,7 @@ def describe(folder: ImageFolder, title: str) -> list[str]:
 
 
 def _by_another_name(name: str, parent: str) -> str:
-    """What to do where `name` is missing and a folder that can only be meant stands beside it."""
+    """Returns a remedy where `name` is missing and another folder clearly plays its part."""
     if not os.path.isdir(parent):
         return ""
     folders = sorted(n for n in os.listdir(parent) if os.path.isdir(os.path.join(parent, n)))
@@ -185,7 +185,7 @@ def _by_another_name(name: str, parent: str) -> str:
 
 
 def _notes(root: str, found: Sequence[str], beside: Sequence[str]) -> list[str]:
-    """What a user should look at in a folder whose class folders are `found`."""
+    """Returns what a user should check in a folder whose class folders are `found`."""
     notes = []
     stray = [name for name in beside if name not in found and name.lower().endswith(EXTENSIONS)]
     if stray := [name for name in stray if not is_passed_over(name)]:
@@ -254,7 +254,7 @@ def _collect(
 
 
 def count_names(names: Sequence[str], most: int = 5) -> str:
-    """How many classes, and the first of their names."""
+    """Returns how many classes there are, and the first of their names, as text."""
     shown = ", ".join(printable(n) for n in names[:most])
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{len(names)} class{'es' if len(names) > 1 else ''} ({shown}{more})"

@@ -1,4 +1,4 @@
-"""Loader workers: how they begin, and what goes wrong in them or with them as one line."""
+"""Starts loader workers, and turns what goes wrong in them into one line."""
 
 import multiprocessing
 import signal
@@ -16,7 +16,7 @@ from utils.system.processes import PATIENCE, die_with_parent, end_children_at_ex
 
 
 def init_worker(_: int) -> None:
-    """For `DataLoader(worker_init_fn=…)`."""
+    """Prepares a loader worker, as `DataLoader(worker_init_fn=…)` asks."""
     die_with_parent()
     # Stop requests are for the main process, which finishes its step, saves and ends the workers.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
@@ -26,7 +26,7 @@ def init_worker(_: int) -> None:
 
 
 def leave_broken_connections_unsaid() -> None:
-    """Prints no traceback when the main process ends while it takes a batch from this one.
+    """Prints no traceback when the main process ends while it takes a batch from this worker.
 
     The thread that hands tensors over has no other place for it, and nobody is left to be told.
     """
@@ -40,7 +40,7 @@ def leave_broken_connections_unsaid() -> None:
 
 
 def checked(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches.
+    """Yields the loader's batches, and turns faults of its workers into errors of one line.
 
     Raises:
         UserError: for a fault that came as a value, or where workers hang.
@@ -78,7 +78,7 @@ def checked(loader: DataLoader) -> Iterator[Any]:
 
 
 def _death(batches: Any, error: Exception) -> Exception:
-    """`error`, or what names the signal by which a worker died."""
+    """Returns `error`, or an error that names the signal by which a worker died."""
     workers: list[multiprocessing.Process] = getattr(batches, "_workers", [])
     gone = wait([worker.sentinel for worker in workers], PATIENCE) if workers else []
     for worker in workers:
@@ -91,7 +91,7 @@ def _death(batches: Any, error: Exception) -> Exception:
 
 
 def as_raised(fault: BrokenImageError | UserError) -> UserError:
-    """A fault that came as a value, as it ends a run."""
+    """Returns the exception that ends the run for a fault that a worker returned as a value."""
     if isinstance(fault, UserError):
         return fault
     remedy = "mend or remove the file (python -m tools.check_images lists all broken ones)"

@@ -1,4 +1,4 @@
-"""From image files to normalised batches on the device.
+"""Makes normalised batches on the device from image files.
 
 Workers decode, crop and flip 8-bit images; the division by the standard deviation happens on the
 device, on a batch that crossed the bus at a quarter of its float size.
@@ -28,7 +28,7 @@ REPLACEMENT_TRIES = 100  # consecutive broken files after which skipping gives u
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step works on."""
+    """Holds what one step works on."""
 
     images: torch.Tensor  # (N, 3, S, S) float32, normalised
     targets: torch.Tensor  # (N,) int64
@@ -36,7 +36,7 @@ class Batch:
 
 
 class ImageDataset(Dataset):
-    """Images of a folder by key, as (uint8 (3, S, S), label, broken index or -1).
+    """Gives the images of a folder by key, as (uint8 (3, S, S), label, broken index or -1).
 
     Args:
         folder: what to read.
@@ -74,7 +74,7 @@ class ImageDataset(Dataset):
     def read(
         self, key: Key, decoder: str
     ) -> tuple[torch.Tensor | Image.Image, int, int] | BrokenImageError | UserError:
-        """What the decoder gives for a key, label, and broken index or -1; or a fault."""
+        """Returns what the decoder gives for a key, label, and broken index or -1; or a fault."""
         wanted = key[1]
         tries = REPLACEMENT_TRIES if self.skip_broken else 1
         for attempt in range(tries):
@@ -91,7 +91,7 @@ class ImageDataset(Dataset):
         return failure
 
     def view(self, image: torch.Tensor | Image.Image, key: Key) -> torch.Tensor:
-        """A decoded image transformed as the key's: uint8 (3, S, S), on the image's device."""
+        """Transforms a decoded image as its key says: uint8 (3, S, S), on the image's device."""
         if self.seed is None:
             image = self.transform(image)
         else:
@@ -106,7 +106,7 @@ class ImageDataset(Dataset):
 
 @dataclass(frozen=True)
 class Reading:
-    """How files become batches, alike in training and validation."""
+    """Describes how files become batches, the same in training and validation."""
 
     device: torch.device
     workers: int  # loader processes; 0 reads in this one
@@ -117,7 +117,7 @@ class Reading:
     def batches(
         self, dataset: ImageDataset, keys: Sampler[list[Key]]
     ) -> Callable[[], Iterator[Batch]]:
-        """A function that begins a pass over `dataset` in the order of `keys`.
+        """Returns a function that begins a pass over `dataset` in the order of `keys`.
 
         The workers stay alive from one pass to the next.
         """
@@ -130,7 +130,7 @@ class Reading:
         collate: Callable[[list], Any],
         finish: Callable[[Any], Loaded],
     ) -> Callable[[], Iterator[Batch]]:
-        """`collate` makes of items what a worker hands over; `finish`: see `device_batches`."""
+        """Returns a function that begins a pass; workers run `collate`, the device `finish`."""
         loader = DataLoader(
             dataset,
             batch_sampler=keys,
@@ -154,7 +154,7 @@ def training_batches(
     reading: Reading,
     skip_broken: bool = False,
 ) -> Callable[[], Iterator[Batch]]:
-    """Augmented batches in the order that `order` was told to seek."""
+    """Returns a function that begins a pass over augmented batches, in the order of `order`."""
     transform = train_transform(
         recipe.crop_size,
         recipe.min_scale,
@@ -169,7 +169,7 @@ def training_batches(
 def validation_batches(
     images: ImageFolder, recipe: Recipe, reading: Reading, rank: int = 0, world_size: int = 1
 ) -> Callable[[], Iterator[Batch]]:
-    """This rank's share of the validation images, each exactly once over all ranks."""
+    """Returns this rank's share of the validation images, each exactly once over all ranks."""
     transform = eval_transform(recipe.img_size, recipe.crop_pct)
     share = max(1, recipe.batch_size // world_size)
     keys = ShardedBatches(len(images), share, rank, world_size)
@@ -227,7 +227,7 @@ def device_batches(
 def _scaled(
     images: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, memory_format
 ) -> torch.Tensor:
-    """uint8 (N, 3, H, W) · scale + shift, both (3,), in float32 and that format."""
+    """Returns uint8 images (N, 3, H, W) · scale + shift, both (3,), as float32 in that format."""
     if memory_format != torch.channels_last:
         images = images.to(torch.float32, memory_format=memory_format)
         return images.mul_(scale.view(3, 1, 1)).add_(shift.view(3, 1, 1))
@@ -253,7 +253,7 @@ def _collate(items: list) -> Loaded | BrokenImageError | UserError:
 
 
 def replaced_lines(folder: ImageFolder, broken: Sequence[int]) -> list[str]:
-    """What to say of images that could not be read: how many times, and each path once."""
+    """Returns lines on images that could not be read: how many times, and each path once."""
     if not broken:
         return []
     paths = [printable(folder.path(index)) for index in sorted(set(broken))]

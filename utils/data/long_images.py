@@ -1,4 +1,4 @@
-"""The central crop of a resized image, for images many times longer than they are wide.
+"""Computes the central crop of a resized image, for images many times longer than they are wide.
 
 An image of 20,000 × 1 pixels whose shorter side becomes 256 is 5 million pixels long, of which the
 crop keeps 224. Here only those are computed, with the pixels that the whole would have had.
@@ -53,7 +53,8 @@ def resized_center_crop(
 def _taps(
     old: int, new: int, begin: int, end: int, bits: int | None
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """What the pixels `begin` to `end` of a side resized from `old` to `new` are made of.
+    """Returns which old pixels, with which weights, make the pixels `begin` to `end` of a resized
+    side.
 
     Returns:
         Indices (n, k) into the old side, whole-number weights (n, k), and their fraction's bits.
@@ -78,7 +79,7 @@ def _shares(old: int, new: int, begin: int, end: int) -> tuple[np.ndarray, np.nd
 
 
 def _torch_bits(old: int, new: int) -> int:
-    """As many as keep the largest weight of the whole side below 2^15."""
+    """Returns the most bits that keep the largest weight of the whole side below 2^15."""
     largest = 1.0  # when enlarging: that of the first pixel, which lies beyond the old one's centre
     if old > new:
         parts = range(0, new, CHUNK)
@@ -90,7 +91,7 @@ def _torch_bits(old: int, new: int) -> int:
 
 
 def _weighted(pixels: np.ndarray, indices: np.ndarray, weights: np.ndarray, bits: int):
-    """(3, H, old) uint8 → (3, H, n): each pixel the sum of `weights` times those at `indices`."""
+    """Turns (3, H, old) uint8 into (3, H, n): each pixel is a sum of `weights` times old pixels."""
     total = np.full((*pixels.shape[:2], len(indices)), 1 << (bits - 1), dtype=np.int32)
     for tap in range(indices.shape[1]):
         total += pixels[:, :, indices[:, tap]].astype(np.int32) * weights[:, tap]

@@ -1,4 +1,4 @@
-"""The original files of Fashion-MNIST and CIFAR, read as arrays without running what they hold.
+"""Reads the original files of Fashion-MNIST and CIFAR as arrays, without running code from them.
 
 Each file is compared with its published checksum before it is read. IDX files and CIFAR's binary
 version are numbers alone, and numpy reads them here. CIFAR's Python version is a pickle, which
@@ -34,7 +34,7 @@ UNREADABLE = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError)
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a data set's original files are.
+    """Says where a data set's original files are.
 
     Args:
         folder: that holds them, or None for where a package of the system puts them.
@@ -47,7 +47,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Part:
-    """The images of train or of val.
+    """Holds the images of train or of val.
 
     Args:
         pixels: (N, H, W) or (N, H, W, 3) uint8.
@@ -60,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True)
 class CifarSet:
-    """What tells the two CIFAR sets apart.
+    """Describes what differs between the two CIFAR sets.
 
     Args:
         archive: file name of the binary version, and its SHA-256.
@@ -199,7 +199,7 @@ def _read_fashion(folder: Path) -> dict[str, Part]:
 
 
 def _checked(file: Path, digest: str) -> bytes:
-    """The contents of `file`, or of `file`.gz unpacked, once they are what was published."""
+    """Returns the contents of `file`, or of `file`.gz unpacked, after comparing the checksum."""
     packed = file.with_name(f"{file.name}.gz")
     try:
         data = file.read_bytes() if file.is_file() else gzip.decompress(packed.read_bytes())

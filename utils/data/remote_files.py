@@ -1,4 +1,4 @@
-"""Bytes by place and range: from local files, or from whatever fsspec reads (s3://, https://, …).
+"""Reads bytes, whole or by range, from local files or from a store that fsspec knows (s3://, …).
 
 fsspec comes with torch; the package for a particular store (s3fs, gcsfs, aiohttp) is the user's to
 install.
@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is a URL."""
+    """Returns whether `path` is a URL."""
     return "://" in path
 
 
 def sizes(folder: str, ending: str) -> dict[str, int | None]:
-    """The files of a folder whose name has this ending, sorted, with their sizes in bytes.
+    """Returns the files of a folder whose name has this ending, sorted, with their sizes in bytes.
 
     None for a size that the store does not tell; nothing at all where there is no such folder, or
     a store (a plain web server) that does not list one.
@@ -45,7 +45,7 @@ def sizes(folder: str, ending: str) -> dict[str, int | None]:
 
 
 def read_whole(path: str) -> bytes | None:
-    """A small file; None where there is none.
+    """Returns the contents of a small file; None where there is none.
 
     Raises:
         UserError: the store does not answer, or the file cannot be read.
@@ -62,7 +62,7 @@ def read_whole(path: str) -> bytes | None:
 
 
 def read_range(path: str, start: int, size: int) -> bytes:
-    """`size` bytes from `start` on; fewer where the file ends.
+    """Returns `size` bytes from `start` on; fewer where the file ends.
 
     Raises:
         OSError: a local file that cannot be read.
@@ -74,7 +74,7 @@ def read_range(path: str, start: int, size: int) -> bytes:
 
 
 def read_through(path: str, read: Callable[[BinaryIO], T]) -> T:
-    """What `read` makes of the file, opened at its beginning; from a store perhaps more than once.
+    """Returns what `read` makes of the opened file; a store's file may be opened more than once.
 
     Raises:
         OSError, UserError: see `read_range`, and those of `read`.
@@ -91,7 +91,7 @@ def read_through(path: str, read: Callable[[BinaryIO], T]) -> T:
 
 
 def close_files() -> None:
-    """Forgets open files, which would go on showing what has been replaced since."""
+    """Closes open files, which would still show contents that have been replaced since."""
     _opened.cache_clear()
 
 
@@ -118,7 +118,8 @@ _NEEDED = object()
 
 
 def _ask(url: str, request, missing: object = _NEEDED):
-    """`request(filesystem, path)`, made again when it fails: a store's hiccup is no broken image.
+    """Calls `request(filesystem, path)`, again when it fails: a short fault of a store is no broken
+    image.
 
     Raises:
         UserError: it failed every time, or no such file where `missing` gives nothing instead.

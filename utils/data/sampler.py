@@ -1,4 +1,4 @@
-"""The order of a run's samples as a pure function of (seed, epoch, step, rank).
+"""Orders a run's samples by a pure function of (seed, epoch, step, rank).
 
 Nothing here remembers anything: an interrupted run finds its place again from three integers,
 whatever the number of loader workers, and every number of ranks sees the same global batches.
@@ -18,12 +18,14 @@ Key = tuple[int, int] | tuple[int, int, int]
 
 
 def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several non-negative integers; any change gives an unrelated seed."""
+    """Returns one 63-bit seed from several non-negative integers; any change gives an unrelated
+    seed.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class SeededBatches(Sampler[list[Key]]):
-    """Batches of a training epoch: one shuffle per epoch, cut into global batches.
+    """Gives the batches of a training epoch: one shuffle per epoch, cut into global batches.
 
     Rank r takes the r-th slice of each global batch. The images that do not fill a last batch are
     left out of that epoch (another shuffle, others left out), so every step has the same size.
@@ -59,7 +61,7 @@ class SeededBatches(Sampler[list[Key]]):
 
     @property
     def steps(self) -> int:
-        """Steps of a whole epoch."""
+        """Returns the number of steps of a whole epoch."""
         return self.size // self.batch_size
 
     def seek(self, epoch: int, step: int = 0) -> None:
@@ -86,7 +88,7 @@ class SeededBatches(Sampler[list[Key]]):
 
 
 class ShardedBatches(Sampler[list[Key]]):
-    """Batches for evaluation: every image exactly once over all ranks, in order, none padded."""
+    """Gives the batches of an evaluation: every image exactly once over all ranks, no padding."""
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
         self.indices = range(rank, size, world_size)

@@ -1,4 +1,4 @@
-"""A folder of tar shards as an ImageFolder: same classes, same labels, same order of images.
+"""Reads a folder of tar shards as an ImageFolder: same classes, same labels, same order of images.
 
 The order is by class name and then by name, as in class folders, whatever shards the images lie in:
 a run on shards is bit for bit the run on the folder that they were made from.
@@ -23,7 +23,7 @@ CLASSES = "classes.txt"
 
 @dataclass(frozen=True)
 class Member:
-    """One image in a shard; `image_io.read_image` takes it in the place of a path."""
+    """Describes one image in a shard; `decoding.read_image` takes it in place of a path."""
 
     shard: str  # path or URL
     name: bytes
@@ -35,7 +35,7 @@ class Member:
         return f"{self.shard}:{os.fsdecode(self.name)}"
 
     def read(self) -> bytes:
-        """Its bytes.
+        """Returns the image's bytes.
 
         Raises:
             UserError: other bytes lie there than when the index was made, the shard cannot be read,
@@ -62,7 +62,7 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFolder(ImageFolder):
-    """The images of the shards in one folder. `paths` are their names inside of the shards."""
+    """Holds the images of the shards in one folder. `paths` are their names inside the shards."""
 
     shards: tuple[str, ...]  # file names
     members: np.ndarray  # (n,) shard_index.MEMBER
@@ -80,7 +80,7 @@ class ShardFolder(ImageFolder):
 
 
 def in_shards(root: str) -> bool:
-    """Whether the images in `root` are to be read from shards.
+    """Returns whether the images in `root` are to be read from shards.
 
     Class folders come first: ImageNet's own archives are often left beside what was unpacked.
     """
@@ -93,7 +93,7 @@ def in_shards(root: str) -> bool:
 
 
 def scan(root: str, classes: Sequence[str] | None = None) -> ShardFolder:
-    """The images of the shards in a folder.
+    """Lists the images of the shards in a folder.
 
     Class names are the lines of `classes.txt`, in the order of the numbers in the shards, in that
     folder or the one above. Without such a file the numbers are the names.

@@ -1,4 +1,4 @@
-"""Where each image of a folder of tar shards lies: an index, made once and kept beside them.
+"""Finds each image in a folder of tar shards, by an index that is made once and stored with them.
 
 The shards are webdataset's: tar files in which `KEY.jpg` (or another image ending) has its class
 number in `KEY.cls`. With the place of each image known they are read like files: any image at any
@@ -46,7 +46,7 @@ MEMBER = np.dtype(
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The images of some shards, in the order of the shards."""
+    """Holds the places of the images of some shards, in the order of the shards."""
 
     shards: tuple[str, ...]  # file names
     sizes: tuple[int, ...]  # of the shards, in bytes
@@ -56,15 +56,17 @@ class ShardIndex:
     ignored: dict[str, int]  # what was passed over, and how often
 
     def fits(self, listed: dict[str, int | None]) -> bool:
-        """Whether the index is of these shards. Where nothing can be listed it has to be believed:
-        each image is checked against its header when it is read."""
+        """Returns whether the index is of these shards. Where a store lists no files, it is
+        trusted: each image is compared with its header when it is read.
+        """
         return not listed or (
             tuple(listed) == self.shards
             and all(n in (None, own) for n, own in zip(listed.values(), self.sizes, strict=True))
         )
 
     def is_sound(self) -> bool:
-        """Whether each image has a class and lies inside a shard: a stranger may have written it.
+        """Returns whether each image has a class and lies inside a shard: a stranger may have
+        written it.
 
         Raises:
             Exception: arrays of other kinds have several.
@@ -103,7 +105,7 @@ class ShardIndex:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "ShardIndex | None":
-        """None for what is damaged, or of another version: it is made again."""
+        """Reads an index; returns None for one that is damaged or of another version."""
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as held:
                 about = json.loads(held["about"].tobytes())
@@ -123,7 +125,8 @@ class ShardIndex:
 
 
 def find_index(root: str) -> ShardIndex | None:
-    """The index of the shards in a folder, made if need be; None where there are no shards.
+    """Returns the index of a folder's shards, made if there is none; None where there are no
+    shards.
 
     It is kept beside the shards, or, where that cannot be written, in the user's cache folder.
 
@@ -143,7 +146,7 @@ def find_index(root: str) -> ShardIndex | None:
 
 
 def make_index(root: str, listed: dict[str, int | None]) -> ShardIndex:
-    """Reads the headers of all shards, from a store all that is in them.
+    """Reads the headers of all shards; of shards in a store, every byte.
 
     Raises:
         UserError: see `find_index`.
@@ -188,7 +191,9 @@ def make_index(root: str, listed: dict[str, int | None]) -> ShardIndex:
 def _contents(
     file: BinaryIO, place: str
 ) -> tuple[list[tuple[str, str, tuple[int, int, int]]], dict[str, int], int, Counter[str]]:
-    """One shard: (key, name, place) of its images, class numbers by key, size, what is no image."""
+    """Returns of one shard: (key, name, place) of its images, class numbers by key, size, other
+    files.
+    """
     images, classes, ignored = [], {}, Counter()
     for name, content, offset, size, header in _members(file, place, ignored):
         key, ending = os.path.splitext(name)
@@ -204,7 +209,7 @@ def _contents(
 def _members(
     file, place: str, ignored: Counter[str]
 ) -> Iterator[tuple[str, int | None, int, int, int]]:
-    """(name, class number if it is a .cls, offset, size, CRC of the header) of each file."""
+    """Yields (name, class number if it is a .cls, offset, size, CRC of the header) of each file."""
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (`file` is the caller's)
         for member in tar:
@@ -257,7 +262,9 @@ def _stored(root: str, cached: Path, listed: dict[str, int | None]) -> ShardInde
 
 
 def _store(root: str, cached: Path, data: bytes) -> None:
-    """Beside the shards, else in the cache, else nowhere: the next run makes it again."""
+    """Writes the index beside the shards, else in the cache, else nowhere (the next run makes it
+    again).
+    """
     if not remote_files.is_remote(root):
         with contextlib.suppress(UserError):
             return write_atomically(Path(root, NAME), data)
@@ -274,7 +281,7 @@ def _cache_file(root: str) -> Path:
 
 @contextlib.contextmanager
 def _alone(root: str, cached: Path) -> Iterator[None]:
-    """One process at a time, where the file system can see to it."""
+    """Lets one process in at a time, where the file system can lock files."""
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             if remote_files.is_remote(root):

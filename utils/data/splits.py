@@ -1,4 +1,4 @@
-"""DATA as the scripts take it: train/ and val/ of class folders or tar shards, or a URL."""
+"""Opens DATA as the scripts take it: train/ and val/ of class folders or tar shards, or a URL."""
 
 import os
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from utils.data.image_folder import ImageFolder
 
 
 def open_images(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
-    """The images below one folder, however they are kept.
+    """Opens the images below one folder: class folders or tar shards.
 
     Args:
         classes: the names in label order; by default those found.
@@ -22,7 +22,7 @@ def open_images(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
 def open_split(
     data: str, classes: Sequence[str] | None = None, with_train: bool = True
 ) -> tuple[ImageFolder | None, ImageFolder]:
-    """The images of data/train and data/val, labelled by the same class names.
+    """Opens the images of data/train and data/val, labelled by the same class names.
 
     Args:
         classes: the names in label order; by default those of data/train.

@@ -1,4 +1,4 @@
-"""What an image goes through between decoding and the network, up to 8-bit pixels."""
+"""Transforms images between decoding and the network, up to 8-bit pixels."""
 
 from collections.abc import Callable
 from typing import Any

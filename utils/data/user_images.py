@@ -1,4 +1,4 @@
-"""Images that a user names on the command line: found, read in batches, broken ones set aside."""
+"""Finds the images that a user names on the command line, and reads them in batches."""
 
 import glob
 import os
@@ -21,7 +21,7 @@ from utils.system.text import printable
 
 @dataclass(frozen=True)
 class UserBatch:
-    """Some of the images, and what became of the others."""
+    """Holds some of the images, and for the others why they could not be read."""
 
     images: torch.Tensor  # (n, 3, S, S) float32, normalised; n can be 0
     indices: list[int]  # (n,) where in the list of paths each image is from
@@ -29,7 +29,7 @@ class UserBatch:
 
 
 def find_images(names: Sequence[str]) -> list[bytes]:
-    """The paths that `names` stand for, each once, in the order given.
+    """Returns the paths that `names` stand for, each once, in the order given.
 
     Args:
         names: files; folders, which stand for all images below them, sorted; glob patterns (`**`
@@ -101,7 +101,7 @@ def read_batches(
     workers: int = 0,
     decoder: str = "torchvision",
 ) -> Iterator[UserBatch]:
-    """The images at `paths` in order, prepared as for evaluation, on `device`.
+    """Yields the images at `paths` in order, prepared as for evaluation, on `device`.
 
     Args:
         img_size, crop_pct: see `eval_transform`.

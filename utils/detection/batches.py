@@ -1,4 +1,4 @@
-"""Batches for detectors: images of their own sizes with their targets, grouped by aspect ratio.
+"""Makes batches for detectors: images of their own sizes with targets, grouped by aspect ratio.
 
 And the images that a detector is held against, with all that their evaluation needs.
 """
@@ -23,7 +23,7 @@ from utils.system.errors import EXIT_FAILED, UserError
 
 @dataclass(frozen=True)
 class DetectionBatch:
-    """What one step works on."""
+    """Holds what one step works on."""
 
     images: list[torch.Tensor]  # (3, H, W) float32 from 0 to 1, each of its own size
     targets: list[Target]
@@ -32,7 +32,7 @@ class DetectionBatch:
 
 
 class GroupedBatches(SeededBatches):
-    """Batches of an epoch whose images are all wide or all tall, so that less is padding.
+    """Gives an epoch's batches, each of wide or of tall images alone, so that less is padding.
 
     Padding is not only waste: ECA's mean runs over it. One batch an epoch may mix the two, and the
     images that fill no last batch are left out of that epoch, others in the next.
@@ -77,7 +77,7 @@ def check_batch(batch_size: int, images: int, ranks: int) -> None:
 
 
 def match_classes(classes: list[str], split: CocoSplit, source: str) -> list[int | None]:
-    """The category ids that `split` gives to `classes`, in their order; None where it lacks one.
+    """Returns the category ids that `split` gives to `classes`, in order; None for a missing one.
 
     Raises:
         UserError: it has a class that is not among them.
@@ -94,7 +94,7 @@ def match_classes(classes: list[str], split: CocoSplit, source: str) -> list[int
 
 
 class ValidationSet:
-    """The images of a split, and what is to be found in them.
+    """Holds the images of a split, and the objects that are to be found in them.
 
     Args:
         place: of images and annotations.
@@ -126,14 +126,14 @@ def training_batches(
     seed: int,
     reading: Reading,
 ) -> Callable[[], Iterator[DetectionBatch]]:
-    """A function that begins a pass in the order that `order` was told to seek."""
+    """Returns a function that begins a pass in the order that `order` was told to seek."""
     return _passes(CocoDataset(split, first_label, hflip, seed), order, reading)
 
 
 def evaluation_batches(
     split: CocoSplit, first_label: int, reading: Reading, rank: int = 0, world_size: int = 1
 ) -> Callable[[], Iterator[DetectionBatch]]:
-    """This rank's images one by one, each exactly once over all ranks.
+    """Returns this rank's images one by one, each exactly once over all ranks.
 
     One by one, as padding beside another image would change what ECA's mean sees: features far
     from the padding were seen to move by 4 %.

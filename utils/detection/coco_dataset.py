@@ -1,4 +1,4 @@
-"""A COCO split as training samples: the JSON checked once, images read one by one.
+"""Reads a COCO split as training samples: the JSON checked once, images read one by one.
 
 What cannot be trained on is dropped, counted and said; what is wrong (an id that leads nowhere, an
 image of another size than stated) ends the run with one line that names the image if it is known.
@@ -26,7 +26,7 @@ Target = dict[str, torch.Tensor]
 
 @dataclass
 class CocoSplit:
-    """Images, classes and objects of one JSON, in arrays that loader processes share.
+    """Holds images, classes and objects of one JSON, in arrays that loader processes share.
 
     Attributes:
         folder: of the images.
@@ -56,7 +56,7 @@ class CocoSplit:
         return len(self.file_names)
 
     def report(self, name: str) -> list[str]:
-        """Lines that say what is in the split and what was left out of it."""
+        """Returns lines that say what is in the split and what was left out of it."""
         empty = int((np.diff(self.starts) == 0).sum())
         note = f", {empty:,} of them without objects" if empty else ""
         head = (
@@ -66,7 +66,7 @@ class CocoSplit:
         return [head, *self.notes]
 
     def select(self, keep: np.ndarray) -> "CocoSplit":
-        """The split with the images at the indices `keep` only."""
+        """Returns the split with the images at the indices `keep` only."""
         spans = [np.arange(self.starts[i], self.starts[i + 1]) for i in keep]
         objects = np.concatenate([np.empty(0, dtype=np.int64), *spans]).astype(np.int64)
         counts = np.diff(self.starts)[keep]
@@ -129,7 +129,7 @@ def load_split(
 
 
 class CocoDataset(Dataset):
-    """Samples by (epoch, index): (uint8 (3, H, W), target, image id), or why there is none.
+    """Gives samples by (epoch, index): (uint8 (3, H, W), target, image id), or the fault.
 
     A target has boxes (n, 4) float32, labels (n,) int64 and, where the split has them, masks
     (n, H, W) uint8. An image without objects has n = 0.
@@ -187,7 +187,7 @@ class CocoDataset(Dataset):
 
 
 def mirror(target: Target, width: int) -> Target:
-    """The target of the mirrored image."""
+    """Returns the target of the mirrored image."""
     x1, y1, x2, y2 = target["boxes"].unbind(1)
     flipped = {**target, "boxes": torch.stack([width - x2, y1, width - x1, y2], 1)}
     if "masks" in target:

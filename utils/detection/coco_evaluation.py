@@ -1,4 +1,4 @@
-"""COCO's twelve figures from detections, and the detections in COCO's result format.
+"""Computes COCO's twelve figures from detections, and writes detections in COCO's format.
 
 faster-coco-eval does the counting where it is installed, else pycocotools; their figures agree.
 """
@@ -44,7 +44,8 @@ Result = dict[str, Any]  # of one detection: image_id, category_id, score, bbox,
 
 @dataclass(frozen=True)
 class Summary:
-    """What COCO reports for boxes or for masks, from 0 to 1; -1 where nothing was to be found.
+    """Holds what COCO reports for boxes or for masks, from 0 to 1; -1 where nothing was to be
+    found.
 
     Attributes:
         figures: `FIGURES` to values. AP is the mean over IoU 0.50 to 0.95; s, m, l are objects
@@ -62,7 +63,7 @@ def to_results(
     category_ids: Sequence[int | None],
     first_label: int,
 ) -> list[Result]:
-    """One image's detections in COCO's result format.
+    """Returns one image's detections in COCO's result format.
 
     Args:
         found: boxes (n, 4) as x1, y1, x2, y2, labels (n,), scores (n,), and with masks (n, 1, H, W)
@@ -109,7 +110,7 @@ def to_results(
 
 
 def gather(results: list[Result], context: Context) -> list[Result] | None:
-    """All ranks' results, by image, on rank 0; None on the others."""
+    """Returns all ranks' results, by image, on rank 0; None on the others."""
     if context.world_size > 1:
         parts: list | None = [None] * context.world_size if context.is_main else None
         dist.gather_object(results, parts, 0, group=context.votes)
@@ -142,7 +143,7 @@ class GroundTruth:
         self.objects = JudgedObjects(place, masks, classes)
 
     def judge(self, results: list[Result], backend: str | None = None) -> dict[str, Summary]:
-        """COCO's figures of `results`: {"bbox": Summary} and, with masks, "segm".
+        """Returns COCO's figures of `results`: {"bbox": Summary} and, with masks, "segm".
 
         Args:
             results: of all ranks, with the file's own ids; they stay as they are.
@@ -201,7 +202,7 @@ def judge(
 
 
 def find_backend(name: str | None = None) -> tuple[type, type]:
-    """The classes COCO and COCOeval of the backend `name`, or of the first installed one.
+    """Returns the classes COCO and COCOeval of the backend `name`, or of the first installed one.
 
     Raises:
         UserError: it is not installed.

@@ -1,4 +1,4 @@
-"""COCO's files on disk: where a split's images and annotations are, and whether the ids hold."""
+"""Finds a COCO split's images and annotations on disk, and checks that the ids agree."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ LONGEST_SHOWN = 120  # characters of a name in a message
 
 @dataclass(frozen=True)
 class Place:
-    """A split's folder of images and its annotation file.
+    """Holds a split's folder of images and its annotation file.
 
     Args:
         part: "train" or "val", as in the flags.
@@ -43,7 +43,7 @@ def locate(
     annotations: str | None = None,
     anywhere: bool = False,
 ) -> Place:
-    """Finds where the split `part` ("train" or "val") of the data folder `root` is.
+    """Returns where the split `part` ("train" or "val") of the data folder `root` is.
 
     Args:
         images: another name for `{part}2017`, in `root` or absolute.
@@ -72,7 +72,7 @@ def locate(
 
 
 def read_json(place: Place) -> dict[str, Any]:
-    """A split's annotation file with its three lists, their ids and the classes' names checked.
+    """Reads a split's annotation file; checks its three lists, their ids and the classes' names.
 
     `iscrowd` of every object becomes 0 or 1. A validation file may lack the list of annotations,
     as those of COCO's test images do: it is empty then.
@@ -186,13 +186,13 @@ def crowd(path: Path, number: int, entry: dict[str, Any]) -> int:
 
 
 def shown(name: object) -> str:
-    """A name from a stranger's file, fit for a line of a message."""
+    """Returns a name from a stranger's file, fit for a line of a message."""
     text = printable(str(name).encode("utf-8", "backslashreplace").decode())
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"
 
 
 def _of_image(entry: Any, part: str, images: list[dict[str, Any]]) -> str:
-    """ " of image FILE", where the file lets know which."""
+    """Returns " of image FILE" where the file says which, else an empty string."""
     if not isinstance(entry, dict) or part == "categories":
         return ""
     if part == "images":
@@ -203,7 +203,7 @@ def _of_image(entry: Any, part: str, images: list[dict[str, Any]]) -> str:
 
 
 def check_references(path: Path, content: dict[str, Any]) -> None:
-    """Holds every annotation's image and category against the lists.
+    """Checks that every annotation's image and category are in the lists.
 
     Raises:
         UserError: one leads nowhere. It is not dropped: a file with such ids is of another data
@@ -227,13 +227,13 @@ def check_references(path: Path, content: dict[str, Any]) -> None:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value from JSON is a number that a float can hold: not text, NaN or infinite."""
+    """Returns whether a JSON value is a number that a float can hold: not text, NaN or infinite."""
     largest = sys.float_info.max  # a comparison takes integers of any size, which float() does not
     return _is_number(value) and -largest <= value <= largest
 
 
 def box_fault(box: Any) -> str | None:
-    """Why a value from JSON is not COCO's [x, y, w, h], or None if it is."""
+    """Returns why a value from JSON is not COCO's [x, y, w, h], or None if it is."""
     if not isinstance(box, Sequence) or len(box) != 4 or not all(map(_is_number, box)):
         return NOT_FOUR
     return None if all(map(is_finite, box)) else "box is not finite"

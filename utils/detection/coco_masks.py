@@ -1,4 +1,4 @@
-"""Masks in COCO's encodings: polygons, run lengths as a list, run lengths as text.
+"""Reads masks in COCO's encodings: polygons, run lengths as a list, run lengths as text.
 
 faster-coco-eval's routines where installed, else pycocotools'; both give the same bytes.
 """
@@ -35,7 +35,7 @@ def _api() -> Any:
 
 
 def as_masks(segmentation: Any) -> Any:
-    """A segmentation from JSON in one of COCO's forms, where other tools write it a little else.
+    """Returns a segmentation from JSON in one of COCO's forms, also where a tool wrote a variant.
 
     A list of one run-length code becomes that code, a flat list of numbers one polygon, and whole
     numbers written as floats (1.0) become integers in run lengths. Anything else stays as it is.
@@ -58,7 +58,7 @@ def _as_integers(values: Any) -> Any:
 
 
 def usable_polygons(segmentation: Any, height: int, width: int) -> list[list[float]]:
-    """The parts of a COCO segmentation that are polygons: 3 or more corners, some area.
+    """Returns the parts of a COCO segmentation that are polygons: 3 or more corners, some area.
 
     None at all where their outlines are together longer than those of any mask of this size: the
     rasteriser takes time and memory for each pixel of an outline, also far outside the image.
@@ -73,7 +73,7 @@ def usable_polygons(segmentation: Any, height: int, width: int) -> list[list[flo
 
 
 def _outline(part: Any) -> float:
-    """The length of a polygon's outline in pixels; 0 for what is no polygon, or has no area."""
+    """Returns the length of a polygon's outline in pixels; 0 for no polygon or no area."""
     if not isinstance(part, Sequence) or len(part) < 6 or len(part) % 2:
         return 0.0
     if not all(is_finite(v) and abs(v) <= FARTHEST for v in part):
@@ -83,14 +83,14 @@ def _outline(part: Any) -> float:
 
 
 def _area_and_length(polygon: Sequence[float]) -> tuple[float, float]:
-    """A polygon's area and the length of its outline, in pixels."""
+    """Returns a polygon's area and the length of its outline, in pixels."""
     corners = np.array(polygon, dtype=float).view(complex)
     edges = np.diff(corners, append=corners[:1])
     return abs(np.vdot(corners, edges).imag) / 2, float(np.abs(edges).sum())
 
 
 def covers_a_pixel(polygons: Sequence[Sequence[float]], height: int, width: int) -> bool:
-    """Whether the mask of polygons, from `usable_polygons`, has a pixel.
+    """Returns whether the mask of polygons, from `usable_polygons`, has a pixel.
 
     Drawing all of COCO's would take minutes. A polygon that does not cross itself holds a circle of
     radius area / outline (Bonnesen's inequality), and one of radius 1 holds a pixel's centre; so
@@ -113,7 +113,7 @@ def _draw(polygons: Sequence[Sequence[float]], height: int, width: int) -> dict[
 
 
 def of_box(box: Sequence[float], height: int, width: int) -> dict[str, Any] | None:
-    """Run lengths of the part of [x, y, w, h] that lies in the image; None where there is none."""
+    """Returns run lengths of the part of [x, y, w, h] in the image; None where there is none."""
     x, y, w, h = box
     x1, x2 = max(x, 0), min(x + w, width)
     y1, y2 = max(y, 0), min(y + h, height)
@@ -123,7 +123,7 @@ def of_box(box: Sequence[float], height: int, width: int) -> dict[str, Any] | No
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
-    """Run lengths of any COCO segmentation; None where it holds no mask of this size.
+    """Returns run lengths of any COCO segmentation; None where it holds no mask of this size.
 
     Returns:
         {"size": [height, width], "counts": bytes}, as the mask routines take it.
@@ -148,7 +148,7 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
 
 
 def _runs(text: bytes) -> list[int] | None:
-    """The run lengths that COCO's text stands for; None if it is no such text.
+    """Returns the run lengths that COCO's text stands for; None if it is no such text.
 
     Six bits a character: five of the number, lowest first, and whether more follow; signed, and
     from the fourth run on less the run two before.
@@ -171,7 +171,7 @@ def _runs(text: bytes) -> list[int] | None:
 
 
 def decode(rle: dict[str, Any]) -> np.ndarray:
-    """(H, W) uint8 of 0 and 1."""
+    """Returns a mask as (H, W) uint8 of 0 and 1."""
     return _api().decode(rle)
 
 
@@ -180,7 +180,7 @@ def area(rle: dict[str, Any]) -> int:
 
 
 def encode(masks: np.ndarray) -> list[dict[str, Any]]:
-    """Run lengths as text, fit for JSON, of (N, H, W) masks of 0 and 1."""
+    """Returns run lengths as text, fit for JSON, of (N, H, W) masks of 0 and 1."""
     if len(masks) == 0:
         return []
     stacked = np.asfortranarray(np.moveaxis(masks, 0, 2).astype(np.uint8))
@@ -191,7 +191,7 @@ def encode(masks: np.ndarray) -> list[dict[str, Any]]:
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
-    """The uncompressed run lengths of one (H, W) mask: zeros first, column by column."""
+    """Returns uncompressed run lengths of one (H, W) mask: zeros first, column by column."""
     flat = np.asarray(mask, dtype=bool).flatten(order="F")
     edges = np.flatnonzero(np.diff(flat)) + 1
     bounds = np.concatenate([[0] if not flat[:1].any() else [0, 0], edges, [flat.size]])

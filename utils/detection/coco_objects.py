@@ -1,4 +1,4 @@
-"""The objects of a COCO file as arrays, and why some of them are left out of training."""
+"""Collects the objects of a COCO file as arrays, and why some are left out of training."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ REMEDIES = {  # reason -> what to do where no object is left
 
 @dataclass
 class Dropped:
-    """How many objects were left out, by reason, and the first image of each."""
+    """Counts the objects that were left out, by reason, with the first image of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Dropped:
         ]
 
     def refusal(self, annotations: Path) -> UserError:
-        """The error of a run that has no object to train on."""
+        """Returns the error of a run that has no object to train on."""
         if not self.counts:
             return UserError(
                 f"{annotations}: no object to train on: the list 'annotations' is empty; add "
@@ -63,7 +63,7 @@ class Dropped:
 
 
 class TextArray:
-    """Strings in two numpy arrays."""
+    """Holds strings in two numpy arrays."""
 
     def __init__(self, texts: Sequence[bytes]):
         self.ends = np.cumsum([0, *map(len, texts)])
@@ -78,7 +78,7 @@ class TextArray:
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects of all images, one image after the other.
+    """Holds the objects of all images, one image after the other.
 
     Attributes:
         starts: (N + 1,); objects starts[i] to starts[i + 1] are image i's.
@@ -97,7 +97,7 @@ class Objects:
     cut: int
 
     def lines(self) -> list[str]:
-        """What was left out, and a warning where many boxes had to be cut."""
+        """Returns lines on what was left out, and a warning where many boxes had to be cut."""
         lines = self.dropped.lines()
         if self.cut and self.cut >= MANY_CUT * len(self.boxes):
             lines.append(
@@ -148,7 +148,7 @@ def collect_objects(
 def fault(
     entry: Mapping[str, Any], image: Mapping[str, Any], masks: bool, drop_crowds: bool
 ) -> str | None:
-    """Why a detector cannot be trained on an object, or None if it can."""
+    """Returns why a detector cannot be trained on an object, or None if it can."""
     if drop_crowds and entry["iscrowd"]:
         return CROWD
     box = clip_box(entry["bbox"], image["height"], image["width"])
@@ -158,7 +158,7 @@ def fault(
 
 
 def clip_box(box: Any, height: int, width: int) -> tuple[float, float, float, float] | str:
-    """COCO's [x, y, w, h] as x1, y1, x2, y2 inside the image, or why it is no box."""
+    """Returns COCO's [x, y, w, h] as x1, y1, x2, y2 inside the image, or why it is no box."""
     reason = box_fault(box)
     if reason:
         return reason
@@ -176,7 +176,7 @@ def _reaches_out(box: Sequence[float], image: Mapping[str, Any]) -> bool:
 
 
 def mask_fault(segmentation: Any, image: Mapping[str, Any]) -> str | None:
-    """Why an object's segmentation is no mask with a pixel, or None if it is one."""
+    """Returns why an object's segmentation is no mask with a pixel, or None if it is one."""
     height, width = image["height"], image["width"]
     segmentation = coco_masks.as_masks(segmentation)
     if isinstance(segmentation, dict):

@@ -1,4 +1,4 @@
-"""What detections are held against: the objects of a COCO file, with ids and areas filled in."""
+"""Prepares the objects that detections are compared with, with ids and areas filled in."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ KINDS = {"bbox": "box", "segm": "mask"}  # COCO's words, and the columns'
 
 
 class JudgedObjects:
-    """The objects of a COCO file that detections are held against.
+    """Holds the objects of a COCO file that detections are compared with.
 
     Boxes are judged on every object with a finite box. An object without a usable mask is ignored
     where masks are judged: its box is a crowd's, in which detections are neither right nor wrong.
@@ -83,13 +83,15 @@ class JudgedObjects:
             self._append("segm", {**judged, "segmentation": mask, "iscrowd": 1})
 
     def _append(self, kind: str, annotation: dict) -> None:
-        """COCO's own ids may repeat or be 0, which its code takes for "no match"."""
+        """Adds an annotation with an id of its own: COCO's may repeat, or be 0, which means "no
+        match".
+        """
         annotations = self.annotations[kind]
         annotations.append({**annotation, "id": len(annotations) + 1})
 
     @property
     def lines(self) -> list[str]:
-        """What is not judged, in words."""
+        """Returns lines on what is not judged."""
         lines = []
         if self.without_box:
             lines.append(
@@ -111,7 +113,7 @@ class JudgedObjects:
         return lines
 
     def report(self, name: str) -> list[str]:
-        """Lines that say what is judged and what is not."""
+        """Returns lines that say what is judged and what is not."""
         objects = [a for a in self.annotations["bbox"] if not a["iscrowd"]]
         empty = len(self.image_numbers) - len({a["image_id"] for a in objects})
         note = f", {empty:,} of them without objects" if empty else ""
@@ -130,7 +132,9 @@ class JudgedObjects:
         ]
 
     def dataset(self, annotations: Sequence[dict]) -> dict[str, Any]:
-        """The content of a COCO file with copies of these annotations: COCO's code writes there."""
+        """Returns a COCO file's content with copies of these annotations, as COCO's code changes
+        them.
+        """
         images = [
             {"id": number, "height": height, "width": width}
             for number, (height, width) in enumerate(self.sizes, 1)

@@ -1,4 +1,4 @@
-"""A COCO tree without a download: real handwritten digits pasted over two real photographs.
+"""Writes a COCO tree without a download: handwritten digits pasted over two photographs.
 
 The digits and the photographs come with scikit-learn. Every pixel of a mask was painted by its
 digit and every pixel that a digit painted, and no later digit covered, is in its mask.
@@ -59,20 +59,20 @@ FRONTIER = 480  # column of the 640-wide photographs: train looks left of it, va
 
 
 def recipe_of(arch: str | None) -> dict[str, Any]:
-    """What the demo needs otherwise than COCO, with the settings that the detector knows."""
+    """Returns the settings of the demo that differ from COCO's, where the detector knows them."""
     settings = SINGLE_STAGE if arch == "retinanet" else TWO_STAGES
     return {**RECIPE, "settings": settings}
 
 
 def find_root(data: str, context: Context) -> str | Path:
-    """The folder that DATA names; demo data is written by rank 0 while the others wait."""
+    """Returns the folder that DATA names; rank 0 writes demo data while the others wait."""
     if data == SHAPES:
         return share(prepare() if context.is_main else None, context)
     return data
 
 
 def prepare(home: Path = HOME) -> Path:
-    """The folder of the demo's COCO tree, written the first time.
+    """Returns the folder of the demo's COCO tree, which is written the first time.
 
     Raises:
         UserError: scikit-learn is not installed.

@@ -1,4 +1,4 @@
-"""Detections drawn on images: boxes, masks, class and score, beside the ground truth."""
+"""Draws detections on images: boxes, masks, class and score, beside the ground truth."""
 
 import io
 from collections.abc import Sequence

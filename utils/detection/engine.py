@@ -1,4 +1,4 @@
-"""One epoch of a detector's training, and its detections over a data set.
+"""Trains a detector for one epoch, and collects its detections over a data set.
 
 As in utils.classification.engine the training loop is a generator that rests after every
 step; the step is its own: a dict of losses, a clipped gradient, images of several sizes.
@@ -20,7 +20,7 @@ from utils.training.optimizer import start_momentum
 
 
 class LossMeter:
-    """Means of a detector's losses, summed on the device.
+    """Sums a detector's losses on the device, and gives their means.
 
     State: a sum for each name and the number of steps, this rank's share.
     """
@@ -36,11 +36,11 @@ class LossMeter:
         self.sums += torch.stack([*values, torch.ones_like(values[0])])
 
     def total(self) -> torch.Tensor:
-        """The sums over all ranks, on the host. Synchronises; call it on every rank."""
+        """Returns the sums over all ranks, on the host. Synchronises; call it on every rank."""
         return distributed.all_reduce(self.sums.clone()).cpu()
 
     def means(self, total: torch.Tensor) -> dict[str, float]:
-        """The mean of each loss, and of their sum as "loss"."""
+        """Returns the mean of each loss, and of their sum as "loss"."""
         *sums, steps = total.tolist()
         means = [value / (steps or float("nan")) for value in sums]
         return {"loss": sum(means), **dict(zip(self.names, means, strict=True))}
@@ -49,7 +49,7 @@ class LossMeter:
 def make_optimizer(
     network: nn.Module, recipe: DetectionRecipe, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the parameters that train."""
+    """Returns the recipe's optimizer over the parameters that train."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     shared = {
         "lr": recipe.lr,
@@ -122,7 +122,7 @@ def detect(
     autocast: AutocastFactory,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Result] | None:
-    """This rank's detections in COCO's result format, or None when `stop()` said so.
+    """Returns this rank's detections in COCO's result format, or None when `stop()` said so.
 
     Masks are run-length coded here, image by image: as pixels those of COCO's validation images
     would be 150 GB.

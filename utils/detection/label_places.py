@@ -1,4 +1,4 @@
-"""Where the labels of boxes stand in a picture, so that no label covers another one."""
+"""Places the labels of boxes in a picture, so that no label covers another one."""
 
 from collections.abc import Iterator, Sequence
 

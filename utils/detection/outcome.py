@@ -1,4 +1,4 @@
-"""What a detector's run is measured by: COCO's figures of boxes and masks.
+"""Says how a detector's run is measured: by COCO's figures of boxes and masks.
 
 The best epoch has the highest AP, of masks where there are any.
 """
@@ -25,7 +25,7 @@ def val_columns(summaries: Mapping[str, Summary]) -> dict[str, float]:
 
 
 def kept(summaries: Mapping[str, Summary]) -> dict[str, Any]:
-    """Returns what the best epoch keeps: the APs of its classes, too."""
+    """Returns what the best epoch records besides its row: the APs of its classes, too."""
     return {"summaries": {kind: asdict(summary) for kind, summary in summaries.items()}}
 
 

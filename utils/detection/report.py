@@ -1,4 +1,4 @@
-"""What a detection run says: network, recipe, an epoch, COCO's figures; and its picture."""
+"""Makes the lines of a detection run (network, recipe, COCO's figures), and its picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ PICTURED = 8  # images in a picture
 
 
 def network_line(network: nn.Module) -> str:
-    """Detector, backbone, parameters, kernel sizes, what trains."""
+    """Returns one line: detector, backbone, parameters, kernel sizes, what trains."""
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     ksize = f"ksize {','.join(map(str, network.ksize))}" if network.ksize else "no ECA"
     legacy = ", mmdetection v1's geometry" if network.model_kwargs["legacy"] else ""
@@ -33,7 +33,7 @@ def network_line(network: nn.Module) -> str:
 
 
 def recipe_line(recipe: DetectionRecipe, auto: bool) -> str:
-    """The numbers of training in one line; `auto` says that the learning rate was scaled."""
+    """Returns the numbers of training; `auto` says that the learning rate was scaled."""
     scaled = " (auto: 0.01 for 8 images)" if auto else ""
     decays = ", ".join(map(str, recipe.lr_steps))
     momentum = f", momentum {recipe.momentum:g}" if recipe.optimizer == "sgd" else ""
@@ -46,7 +46,7 @@ def recipe_line(recipe: DetectionRecipe, auto: bool) -> str:
 
 
 def summary_lines(summaries: dict[str, Summary]) -> list[str]:
-    """COCO's twelve figures and every class's AP, in %; "-" where nothing was to be found."""
+    """Returns COCO's figures and every class's AP, in %; "-" where nothing was to be found."""
 
     def percent(value: float) -> str:
         return f"{100 * value:.1f}" if value >= 0 else "-"
@@ -66,7 +66,7 @@ def summary_lines(summaries: dict[str, Summary]) -> list[str]:
 
 
 def best_lines(best: dict[str, Any]) -> list[str]:
-    """`summary_lines` of `RunState.best`, under the epoch's number."""
+    """Returns `summary_lines` of `RunState.best`, under the epoch's number."""
     if "summaries" not in best:  # of a run that an earlier version began
         return []
     summaries = {kind: Summary(**fields) for kind, fields in best["summaries"].items()}

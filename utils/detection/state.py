@@ -1,4 +1,4 @@
-"""The state in which a detector's training begins."""
+"""Makes the state in which a detector's training begins."""
 
 from collections.abc import Sequence
 

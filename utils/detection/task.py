@@ -1,4 +1,4 @@
-"""A detector's batches, step and evaluation, for the loop of utils.training.epochs."""
+"""Joins a detector's batches, step and evaluation, for the loop of utils.training.epochs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

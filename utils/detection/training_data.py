@@ -1,4 +1,4 @@
-"""A detector's data, checked against the recipe and the run that goes on."""
+"""Opens a detector's data and checks it against the recipe and the saved run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from utils.system.errors import UserError
 
 @dataclass(frozen=True)
 class DetectionData:
-    """Images to train on and to validate on; `digest` names the former with their objects."""
+    """Holds images to train on and to validate on; `digest` names the former with their objects."""
 
     train: CocoSplit
     val: ValidationSet
@@ -25,7 +25,7 @@ class DetectionData:
 
     @property
     def lines(self) -> list[str]:
-        """Counts of both sides, and what a user should look at."""
+        """Returns counts of train and val, and what a user should check."""
         return [*self.train.report("train"), *self.val.lines]
 
 

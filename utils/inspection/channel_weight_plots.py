@@ -1,4 +1,4 @@
-"""Pictures of channel attention: weights by class, their spread over the depth, ECA's kernels."""
+"""Draws channel attention: weights by class, their variation over the depth, ECA's kernels."""
 
 import math
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ def draw_weights(
 
 
 def draw_spread(layers: Sequence[LayerWeights], title: str) -> bytes:
-    """Draws the mean weight, and its spread between and within classes, from block to block.
+    """Draws the mean weight, and its deviation between and within classes, from block to block.
 
     Returns:
         A PNG.

@@ -1,4 +1,4 @@
-"""Channel weights of attention layers, gathered by class: means, spreads, and files of them."""
+"""Gathers channel weights of attention layers by class: means, deviations, and files of them."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from utils.system.text import columns
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The channel weights s of one attention layer over a set of images.
+    """Holds the channel weights s of one attention layer over a set of images.
 
     Attributes:
         name: the layer's in the network.
@@ -35,12 +35,15 @@ class LayerWeights:
 
     @property
     def between(self) -> float:
-        """How much the classes differ: standard deviation of their means, mean over channels."""
+        """Returns how much classes differ: the standard deviation of their means, averaged over
+        channels.
+        """
         return float(self.mean.std(0, ddof=1).mean()) if len(self.mean) > 1 else 0.0
 
     @property
     def within(self) -> float:
-        """How much the images of one class differ: the same for images, over the classes.
+        """Returns how much images of one class differ: their standard deviation, averaged over
+        channels.
 
         NaN where every class has a single image.
         """
@@ -48,7 +51,7 @@ class LayerWeights:
 
     @property
     def noise(self) -> float:
-        """The `between` that chance alone gives, when classes do not differ at all.
+        """Returns the `between` that chance alone gives, when classes do not differ at all.
 
         A class with a single image, whose own variance is unknown, has that of the others.
         """
@@ -58,13 +61,15 @@ class LayerWeights:
 
     @property
     def _variance(self) -> np.ndarray:
-        """(channels,) of the images of one class: the mean over the classes where it is known."""
+        """Returns (channels,) variances of images of one class: the mean over classes where it is
+        known.
+        """
         known = self.std[self.counts > 1] ** 2
         return known.mean(0) if len(known) else np.full(self.std.shape[1], np.nan)
 
 
 class GateStatistics:
-    """Sums over images, by class, of what `models.inspection.recorded_gates` leaves."""
+    """Sums, by class, the weights that `models.inspection.recorded_gates` records."""
 
     def __init__(self, classes: int):
         self.counts = torch.zeros(classes, dtype=torch.float64)
@@ -82,7 +87,7 @@ class GateStatistics:
             self.sums[name][1].index_add_(0, labels, gate.square())
 
     def layer(self, name: str, stage: int, block: int, kernel: torch.Tensor | None) -> LayerWeights:
-        """What was gathered for the layer `name`."""
+        """Returns the statistics of the layer `name`."""
         counts = self.counts[:, None]
         mean, square = self.sums[name] / counts
         # 0 / 0 for a single image, which says nothing of a variance.
@@ -99,7 +104,7 @@ class GateStatistics:
 
 
 def table(layers: Sequence[LayerWeights]) -> str:
-    """One line a layer: what the pictures show, in numbers."""
+    """Returns one line a layer: what the pictures show, in numbers."""
     rows = [["layer", "channels", "mean s", "between", "noise", "within", "kernel"]]
     for layer in layers:
         kernel = "-" if layer.kernel is None else " ".join(f"{w:+.3f}" for w in layer.kernel)

@@ -1,4 +1,4 @@
-"""What was predicted for each image, as a table, CSV or JSON."""
+"""Writes what was predicted for each image, as a table, CSV or JSON."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ WIDEST_PATH = 48  # characters of the table's first column; a longer path pushes
 
 @dataclass(frozen=True)
 class Guess:
-    """One class, and how sure the network is of it."""
+    """Holds one class, and how sure the network is of it."""
 
     index: int
     name: str
@@ -25,7 +25,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most likely classes of one image, best first, or why there are none."""
+    """Holds the most likely classes of one image, best first, or why there are none."""
 
     file: str
     guesses: tuple[Guess, ...] = ()
@@ -33,7 +33,7 @@ class Prediction:
     map: str | None = None  # the picture of the class-activation map
 
     def as_dict(self) -> dict:
-        """For JSON: what there is to say."""
+        """Returns the prediction as plain values for JSON."""
         if self.error is not None:
             return {"file": self.file, "error": self.error}
         drawn = {"map": self.map} if self.map else {}
@@ -41,7 +41,7 @@ class Prediction:
 
 
 class PredictionLog:
-    """Shows predictions on standard output as they come, and keeps them for files.
+    """Shows predictions on standard output as they come, and collects them for files.
 
     Args:
         form: one of `FORMATS`; JSON, being one list, is shown by `close`.
@@ -89,7 +89,7 @@ class PredictionLog:
 
 
 def path_width(files: Sequence[str]) -> int:
-    """Characters of the table's first column."""
+    """Returns the characters of the table's first column."""
     return min(WIDEST_PATH, max(map(len, files), default=0))
 
 

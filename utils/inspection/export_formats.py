@@ -1,4 +1,4 @@
-"""A network as a file for other programs: ONNX, torch.export's .pt2 and OpenVINO's .xml and .bin.
+"""Writes a network for other programs: ONNX, torch.export's .pt2, OpenVINO's .xml and .bin.
 
 Each function returns the file's bytes. The optional packages are imported where they are used.
 """
@@ -35,7 +35,7 @@ TOLERANCE = 1e-4  # relative to the largest logit
 
 
 def check_packages(formats: Sequence[str], int8: bool = False) -> None:
-    """Ends the export before its work when a package is missing.
+    """Refuses an export, before its work, when a package is missing.
 
     Raises:
         UserError: names the packages and how to get them.
@@ -49,7 +49,7 @@ def check_packages(formats: Sequence[str], int8: bool = False) -> None:
 def to_exported(
     network: nn.Module, size: tuple[int, int], any_size: bool = True
 ) -> torch.export.ExportedProgram:
-    """The graph of `network` for any batch and, if so wanted, any height and width.
+    """Returns the graph of `network` for any batch and, if so asked, any height and width.
 
     Args:
         network: (N, 3, H, W) float32 → logits (N, C), in eval mode on the CPU.
@@ -63,7 +63,9 @@ def to_exported(
 
 
 def to_pt2(exported: torch.export.ExportedProgram, metadata: Mapping[str, object]) -> bytes:
-    """A .pt2 file: `torch.export.load` gives the program, and metadata.json as an extra file."""
+    """Returns a .pt2 file: `torch.export.load` gives the program, and metadata.json as an extra
+    file.
+    """
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on tensors that share memory, which is as it should be
@@ -72,7 +74,7 @@ def to_pt2(exported: torch.export.ExportedProgram, metadata: Mapping[str, object
 
 
 def to_onnx(exported: torch.export.ExportedProgram, metadata: Mapping[str, object]) -> bytes:
-    """An ONNX file, input "images" and output "logits"; the metadata are its properties."""
+    """Returns an ONNX file, input "images" and output "logits"; the metadata are its properties."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on the exporter's own future
@@ -90,20 +92,20 @@ def to_onnx(exported: torch.export.ExportedProgram, metadata: Mapping[str, objec
 
 
 def run_onnx(data: bytes) -> Callable[[Tensor], Tensor]:
-    """The network in an ONNX file, run by onnxruntime on the CPU."""
+    """Runs the network in an ONNX file by onnxruntime, on the CPU."""
     import onnxruntime
 
     return by_onnxruntime(onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]))
 
 
 def by_onnxruntime(session) -> Callable[[Tensor], Tensor]:
-    """Images → logits through an onnxruntime.InferenceSession."""
+    """Returns a function images → logits through an onnxruntime.InferenceSession."""
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
 @functools.cache
 def openvino_core() -> Any:
-    """The process's one openvino.Core, which lives to its end.
+    """Returns the process's one openvino.Core, which lives to the end of the process.
 
     Each Core gives the thread a stack for signals and, when it goes, puts back the one of before.
     Two that go in the order in which they came leave the stack of the first, which is freed by
@@ -115,7 +117,7 @@ def openvino_core() -> Any:
 
 
 def to_openvino(onnx_file: bytes, metadata: Mapping[str, object]) -> tuple[bytes, bytes]:
-    """OpenVINO's two files, .xml and .bin, of the network in an ONNX file."""
+    """Returns OpenVINO's two files, .xml and .bin, of the network in an ONNX file."""
     import openvino
 
     model = openvino_core().read_model(onnx_file)
@@ -127,12 +129,12 @@ def to_openvino(onnx_file: bytes, metadata: Mapping[str, object]) -> tuple[bytes
 
 
 def run_openvino(xml: bytes, weights: bytes) -> Callable[[Tensor], Tensor]:
-    """The network in OpenVINO's files (.xml, .bin), on the CPU in the precision of the files."""
+    """Runs the network in OpenVINO's files (.xml, .bin), on the CPU in the files' precision."""
     return by_openvino(openvino_core().read_model(xml, weights))
 
 
 def by_openvino(model) -> Callable[[Tensor], Tensor]:
-    """Images → logits through an openvino.Model, on the CPU.
+    """Returns a function images → logits through an openvino.Model, on the CPU.
 
     Without the hint OpenVINO would compute in bfloat16 where the processor has it, and other
     machines would give other figures.
@@ -143,7 +145,7 @@ def by_openvino(model) -> Callable[[Tensor], Tensor]:
 
 
 def run_pt2(data: bytes) -> Callable[[Tensor], Tensor]:
-    """The network in a .pt2 file."""
+    """Runs the network in a .pt2 file."""
     return torch.export.load(io.BytesIO(data)).module()
 
 
@@ -154,7 +156,7 @@ def largest_difference(
     shapes: Sequence[tuple[int, int, int]],
     name: str,
 ) -> float:
-    """Runs both on random images.
+    """Runs a network and its file on random images, and compares their logits.
 
     Args:
         shapes: batch size, height and width of each trial.

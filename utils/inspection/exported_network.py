@@ -1,4 +1,4 @@
-"""A file of export.py as a network again: .onnx by onnxruntime, .pt2 by PyTorch, .xml by OpenVINO.
+"""Loads a file of export.py as a network: .onnx by onnxruntime, .pt2 by PyTorch, .xml by OpenVINO.
 
 predict.py and main.py -e take such a file in the place of a checkpoint, so that its figures can be
 compared with those of the checkpoint that it came from. What it says of itself (classes, image
@@ -23,7 +23,7 @@ INSTALL = "-r requirements-export.txt"
 
 
 class ExportedNetwork(nn.Module):
-    """(N, 3, H, W) float32 on the CPU → logits (N, C) float32, by the engine of the file's kind.
+    """Runs (N, 3, H, W) float32 on the CPU → logits (N, C) float32, by the file's engine.
 
     Attributes:
         metadata: what the file says of itself; has the keys of a checkpoint that describe the

@@ -1,4 +1,4 @@
-"""int8 files for export.py: calibrated on images of train, judged on all of val."""
+"""Makes int8 files for export.py: calibrated on images of train, judged on all of val."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""What a detector found in a user's images: found one by one, told, drawn, and in COCO's format."""
+"""Finds objects in a user's images one by one, and writes them as lines, pictures and COCO JSON."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ SMALLEST, LARGEST = 320, 1000  # pixels of a drawn picture's longer side
 
 @dataclass(frozen=True)
 class Found:
-    """The detections in one image, highest score first, or why there are none.
+    """Holds the detections in one image, highest score first, or why there are none.
 
     Attributes:
         size: height and width of the image file.
@@ -80,7 +80,7 @@ def find_objects(
 
 
 def sentence(found: Found, names: Sequence[str], least_score: float, width: int) -> str:
-    """One line: the path, and the objects with at least this score."""
+    """Returns one line: the path, and the objects with at least this score."""
     told = [
         f"{names[label]} {score:.2f}"
         for label, score in zip(
@@ -92,7 +92,7 @@ def sentence(found: Found, names: Sequence[str], least_score: float, width: int)
 
 
 def picture(found: Found, names: Sequence[str], least_score: float) -> Tensor:
-    """The image with its objects drawn on it, at a size at which captions can be read."""
+    """Returns the image with its objects drawn on it, at a size at which captions can be read."""
     image, objects = found.image, found.objects
     longest = max(image.shape[1:])
     if longest > LARGEST:
@@ -116,7 +116,8 @@ def _resized(image: Tensor, scale: float) -> Tensor:
 
 
 class CocoDocument:
-    """Images, detections and categories in one JSON document, as COCO annotates a data set.
+    """Collects images, detections and categories in one JSON document, as COCO annotates a data
+    set.
 
     Every detection is an annotation with a `score`; its list is COCO's result format too.
 
@@ -160,7 +161,7 @@ class CocoDocument:
         return json.dumps(document, ensure_ascii=False) + "\n"
 
     def csv(self) -> str:
-        """One line a detection: file, class, score, and the box's corners in pixels."""
+        """Returns one line a detection: file, class, score, and the box's corners in pixels."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["file", "class", "score", "x1", "y1", "x2", "y2"])
@@ -181,7 +182,7 @@ class CocoDocument:
 
 
 def class_table(saved: dict, classes: int) -> tuple[list[str], list[int]]:
-    """Names and category ids of a detector's checkpoint.
+    """Returns names and category ids of a detector's checkpoint.
 
     Raises:
         UserError: it does not name each of its classes.

@@ -1,4 +1,4 @@
-"""Pictures of predictions: one image with its class-activation map, many images in a grid."""
+"""Draws predictions: one image with its class-activation map, many images in a grid."""
 
 import io
 import math
@@ -24,7 +24,7 @@ RIGHT, WRONG, PLAIN = "#1a7f37", "#cf222e", "#1f2328"
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture of the grid."""
+    """Holds one picture of the grid."""
 
     image: Image.Image
     label: str
@@ -33,7 +33,7 @@ class Cell:
 
 
 def seen_square(width: int, height: int, img_size: int, crop_pct: float) -> tuple[float, ...]:
-    """What `eval_transform` leaves of an image: (left, top, side) in its own pixels."""
+    """Returns what `eval_transform` leaves of an image: (left, top, side) in its own pixels."""
     short = min(width, height)
     side = short * img_size / round(img_size / crop_pct)
     return (width - side) / 2, (height - side) / 2, side
@@ -47,7 +47,7 @@ def draw_map(
     ranking: Sequence[tuple[str, float]],
     where: str,
 ) -> bytes:
-    """A PNG: the image, its class-activation map over it, and the most likely classes.
+    """Returns a PNG: the image, its class-activation map over it, and the most likely classes.
 
     Args:
         image: as the user has it.
@@ -120,7 +120,7 @@ def _draw_ranking(axis: plt.Axes, ranking: Sequence[tuple[str, float]]) -> None:
 
 
 def _overlay(picture: np.ndarray, heat: np.ndarray, square: Sequence[float]) -> np.ndarray:
-    """`heat` in colour over the square of `picture` (H, W, 3 from 0 to 1) that it is of."""
+    """Draws `heat` in colour over its square of `picture` (H, W, 3 from 0 to 1)."""
     left, top, side = square
     tall, wide = picture.shape[:2]
     smooth = Image.fromarray(heat.astype(np.float32)).resize(
@@ -138,7 +138,7 @@ def _overlay(picture: np.ndarray, heat: np.ndarray, square: Sequence[float]) -> 
 
 
 def draw_grid(cells: Sequence[Cell], title: str, side: int = CELL) -> bytes:
-    """A PNG of all `cells`, row by row, `side` pixels each, with the text below each picture."""
+    """Returns a PNG of all `cells`, row by row, `side` pixels each, the text below each picture."""
     least = max(1, 4 * CELL // side)  # columns
     columns = min(len(cells), max(least, math.ceil(math.sqrt(1.25 * len(cells)))))
     rows = math.ceil(len(cells) / columns)
@@ -166,7 +166,7 @@ def draw_grid(cells: Sequence[Cell], title: str, side: int = CELL) -> bytes:
 
 
 def encoded(image: Image.Image) -> bytes:
-    """The image as a PNG file."""
+    """Returns the image as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -183,7 +183,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """`text` on one line, with its end cut off if it is wider than `width` pixels."""
+    """Returns `text` on one line, with its end cut off if it is wider than `width` pixels."""
     text = printable(text)
     if draw.textlength(text, font) <= width:
         return text

@@ -1,4 +1,4 @@
-"""An ONNX file in 8-bit integers: calibrated on images, judged on others.
+"""Makes an ONNX file in 8-bit integers, calibrated on images and judged on others.
 
 Convolutions are computed in 8 bits, weights per output channel; scales of the activations come from
 calibration images. What stays float is ECA's gate (some values a sample, with a sigmoid behind
@@ -65,7 +65,7 @@ def quantise(onnx_file: bytes, batches: Iterable[Tensor]) -> bytes:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keeps onnxruntime's advice, to fold what is folded already, off the terminal."""
+    """Hides onnxruntime's advice, to fold what is folded already, from the terminal."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -76,7 +76,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 class _Reader:
-    """Calibration images as onnxruntime asks for them: one batch a call, None at the end."""
+    """Gives calibration images as onnxruntime asks for them: one batch a call, None at the end."""
 
     def __init__(self, batches: Iterable[Tensor]):
         self.batches = iter(batches)
@@ -96,7 +96,7 @@ class _Reader:
 
 
 def _float_nodes(model) -> list[str]:
-    """The names of nodes that stay in float: the first convolution, and the gates."""
+    """Returns the names of nodes that stay in float: the first convolution, and the gates."""
     made_by = {output: node for node in model.graph.node for output in node.output}
     first = next(node for node in model.graph.node if node.op_type == "Conv")
     kept = [first.name]

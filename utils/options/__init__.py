@@ -1,1 +1,1 @@
-"""The command lines of the scripts."""
+"""Defines the command lines of the scripts."""

@@ -1,4 +1,4 @@
-"""The flags of main.py and light_main.py."""
+"""Defines the flags of main.py and light_main.py."""
 
 import argparse
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ OF_BLOCKS = {"no_fused", "channels_last"}
 
 
 def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> Parser:
-    """The parser; flags that belong to the recipe default to None, so that one given is known.
+    """Returns the parser; a recipe's flags default to None, so that one given is known.
 
     Args:
         recipe: shown as the defaults in the help.

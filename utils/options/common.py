@@ -1,4 +1,4 @@
-"""What the command lines of main.py and detect_main.py share: flags, and a saved run's values."""
+"""Defines what the command lines of main.py and detect_main.py share: flags, and saved values."""
 
 import argparse
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The flags of detect_main.py."""
+"""Defines the flags of detect_main.py."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -53,7 +53,7 @@ def build_parser(
     norms: Sequence[str],
     description: str,
 ) -> Parser:
-    """The parser; flags that belong to the recipe default to None, so that one given is known."""
+    """Returns the parser; a recipe's flags default to None, so that one given is known."""
     parser = Parser(
         description=description,
         epilog="DATA is a folder in COCO's layout (train2017/, val2017/, "
@@ -168,7 +168,7 @@ def _network_flags(
 
 
 def learning_rate(text: str) -> float | str:
-    """--lr: a number, or "auto"."""
+    """Checks --lr, as an argparse type: a number, or "auto"."""
     return text if text == AUTO else positive_float(text)
 
 

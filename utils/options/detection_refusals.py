@@ -1,4 +1,4 @@
-"""Command lines of detect_main.py that cannot be meant are refused here, and doubtful ones told of.
+"""Refuses flags of detect_main.py that contradict each other, and notes doubtful ones.
 
 `utils.options.refusals` does it for main.py.
 """

@@ -1,4 +1,4 @@
-"""The flags of export.py."""
+"""Defines the flags of export.py."""
 
 from argparse import Namespace
 

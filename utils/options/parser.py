@@ -1,4 +1,4 @@
-"""Command-line manners shared by the scripts: checked numbers, did-you-mean, one-line errors."""
+"""Parses command lines for all scripts: checked numbers, did-you-mean, one-line errors."""
 
 import argparse
 import math
@@ -12,7 +12,7 @@ from utils.system.text import did_you_mean, printable
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that answers an unknown flag with the nearest known one.
+    """Answers an unknown flag with the nearest known one; otherwise an ArgumentParser.
 
     Abbreviated flags are off: `--epoch` should be a question, not a guess.
     """
@@ -50,8 +50,9 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def given(self, values: Mapping[str, object]) -> set[str]:
-        """Names of the flags whose parsed values are not the defaults; "no_NAME" where one is off
-        that is on by default."""
+        """Returns names of the flags whose parsed values are not the defaults; "no_NAME" where a
+        flag that is on by default is off.
+        """
         changed = {name: v for name, v in values.items() if v != self.get_default(name)}
         return {
             f"no_{name}" if value is False and self.get_default(name) is True else name
@@ -87,7 +88,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _is_taken(action: argparse.Action, word: str) -> bool:
-    """Whether a word of the command line is a value that the flag takes; of a text nobody knows."""
+    """Returns whether a word is a value that the flag takes; any text may be one."""
     if action.type is None:
         return action.choices is not None and word in action.choices
     try:
@@ -98,7 +99,7 @@ def _is_taken(action: argparse.Action, word: str) -> bool:
 
 
 def _fits(action: argparse.Action, value: object) -> bool:
-    """Whether a saved value is one that the flag would have given."""
+    """Returns whether a saved value is one that the flag would have given."""
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         return isinstance(value, bool)
     if action.nargs == "+":
@@ -124,7 +125,7 @@ def number(
     above: bool = False,
     below: bool = False,
 ) -> Callable[[str], float]:
-    """An argparse type: a finite `kind` (int or float) in [low, high].
+    """Returns an argparse type: a finite `kind` (int or float) in [low, high].
 
     `above` and `below` leave out the lower and the upper end.
     """
@@ -160,7 +161,7 @@ fraction = number(float, 0, 1)
 
 
 def refuse_idle(given: set[str], idle: Collection[str], where: str) -> None:
-    """Ends a start with flags that would do nothing.
+    """Refuses flags that would do nothing in this start.
 
     Args:
         given, idle: names of flags, as `Parser.given` has them.

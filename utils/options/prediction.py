@@ -1,4 +1,4 @@
-"""The flags of predict.py."""
+"""Defines the flags of predict.py."""
 
 from typing import Any
 
@@ -148,7 +148,7 @@ OF_DETECTORS = {"min_score": 0.5}
 
 
 def settle(given: dict[str, Any], detector: bool) -> dict[str, Any]:
-    """The flags with their defaults, once it is known what kind of network the checkpoint holds.
+    """Returns the flags with defaults, once it is known what kind of network the checkpoint holds.
 
     Args:
         given: {flag: value, None where it was left out}.

@@ -1,4 +1,4 @@
-"""Command lines of main.py that cannot be meant are refused here, and doubtful ones told of."""
+"""Refuses flags of main.py that contradict each other, and notes doubtful ones."""
 
 import argparse
 

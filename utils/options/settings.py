@@ -1,4 +1,4 @@
-"""A start of a training script as one frozen value: what is no field of the recipe."""
+"""Holds a start of a training script as one frozen value: every flag that is no recipe field."""
 
 from argparse import Namespace
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ AnySettings = TypeVar("AnySettings", bound="Settings")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the training scripts have. Each field is a flag of the same name, but for the last two.
+    """Holds the settings of both scripts. Each field but the last two is a flag of the same name.
 
     Args:
         typed: the flags as they were typed, before a resumed run's own came in.
@@ -48,13 +48,13 @@ class Settings:
 
     @property
     def source(self) -> str:
-        """The file that the run begins with, as the command line named it, for messages."""
+        """Returns the file that the run begins with, as the command line named it, for messages."""
         return str(self.resume)
 
 
 @dataclass(frozen=True)
 class ClassificationSettings(Settings):
-    """What main.py and light_main.py have besides."""
+    """Holds the further settings of main.py and light_main.py."""
 
     data_files: str | None
     download: bool
@@ -77,7 +77,7 @@ class ClassificationSettings(Settings):
 
 @dataclass(frozen=True)
 class DetectionSettings(Settings):
-    """What detect_main.py has besides. Sizes are None where the checkpoint's own are meant."""
+    """Holds the further settings of detect_main.py. A size of None means the checkpoint's own."""
 
     train_images: str | None
     train_annotations: str | None

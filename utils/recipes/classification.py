@@ -1,4 +1,4 @@
-"""A training recipe as one frozen value: what a script proposes and flags override."""
+"""Holds a training recipe as one frozen value: a script's defaults, changed by flags."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a classification run. Each field is a flag of the same name.
+    """Holds the numbers of a classification run. Each field is a flag of the same name.
 
     Epochs count from 0; the batch is the global one, whatever the number of devices.
     """
@@ -43,11 +43,11 @@ class Recipe:
 
     @property
     def crop_size(self) -> int:
-        """Pixels of a training image; `img_size` is that of evaluation."""
+        """Returns the side of a training image in pixels; `img_size` is that of evaluation."""
         return self.train_size or self.img_size
 
     def override(self, **values) -> "Recipe":
-        """A recipe with the given values; None leaves a field as it is."""
+        """Returns a recipe with the given values; None leaves a field as it is."""
         return replace(self, **{k: v for k, v in values.items() if v is not None})
 
     def as_dict(self) -> dict:
@@ -55,7 +55,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
-        """The recipe saved with a run; fields that it did not know yet take their defaults."""
+        """Returns the recipe saved with a run; a field that the file lacks takes its default."""
         known = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in values.items() if k in known})
 

@@ -1,4 +1,4 @@
-"""A detector's training recipe as one frozen value, and its learning rate as a pure function."""
+"""Holds a detector's training recipe as one frozen value, and computes its learning rate."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -10,7 +10,7 @@ OPTIMIZERS = ("sgd", "adamw")
 
 @dataclass(frozen=True)
 class DetectionRecipe:
-    """The numbers of a detection run. The defaults are the paper's for COCO.
+    """Holds the numbers of a detection run. The defaults are the paper's for COCO.
 
     Epochs count from 0; the batch is the global one, whatever the number of devices.
     """
@@ -34,11 +34,13 @@ class DetectionRecipe:
     settings: dict[str, Any] = field(default_factory=dict)  # further arguments of the network
 
     def override(self, **values: Any) -> "DetectionRecipe":
-        """A recipe with the given values; None leaves a field as it is."""
+        """Returns a recipe with the given values; None leaves a field as it is."""
         return replace(self, **{k: v for k, v in values.items() if v is not None})
 
     def resolved(self) -> "DetectionRecipe":
-        """The recipe with a number for "auto": the paper's 0.01, scaled with its batch of 8."""
+        """Returns the recipe with a number for "auto": the paper's 0.01, scaled with its batch of
+        8.
+        """
         return replace(self, lr=0.01 * self.batch_size / 8) if self.lr == AUTO else self
 
     def as_dict(self) -> dict[str, Any]:
@@ -46,7 +48,7 @@ class DetectionRecipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DetectionRecipe":
-        """The recipe saved with a run; fields that it did not know yet take their defaults."""
+        """Returns the recipe saved with a run; a field that the file lacks takes its default."""
         known = {f.name for f in fields(cls)}
         kept = {k: v for k, v in values.items() if k in known}
         if "lr_steps" in kept:
@@ -55,7 +57,7 @@ class DetectionRecipe:
 
 
 def lr_at(step: int, steps_per_epoch: int, recipe: DetectionRecipe) -> float:
-    """The learning rate of one optimizer step, `step` being the steps done so far.
+    """Returns the learning rate of one optimizer step, `step` being the steps done so far.
 
     The warm-up is a factor on top of the schedule, rising in equal parts from `warmup_factor` at
     the first step to 1 at step `warmup_steps`.

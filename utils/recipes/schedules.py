@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that there is no schedule to save."""
+"""Computes the learning rate as a pure function of the step, so that no schedule needs saving."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def lr_at(
     lr_step: int = 30,
     lr_decay: float = 0.1,
 ) -> float:
-    """The learning rate of one optimizer step.
+    """Returns the learning rate of one optimizer step.
 
     Args:
         step: steps done so far in the whole run.
@@ -48,7 +48,7 @@ def lr_at(
 
 
 def rate_of(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
-    """A recipe's learning rate as a function of the step."""
+    """Returns a recipe's learning rate as a function of the step."""
     return partial(
         lr_at,
         steps_per_epoch=steps_per_epoch,

@@ -1,4 +1,4 @@
-"""Checkpoints: plain values and tensors in one file, checked when read, never fewer than two.
+"""Writes and reads checkpoints: plain values and tensors in one file, never fewer than two files.
 
 Reading never runs code from the file (`weights_only=True`), and every byte is checked: torch
 itself does not compare a zip's checksums, so a flipped bit would load without a word.
@@ -23,7 +23,7 @@ LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
 
 
 class CorruptCheckpointError(UserError):
-    """The file is damaged; another one may serve."""
+    """Means that the file is damaged; another checkpoint of the run may be whole."""
 
 
 def save(path: str | Path, state: dict, retire_to: str | Path | None = None) -> int:
@@ -90,7 +90,7 @@ def load(path: str | Path) -> dict:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every byte of one of our own checkpoints is as it was written."""
+    """Returns whether every byte of one of our own checkpoints is as it was written."""
     try:
         return zipfile.is_zipfile(path) and _damaged_part(path) is None
     except (OSError, zipfile.BadZipFile):
@@ -98,17 +98,17 @@ def is_whole(path: Path) -> bool:
 
 
 def is_ours(state: dict) -> bool:
-    """Whether `load` returned a checkpoint that this project's scripts wrote."""
+    """Returns whether `load` returned a checkpoint that this project's scripts wrote."""
     return "format" in state and "state_dict" in state
 
 
 def is_run(state: dict) -> bool:
-    """Whether training can go on from it: ours, with all that the scripts save."""
+    """Returns whether training can continue from it: ours, with all that the scripts save."""
     return is_ours(state) and state.keys() >= RUN
 
 
 class CheckpointFolder:
-    """`last`, the one before it, and `best` in one folder."""
+    """Writes `last`, `previous` and `best` in one folder."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -129,7 +129,7 @@ class CheckpointFolder:
         save(self.best, state)
 
     def newest_good(self, best_first: bool = False) -> tuple[Path, dict, list[str]] | None:
-        """The newest checkpoint that can be read: (path, contents, lines on damaged ones).
+        """Returns the newest checkpoint that can be read: (path, contents, lines on damaged ones).
 
         Returns None where no checkpoint was written yet.
 
@@ -153,7 +153,7 @@ class CheckpointFolder:
 
 
 def _damaged_part(path: Path) -> str | None:
-    """The first part of a zip that is not as it was written, or None."""
+    """Returns the first part of a zip that is not as it was written, or None."""
     with zipfile.ZipFile(path) as archive:
         for part in archive.infolist():
             # The mark of a folder: torch then skips the bytes and returns uninitialised memory.

@@ -1,4 +1,4 @@
-"""What a saved network says about its own use: weights, class names, preprocessing."""
+"""Reads from a checkpoint how its network is to be used: class names, image size, crop."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ IMG_SIZE, CROP_PCT = 224, 0.875  # of released weights, which do not say
 
 
 def class_names(saved: dict, num_classes: int, file: str | None = None) -> list[str]:
-    """A name for each of the network's outputs.
+    """Returns a name for each of the network's outputs.
 
     Args:
         saved: a checkpoint; ours hold the names of the class folders.
@@ -45,7 +45,7 @@ def class_names(saved: dict, num_classes: int, file: str | None = None) -> list[
 def preprocessing(
     saved: dict, img_size: int | None = None, crop_pct: float | None = None
 ) -> tuple[int, float]:
-    """Image size and crop of a checkpoint, or those given instead, see `data.eval_transform`."""
+    """Returns image size and crop, as given or else the checkpoint's, see `eval_transform`."""
     return (
         img_size or saved.get("img_size") or IMG_SIZE,
         crop_pct or saved.get("crop_pct") or CROP_PCT,
@@ -53,17 +53,17 @@ def preprocessing(
 
 
 def is_detector(saved: dict) -> bool:
-    """Whether a checkpoint of ours holds a detector."""
+    """Returns whether a checkpoint of ours holds a detector."""
     return checkpoint.is_ours(saved) and describes_detector(saved)
 
 
 def describes_detector(fields: Mapping[str, Any]) -> bool:
-    """Whether a run's fields, in our checkpoint or in its args.json, are a detector's."""
+    """Returns whether a run's fields, in our checkpoint or its args.json, are a detector's."""
     return "backbone" in fields
 
 
 def refuse_detector(saved: dict, path: str | Path) -> None:
-    """Ends a tool that is for classifiers alone.
+    """Refuses a detector's checkpoint, for tools that take classifiers alone.
 
     Raises:
         UserError: `saved` is a detector's checkpoint.

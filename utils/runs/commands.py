@@ -1,4 +1,4 @@
-"""Command lines that a user can copy: how to go on with a run, evaluate it, look at it."""
+"""Makes command lines that a user can copy: to continue a run, evaluate it, look at it."""
 
 import contextlib
 import os
@@ -11,14 +11,14 @@ DEVICE_FLAGS = ("--device", "--gpu")
 
 
 def look_line(folder: Path) -> str:
-    """The closing line that shows the curves of the run in `folder`."""
+    """Returns the closing line that shows the curves of the run in `folder`."""
     board = _program("tensorboard", "tensorboard.main")
     curves = shlex.quote(str(folder / "curves.png"))
     return f"  look:        {board} --logdir {shlex.quote(str(folder))}   (or {curves})"
 
 
 def device_flags() -> list[str]:
-    """The flags with which this process was given its device, which no run remembers."""
+    """Returns the flags that chose this process's device; checkpoints do not hold them."""
     words = sys.argv[1:]
     return [
         word
@@ -28,7 +28,7 @@ def device_flags() -> list[str]:
 
 
 def command(*arguments: object) -> str:
-    """A command line for this script, started the way this process was."""
+    """Returns a command line for this script, started the way this process was."""
     own = shlex.join([sys.argv[0], *map(str, arguments), *device_flags()])
     ranks, nodes = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_WORLD_SIZE", "1")
     if ranks is None:
@@ -41,13 +41,13 @@ def command(*arguments: object) -> str:
 
 
 def _program(name: str, module: str) -> str:
-    """What to type for a program that was installed beside this Python."""
+    """Returns what to type for a program that was installed beside this Python."""
     python = _interpreter()
     return name if python == "python" else f"{python} -m {module}"
 
 
 def _interpreter() -> str:
-    """What to type for this Python: `python` where that is it, else its path, short if it can be.
+    """Returns what to type for this Python: `python` where that is it, else a short path.
 
     Of `make demo` it is the one in .venv, which nobody has activated.
     """

@@ -1,4 +1,4 @@
-"""Run folders: a new one for every run, one writer each."""
+"""Makes run folders: a new one for every run, with one writer at a time."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ LOCK = ".lock"  # locked while a run writes to the folder; it stays, as the mark
 
 
 def run_name(*parts: str | None) -> str:
-    """A run folder's name without its number, of network, backbone and --action if given.
+    """Returns a run folder's name without its number: network, backbone and --action if given.
 
     Raises:
         UserError: it would be more than one folder.
@@ -38,7 +38,7 @@ def run_name(*parts: str | None) -> str:
 
 
 def check_output(output: str | None, found: Path | None = None) -> None:
-    """Ends a run before its work where `open_folder` would refuse --output. Makes nothing.
+    """Refuses, before any work, an --output that `open_folder` would refuse. Makes nothing.
 
     Raises:
         UserError: as `create`.
@@ -88,7 +88,7 @@ def create(name: str, output: str | None = None) -> Path:
 
 
 def open_folder(name: str, output: str | None, found: Path | None) -> Path:
-    """The folder that a run writes to: a resumed one's own, else a new one.
+    """Opens the folder that a run writes to: a resumed run's own, else a new one.
 
     Args:
         output: --output.
@@ -105,7 +105,7 @@ def open_folder(name: str, output: str | None, found: Path | None) -> Path:
 
 
 def newest(name: str | None, detector: bool = False) -> Path | None:
-    """The `runs/<name>-N` with the highest number, if there is one.
+    """Returns the `runs/<name>-N` with the highest number, or None.
 
     Without a name, the folder with a checkpoint below runs/ that was started or resumed last, of
     the runs of detectors or of those of classifiers. Each start has a number in args.json, so a
@@ -119,7 +119,8 @@ def newest(name: str | None, detector: bool = False) -> Path | None:
 
 
 def saved_later(folder: Path) -> list[Path]:
-    """Other runs of its kind with a checkpoint of after those in `folder`, the latest first.
+    """Returns other runs of its kind whose checkpoint is newer than those in `folder`, newest
+    first.
 
     A clock that was set back does this, or two runs at one time.
     """
@@ -180,7 +181,7 @@ def write_evaluation(output: str, result: dict, context: Context) -> Path:
 
 
 def environment(context: Context) -> dict[str, str | int | list[int]]:
-    """What a result depends on besides the arguments: versions, commit, devices."""
+    """Returns what a result depends on besides the arguments: versions, commit, devices."""
     device = str(context.device)
     if context.device.type == "cuda":
         device = torch.cuda.get_device_name(context.device)
@@ -203,7 +204,7 @@ def environment(context: Context) -> dict[str, str | int | list[int]]:
 
 
 def fresh_seed() -> int:
-    """A seed for a run that was given none; it is saved, so that the run resumes exactly."""
+    """Returns a seed for a run without --seed; it is saved, so that the run resumes exactly."""
     return int.from_bytes(os.urandom(4), "big")
 
 
@@ -223,7 +224,7 @@ def _commit() -> str:
 
 
 def _folders() -> list[Path]:
-    """What lies below runs/; empty where there is no such folder."""
+    """Returns the folders below runs/; empty where there is no such folder."""
     try:
         return list(RUNS.iterdir())
     except OSError:
@@ -231,7 +232,7 @@ def _folders() -> list[Path]:
 
 
 def _numbered(name: str) -> list[tuple[int, Path]]:
-    """The folders `runs/<name>-N` with their N. The name is never taken as a pattern."""
+    """Returns the folders `runs/<name>-N` with their N. The name is never taken as a pattern."""
     found = []
     for path in _folders():
         number = path.name.removeprefix(f"{name}-")
@@ -241,13 +242,13 @@ def _numbered(name: str) -> list[tuple[int, Path]]:
 
 
 def _by_start() -> list[Path]:
-    """The run folders that hold a checkpoint, the one that was started last first."""
+    """Returns the run folders that hold a checkpoint, the one that was started last first."""
     found = ((_start_number(f), _last_saved(f), f) for f in _folders() if "-" in f.name)
     return [f for *_, f in sorted((x for x in found if x[1] is not None), reverse=True)]
 
 
 def _last_saved(folder: Path) -> float | None:
-    """When the newest checkpoint in `folder` was written, or None where none can be read."""
+    """Returns when the newest checkpoint in `folder` was written; None where none can be read."""
     times = []
     try:
         for path in folder.iterdir():
@@ -260,27 +261,27 @@ def _last_saved(folder: Path) -> float | None:
 
 
 def _goes_on(output: str | None, found: Path | None) -> bool:
-    """Whether a run writes to `found`, a folder of a run before."""
+    """Returns whether the run writes to `found`, the folder of an earlier run."""
     if found is None or not (output is None or Path(output).resolve() == found.resolve()):
         return False
     return (found / LOCK).exists()
 
 
 def _trains_detector(folder: Path) -> bool | None:
-    """Whether a run folder is a detector's; None where its args.json does not say."""
+    """Returns whether a run folder is a detector's; None where its args.json does not say."""
     record = _record(folder)
     return None if record is None else describes_detector(record)
 
 
 def _start_number(folder: Path) -> int:
-    """The number of the start that wrote args.json, counted over all runs; 0 if it has none."""
+    """Returns the number of the start that wrote args.json, counted over all runs; 0 if none."""
     environment = (_record(folder) or {}).get("environment")
     number = environment.get("start_number") if isinstance(environment, dict) else None
     return number if isinstance(number, int) and 0 < number < 2**53 else 0
 
 
 def _record(folder: Path) -> dict | None:
-    """The contents of args.json, or None where it cannot be read."""
+    """Returns the contents of args.json, or None where it cannot be read."""
     try:
         record = json.loads((folder / "args.json").read_text())
     except (OSError, ValueError, RecursionError):

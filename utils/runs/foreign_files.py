@@ -1,4 +1,4 @@
-"""Files of other programs, as far as `torch.load` needs telling: still without running their code.
+"""Lets `torch.load` read weights from other programs' files, still without running their code.
 
 Training scripts leave numpy scalars, `argparse.Namespace` and paths beside the tensors. Their names
 are given to harmless classes of this file, so that nothing of numpy's or of the file's is called.
@@ -41,7 +41,7 @@ class Unread:
 
 
 class Settings(argparse.Namespace):
-    """An `argparse.Namespace` of another program: names and plain values."""
+    """Stands for an `argparse.Namespace` of another program: names and plain values."""
 
 
 def _path(*parts: object) -> str:
@@ -79,7 +79,7 @@ def inert_types() -> AbstractContextManager[Any]:
 
 
 def why_not_weights(path: Path) -> str | None:
-    """What a file is that holds no plain weights, and what to do about it; None if not known.
+    """Returns why a file holds no plain weights, with the remedy; None if not known.
 
     Nothing is loaded: the names in a zip, its first bytes, and the opcodes of its pickle tell.
     """
@@ -104,7 +104,7 @@ def why_not_weights(path: Path) -> str | None:
 
 
 def needs_code(path: Path, error: Exception) -> str:
-    """One line on a file of whole objects, such as `torch.save(model, …)` makes.
+    """Returns one line on a file of whole objects, such as `torch.save(model, …)` makes.
 
     Args:
         error: what `torch.load(weights_only=True)` raised; it names the first class that it met.

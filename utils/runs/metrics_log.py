@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.csv, TensorBoard events, curves.png, lines of progress."""
+"""Writes a run's record: metrics.csv, TensorBoard events, curves.png, lines of progress."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ DECADES = 20  # times: a span of losses from which on the axis is logarithmic
 
 
 class CurveLike(Protocol):
-    """One line of a diagram, see `utils.training.outcome.Curve`."""
+    """Describes one line of a diagram, see `utils.training.outcome.Curve`."""
 
     @property
     def column(self) -> str: ...
@@ -25,7 +25,7 @@ class CurveLike(Protocol):
 
 
 class PanelLike(Protocol):
-    """One diagram, see `utils.training.outcome.Panel`."""
+    """Describes one diagram, see `utils.training.outcome.Panel`."""
 
     @property
     def title(self) -> str: ...
@@ -40,7 +40,7 @@ class PanelLike(Protocol):
 
 
 class Figures(Protocol):
-    """What is recorded of an epoch, see `utils.training.outcome.Outcome`."""
+    """Describes what is recorded of an epoch, see `utils.training.outcome.Outcome`."""
 
     @property
     def columns(self) -> Callable[[Sequence[dict[str, float]]], Sequence[str]]: ...
@@ -72,7 +72,7 @@ class RunLogger:
         self.board = SummaryWriter(str(folder), purge_step=first_epoch or None)
 
     def log(self, history: list[dict[str, float]], images_per_second: float) -> None:
-        """Writes everything anew; the last row of `history` is the epoch just finished."""
+        """Writes all files anew; the last row of `history` is the epoch just finished."""
         text, columns = io.StringIO(), self.figures.columns(history)
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()

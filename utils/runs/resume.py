@@ -1,4 +1,4 @@
-"""What --resume names, and which flags may not change on the way."""
+"""Finds the checkpoint that --resume names, and the folder in which the run continues."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Found:
-    """What --resume led to.
+    """Holds what --resume led to.
 
     Args:
         saved: the checkpoint; None where "auto" finds none yet.
@@ -30,7 +30,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with.
+    """Holds what a run begins with.
 
     Args:
         saved: the checkpoint that it goes on from, or that is evaluated; None for a new run.
@@ -46,7 +46,7 @@ class Start:
 
     @property
     def run(self) -> SavedRun | None:
-        """The run that it goes on from."""
+        """Returns the run that training continues; None for a new one."""
         return None if self.saved is None else self.saved.run
 
     def seed(self, asked: int | None, context: Context) -> int:
@@ -150,7 +150,7 @@ def _find_and_say(
 def _folder_from(
     start_epoch: int | None, epoch: int, folder: Path | None, output: str | None
 ) -> Path | None:
-    """`folder`, or None for a new one where --start-epoch goes back behind the saved `epoch`."""
+    """Returns `folder`, or None (a new one) where --start-epoch is before the saved `epoch`."""
     if start_epoch is None or start_epoch >= epoch or folder is None:
         return folder
     if output is not None and Path(output).resolve() == folder.resolve():
@@ -166,7 +166,7 @@ def _folder_from(
 def _check_output(
     output: str | None, folder: Path | None, evaluate: bool, resume: str | None
 ) -> None:
-    """Refuses --output before any work: rank 0 alone writes, so the others do not look."""
+    """Refuses --output before any work, on rank 0 alone, which is the one that writes."""
     if not distributed.is_first():
         return
     if not evaluate:

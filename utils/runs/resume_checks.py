@@ -1,4 +1,4 @@
-"""Which flags and data may not change when a run goes on."""
+"""Refuses flags and data that may not change when a run continues."""
 
 import hashlib
 
@@ -20,7 +20,7 @@ def refuse_changes(
     batch_flag: str = "-b",
     can_begin: bool = True,
 ) -> None:
-    """Stops a resumption that could not be exact.
+    """Refuses a resumption that could not be exact.
 
     Args:
         run: that goes on.
@@ -53,7 +53,7 @@ def refuse_changes(
 
 
 def digest(*parts: bytes | np.ndarray) -> str:
-    """A short name for data: equal where the same names and labels come in the same order."""
+    """Returns a short name for data: equal where the same names and labels have the same order."""
     code = hashlib.blake2b(digest_size=8)
     for part in parts:
         code.update(part if isinstance(part, bytes) else part.tobytes())
@@ -63,7 +63,7 @@ def digest(*parts: bytes | np.ndarray) -> str:
 def refuse_other_data(
     run: SavedRun, data: str, at_epoch: int | None = None, can_begin: bool = True
 ) -> list[str]:
-    """Stops a resumption inside an epoch over as many images, but not the same.
+    """Refuses a resumption inside an epoch over as many images, but not the same ones.
 
     Args:
         run: that goes on; one of before there were digests is not looked at.
@@ -108,7 +108,7 @@ def other_threads(run: SavedRun, device: torch.device) -> list[str]:
 def refuse_another_recipe(
     run: SavedRun, name: str | None, recipe: Recipe, at_epoch: int | None
 ) -> None:
-    """Stops a resumption whose flags ask for what cannot be taken up.
+    """Refuses a resumption whose flags ask for what the saved state cannot follow.
 
     Args:
         run: that goes on.
@@ -140,7 +140,7 @@ def refuse_another_recipe(
 
 
 def refuse_another_optimizer(run: SavedRun, recipe: DetectionRecipe) -> None:
-    """Stops a detector's resumption that cannot use the saved optimizer's state.
+    """Refuses a detector's resumption that cannot use the saved optimizer's state.
 
     Raises:
         UserError: names the run's optimizer.

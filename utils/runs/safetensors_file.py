@@ -1,4 +1,4 @@
-"""Weights as a .safetensors file, and back. The package is imported where it is used."""
+"""Writes weights as a .safetensors file, and reads them back."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ VERSION = "checkpoint_format"  # in the header of .safetensors, where "format" i
 
 
 def to_safetensors(state_dict: Mapping[str, Tensor], metadata: Mapping[str, object]) -> bytes:
-    """A safetensors file; the metadata stand in its header, as JSON texts."""
+    """Returns a safetensors file's bytes; the metadata stand in its header, as JSON texts."""
     from safetensors.torch import save
 
     texts = {key: json.dumps(value) for key, value in {VERSION: 1, **metadata}.items()}
@@ -22,7 +22,7 @@ def to_safetensors(state_dict: Mapping[str, Tensor], metadata: Mapping[str, obje
 
 
 def check_safetensors(data: bytes, state_dict: Mapping[str, Tensor], name: str) -> None:
-    """Reads a safetensors file back.
+    """Reads a safetensors file back and compares it with `state_dict`.
 
     Raises:
         UserError: it does not hold the tensors of `state_dict`, bit for bit; `name` is the file's.
@@ -46,7 +46,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def read_safetensors(path: str | Path) -> dict:
-    """A file that `to_safetensors` wrote, as the checkpoint that it came from.
+    """Reads a file that `to_safetensors` wrote, as the checkpoint that it came from.
 
     One that others wrote is a bare state dict.
 

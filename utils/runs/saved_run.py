@@ -1,4 +1,4 @@
-"""A checkpoint as a value: the file, what it says of itself, and the run that it can carry on."""
+"""Holds a checkpoint as a typed value: the file, its fields, and the run that it can continue."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from utils.runs import checkpoint, checkpoint_info, schema
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a saved run says of itself, for the start that goes on with it.
+    """Holds what a saved run says of itself, for the start that continues it.
 
     Args:
         recipe: its fields, as the recipe's `as_dict` returned them.
@@ -36,13 +36,13 @@ class SavedRun:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Finished epochs, and steps done in the epoch under way."""
+        """Returns finished epochs, and steps done in the epoch under way."""
         return self.epoch, self.step
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file of weights or of a run, read and checked once.
+    """Holds a file of weights or of a run, read and checked once.
 
     Args:
         file: where it was read.

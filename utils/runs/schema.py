@@ -1,4 +1,4 @@
-"""What each field of our checkpoints may hold. `utils.runs.checkpoint.load` asks it for each file.
+"""Checks the type and range of each field of our checkpoints, for `utils.runs.checkpoint.load`.
 
 A stranger's file, or one that a tool of theirs wrote, may hold anything: without this check a wrong
 type ends far from here in a traceback.
@@ -46,7 +46,9 @@ def real(low: float = -math.inf, high: float = math.inf) -> Rule:
 
 
 def plain(value: Any, depth: int = 8) -> str | None:
-    """Finds what is no None, bool, number or text, nor a list or mapping of such."""
+    """Returns a fault where a value is not built of None, bool, number, text, list and mapping
+    alone.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return None
     if depth and isinstance(value, list | tuple):
@@ -59,7 +61,7 @@ def plain(value: Any, depth: int = 8) -> str | None:
 
 
 def tensor(value: Any) -> str | None:
-    """Finds what is no dense tensor of real numbers."""
+    """Returns a fault where a value is no dense tensor of real numbers."""
     fits = (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
@@ -70,7 +72,7 @@ def tensor(value: Any) -> str | None:
 
 
 def table(value: Any) -> str | None:
-    """Finds what is no dense tensor with two axes."""
+    """Returns a fault where a value is no dense tensor with two axes."""
     fits = tensor(value) is None and value.ndim == 2
     return None if fits else "a dense tensor with two axes"
 

@@ -1,4 +1,4 @@
-"""The one writer of a run's folder: checkpoints, log, and the lines that say how to go on."""
+"""Writes a run's folder: checkpoints, log, and the lines that say how to continue."""
 
 import time
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from utils.system.errors import EXIT_FAILED, UserError
 
 @dataclass(frozen=True)
 class Saving:
-    """When a checkpoint is written besides at an epoch's end.
+    """Says when a checkpoint is written besides those at the ends of epochs.
 
     Args:
         every: steps between checkpoints inside an epoch, or None.
@@ -77,7 +77,7 @@ class RunFiles:
             self.logger = RunLogger(self.folder, self.figures, self.title, self.first_epoch)
 
     def _refuse_newer(self, saved: SavedRun | None) -> None:
-        """Ends a run that another one, which was still at its last steps, has left behind."""
+        """Refuses a folder to which another process has written since `saved` was read."""
         try:
             last = Checkpoint.read(self.checkpoints.last).run
         except UserError:  # none, or damaged: nothing newer than what was found then
@@ -92,11 +92,11 @@ class RunFiles:
             )
 
     def lacks_best(self) -> bool:
-        """Whether there is no `best` here: a new folder, also of a run that began in another."""
+        """Returns whether the folder holds no `best`: a new one, even of a run begun elsewhere."""
         return self.folder is not None and not self.checkpoints.best.exists()
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps of the epoch."""
+        """Returns whether a checkpoint is due after `step` steps of the epoch."""
         if self.saving.every is not None and step % self.saving.every == 0:
             return True
         passed = time.monotonic() - self.saved_at
@@ -126,7 +126,7 @@ class RunFiles:
         return exit_code
 
     def farewell(self, best: dict, data: str) -> list[str]:
-        """Closing lines: the result, and the commands that a user wants next."""
+        """Prints the closing lines: the result, and the commands that a user wants next."""
         if self.folder is None:
             return []
         last, weights = self.checkpoints.last, self.checkpoints.best

@@ -1,4 +1,4 @@
-"""Results of an ablation over several seeds: means, paired gains, the table, and its picture."""
+"""Computes an ablation's results over several seeds: means, paired gains, table, picture."""
 
 import math
 import statistics
@@ -16,7 +16,7 @@ KERNELS = (1, 3, 5, 7, 9)  # of the paper's figure on k
 
 @dataclass(frozen=True)
 class Result:
-    """Best top-1 in % of each seed's run, in the order of the seeds."""
+    """Holds the best top-1 in % of each seed's run, in the order of the seeds."""
 
     name: str
     top1: tuple[float, ...]
@@ -28,12 +28,12 @@ class Result:
 
     @property
     def std(self) -> float:
-        """Of the runs, about their mean; nan for a single one."""
+        """Returns the standard deviation of the runs; nan for a single one."""
         return statistics.stdev(self.top1) if len(self.top1) > 1 else math.nan
 
 
 def gain(result: Result, plain: Result) -> tuple[float, float]:
-    """Mean of the differences to the plain network, seed by seed, and its standard error.
+    """Returns the mean difference to the plain network, seed by seed, and its standard error.
 
     Seeds are paired because a seed fixes the order and the augmentation of the images for both.
     """
@@ -43,7 +43,7 @@ def gain(result: Result, plain: Result) -> tuple[float, float]:
 
 
 def stands_out(result: Result, plain: Result) -> bool:
-    """Whether 0 is outside of the gain's 95 % confidence interval, by Student's t."""
+    """Returns whether 0 is outside the gain's 95 % confidence interval, by Student's t."""
     mean, error = gain(result, plain)
     freedom = len(result.top1) - 1
     if freedom < 1:
@@ -52,7 +52,7 @@ def stands_out(result: Result, plain: Result) -> bool:
 
 
 def rows(results: Sequence[Result]) -> list[list[str]]:
-    """The table, its titles first. A gain that stands out is marked with a star."""
+    """Returns the table, its titles first. A gain that stands out is marked with a star."""
     table = [["attention", "parameters", "top-1", "± std", "gain", "± error", "runs"]]
     plain = next((r for r in results if r.name == PLAIN), None)
     for r in results:

@@ -1,4 +1,4 @@
-"""Paired differences between two ways to build a network: intervals, and many of them at once."""
+"""Computes paired differences between two ways to build a network, and corrects for their number."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from utils.study.student_t import quantile, two_sided_p
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of the differences of paired runs.
+    """Holds the mean of the differences of paired runs.
 
     Args:
         mean: in the runs' own unit.

@@ -1,4 +1,4 @@
-"""The data of a study: a validation part cut from the training images, class by class."""
+"""Cuts a validation part from a study's training images, class by class."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The two pictures of a study: accuracy with its differences, and accuracy against cost."""
+"""Draws the two pictures of a study: accuracy with differences, and accuracy against cost."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""The plan of a study: a JSON file, written before the first run and not changed after it."""
+"""Reads the plan of a study: a JSON file, written before the first run and not changed after it."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ OWN += (
 
 @dataclass(frozen=True)
 class Runs:
-    """How one network is trained.
+    """Says how one network is trained.
 
     Args:
         rates: learning rates to choose from, each tried with every variant.
@@ -53,7 +53,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study. Each field but `digest` stands in the file under the same name.
+    """Holds a study. Each field but `digest` stands in the file under the same name.
 
     Args:
         question: what the study is to answer, in words.
@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The comparisons made for each network, as (variant, the one it is compared with)."""
+        """Returns the comparisons for each network, as (variant, the one it is compared with)."""
         return [(name, NONE) for name in self.variants[1:]] + list(self.also_compare)
 
 

@@ -1,4 +1,4 @@
-"""What the runs of a study gave: rates chosen, differences tested, and the CSV of every run."""
+"""Summarises the runs of a study: rates chosen, differences tested, and the CSV of every run."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ Key = tuple[str, str]  # network, variant
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run. Accuracies are top-1 in %; what the test images did not judge has none.
+    """Holds one run. Accuracies are top-1 in %; None where the test images did not judge it.
 
     Args:
         rate: learning rate.
@@ -44,7 +44,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant of a network against another, on the test images.
+    """Compares a variant of a network with another, on the test images.
 
     Args:
         p: of the difference, corrected for the number of comparisons in the study.

@@ -1,4 +1,4 @@
-"""Student's t distribution, exact for whole degrees of freedom.
+"""Computes Student's t distribution, exactly for whole degrees of freedom.
 
 The sums are 26.7.3 and 26.7.4 of Abramowitz and Stegun, Handbook of Mathematical Functions.
 """

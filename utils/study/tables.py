@@ -1,4 +1,4 @@
-"""The tables of a study as text: every variant, and every comparison of the plan."""
+"""Makes a study's tables as text: every variant, and every comparison of the plan."""
 
 import math
 import statistics

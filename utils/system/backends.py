@@ -1,4 +1,4 @@
-"""Process-wide settings: precision, kernel choice, determinism, memory of the CPU."""
+"""Sets what holds for the whole process: precision, kernels, determinism, memory of the CPU."""
 
 import ctypes
 import os
@@ -44,7 +44,7 @@ DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
-    """The context of forward and loss; `amp` is "off", "bf16" or "fp16"."""
+    """Returns the context of forward and loss; `amp` is "off", "bf16" or "fp16"."""
     return torch.autocast(device.type, dtype=DTYPES[amp], enabled=amp != "off")
 
 

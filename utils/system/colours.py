@@ -1,4 +1,4 @@
-"""The colours of all diagrams, apart from matplotlib, which is slow to import.
+"""Names the colours of all diagrams, in a file without matplotlib, which is slow to import.
 
 They are those of Okabe and Ito, which people with any form of colour blindness can tell apart.
 """

@@ -1,4 +1,4 @@
-"""One process or many: set-up and tear-down, and the few collectives a run needs.
+"""Sets up one process or many, and has the few collectives that a run needs.
 
 Every function works in a single process too, where it does nothing; callers have no second branch.
 """
@@ -24,7 +24,7 @@ PATIENCE = timedelta(minutes=30)  # of ranks with each other; hung workers are t
 
 @dataclass(frozen=True)
 class Context:
-    """Where this process runs and among how many."""
+    """Says where this process runs and among how many."""
 
     device: torch.device
     rank: int = 0
@@ -38,17 +38,17 @@ class Context:
 
     @property
     def replicas(self) -> int:
-        """Devices that a global batch is divided over."""
+        """Returns the number of devices that a global batch is divided over."""
         return max(self.world_size, len(self.data_parallel), 1)
 
     def say(self, *lines: str) -> None:
-        """Prints on rank 0 only, at once; without lines, nothing."""
+        """Prints the lines at once, on rank 0 only; without lines, nothing."""
         if self.is_main and lines:
             print(*map(printable_lines, lines), sep="\n", flush=True)
 
 
 def is_first() -> bool:
-    """Whether this process will be rank 0, before `setup` has run."""
+    """Returns whether this process will be rank 0, before `setup` has run."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -122,7 +122,9 @@ def tear_down() -> None:
 
 
 def wrap(network: nn.Module, context: Context, sync_bn: bool = False) -> nn.Module:
-    """The network as the step calls it: DistributedDataParallel, DataParallel, or itself."""
+    """Returns the network as the step calls it: in DistributedDataParallel or DataParallel, or
+    bare.
+    """
     if context.world_size > 1:
         on_gpu = context.device.type == "cuda"
         if sync_bn:
@@ -134,7 +136,7 @@ def wrap(network: nn.Module, context: Context, sync_bn: bool = False) -> nn.Modu
         )
         _settle_buckets(wrapped, context.device)
         return wrapped
-    return spread(network, context)
+    return data_parallel(network, context)
 
 
 class _SumOfParameters(nn.Module):
@@ -150,7 +152,7 @@ class _SumOfParameters(nn.Module):
 
 
 def _settle_buckets(wrapped: nn.parallel.DistributedDataParallel, device: torch.device) -> None:
-    """Brings forward what DistributedDataParallel does after its first step.
+    """Makes DistributedDataParallel choose its gradient buckets before the first step.
 
     It begins with all gradients in one bucket and deals them out anew in the order of the first
     backward pass. A sum over three or more ranks depends, in its last bits, on the place in the
@@ -168,7 +170,7 @@ def _settle_buckets(wrapped: nn.parallel.DistributedDataParallel, device: torch.
 
 
 def refuse_sync_bn(context: Context) -> None:
-    """Ends a run for which SyncBatchNorm would do nothing, or is not made.
+    """Refuses a run for which SyncBatchNorm would do nothing, or is not made.
 
     Raises:
         UserError: not several processes on GPUs.
@@ -181,7 +183,7 @@ def refuse_sync_bn(context: Context) -> None:
 
 
 def refuse_compile(context: Context) -> None:
-    """Ends a run in which torch.compile would bind every replica to the first GPU's network.
+    """Refuses a run in which torch.compile would bind every replica to the first GPU's network.
 
     Raises:
         UserError: DataParallel would be used.
@@ -193,15 +195,15 @@ def refuse_compile(context: Context) -> None:
         )
 
 
-def apart(network: nn.Module) -> AbstractContextManager:
-    """A context in which a wrapped network's backward leaves each rank its own gradients."""
+def without_gradient_sync(network: nn.Module) -> AbstractContextManager:
+    """Returns a context in which backward adds no gradients of other ranks (DDP's `no_sync`)."""
     if isinstance(network, nn.parallel.DistributedDataParallel):
         return network.no_sync()
     return nullcontext()
 
 
 class _DataParallel(nn.DataParallel):
-    """DataParallel whose threads run in the caller's autocast.
+    """Runs as DataParallel, with its threads in the caller's autocast.
 
     torch's own enter autocast without the dtype, which is each thread's own: bf16 would be fp16.
     """
@@ -220,8 +222,8 @@ class _DataParallel(nn.DataParallel):
         return super().parallel_apply([as_called(r) for r in replicas], inputs, kwargs)
 
 
-def spread(network: nn.Module, context: Context) -> nn.Module:
-    """The network over all GPUs of this process: what evaluates, each rank on its own images."""
+def data_parallel(network: nn.Module, context: Context) -> nn.Module:
+    """Returns the network in DataParallel where this process has several GPUs, else as it is."""
     if len(context.data_parallel) > 1:
         return _DataParallel(network, device_ids=list(context.data_parallel))
     return network
@@ -242,7 +244,7 @@ def broadcast_buffers(network: nn.Module) -> None:
 
 
 def share(value: object, context: Context) -> object:
-    """Rank 0's `value` (plain Python objects) on every rank."""
+    """Returns rank 0's `value` (plain Python objects) on every rank."""
     if context.world_size == 1:
         return value
     box = [value]
@@ -251,12 +253,12 @@ def share(value: object, context: Context) -> object:
 
 
 def ranks() -> int:
-    """The number of processes of this run."""
+    """Returns the number of processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gather(value: object) -> list:
-    """Every rank's `value` (plain Python objects), in the order of ranks, on every rank."""
+    """Returns every rank's `value` (plain Python objects), in the order of ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * ranks()
@@ -265,7 +267,7 @@ def gather(value: object) -> list:
 
 
 def refuse_differences(**facts: object) -> None:
-    """Ends a run whose processes do not see the same, before they wait for each other in vain.
+    """Refuses a run whose processes do not see the same, before they wait for each other in vain.
 
     Raises:
         UserError: names the first fact that differs, with its value on each rank.

@@ -1,4 +1,4 @@
-"""The errors that end a run with one line instead of a traceback."""
+"""Defines the errors that end a run with one line instead of a traceback."""
 
 import errno
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ FEWER_FILES = "use fewer workers (-j), or raise the limit (ulimit -n)"
 
 
 class UserError(Exception):
-    """A fault that the user can mend. The message is one line: what is wrong, and the remedy."""
+    """Means a fault that the user can mend. The message is one line: the fault and the remedy."""
 
     def __init__(self, message: str, exit_code: int = EXIT_BAD_INPUT):
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""What the world outside does to a run while it trains, answered in one line each."""
+"""Turns faults from outside a run, such as missing memory, into one line each."""
 
 import errno
 import signal
@@ -25,7 +25,7 @@ LOST_PEER = ("peer", "gloo", "NCCL", "Broken pipe", "Timed out waiting", "proces
 
 @dataclass(frozen=True)
 class Memory:
-    """What decides a script's need of memory, in the words of its command line."""
+    """Says what decides a script's need of memory, in the words of its command line."""
 
     asked: str  # such as "-b 256"
     smaller: str  # what to give then: "a smaller -b or --img-size, or --amp bf16"
@@ -34,7 +34,7 @@ class Memory:
 
 @contextmanager
 def in_one_line(memory: Memory, stop: StopRequest | None = None) -> Iterator[None]:
-    """Turns outside faults within it into UserErrors (exit code 1).
+    """Turns faults from outside, raised within this context, into UserErrors (exit code 1).
 
     They are: no memory; no more files or processes; a loader worker that was killed (torch raises
     that wherever the main process happens to be when the news arrives, so no smaller place could
@@ -78,7 +78,7 @@ def in_one_line(memory: Memory, stop: StopRequest | None = None) -> Iterator[Non
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, a device or the CPU's allocator found no more."""
+    """Returns whether an error means that Python, a device or the CPU's allocator had no memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writes files that appear whole or not at all."""
 
 import contextlib
 import errno
@@ -80,7 +80,7 @@ def remove_leftovers(folder: str | Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """The name of a temporary neighbour: one that no folder has, which could not be removed."""
+    """Returns the name of a temporary neighbour, one that no folder has."""
     names = (f".{path.name}.tmp-{os.getpid()}{more}" for more in ("", *range(1000, 10_000)))
     return next(p for p in map(path.with_name, names) if p.is_symlink() or not p.is_dir())
 

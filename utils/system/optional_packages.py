@@ -1,4 +1,4 @@
-"""Packages that only some users need: asked for in one line, before any work."""
+"""Refuses, before any work, a task whose optional packages are not installed."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from utils.system.errors import UserError
 
 
 def require(packages: Sequence[str], purpose: str, install: str) -> None:
-    """Ends the program when a package that `purpose` needs is not installed.
+    """Refuses to go on when a package that `purpose` needs is not installed.
 
     Args:
         packages: names as they are imported.

@@ -1,4 +1,4 @@
-"""What is said of --output and its like before a tool's work, not after it."""
+"""Refuses an --output or other target before a tool's work, not after it."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from utils.system.errors import UserError
 
 
 def check_free(folder: str | None) -> None:
-    """Ends a tool before its work when --output is in use, or cannot be made.
+    """Refuses an --output folder that is in use, or cannot be made.
 
     Raises:
         UserError: `folder` is a file, a folder with something in it, or where nobody may write.
@@ -23,10 +23,10 @@ def check_free(folder: str | None) -> None:
 
 
 def check_new_file(file: str | None) -> None:
-    """Ends a tool before its work when a file that it is to write is there, or cannot be made.
+    """Refuses a target file that exists already, or cannot be made.
 
     Raises:
-        UserError: see above; or its folder is missing.
+        UserError: `path` exists or cannot be written, or its folder is missing.
     """
     if file is None:
         return

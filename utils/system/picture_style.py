@@ -1,4 +1,4 @@
-"""The one style of all diagrams: sizes of text, lines, and PNG files.
+"""Gives all diagrams one style: sizes of text, lines, and PNG files.
 
 Pictures have a white ground of their own, so that they look alike on light and dark pages.
 """

@@ -1,4 +1,4 @@
-"""Processes that end together, and work shared among them: none outlives the program."""
+"""Runs work in child processes, and ends them all with the program."""
 
 import atexit
 import ctypes
@@ -22,19 +22,21 @@ PATIENCE = 5.0  # seconds for a killed process to go
 
 
 def processors() -> int:
-    """How many this process may use: a scheduler often grants a part of the machine."""
+    """Returns how many processors this process may use: a scheduler often grants a part of the
+    machine.
+    """
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def default_workers() -> int:
-    """Processes that read images where the user does not say: what feeds one network."""
+    """Returns how many processes read images by default: what feeds one network."""
     return min(4, processors())
 
 
 def die_with_parent(signum: signal.Signals = signal.SIGKILL) -> None:
-    """Has the kernel send `signum` to this process when its parent ends, however it ends.
+    """Asks the kernel to send `signum` to this process when its parent ends, however it ends.
 
     Linux only; elsewhere it does nothing.
     """
@@ -43,7 +45,7 @@ def die_with_parent(signum: signal.Signals = signal.SIGKILL) -> None:
 
 
 def end_children() -> bool:
-    """Kills what this process started, at its very end.
+    """Kills every child process, at the very end of the program.
 
     Loader workers ignore SIGTERM (it is the main process that answers it), so nothing softer ends
     one that hangs in a read.
@@ -62,7 +64,7 @@ def end_children() -> bool:
 
 @functools.cache
 def end_children_at_exit() -> None:
-    """Sees to `end_children` where nothing calls it; else Python waits for ever at exit."""
+    """Calls `end_children` when Python exits; else Python would wait for ever."""
     atexit.register(end_children)
 
 
@@ -72,7 +74,7 @@ Result = TypeVar("Result")
 def shared(
     work: Callable[..., Result], *arguments: Iterable, processes: int, chunk: int = 1
 ) -> Iterator[Result]:
-    """`map` by processes of their own, with results in order; one process is this one.
+    """Yields `work` of each item, in order, computed by several processes; by this one for one.
 
     Args:
         work: a function of a module, or a partial of one.

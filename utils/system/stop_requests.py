@@ -1,4 +1,4 @@
-"""Requests to stop, and how all ranks come to the same decision at the same step."""
+"""Notes requests to stop, and lets all ranks come to the same decision at the same step."""
 
 import signal
 
@@ -46,7 +46,7 @@ class StopRequest:
 
 
 class Votes:
-    """Yes/no questions answered alike on all ranks: yes where any rank says yes.
+    """Answers yes/no questions alike on all ranks: yes where any rank says yes.
 
     A signal may reach one rank a step before another, and clocks differ; a rank that stopped alone
     would leave the others waiting in a collective. The votes of one step are summed while the next

@@ -1,4 +1,4 @@
-"""Text for people: columns, hints, and names that are safe to show on a terminal."""
+"""Formats text for people: columns, hints, and names that are safe to show on a terminal."""
 
 import difflib
 import os
@@ -11,14 +11,18 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes a cell fo
 
 
 def ksize_text(ksize: tuple[int, ...] | None) -> str:
-    """As `--ksize` takes it: 3557, or 3,5,5,11 where a size has two digits; - for None."""
+    """Returns kernel sizes as `--ksize` takes them: 3557, or 3,5,5,11 where a size has two digits;
+    - for None.
+    """
     if ksize is None:
         return "-"
     return ("" if max(ksize) < 10 else ",").join(map(str, ksize))
 
 
 def columns(rows: Sequence[Sequence[str]], left: int = 1, gap: int = 2) -> str:
-    """Aligned columns, `gap` apart, the first `left` flush left and the others flush right."""
+    """Returns aligned columns with `gap` between them, the first `left` flush left, the others
+    flush right.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -31,19 +35,20 @@ def columns(rows: Sequence[Sequence[str]], left: int = 1, gap: int = 2) -> str:
 
 
 def paragraphs(*parts: str) -> str:
-    """The parts that are not empty, with an empty line between them."""
+    """Returns the parts that are not empty, with an empty line between them."""
     return "\n\n".join(part for part in parts if part)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """A hint such as `; did you mean eca_resnet50?`, or an empty string when nothing is close."""
+    """Returns a hint such as `; did you mean eca_resnet50?`; "" if nothing is close."""
     close = difflib.get_close_matches(word, known, n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def printable(path: object) -> str:
-    """A path fit for a line of a terminal: bytes that are not UTF-8, and control characters such
-    as line breaks, are shown as \\xNN."""
+    """Returns a path fit for a line of a terminal: bytes that are not UTF-8, and control characters
+    such as line breaks, are shown as \\xNN.
+    """
     path = path if isinstance(path, str | bytes | os.PathLike) else str(path)
     try:
         text = os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -53,12 +58,12 @@ def printable(path: object) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Text of several lines for a terminal: as `printable`, but its line breaks remain."""
+    """Returns lines of text fit for a terminal: as `printable`, with their line breaks."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def cell(text: object) -> str:
-    """A user's text as a cell of a CSV file: a spreadsheet is to show it, not to compute it.
+    """Returns a user's text as a cell of a CSV file: shown by a spreadsheet, not computed.
 
     What begins as a formula does (= + - @, tab, carriage return) gets a ' in front, as spreadsheets
     themselves write such text. Numbers are not passed here: -1 would become text.
@@ -68,8 +73,9 @@ def cell(text: object) -> str:
 
 
 def short(text: str, most: int = 24) -> str:
-    """`text` as matplotlib is to draw it: not longer than `most`, never taken for a formula, nor
-    for what a legend leaves out, as it does what begins with "_"."""
+    """Returns `text` as matplotlib is to draw it: at most `most` characters, and never read as a
+    formula or as a label to be hidden (one that begins with "_").
+    """
     text = text.replace("$", r"\$")
     text = f"\u200b{text}" if text.startswith("_") else text  # a space of no width
     return text if len(text) <= most else text[: most - 1] + "…"

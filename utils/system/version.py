@@ -1,3 +1,3 @@
-"""The version of this repository; args.json and checkpoints of each run record it."""
+"""Holds the version of this repository, which args.json and checkpoints of each run record."""
 
 VERSION = "1.0.0"

@@ -1,4 +1,4 @@
-"""The line on where a run takes place and how."""
+"""Makes the line on where a run takes place and how."""
 
 import torch
 
@@ -8,7 +8,7 @@ from utils.system.distributed import Context
 def device_lines(
     context: Context, amp: str, channels_last: bool, compiled: bool, tails: str = ""
 ) -> list[str]:
-    """Where the run takes place and how; `tails` says how the ends of blocks run."""
+    """Returns where the run takes place and how; `tails` says how the ends of blocks run."""
     name = str(context.device)
     if context.device.type == "cuda":
         name = torch.cuda.get_device_name(context.device)

@@ -1,4 +1,4 @@
-"""The one loop over epochs, for classifiers and detectors: train, save, evaluate, record, stop.
+"""Runs the epochs of classifiers and detectors alike: train, save, evaluate, record, stop.
 
 It knows no files: it is handed a writer. It knows no network: a `Task` has the steps and the
 evaluation, and the task's `Outcome` the columns, the score and the words.
@@ -18,7 +18,7 @@ from utils.training.state import RunState
 
 
 class Order(Protocol):
-    """The order of an epoch's batches, a function of the epoch."""
+    """Describes the order of an epoch's batches, a function of the epoch."""
 
     steps: int
 
@@ -27,15 +27,15 @@ class Order(Protocol):
 
 
 class Done(Protocol):
-    """A batch after its step; `broken` are the images that had to be replaced in it."""
+    """Describes a batch after its step; `broken` are the images that had to be replaced in it."""
 
     @property
     def broken(self) -> Sequence[int]:
-        """The numbers of these images."""
+        """Returns the numbers of these images."""
 
 
 class Writer(Protocol):
-    """What keeps a run's results. `utils.runs.writer.RunFiles` is one."""
+    """Describes what saves a run's results. `utils.runs.writer.RunFiles` is one."""
 
     def due(self, step: int) -> bool:
         """Returns whether the state is to be saved after `step` steps of the epoch."""
@@ -52,7 +52,7 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, for how long, and how it is judged.
+    """Holds what is trained, for how long, and how it is judged.
 
     Args:
         outcome: columns, score and words.

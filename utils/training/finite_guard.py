@@ -7,7 +7,7 @@ from utils.system.errors import EXIT_NON_FINITE, UserError
 
 
 class NonFiniteGuard:
-    """Keeps a loss that is not a finite number from reaching the weights.
+    """Stops a loss that is not a finite number before it reaches the weights.
 
     On the CPU the step stops at once. On a GPU, asking would wait for the device at every step:
     there the flag is handed to the fused optimizer, which skips its update on the device, and
@@ -26,7 +26,7 @@ class NonFiniteGuard:
     def before_update(
         self, value: torch.Tensor, step: int, optimizer: torch.optim.Optimizer, what: str
     ) -> None:
-        """Call between backward and `optimizer.step()` with the loss (or gradient norm).
+        """Checks the loss (or gradient norm); to be called between backward and `optimizer.step()`.
 
         Args:
             what: names the value, the same at each step.

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent, and which parameters its weight decay is for."""
+"""Makes stochastic gradient descent, and chooses the parameters that weight decay is for."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ DECAYED_AXES = (2, 4)  # of linear layers and 2-d convolutions
 def make_sgd(
     network: nn.Module, lr: float, momentum: float, weight_decay: float, norm_decay: bool = True
 ) -> torch.optim.SGD:
-    """SGD for a network that is already on its device.
+    """Returns SGD for a network that is already on its device.
 
     Args:
         norm_decay: decay every parameter, as the paper does; False spares what `split` says.
@@ -43,8 +43,8 @@ def start_momentum(optimizer: torch.optim.Optimizer) -> None:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def take_up(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """`optimizer.load_state_dict(saved)`, so that PyTorch's fused kernels can go on from it.
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Loads saved optimizer state so that PyTorch's fused kernels can continue from it.
 
     They walk parameter, gradient and state alike by places in memory, whatever the strides say. But
     saved state has the memory format of the run that saved it, which may be another one.
@@ -59,7 +59,8 @@ def take_up(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
 
 def split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters to decay, and to spare: norms, biases and ECA kernels, told by their axes.
+    """Returns the parameters to decay, and those to spare: norms, biases and ECA kernels, by their
+    axes.
 
     Weights of linear layers have two axes and those of 2-d convolutions four. Norms and biases have
     one, and ECA's 1-d convolutions three: each of its few numbers serves all channels of a layer.

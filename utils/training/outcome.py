@@ -1,4 +1,4 @@
-"""What a kind of network is measured by, as one value that the loop, the log and the terminal use.
+"""Says how a kind of network is measured, as one value that the loop, the log and the terminal use.
 
 utils.classification.outcome and utils.detection.outcome each make one.
 """
@@ -14,7 +14,7 @@ Row = dict[str, float]  # one finished epoch: "epoch", "lr", train_… and what 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel: a column of the history.
+    """Describes one line of a panel: a column of the history.
 
     Args:
         label: in the legend; None for no legend.
@@ -28,7 +28,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One diagram of curves.png. `last` shows a curve's last value in its label."""
+    """Describes one diagram of curves.png. `last` shows a curve's last value in its label."""
 
     title: str
     unit: str
@@ -39,7 +39,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What differs between classification and detection in a run's record.
+    """Holds what differs between classification and detection in a run's record.
 
     Args:
         columns: history → names of the columns of metrics.csv, "epoch" first.

@@ -1,4 +1,4 @@
-"""The progress of an epoch: a bar on a terminal, lines elsewhere."""
+"""Shows the progress of an epoch: a bar on a terminal, lines elsewhere."""
 
 import math
 import os
@@ -20,7 +20,7 @@ UNKNOWN = "?"  # a time left, before anything has told it
 
 @dataclass(frozen=True)
 class StepWords:
-    """How the figures of an epoch under way are said.
+    """Says how the figures of an epoch under way are written.
 
     Args:
         figures: means so far → the words that a bar always shows.
@@ -54,7 +54,7 @@ class Pace:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line every `every` steps.
+    """Shows a bar on a terminal; elsewhere a line every `every` steps.
 
     Args:
         title: such as "epoch 3/8".
@@ -96,7 +96,7 @@ class Progress:
             self._redraw()
 
     def advance(self) -> bool:
-        """Counts a step; True when figures are due for `show`."""
+        """Counts a step; returns True when figures are due for `show`."""
         self.step += 1
         now = time.perf_counter()
         if self.skips_one:
@@ -231,7 +231,7 @@ def watched(batches: Iterable[Item], progress: Progress) -> Iterator[Item]:
 
 
 def duration(seconds: float) -> str:
-    """65.2 → "1:05", 3700 → "1:01:40"."""
+    """Formats seconds: 65.2 → "1:05", 3700 → "1:01:40"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

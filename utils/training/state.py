@@ -1,4 +1,4 @@
-"""All that training changes, as one object that is saved and restored bit for bit."""
+"""Holds all that training changes, as one object that is saved and restored bit for bit."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import nn
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.training.finite_guard import NonFiniteGuard
-from utils.training.optimizer import take_up
+from utils.training.optimizer import load_optimizer_state
 from utils.training.outcome import Outcome
 from utils.training.weight_average import WeightAverage
 
@@ -30,7 +30,7 @@ class Meter(Protocol):
 
 @dataclass
 class RunState:
-    """Where a run stands. Saved by `snapshot`, taken up by `restore`, bit for bit.
+    """Holds where a run stands. `snapshot` saves it and `restore` loads it, bit for bit.
 
     There is no generator state and no loader state in it: shuffling, augmentation and dropout are
     functions of (seed, epoch, step), see `utils.data.sampler`.
@@ -51,7 +51,7 @@ class RunState:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is evaluated, and that a checkpoint's user gets."""
+        """Returns the network that is evaluated, and that a checkpoint's user gets."""
         return self.network if self.average is None else self.average.module
 
     def finish_step(self, broken: Sequence[int]) -> None:
@@ -70,7 +70,7 @@ class RunState:
         self.meter.sums.zero_()
 
     def share_buffers(self) -> None:
-        """Gives every rank rank 0's BatchNorm statistics. Call on every rank."""
+        """Gives every rank the BatchNorm statistics of rank 0. Call on every rank."""
         distributed.broadcast_buffers(self.network)
         if self.average is not None:
             distributed.broadcast_buffers(self.average.module)
@@ -99,7 +99,7 @@ class RunState:
         return improved
 
     def snapshot(self) -> dict:
-        """Plain values and tensors. Call on every rank: each one's sums are in it.
+        """Returns plain values and tensors. Call on every rank: each one's sums are in it.
 
         Raises:
             UserError: exit code 3, when a loss or a tensor of the network is not finite; such a
@@ -130,7 +130,7 @@ class RunState:
         }
 
     def _refuse_ruined(self) -> None:
-        """Ends the run on every rank when an update has made the network not finite.
+        """Refuses, on every rank, a network that an update has made not finite.
 
         The loss before such an update was finite, so the guard has not seen it yet.
         """
@@ -147,11 +147,11 @@ class RunState:
             )
 
     def all_broken(self) -> list[int]:
-        """The replaced images of all ranks, once for each time. Call on every rank."""
+        """Returns the replaced images of all ranks, once for each time. Call on every rank."""
         return sorted(index for broken in distributed.gather(self.broken) for index in broken)
 
     def restore(self, saved: dict) -> None:
-        """Takes up what `snapshot` returned; the caller has loaded `state_dict` into the network.
+        """Loads what `snapshot` returned; the caller has loaded `state_dict` into the network.
 
         The optimizer's settings (momentum, weight decay, …) stay as this run's flags made them, and
         its learning rate is that of the last step done.
@@ -165,7 +165,7 @@ class RunState:
         own = self.optimizer.state_dict()["param_groups"]
         for group, before in zip(own, saved["optimizer"]["param_groups"], strict=False):
             group["lr"] = before["lr"]  # a step sets it, and there may be none to come
-        take_up(self.optimizer, {**saved["optimizer"], "param_groups": own})
+        load_optimizer_state(self.optimizer, {**saved["optimizer"], "param_groups": own})
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         progress = saved["progress"]

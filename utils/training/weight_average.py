@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights and BatchNorm statistics."""
+"""Averages a network's weights and BatchNorm statistics, exponentially over the steps."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def decay_at(updates: int, decay: float) -> float:
-    """The share of the old average that the next update keeps, after `updates` of them.
+    """Returns the share of the old average in the next update, after `updates` of them.
 
     (1 + n) / (10 + n) until that exceeds `decay`: the average then looks back over a ninth of the
     steps done. Without such a warm-up, decays that fit long runs leave the average of a short run,
@@ -16,7 +16,7 @@ def decay_at(updates: int, decay: float) -> float:
 
 
 class WeightAverage(AveragedModel):
-    """torch's AveragedModel with an update that suits the training step.
+    """Averages as torch's AveragedModel, with an update that suits the training step.
 
     AveragedModel's own waits for the GPU at each step (its counter goes to the device) and rounds
     averaged integers down, so that BatchNorm's `num_batches_tracked` would stand still; here

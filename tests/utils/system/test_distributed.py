@@ -60,9 +60,9 @@ def test_buckets_are_settled_before_the_first_step(group):
 
 def test_gradients_stay_apart_only_where_there_are_others(group):
     network = nn.Linear(2, 2)
-    assert isinstance(distributed.apart(network), contextlib.nullcontext)
+    assert isinstance(distributed.without_gradient_sync(network), contextlib.nullcontext)
     wrapped = distributed.wrap(network, TWO_RANKS)
-    with distributed.apart(wrapped):
+    with distributed.without_gradient_sync(wrapped):
         assert not wrapped.require_backward_grad_sync
     assert wrapped.require_backward_grad_sync
 
@@ -161,7 +161,7 @@ def test_threads_of_data_parallel_have_the_callers_autocast(monkeypatch, dtype):
             return x @ x
 
     replicas = [Product(), Product()]
-    wrapped = distributed.spread(replicas[0], Context(CPU, data_parallel=(0, 1)))
+    wrapped = distributed.data_parallel(replicas[0], Context(CPU, data_parallel=(0, 1)))
     wrapped.device_ids, wrapped.src_device_obj = [0, 1], CPU  # which torch leaves out without GPUs
     inputs = ((torch.ones(2, 2),),) * 2
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):

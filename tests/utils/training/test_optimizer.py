@@ -10,7 +10,7 @@ from torch import nn
 import models
 from utils.detection.engine import make_optimizer
 from utils.recipes.detection import DetectionRecipe
-from utils.training.optimizer import make_sgd, split, take_up
+from utils.training.optimizer import load_optimizer_state, make_sgd, split
 
 CPU = torch.device("cpu")
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
@@ -151,7 +151,7 @@ def test_state_is_taken_up_in_another_memory_format(name, formats):
         optimizer = make_optimizer(network, recipe, CPU)
         if saved is not None:
             network.load_state_dict(saved[0])
-            take_up(optimizer, saved[1])
+            load_optimizer_state(optimizer, saved[1])
         for number in (begin, begin + 1):
             step(network, optimizer, number)
         saved = copy.deepcopy((network.state_dict(), optimizer.state_dict()))
@@ -165,6 +165,8 @@ def test_a_run_without_momentum_goes_on_with_it(uninitialised_is_nan):
     before = make_sgd(network, 0.1, 0.0, 0.0).state_dict()
     assert before["state"] == {}
     optimizer = make_sgd(network, 0.1, 0.9, 0.0)
-    take_up(optimizer, {**before, "param_groups": optimizer.state_dict()["param_groups"]})
+    load_optimizer_state(
+        optimizer, {**before, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
     buffers = [optimizer.state[p]["momentum_buffer"] for p in network.parameters()]
     assert all(torch.equal(b, torch.zeros_like(b)) for b in buffers)
