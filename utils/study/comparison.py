@@ -1,4 +1,4 @@
-"""Computes paired differences between two ways to build a network, and corrects for their number."""
+"""Computes paired differences between two kinds of network, and corrects for their number."""
 
 import math
 import statistics
