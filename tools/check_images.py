@@ -158,7 +158,7 @@ def write_csv(file, broken: Iterable[BrokenImageError]) -> None:
 
 
 def main() -> int:
-    parser = Parser(prog="check_images", description=__doc__)
+    parser = Parser(prog="python -m tools.check_images", description=__doc__)
     parser.add_argument("data", metavar="DATA", help="a folder; every image below it is read")
     parser.add_argument("--output", metavar="FILE", help="write the CSV here (a new file)")
     parser.add_argument(

@@ -46,6 +46,25 @@ OF_TRAINING = {
 }
 
 
+FIRST = (  # what `-h` shows; `-h all` shows every flag
+    "data",
+    "arch",
+    "backbone",
+    "backbone_weights",
+    "epochs",
+    "batch_size",
+    "lr",
+    "workers",
+    "amp",
+    "evaluate",
+    "resume",
+    "picture",
+    "output",
+    "device",
+    "seed",
+)
+
+
 def build_parser(
     recipe: DetectionRecipe,
     detectors: Sequence[str],
@@ -55,6 +74,7 @@ def build_parser(
 ) -> Parser:
     """Returns the parser; a recipe's flags default to None, so that one given is known."""
     parser = Parser(
+        first=FIRST,
         description=description,
         epilog="DATA is a folder in COCO's layout (train2017/, val2017/, "
         "annotations/instances_*.json), or demo:shapes.",
@@ -233,7 +253,13 @@ def _optimisation_flags(group, recipe: DetectionRecipe) -> None:
 
 
 def _run_flags(group) -> None:
-    group.add_argument("-e", "--evaluate", action="store_true", help="evaluate only")
+    group.add_argument(
+        "-e",
+        "--evaluate",
+        action="store_true",
+        help="evaluate the checkpoint of --resume, and do not train: prints COCO's figures, and "
+        "writes what --output, --results-json and --picture ask for",
+    )
     add_resume(group)
     group.add_argument(
         "--results-json",
