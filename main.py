@@ -181,6 +181,8 @@ def train(
         return 0
     autocast = partial(backends.autocast, context.device, settings.amp)
     batches = TaskBatches.of(data, recipe, seed, reading, context, settings.skip_bad_images)
+    if settings.check_val:
+        batches.check.now()
     record = classifier.make_record(network, settings, recipe, seed, data, start)
     name = runs.run_name(recipe.arch, settings.action)
     files = open_files(settings, start, name, record, CLASSIFICATION, state, context)

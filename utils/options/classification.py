@@ -8,6 +8,7 @@ from functools import partial
 from utils.data.decoding import DECODERS, ON_DEVICE, decoder_name
 from utils.data.demo_sets import DEMOS
 from utils.options.common import (
+    add_check_val,
     add_data_flag,
     add_fused,
     add_original_files,
@@ -32,6 +33,7 @@ from utils.recipes.schedules import SCHEDULES
 from utils.system.text import did_you_mean
 
 OF_TRAINING = {
+    "check_val",
     "skip_bad_images",
     "start_epoch",
     "identity_start",
@@ -125,6 +127,7 @@ def _data_flags(group, recipe: Recipe) -> None:
         default=False,
         help="training: replace images that cannot be read, and list them at the end",
     )
+    add_check_val(group)
     add_worker_timeout(group)
 
 

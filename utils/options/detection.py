@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 
 from utils.options.common import (
+    add_check_val,
     add_data_flag,
     add_fused,
     add_resume,
@@ -24,6 +25,7 @@ from utils.recipes.detection import AUTO, OPTIMIZERS, DetectionRecipe
 from utils.system.text import did_you_mean
 
 OF_TRAINING = {
+    "check_val",
     "train_images",
     "train_annotations",
     "drop_empty",
@@ -128,6 +130,7 @@ def _data_flags(group, recipe: DetectionRecipe) -> None:
         metavar="P",
         help=f"training: probability of a mirrored image (default: {recipe.hflip})",
     )
+    add_check_val(group)
     add_worker_timeout(group)
 
 
