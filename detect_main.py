@@ -163,6 +163,8 @@ def train(
     autocast = partial(backends.autocast, context.device, settings.amp)
     judged_by = (FIRST_LABEL[recipe.arch], reading, autocast, context, settings.print_freq)
     evaluation = Evaluation(data.val, *judged_by)
+    if settings.check_val:
+        evaluation.check.now()
     record = detector.make_record(network, settings, given, seed, data)
     name = runs.run_name(recipe.arch, recipe.backbone, settings.action)
     files = open_files(settings, start, name, record, DETECTION, state, context)

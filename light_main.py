@@ -1,4 +1,13 @@
-"""Hands MobileNetV2's recipe to main.py's entry."""
+"""Trains and evaluates ECA-MobileNetV2 with the paper's recipe for it: main.py with other defaults.
+
+examples:
+  light_main.py DATA                              ECA-MobileNetV2 by the paper's 400 epochs
+  light_main.py -a mobilenetv2 DATA               the same without attention
+  light_main.py -e --resume CKPT DATA             evaluate
+  light_main.py --recipe modern DATA              the modern recipe's training, on this network
+  light_main.py --resume auto                     go on with the newest run
+  light_main.py demo:digits                       real images without a download
+"""
 
 from main import main
 from utils.data import demo_sets
@@ -18,4 +27,4 @@ RECIPE = Recipe(  # the paper's, for MobileNetV2
 DEMOS = demo_sets.recipes("eca_mobilenetv2", light=True)
 
 if __name__ == "__main__":
-    run_script(lambda: main(RECIPE, DEMOS))
+    run_script(lambda: main(RECIPE, DEMOS, __doc__))

@@ -10,7 +10,6 @@ examples:
   main.py demo:fashion --download                 70,000 photographs of garments
 """
 
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -61,14 +60,19 @@ SMALLER = "a smaller -b or --img-size, or --amp bf16"  # what spares memory
 DEMOS = demo_sets.recipes("eca_resnet18")
 
 
-def main(recipe: Recipe = RECIPE, demos: Mapping[str, Mapping[str, object]] = DEMOS) -> int:
+def main(
+    recipe: Recipe = RECIPE,
+    demos: Mapping[str, Mapping[str, object]] = DEMOS,
+    description: str = __doc__,
+) -> int:
     """Does one run from the command line.
 
     Args:
         recipe: the script's default, the paper's.
         demos: what each demo needs otherwise, whatever the --recipe.
+        description: of the script, for its help.
     """
-    settings, recipe, start = read_command_line(recipe, demos)
+    settings, recipe, start = read_command_line(recipe, demos, description)
     needs = Memory(f"-b {recipe.batch_size}", SMALLER, " or a smaller -b")
     context = distributed.setup(settings.device, settings.gpu)
     try:
@@ -85,11 +89,11 @@ def main(recipe: Recipe = RECIPE, demos: Mapping[str, Mapping[str, object]] = DE
 
 
 def read_command_line(
-    recipe: Recipe, demos: Mapping[str, Mapping[str, object]]
+    recipe: Recipe, demos: Mapping[str, Mapping[str, object]], description: str
 ) -> tuple[ClassificationSettings, Recipe, Start]:
     """Parses the flags, finds the checkpoint, merges the recipe, and refuses what does not fit."""
     paper = recipe
-    parser = build_parser(recipe, models.MODELS, __doc__.replace("main.py", Path(sys.argv[0]).name))
+    parser = build_parser(recipe, models.MODELS, description)
     args = typed = parser.parse_args()
     given = parser.given(vars(typed))
     recipe = recipe.override(**RECIPES[args.recipe or PAPER]).override(**demos.get(args.data, {}))
@@ -177,6 +181,8 @@ def train(
         return 0
     autocast = partial(backends.autocast, context.device, settings.amp)
     batches = TaskBatches.of(data, recipe, seed, reading, context, settings.skip_bad_images)
+    if settings.check_val:
+        batches.check.now()
     record = classifier.make_record(network, settings, recipe, seed, data, start)
     name = runs.run_name(recipe.arch, settings.action)
     files = open_files(settings, start, name, record, CLASSIFICATION, state, context)

@@ -2,6 +2,7 @@
 
     python -m tools.check_images DATA                 a CSV of broken files on stdout
     python -m tools.check_images DATA --output BAD.csv
+    python -m tools.check_images DATA --split val    one part alone
 
 In a folder in COCO's layout (train2017/, val2017/, annotations/) it also lists every image whose
 size is not the one in the annotations, every image that is missing, and every entry that is wrong:
@@ -41,6 +42,7 @@ from utils.system.processes import processors, shared
 from utils.system.text import cell, printable
 
 ORIENTATION = 0x0112  # the number of this field in EXIF
+PARTS = ("train", "val")
 CHUNK = 16  # files that a process takes at a time
 
 
@@ -55,9 +57,10 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
     Raises:
         UserError: no such folder, or one that cannot be listed; shards that are damaged.
     """
-    parts = [os.path.join(root, part) for part in ("train", "val")]
+    parts = [os.path.join(root, part) for part in PARTS]
     if remote_files.is_remote(root):
-        return _in_shards(parts)
+        is_part = root.rsplit("/", 1)[-1] in PARTS
+        return _in_shards([root] if is_part else parts)
     sharded = [folder for folder in (root, *parts) if shard_folder.in_shards(folder)]
     members, others = _in_shards(sharded)
     if not os.path.isdir(root):
@@ -89,10 +92,27 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
     return members + sorted(found), others
 
 
+def part_of(root: str, part: str) -> str:
+    """Returns the folder, or the address, of one part of the data: DATA/val, or DATA/val2017.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if remote_files.is_remote(root):
+        return f"{root.rstrip('/')}/{part}"
+    for name in (part, f"{part}2017"):
+        if os.path.isdir(os.path.join(root, name)):
+            return os.path.join(root, name)
+    raise UserError(
+        f"{printable(root)}: no folder {part} or {part}2017 in it; leave out --split {part}, or "
+        "give the folder that holds it"
+    )
+
+
 def check_annotations(
-    root: str,
+    root: str, only: str | None = None
 ) -> tuple[dict[bytes, tuple[int, int]], list[BrokenImageError]]:
-    """Looks through COCO's annotations in `root`, if there are any.
+    """Looks through COCO's annotations in `root`, if there are any: of all parts, or of `only` one.
 
     Returns:
         Height and width of each image by its path, and all that is wrong with images' entries,
@@ -102,7 +122,7 @@ def check_annotations(
         UserError: a file of annotations is no JSON with COCO's lists.
     """
     sizes, faults = {}, []
-    for part in ("train", "val"):
+    for part in PARTS if only is None else (only,):
         images = os.path.join(root, f"{part}2017")
         annotations = os.path.join(root, "annotations", f"instances_{part}2017.json")
         if not os.path.isfile(annotations) or not os.path.isdir(images):
@@ -158,8 +178,13 @@ def write_csv(file, broken: Iterable[BrokenImageError]) -> None:
 
 
 def main() -> int:
-    parser = Parser(prog="check_images", description=__doc__)
+    parser = Parser(prog="python -m tools.check_images", description=__doc__)
     parser.add_argument("data", metavar="DATA", help="a folder; every image below it is read")
+    parser.add_argument(
+        "--split",
+        choices=PARTS,
+        help="read this part alone: DATA/val, or DATA/val2017 with its annotations",
+    )
     parser.add_argument("--output", metavar="FILE", help="write the CSV here (a new file)")
     parser.add_argument(
         "-j",
@@ -180,9 +205,10 @@ def main() -> int:
     if args.output and os.path.exists(args.output):
         raise UserError(f"{args.output}: exists already; choose a new --output")
 
-    paths, others = find_images(args.data)
+    root = args.data if args.split is None else part_of(args.data, args.split)
+    paths, others = find_images(root)
     remote = remote_files.is_remote(args.data)
-    sizes, faults = ({}, []) if remote else check_annotations(args.data)
+    sizes, faults = ({}, []) if remote else check_annotations(args.data, args.split)
     results = find_broken(paths, args.decoder, args.processes, sizes)
     bar = tqdm(results, total=len(paths), unit="image", disable=not sys.stderr.isatty())
     broken = [error for error in bar if error is not None] + find_missing(paths, sizes) + faults

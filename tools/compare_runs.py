@@ -45,7 +45,7 @@ class Run:
     arch: str
     ksize: tuple[int, ...] | None
     epochs: int  # planned
-    history: list[dict[str, float]]  # one row a finished epoch
+    history: list[dict[str, float]]  # one row a finished epoch, "epoch" from 1
     settings: dict[str, str] = field(default_factory=dict)  # what may differ from run to run
 
     @property
@@ -75,8 +75,12 @@ def read_run(folder: Path) -> Run:
     try:
         rows = list(csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())))
         history = [{name: float(value) for name, value in row.items()} for row in rows]
+        if history and history[0]["epoch"] == 0:  # of a run from before epochs counted from 1
+            history = [{**row, "epoch": row["epoch"] + 1} for row in history]
         saved = json.loads((folder / "args.json").read_text())
         settings = {**saved.get("args", {}), **saved.get("recipe", {})}
+        if "recipe" in settings and not settings["recipe"]:
+            settings["recipe"] = "paper"  # no --recipe was named
         settings |= {k: saved[k] for k in ("attention", "seed", "train_images") if k in saved}
         settings |= saved.get("model_kwargs") or {}
         settings |= first_weights(saved)
@@ -140,7 +144,7 @@ def result_rows(runs: Sequence[Run]) -> list[list[str]]:
         epochs = f"{len(run.history)}/{run.epochs}"
         settings = [values[i] for values in differing.values()]
         rows.append(
-            [name, run.arch, ksize_text(run.ksize), epochs, *figures, f"{best['epoch'] + 1:.0f}"]
+            [name, run.arch, ksize_text(run.ksize), epochs, *figures, f"{best['epoch']:.0f}"]
             + settings
         )
     return rows
@@ -198,7 +202,7 @@ def draw(runs: Sequence[Run]) -> bytes:
         for axis, column in zip(axes.flat, PANELS[decides], strict=True):
             for i, (name, run) in enumerate(zip(short_names(runs), runs, strict=True)):
                 points = [row for row in run.history if math.isfinite(row.get(column, math.nan))]
-                x, y = [row["epoch"] + 1 for row in points], [row[column] for row in points]
+                x, y = [row["epoch"] for row in points], [row[column] for row in points]
                 style = ("-", "--", ":", "-.")[i // len(CURVES) % 4]
                 colour = CURVES[i % len(CURVES)]
                 axis.plot(x, y, style, marker="o", ms=3, color=colour, label=short(name, 60))
@@ -240,7 +244,7 @@ def main() -> int:
         what = ", ".join(sorted(kinds))
         raise UserError(f"the runs measure different things ({what}); compare like with like")
     rows = result_rows(runs)
-    print(columns([[printable(value) for value in row] for row in rows], left=2))
+    print(columns([[printable(value) for value in row] for row in rows], left=2, gap=3))
     if repeats := repeat_lines(runs):
         print("", *map(printable, repeats), sep="\n")
     folder = run_folder.create("comparison", args.output)

@@ -134,7 +134,7 @@ def split_names(images: ImageFolder) -> int:
 
 
 def main() -> int:
-    parser = Parser(prog="make_shards", description=__doc__)
+    parser = Parser(prog="python -m tools.make_shards", description=__doc__)
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("target", metavar="DST")
     parser.add_argument(

@@ -94,7 +94,7 @@ def open_target(target: Path, images: Iterable[bytes], settings: Mapping[str, in
 
 
 def main() -> int:
-    parser = Parser(prog="resize_dataset", description=__doc__)
+    parser = Parser(prog="python -m tools.resize_images", description=__doc__)
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("target", metavar="DST")
     parser.add_argument(

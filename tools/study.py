@@ -149,7 +149,7 @@ def _result(spec: Spec, folder: Path) -> RunResult:
         rate=rate,
         seed=seed,
         epochs=run.epochs,
-        best_epoch=int(run.best["epoch"]) + 1,
+        best_epoch=int(run.best["epoch"]),
         val_top1=run.best["val_top1"],
         test_top1=test.get("top1"),
         test_images=test.get("images"),

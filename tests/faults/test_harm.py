@@ -57,7 +57,7 @@ def test_a_signal_saves_at_the_next_step(start, tree, tmp_path, signum, code):
     assert (ended, err) == (0, [])
     assert_steps(out, saved, epochs)
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]
-    assert [int(row.split(",")[0]) for row in rows] == list(range(epochs))
+    assert [int(row.split(",")[0]) for row in rows] == list(range(1, epochs + 1))
 
 
 def test_a_signal_during_evaluation_loses_no_epoch(start, tree, tmp_path):

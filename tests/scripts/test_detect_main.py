@@ -76,7 +76,7 @@ def test_a_runs_life(detect, shapes, tmp_path, monkeypatch):
         "best.pth",
     } <= names
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"train_loss_classifier", "box_AP", "box_ARl"} <= rows[0].keys()
     for name in ("predictions.png", "curves.png"):
         with Image.open(folder / name) as picture:

@@ -64,7 +64,7 @@ def test_trains_evaluates_and_starts_from_its_weights(run, tree, tmp_path):
         assert picture.size == (990, 726)
 
     rows = read_csv(folder / "metrics.csv")
-    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
     assert float(rows[-1]["train_top1"]) > 80  # three colours: chance is 33
     best = max(rows, key=lambda row: float(row["val_top1"]))  # the first of equal ones
 
@@ -73,7 +73,7 @@ def test_trains_evaluates_and_starts_from_its_weights(run, tree, tmp_path):
     assert saved["arch"] == "resnet18"
     assert saved["classes"] == ["a", "b", "c"]
     assert saved["img_size"] == 32
-    assert saved["progress"]["best"]["epoch"] == int(best["epoch"])
+    assert saved["progress"]["best"]["epoch"] == int(best["epoch"]) - 1
     assert not any(key.startswith("module.") for key in saved["state_dict"])
     lines = succeed(run("main.py", "-e", "--resume", "auto", "-a", "resnet18", "--action", "try"))
     assert "evaluating runs/resnet18_try-1/best.pth" in lines[0]
@@ -103,7 +103,7 @@ def test_trains_evaluates_and_starts_from_its_weights(run, tree, tmp_path):
     lines = succeed(run("main.py", "--resume", folder / "last.pth", "--epochs", 5))
     assert any(line.startswith("recipe: 5 epochs, batch 8, lr 0.02") for line in lines)
     rows = read_csv(folder / "metrics.csv")
-    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3", "4"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5"]
 
 
 def test_light_main_is_a_recipe_of_the_same_trainer(run, tree, tmp_path):

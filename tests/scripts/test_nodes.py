@@ -221,7 +221,7 @@ def test_a_job_before_its_time_limit_saves_and_is_requeued(slurm, tree, tmp_path
         assert "resuming runs/big/last.pth" in out
         assert any("2 processes (DistributedDataParallel)" in line for line in out)
         rows = (tmp_path / "runs/big" / "metrics.csv").read_text().splitlines()[1:]
-        assert [int(row.split(",")[0]) for row in rows] == list(range(saved["epoch"] + 1))
+        assert [int(row.split(",")[0]) for row in rows] == list(range(1, saved["epoch"] + 2))
         assert (tmp_path / "asked.txt").read_text().count("requeue") == 1  # a run at its end is not
     finally:
         with contextlib.suppress(OSError):

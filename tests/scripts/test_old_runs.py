@@ -27,7 +27,7 @@ def rows_of(folder):
 def check(folder, old: dict, losses: tuple[float, ...]) -> None:
     """The run in `folder` went on from `old` to its end, with these losses after epoch 1."""
     rows = rows_of(folder)
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[0]["train_loss"]) == old["history"][0]["train_loss"]
     found = [float(row["train_loss"]) for row in rows[1:]]
     assert found[: len(losses)] == pytest.approx(list(losses), rel=TOLERANCE)

@@ -30,5 +30,5 @@ def test_a_run_that_goes_on_elsewhere_brings_its_epochs(kind, tmp_path):
         for done in range(first, last):
             log.log(rows[: done + 1], images_per_second=7.0)
         log.close()
-    assert epochs_of(tmp_path / "one") == ([0, 1, 2], [0, 1, 2])
-    assert epochs_of(tmp_path / "two") == ([0, 1, 2, 3], [0, 1, 2, 3])
+    assert epochs_of(tmp_path / "one") == ([1, 2, 3], [1, 2, 3])
+    assert epochs_of(tmp_path / "two") == ([1, 2, 3, 4], [1, 2, 3, 4])

@@ -22,7 +22,7 @@ def write_run(folder, top1, seed=1, arch="eca_resnet18", ksize=(3, 5, 7, 7), com
         parts = [f"{part}_{name}" for part in ("train", "val") for name in ("loss", "top1", "top5")]
         writer.writerow(["epoch", "lr", *parts])
         for i, value in enumerate(top1):
-            writer.writerow([i, 0.1, 1.5, 80, 99, 2 - i / 10, value, 99.5])
+            writer.writerow([i + 1, 0.1, 1.5, 80, 99, 2 - i / 10, value, 99.5])
     saved = {
         "arch": arch,
         "attention": "eca",
@@ -43,7 +43,7 @@ def write_detection(folder, masks):
     kinds = ("box", "mask") if masks else ("box",)
     names = [f"{kind}_{name}" for kind in kinds for name in ("AP", "AP50", "AP75")]
     lines = [["epoch", "lr", "train_loss", *names]]
-    lines += [[i, 0.1, 1.0, *[10 + i * (5 - 4 * i)] * len(names)] for i in range(3)]
+    lines += [[i + 1, 0.1, 1.0, *[10 + i * (5 - 4 * i)] * len(names)] for i in range(3)]
     (folder / "metrics.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
     saved = {"arch": "mask_rcnn", "backbone": "resnet18", "recipe": {"epochs": 3}, "args": {}}
     (folder / "args.json").write_text(json.dumps(saved))
@@ -66,11 +66,31 @@ def cli(monkeypatch, capsys, tmp_path):
 
 def test_the_best_epoch_is_the_first_highest_finite_one(tmp_path):
     best = {n: read_run(write_run(tmp_path / n, top1)).best["epoch"] for n, top1 in TOP1.items()}
-    assert best == {"a": 1, "b": 2, "c": 1}
+    assert best == {"a": 2, "b": 3, "c": 2}
     # As in training, an epoch whose loss is not finite is none.
     metrics = tmp_path / "c" / "metrics.csv"
     metrics.write_text(metrics.read_text().replace("1.9,94.0", "inf,94.0"))
-    assert read_run(tmp_path / "c").best["epoch"] == 2
+    assert read_run(tmp_path / "c").best["epoch"] == 3
+
+
+def test_a_run_that_counted_from_0_is_read_alike(tmp_path):
+    new = read_run(write_run(tmp_path / "a", TOP1["a"]))
+    metrics = tmp_path / "a" / "metrics.csv"
+    text = metrics.read_text()
+    for epoch in (1, 2, 3):
+        assert f"\n{epoch},0.1" in text
+        text = text.replace(f"\n{epoch},0.1", f"\n{epoch - 1},0.1")
+    metrics.write_text(text)
+    assert read_run(tmp_path / "a").history == new.history
+
+
+def test_a_run_without_a_named_recipe_is_the_papers(tmp_path):
+    folders = [write_run(tmp_path / name, TOP1["a"]) for name in "ab"]
+    for folder, recipe in zip(folders, (None, "modern"), strict=True):
+        saved = json.loads((folder / "args.json").read_text())
+        saved["args"]["recipe"] = recipe
+        (folder / "args.json").write_text(json.dumps(saved))
+    assert differences([read_run(f) for f in folders]) == {"recipe": ["paper", "modern"]}
 
 
 def test_settings_that_differ_and_seeds_that_repeat(tmp_path):
@@ -117,7 +137,7 @@ def test_detection_runs_go_by_their_ap(tmp_path, cli, masks):
     run = read_run(write_detection(tmp_path / "det", masks))
     assert (run.arch, run.ksize) == ("mask_rcnn/resnet18", None)
     assert run.decides == ("mask_AP" if masks else "box_AP")
-    assert run.best["epoch"] == 1
+    assert run.best["epoch"] == 2
     code, text = cli("det")
     assert (code, "mask AP50" in text) == (0, masks)
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from utils.classification import engine
 from utils.classification.outcome import CLASSIFICATION
 from utils.classification.training_data import TrainingData
-from utils.data.loading import Batch, Reading, training_batches, validation_batches
+from utils.data.decoding import ON_DEVICE
+from utils.data.loading import Batch, ImageDataset, Reading, training_batches, validation_batches
 from utils.data.sampler import SeededBatches, mix_seed
+from utils.data.transforms import eval_transform
+from utils.data.validation_check import ValidationCheck
 from utils.recipes.classification import Recipe
 from utils.system import distributed
 from utils.system.backends import AutocastFactory
@@ -26,6 +29,7 @@ class TaskBatches:
     train: Callable[[], Iterator[Batch]]
     val: Callable[[], Iterator[Batch]]
     val_images: int
+    check: ValidationCheck
 
     @classmethod
     def of(
@@ -44,7 +48,12 @@ class TaskBatches:
         )
         train = training_batches(data.train, order, recipe, seed, reading, skip_bad_images)
         val = validation_batches(data.val, recipe, reading, rank, world_size)
-        return cls(seed, order, train, val, len(data.val))
+        decoder = "torchvision" if reading.decoder == ON_DEVICE else reading.decoder
+        dataset = ImageDataset(data.val, eval_transform(recipe.img_size, recipe.crop_pct))
+        check = ValidationCheck(
+            lambda index: dataset.read((0, index), decoder), len(data.val), context
+        )
+        return cls(seed, order, train, val, len(data.val), check)
 
 
 def make_task(
@@ -68,7 +77,8 @@ def make_task(
 
     def steps(first_step: int) -> Iterator[Batch]:
         parts = (state.optimizer, state.scaler, state.meter, state.guard, rule)
-        return engine.train_epoch(wrapped, batches.train(), *parts, first_step=first_step)
+        trained = engine.train_epoch(wrapped, batches.train(), *parts, first_step=first_step)
+        return batches.check.beside(trained)
 
     def judge(stop: Callable[[], bool]) -> dict[str, float] | None:
         title = f"epoch {state.epoch + 1}/{recipe.epochs} val"

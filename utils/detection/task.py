@@ -8,6 +8,7 @@ from torch import nn
 
 from utils.data.loading import Reading
 from utils.data.sampler import mix_seed
+from utils.data.validation_check import ValidationCheck
 from utils.detection import engine
 from utils.detection.batches import (
     DetectionBatch,
@@ -16,6 +17,7 @@ from utils.detection.batches import (
     evaluation_batches,
     training_batches,
 )
+from utils.detection.coco_dataset import CocoDataset
 from utils.detection.coco_evaluation import Result, Summary, judge
 from utils.detection.outcome import DETECTION
 from utils.detection.training_data import DetectionData
@@ -58,6 +60,10 @@ class Evaluation:
         rank, world_size = self.context.rank, self.context.world_size
         self.batches = evaluation_batches(
             self.val.split, self.first_label, self.reading, rank, world_size
+        )
+        dataset = CocoDataset(self.val.split, self.first_label)
+        self.check = ValidationCheck(
+            lambda index: dataset[0, index], len(self.val.split), self.context
         )
 
     def __call__(
@@ -117,7 +123,7 @@ def make_task(
     wrapped = distributed.wrap(state.network, context)
 
     def steps(first_step: int) -> Iterator[DetectionBatch]:
-        return engine.train_epoch(
+        trained = engine.train_epoch(
             wrapped,
             batches(),
             state.optimizer,
@@ -130,6 +136,7 @@ def make_task(
             autocast=autocast,
             scaler=state.scaler,
         )
+        return evaluation.check.beside(trained)
 
     def judged(stop: Callable[[], bool]) -> Summaries | None:
         return evaluation(state.network, stop, f"epoch {state.epoch + 1}/{recipe.epochs} val")

@@ -7,8 +7,8 @@ from functools import partial
 
 from utils.data.decoding import DECODERS, ON_DEVICE, decoder_name
 from utils.data.demo_sets import DEMOS
-from utils.data.transforms import AUTO_AUGMENTS
 from utils.options.common import (
+    add_check_val,
     add_data_flag,
     add_fused,
     add_original_files,
@@ -18,6 +18,7 @@ from utils.options.common import (
     add_worker_timeout,
     add_workers,
 )
+from utils.options.modern_parts import augmentation_flags, regularisation_flags
 from utils.options.parser import (
     Parser,
     count,
@@ -32,6 +33,7 @@ from utils.recipes.schedules import SCHEDULES
 from utils.system.text import did_you_mean
 
 OF_TRAINING = {
+    "check_val",
     "skip_bad_images",
     "start_epoch",
     "identity_start",
@@ -40,6 +42,22 @@ OF_TRAINING = {
     "seed",
     *({f.name for f in fields(Recipe)} - {"arch", "batch_size", "img_size", "crop_pct"}),
 }
+FIRST = (  # what `-h` shows; `-h all` shows every flag
+    "data",
+    "arch",
+    "pretrained",
+    "recipe",
+    "epochs",
+    "batch_size",
+    "lr",
+    "workers",
+    "amp",
+    "evaluate",
+    "resume",
+    "output",
+    "device",
+    "seed",
+)
 OF_BLOCKS = {"no_fused", "channels_last"}
 
 
@@ -51,6 +69,7 @@ def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> P
         networks: the known names for --arch.
     """
     parser = Parser(
+        first=FIRST,
         description=description,
         epilog="DATA is a folder with train/ and val/, each of one folder per class or of tar "
         f"shards (docs/SCALING.md), the URL of such shards, or one of {DEMOS}.",
@@ -62,8 +81,8 @@ def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> P
     _schedule_flags(optimisation, recipe)
     _speed_flags(optimisation)
     modern = parser.add_argument_group("parts of the modern recipes, off in the paper's")
-    _augmentation_flags(modern)
-    _regularisation_flags(modern)
+    augmentation_flags(modern)
+    regularisation_flags(modern)
     _run_flags(parser.add_argument_group("run"))
     return parser
 
@@ -108,6 +127,7 @@ def _data_flags(group, recipe: Recipe) -> None:
         default=False,
         help="training: replace images that cannot be read, and list them at the end",
     )
+    add_check_val(group)
     add_worker_timeout(group)
 
 
@@ -156,8 +176,8 @@ def _optimisation_flags(group, recipe: Recipe) -> None:
         "--start-epoch",
         type=count,
         metavar="N",
-        help="begin at this epoch (default: 0, or where the resumed run stopped; going back makes "
-        "a new folder)",
+        help="begin after this many epochs (default: 0, or where the resumed run stopped; going "
+        "back makes a new folder)",
     )
     group.add_argument(
         "-b",
@@ -216,78 +236,14 @@ def _speed_flags(group) -> None:
     add_fused(group)
 
 
-def _augmentation_flags(group) -> None:
-    group.add_argument(
-        "--label-smoothing",
-        type=number(float, 0, 1, below=True),
-        metavar="F",
-        help="share of each target that is spread over all classes",
-    )
-    group.add_argument(
-        "--mixup",
-        type=non_negative_float,
-        metavar="ALPHA",
-        help="blend pairs of images; their shares are drawn from Beta(ALPHA, ALPHA)",
-    )
-    group.add_argument(
-        "--cutmix",
-        type=non_negative_float,
-        metavar="ALPHA",
-        help="paste a rectangle of one image into another; with --mixup, one of them per batch",
-    )
-    group.add_argument(
-        "--auto-augment", choices=AUTO_AUGMENTS, help="torchvision's TrivialAugment or RandAugment"
-    )
-    group.add_argument(
-        "--random-erasing",
-        type=fraction,
-        metavar="P",
-        help="probability of a rectangle in the mean colour",
-    )
-    group.add_argument(
-        "--train-size",
-        type=count,
-        metavar="S",
-        help="pixels of training images (0: --img-size, which is then evaluation's alone)",
-    )
-    group.add_argument(
-        "--repeats",
-        type=positive_int,
-        metavar="N",
-        help="repeated augmentation: each image of a batch N times, an epoch as long as ever",
-    )
-
-
-def _regularisation_flags(group) -> None:
-    group.add_argument(
-        "--ema",
-        type=number(float, 0, 1, below=True),
-        metavar="DECAY",
-        help="evaluate and save averaged weights; decay per step, lower in the first steps",
-    )
-    group.add_argument(
-        "--norm-decay",
-        action=argparse.BooleanOptionalAction,
-        help="weight decay on norms, biases and ECA kernels, too (the paper: yes)",
-    )
-    group.add_argument(
-        "--clip-grad", type=non_negative_float, metavar="NORM", help="the gradient's largest norm"
-    )
-    group.add_argument(
-        "--accumulate",
-        type=positive_int,
-        metavar="N",
-        help="take each batch in N parts, for less memory",
-    )
-    group.add_argument(
-        "--sync-bn",
-        action=argparse.BooleanOptionalAction,
-        help="BatchNorm over all processes' images (torchrun on GPUs)",
-    )
-
-
 def _run_flags(group) -> None:
-    group.add_argument("-e", "--evaluate", action="store_true", help="evaluate only")
+    group.add_argument(
+        "-e",
+        "--evaluate",
+        action="store_true",
+        help="evaluate the checkpoint of --resume, and do not train: prints loss, top-1 and top-5; "
+        "with --output DIR it writes them to DIR/evaluation.json, too",
+    )
     group.add_argument(
         "--fast",
         action="store_true",

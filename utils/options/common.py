@@ -30,6 +30,7 @@ OF_ONE_START = frozenset(
         "images_anywhere",
         "output",
         "start_epoch",
+        "check_val",
         "device",
         "gpu",
         "data_files",
@@ -100,6 +101,16 @@ def add_workers(group: argparse._ArgumentGroup, demos: str) -> None:
         type=count,
         metavar="N",
         help=f"loader processes of each rank (default: 4, or what the machine has; {demos}: 0)",
+    )
+
+
+def add_check_val(group: argparse._ArgumentGroup) -> None:
+    """Adds --check-val."""
+    group.add_argument(
+        "--check-val",
+        action="store_true",
+        help="read every validation image before training, and stop at a broken one (default: in "
+        "the background of the first epoch)",
     )
 
 

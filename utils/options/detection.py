@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 
 from utils.options.common import (
+    add_check_val,
     add_data_flag,
     add_fused,
     add_resume,
@@ -24,6 +25,7 @@ from utils.recipes.detection import AUTO, OPTIMIZERS, DetectionRecipe
 from utils.system.text import did_you_mean
 
 OF_TRAINING = {
+    "check_val",
     "train_images",
     "train_annotations",
     "drop_empty",
@@ -46,6 +48,25 @@ OF_TRAINING = {
 }
 
 
+FIRST = (  # what `-h` shows; `-h all` shows every flag
+    "data",
+    "arch",
+    "backbone",
+    "backbone_weights",
+    "epochs",
+    "batch_size",
+    "lr",
+    "workers",
+    "amp",
+    "evaluate",
+    "resume",
+    "picture",
+    "output",
+    "device",
+    "seed",
+)
+
+
 def build_parser(
     recipe: DetectionRecipe,
     detectors: Sequence[str],
@@ -55,6 +76,7 @@ def build_parser(
 ) -> Parser:
     """Returns the parser; a recipe's flags default to None, so that one given is known."""
     parser = Parser(
+        first=FIRST,
         description=description,
         epilog="DATA is a folder in COCO's layout (train2017/, val2017/, "
         "annotations/instances_*.json), or demo:shapes.",
@@ -108,6 +130,7 @@ def _data_flags(group, recipe: DetectionRecipe) -> None:
         metavar="P",
         help=f"training: probability of a mirrored image (default: {recipe.hflip})",
     )
+    add_check_val(group)
     add_worker_timeout(group)
 
 
@@ -233,7 +256,13 @@ def _optimisation_flags(group, recipe: DetectionRecipe) -> None:
 
 
 def _run_flags(group) -> None:
-    group.add_argument("-e", "--evaluate", action="store_true", help="evaluate only")
+    group.add_argument(
+        "-e",
+        "--evaluate",
+        action="store_true",
+        help="evaluate the checkpoint of --resume, and do not train: prints COCO's figures, and "
+        "writes what --output, --results-json and --picture ask for",
+    )
     add_resume(group)
     group.add_argument(
         "--results-json",

@@ -4,7 +4,8 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from utils.system.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from utils.system.processes import end_children
@@ -15,11 +16,39 @@ class Parser(argparse.ArgumentParser):
     """Answers an unknown flag with the nearest known one; otherwise an ArgumentParser.
 
     Abbreviated flags are off: `--epoch` should be a question, not a guess.
+
+    Args:
+        first: names of the flags that `-h` shows; the others are shown by `-h all`. Empty: `-h`
+            shows all of them.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, first: Collection[str] = (), **kwargs):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, add_help=not first, **kwargs)
+        self.first = first
+        if first:
+            self.usage = "%(prog)s [FLAG …] [DATA]"
+            self.add_argument(
+                "-h",
+                "--help",
+                nargs="?",
+                action=_Help,
+                metavar="all",
+                help="show these flags and exit; -h all: every flag",
+            )
+
+    def short_help(self) -> str:
+        """Returns the help with the flags of `first` alone."""
+        others = [a for a in self._actions if a.dest not in self.first and a.dest != "help"]
+        words = [action.help for action in others]
+        for action in others:
+            action.help = argparse.SUPPRESS
+        try:
+            text = self.format_help()
+        finally:
+            for action, help_ in zip(others, words, strict=True):
+                action.help = help_
+        return f"{text}\n{len(others)} more flags: {self.prog} -h all\n"
 
     def parse_args(self, args=None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)
@@ -85,6 +114,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class _Help(argparse.Action):
+    """Prints the flags that matter most, or with the word `all` every one."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help() if values == "all" else parser.short_help(), end="")
+        parser.exit()
 
 
 def _is_taken(action: argparse.Action, word: str) -> bool:

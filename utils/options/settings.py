@@ -26,6 +26,7 @@ class Settings:
     amp: str
     fused: bool
     evaluate: bool
+    check_val: bool
     resume: str | None
     output: str | None
     action: str | None

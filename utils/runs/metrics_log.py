@@ -59,9 +59,11 @@ class RunLogger:
     interruption they are neither short of a row nor have one twice. Wall-clock figures, which no
     two runs share, go to TensorBoard alone.
 
+    Epochs count from 1 there, as people count, and from 0 in the history.
+
     Args:
         figures: which columns and diagrams there are.
-        first_epoch: of this process; TensorBoard forgets older events from there on.
+        first_epoch: of this process; from 0; TensorBoard forgets older events from there on.
     """
 
     def __init__(self, folder: Path, figures: Figures, title: str, first_epoch: int = 0):
@@ -69,20 +71,20 @@ class RunLogger:
         self.is_new = not any(folder.glob("events.out.tfevents.*"))  # also of a run that goes on
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self.board = SummaryWriter(str(folder), purge_step=first_epoch or None)
+        self.board = SummaryWriter(str(folder), purge_step=first_epoch + 1 if first_epoch else None)
 
     def log(self, history: list[dict[str, float]], images_per_second: float) -> None:
         """Writes all files anew; the last row of `history` is the epoch just finished."""
         text, columns = io.StringIO(), self.figures.columns(history)
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(history)
+        writer.writerows({**row, "epoch": int(row["epoch"]) + 1} for row in history)
         write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
         for row in history if self.is_new else history[-1:]:
             for name in columns[1:]:
-                self.board.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
+                self.board.add_scalar(name.replace("_", "/", 1), row[name], int(row["epoch"]) + 1)
         self.is_new = False
-        self.board.add_scalar("train/images_per_second", images_per_second, row["epoch"])
+        self.board.add_scalar("train/images_per_second", images_per_second, int(row["epoch"]) + 1)
         self.board.flush()
         panels = self.figures.panels(history)
         scored = [(self.figures.score(row), row) for row in history]

@@ -104,7 +104,7 @@ def test_a_run_folder(tmp_path, masks):
     lines = files.farewell(state.best, "DATA")
     files.close()
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
-    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert [row["epoch"] for row in rows] == ["1", "2"]
     assert float(rows[1]["box_AP"]) == 20
     assert ("mask_AP" in rows[0]) == masks
     with Image.open(tmp_path / "curves.png") as picture:

@@ -99,3 +99,27 @@ def test_exits(capsys):
 
     with pytest.raises(ZeroDivisionError):  # our own faults keep their traceback
         run_script(own_fault)
+
+
+def test_help_shows_what_matters_first_and_all_flags_when_asked(capsys):
+    parser = Parser(prog="x", first=("data", "epochs"), description="examples: …")
+    parser.add_argument("data", nargs="?")
+    parser.add_argument("--epochs", type=int, help="how many")
+    parser.add_argument("--rare", help="seldom needed")
+
+    def shown(*words):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args([*words])
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    short, everything = shown("-h"), shown("--help", "all")
+    assert "--epochs" in short
+    assert "examples: …" in short
+    assert "--rare" not in short
+    assert short.splitlines()[-1] == "1 more flags: x -h all"
+    assert "--rare" in everything
+    assert "seldom needed" in everything
+    assert "--rare" not in shown("-h", "data")  # what follows is no word of -h
+    assert "more flags" not in everything
+    assert parser.parse_args(["d", "--rare", "1"]).rare == "1"
