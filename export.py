@@ -3,22 +3,26 @@
 examples:
   export.py runs/eca_resnet50-1/best.pth        best.onnx, best.pt2, best.safetensors beside it
   export.py CKPT --to onnx openvino --output deploy
+  export.py CKPT --to hf                        a folder best-hf for models.from_pretrained
   export.py CKPT --int8 DATA                    best.int8.onnx, judged on the images in DATA/val
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 
+from models import create_model
 from models.inference import optimise_for_inference
 from models.inspection import COARSEST
-from models.weights import describe_network, network_from_checkpoint
+from models.weights import Network, describe_network, network_from_checkpoint
 from utils.classification.report import network_line
+from utils.cost import published
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from utils.inspection import export_formats, int8_export
+from utils.inspection import export_formats, hugging_face, int8_export
 from utils.options.export import TRACED, build_parser, settle
 from utils.options.parser import run_script
 from utils.runs import checkpoint_info, safetensors_file
@@ -31,7 +35,11 @@ RUN = {
     "pt2": export_formats.run_pt2,
     "openvino": export_formats.run_openvino,
 }
-ENDINGS = {"openvino": (".xml", ".bin")}  # of the others: the format's name
+# What is added to the checkpoint's name; for the others it is a point and the format's name.
+ENDINGS = {
+    "openvino": (".xml", ".bin"),
+    "hf": tuple(f"-hf/{name}" for name in hugging_face.FILES),
+}
 
 
 def main() -> None:
@@ -77,6 +85,9 @@ def main() -> None:
             parts = (safetensors_file.to_safetensors(network.state_dict(), metadata),)
             safetensors_file.check_safetensors(parts[0], network.state_dict(), files[0].name)
             note = "the tensors of the checkpoint"
+        elif name == "hf":
+            parts = hugging_face_parts(network, checkpoint, metadata, files)
+            note = "for models.from_pretrained; read README.md before you upload the folder"
         else:
             parts, note = traced_file(name, form, network, metadata, files[0].name)
         write(files, parts, note)
@@ -85,7 +96,7 @@ def main() -> None:
 def target_files(
     source: Path, output: str | None, formats: Sequence[str], int8: bool
 ) -> dict[str, list[Path]]:
-    """Names the files to write, OpenVINO's two and one of each other format.
+    """Names the files to write: OpenVINO's two, the three of hf, one of each other format.
 
     Raises:
         UserError: one of them is there already.
@@ -100,6 +111,39 @@ def target_files(
         if target.exists():
             raise UserError(f"{target}: is there already; move it, or choose another --output")
     return targets
+
+
+def hugging_face_parts(
+    network: Network,
+    checkpoint: Mapping[str, object],
+    metadata: Mapping[str, object],
+    files: Sequence[Path],
+) -> tuple[bytes, ...]:
+    """Makes the contents of a Hugging Face folder's files.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    make_folder(str(files[0].parent))
+    state_dict = network.state_dict()
+    weights = safetensors_file.to_safetensors(state_dict, metadata)
+    safetensors_file.check_safetensors(weights, state_dict, hugging_face.WEIGHTS)
+    printed, arch = None, network.arch
+    if arch in published.ACCURACY and is_released_form(network):
+        top1, top5 = published.ACCURACY[arch]
+        printed = (top1, top5, published.IMAGENET[arch].params)
+    card = hugging_face.model_card(
+        {**metadata, "parameters": sum(p.numel() for p in network.parameters())},
+        printed,
+        hugging_face.own_figures(checkpoint),
+    )
+    return hugging_face.config(metadata), weights, card
+
+
+def is_released_form(network: Network) -> bool:
+    """Whether a network is built as the one that figures were published for."""
+    released = create_model(network.arch)
+    return describe_network(network) == describe_network(cast(Network, released))
 
 
 def make_folder(output: str | None) -> None:
@@ -154,7 +198,8 @@ def write(files: Sequence[Path], parts: Sequence[bytes], note: str) -> None:
     """Writes each file whole or not at all; the first, which readers open, as the last."""
     for target, data in reversed(list(zip(files, parts, strict=True))):
         write_atomically(target, data)
-    names = " and ".join([str(files[0]), *(file.suffix for file in files[1:])])
+    same = all(file.stem == files[0].stem for file in files)
+    names = " and ".join([str(files[0]), *(f.suffix if same else f.name for f in files[1:])])
     print(f"{names}: {sum(map(len, parts)) / 1e6:.1f} MB, {note}", flush=True)
 
 

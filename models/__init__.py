@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable
+from os import PathLike
 from typing import Any
 
 from torch import nn
@@ -44,6 +45,7 @@ __all__ = [
     "add_eca",
     "create_model",
     "describe_tails",
+    "from_pretrained",
     "optimise_for_inference",
     "parse_ksize",
     "set_fused",
@@ -98,3 +100,22 @@ def create_model(
     if foreign := kwargs.keys() - inspect.signature(constructor).parameters:
         raise ValueError(f"{name} takes no {', '.join(sorted(foreign))}: leave it out")
     return constructor(ksize=ksize, num_classes=num_classes, **kwargs)
+
+
+def from_pretrained(source: str | PathLike[str], revision: str | None = None) -> nn.Module:
+    """Builds the network in a folder of Hugging Face's form, or of a repository there.
+
+    Args:
+        source: a folder that `export.py --to hf` wrote, or OWNER/NAME on huggingface.co. Where a
+            folder has that name, it is the folder, and nothing is downloaded.
+        revision: branch, tag or commit; for OWNER/NAME alone.
+
+    Returns:
+        The network in eval mode on the CPU: images (N, 3, H, W) float32 → logits (N, classes).
+
+    Raises:
+        ValueError: one line; see `models.pretrained`.
+    """
+    from . import pretrained  # which itself needs this module whole
+
+    return pretrained.from_pretrained(source, revision)

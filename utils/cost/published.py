@@ -1,4 +1,4 @@
-"""Lists parameters and FLOPs that others printed, as they printed them. Nothing is counted here.
+"""Lists parameters, FLOPs and accuracies that others printed, as they printed them; none counted here.
 
 M and G are 2^20 and 2^30 in the ImageNet tables (1000 classes), 10^6 and 10^9 in the COCO table
 (80 classes and, but for RetinaNet, background).
@@ -55,6 +55,16 @@ IMAGENET = {
     "resnet101": Published("42.49M", None, None, PAPER),
     "resnet152": Published("57.40M", None, None, PAPER),
     "mobilenetv2": Published("3.34M", None, None, PAPER),
+}
+
+# ImageNet top-1 and top-5 in %: of ResNet-18 and -34 from the authors' released results.
+ACCURACY = {
+    "eca_resnet18": ("70.92", "89.93"),
+    "eca_resnet34": ("74.21", "91.83"),
+    "eca_resnet50": ("77.48", "93.68"),
+    "eca_resnet101": ("78.65", "94.34"),
+    "eca_resnet152": ("78.92", "94.55"),
+    "eca_mobilenetv2": ("72.56", "90.81"),
 }
 
 COCO = {  # (detector, backbone): parameters are the trainable ones

@@ -25,6 +25,7 @@ NEEDS = {
     "pt2": (),
     "safetensors": ("safetensors",),
     "openvino": ("onnx", "onnxscript", "openvino"),
+    "hf": ("safetensors",),
 }
 INPUT, OUTPUT = "images", "logits"
 METADATA = "metadata.json"  # within a .pt2

@@ -20,7 +20,8 @@ def build_parser(description: str) -> Parser:
         metavar="FORMAT",
         nargs="+",
         choices=tuple(export_formats.NEEDS),
-        help="onnx, pt2, safetensors (default: these three; with --int8: onnx), openvino",
+        help="onnx, pt2, safetensors (default: these three; with --int8: onnx), openvino, "
+        "hf (a folder for Hugging Face)",
     )
     parser.add_argument(
         "--output", metavar="DIR", help="folder of the files (default: the checkpoint's own)"
@@ -76,7 +77,7 @@ def settle(args: Namespace) -> Namespace:
         raise UserError("--int8 needs BatchNorm folded: leave --no-fold out")
     if args.no_fold and not TRACED & set(args.to):
         raise UserError(
-            "--no-fold is for onnx, openvino and pt2, and safetensors holds BatchNorm as it is: "
+            "--no-fold is for onnx, openvino and pt2, and the others hold BatchNorm as it is: "
             "leave it out"
         )
     for name, default in OF_INT8.items():

@@ -1,0 +1,191 @@
+"""Reads a network from a folder in Hugging Face's form: config.json beside model.safetensors.
+
+`export.py CKPT --to hf` writes such a folder. safetensors reads the weights; only the id of a
+repository needs huggingface_hub and a connection. Both are imported where they are used.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import MODELS, create_model
+from .attention import ATTENTIONS
+from .weights import FIELDS, FORMAT, Network, load_weights
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+LARGEST_CONFIG = 16 * 2**20  # bytes: a thousand times what 1,000 class names take
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_EXACT = (torch.float32, torch.float16, torch.bfloat16)  # float32 holds each value of these
+
+
+def from_pretrained(source: str | PathLike[str], revision: str | None = None) -> Network:
+    """Builds the network in a folder, with its weights bit for bit.
+
+    Args:
+        source: a folder with config.json and model.safetensors, or OWNER/NAME on huggingface.co.
+            Where a folder has that name, it is the folder, and nothing is downloaded.
+        revision: branch, tag or commit; for OWNER/NAME alone.
+
+    Returns:
+        The network in eval mode on the CPU: images (N, 3, H, W) float32 → logits (N, classes).
+
+    Raises:
+        ValueError: one line; nothing is there, a package is missing, or a file is not as it ought
+            to be.
+    """
+    folder = _find_folder(source, revision)
+    config = read_config(folder)
+    weights = _read_weights(folder / WEIGHTS)
+    fields = {name: config[name] for name in FIELDS if name != "model_kwargs"}
+    arch, kwargs = fields.pop("arch"), config["model_kwargs"]
+    try:
+        # First without memory: the sizes are a stranger's, and the file's shapes must agree.
+        with torch.device("meta"):
+            trial = cast(Network, create_model(arch, **fields, **kwargs))
+        load_weights(trial, {name: tensor.to("meta") for name, tensor in weights.items()})
+        network = cast(Network, create_model(arch, **fields, **kwargs))
+        load_weights(network, weights)
+    except (ValueError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{folder}: {_first_line(error)}") from None
+    return network.eval()
+
+
+def read_config(folder: str | PathLike[str]) -> dict[str, Any]:
+    """Reads config.json: the fields that build the network, and what images are made with.
+
+    Returns:
+        arch, attention, ksize, num_classes and model_kwargs as `create_model` takes them; and
+        classes (names), img_size (pixels), crop_pct, mean and std, where the file has them.
+
+    Raises:
+        ValueError: one line; no such file, or a field that is not of its type.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"{path}: more than {LARGEST_CONFIG // 2**20} MB; not a config.json")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; give a folder that --to hf wrote") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; write the folder again") from None
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: not JSON; write the folder again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: a JSON object is wanted, not a {type(config).__name__}")
+    if wrong := _wrong_field(config):
+        raise ValueError(f"{path}: {wrong}")
+    return config
+
+
+def _wrong_field(config: Mapping[str, Any]) -> str | None:
+    """Says in a few words which field keeps the network from being built, or None."""
+    if lacking := [name for name in ("format", *FIELDS) if name not in config]:
+        return f"it lacks {lacking[0]}: it is not a config.json of this project"
+    if config["format"] != FORMAT:
+        return f"its format is {_short(config['format'])}, not {FORMAT}: update this package"
+    names, size, kwargs = config.get("classes"), config["num_classes"], config["model_kwargs"]
+    ksize = config["ksize"]
+    right = {
+        "arch": isinstance(config["arch"], str) and config["arch"] in MODELS,
+        "attention": isinstance(config["attention"], str) and config["attention"] in ATTENTIONS,
+        "ksize": ksize is None or (isinstance(ksize, list) and all(map(_is_count, ksize))),
+        "num_classes": _is_count(size),
+        "model_kwargs": isinstance(kwargs, dict)
+        and kwargs.keys() <= {"width_mult"}
+        and all(_is_real(v, 64) for v in kwargs.values()),
+        "classes": names is None
+        or (
+            isinstance(names, list)
+            and all(isinstance(name, str) for name in names)
+            and (not _is_count(size) or len(names) <= size)
+        ),
+        "img_size": config.get("img_size") is None or _is_count(config["img_size"]),
+        "crop_pct": config.get("crop_pct") is None or _is_real(config["crop_pct"], 1),
+        **{name: config.get(name) is None or _is_rgb(config[name]) for name in ("mean", "std")},
+    }
+    wrong = next((name for name, fits in right.items() if not fits), None)
+    return None if wrong is None else f"{wrong} cannot be {_short(config[wrong])}"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+
+
+def _is_real(value: Any, most: float) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and 0 < value <= most
+
+
+def _is_rgb(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(_is_real(v, 1) for v in value)
+
+
+def _short(value: Any) -> str:
+    """Shows a stranger's value in one line that is safe for a terminal."""
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits
+        return f"that {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _find_folder(source: str | PathLike[str], revision: str | None) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{folder} is a folder here: leave revision out")
+        return folder
+    if folder.exists() or not _ID.fullmatch(str(source)):
+        what = "is a file" if folder.exists() else "no such folder"
+        raise ValueError(f"{source}: {what}; give a folder with {CONFIG} and {WEIGHTS}")
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        raise ValueError(
+            f"{source}: no such folder, and to download needs huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from None
+    try:
+        files = [
+            hf_hub_download(str(source), name, revision=revision) for name in (CONFIG, WEIGHTS)
+        ]
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{source}: no such folder here, and not downloaded: {_first_line(error)}"
+        ) from None
+    return Path(files[0]).parent
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ValueError(f"{path}: needs safetensors: pip install safetensors") from None
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give a folder that --to hf wrote")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError):
+        raise ValueError(f"{path}: damaged, or not a safetensors file") from None
+    for name, tensor in weights.items():
+        counts = name.endswith(".num_batches_tracked") and tensor.dtype == torch.int64
+        if not counts and tensor.dtype not in _EXACT:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {_short(name)} is {kind}; float32 is wanted")
+    return weights
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

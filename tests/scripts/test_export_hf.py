@@ -1,0 +1,125 @@
+"""export.py --to hf: a folder that models.from_pretrained reads, and a card that tells no lies."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import export
+import models
+from models import weights
+from utils.data.transforms import IMAGENET_MEAN
+from utils.options.parser import run_script
+from utils.runs import checkpoint
+
+pytest.importorskip("safetensors")
+ROWS = [
+    {"epoch": 0, "lr": 0.1, "val_loss": 1.0, "val_top1": 51.0, "val_top5": 71.0},
+    {"epoch": 1, "lr": 0.1, "val_loss": 1.0, "val_top1": 62.125, "val_top5": 83.5},
+]
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """Runs export.py in an empty folder and gives (exit code, all that it printed)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            run_script(export.main)
+        return end.value.code, "".join(capsys.readouterr())
+
+    return call
+
+
+def write(path, arch="eca_resnet18", num_classes=3, step=0, rows=ROWS, **kwargs):
+    torch.manual_seed(0)
+    network = models.create_model(arch, num_classes=num_classes, **kwargs)
+    network(torch.randn(2, 3, 64, 64))
+    progress = {"epoch": len(rows), "step": step, "sums": torch.zeros(1, 4), "best": {"epoch": 1}}
+    state = {
+        **weights.describe_network(network),
+        "classes": ["a", "b", "ü | *x*"][:num_classes],
+        "img_size": 48,
+        "crop_pct": 0.75,
+        "progress": {**progress, "broken": []},
+        "history": rows,
+        "state_dict": network.state_dict(),
+    }
+    checkpoint.save(path, state)
+    return network.state_dict()
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_the_folder_is_read_back(cli, tmp_path):
+    held = write(tmp_path / "best.pth")
+    code, text = cli("best.pth", "--to", "hf")
+    assert code == 0, text
+    assert "best-hf/config.json and model.safetensors and README.md: " in text
+    assert {path.name for path in (tmp_path / "best-hf").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
+    assert same(models.from_pretrained("best-hf").state_dict(), held)
+    config = json.loads((tmp_path / "best-hf" / "config.json").read_text(encoding="utf-8"))
+    assert config["classes"] == ["a", "b", "ü | *x*"]
+    assert (config["img_size"], config["crop_pct"]) == (48, 0.75)
+    assert config["mean"] == list(IMAGENET_MEAN)
+    # The scripts read its weights as those of any checkpoint.
+    loaded = checkpoint.load(tmp_path / "best-hf" / "model.safetensors")
+    assert same(weights.network_from_checkpoint(loaded).state_dict(), held)
+
+    code, text = cli("best.pth", "--to", "hf")
+    assert code == 2
+    assert "config.json: is there already" in text
+    code, text = cli("best.pth", "--to", "hf", "safetensors", "--output", "new/place")
+    assert code == 0, text
+    assert (tmp_path / "new" / "place" / "best.safetensors").is_file()
+    assert same(models.from_pretrained("new/place/best-hf").state_dict(), held)
+
+
+def card(cli, tmp_path, name="x", **kwargs):
+    write(tmp_path / f"{name}.pth", **kwargs)
+    code, text = cli(f"{name}.pth", "--to", "hf")
+    assert code == 0, text
+    return (tmp_path / f"{name}-hf" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_of_a_run(cli, tmp_path):
+    text = card(cli, tmp_path)
+    assert text.startswith("---\nlicense: mit\n")
+    for line in (
+        "| Architecture | eca_resnet18 |",
+        "| ECA's kernel sizes k | 3, 5, 7, 7 |",
+        "| Parameters | 11,178,095 |",  # 11,689,556 less the 997 classes' 512 weights and a bias
+        "| Licence | MIT |",
+        "| These weights | 62.12 | 83.50 | the run's validation images |",
+        "| Published for this network | not at hand | not at hand | – |",
+    ):
+        assert line in text
+    assert "scaled to 64 pixels, the middle 48 × 48" in text
+    assert "after epoch 2." in text
+    assert "70.92" not in text  # it has three classes: what was published is of another network
+
+
+def test_published_figures_are_those_of_the_same_network_alone(cli, tmp_path):
+    text = card(cli, tmp_path, num_classes=1000, rows=[])
+    assert "| Published for this network | 70.92 | 89.93 | ImageNet |" in text
+    assert "| These weights | not known | not known | – |" in text
+    assert "Published are 11.15M parameters" in text
+    text = card(cli, tmp_path, "other", num_classes=1000, ksize="3333")
+    assert "70.92" not in text
+    text = card(cli, tmp_path, "thin", arch="eca_mobilenetv2", num_classes=1000, width_mult=0.5)
+    assert "72.56" not in text
+
+
+def test_weights_saved_within_an_epoch_have_no_figures(cli, tmp_path):
+    text = card(cli, tmp_path, step=7)
+    assert "62.12" not in text
+    assert "| These weights | not known | not known | – |" in text
