@@ -1,4 +1,4 @@
-"""Lists parameters, FLOPs and accuracies that others printed, as they printed them; none counted here.
+"""Lists parameters, FLOPs and accuracies that others printed, as they printed them.
 
 M and G are 2^20 and 2^30 in the ImageNet tables (1000 classes), 10^6 and 10^9 in the COCO table
 (80 classes and, but for RetinaNet, background).
