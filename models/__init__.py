@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .classifier import Classifier, FeatureMaps, Indices
 from .construction import Ksize
 from .eca_mobilenetv2 import MobileNetV2, eca_mobilenetv2, mobilenetv2, se_mobilenetv2
 from .eca_module import ECALayer, adaptive_kernel_size, parse_ksize
@@ -36,7 +37,9 @@ from .insertion import Insertion, add_eca
 
 __all__ = [
     "MODELS",
+    "Classifier",
     "ECALayer",
+    "FeatureMaps",
     "Insertion",
     "MobileNetV2",
     "ResNet",
@@ -97,6 +100,8 @@ def create_model(
     num_classes: int = 1000,
     *,
     pretrained: bool = False,
+    features_only: bool = False,
+    out_indices: Indices = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Builds the network `name`, with fresh weights.
@@ -105,8 +110,10 @@ def create_model(
         name: a key of `MODELS`; `list_models` shows them.
         ksize: ECA's kernel sizes as `--ksize` takes them, or a sequence; None for the released
             ones, or for a network without ECA.
-        num_classes: at least 1.
+        num_classes: rows of the last layer; 0 for none, so that the network puts out features.
         pretrained: False. Nothing is downloaded here; True is refused with what loads a file.
+        features_only: a `FeatureMaps` in the place of the network: its feature maps, as a list.
+        out_indices: which of them, finest first; only with `features_only`.
         **kwargs: the constructor's other arguments: `attention`, MobileNetV2's `width_mult`.
 
     Raises:
@@ -123,6 +130,10 @@ def create_model(
     constructor = MODELS[name]
     if foreign := kwargs.keys() - inspect.signature(constructor).parameters:
         raise ValueError(f"{name} takes no {', '.join(sorted(foreign))}: leave it out")
+    if not features_only and out_indices is not None:
+        raise ValueError("out_indices is for features_only=True: leave it out")
+    if features_only:
+        return FeatureMaps(constructor(ksize=ksize, num_classes=0, **kwargs), out_indices)
     return constructor(ksize=ksize, num_classes=num_classes, **kwargs)
 
 
