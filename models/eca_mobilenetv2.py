@@ -7,6 +7,7 @@ names. At other widths channels are int(c · width_mult), as in the authors' cod
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from .attention import find_attention, takes_ksize
@@ -108,6 +109,12 @@ class InvertedResidual(nn.Module):
             self.conv.append(entry.build(out_channels, ksize))
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return x + self.conv(x) if self.residual else self.conv(x)
+        return self._fast(x)
+
+    @torch.jit.unused
+    def _fast(self, x: Tensor) -> Tensor:
         residual = x if self.residual else None
         if not self.fused or not is_bare(self.conv, nn.Sequential):
             z = self.conv(x)

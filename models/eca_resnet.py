@@ -5,6 +5,7 @@ With attention off the networks compute what torchvision's compute, under the sa
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from .attention import find_attention, takes_ksize
@@ -47,8 +48,18 @@ class _Block(nn.Module):
         attention = getattr(self, self.slot) if self.slot else None
         return block_tail(z, bn, attention, identity, self.relu, self.fused)
 
+    def scripted_tail(self, y: Tensor, identity: Tensor) -> Tensor:
+        """relu(attention(y) + identity) in words that TorchScript knows."""
+        if hasattr(self, "eca"):
+            y = self.eca(y)
+        elif hasattr(self, "se"):
+            y = self.se(y)
+        return self.relu(y + identity)
+
     def shortcut(self, x: Tensor) -> Tensor:
-        return x if self.downsample is None else self.downsample(x)
+        if self.downsample is None:
+            return x
+        return self.downsample(x)
 
 
 class BasicBlock(_Block):
@@ -69,6 +80,9 @@ class BasicBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = self.shortcut(x)
+        if torch.jit.is_scripting():
+            h = self.relu(self.bn1(self.conv1(x)))
+            return self.scripted_tail(self.bn2(self.conv2(h)), identity)
         h = norm_act(self.conv1(x), self.bn1, self.relu, self.fused)
         return self.tail(self.conv2(h), self.bn2, identity)
 
@@ -94,6 +108,10 @@ class Bottleneck(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = self.shortcut(x)
+        if torch.jit.is_scripting():
+            h = self.relu(self.bn1(self.conv1(x)))
+            h = self.relu(self.bn2(self.conv2(h)))
+            return self.scripted_tail(self.bn3(self.conv3(h)), identity)
         h = norm_act(self.conv1(x), self.bn1, self.relu, self.fused)
         h = norm_act(self.conv2(h), self.bn2, self.relu, self.fused)
         return self.tail(self.conv3(h), self.bn3, identity)
@@ -161,8 +179,11 @@ class ResNet(Classifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map: (N, 3, H, W) → (N, C, ⌈H/32⌉, ⌈W/32⌉), C = 512 or 2048."""
-        *_, last = self._feature_maps(x)
-        return last
+        if torch.jit.is_scripting():
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        else:
+            x = self.maxpool(norm_act(self.conv1(x), self.bn1, self.relu, self.fused))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last feature map → (N, num_classes), or with `pre_logits` (N, C), what `fc` takes."""

@@ -46,6 +46,7 @@ STILL_LONG: Mapping[str, int] = {
 WITH_ARGS = ("utils/options",)  # where a parsed command line may be called `args`
 OUTSIDE = {  # packages that models/ may import besides torch and Python's own
     "models/detection": {"torchvision"},
+    "models/timm_registry": {"timm"},
     "models/fused/triton_operators": {"triton"},
     "models/fused/triton_kernels": {"triton"},
 }

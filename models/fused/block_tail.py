@@ -25,6 +25,7 @@ from ..eca_module import ECALayer
 from . import native
 from .formulas import Gradients, Kept, Wanted, tail_backward, tail_forward
 from .passes import accumulation_dtype
+from .second_order import recorded_backward
 from .stock_modules import is_bare, is_eca
 
 eca_triton = None
@@ -98,7 +99,7 @@ class _FusedTail(torch.autograd.Function):
         small = [_widened(t, z) for t in (weight, bias, kernel)]
         out, variance, kept = _forward(z, *small, residual, statistics, eps, activation)
         ctx.save_for_backward(z, out if activation else None, weight, bias, kernel, *kept)
-        ctx.batch_statistics = statistics is None
+        ctx.batch_statistics, ctx.eps = statistics is None, eps
         ctx.memory_format = _format_of(z)  # backward must not ask: Dynamo does not know it there
         if statistics is not None:
             return out, None, None
@@ -107,14 +108,12 @@ class _FusedTail(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the fused block tail has first derivatives only: call models.set_fused(network,"
-                " False) before backward with create_graph=True"
-            )
         z, out, weight, bias, kernel, *kept = ctx.saved_tensors
-        small = [_widened(t, z) for t in (weight, bias, kernel)]
         wanted = Wanted(*ctx.needs_input_grad[:5])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            given = (grad, z, out, weight, bias, kernel, Kept(*kept), ctx.eps)
+            return *recorded_backward(*given, ctx.batch_statistics, wanted), None, None, None
+        small = [_widened(t, z) for t in (weight, bias, kernel)]
         grad = grad.contiguous(memory_format=ctx.memory_format)
         found = _backward(grad, z, out, *small, Kept(*kept), ctx.batch_statistics, wanted)
         like = (z, weight, bias, kernel, grad)
@@ -138,7 +137,7 @@ def fused_tail(
         activation: ReLU, or nothing.
 
     Returns:
-        (N, C, H, W) in z's dtype and memory format. It has first derivatives only.
+        (N, C, H, W) in z's dtype and memory format.
 
     Call `can_fuse` first: it names the conditions, which are not checked here again.
     """
@@ -216,6 +215,8 @@ def can_fuse(
         or every_module._global_backward_pre_hooks
     ):
         return False
+    if isinstance(z, torch.fx.Proxy):
+        return False
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or _transformed():
         return False
     if z.dim() != 4 or not z.is_floating_point() or z.numel() <= z.shape[1]:
@@ -257,6 +258,7 @@ def norm_act(z: Tensor, bn: nn.Module, activation: nn.Module, fused: bool = True
     if (
         fused
         and not torch.compiler.is_compiling()
+        and not isinstance(z, torch.fx.Proxy)
         and _pays(z)
         and can_fuse(z, bn, None, None, activation)
     ):
