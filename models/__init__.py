@@ -50,6 +50,7 @@ __all__ = [
     "list_models",
     "optimise_for_inference",
     "parse_ksize",
+    "register_with_timm",
     "set_fused",
     "why_not_triton",
 ]
@@ -135,6 +136,17 @@ def create_model(
     if features_only:
         return FeatureMaps(constructor(ksize=ksize, num_classes=0, **kwargs), out_indices)
     return constructor(ksize=ksize, num_classes=num_classes, **kwargs)
+
+
+def register_with_timm() -> list[str]:
+    """Makes `timm.create_model("eca_net_resnet50")` and its like work, and returns these names.
+
+    Raises:
+        ValueError: timm is not installed.
+    """
+    from .timm_registry import register  # it needs weights.py, which needs this file
+
+    return register(MODELS)
 
 
 def _hint(name: str) -> str:
