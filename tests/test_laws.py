@@ -39,6 +39,7 @@ LONGEST_SCRIPT = 200  # of the training scripts, which are read from top to bott
 WITH_ARGS = ("utils/options", JOINING)  # where a parsed command line may be called `args`
 OUTSIDE = {  # packages that models/ may import besides torch and Python's own
     "models/detection": {"torchvision"},
+    "models/timm_registry": {"timm"},
     "models/fused/triton_channel_kernels": {"triton"},
     "models/fused/triton_grids": {"triton"},
     "models/fused/triton_launches": {"triton"},
