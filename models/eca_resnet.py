@@ -160,25 +160,23 @@ class ResNet(Classifier):
         ksize = check_ksize(arch, attention, ksize, stages=4)
         if ksize == ADAPTIVE:
             ksize = tuple(adaptive_kernel_size(c) for c in channels)
-        self.arch = arch
-        self.attention = attention
+        self.arch, self.attention = arch, attention
         self.ksize: tuple[int, ...] | None = ksize
-        maps = [(64, 2, "relu")]
-        maps += [(c, 4 << i, f"layer{i + 1}") for i, c in enumerate(channels)]
-        self._describe_classifier(num_classes, channels[-1], maps)
+        stages = [(c, 4 << i, f"layer{i + 1}") for i, c in enumerate(channels)]
+        self._describe_classifier(num_classes, channels[-1], [(64, 2, "relu"), *stages])
         self.model_kwargs: dict[str, object] = {}
-
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         in_channels = 64
         for i, (width, depth) in enumerate(zip(WIDTHS, layers, strict=True)):
-            k = ksize[i] if ksize else None
             stage = Stage()
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                stage.append(block(in_channels, width, stride, attention, k))
+                stage.append(
+                    block(in_channels, width, stride, attention, ksize[i] if ksize else None)
+                )
                 in_channels = channels[i]
             self.add_module(f"layer{i + 1}", stage)
         self.avgpool = nn.AdaptiveAvgPool2d(1)

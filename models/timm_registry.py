@@ -63,7 +63,7 @@ def _configuration(name: str) -> dict[str, Any]:
     }
 
 
-def _entry(name: str, constructor: Callable[..., Classifier]) -> Callable[..., Classifier]:
+def _entry(name: str, constructor: Callable[..., Classifier]) -> Callable[..., nn.Module]:
     """The function that timm calls for `name`."""
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:

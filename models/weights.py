@@ -200,11 +200,6 @@ def load_weights(
     return notes
 
 
-def _new_attention(count: int, network: Network) -> str:
-    what = "kernels" if network.ksize else "parameters"
-    return f"The weights have no attention: {count} attention {what} are new."
-
-
 def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> Network:
     """Builds the network in a file of any of the three kinds, with its weights.
 
