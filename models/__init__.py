@@ -1,6 +1,7 @@
 """The networks, by name. A name that ends in `mobilenet_v2` is another spelling of the same."""
 
 import difflib
+import fnmatch
 import inspect
 from collections.abc import Callable
 from os import PathLike
@@ -8,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .classifier import Classifier, FeatureMaps, Indices
 from .construction import Ksize
 from .eca_mobilenetv2 import MobileNetV2, eca_mobilenetv2, mobilenetv2, se_mobilenetv2
 from .eca_module import ECALayer, adaptive_kernel_size, parse_ksize
@@ -37,7 +39,9 @@ from .insertion import Insertion, add_eca
 
 __all__ = [
     "MODELS",
+    "Classifier",
     "ECALayer",
+    "FeatureMaps",
     "Insertion",
     "MobileNetV2",
     "ResNet",
@@ -46,13 +50,15 @@ __all__ = [
     "create_model",
     "describe_tails",
     "from_pretrained",
+    "list_models",
     "optimise_for_inference",
     "parse_ksize",
+    "register_with_timm",
     "set_fused",
     "why_not_triton",
 ]
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
+MODELS: dict[str, Callable[..., Classifier]] = {
     "eca_resnet18": eca_resnet18,
     "eca_resnet34": eca_resnet34,
     "eca_resnet50": eca_resnet50,
@@ -77,28 +83,61 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def __dir__() -> list[str]:
+    """What `dir(models)` and tab completion show: the public names alone."""
+    return sorted(__all__)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that `create_model` knows, in the order of `MODELS`.
+
+    Args:
+        pattern: what the whole name must match, as in a shell: `eca_*50*`. No match gives an empty
+            list.
+    """
+    return [name for name in MODELS if fnmatch.fnmatchcase(name, pattern)]
+
+
 def create_model(
-    name: str, ksize: Ksize = None, num_classes: int = 1000, **kwargs: Any
+    name: str,
+    ksize: Ksize = None,
+    num_classes: int = 1000,
+    *,
+    pretrained: bool = False,
+    features_only: bool = False,
+    out_indices: Indices = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Builds the network `name`, with fresh weights.
 
     Args:
-        name: a key of `MODELS`.
+        name: a key of `MODELS`; `list_models` shows them.
         ksize: ECA's kernel sizes as `--ksize` takes them, or a sequence; None for the released
             ones, or for a network without ECA.
-        num_classes: at least 1.
+        num_classes: rows of the last layer; 0 for none, so that the network puts out features.
+        pretrained: False. Nothing is downloaded here; True is refused with what loads a file.
+        features_only: a `FeatureMaps` in the place of the network: its feature maps, as a list.
+        out_indices: which of them, finest first; only with `features_only`.
         **kwargs: the constructor's other arguments: `attention`, MobileNetV2's `width_mult`.
 
     Raises:
         ValueError: one line, for an unknown name or a value that will not do.
     """
     if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(MODELS)}"
-        raise ValueError(f"unknown network {name!r}; {hint}")
+        raise ValueError(f"unknown network {name!r}; {_hint(str(name))}")
+    if pretrained:
+        raise ValueError(
+            f"create_model gives {name} fresh weights and downloads none: train from a file with"
+            f" `python main.py -a {name} --pretrained FILE`, or load it with"
+            " models.weights.network_from_checkpoint(torch.load(FILE))"
+        )
     constructor = MODELS[name]
     if foreign := kwargs.keys() - inspect.signature(constructor).parameters:
         raise ValueError(f"{name} takes no {', '.join(sorted(foreign))}: leave it out")
+    if not features_only and out_indices is not None:
+        raise ValueError("out_indices is for features_only=True: leave it out")
+    if features_only:
+        return FeatureMaps(constructor(ksize=ksize, num_classes=0, **kwargs), out_indices)
     return constructor(ksize=ksize, num_classes=num_classes, **kwargs)
 
 
@@ -119,3 +158,25 @@ def from_pretrained(source: str | PathLike[str], revision: str | None = None) ->
     from . import pretrained  # which itself needs this module whole
 
     return pretrained.from_pretrained(source, revision)
+
+
+def register_with_timm() -> list[str]:
+    """Makes `timm.create_model("eca_net_resnet50")` and its like work, and returns these names.
+
+    Raises:
+        ValueError: timm is not installed.
+    """
+    from .timm_registry import register  # it needs weights.py, which needs this file
+
+    return register(MODELS)
+
+
+def _hint(name: str) -> str:
+    """What to write in the place of an unknown name: close ones, or how to see them all."""
+    if found := list_models(name):  # none of them is the name itself, so it is a pattern
+        return f"models.list_models({name!r}) finds {', '.join(found)}"
+    plain = {"".join(filter(str.isalnum, known)): known for known in MODELS}
+    wanted = "".join(filter(str.isalnum, name.lower()))
+    if close := [plain[match] for match in difflib.get_close_matches(wanted, plain)]:
+        return f"did you mean {' or '.join(close)}?"
+    return f"known: {', '.join(MODELS)}; models.list_models('eca_*50*') finds some by a pattern"

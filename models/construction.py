@@ -12,9 +12,12 @@ Ksize = str | Sequence[int] | None
 
 
 def check_num_classes(num_classes: int) -> int:
-    """Returns `num_classes`; raises a ValueError if it is not an integer of 1 or more."""
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes must be 1 or more, such as 1000, not {num_classes!r}")
+    """Returns `num_classes`; a ValueError if it is no integer of 0 (no last layer) or more."""
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+        raise ValueError(
+            f"num_classes must be 1 or more, such as 1000, or 0 for no last layer,"
+            f" not {num_classes!r}"
+        )
     return num_classes
 
 

@@ -5,12 +5,15 @@ names. At other widths channels are int(c · width_mult), as in the authors' cod
 """
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from .attention import find_attention, takes_ksize
-from .construction import Ksize, check_ksize, check_num_classes, initialise_convolutions
+from .classifier import Classifier, Stage, recomputed
+from .construction import Ksize, check_ksize, initialise_convolutions
 from .eca_module import ADAPTIVE, adaptive_kernel_size
 from .fused.block_tail import block_tail
 from .fused.stock_modules import is_bare
@@ -41,6 +44,16 @@ def shorten_ksize(ksize: tuple[int, ...]) -> tuple[int, ...]:
     """The two numbers that stand for seven, where two do; else the seven."""
     short = (ksize[0], ksize[-1])
     return short if expand_ksize(short) == ksize else ksize
+
+
+def _maps(channels: list[int]) -> Iterator[tuple[int, int, str]]:
+    """Channels, reduction and module of the last block of each resolution."""
+    reduction = 2  # the stem's
+    for stage, (_, _, _, stride) in enumerate(STAGES):
+        reduction *= stride
+        if stage + 1 == len(STAGES) or STAGES[stage + 1][3] == 2:
+            last = len(STAGE_OF_BLOCK) - STAGE_OF_BLOCK[::-1].index(stage)
+            yield channels[stage], reduction, f"features.{last}"
 
 
 class ConvBNReLU(nn.Sequential):
@@ -97,6 +110,12 @@ class InvertedResidual(nn.Module):
             self.conv.append(entry.build(out_channels, ksize))
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return x + self.conv(x) if self.residual else self.conv(x)
+        return self._fast(x)
+
+    @torch.jit.unused
+    def _fast(self, x: Tensor) -> Tensor:
         residual = x if self.residual else None
         if not self.fused or not is_bare(self.conv, nn.Sequential):
             z = self.conv(x)
@@ -108,7 +127,7 @@ class InvertedResidual(nn.Module):
         return block_tail(z, bn, attention, residual)
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Classifier):
     """MobileNetV2 with one attention layer a block.
 
     Args:
@@ -118,14 +137,14 @@ class MobileNetV2(nn.Module):
             applies eq. 12 to the stage's output channels. Widths here are those at `width_mult` 1
             for the two numbers, so that "13" means the same stages at any width, and the actual
             ones for eq. 12. Without ECA there is none to give.
-        num_classes: rows of the classifier.
+        num_classes: rows of the classifier; 0 for none, see `Classifier`.
         width_mult: factor on the channels, at least 1/16.
         arch: the name kept in checkpoints.
 
     Attributes:
         ksize: the kernel sizes used: two numbers if two say it, else seven, or None.
 
-    Shape: (N, 3, H, W) → (N, num_classes).
+    Shape: (N, 3, H, W) → (N, num_classes), or (N, num_features) without classes.
     """
 
     head = "classifier.1"
@@ -152,11 +171,12 @@ class MobileNetV2(nn.Module):
         self.arch = arch
         self.attention = attention
         self.ksize = shorten_ksize(ksize) if ksize else None
-        self.num_classes = check_num_classes(num_classes)
+        last = int(LAST * max(1.0, width_mult))
+        self._describe_classifier(num_classes, last, _maps(channels))
         self.model_kwargs = {"width_mult": width_mult}
 
         in_channels = int(STEM * width_mult)
-        self.features = nn.Sequential(ConvBNReLU(3, in_channels, 3, stride=2))
+        self.features = Stage(ConvBNReLU(3, in_channels, 3, stride=2))
         for i, (expansion, _, blocks, stride) in enumerate(STAGES):
             k = ksize[i] if ksize else None
             for j in range(blocks):
@@ -166,21 +186,33 @@ class MobileNetV2(nn.Module):
                     )
                 )
                 in_channels = channels[i]
-        last = int(LAST * max(1.0, width_mult))
         self.features.append(ConvBNReLU(in_channels, last, 1))
-        self.classifier = nn.Sequential(nn.Dropout(0.25), nn.Linear(last, num_classes))
+        self.classifier = nn.Sequential(nn.Dropout(0.25), self._last_layer())
         initialise_convolutions(self)
-        linear = cast(nn.Linear, self.classifier[1])
-        nn.init.normal_(linear.weight, 0, 0.01)
-        nn.init.zeros_(linear.bias)
+        self._initialise_last_layer()
+
+    def _initialise_last_layer(self) -> None:
+        if self.num_classes:
+            linear = cast(nn.Linear, self.classifier[1])
+            nn.init.normal_(linear.weight, 0, 0.01)
+            nn.init.zeros_(linear.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map: (N, 3, H, W) → (N, C, ⌈H/32⌉, ⌈W/32⌉), C = 1280 up to width 1."""
         return self.features(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # A mean, not a pooling module: the published FLOPs count it as nothing.
-        return self.classifier(self.forward_features(x).mean((2, 3)))
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last feature map → (N, num_classes), or with `pre_logits` (N, C) after dropout."""
+        if self.global_pool:
+            x = x.mean((2, 3))  # not a pooling module: the published FLOPs count it as nothing
+        return self.classifier[0](x) if pre_logits else self.classifier(x)
+
+    def _feature_maps(self, x: Tensor) -> Iterator[Tensor]:
+        wanted = {int(info["module"].rpartition(".")[2]) for info in self.feature_info}
+        for i, block in enumerate(self.features):
+            x = recomputed(block, x) if self.features.recomputes(x) else block(x)
+            if i in wanted or i == len(self.features) - 1:
+                yield x
 
 
 def eca_mobilenetv2(

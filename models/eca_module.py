@@ -51,17 +51,23 @@ class ECALayer(nn.Module):
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not 2 <= x.dim() <= 5:
-            raise ValueError(
-                f"ECALayer takes (N, C) to (N, C, D, H, W), not shape {tuple(x.shape)}"
-            )
-        n, c, *positions = x.shape
-        if len(positions) != 2:  # a view, in channels_last formats too
-            y = self.avg_pool(x.reshape(n, c, math.prod(positions), 1))
-        else:
-            y = self.avg_pool(x)
-        gate = torch.sigmoid(self.conv(y.reshape(n, 1, c)))
-        return x * gate.reshape(n, c, *[1] * len(positions))
+        if not torch.jit.is_scripting():
+            if isinstance(x, torch.fx.Proxy):
+                return self._traced(x)
+            if not 2 <= x.dim() <= 5:
+                raise ValueError(
+                    f"ECALayer takes (N, C) to (N, C, D, H, W), not shape {tuple(x.shape)}"
+                )
+        # Other ranks as (N, C, P, 1): a view, in channels_last formats too.
+        y = x if x.dim() == 4 else x.unsqueeze(-1).unsqueeze(-1).flatten(2, -2)
+        gate = torch.sigmoid(self.conv(self.avg_pool(y).flatten(1).unsqueeze(1)))
+        return x * gate.reshape(list(x.shape[:2]) + [1] * (x.dim() - 2))
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """The same without asking for the rank, which torch.fx does not know."""
+        y = x.unsqueeze(-1).unsqueeze(-1).flatten(2, -2)
+        gate = torch.sigmoid(self.conv(self.avg_pool(y).flatten(1).unsqueeze(1)))
+        return (y * gate.transpose(1, 2).unsqueeze(-1)).reshape(x.shape)
 
 
 def adaptive_kernel_size(channels: int, gamma: float = 2, b: float = 1) -> int:

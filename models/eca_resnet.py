@@ -3,12 +3,15 @@
 With attention off the networks compute what torchvision's compute, under the same names.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from .attention import find_attention, takes_ksize
-from .construction import Ksize, check_ksize, check_num_classes, initialise_convolutions
+from .classifier import Classifier, Stage
+from .construction import Ksize, check_ksize, initialise_convolutions
 from .eca_module import ADAPTIVE, adaptive_kernel_size
 from .fused.block_tail import block_tail, norm_act
 
@@ -48,8 +51,18 @@ class _Block(nn.Module):
         attention = getattr(self, self.slot) if self.slot else None
         return block_tail(z, bn, attention, identity, self.relu, self.fused)
 
+    def scripted_tail(self, y: Tensor, identity: Tensor) -> Tensor:
+        """relu(attention(y) + identity) in words that TorchScript knows."""
+        if hasattr(self, "eca"):
+            y = self.eca(y)  # type: ignore[operator]
+        elif hasattr(self, "se"):
+            y = self.se(y)  # type: ignore[operator]
+        return self.relu(y + identity)
+
     def shortcut(self, x: Tensor) -> Tensor:
-        return x if self.downsample is None else self.downsample(x)
+        if self.downsample is None:
+            return x
+        return self.downsample(x)
 
 
 class BasicBlock(_Block):
@@ -70,6 +83,9 @@ class BasicBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = self.shortcut(x)
+        if torch.jit.is_scripting():
+            h = self.relu(self.bn1(self.conv1(x)))
+            return self.scripted_tail(self.bn2(self.conv2(h)), identity)
         h = norm_act(self.conv1(x), self.bn1, self.relu, self.fused)
         return self.tail(self.conv2(h), self.bn2, identity)
 
@@ -95,12 +111,16 @@ class Bottleneck(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = self.shortcut(x)
+        if torch.jit.is_scripting():
+            h = self.relu(self.bn1(self.conv1(x)))
+            h = self.relu(self.bn2(self.conv2(h)))
+            return self.scripted_tail(self.bn3(self.conv3(h)), identity)
         h = norm_act(self.conv1(x), self.bn1, self.relu, self.fused)
         h = norm_act(self.conv2(h), self.bn2, self.relu, self.fused)
         return self.tail(self.conv3(h), self.bn3, identity)
 
 
-class ResNet(nn.Module):
+class ResNet(Classifier):
     """A ResNet with one attention layer a block, after its last BatchNorm and before the addition.
 
     Args:
@@ -109,13 +129,13 @@ class ResNet(nn.Module):
         attention: a name in `attention.ATTENTIONS`.
         ksize: ECA's kernel size in each stage, as `parse_ksize` reads it; "adaptive" applies
             eq. 12 to the stage's output channels. Without ECA there is none to give.
-        num_classes: rows of `fc`.
+        num_classes: rows of `fc`; 0 for none, see `Classifier`.
         arch: the name kept in checkpoints.
 
     Attributes:
         ksize: the four kernel sizes used ("adaptive" resolved), or None.
 
-    Shape: (N, 3, H, W) → (N, num_classes).
+    Shape: (N, 3, H, W) → (N, num_classes), or (N, num_features) without classes.
     """
 
     head = "fc"
@@ -140,37 +160,48 @@ class ResNet(nn.Module):
         ksize = check_ksize(arch, attention, ksize, stages=4)
         if ksize == ADAPTIVE:
             ksize = tuple(adaptive_kernel_size(c) for c in channels)
-        self.arch = arch
-        self.attention = attention
+        self.arch, self.attention = arch, attention
         self.ksize: tuple[int, ...] | None = ksize
-        self.num_classes = check_num_classes(num_classes)
+        stages = [(c, 4 << i, f"layer{i + 1}") for i, c in enumerate(channels)]
+        self._describe_classifier(num_classes, channels[-1], [(64, 2, "relu"), *stages])
         self.model_kwargs: dict[str, object] = {}
-
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        in_channels = 64
-        for i, (width, depth) in enumerate(zip(WIDTHS, layers, strict=True)):
-            k = ksize[i] if ksize else None
-            stage = nn.Sequential()
+        in_channels, steps = 64, zip(WIDTHS, layers, ksize or [None] * 4, strict=True)
+        for i, (width, depth, k) in enumerate(steps):
+            stage = Stage()
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
                 stage.append(block(in_channels, width, stride, attention, k))
                 in_channels = channels[i]
             self.add_module(f"layer{i + 1}", stage)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(in_channels, num_classes)
+        self.fc = self._last_layer()
         initialise_convolutions(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map: (N, 3, H, W) → (N, C, ⌈H/32⌉, ⌈W/32⌉), C = 512 or 2048."""
-        x = self.maxpool(norm_act(self.conv1(x), self.bn1, self.relu, self.fused))
+        if torch.jit.is_scripting():
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        else:
+            x = self.maxpool(norm_act(self.conv1(x), self.bn1, self.relu, self.fused))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.forward_features(x)
-        return self.fc(self.avgpool(x).flatten(1))
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last feature map → (N, num_classes), or with `pre_logits` (N, C), what `fc` takes."""
+        if self.global_pool:
+            x = self.avgpool(x).flatten(1)
+        return x if pre_logits else self.fc(x)
+
+    def _feature_maps(self, x: Tensor) -> Iterator[Tensor]:
+        x = norm_act(self.conv1(x), self.bn1, self.relu, self.fused)
+        yield x
+        x = self.maxpool(x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            yield x
 
 
 # depth: block, blocks in each stage, and the kernel sizes of the authors' released weights

@@ -9,13 +9,15 @@ learns from there. (Weight decay then pulls towards 1, the network without ECA.)
 """
 
 import fnmatch
+import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Literal, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .eca_module import ADAPTIVE, ECALayer, adaptive_kernel_size
+from .insertion_layers import InsertedECA, WithECA
 
 # Class names, as neither library need be there: torchvision's and timm's residual blocks, ...
 BLOCKS = frozenset(
@@ -42,37 +44,6 @@ ECAS = frozenset({"ECALayer", "InsertedECA", "EcaModule", "CecaModule", "eca_lay
 SHORTCUTS = frozenset({"downsample", "shortcut", "skip", "proj", "identity"})
 
 _REMEDY = "give the type of the blocks, or the places by name, such as after='layer*.*.bn3'"
-
-
-class InsertedECA(ECALayer):
-    """An ECA layer for `channels` channels whose gate can start at 1.
-
-    Args:
-        identity: gate 2 · σ(conv1d(y)) with a zero kernel, instead of σ(conv1d(y)) with a fresh
-            one. The factor is a buffer, `gain`, so that such weights do not load into a layer
-            without it, which would halve its output.
-
-    Shape: (N, channels, H, W) → the same. Anything else is a ValueError: in a layout with the
-    channels last, the gates would silently be those of the rows.
-    """
-
-    def __init__(self, channels: int, kernel_size: int, identity: bool = True):
-        super().__init__(kernel_size)
-        self.channels = channels
-        self.register_buffer("gain", torch.tensor(2.0) if identity else None)
-        if identity:
-            nn.init.zeros_(self.conv.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(
-                f"ECA was put where shape (N, {self.channels}, H, W) was expected and"
-                f" {tuple(x.shape)} came: put it after a module whose output has that shape"
-            )
-        gate = torch.sigmoid(self.conv(x.mean((2, 3)).unsqueeze(1)))
-        if self.gain is not None:
-            gate = self.gain * gate  # type: ignore[operator]
-        return x * gate.reshape(*x.shape[:2], 1, 1)
 
 
 class Insertion(NamedTuple):
@@ -132,6 +103,9 @@ def add_eca(
     if not found:
         raise ValueError(f"found no place for ECA in {type(model).__name__}: {_REMEDY}")
     plan = [(name, instead) for name, instead, is_done in found if not is_done]
+    for name, instead in plan:
+        if not instead:
+            _check_place(model, name)
     sizes = [_channels(model, name, instead) for name, instead in plan]
 
     done = []
@@ -275,15 +249,32 @@ def _insert(model: nn.Module, name: str, layer: InsertedECA, instead: bool) -> s
     if _runs_in_order(parent) and own == list(parent._modules)[-1]:
         parent.append(layer)  # the released name of ECA in MobileNetV2: features.2.conv.4
         return name.rpartition(".")[0] + f".{len(parent) - 1}"
-    place.add_module("eca", layer)
-    if not _runs_in_order(place):
-        place.register_forward_hook(_attend)
+    if _runs_in_order(place):
+        place.add_module("eca", layer)
+        return f"{name}.eca"
+    seat = WithECA(place, layer)
+    for module in list(model.modules()):  # wherever it stands: it may be used in several places
+        for key, child in module._modules.items():
+            if child is place and module is not seat:
+                setattr(module, key, seat)
     return f"{name}.eca"
 
 
-def _attend(module: Any, inputs: tuple, output: Tensor) -> Tensor:
-    """A forward hook: it finds its layer through `module`, so that it survives deepcopy."""
-    return module.eca(output)
+def _check_place(model: nn.Module, name: str) -> None:
+    """Raises a ValueError where no module can stand in the place of `name`."""
+    place = model.get_submodule(name)
+    if _runs_in_order(place):
+        return
+    if place is model:
+        raise ValueError(f"ECA cannot stand behind the whole {type(model).__name__}: {_REMEDY}")
+    taken = inspect.signature(place.forward).parameters.values()
+    if (
+        sum(p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in taken)
+        > 1
+    ):
+        raise ValueError(
+            f"{name} takes more than one tensor, so ECA cannot stand behind it: {_REMEDY}"
+        )
 
 
 def _ends_convnext(parent: nn.Module, own: str) -> bool:

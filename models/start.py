@@ -50,12 +50,7 @@ def first_network(
     Raises:
         ValueError: one line; see `create_model` and `load_weights`. Also for too few classes.
     """
-    if names and num_classes and num_classes < len(names):
-        raise ValueError(
-            f"--num-classes {num_classes}: the data has {len(names)} classes; give at least as "
-            "many, or leave it out"
-        )
-    num_classes = num_classes or len(names or range(1000))
+    num_classes = _count_classes(num_classes, names)
     if pretrained is None:
         network = _create(arch, ksize, attention, num_classes)
         return network, [start_as_identity(network)] if identity_start else []
@@ -81,6 +76,17 @@ def first_network(
         _refuse_trained(network, tensors, file)
         notes.append(start_as_identity(network))
     return network, [f"pretrained: {file}", *(f"  {note}" for note in notes)]
+
+
+def _count_classes(num_classes: int | None, names: Sequence[str] | None) -> int:
+    if num_classes == 0:
+        raise ValueError("--num-classes 0: a run trains a last layer; leave it out for the data's")
+    if names and num_classes and num_classes < len(names):
+        raise ValueError(
+            f"--num-classes {num_classes}: the data has {len(names)} classes; give at least as "
+            "many, or leave it out"
+        )
+    return num_classes or len(names or range(1000))
 
 
 def _refuse_trained(network: Network, tensors: Mapping[str, Any], file: str) -> None:
@@ -161,7 +167,7 @@ def refuse_another(
             arch or held["arch"],
             ksize or of_file[0],
             attention or of_file[1],
-            num_classes or held.get("num_classes"),
+            held.get("num_classes") if num_classes is None else num_classes,
         )
     wanted = describe_network(network)
     if differing := [k for k, v in given.items() if v is not None and wanted[k] != held[k]]:
@@ -173,5 +179,5 @@ def refuse_another(
 
 
 def _create(arch: str, ksize: Ksize, attention: str | None, num_classes: Any) -> Network:
-    chosen = {} if attention is None else {"attention": attention}
+    chosen: dict[str, Any] = {} if attention is None else {"attention": attention}
     return cast(Network, create_model(arch, ksize, num_classes, **chosen))

@@ -167,10 +167,12 @@ def load_weights(
     weights = strip_prefixes(state_dict)
     own = network.state_dict()
     head = (f"{network.head}.weight", f"{network.head}.bias")
+    unused = [] if network.num_classes else [weights.pop(name) for name in head if name in weights]
     classes = weights[head[0]].shape[0] if head[0] in weights else network.num_classes
     headless = not weights.keys() & set(head)
     fresh = {}
-    if replace_head and (headless or other_classes or classes != network.num_classes):
+    others = headless or other_classes or classes != network.num_classes
+    if replace_head and others and network.num_classes:
         fresh = {name: own[name] for name in head}
     attention = {}
     if add_attention and _read_attention(weights) == "none":
@@ -178,22 +180,16 @@ def load_weights(
         fresh |= {name: own[name] for name in attention.keys() - weights.keys()}
     weights |= fresh
 
-    faults = _misfits(own, weights)
-    if any(faults.values()):
-        ksize, built = read_ksize(weights), network.ksize
-        if ksize and built and ksize != built and not (faults["missing"] or faults["unexpected"]):
-            raise ValueError(
-                f"the weights have kernel sizes {_join(ksize)} and {network.arch} was built with"
-                f" {_join(built)}: give --ksize {_join(ksize)}"
-            )
-        report = "; ".join(f"{len(v)} {fault}: {_first(v)}" for fault, v in faults.items() if v)
-        raise ValueError(f"the weights do not fit {network.arch}: {report}")
-    network.load_state_dict(weights, assign=own[head[0]].is_meta)
+    _refuse_misfits(network, own, weights)
+    network.load_state_dict(weights, assign=next(iter(own.values())).is_meta)
 
     notes = [f"Loaded {len(weights) - len(fresh)} tensors into {network.arch}."]
     if weights.keys() - state_dict.keys() - fresh.keys():
         notes.append("Took the wrappers' prefixes off their names.")
-    notes += [_new_attention(len(attention), network)] if attention else []
+    if attention:
+        what = "kernels" if network.ksize else "parameters"
+        notes.append(f"The weights have no attention: {len(attention)} attention {what} are new.")
+    notes += [f"Left {network.head} out: the network has no last layer."] if unused else []
     if headless and fresh:
         notes.append(f"Left {network.head} as initialised: the weights have no last layer.")
     elif head[0] in fresh:
@@ -202,11 +198,6 @@ def load_weights(
             why = f"the weights' {classes} classes have other names"
         notes.append(f"Left {network.head} as initialised: {why}.")
     return notes
-
-
-def _new_attention(count: int, network: Network) -> str:
-    what = "kernels" if network.ksize else "parameters"
-    return f"The weights have no attention: {count} attention {what} are new."
 
 
 def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> Network:
@@ -232,9 +223,9 @@ def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> Network:
     return network
 
 
-def _misfits(own: StateDict, weights: StateDict) -> dict[str, list[str]]:
-    """Lists what keeps `weights` from loading into a network whose state dict is `own`."""
-    return {
+def _refuse_misfits(network: Network, own: StateDict, weights: StateDict) -> None:
+    """Raises a ValueError for whatever keeps `weights` from loading where `own` stands now."""
+    faults = {
         # Files older than BatchNorm's step counter lack it; torch then keeps the network's own.
         "missing": [k for k in own if k not in weights and not k.endswith(".num_batches_tracked")],
         "unexpected": [k for k in weights if k not in own],
@@ -244,6 +235,16 @@ def _misfits(own: StateDict, weights: StateDict) -> dict[str, list[str]]:
             if k in own and v.shape != own[k].shape
         ],
     }
+    if not any(faults.values()):
+        return
+    ksize, built = read_ksize(weights), network.ksize
+    if ksize and built and ksize != built and not (faults["missing"] or faults["unexpected"]):
+        raise ValueError(
+            f"the weights have kernel sizes {_join(ksize)} and {network.arch} was built with"
+            f" {_join(built)}: give --ksize {_join(ksize)}"
+        )
+    report = "; ".join(f"{len(v)} {fault}: {_first(v)}" for fault, v in faults.items() if v)
+    raise ValueError(f"the weights do not fit {network.arch}: {report}")
 
 
 def _read_attention(weights: StateDict) -> str:

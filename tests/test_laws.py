@@ -40,6 +40,7 @@ WITH_ARGS = ("utils/options", JOINING)  # where a parsed command line may be cal
 OUTSIDE = {  # packages that models/ may import besides torch and Python's own
     "models/detection": {"torchvision"},
     "models/pretrained": {"safetensors", "huggingface_hub"},  # inside of its functions
+    "models/timm_registry": {"timm"},
     "models/fused/triton_channel_kernels": {"triton"},
     "models/fused/triton_grids": {"triton"},
     "models/fused/triton_launches": {"triton"},

@@ -103,7 +103,7 @@ def _transform(theirs: GeneralizedRCNNTransform, legacy: bool) -> DetectorTransf
 
 
 def _pyramid(network: ResNet, levels: Sequence[int], width: int, legacy: bool) -> BackboneWithFPN:
-    deepest = network.fc.in_features
+    deepest = network.num_features
     extra = LastLevelMaxPool()
     if 1 not in levels:  # RetinaNet: P6 comes from C5, not from P5
         extra = (LegacyP6P7 if legacy else LastLevelP6P7)(deepest, width)

@@ -140,7 +140,7 @@ def _make_backbone(
 
 
 def _make_resnet(backbone: str, ksize: Ksize, attention: str | None) -> ResNet:
-    chosen = {} if attention is None else {"attention": attention}
+    chosen: dict[str, Any] = {} if attention is None else {"attention": attention}
     network = create_model(backbone, ksize, num_classes=1, **chosen)
     if not isinstance(network, ResNet):
         raise ValueError(f"a detector takes a ResNet such as eca_resnet50, not {backbone!r}")

@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from ..eca_module import ECALayer
 from . import dispatch, native
 from .formulas import Kept, Wanted
+from .second_order import recorded_backward
 from .stock_modules import is_bare, is_eca
 from .whole_passes import accumulation_dtype
 
@@ -62,7 +63,7 @@ class _FusedTail(torch.autograd.Function):
         k = None if kernel is None else _widened(kernel, z)
         out, variance, kept = dispatch.forward(z, w, b, k, residual, statistics, eps, activation)
         ctx.save_for_backward(z, out if activation else None, weight, bias, kernel, *kept)
-        ctx.batch_statistics = statistics is None
+        ctx.batch_statistics, ctx.eps = statistics is None, eps
         ctx.memory_format = _format_of(z)  # backward must not ask: Dynamo does not know it there
         if statistics is not None:
             return out, None, None
@@ -71,15 +72,14 @@ class _FusedTail(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the fused block tail has first derivatives only: call models.set_fused(network,"
-                " False) before backward with create_graph=True"
-            )
         z, out, weight, bias, kernel, *kept = ctx.saved_tensors
+        wanted = Wanted(*ctx.needs_input_grad[:5])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            small = (weight, bias, kernel, Kept(*kept), ctx.eps)
+            again = recorded_backward(grad, z, out, *small, ctx.batch_statistics, wanted)
+            return *again, None, None, None
         w, b = _widened(weight, z), _widened(bias, z)
         k = None if kernel is None else _widened(kernel, z)
-        wanted = Wanted(*ctx.needs_input_grad[:5])
         grad = grad.contiguous(memory_format=ctx.memory_format)
         found = dispatch.backward(grad, z, out, w, b, k, Kept(*kept), ctx.batch_statistics, wanted)
         like = (z, weight, bias, kernel, grad)
@@ -103,7 +103,7 @@ def fused_tail(
         activation: ReLU, or nothing.
 
     Returns:
-        (N, C, H, W) in z's dtype and memory format. It has first derivatives only.
+        (N, C, H, W) in z's dtype and memory format.
 
     Call `can_fuse` first: this function does not check the conditions that it names.
     """
@@ -182,7 +182,9 @@ def can_fuse(
         or every_module._global_backward_pre_hooks
     ):
         return False
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if isinstance(z, torch.fx.Proxy):
+        return False
+    tracing = torch.jit.is_tracing()
     if tracing or torch.compiler.is_exporting() or _transformed():
         return False
     if z.dim() != 4 or not z.is_floating_point() or z.numel() <= z.shape[1]:
@@ -230,6 +232,7 @@ def norm_act(z: Tensor, bn: nn.Module, activation: nn.Module, fused: bool = True
     if (
         fused
         and not torch.compiler.is_compiling()
+        and not isinstance(z, torch.fx.Proxy)
         and _pays(z)
         and can_fuse(z, bn, None, None, activation)
     ):

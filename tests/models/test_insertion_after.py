@@ -49,17 +49,124 @@ def test_a_mobilenet_becomes_our_eca_mobilenet_name_by_name():
     torch.testing.assert_close(network(images), ours(images), rtol=1e-5, atol=1e-5)
 
 
-def test_batch_norms_are_converted_before_eca_is_put_in():
+def tuned(network, **settings):
+    """The network in eval mode, with ECA whose kernels are not zero."""
+    torch.manual_seed(0)
+    for insertion in add_eca(network, quiet=True, **settings):
+        nn.init.normal_(network.get_submodule(insertion.name).conv.weight)
+    return network.eval()
+
+
+def test_batch_norms_are_converted_before_or_after():
     torch.manual_seed(0)
     plain = torchvision.models.resnet18(num_classes=3).eval()
-    network = copy.deepcopy(plain)
-    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))
-    for each in (network, synced):
-        assert len(add_eca(each.eval(), quiet=True)) == 8
-        for name, parameter in each.named_parameters():
-            if "eca" in name:
-                nn.init.ones_(parameter)
-    x = torch.randn(2, 3, 64, 64)
+    network = tuned(copy.deepcopy(plain))
+    before = tuned(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain)))
+    after = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert not torch.allclose(plain(x), network(x))
-        torch.testing.assert_close(synced(x), network(x))
+        expected = network(images)
+        assert not torch.allclose(plain(images), expected)
+        for synced in (before, after):
+            assert not any(isinstance(m, nn.BatchNorm2d) for m in synced.modules())
+            torch.testing.assert_close(synced(images), expected)
+            assert list(synced.state_dict()) == list(network.state_dict())
+
+
+def test_no_hook_is_on_the_way_forward():
+    network = tuned(torchvision.models.resnet18(num_classes=3))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+def test_keys_stay_in_every_way_of_saving_and_loading():
+    plain = torchvision.models.resnet18(num_classes=3)
+    network = tuned(copy.deepcopy(plain))
+    keys = list(network.state_dict())
+    assert [key for key in keys if ".eca." not in key] == list(plain.state_dict())
+    assert keys.index("layer1.0.bn2.eca.conv.weight") == keys.index("layer1.0.bn2.weight") + 6
+    assert {"layer1.0.bn2", "layer1.0.bn2.eca"} <= network.state_dict()._metadata.keys()
+    assert not any("without" in key for key in network.state_dict()._metadata)
+    part = network.layer1[0].bn2
+    assert list(part.state_dict())[:2] == ["weight", "bias"]
+
+    missing, unexpected = network.load_state_dict(plain.state_dict(), strict=False)
+    assert unexpected == []
+    assert all(".eca." in key for key in missing)
+    assert len(missing) == 16
+    some = {k: v for k, v in network.state_dict().items() if k != "layer2.0.bn2.weight"}
+    with pytest.raises(RuntimeError, match=r"Missing key.*\"layer2.0.bn2.weight\""):
+        network.load_state_dict(some)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*\"layer2.0.bn2.odd\""):
+        network.load_state_dict({**network.state_dict(), "layer2.0.bn2.odd": torch.ones(1)})
+
+    given = {key: torch.full_like(value, 3) for key, value in network.state_dict().items()}
+    with torch.device("meta"):
+        empty = torchvision.models.resnet18(num_classes=3)
+        add_eca(empty, quiet=True)
+    empty.load_state_dict(given, assign=True)
+    assert all(value.eq(3).all() for value in empty.state_dict().values())
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(network)))
+    twin.load_state_dict(given)
+    assert all(value.eq(3).all() for value in twin.state_dict().values())
+
+
+def test_a_normalisation_is_read_and_set_through_its_place():
+    network = tuned(torchvision.models.resnet18(num_classes=3))
+    place = network.layer1[0].bn2
+    norm = place.without_eca
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert place.weight is norm.weight
+    assert (place.num_features, place.running_mean is norm.running_mean) == (64, True)
+    place.momentum, place.weight = 0.25, nn.Parameter(torch.zeros(64))
+    assert norm.momentum == 0.25
+    assert norm.weight.eq(0).all()
+    assert "weight" not in place._parameters
+    network.train()
+    assert place.training
+    assert norm.training
+    with pytest.raises(AttributeError, match="odd"):
+        _ = place.odd
+
+
+class Shared(nn.Module):
+    """One normalisation in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.second = nn.ModuleList([self.norm])
+
+    def forward(self, x):
+        return self.second[0](self.norm(self.first(x)))
+
+
+class Two(nn.Module):
+    """Takes two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x, y, z=None):
+        return self.norm(x + y)
+
+
+def test_a_module_in_two_places_has_eca_in_both():
+    network = Shared().eval()
+    images = torch.randn(2, 3, 5, 5)
+    (insertion,) = add_eca(network, after="norm", identity=False, quiet=True)
+    layer = network.get_submodule(insertion.name)
+    norm = network.norm.without_eca
+    expected = layer(norm(layer(norm(network.first(images)))))
+    assert torch.equal(network(images), expected)
+    assert add_eca(network, after="norm", quiet=True) == []
+
+
+def test_what_cannot_have_a_seat_is_refused():
+    network = nn.ModuleDict({"two": Two()})
+    with pytest.raises(ValueError, match="two takes more than one tensor"):
+        add_eca(network, after="two")
+    assert [i.name for i in add_eca(network, after="two.norm", quiet=True)] == ["two.norm.eca"]
+    with pytest.raises(ValueError, match="cannot stand behind the whole BatchNorm2d"):
+        add_eca(nn.BatchNorm2d(4), after=nn.BatchNorm2d)

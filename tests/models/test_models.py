@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from models import MODELS, create_model
+import models
+from models import MODELS, create_model, list_models
 from models.eca_module import ECALayer
 from models.eca_resnet import BasicBlock, Bottleneck, ResNet
 
@@ -19,6 +20,21 @@ def test_table():
     assert set(MODELS) == names | ALIASES.keys() | set(ALIASES.values())
     for name, constructor in MODELS.items():
         assert constructor.__name__ == ALIASES.get(name, name)
+
+
+def test_names_by_pattern():
+    assert list_models() == list(MODELS)
+    assert list_models("eca_*50*") == ["eca_resnet50"]
+    assert list_models("eca_resnet?8") == ["eca_resnet18"]
+    assert list_models("*mobilenetv2") == ["eca_mobilenetv2", "se_mobilenetv2", "mobilenetv2"]
+    assert list_models("eca") == list_models("ECA_*") == []
+    assert create_model("resnet18", num_classes=2, pretrained=False).num_classes == 2
+
+
+def test_what_is_public_shows():
+    assert dir(models) == sorted(models.__all__)
+    assert all(hasattr(models, name) for name in models.__all__)
+    assert not [name for name in dir(models) if name.startswith("_") or name == "Any"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -85,12 +101,24 @@ def test_ksize_reaches_the_layers():
     ("name", "kwargs", "message"),
     [
         ("eca_resnet5O", {}, "unknown network 'eca_resnet5O'; did you mean eca_resnet50"),
-        ("vgg", {}, "unknown network 'vgg'; known: eca_resnet18, "),
+        ("vgg", {}, "unknown network 'vgg'; known: eca_resnet18, .*list_models"),
+        ("ECA-ResNet50", {}, "did you mean eca_resnet50"),
+        ("eca_net_mobilenetv2", {}, "did you mean eca_mobilenet_?v2"),
+        ("eca_*50*", {}, r"models.list_models\('eca_\*50\*'\) finds eca_resnet50$"),
+        (50, {}, "unknown network 50; known"),
+        ("eca_resnet50", {"pretrained": True}, "-a eca_resnet50 --pretrained FILE.*weights"),
         ("resnet50", {"ksize": "3557"}, r"resnet50 \(.*\) has no ECA layer: leave --ksize out"),
         ("se_mobilenetv2", {"ksize": "13"}, "has no ECA layer: leave --ksize out"),
         ("eca_resnet50", {"ksize": "355"}, "ksize '355' is not 4 odd .* for example 3557"),
         ("eca_mobilenetv2", {"ksize": "3557"}, "ksize '3557' is not 2 or 7 odd .* example 13"),
-        ("eca_resnet50", {"num_classes": 0}, "num_classes must be 1 or more, such as 1000, not 0"),
+        (
+            "eca_resnet50",
+            {"num_classes": -1},
+            "num_classes must be 1 or more, .* last layer, not -1",
+        ),
+        ("eca_resnet50", {"num_classes": False}, "num_classes must be 1 or more, .* not False"),
+        ("eca_resnet50", {"out_indices": [1]}, "out_indices is for features_only=True"),
+        ("eca_resnet18", {"features_only": True, "out_indices": [5]}, "use some of 0 to 4"),
         ("mobilenetv2", {"num_classes": 2.0}, "num_classes must be 1 or more"),
         ("resnet18", {"attention": "ce"}, "unknown attention 'ce'"),
         ("resnet18", {"width_mult": 1.0}, "resnet18 takes no width_mult: leave it out"),

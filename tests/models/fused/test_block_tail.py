@@ -268,13 +268,6 @@ def test_keeps_its_input_its_output_and_vectors():
         assert large < kept <= large + 4 * vectors
 
 
-def test_second_derivatives_are_refused():
-    bn, attention = make_modules(4)
-    z = make_input((2, 4, 3, 3)).requires_grad_()
-    with pytest.raises(RuntimeError, match="set_fused"):
-        torch.autograd.grad(fused_tail(z, bn, attention).sum(), z, create_graph=True)
-
-
 def test_matches_functional_batch_norm_alone():
     bn, _ = make_modules(5, eca=False)
     z = make_input((2, 5, 4, 3))
