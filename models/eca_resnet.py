@@ -162,8 +162,6 @@ class ResNet(Classifier):
             ksize = tuple(adaptive_kernel_size(c) for c in channels)
         self.arch, self.attention = arch, attention
         self.ksize: tuple[int, ...] | None = ksize
-        stages = [(c, 4 << i, f"layer{i + 1}") for i, c in enumerate(channels)]
-        self._describe_classifier(num_classes, channels[-1], [(64, 2, "relu"), *stages])
         self.model_kwargs: dict[str, object] = {}
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -177,6 +175,8 @@ class ResNet(Classifier):
                 stage.append(block(in_channels, width, stride, attention, k))
                 in_channels = channels[i]
             self.add_module(f"layer{i + 1}", stage)
+        stages = [(c, 4 << i, f"layer{i + 1}") for i, c in enumerate(channels)]
+        self._describe_classifier(num_classes, in_channels, [(64, 2, "relu"), *stages])
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = self._last_layer()
         initialise_convolutions(self)
