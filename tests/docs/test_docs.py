@@ -136,11 +136,8 @@ def test_runs_and_prints_what_it_shows(name, workspace):
 
 
 def write_shapes_of(network, path, **fields):
-    """A checkpoint whose tensors have the right shapes and hold one number each."""
-    tensors = {
-        k: torch.zeros(1).expand(v.shape) if v.shape else torch.zeros((), dtype=v.dtype)
-        for k, v in network.state_dict().items()
-    }
+    """A checkpoint of zeros."""
+    tensors = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in network.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, {**weights.describe_network(network), **fields, "state_dict": tensors})
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from utils.runs import foreign_files, schema
+from utils.runs import claimed_sizes, foreign_files, schema
 from utils.runs.safetensors_file import read_safetensors
 from utils.system.errors import UserError
 from utils.system.files import remove_leftovers, write_atomically
@@ -49,8 +49,9 @@ def load(path: str | Path) -> dict:
 
     Raises:
         CorruptCheckpointError: damaged or cut short.
-        UserError: no such file, not a checkpoint, a pickle that wants to run code, or a field of
-            ours that is not of its type (see `utils.runs.schema`).
+        UserError: no such file, not a checkpoint, a pickle that wants to run code, one that claims
+            far more than its file holds (see `utils.runs.claimed_sizes`), or a field of ours that
+            is not of its type (see `utils.runs.schema`).
     """
     path = Path(path)
     if not path.is_file():
@@ -61,6 +62,7 @@ def load(path: str | Path) -> dict:
         schema.check(state, path)
         return state
     try:
+        claimed_sizes.refuse_packed(path)
         if zipfile.is_zipfile(path):
             if (part := _damaged_part(path)) is not None:
                 raise CorruptCheckpointError(f"{path}: damaged (checksum of {part})")
@@ -84,8 +86,11 @@ def load(path: str | Path) -> dict:
         raise CorruptCheckpointError(f"{path}: damaged, or not a checkpoint") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    claimed_sizes.refuse_claims(state, path)
     if is_ours(state):
         schema.check(state, path)
+    else:
+        claimed_sizes.refuse_other_tensors(state, path)
     return state
 
 

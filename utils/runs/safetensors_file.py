@@ -66,6 +66,6 @@ def read_safetensors(path: str | Path) -> dict:
         fields["format"] = fields.pop(VERSION)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the path of a checkpoint") from None
-    except (SafetensorError, OSError, ValueError):
+    except (SafetensorError, OSError, ValueError, RecursionError):  # lists 100,000 deep
         raise UserError(f"{path}: damaged, or not a safetensors file") from None
     return {**fields, "state_dict": state_dict}

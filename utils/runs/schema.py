@@ -65,6 +65,7 @@ def tensor(value: Any) -> str | None:
     fits = (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
+        and not value.is_meta
         and not value.is_complex()
         and not value.is_quantized
     )
