@@ -84,7 +84,7 @@ def test_data_that_changed_between_two_epochs_is_said(call, run_folder, tmp_path
 def test_the_other_family_s_numbers_are_said(call, tree):
     """Each script's default recipe is the paper's for one family of networks."""
     small = ("--img-size", 32, "-b", 6, "-j", 0, "--epochs", 1, tree)
-    entry = lambda: script.main(light_main.RECIPE, light_main.DEMO)  # noqa: E731
+    entry = lambda: script.main(light_main.RECIPE, light_main.DEMOS)  # noqa: E731
     _, out, _ = call("-a", "resnet18", *small, entry=entry)
     assert (
         "! resnet18 trains by the paper's numbers for MobileNetV2; those for ResNets come with "

@@ -161,7 +161,7 @@ SCHEMA: Mapping[str, Rule] = {
     "optimizer": fields(
         {
             "state": mapping_of(mapping_of(either(tensor, plain)), whole()),
-            "param_groups": list_of(fields({"lr": real(0, 1e9), "params": list_of(whole())})),
+            "param_groups": list_of(fields({"lr": real(0, 1e308), "params": list_of(whole())})),
         }
     ),
     "scaler": mapping_of(real()),
