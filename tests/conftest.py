@@ -73,7 +73,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=3000,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 

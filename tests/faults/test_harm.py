@@ -136,11 +136,11 @@ def start_hanging(tree, tmp_path, *flags) -> tuple[Running, list[int]]:
 
 
 def test_hung_workers(tree, tmp_path):
-    running, workers = start_hanging(tree, tmp_path, "-j", 2, "--worker-timeout", 2)
+    running, workers = start_hanging(tree, tmp_path, "-j", 2, "--worker-timeout", 20)
     code, _, err = running.end()
     assert code == 1
     assert err == [
-        "error: no batch from the loader workers for 2 s: they hang (slow or stuck "
+        "error: no batch from the loader workers for 20 s: they hang (slow or stuck "
         "storage?); raise --worker-timeout or use fewer workers (-j)"
     ]
     assert all_gone(workers)

@@ -27,7 +27,7 @@ def kill_and_resume(tree, tmp_path, kills: int, script: str, *flags: object) -> 
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=1500 + 120 * kills,  # for a hang: a kill takes some seconds
+        timeout=15_000 + 1200 * kills,  # for a hang: a kill takes some seconds
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     log = tmp_path / "runs" / "moments.txt"

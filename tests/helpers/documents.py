@@ -115,7 +115,7 @@ def run_command(line: str, root: Path, shown: str) -> str:
             ],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=1200,
         )
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         return done.stdout + done.stderr

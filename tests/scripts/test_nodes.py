@@ -71,7 +71,7 @@ def on_two_nodes(folder: Path, *arguments: object) -> list[tuple[int, str, str]]
         for rank in (0, 1)
     ]
     try:
-        told = [agent.communicate(timeout=300) for agent in agents]
+        told = [agent.communicate(timeout=3000) for agent in agents]
     finally:
         for agent in agents:
             agent.kill()

@@ -22,7 +22,7 @@ def call(*arguments):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3000,
     )
 
 

@@ -158,7 +158,7 @@ def test_as_a_user_runs_it(data):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
     )
     assert done.returncode == 1
     assert done.stdout.splitlines()[0] == "path,reason"

@@ -237,7 +237,7 @@ def test_as_a_user_runs_it(tmp_path):
     torch.save(file_of_v1("retinanet"), tmp_path / "theirs.pth")
     command = [sys.executable, "-m", "tools.import_mmdetection", tmp_path / "theirs.pth"]
     command += [tmp_path / "ours.pth"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("retinanet on eca_resnet18, ksize 3,5,7,7, 2 classes, ")
     fields = torch.load(tmp_path / "ours.pth", weights_only=True)
@@ -246,7 +246,7 @@ def test_as_a_user_runs_it(tmp_path):
         (found,) = detector([torch.rand(3, 64, 64)])
     assert set(found) == {"boxes", "scores", "labels"}
 
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert again.returncode == 2
     assert again.stderr.startswith("error: ")
     assert "exists already" in again.stderr

@@ -21,7 +21,7 @@ def call(*arguments: object) -> tuple[int, str, str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3000,
     )
     return done.returncode, done.stdout, done.stderr
 

@@ -5,7 +5,6 @@ Every function works in a single process too, where it does nothing; callers hav
 
 import os
 import re
-import signal
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from utils.system.errors import UserError
-from utils.system.processes import die_with_parent
+from utils.system.processes import end_with_launcher
 from utils.system.text import printable_lines
 
 PATIENCE = timedelta(minutes=30)  # of ranks with each other; hung workers are told of before it
@@ -98,7 +97,7 @@ def setup(device: str = "auto", gpu: int | None = None) -> Context:
     if not launched:
         parallel = tuple(range(visible)) if found.type == "cuda" and several else ()
         return Context(found, data_parallel=parallel)
-    die_with_parent(signal.SIGTERM)  # a launcher that was killed leaves no runs behind
+    end_with_launcher()  # one that was killed leaves no runs behind
     dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=PATIENCE)
     votes = dist.new_group(backend="gloo", timeout=PATIENCE)
     return Context(found, dist.get_rank(), dist.get_world_size(), votes=votes)

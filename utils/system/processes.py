@@ -6,7 +6,9 @@ import functools
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +20,9 @@ import torch
 from utils.system.errors import EXIT_FAILED, UserError
 
 PR_SET_PDEATHSIG = 1
+STORE_PATIENCE = 30.0  # seconds for a connection to torchrun's store
 PATIENCE = 5.0  # seconds for a killed process to go
+PARENT = os.getppid()  # as early as we can ask; another number later: that one has ended
 
 
 def processors() -> int:
@@ -42,6 +46,35 @@ def die_with_parent(signum: signal.Signals = signal.SIGKILL) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signum))
+
+
+def end_with_launcher() -> None:
+    """Ends this process with its launcher (torchrun), however that ends, or ended before now.
+
+    The kernel tells of no end that came before it was asked, so the parent is looked at after it;
+    and where that was adopted already when we first looked, the launcher's store does not answer.
+
+    Raises:
+        UserError: the launcher has ended.
+    """
+    die_with_parent(signal.SIGTERM)
+    if os.getppid() != PARENT or not _launcher_answers():
+        raise UserError("the launcher of this process has ended: start again", EXIT_FAILED)
+
+
+def _launcher_answers() -> bool:
+    """Whether torchrun's store can be reached; True where it is not torchrun that holds it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    for patience in (0, 1, 3, 5):  # seconds: another machine may be busy
+        time.sleep(patience)
+        try:
+            socket.create_connection(address, timeout=STORE_PATIENCE).close()
+            return True
+        except OSError:
+            pass
+    return False
 
 
 def end_children() -> bool:

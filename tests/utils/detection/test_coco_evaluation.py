@@ -360,7 +360,7 @@ def test_two_ranks_give_what_one_gives(tmp_path):
     ]
     path = os.pathsep.join([str(root), str(root / "tests")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr
     one = GroundTruth(place, masks=True).judge(results)
     assert json.loads((tmp_path / "out.json").read_text()) == {

@@ -182,7 +182,7 @@ def test_ranks_wait_for_each_other_longer_than_for_their_workers(monkeypatch):
         monkeypatch.setattr(
             dist, name, lambda *_, result=result, **kw: waits.append(kw.get("timeout")) or result
         )
-    monkeypatch.setattr(distributed, "die_with_parent", lambda _: None)
+    monkeypatch.setattr(distributed, "end_with_launcher", lambda: None)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     distributed.setup("cpu")

@@ -3,11 +3,14 @@
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 
 import pytest
 
+from utils.system import processes
+from utils.system.errors import UserError
 from utils.system.processes import default_workers, end_children, processors
 
 
@@ -38,6 +41,32 @@ def test_a_child_that_does_not_die_is_told(child, monkeypatch):
     monkeypatch.setattr("utils.system.processes.PATIENCE", 0.05)
     monkeypatch.setattr(child, "kill", lambda: None)  # as in an uninterruptible read
     assert not end_children()
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """A socket where torchrun's store is said to be."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        monkeypatch.setattr(processes, "die_with_parent", lambda signum: None)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        yield server
+
+
+def test_a_launcher_that_answers_is_alive(store):
+    processes.end_with_launcher()
+
+
+def test_a_launcher_that_ended_before_it_could_be_asked(store, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getppid", lambda: processes.PARENT + 1)  # another process adopted us
+        with pytest.raises(UserError, match="launcher of this process has ended"):
+            processes.end_with_launcher()
+    store.close()  # adopted before we looked: its store tells
+    with pytest.raises(UserError, match="launcher of this process has ended"):
+        processes.end_with_launcher()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's affinities")
