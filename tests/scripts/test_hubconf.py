@@ -95,7 +95,7 @@ def test_what_is_new_is_said(tmp_path, capsys):
         ({"weights": "best.pth", "name": "eca_resnet34"}, r"best\.pth: .*do not fit eca_resnet34"),
         ({"weights": "best.pth", "width_mult": 2}, "takes no width_mult"),
         ({"weights": "file:///no/such.pth"}, "check the URL"),
-        ({"num_classes": 0}, "num_classes"),
+        ({"num_classes": -1}, "num_classes"),
         ({"weights": "code.pth"}, r"code\.pth"),
     ],
 )
