@@ -20,7 +20,7 @@ def assert_steps(lines: list[str], done: dict, epochs: int) -> None:
     shown = [
         tuple(map(int, re.match(r"epoch (\d+)/\d+  step (\d)/4", line).groups()))
         for line in lines
-        if "  step " in line
+        if "  step " in line and " val  step " not in line
     ]
     every = [(epoch + 1, step + 1) for epoch in range(epochs) for step in range(4)]
     assert shown == every[4 * done["epoch"] + done["step"] :]
