@@ -35,7 +35,7 @@ from utils.cost.detector_tables import (
 )
 from utils.cost.table_parts import size_text
 from utils.options.parser import Parser, number, run_script
-from utils.system.errors import UserError
+from utils.system.errors import UserError, as_flags
 from utils.system.text import did_you_mean
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
@@ -122,7 +122,7 @@ def build(create: Callable[..., torch.nn.Module], *settings) -> torch.nn.Module:
         with torch.device("meta"):
             return create(*settings)
     except ValueError as error:  # the networks' own words: one line, with a remedy
-        raise UserError(str(error)) from error
+        raise UserError(as_flags(str(error))) from error
 
 
 def count_classifier(

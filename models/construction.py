@@ -32,7 +32,9 @@ def check_ksize(
     if takes_ksize(attention):
         return parse_ksize(ksize, stages)
     if ksize is not None:
-        raise ValueError(f"{arch} (attention {attention!r}) has no ECA layer: leave --ksize out")
+        raise ValueError(
+            f"{arch} (attention {attention!r}) has no ECA layer: leave ksize={ksize} out"
+        )
     return None
 
 

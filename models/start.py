@@ -80,10 +80,10 @@ def first_network(
 
 def _count_classes(num_classes: int | None, names: Sequence[str] | None) -> int:
     if num_classes == 0:
-        raise ValueError("--num-classes 0: a run trains a last layer; leave it out for the data's")
+        raise ValueError("num_classes=0: a run trains a last layer; leave it out for the data's")
     if names and num_classes and num_classes < len(names):
         raise ValueError(
-            f"--num-classes {num_classes}: the data has {len(names)} classes; give at least as "
+            f"num_classes={num_classes}: the data has {len(names)} classes; give at least as "
             "many, or leave it out"
         )
     return num_classes or len(names or range(1000))
@@ -92,8 +92,8 @@ def _count_classes(num_classes: int | None, names: Sequence[str] | None) -> int:
 def _refuse_trained(network: Network, tensors: Mapping[str, Any], file: str) -> None:
     if attention_parameters(network).keys() & tensors.keys():
         raise ValueError(
-            f"{file}: holds trained attention kernels, which --identity-start would delete: "
-            "leave it out"
+            f"{file}: holds trained attention kernels, which identity_start=True would "
+            "delete: leave it out"
         )
 
 
@@ -113,8 +113,8 @@ def start_as_identity(network: Network) -> str:
     """
     if network.attention != "eca":
         raise ValueError(
-            f"--identity-start is for eca, and {network.arch}'s attention is {network.attention}: "
-            "leave it out"
+            f"identity_start=True is for eca, and {network.arch}'s attention is "
+            f"{network.attention}: leave it out"
         )
     count = 0
     with torch.no_grad():
@@ -150,7 +150,7 @@ def refuse_another(
         file: its name, for messages.
 
     Raises:
-        ValueError: one line that names the flags to leave out.
+        ValueError: one line that names the arguments to leave out.
     """
     held = checkpoint
     if "format" not in checkpoint:
@@ -171,10 +171,10 @@ def refuse_another(
         )
     wanted = describe_network(network)
     if differing := [k for k, v in given.items() if v is not None and wanted[k] != held[k]]:
-        flags = ", ".join(f"--{k.replace('_', '-')} {given[k]}" for k in differing)
+        others = ", ".join(f"{k}={given[k]}" for k in differing)
         raise ValueError(
             f"{file} holds {held['arch']}, ksize {held['ksize']}, {held['num_classes']} classes: "
-            f"leave {flags} out, or start a new run with --pretrained"
+            f"leave {others} out, or start a new run from these weights"
         )
 
 

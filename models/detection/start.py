@@ -52,9 +52,9 @@ def start_detector(
         return network, f"  {load_backbone(network, backbone_weights)}"
     if norm in ("eval", "frozen"):
         return network, (
-            f"! --norm {norm} without --backbone-weights: no statistics have been measured yet"
+            f"! norm {norm} without weights of the backbone: no statistics have been measured yet"
         )
-    return network, f"! no --backbone-weights: the backbone starts from nothing, with --norm {norm}"
+    return network, f"! no weights of the backbone: it starts from nothing, with norm {norm}"
 
 
 def start_from_detector(
@@ -158,7 +158,7 @@ def refuse_another_network(checkpoint: Mapping[str, Any], asked: Mapping[str, An
             None, and False for legacy, where the user asks for nothing.
 
     Raises:
-        ValueError: one line with the flags to leave out.
+        ValueError: one line with the arguments to leave out.
     """
     held: dict[str, Any] = {name: checkpoint.get(name) for name in ("arch", "backbone", "ksize")}
     held |= _all_settings(checkpoint)
@@ -171,11 +171,11 @@ def refuse_another_network(checkpoint: Mapping[str, Any], asked: Mapping[str, An
             network = create_model(asked["backbone"] or held["backbone"], asked["ksize"], 1, **own)
         if network.ksize != tuple(held["ksize"] or ()):
             differing.append("ksize")
-    flags = [f"--{name.replace('_', '-')} {asked[name]}" for name in differing]
+    others = [f"{name}={asked[name]}" for name in differing]
     if asked["legacy"] and not held["legacy"]:
-        flags.append("--legacy")
-    if flags:
+        others.append("legacy=True")
+    if others:
         raise ValueError(
             f"holds {held['arch']} on {held['backbone']}, ksize {held['ksize']}, norm "
-            f"{held['norm']}: leave {', '.join(flags)} out, or start a new run"
+            f"{held['norm']}: leave {', '.join(others)} out, or start a new run"
         )

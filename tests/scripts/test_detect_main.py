@@ -62,7 +62,7 @@ def test_a_runs_life(detect, shapes, tmp_path, monkeypatch):
     run = (*FASTER, *flags, "demo:shapes", "--output")
     lines = detect(*run, "first")
     assert lines[0].startswith("train: 13 images, ")
-    assert any(line.startswith("! no --backbone-weights") for line in lines)
+    assert any(line.startswith("! no weights of the backbone") for line in lines)
     folder = tmp_path / "first"
     names = {path.name for path in folder.iterdir()}
     assert {

@@ -206,7 +206,8 @@ def test_bad_input_is_answered_in_one_line(run, tree, tmp_path, monkeypatch, cap
         said = answer("--ksize", ksize, tree)
         assert repr(ksize) in said
         assert "3557" in said
-    assert "no ECA layer: leave --ksize out" in answer("-a", "resnet50", "--ksize", "3557", tree)
+    said = answer("-a", "resnet50", "--ksize", "3557", tree)
+    assert "no ECA layer: leave --ksize 3557 out" in said
     assert "--resume CKPT" in answer("-e", tree)
     assert "train/ and val/" in answer(tmp_path / "nowhere")
     assert "no DATA given" in answer()

@@ -1,6 +1,7 @@
 """Defines the errors that end a run with one line instead of a traceback."""
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,8 @@ EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 EXIT_STOPPED = 143  # SIGTERM, SIGUSR1 or SIGHUP: saved and stopped on request
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+_FLAGS = "arch|attention|backbone|identity_start|ksize|legacy|norm|num_classes|trainable_layers"
+ARGUMENT = re.compile(rf"\b({_FLAGS})=(True\b)?")
 FEWER_FILES = "use fewer workers (-j), or raise the limit (ulimit -n)"
 
 
@@ -24,8 +27,23 @@ class UserError(Exception):
 
 @contextmanager
 def as_user_error(prefix: str = "") -> Iterator[None]:
-    """Turns the ValueErrors of `models`, which are one line each, into UserErrors."""
+    """Turns the ValueErrors of `models`, which are one line each, into UserErrors.
+
+    `models` names arguments, and whoever types a command reads the flags: see `as_flags`.
+    """
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{prefix}{error}") from None
+        raise UserError(f"{prefix}{as_flags(str(error))}") from None
+
+
+def as_flags(message: str) -> str:
+    """Returns a message of `models` with its arguments written as flags.
+
+    `num_classes=4` becomes `--num-classes 4`, and `legacy=True` becomes `--legacy`.
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        return f"--{found[1].replace('_', '-')}{'' if found[2] else ' '}"
+
+    return ARGUMENT.sub(flag, message)
