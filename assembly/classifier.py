@@ -188,7 +188,7 @@ def make_record(
         "img_size": recipe.img_size,
         "crop_pct": recipe.crop_pct,
         "recipe": recipe.as_dict(),
-        "args": dict(settings.kept),
+        "args": dict(settings.saved_flags),
         "seed": seed,
         "train_digest": data.digest,
         "pretrained": settings.pretrained if start.run is None else start.run.pretrained,

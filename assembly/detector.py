@@ -176,7 +176,7 @@ def make_record(
         "classes": data.train.classes,
         "category_ids": data.train.category_ids,
         "recipe": recipe.as_dict(),
-        "args": dict(settings.kept),
+        "args": dict(settings.saved_flags),
         "seed": seed,
         "train_digest": data.digest,
         "train_images": len(data.train),

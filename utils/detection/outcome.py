@@ -24,7 +24,7 @@ def val_columns(summaries: Mapping[str, Summary]) -> dict[str, float]:
     }
 
 
-def kept(summaries: Mapping[str, Summary]) -> dict[str, Any]:
+def best_details(summaries: Mapping[str, Summary]) -> dict[str, Any]:
     """Returns what the best epoch records besides its row: the APs of its classes, too."""
     return {"summaries": {kind: asdict(summary) for kind, summary in summaries.items()}}
 
@@ -94,7 +94,7 @@ DETECTION = Outcome(
     columns=lambda history: list(history[-1]),
     panels=panels,
     validated=val_columns,
-    kept=kept,
+    best_details=best_details,
     score=score,
     lr_at_end=True,
     step_words=StepWords(

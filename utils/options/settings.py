@@ -16,7 +16,7 @@ class Settings:
 
     Args:
         typed: the flags as they were typed, before a resumed run's own came in.
-        kept: the flags that a checkpoint holds.
+        saved_flags: those that a checkpoint keeps.
     """
 
     data: str
@@ -37,15 +37,17 @@ class Settings:
     device: str
     gpu: int | None
     typed: Mapping[str, Any]
-    kept: Mapping[str, Any]
+    saved_flags: Mapping[str, Any]
 
     @classmethod
     def of(cls: type[AnySettings], args: Namespace, typed: Namespace) -> AnySettings:
         """Makes the settings of a parsed command line, and of what was typed."""
         values = vars(args)
-        own = {f.name: values[f.name] for f in fields(cls) if f.name not in ("typed", "kept")}
-        kept = {name: value for name, value in values.items() if name not in OF_ONE_START}
-        return cls(**own, typed=dict(vars(typed)), kept=kept)
+        own = {
+            f.name: values[f.name] for f in fields(cls) if f.name not in ("typed", "saved_flags")
+        }
+        saved_flags = {name: value for name, value in values.items() if name not in OF_ONE_START}
+        return cls(**own, typed=dict(vars(typed)), saved_flags=saved_flags)
 
     @property
     def source(self) -> str:

@@ -45,7 +45,7 @@ class Outcome:
         columns: history → names of the columns of metrics.csv, "epoch" first.
         panels: history → the diagrams of curves.png, four at most.
         validated: what an evaluation returned → its columns.
-        kept: what an evaluation returned → what the best epoch keeps besides its row.
+        best_details: what an evaluation returned → what the best epoch keeps besides its row.
         score: row → the number that is highest in the best epoch; None for a row that is never it.
         lr_at_end: whether a row's learning rate is that of the epoch's last step, not its first.
         step_words: how progress within an epoch is said.
@@ -56,7 +56,7 @@ class Outcome:
     columns: Callable[[Sequence[Row]], Sequence[str]]
     panels: Callable[[Sequence[Row]], Sequence[Panel]]
     validated: Callable[[Any], Row]
-    kept: Callable[[Any], dict[str, Any]]
+    best_details: Callable[[Any], dict[str, Any]]
     score: Callable[[Mapping[str, float]], float | None]
     lr_at_end: bool
     step_words: StepWords

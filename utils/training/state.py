@@ -94,7 +94,7 @@ class RunState:
         score, before = outcome.score(row), outcome.score(self.best) if self.best else None
         improved = score is not None and (before is None or score > before)
         if improved:
-            self.best = {**row, **outcome.kept(found)}
+            self.best = {**row, **outcome.best_details(found)}
         self.begin(self.epoch + 1)
         return improved
 
