@@ -26,9 +26,9 @@ from utils.options.parser import Parser, positive_int, run_script
 from utils.runs import folder as run_folder
 from utils.study.ablation_results import KERNELS, PLAIN, Result, draw, rows
 from utils.system import output_checks
+from utils.system.cpu_share import processors
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically
-from utils.system.processes import processors
 from utils.system.text import columns, did_you_mean
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"

@@ -37,8 +37,9 @@ from utils.data.shard_folder import Member
 from utils.detection.coco_check import AnnotationCheck
 from utils.detection.coco_files import Place, shown
 from utils.options.parser import Parser, positive_int, run_script
+from utils.system.cpu_share import processors
 from utils.system.errors import EXIT_FAILED, UserError
-from utils.system.processes import processors, shared
+from utils.system.processes import shared
 from utils.system.text import cell, printable
 
 ORIENTATION = 0x0112  # the number of this field in EXIF

@@ -22,9 +22,10 @@ from tqdm import tqdm
 from utils.data.decoding import EXTENSIONS, BrokenImageError, read_file, read_image
 from utils.data.image_folder import find_images
 from utils.options.parser import Parser, number, positive_int, run_script
+from utils.system.cpu_share import processors
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import remove_leftovers, write_atomically
-from utils.system.processes import processors, shared
+from utils.system.processes import shared
 from utils.system.text import printable
 
 RECORD = "resized.json"  # in DST: how its images were made

@@ -33,9 +33,9 @@ from utils.study import parts, pictures, results, tables
 from utils.study.plan import Plan, arch_and_flags, read_plan
 from utils.study.results import RunResult
 from utils.system import output_checks
+from utils.system.cpu_share import processors
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically
-from utils.system.processes import processors
 from utils.system.text import columns
 
 PLAN = "plan.json"  # the copy in a study's folder, and the mark of one

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from utils.data.decoding import BrokenImageError
 from utils.data.loader_workers import as_raised
+from utils.system.cpu_share import processors
 from utils.system.distributed import Context
 from utils.system.errors import UserError
-from utils.system.processes import processors
 
 Item = TypeVar("Item")
 PATIENCE = 5.0  # seconds for a thread to end the image that it is at

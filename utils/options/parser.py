@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from utils.system.cpu_share import fit_threads
 from utils.system.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from utils.system.processes import end_children
 from utils.system.text import did_you_mean, printable
@@ -221,6 +222,7 @@ def run_script(main: Callable[[], int | None]) -> None:
 
     No process that `main` started outlives this one.
     """
+    fit_threads()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names that a terminal cannot show
     try:

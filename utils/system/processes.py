@@ -17,21 +17,13 @@ from typing import TypeVar
 
 import torch
 
+from utils.system.cpu_share import processors
 from utils.system.errors import EXIT_FAILED, UserError
 
 PR_SET_PDEATHSIG = 1
 STORE_PATIENCE = 30.0  # seconds for a connection to torchrun's store
 PATIENCE = 5.0  # seconds for a killed process to go
 PARENT = os.getppid()  # as early as we can ask; another number later: that one has ended
-
-
-def processors() -> int:
-    """Returns how many processors this process may use: a scheduler often grants a part of the
-    machine.
-    """
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def default_workers() -> int:

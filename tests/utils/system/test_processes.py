@@ -4,14 +4,13 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 
 import pytest
 
 from utils.system import processes
 from utils.system.errors import UserError
-from utils.system.processes import default_workers, end_children, processors
+from utils.system.processes import end_children
 
 
 @pytest.fixture
@@ -67,16 +66,3 @@ def test_a_launcher_that_ended_before_it_could_be_asked(store, monkeypatch):
     store.close()  # adopted before we looked: its store tells
     with pytest.raises(UserError, match="launcher of this process has ended"):
         processes.end_with_launcher()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux's affinities")
-def test_a_part_of_the_machine_is_all_there_is(monkeypatch):
-    granted = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(granted)})
-        assert processors() == default_workers() == 1
-    finally:
-        os.sched_setaffinity(0, granted)
-    assert processors() == len(granted)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(96))
-    assert default_workers() == 4
