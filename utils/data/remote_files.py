@@ -14,6 +14,7 @@ from utils.system.errors import EXIT_FAILED, UserError
 
 OPEN_FILES = 256  # kept open by each process, well below the usual limit of 1,024
 PAUSES = (1, 4, 16)  # seconds before a request to a store is made again
+SILENCE = 60.0  # seconds without a byte after which a web server counts as dead
 T = TypeVar("T")
 
 
@@ -62,14 +63,27 @@ def read_whole(path: str) -> bytes | None:
 
 
 def read_range(path: str, start: int, size: int) -> bytes:
-    """Returns `size` bytes from `start` on; fewer where the file ends.
+    """Returns `size` bytes from `start` on; of a local file fewer where it ends.
 
     Raises:
         OSError: a local file that cannot be read.
-        UserError: a store that does not answer.
+        UserError: a store that does not answer, or answers with another number of bytes.
     """
+
+    def request(fs, inner: str) -> bytes:
+        data = fs.cat_file(inner, start=start, end=start + size)
+        if len(data) > size:  # a plain server that knows no ranges sends all of it
+            raise UserError(
+                f"{path}: {size:,} bytes were asked for and {len(data):,} came: the server ignores "
+                "ranges; copy the shards to a disk, or serve them otherwise",
+                EXIT_FAILED,
+            )
+        if len(data) < size:
+            raise OSError(f"sent {len(data):,} of {size:,} bytes")
+        return data
+
     if is_remote(path):
-        return _ask(path, lambda fs, inner: fs.cat_file(inner, start=start, end=start + size))
+        return _ask(path, request)
     return os.pread(_opened(path).fileno(), size, start)  # which moves no shared file position
 
 
@@ -107,8 +121,15 @@ def _filesystem(url: str, _process: int) -> tuple:
     import fsspec  # here: it is of no use to local runs
 
     try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:  # fsspec names the package: "Install s3fs to access S3"
+        options = {}
+        if url.startswith(("http://", "https://")):
+            # aiohttp's own limit is five minutes for a whole answer, however large it is.
+            import aiohttp
+
+            limit = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+            options = {"client_kwargs": {"timeout": limit}}
+        return fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:  # that names the package: "Install s3fs to access S3"
         raise UserError(f"{url}: {error}".splitlines()[0] + " (pip install …)") from None
     except ValueError as error:
         raise UserError(f"{url}: {error}".splitlines()[0]) from None

@@ -131,7 +131,8 @@ def find_index(root: str) -> ShardIndex | None:
     It is kept beside the shards, or, where that cannot be written, in the user's cache folder.
 
     Raises:
-        UserError: a shard that is damaged, or no webdataset.
+        UserError: a shard that is damaged, or no webdataset; an index that is, where no shards are
+            listed.
     """
     remote_files.close_files()
     listed = remote_files.sizes(root, ".tar")
@@ -258,6 +259,8 @@ def _stored(root: str, cached: Path, listed: dict[str, int | None]) -> ShardInde
             found = ShardIndex.from_bytes(data)
             if found is not None and found.fits(listed):
                 return found
+            if not listed and place != str(cached):  # nothing to make another from
+                raise UserError(f"{printable(place)}: damaged or cut short; upload it again")
     return None
 
 
