@@ -17,6 +17,8 @@ FIELDS = {  # list of a COCO file -> what each of its entries must have
 }
 CROWD = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1, "false": 0, "true": 1}  # True == 1 == 1.0
 MOST_PIXELS = 2**31 - 1  # COCO's mask routines count pixels in 32 bits
+NUMBERS = (int, float)  # as JSON gives them; by type() no bool is one
+LARGEST = sys.float_info.max
 NOT_FOUR = "box is not four numbers"
 LONGEST_SHOWN = 120  # characters of a name in a message
 
@@ -228,8 +230,8 @@ def check_references(path: Path, content: dict[str, Any]) -> None:
 
 def is_finite(value: Any) -> bool:
     """Returns whether a JSON value is a number that a float can hold: not text, NaN or infinite."""
-    largest = sys.float_info.max  # a comparison takes integers of any size, which float() does not
-    return _is_number(value) and -largest <= value <= largest
+    # A comparison takes integers of any size, which float() does not.
+    return type(value) in NUMBERS and -LARGEST <= value <= LARGEST
 
 
 def box_fault(box: Any) -> str | None:
@@ -240,7 +242,7 @@ def box_fault(box: Any) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) in NUMBERS
 
 
 def is_id(value: Any) -> bool:

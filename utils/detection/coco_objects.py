@@ -125,11 +125,16 @@ def collect_objects(
     boxes, labels, texts, starts = [], [], [], [0]
     for image in content["images"]:
         for entry in by_image[image["id"]]:
-            reason = fault(entry, image, masks, drop_crowds)
+            box = clip_box(entry["bbox"], image["height"], image["width"])
+            reason = box if isinstance(box, str) else None
+            if drop_crowds and entry["iscrowd"]:
+                reason = CROWD
+            elif masks and reason is None:
+                reason = mask_fault(entry.get("segmentation"), image)
             if reason is not None:
                 dropped.note(reason, image["file_name"])
                 continue
-            boxes.append(clip_box(entry["bbox"], image["height"], image["width"]))
+            boxes.append(box)
             labels.append(index_of[entry["category_id"]])
             cut += _reaches_out(entry["bbox"], image)
             if masks:
@@ -143,18 +148,6 @@ def collect_objects(
         dropped,
         cut,
     )
-
-
-def fault(
-    entry: Mapping[str, Any], image: Mapping[str, Any], masks: bool, drop_crowds: bool
-) -> str | None:
-    """Returns why a detector cannot be trained on an object, or None if it can."""
-    if drop_crowds and entry["iscrowd"]:
-        return CROWD
-    box = clip_box(entry["bbox"], image["height"], image["width"])
-    if isinstance(box, str):
-        return box
-    return mask_fault(entry.get("segmentation"), image) if masks else None
 
 
 def clip_box(box: Any, height: int, width: int) -> tuple[float, float, float, float] | str:
