@@ -35,6 +35,7 @@ from utils.system.text import did_you_mean
 OF_TRAINING = {
     "check_val",
     "skip_bad_images",
+    "grad_checkpointing",
     "start_epoch",
     "identity_start",
     "save_every",
@@ -232,6 +233,13 @@ def _speed_flags(group) -> None:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="torch.compile the network (default: no)",
+    )
+    group.add_argument(
+        "--grad-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep each block's input alone for backward and compute the rest again: less memory, "
+        "more time, the same results (default: no)",
     )
     add_fused(group)
 

@@ -69,6 +69,7 @@ class ClassificationSettings(Settings):
     start_epoch: int | None
     channels_last: bool
     compile: bool
+    grad_checkpointing: bool
     fast: bool
 
     @property
