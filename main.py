@@ -169,7 +169,7 @@ def train(
     torch.manual_seed(seed)
     network, notes = classifier.build_network(settings, recipe, start, data.train.classes)
     context.say(
-        *report.data_lines(data.train, data.val),
+        *report.data_lines(data.train, data.val, data.class_weights),
         *notes,
         *classifier.how_it_trains(network, settings, recipe, context),
         *start.notes,

@@ -195,6 +195,7 @@ def make_record(
         "args": dict(settings.kept),
         "seed": seed,
         "train_digest": data.digest,
+        "class_weights": None if data.class_weights is None else list(data.class_weights),
         "pretrained": settings.pretrained if start.run is None else start.run.pretrained,
         "train_images": len(data.train),
     }

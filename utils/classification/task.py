@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from utils.classification import engine
 from utils.classification.outcome import CLASSIFICATION
 from utils.classification.training_data import TrainingData
@@ -30,6 +32,7 @@ class TaskBatches:
     val: Callable[[], Iterator[Batch]]
     val_images: int
     check: ValidationCheck
+    class_weights: tuple[float, ...] | None
 
     @classmethod
     def of(
@@ -43,8 +46,9 @@ class TaskBatches:
     ) -> "TaskBatches":
         """Makes the batches of this rank."""
         rank, world_size = context.rank, context.world_size
+        labels = data.train.labels if recipe.sampler == "balanced" else None
         order = SeededBatches(
-            len(data.train), recipe.batch_size, seed, rank, world_size, recipe.repeats
+            len(data.train), recipe.batch_size, seed, rank, world_size, recipe.repeats, labels
         )
         train = training_batches(data.train, order, recipe, seed, reading, skip_bad_images)
         val = validation_batches(data.val, recipe, reading, rank, world_size)
@@ -53,7 +57,7 @@ class TaskBatches:
         check = ValidationCheck(
             lambda index: dataset.read((0, index), decoder), len(data.val), context
         )
-        return cls(seed, order, train, val, len(data.val), check)
+        return cls(seed, order, train, val, len(data.val), check, data.class_weights)
 
 
 def make_task(
@@ -65,12 +69,14 @@ def make_task(
     context: Context,
 ) -> Task:
     """Makes what `run_epochs` trains: the network in its parallel wrapping, step and evaluation."""
+    weights = batches.class_weights
     rule = engine.StepRule.of(
         recipe,
         batches.order.steps,
         mix_seed(batches.seed, context.rank),
         autocast,
         state.network.num_classes,
+        None if weights is None else torch.tensor(weights, device=context.device),
     )
     wrapped = distributed.wrap(state.network, context, recipe.sync_bn)
     evaluated = distributed.data_parallel(state.evaluated, context)

@@ -19,6 +19,7 @@ from utils.options.common import (
     add_workers,
 )
 from utils.options.modern_parts import augmentation_flags, regularisation_flags
+from utils.options.own_data import class_flags
 from utils.options.parser import (
     Parser,
     count,
@@ -36,6 +37,7 @@ OF_TRAINING = {
     "check_val",
     "skip_bad_images",
     "grad_checkpointing",
+    "class_weights",
     "start_epoch",
     "identity_start",
     "save_every",
@@ -84,6 +86,7 @@ def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> P
     modern = parser.add_argument_group("parts of the modern recipes, off in the paper's")
     augmentation_flags(modern)
     regularisation_flags(modern)
+    class_flags(parser.add_argument_group("data of one's own: few images, uneven classes"))
     _run_flags(parser.add_argument_group("run"))
     return parser
 

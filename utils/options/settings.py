@@ -61,6 +61,7 @@ class ClassificationSettings(Settings):
     download: bool
     decoder: str
     skip_bad_images: bool
+    class_weights: str | None
     attention: str | None
     num_classes: int | None
     pretrained: str | None

@@ -40,6 +40,7 @@ class Recipe:
     accumulate: int = 1  # parts of a device's batch, taken one after the other
     clip_grad: float = 0.0  # largest norm of the gradient; 0: any
     sync_bn: bool = False  # BatchNorm's statistics over all processes
+    sampler: str = "shuffle"  # or "balanced": each class alike, see utils.data.sampler
 
     @property
     def crop_size(self) -> int:

@@ -117,8 +117,8 @@ def refuse_another_recipe(
         at_epoch: --start-epoch.
 
     Raises:
-        UserError: another recipe by name; other copies of images inside an epoch; other parameters
-            with weight decay, whose momentum is saved by their order.
+        UserError: another recipe by name; other copies or order of images inside an epoch; other
+            parameters with weight decay, whose momentum is saved by their order.
     """
     held = Recipe.from_dict(run.recipe)
     held_name = run.flags.get("recipe") or PAPER
@@ -136,6 +136,11 @@ def refuse_another_recipe(
         raise UserError(
             f"the run stopped inside an epoch with each image {held.repeats} times a batch: leave "
             f"--repeats {recipe.repeats} out, or begin at an epoch's start with --start-epoch"
+        )
+    if run.step and at_epoch is None and recipe.sampler != held.sampler:
+        raise UserError(
+            f"the run stopped inside an epoch of the sampler {held.sampler}: leave --sampler "
+            f"{recipe.sampler} out, or begin at an epoch's start with --start-epoch"
         )
 
 

@@ -152,6 +152,7 @@ SCHEMA: Mapping[str, Rule] = {
     "args": fields({}),
     "seed": whole(),
     "train_digest": text,
+    "class_weights": either(nothing, list_of(real(0, 1e308))),
     "pretrained": either(nothing, text),
     "train_images": whole(),
     "environment": fields({}),
