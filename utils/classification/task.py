@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -95,4 +96,21 @@ def make_task(
         return engine.evaluate(evaluated, shown, context.device, autocast, stop)
 
     length = (recipe.epochs, recipe.batch_size, print_freq)
-    return Task(CLASSIFICATION, batches.order, steps, judge, rule.lr_at, *length)
+    early = partial(why_ended, recipe=recipe)
+    return Task(CLASSIFICATION, batches.order, steps, judge, rule.lr_at, *length, early)
+
+
+def why_ended(state: RunState, recipe: Recipe) -> str | None:
+    """Returns a line on a run that has no epoch left to do: all are done, or it ended early.
+
+    None where there is one. That is no fault: a scheduler may start a finished run once more.
+    """
+    if state.epoch >= recipe.epochs:
+        return f"all {recipe.epochs} epochs are done: give more with --epochs"
+    waited = state.epochs_since_best(CLASSIFICATION)
+    if recipe.early_stop and waited >= recipe.early_stop:
+        return (
+            f"stopped early, after {state.epoch} of {recipe.epochs} epochs: {waited} without a "
+            "better top-1; to go on, give more with --early-stop, or 0 for all epochs"
+        )
+    return None

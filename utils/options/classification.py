@@ -19,7 +19,7 @@ from utils.options.common import (
     add_workers,
 )
 from utils.options.modern_parts import augmentation_flags, regularisation_flags
-from utils.options.own_data import class_flags
+from utils.options.own_data import class_flags, small_data_flags
 from utils.options.parser import (
     Parser,
     count,
@@ -29,6 +29,7 @@ from utils.options.parser import (
     positive_float,
     positive_int,
 )
+from utils.options.recipe_file import recipe_name
 from utils.recipes.classification import PAPER, RECIPES, Recipe
 from utils.recipes.schedules import SCHEDULES
 from utils.system.text import did_you_mean
@@ -86,7 +87,9 @@ def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> P
     modern = parser.add_argument_group("parts of the modern recipes, off in the paper's")
     augmentation_flags(modern)
     regularisation_flags(modern)
-    class_flags(parser.add_argument_group("data of one's own: few images, uneven classes"))
+    own = parser.add_argument_group("data of one's own: few images, uneven classes")
+    small_data_flags(own)
+    class_flags(own)
     _run_flags(parser.add_argument_group("run"))
     return parser
 
@@ -171,9 +174,11 @@ def _network_flags(group, recipe: Recipe, networks: list[str]) -> None:
 def _optimisation_flags(group, recipe: Recipe) -> None:
     group.add_argument(
         "--recipe",
-        choices=RECIPES,
-        help=f"values for the flags below and --crop-pct, where none is given (default: {PAPER}, "
-        "whose numbers stand here); a demo keeps its sizes and schedule; see docs/RECIPES.md",
+        type=recipe_name,
+        metavar="NAME",
+        help=f"{', '.join(RECIPES)}, or a .json file such as a run's args.json: values for the "
+        f"flags below and --crop-pct, where none is given (default: {PAPER}, whose numbers stand "
+        "here); a demo keeps its sizes and schedule under a name; see docs/RECIPES.md",
     )
     group.add_argument("--epochs", type=positive_int, metavar="N", help=f"default: {recipe.epochs}")
     group.add_argument(

@@ -3,6 +3,17 @@
 import argparse
 
 from utils.data.sampler import SAMPLERS
+from utils.options.parser import count
+
+
+def small_data_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags for few images."""
+    group.add_argument(
+        "--early-stop",
+        type=count,
+        metavar="N",
+        help="end after N epochs without a better top-1 (default: 0, never)",
+    )
 
 
 def class_flags(group: argparse._ArgumentGroup) -> None:

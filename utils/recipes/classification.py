@@ -41,6 +41,7 @@ class Recipe:
     clip_grad: float = 0.0  # largest norm of the gradient; 0: any
     sync_bn: bool = False  # BatchNorm's statistics over all processes
     sampler: str = "shuffle"  # or "balanced": each class alike, see utils.data.sampler
+    early_stop: int = 0  # epochs without a better top-1 after which training ends; 0: never
 
     @property
     def crop_size(self) -> int:

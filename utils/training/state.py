@@ -98,6 +98,14 @@ class RunState:
         self.begin(self.epoch + 1)
         return improved
 
+    def epochs_since_best(self, outcome: Outcome) -> int:
+        """Returns how many epochs have ended since the first one with the highest score; all of
+        them where none has a score.
+        """
+        scores = [outcome.score(row) for row in self.history]
+        known = [score for score in scores if score is not None]
+        return len(scores) - 1 - scores.index(max(known)) if known else len(scores)
+
     def snapshot(self) -> dict:
         """Returns plain values and tensors. Call on every rank: each one's sums are in it.
 
