@@ -1,5 +1,6 @@
 """Ways to train that are off by default: runs, resumptions bit for bit, refusals in one line."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -88,6 +89,29 @@ def test_class_weights_of_a_file_are_the_run_s_own(call, uneven, tmp_path):
     weights.unlink()
     assert call("--resume", last, "--epochs", 2)[0] == 0
     assert checkpoint.load(last)["class_weights"] == [0.5, 2.0, 8.0]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+def test_every_optimizer_is_taken_up(call, tree, tmp_path, monkeypatch, kind):
+    flags = (*SMALL, "-a", "eca_mobilenetv2", "--optimizer", kind, "--no-norm-decay", tree)
+    saved = cut_twice(call, tmp_path, monkeypatch, *flags)
+    assert saved["recipe"]["optimizer"] == kind
+    assert {"exp_avg", "exp_avg_sq"} <= saved["optimizer"]["state"][0].keys()
+    code, out, _ = call("--resume", "through/last.pth", "--epochs", 3)
+    assert code == 0
+    assert any(f"batch 8, {kind} lr 0.01 times" in line for line in out)
+    assert not any("momentum" in line for line in out)
+
+
+def test_lamb_without_timm_is_one_line(call, tree, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "timm" else find(name)
+    )
+    code, _, err = call(*SMALL, "--optimizer", "lamb", tree)
+    assert code == 2
+    assert err == ["error: --optimizer lamb needs timm: pip install timm"]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_training_ends_without_a_better_top_1(call, tree, tmp_path, monkeypatch):
@@ -207,6 +231,8 @@ def test_a_file_s_values_go_before_a_demo_s(tmp_path):
     [
         (("--class-weights", "none.csv"), "none.csv: No such file or directory; give balanced,"),
         (("--sampler", "even"), "invalid choice: 'even'"),
+        (("--optimizer", "adam"), "invalid choice: 'adam'"),
+        (("--optimizer", "adamw", "--momentum", 0.8), "--momentum does nothing with adamw"),
     ],
 )
 def test_bad_values_are_answered_in_one_line(call, tree, tmp_path, flags, said):
@@ -224,6 +250,7 @@ def test_what_a_resumption_cannot_take_up_is_refused(call, run_folder):
     for change, flags, said in (
         ({}, ("--sampler", "balanced"), "inside an epoch of the sampler shuffle: leave --sampler"),
         ({}, ("--class-weights", "balanced"), "the run's class weights are none: leave --class-"),
+        ({}, ("--optimizer", "lamb"), "the run's optimizer is sgd: leave --optimizer lamb out"),
         ({"class_weights": [1.0]}, (), "holds 1 class weights for 3 classes"),
         ({"class_weights": [1.0, "2", 1.0]}, (), "the field class_weights cannot be used"),
     ):

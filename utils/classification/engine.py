@@ -95,7 +95,7 @@ def train_epoch(
 
     Args:
         network: in any parallel wrapping; images (N, 3, S, S) → logits (N, C).
-        optimizer: SGD with `fused=True` on CUDA (the guard needs it).
+        optimizer: on CUDA one with `fused=True` is not waited for at each step (see the guard).
         scaler: gradient scaler, disabled unless fp16 is used.
         meter: gets the loss that is trained on; of mixed images top-1 and top-5 count for the class
             with the larger share, and so stay below what they are on whole images.

@@ -36,14 +36,18 @@ def recipe_lines(recipe: Recipe, name: str) -> list[str]:
     elif how == "exp":
         how = f"times {recipe.lr_decay:g} every epoch"
     warm = f", warm-up {recipe.warmup_epochs:g} epochs" if recipe.warmup_epochs else ""
+    rule = f"lr {recipe.lr:g} {how}{warm}"
+    if recipe.optimizer == "sgd":
+        rule += f", momentum {recipe.momentum:g}"
+    else:
+        rule = f"{recipe.optimizer} {rule}"
     title = "recipe" if name == PAPER else f"recipe {name}"
     pixels = f"{recipe.img_size} pixels"
     if recipe.crop_size != recipe.img_size:
         pixels = f"{recipe.crop_size} pixels (evaluation {recipe.img_size})"
     lines = [
         f"{title}: {recipe.epochs} epochs, batch {recipe.batch_size}, "
-        f"lr {recipe.lr:g} {how}{warm}, momentum {recipe.momentum:g}, "
-        f"weight decay {recipe.weight_decay:g}, {pixels}"
+        f"{rule}, weight decay {recipe.weight_decay:g}, {pixels}"
     ]
     parts = [
         f"{words} {value:g}"

@@ -30,7 +30,7 @@ from utils.options.parser import (
     positive_int,
 )
 from utils.options.recipe_file import recipe_name
-from utils.recipes.classification import PAPER, RECIPES, Recipe
+from utils.recipes.classification import OPTIMIZERS, PAPER, RECIPES, Recipe
 from utils.recipes.schedules import SCHEDULES
 from utils.system.text import did_you_mean
 
@@ -197,6 +197,12 @@ def _optimisation_flags(group, recipe: Recipe) -> None:
     )
     group.add_argument(
         "--lr", "--learning-rate", type=positive_float, metavar="F", help=f"default: {recipe.lr}"
+    )
+    group.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help=f"lamb is timm's, if installed; adamw and lamb want another --lr (default: "
+        f"{recipe.optimizer})",
     )
     add_sgd(group, recipe)
 

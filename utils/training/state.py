@@ -173,6 +173,8 @@ class RunState:
         own = self.optimizer.state_dict()["param_groups"]
         for group, before in zip(own, saved["optimizer"]["param_groups"], strict=False):
             group["lr"] = before["lr"]  # a step sets it, and there may be none to come
+            if "step" in before:  # LAMB counts its steps in the group
+                group["step"] = before["step"]
         load_optimizer_state(self.optimizer, {**saved["optimizer"], "param_groups": own})
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
