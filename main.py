@@ -22,7 +22,7 @@ from assembly.run_folder import open_files
 from models import weights
 from utils.classification import report
 from utils.classification.outcome import CLASSIFICATION
-from utils.classification.task import TaskBatches, make_task
+from utils.classification.task import TaskBatches, make_task, why_ended
 from utils.classification.training_data import open_training_data, open_validation_data
 from utils.data import demo_sets
 from utils.data.gpu_decoding import check_decoder
@@ -30,9 +30,10 @@ from utils.data.loading import replaced_lines
 from utils.options.classification import build_parser
 from utils.options.common import NEVER_TAKEN, saved_recipe
 from utils.options.parser import run_script
+from utils.options.recipe_file import named_recipe
 from utils.options.refusals import notes_on, refuse_flags, refuse_no_work
 from utils.options.settings import ClassificationSettings
-from utils.recipes.classification import PAPER, RECIPES, Recipe
+from utils.recipes.classification import PAPER, Recipe
 from utils.runs import folder as runs
 from utils.runs import resume
 from utils.runs.resume import Start
@@ -96,7 +97,7 @@ def read_command_line(
     parser = build_parser(recipe, models.MODELS, description)
     args = typed = parser.parse_args()
     given = parser.given(vars(typed))
-    recipe = recipe.override(**RECIPES[args.recipe or PAPER]).override(**demos.get(args.data, {}))
+    recipe = named_recipe(parser, recipe, args.recipe, demos.get(args.data, {}))
     of_any_run = args.data is None and args.arch is None and args.action is None
     name = None if of_any_run else runs.run_name(args.arch or recipe.arch, args.action)
     places = (args.resume, args.pretrained, name, args.output)
@@ -169,15 +170,15 @@ def train(
     torch.manual_seed(seed)
     network, notes = classifier.build_network(settings, recipe, start, data.train.classes)
     context.say(
-        *report.data_lines(data.train, data.val),
+        *report.data_lines(data.train, data.val, data.class_weights),
         *notes,
         *classifier.how_it_trains(network, settings, recipe, context),
         *start.notes,
     )
     reading = classifier.place(network, settings, context)
     state = classifier.begin_state(network, settings, recipe, start.saved, context)
-    if state.epoch >= recipe.epochs:  # no fault: a scheduler may start a finished run once more
-        context.say(f"all {recipe.epochs} epochs are done: give more with --epochs")
+    if ended := why_ended(state, recipe):
+        context.say(ended)
         return 0
     autocast = partial(backends.autocast, context.device, settings.amp)
     batches = TaskBatches.of(data, recipe, seed, reading, context, settings.skip_bad_images)
@@ -191,7 +192,7 @@ def train(
         return code
     files.close()
     context.say(*replaced_lines(data.train, state.all_broken()))
-    context.say(*files.farewell(state.best, settings.data))
+    context.say(*files.farewell(state.best, settings.data, state.epoch < recipe.epochs))
     return 0
 
 

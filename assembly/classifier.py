@@ -90,10 +90,13 @@ def how_it_trains(
     network: Network, settings: ClassificationSettings, recipe: Recipe, context: Context
 ) -> list[str]:
     """Says where and how a network is trained."""
-    return [
+    lines = [
         *how_it_runs(network, settings, context, recipe.sync_bn),
         *report.recipe_lines(recipe, settings.recipe or PAPER),
     ]
+    if settings.grad_checkpointing:
+        lines.append("  gradient checkpointing: backward computes each block again")
+    return lines
 
 
 def how_it_runs(
@@ -120,6 +123,7 @@ def place(network: Network, settings: ClassificationSettings, context: Context) 
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     network.to(context.device).to(memory_format=layout)
     models.set_fused(network, settings.fused)
+    network.set_grad_checkpointing(settings.grad_checkpointing)
     if settings.compile and not settings.fast:
         network.compile()
     reading = reading_of(settings.decoder)
@@ -191,6 +195,7 @@ def make_record(
         "args": dict(settings.saved_flags),
         "seed": seed,
         "train_digest": data.digest,
+        "class_weights": None if data.class_weights is None else list(data.class_weights),
         "pretrained": settings.pretrained if start.run is None else start.run.pretrained,
         "train_images": len(data.train),
     }

@@ -1,15 +1,14 @@
 """The named recipes: their values, and runs with all of their parts as a user starts them."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import sys
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import torch
+from helpers.cut_runs import STATE, cut_twice, same
 from helpers.trees import ROOT
 
 import main as script
@@ -21,7 +20,6 @@ from utils.classification.report import recipe_lines
 from utils.data import demo_sets
 from utils.recipes.classification import MODERN, MODERN_100, RECIPES, Recipe
 from utils.runs import checkpoint
-from utils.training.state import RunState
 
 SMALL = ("-a", "eca_mobilenetv2", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j", 0, "--seed", 1)
 PARTS = (
@@ -49,17 +47,6 @@ PARTS = (
 )
 
 
-def same(a, b) -> bool:
-    """Bitwise equality of nested plain values and tensors."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 OLD_FIELDS = {  # of a recipe, before there was another than the paper's
     "arch",
     "epochs",
@@ -76,7 +63,6 @@ OLD_FIELDS = {  # of a recipe, before there was another than the paper's
     "min_scale",
     "hflip",
 }
-STATE = ("state_dict", "raw_state_dict", "averaged_steps", "optimizer", "progress", "history")
 
 
 def test_the_modern_recipes_are_what_the_document_says():
@@ -94,6 +80,7 @@ def test_the_modern_recipes_are_what_the_document_says():
             else:
                 assert value == pytest.approx(float(words.get(cell, cell)), rel=1e-3), field
     apart = {"arch", "lr_step", "lr_decay", "hflip", "min_scale"}  # the same in all of them
+    apart |= {"sampler", "early_stop"}  # for data of one's own, docs/FINE_TUNING.md
     assert table.keys() == {f.name for f in fields(Recipe)} - apart
     assert all(getattr(r, name) == getattr(RECIPE, name) for r in recipes for name in apart)
 
@@ -141,43 +128,11 @@ def test_a_recipe_saved_before_there_were_such_parts_has_none():
     assert Recipe.from_dict(old) == RECIPE
 
 
-class Killed(BaseException):
-    """As sudden as SIGKILL: nothing in the program catches it."""
-
-
 def test_killed_and_stopped_with_all_parts_a_run_ends_bit_for_bit(
     call, tree, tmp_path, monkeypatch
 ):
-    flags = (*SMALL, *PARTS, "--epochs", 2, "--save-every", 1, tree)
-    assert call(*flags, "--output", "through")[0] == 0
-
-    finish_step = RunState.finish_step
-    steps = []
-
-    def stumble(state, broken):
-        finish_step(state, broken)
-        steps.append((state.epoch, state.step))
-        if len(steps) == 2:
-            raise Killed  # in step 2 of 3, saved after step 1
-        if len(steps) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)  # in the second epoch, which saves
-
-    monkeypatch.setattr(RunState, "finish_step", stumble)
-    again = ("--resume", "auto", "--output", "cut", *flags)
-    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, again)])
-    with pytest.raises(Killed):
-        script.main()
-    assert checkpoint.load(tmp_path / "cut" / "last.pth")["progress"]["step"] == 1
-    assert call(*again)[0] == 143
-    assert call(*again, "-j", 1)[0] == 0
-    assert steps == [(0, 1), (0, 2), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
-    for name in ("last.pth", "best.pth"):
-        one, other = (checkpoint.load(tmp_path / run / name) for run in ("through", "cut"))
-        assert one.keys() >= set(STATE)
-        for part in STATE:
-            assert same(one[part], other[part]), f"{name}: {part}"
-    csv = [(tmp_path / run / "metrics.csv").read_bytes() for run in ("through", "cut")]
-    assert csv[0] == csv[1]
+    saved = cut_twice(call, tmp_path, monkeypatch, *SMALL, *PARTS, tree)
+    assert saved.keys() >= set(STATE)
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +214,7 @@ def test_a_checkpoint_from_before_the_recipes_goes_on(call, finished, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--recipe", "modem"), "invalid choice: 'modem'"),
+        (("--recipe", "modem"), "no recipe 'modem'; did you mean modern"),
         (("--ema", 1), "'1' is not a number between 0 and 1, 1 excluded"),
         (("--label-smoothing", 1), "'1' is not a number between 0 and 1"),
         (("--mixup", -1), "'-1' is not a number at least 0"),

@@ -58,13 +58,23 @@ class StepRule:
         seed: int,
         autocast: AutocastFactory,
         num_classes: int,
+        class_weights: torch.Tensor | None = None,
     ) -> "StepRule":
-        """Returns the recipe's rule; `num_classes` are the network's outputs."""
+        """Returns the recipe's rule.
+
+        Args:
+            num_classes: the network's outputs.
+            class_weights: (num_classes,) of the loss, on the device; None for 1.
+        """
         return cls(
             lr_at=rate_of(recipe, steps_per_epoch),
             seed=seed,
             autocast=autocast,
-            loss_fn=partial(cross_entropy, label_smoothing=recipe.label_smoothing),
+            loss_fn=partial(
+                cross_entropy,
+                label_smoothing=recipe.label_smoothing,
+                class_weights=class_weights,
+            ),
             mix=make_mix(recipe.mixup, recipe.cutmix, num_classes),
             accumulate=recipe.accumulate,
             clip_grad=recipe.clip_grad,
@@ -85,7 +95,7 @@ def train_epoch(
 
     Args:
         network: in any parallel wrapping; images (N, 3, S, S) → logits (N, C).
-        optimizer: SGD with `fused=True` on CUDA (the guard needs it).
+        optimizer: on CUDA one with `fused=True` is not waited for at each step (see the guard).
         scaler: gradient scaler, disabled unless fp16 is used.
         meter: gets the loss that is trained on; of mixed images top-1 and top-5 count for the class
             with the larger share, and so stay below what they are on whole images.

@@ -53,15 +53,25 @@ class ClassificationMeter:
 
 
 def cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    label_smoothing: float = 0.0,
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the mean cross-entropy in float32, whatever the precision of the logits (N, C).
 
     Args:
         targets: (N,) class indices, or (N, C) shares of the classes.
         label_smoothing: share of each target that is divided evenly among the classes.
+        class_weights: (C,) factors of the classes' terms; None for 1. The sum is divided by N, not
+            by the weights of the batch: so each part of a batch, on any rank, counts by its size.
     """
-    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+    if class_weights is None:
+        return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+    total = F.cross_entropy(
+        logits.float(), targets, class_weights, reduction="sum", label_smoothing=label_smoothing
+    )
+    return total / len(targets)
 
 
 def _wide(device: torch.device) -> torch.dtype:

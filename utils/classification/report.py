@@ -1,7 +1,10 @@
 """Makes the lines that a run prints before it starts: data, network, recipe."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
+from utils.data.class_weights import describe_weights
 from utils.data.image_folder import ImageFolder, describe
 from utils.recipes.classification import PAPER, Recipe
 
@@ -33,14 +36,18 @@ def recipe_lines(recipe: Recipe, name: str) -> list[str]:
     elif how == "exp":
         how = f"times {recipe.lr_decay:g} every epoch"
     warm = f", warm-up {recipe.warmup_epochs:g} epochs" if recipe.warmup_epochs else ""
+    rule = f"lr {recipe.lr:g} {how}{warm}"
+    if recipe.optimizer == "sgd":
+        rule += f", momentum {recipe.momentum:g}"
+    else:
+        rule = f"{recipe.optimizer} {rule}"
     title = "recipe" if name == PAPER else f"recipe {name}"
     pixels = f"{recipe.img_size} pixels"
     if recipe.crop_size != recipe.img_size:
         pixels = f"{recipe.crop_size} pixels (evaluation {recipe.img_size})"
     lines = [
         f"{title}: {recipe.epochs} epochs, batch {recipe.batch_size}, "
-        f"lr {recipe.lr:g} {how}{warm}, momentum {recipe.momentum:g}, "
-        f"weight decay {recipe.weight_decay:g}, {pixels}"
+        f"{rule}, weight decay {recipe.weight_decay:g}, {pixels}"
     ]
     parts = [
         f"{words} {value:g}"
@@ -60,15 +67,20 @@ def recipe_lines(recipe: Recipe, name: str) -> list[str]:
         (recipe.repeats > 1, f"each image {recipe.repeats} times a batch"),
         (recipe.accumulate > 1, f"each batch in {recipe.accumulate} parts"),
         (recipe.sync_bn, "SyncBatchNorm"),
+        (recipe.sampler == "balanced", "each class alike often"),
     )
     parts += [words for on, words in switches if on]
     return [*lines, f"  {', '.join(parts)}"] if parts else lines
 
 
-def data_lines(train: ImageFolder | None, val: ImageFolder) -> list[str]:
-    """Returns counts of train and val, and what a user should check."""
+def data_lines(
+    train: ImageFolder | None, val: ImageFolder, weights: Sequence[float] | None = None
+) -> list[str]:
+    """Returns counts of train and val, what a user should check, and the loss's class weights."""
     lines = [] if train is None else describe(train, "train")
     lines += describe(val, "val")
+    if weights is not None:
+        lines.append(describe_weights(weights, val.classes))
     return lines
 
 

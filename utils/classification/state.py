@@ -6,7 +6,7 @@ from torch import nn
 from utils.classification.metrics import ClassificationMeter
 from utils.recipes.classification import Recipe
 from utils.training.finite_guard import NonFiniteGuard
-from utils.training.optimizer import make_sgd
+from utils.training.optimizer import make_optimizer
 from utils.training.state import RunState
 from utils.training.weight_average import WeightAverage
 
@@ -29,9 +29,10 @@ def first_state(
     average = WeightAverage(network, recipe.ema) if recipe.ema else None
     if compiled and average is not None:
         average.module.compile()  # a copy of a compiled network is not compiled
+    numbers = (recipe.lr, recipe.momentum, recipe.weight_decay, recipe.norm_decay)
     return RunState(
         network,
-        make_sgd(network, recipe.lr, recipe.momentum, recipe.weight_decay, recipe.norm_decay),
+        make_optimizer(recipe.optimizer, network, *numbers),
         torch.amp.GradScaler(device.type, enabled=fp16),
         ClassificationMeter(device),
         NonFiniteGuard(device),

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 from utils.classification import engine
 from utils.classification.outcome import CLASSIFICATION
@@ -30,6 +33,7 @@ class TaskBatches:
     val: Callable[[], Iterator[Batch]]
     val_images: int
     check: ValidationCheck
+    class_weights: tuple[float, ...] | None
 
     @classmethod
     def of(
@@ -43,8 +47,9 @@ class TaskBatches:
     ) -> "TaskBatches":
         """Makes the batches of this rank."""
         rank, world_size = context.rank, context.world_size
+        labels = data.train.labels if recipe.sampler == "balanced" else None
         order = SeededBatches(
-            len(data.train), recipe.batch_size, seed, rank, world_size, recipe.repeats
+            len(data.train), recipe.batch_size, seed, rank, world_size, recipe.repeats, labels
         )
         train = training_batches(data.train, order, recipe, seed, reading, skip_bad_images)
         val = validation_batches(data.val, recipe, reading, rank, world_size)
@@ -53,7 +58,7 @@ class TaskBatches:
         check = ValidationCheck(
             lambda index: dataset.read((0, index), decoder), len(data.val), context
         )
-        return cls(seed, order, train, val, len(data.val), check)
+        return cls(seed, order, train, val, len(data.val), check, data.class_weights)
 
 
 def make_task(
@@ -65,12 +70,14 @@ def make_task(
     context: Context,
 ) -> Task:
     """Makes what `run_epochs` trains: the network in its parallel wrapping, step and evaluation."""
+    weights = batches.class_weights
     rule = engine.StepRule.of(
         recipe,
         batches.order.steps,
         mix_seed(batches.seed, context.rank),
         autocast,
         state.network.num_classes,
+        None if weights is None else torch.tensor(weights, device=context.device),
     )
     wrapped = distributed.wrap(state.network, context, recipe.sync_bn)
     evaluated = distributed.data_parallel(state.evaluated, context)
@@ -89,4 +96,21 @@ def make_task(
         return engine.evaluate(evaluated, shown, context.device, autocast, stop)
 
     length = (recipe.epochs, recipe.batch_size, print_freq)
-    return Task(CLASSIFICATION, batches.order, steps, judge, rule.lr_at, *length)
+    early = partial(why_ended, recipe=recipe)
+    return Task(CLASSIFICATION, batches.order, steps, judge, rule.lr_at, *length, early)
+
+
+def why_ended(state: RunState, recipe: Recipe) -> str | None:
+    """Returns a line on a run that has no epoch left to do: all are done, or it ended early.
+
+    None where there is one. That is no fault: a scheduler may start a finished run once more.
+    """
+    if state.epoch >= recipe.epochs:
+        return f"all {recipe.epochs} epochs are done: give more with --epochs"
+    waited = state.epochs_since_best(CLASSIFICATION)
+    if recipe.early_stop and waited >= recipe.early_stop:
+        return (
+            f"stopped early, after {state.epoch} of {recipe.epochs} epochs: {waited} without a "
+            "better top-1; to go on, give more with --early-stop, or 0 for all epochs"
+        )
+    return None

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 
 from utils.system.errors import UserError
 
+SAMPLERS = ("shuffle", "balanced")
 # (epoch, index of the image), and from the second copy on the copy's number: all that a sample's
 # augmentation depends on.
 Key = tuple[int, int] | tuple[int, int, int]
@@ -36,11 +37,15 @@ class SeededBatches(Sampler[list[Key]]):
     in another order: with as many ranks as rounds, or more, no rank sees an image twice in a step,
     as in torchvision; and mixing, which pairs neighbours, finds other pairs in each round.
 
+    With `labels` the order is `balanced_order`: each class comes alike, whatever its size, in as
+    many steps. An image that comes again in an epoch does so with its next copy's number.
+
     Args:
         size: number of images.
         batch_size: global batch; must divide by `world_size` and `repeats` and not exceed `size`.
         seed, rank, world_size: what the order and the slice depend on.
         repeats: copies of each image in a batch.
+        labels: (size,) the images' classes; None for each image once.
     """
 
     def __init__(
@@ -51,12 +56,14 @@ class SeededBatches(Sampler[list[Key]]):
         rank: int = 0,
         world_size: int = 1,
         repeats: int = 1,
+        labels: np.ndarray | None = None,
     ):
         assert batch_size % world_size == 0
         assert batch_size % repeats == 0
         assert batch_size <= size
         self.size, self.batch_size, self.seed, self.repeats = size, batch_size, seed, repeats
         self.rank, self.share = rank, batch_size // world_size
+        self.labels = labels
         self.epoch = self.first_step = 0
 
     @property
@@ -74,17 +81,58 @@ class SeededBatches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, first_step = self.epoch, self.first_step
         shuffle = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-        order = torch.randperm(self.size, generator=shuffle)
         distinct = self.batch_size // self.repeats
+        if self.labels is None:
+            order = torch.randperm(self.size, generator=shuffle)
+            earlier = torch.zeros_like(order)
+        else:
+            order, earlier = balanced_order(self.labels, self.steps * distinct, shuffle)
         for step in range(first_step, self.steps):
-            images = order[step * distinct : (step + 1) * distinct]
-            keys: list[Key] = [(epoch, index) for index in images.tolist()]
+            place = slice(step * distinct, (step + 1) * distinct)
+            images, copies = order[place], earlier[place] * self.repeats
+            keys = _keys(epoch, images, copies)
             if self.repeats > 1:
                 shuffle.manual_seed(mix_seed(self.seed, epoch, step, self.repeats))
             for copy in range(1, self.repeats):
-                again = images[torch.randperm(distinct, generator=shuffle)]
-                keys += [(epoch, index, copy) for index in again.tolist()]
+                again = torch.randperm(distinct, generator=shuffle)
+                keys += _keys(epoch, images[again], copies[again] + copy)
             yield keys[self.rank * self.share : (self.rank + 1) * self.share]
+
+
+def _keys(epoch: int, images: torch.Tensor, copies: torch.Tensor) -> list[Key]:
+    pairs = zip(images.tolist(), copies.tolist(), strict=True)
+    return [(epoch, index, copy) if copy else (epoch, index) for index, copy in pairs]
+
+
+def balanced_order(
+    labels: np.ndarray, count: int, chance: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws images so that no class comes more than once oftener than another.
+
+    The order is made of rounds, in each of which every class that has images comes once, the
+    classes in an order of the round's own. A class gives its images in shuffles, one after another.
+
+    Args:
+        labels: (n,) the images' classes.
+        count: of images to draw.
+        chance: where the order comes from.
+
+    Returns:
+        (count,) indices of images, and (count,) how often each of them was drawn before.
+    """
+    counts = np.bincount(labels)
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    members = [torch.from_numpy(own) for own in by_class if len(own)]
+    rounds = -(-count // len(members))
+    images, earlier = [], []
+    for own in members:
+        passes = range(-(-rounds // len(own)))
+        shuffles = [own[torch.randperm(len(own), generator=chance)] for _ in passes]
+        images.append(torch.cat(shuffles)[:rounds])
+        earlier.append(torch.arange(rounds) // len(own))
+    turns = torch.rand(rounds, len(members), generator=chance).argsort(dim=1, stable=True)
+    drawn = [torch.stack(parts, dim=1).gather(1, turns) for parts in (images, earlier)]
+    return drawn[0].flatten()[:count], drawn[1].flatten()[:count]
 
 
 class ShardedBatches(Sampler[list[Key]]):

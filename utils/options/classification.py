@@ -19,6 +19,7 @@ from utils.options.common import (
     add_workers,
 )
 from utils.options.modern_parts import augmentation_flags, regularisation_flags
+from utils.options.own_data import class_flags, small_data_flags
 from utils.options.parser import (
     Parser,
     count,
@@ -28,13 +29,16 @@ from utils.options.parser import (
     positive_float,
     positive_int,
 )
-from utils.recipes.classification import PAPER, RECIPES, Recipe
+from utils.options.recipe_file import recipe_name
+from utils.recipes.classification import OPTIMIZERS, PAPER, RECIPES, Recipe
 from utils.recipes.schedules import SCHEDULES
 from utils.system.text import did_you_mean
 
 OF_TRAINING = {
     "check_val",
     "skip_bad_images",
+    "grad_checkpointing",
+    "class_weights",
     "start_epoch",
     "identity_start",
     "save_every",
@@ -83,6 +87,9 @@ def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> P
     modern = parser.add_argument_group("parts of the modern recipes, off in the paper's")
     augmentation_flags(modern)
     regularisation_flags(modern)
+    own = parser.add_argument_group("data of one's own: few images, uneven classes")
+    small_data_flags(own)
+    class_flags(own)
     _run_flags(parser.add_argument_group("run"))
     return parser
 
@@ -167,9 +174,11 @@ def _network_flags(group, recipe: Recipe, networks: list[str]) -> None:
 def _optimisation_flags(group, recipe: Recipe) -> None:
     group.add_argument(
         "--recipe",
-        choices=RECIPES,
-        help=f"values for the flags below and --crop-pct, where none is given (default: {PAPER}, "
-        "whose numbers stand here); a demo keeps its sizes and schedule; see docs/RECIPES.md",
+        type=recipe_name,
+        metavar="NAME",
+        help=f"{', '.join(RECIPES)}, or a .json file such as a run's args.json: values for the "
+        f"flags below and --crop-pct, where none is given (default: {PAPER}, whose numbers stand "
+        "here); a demo keeps its sizes and schedule under a name; see docs/RECIPES.md",
     )
     group.add_argument("--epochs", type=positive_int, metavar="N", help=f"default: {recipe.epochs}")
     group.add_argument(
@@ -188,6 +197,12 @@ def _optimisation_flags(group, recipe: Recipe) -> None:
     )
     group.add_argument(
         "--lr", "--learning-rate", type=positive_float, metavar="F", help=f"default: {recipe.lr}"
+    )
+    group.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help=f"lamb is timm's, if installed; adamw and lamb want another --lr (default: "
+        f"{recipe.optimizer})",
     )
     add_sgd(group, recipe)
 
@@ -232,6 +247,13 @@ def _speed_flags(group) -> None:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="torch.compile the network (default: no)",
+    )
+    group.add_argument(
+        "--grad-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep each block's input alone for backward and compute the rest again: less memory, "
+        "more time, the same results (default: no)",
     )
     add_fused(group)
 

@@ -8,9 +8,11 @@ from utils.options.parser import refuse_idle
 from utils.recipes.classification import Recipe
 from utils.recipes.schedules import UNUSED
 from utils.system.errors import UserError
+from utils.system.optional_packages import require
 from utils.system.text import printable
 
 FAMILIES = {"resnet": "ResNets", "mobilenet": "MobileNetV2"}
+USUAL = {"adamw": 1e-3, "lamb": 5e-3}  # learning rates of published recipes
 SCRIPTS = {"resnet": "main.py", "mobilenet": "light_main.py"}
 
 
@@ -35,6 +37,10 @@ def refuse_flags(args: argparse.Namespace, given: set[str], recipe: Recipe) -> N
             raise UserError("--fast rebuilds a network for evaluation: it goes with -e")
         refuse_idle(given, OF_BLOCKS, "with --fast, which rebuilds the blocks")
     refuse_idle(given, UNUSED[recipe.schedule], f"with the schedule {recipe.schedule}")
+    if recipe.optimizer != "sgd":
+        refuse_idle(given, ("momentum",), f"with {recipe.optimizer}")
+    if recipe.optimizer == "lamb" and not args.evaluate:
+        require(("timm",), "--optimizer lamb", "timm")
 
 
 def refuse_no_work(args: argparse.Namespace, recipe: Recipe) -> None:
@@ -70,6 +76,11 @@ def notes_on(recipe: Recipe, paper: Recipe, other_numbers: bool) -> tuple[str, .
         notes.append(
             f"! {recipe.arch} trains by the paper's numbers for {FAMILIES[_family(paper.arch)]}; "
             f"those for {FAMILIES[_family(recipe.arch)]} come with {SCRIPTS[_family(recipe.arch)]}"
+        )
+    if recipe.optimizer != paper.optimizer and recipe.lr == paper.lr:
+        notes.append(
+            f"! the learning rate {recipe.lr:g} is the paper's for SGD: for {recipe.optimizer} "
+            f"rates near {USUAL[recipe.optimizer]:g} are usual; give --lr"
         )
     if recipe.warmup_epochs > recipe.epochs:
         notes.append(

@@ -63,6 +63,7 @@ class ClassificationSettings(Settings):
     download: bool
     decoder: str
     skip_bad_images: bool
+    class_weights: str | None
     attention: str | None
     num_classes: int | None
     pretrained: str | None
@@ -71,6 +72,7 @@ class ClassificationSettings(Settings):
     start_epoch: int | None
     channels_last: bool
     compile: bool
+    grad_checkpointing: bool
     fast: bool
 
     @property

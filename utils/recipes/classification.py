@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
+OPTIMIZERS = ("sgd", "adamw", "lamb")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -40,6 +42,9 @@ class Recipe:
     accumulate: int = 1  # parts of a device's batch, taken one after the other
     clip_grad: float = 0.0  # largest norm of the gradient; 0: any
     sync_bn: bool = False  # BatchNorm's statistics over all processes
+    sampler: str = "shuffle"  # or "balanced": each class alike, see utils.data.sampler
+    optimizer: str = "sgd"  # or "adamw", "lamb", to which momentum means nothing
+    early_stop: int = 0  # epochs without a better top-1 after which training ends; 0: never
 
     @property
     def crop_size(self) -> int:

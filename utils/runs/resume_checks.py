@@ -117,8 +117,8 @@ def refuse_another_recipe(
         at_epoch: --start-epoch.
 
     Raises:
-        UserError: another recipe by name; other copies of images inside an epoch; other parameters
-            with weight decay, whose momentum is saved by their order.
+        UserError: another recipe by name; another optimizer; other copies or order of images inside
+            an epoch; other parameters with weight decay, whose momentum is saved by their order.
     """
     held = Recipe.from_dict(run.recipe)
     held_name = run.flags.get("recipe") or PAPER
@@ -132,10 +132,17 @@ def refuse_another_recipe(
         raise UserError(
             f"the run {verb} norms, biases and ECA kernels: leave --{flag}norm-decay out"
         )
+    if recipe.optimizer != held.optimizer:
+        raise UserError(_another_optimizer(held.optimizer, recipe.optimizer))
     if run.step and at_epoch is None and recipe.repeats != held.repeats:
         raise UserError(
             f"the run stopped inside an epoch with each image {held.repeats} times a batch: leave "
             f"--repeats {recipe.repeats} out, or begin at an epoch's start with --start-epoch"
+        )
+    if run.step and at_epoch is None and recipe.sampler != held.sampler:
+        raise UserError(
+            f"the run stopped inside an epoch of the sampler {held.sampler}: leave --sampler "
+            f"{recipe.sampler} out, or begin at an epoch's start with --start-epoch"
         )
 
 
@@ -147,4 +154,8 @@ def refuse_another_optimizer(run: SavedRun, recipe: DetectionRecipe) -> None:
     """
     held = DetectionRecipe.from_dict(run.recipe).optimizer
     if recipe.optimizer != held:
-        raise UserError(f"the run's optimizer is {held}: leave --optimizer {recipe.optimizer} out")
+        raise UserError(_another_optimizer(held, recipe.optimizer))
+
+
+def _another_optimizer(held: str, asked: str) -> str:
+    return f"the run's optimizer is {held}: leave --optimizer {asked} out"

@@ -72,6 +72,12 @@ def tensor(value: Any) -> str | None:
     return None if fits else "a dense tensor of real numbers"
 
 
+def scalar(value: Any) -> str | None:
+    """Returns a fault where a value is no dense tensor of one number."""
+    fits = tensor(value) is None and value.numel() == 1
+    return None if fits else "a dense tensor of one number"
+
+
 def table(value: Any) -> str | None:
     """Returns a fault where a value is no dense tensor with two axes."""
     fits = tensor(value) is None and value.ndim == 2
@@ -152,6 +158,7 @@ SCHEMA: Mapping[str, Rule] = {
     "args": fields({}),
     "seed": whole(),
     "train_digest": text,
+    "class_weights": either(nothing, list_of(real(0, 1e308))),
     "pretrained": either(nothing, text),
     "train_images": whole(),
     "environment": fields({}),
@@ -161,7 +168,15 @@ SCHEMA: Mapping[str, Rule] = {
     "optimizer": fields(
         {
             "state": mapping_of(mapping_of(either(tensor, plain)), whole()),
-            "param_groups": list_of(fields({"lr": real(0, 1e308), "params": list_of(whole())})),
+            "param_groups": list_of(
+                fields(
+                    {
+                        "lr": real(0, 1e308),
+                        "params": list_of(whole()),
+                        "step": either(scalar, whole()),
+                    }
+                )
+            ),
         }
     ),
     "scaler": mapping_of(real()),

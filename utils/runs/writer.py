@@ -125,17 +125,24 @@ class RunFiles:
             self.close()
         return exit_code
 
-    def farewell(self, best: dict, data: str) -> list[str]:
-        """Prints the closing lines: the result, and the commands that a user wants next."""
+    def farewell(self, best: dict, data: str, early: bool = False) -> list[str]:
+        """Returns the closing lines: the result, and the commands that a user wants next.
+
+        Args:
+            best: the row of the best epoch; empty for none.
+            data: as the command line named it.
+            early: training ended by --early-stop, before the last epoch.
+        """
         if self.folder is None:
             return []
         last, weights = self.checkpoints.last, self.checkpoints.best
+        more = ("--early-stop", "0") if early else ("--epochs", "N")
         evaluate = f"  evaluate:    {command('-e', '--resume', weights, data)}"
         return [
             f"done: {self.figures.result(best)}",
             *([evaluate] if best else []),
             look_line(self.folder),
-            f"  train on:    {command('--resume', last, '--epochs', 'N')}",
+            f"  train on:    {command('--resume', last, *more)}",
         ]
 
     def close(self) -> None:

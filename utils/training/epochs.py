@@ -62,6 +62,8 @@ class Task:
             which asks whether to stop, said so. Called on every rank.
         lr_at: step of the run → learning rate.
         epochs, batch_size, print_freq: of the run.
+        ended_early: why no further epoch is to begin, as a line, or None. A function of what is
+            saved alone, so that every rank, and a run that is resumed, comes to the same.
     """
 
     outcome: Outcome
@@ -72,15 +74,16 @@ class Task:
     epochs: int
     batch_size: int
     print_freq: int
+    ended_early: Callable[[RunState], str | None] = lambda state: None
 
 
 def run_epochs(
     state: RunState, task: Task, writer: Writer, context: Context, stop: StopRequest
 ) -> int:
-    """Trains from where `state` is to the last epoch, or until asked to stop.
+    """Trains from where `state` is to the last epoch, to an early end, or until asked to stop.
 
     Returns:
-        The exit code: 0 after the last epoch, that of `stop` otherwise.
+        The exit code: 0 after the last epoch or an early end, that of `stop` otherwise.
     """
     votes, pace = Votes(context.votes), Pace()
     while state.epoch < task.epochs:
@@ -100,6 +103,9 @@ def run_epochs(
         writer.finish_epoch(state.snapshot(), speed, improved)
         pace.note_between(time.perf_counter() - ended)
         context.say(task.outcome.epoch_line(state.history[-1], task.epochs, speed, improved))
+        if state.epoch < task.epochs and (why := task.ended_early(state)):
+            context.say(why)
+            break
     return 0
 
 

@@ -10,8 +10,9 @@ class NonFiniteGuard:
     """Stops a loss that is not a finite number before it reaches the weights.
 
     On the CPU the step stops at once. On a GPU, asking would wait for the device at every step:
-    there the flag is handed to the fused optimizer, which skips its update on the device, and
-    `check` raises at the next moment that synchronises anyway, before anything is saved.
+    there the flag is handed to a fused optimizer, which skips its update on the device, and
+    `check` raises at the next moment that synchronises anyway, before anything is saved. An
+    optimizer without such a kernel (LAMB) has to wait.
 
     Args:
         warmup_flag: what the remedy calls the length of the warm-up.
@@ -35,10 +36,10 @@ class NonFiniteGuard:
         bad = distributed.all_reduce((~value.detach().isfinite()).float())
         fresh = (bad > 0) & (self.first_bad < 0)
         self.first_bad = torch.where(fresh, step, self.first_bad)
-        if self.wait:
+        if self.wait or not optimizer.defaults.get("fused"):
             self.check()
         else:
-            optimizer.found_inf = bad.clamp_(max=1)  # type: ignore[attr-defined]  # fused SGD reads it
+            optimizer.found_inf = bad.clamp_(max=1)  # type: ignore[attr-defined]  # fused kernels read it
 
     def check(self) -> None:
         """Raises when a value was not finite. Synchronises with the device.

@@ -1,4 +1,4 @@
-"""Makes stochastic gradient descent, and chooses the parameters that weight decay is for."""
+"""Makes optimizers, and chooses the parameters that weight decay is for."""
 
 from typing import Any
 
@@ -6,6 +6,33 @@ import torch
 from torch import nn
 
 DECAYED_AXES = (2, 4)  # of linear layers and 2-d convolutions
+
+
+def make_optimizer(
+    kind: str,
+    network: nn.Module,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    norm_decay: bool = True,
+) -> torch.optim.Optimizer:
+    """Returns an optimizer for a network that is already on its device.
+
+    Args:
+        kind: "sgd"; "adamw" of torch; or "lamb" of timm, which limits the gradient's norm to 1.
+            The last two have their own default betas and eps.
+        momentum: of SGD alone.
+        norm_decay: decay every parameter, as the paper does; False spares what `split` says.
+    """
+    if kind == "sgd":
+        return make_sgd(network, lr, momentum, weight_decay, norm_decay)
+    groups = _groups(network, norm_decay)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=_fused(network))
+    assert kind == "lamb", kind
+    from timm.optim import Lamb  # optional; the options have asked for it
+
+    return Lamb(groups, lr=lr, weight_decay=weight_decay)
 
 
 def make_sgd(
@@ -16,17 +43,24 @@ def make_sgd(
     Args:
         norm_decay: decay every parameter, as the paper does; False spares what `split` says.
     """
-    parameters = list(network.parameters())
-    groups: list[dict[str, Any]] = [{"params": parameters}]
-    if not norm_decay:
-        decayed, spared = split(network)
-        groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    fused = parameters[0].device.type in ("cpu", "cuda")  # the guard needs it on CUDA
+    groups, fused = _groups(network, norm_decay), _fused(network)
     optimizer = torch.optim.SGD(
-        groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused or None
+        groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused
     )
     start_momentum(optimizer)
     return optimizer
+
+
+def _groups(network: nn.Module, norm_decay: bool) -> list[dict[str, Any]]:
+    if norm_decay:
+        return [{"params": list(network.parameters())}]
+    decayed, spared = split(network)
+    return [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+
+
+def _fused(network: nn.Module) -> bool | None:
+    """Returns True where there is a fused kernel, by which the guard skips steps on CUDA."""
+    return next(network.parameters()).device.type in ("cpu", "cuda") or None
 
 
 def start_momentum(optimizer: torch.optim.Optimizer) -> None:

@@ -98,6 +98,14 @@ class RunState:
         self.begin(self.epoch + 1)
         return improved
 
+    def epochs_since_best(self, outcome: Outcome) -> int:
+        """Returns how many epochs have ended since the first one with the highest score; all of
+        them where none has a score.
+        """
+        scores = [outcome.score(row) for row in self.history]
+        known = [score for score in scores if score is not None]
+        return len(scores) - 1 - scores.index(max(known)) if known else len(scores)
+
     def snapshot(self) -> dict:
         """Returns plain values and tensors. Call on every rank: each one's sums are in it.
 
@@ -165,6 +173,8 @@ class RunState:
         own = self.optimizer.state_dict()["param_groups"]
         for group, before in zip(own, saved["optimizer"]["param_groups"], strict=False):
             group["lr"] = before["lr"]  # a step sets it, and there may be none to come
+            if "step" in before:  # LAMB counts its steps in the group
+                group["step"] = before["step"]
         load_optimizer_state(self.optimizer, {**saved["optimizer"], "param_groups": own})
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])

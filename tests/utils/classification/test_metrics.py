@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,3 +78,27 @@ def test_one_ruined_row_leaves_the_others(bad):
     logits = torch.eye(3)
     logits[0, 1] = bad
     assert count_correct(logits, torch.arange(3), (1, 2)).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_class_weights_are_factors_of_the_classes_terms(smoothing, mixed):
+    """A loop in float64: mean over images of Σ_c -w_c y_c log p_c."""
+    chance = np.random.default_rng(0)
+    logits, weights = chance.normal(size=(6, 4)), np.array([0.5, 2.0, 1.0, 7.0])
+    labels = np.array([0, 3, 1, 2, 3, 0])
+    shares = np.eye(4)[labels]
+    if mixed:
+        shares = 0.7 * shares + 0.3 * np.roll(shares, 1, axis=0)
+    total = 0.0
+    for x, y in zip(logits, (1 - smoothing) * shares + smoothing / 4, strict=True):
+        logs = x - np.log(np.exp(x).sum())
+        for c in range(4):
+            total -= weights[c] * y[c] * logs[c]
+    targets = torch.tensor(shares if mixed else labels)
+    if mixed:
+        targets = targets.float()
+    found = cross_entropy(torch.tensor(logits), targets, smoothing, torch.tensor(weights).float())
+    assert found.item() == pytest.approx(total / 6, rel=1e-6)
+    ones = cross_entropy(torch.tensor(logits), targets, smoothing, torch.ones(4))
+    torch.testing.assert_close(ones, cross_entropy(torch.tensor(logits), targets, smoothing))

@@ -278,3 +278,20 @@ def test_a_fresh_state_is_the_recipe_s():
     assert state.average.decay == 0.9
     assert state.rank == 1
     assert state.scaler.is_enabled()
+
+
+def test_epochs_since_the_best_are_counted_from_the_first_of_equal_ones():
+    state = fresh()
+    assert state.epochs_since_best(CLASSIFICATION) == 0
+    for loss, top1, since in (
+        (math.nan, 90.0, 1),  # no score, so no best
+        (1.0, 50.0, 0),
+        (1.0, 50.0, 1),
+        (math.inf, 99.0, 2),
+        (1.0, 60.0, 0),
+        (1.0, 55.0, 1),
+    ):
+        state.finish_epoch(0.1, val(loss, top1), CLASSIFICATION)
+        assert state.epochs_since_best(CLASSIFICATION) == since
+    state.begin(3)
+    assert state.epochs_since_best(CLASSIFICATION) == 1

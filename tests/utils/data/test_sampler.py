@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
@@ -157,3 +158,54 @@ def test_batches_that_do_not_divide_into_parts_or_copies():
     ):
         with pytest.raises(UserError, match=words):
             check_batch(*arguments)
+
+
+UNEVEN = np.repeat([0, 1, 2, 4], [60, 30, 10, 3])  # no image of class 3
+
+
+def uneven(epoch: int, step: int = 0, **kwargs) -> list:
+    return batches(epoch, step, labels=UNEVEN, **kwargs)
+
+
+def test_a_balanced_epoch_draws_each_class_alike():
+    for epoch in (0, 1):
+        keys = [key for batch in uneven(epoch) for key in batch]
+        assert len(keys) == 100
+        assert len(set(keys)) == 100  # an image that comes again is augmented otherwise
+        assert np.bincount(UNEVEN[[key[1] for key in keys]]).tolist() == [25, 25, 25, 0, 25]
+        for place in range(0, 100, 4):  # and in every stretch of it
+            labels = UNEVEN[[key[1] for key in keys[place : place + 4]]]
+            assert sorted(labels) == [0, 1, 2, 4]
+        times = np.bincount([key[1] for key in keys], minlength=103)
+        for label in (0, 1, 2, 4):  # the images of a class come alike, too
+            own = times[label == UNEVEN]
+            assert own.max() - own.min() <= 1
+        for index in range(103):
+            copies = sorted(key[2:] for key in keys if key[1] == index)
+            assert copies == [(), *((n,) for n in range(1, times[index]))][: times[index]]
+    assert uneven(0) != uneven(1)
+    assert uneven(0) != uneven(0, seed=8)
+    assert uneven(0) == uneven(0)
+
+
+def test_a_balanced_order_is_shared_and_found_again():
+    for step in range(11):
+        assert uneven(3, step) == uneven(3)[step:]
+        assert uneven(3, step, repeats=2) == uneven(3, repeats=2)[step:]
+    for world in (2, 5):
+        parts = [uneven(2, 4, rank=rank, world_size=world) for rank in range(world)]
+        joined = [[k for share in shares for k in share] for shares in zip(*parts, strict=True)]
+        assert joined == uneven(2)[4:]
+
+
+def test_a_balanced_epoch_with_repeats_has_no_key_twice():
+    keys = [key for batch in uneven(1, repeats=5) for key in batch]
+    assert len(set(keys)) == len(keys) == 100
+    for batch in uneven(1, repeats=5):
+        assert all(n >= 5 for n in np.bincount([key[1] for key in batch]) if n)
+    assert np.bincount(UNEVEN[[key[1] for key in keys]]).tolist() == [25, 25, 25, 0, 25]
+
+
+def test_the_balanced_order_is_the_same_in_every_version():
+    """Saved runs depend on it."""
+    assert uneven(0)[0] == [(0, i) for i in (60, 31, 102, 92, 97, 101, 45, 82, 18, 79)]

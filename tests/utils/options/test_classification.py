@@ -59,6 +59,7 @@ def test_what_a_saved_run_had_on_can_be_switched_off(parser, flags):
         (main, "--schedule exp --lr-decay 0.9", None),
         (main, "--recipe modern --lr-decay 0.5", "--lr-decay does nothing with the schedule cos"),
         (main, "-e --lr 0.1 --skip-bad-images", "--lr, --skip-bad-images do nothing with -e, "),
+        (main, "-e --class-weights balanced --early-stop 3", "--class-weights, --early-stop do no"),
         (main, "-e -b 8 --crop-pct 1 --amp bf16 --ksize 3357", None),
         (main, "-e --fast --no-fused --channels-last", "--channels-last, --no-fused do nothing wi"),
         (main, "-e --fast --fused --amp bf16 --compile", None),

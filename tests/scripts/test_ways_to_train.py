@@ -1,0 +1,261 @@
+"""Ways to train that are off by default: runs, resumptions bit for bit, refusals in one line."""
+
+import importlib.util
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from helpers.cut_runs import cut_twice, same
+from helpers.trees import write_tree
+
+import models
+from main import DEMOS, RECIPE
+from utils.classification import engine
+from utils.data.image_folder import scan
+from utils.options.classification import build_parser
+from utils.options.recipe_file import named_recipe
+from utils.runs import checkpoint
+from utils.training.state import RunState
+
+SMALL = ("-a", "eca_resnet18", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j", 0, "--seed", 1)
+
+
+@pytest.mark.parametrize("network", ["eca_resnet18", "eca_mobilenetv2"])
+def test_gradient_checkpointing_changes_no_bit(call, tree, tmp_path, monkeypatch, network):
+    """MobileNetV2 has dropout, whose chance is the same in the second pass."""
+    flags = (*SMALL, "-a", network, tree)
+    saved = cut_twice(call, tmp_path, monkeypatch, *flags, "--grad-checkpointing")
+    assert saved["args"]["grad_checkpointing"]
+    code, out, _ = call(*flags, "--epochs", 2, "--output", "plain")
+    assert code == 0
+    assert not any("gradient checkpointing" in line for line in out)
+    plain = checkpoint.load(tmp_path / "plain" / "last.pth")
+    assert same(plain["state_dict"], saved["state_dict"])
+    assert same(plain["optimizer"], saved["optimizer"])
+    # A memory that has grown: the run goes on without it.
+    last = tmp_path / "plain" / "last.pth"
+    code, out, _ = call("--resume", last, "--epochs", 3, "--grad-checkpointing")
+    assert code == 0
+    assert "  gradient checkpointing: backward computes each block again" in out
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training images: 12, 8 and 4 of the classes. Read only."""
+    root = write_tree(tmp_path_factory.mktemp("uneven"), train=12, val=2)
+    for name, kept in (("b", 8), ("c", 4)):
+        for path in sorted((root / "train" / name).iterdir())[kept:]:
+            path.unlink()
+    return root
+
+
+def test_class_weights_and_a_balanced_order_are_taken_up(call, uneven, tmp_path, monkeypatch):
+    flags = (*SMALL, "--class-weights", "balanced", "--sampler", "balanced", "--repeats", 2)
+    flags += ("--accumulate", 2, "--mixup", 0.2, "--label-smoothing", 0.1)
+    saved = cut_twice(call, tmp_path, monkeypatch, *flags, uneven)
+    assert saved["class_weights"] == pytest.approx([2 / 3, 1.0, 2.0])
+    assert saved["recipe"]["sampler"] == "balanced"
+    args = json.loads((tmp_path / "through" / "args.json").read_text())
+    assert args["class_weights"] == saved["class_weights"]
+    assert args["args"]["class_weights"] == "balanced"
+    # What the weights came from may change: the run keeps its own.
+    grown = write_tree(tmp_path / "grown")
+    last = tmp_path / "through" / "last.pth"
+    assert scan(str(grown / "train")).classes == tuple(saved["classes"])
+    code, out, err = call("--resume", last, "--epochs", 3, grown)
+    assert (code, err) == (0, [])
+    assert "class weights of the loss: 0.6667 (a) to 2 (c)" in out
+    assert checkpoint.load(last)["class_weights"] == saved["class_weights"]
+
+
+def test_class_weights_of_a_file_are_the_run_s_own(call, uneven, tmp_path):
+    weights = tmp_path / "weights.csv"
+    weights.write_text("class,weight\nb,2\na,0.5\nc,8\n")
+    flags = (*SMALL, "--epochs", 1, "--class-weights", weights, "--output", "run")
+    code, out, err = call(*flags, uneven)
+    assert (code, err) == (0, [])
+    assert "class weights of the loss: 0.5 (a) to 8 (c)" in out
+    last = tmp_path / "run" / "last.pth"
+    assert checkpoint.load(last)["class_weights"] == [0.5, 2.0, 8.0]
+    assert call("--resume", "auto", *flags, uneven)[0] == 0  # the same command once more
+    weights.write_text("b,2\na,0.5\nc,9\n")
+    for given, said in ((weights, "holds other weights than"), ("balanced", "leave --class-weig")):
+        code, _, err = call("--resume", last, "--epochs", 2, "--class-weights", given)
+        assert code == 2
+        assert len(err) == 1
+        assert said in err[0]
+    weights.unlink()
+    assert call("--resume", last, "--epochs", 2)[0] == 0
+    assert checkpoint.load(last)["class_weights"] == [0.5, 2.0, 8.0]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+def test_every_optimizer_is_taken_up(call, tree, tmp_path, monkeypatch, kind):
+    flags = (*SMALL, "-a", "eca_mobilenetv2", "--optimizer", kind, "--no-norm-decay", tree)
+    saved = cut_twice(call, tmp_path, monkeypatch, *flags)
+    assert saved["recipe"]["optimizer"] == kind
+    assert {"exp_avg", "exp_avg_sq"} <= saved["optimizer"]["state"][0].keys()
+    code, out, _ = call("--resume", "through/last.pth", "--epochs", 3)
+    assert code == 0
+    assert any(f"batch 8, {kind} lr 0.01 times" in line for line in out)
+    assert not any("momentum" in line for line in out)
+
+
+def test_lamb_without_timm_is_one_line(call, tree, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "timm" else find(name)
+    )
+    code, _, err = call(*SMALL, "--optimizer", "lamb", tree)
+    assert code == 2
+    assert err == ["error: --optimizer lamb needs timm: pip install timm"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_training_ends_without_a_better_top_1(call, tree, tmp_path, monkeypatch):
+    """By the history in the checkpoint: a run that is stopped on its way ends at the same epoch."""
+    judged: list[float] = []
+
+    def judge(*_) -> dict[str, float]:
+        return {"loss": 1.0, "top1": judged.pop(0), "top5": 100.0, "images": 15}
+
+    monkeypatch.setattr(engine, "evaluate", judge)
+    flags = (*SMALL, "-a", "eca_mobilenetv2", "--epochs", 9, "--early-stop", 3, tree)
+    judged[:] = [50.0, 60.0, 60.0, 55.0, 60.0, 99.0]
+    code, out, err = call(*flags, "--output", "through")
+    assert (code, err, judged) == (0, [], [99.0])
+    said = "stopped early, after 5 of 9 epochs: 3 without a better top-1; to go on, give more with "
+    said += "--early-stop, or 0 for all epochs"
+    (at,) = (i for i, line in enumerate(out) if line == said)
+    assert out[at + 1] == "done: best top-1 60.00 %, top-5 100.00 % (epoch 2)"
+    assert out[-1].endswith("--resume through/last.pth --early-stop 0")
+
+    judged[:] = [50.0, 60.0, 60.0, 55.0, 60.0, 99.0]
+    finish_epoch, ended = RunState.finish_epoch, []
+
+    def stop(state, *rest):
+        if len(ended) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        ended.append(state.epoch)
+        return finish_epoch(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "finish_epoch", stop)
+        assert call(*flags, "--output", "cut")[0] == 143
+        assert call(*flags, "--output", "cut", "--resume", "auto")[0] == 0
+    assert ended == [0, 1, 2, 3, 4]
+    one, other = (checkpoint.load(tmp_path / name / "last.pth") for name in ("through", "cut"))
+    assert same(one["state_dict"], other["state_dict"])
+    assert same(one["history"], other["history"])
+
+    # A scheduler that starts it once more learns that it is done; more patience goes on.
+    code, out, err = call(*flags, "--output", "cut", "--resume", "auto")
+    assert (code, err, out[-1]) == (0, [], said)
+    assert call("--resume", "cut/last.pth", "--early-stop", 4, "--epochs", 6)[0] == 0
+    assert [row["val_top1"] for row in checkpoint.load("cut/last.pth")["history"]][-1] == 99.0
+
+
+def test_a_recipe_of_a_file_is_that_of_the_run(call, tree, tmp_path):
+    """A run's args.json is enough for another one; flags go before it, it before a demo's."""
+    flags = (*SMALL, "--epochs", 1, "--schedule", "exp", "--lr-decay", 0.5, "--no-norm-decay")
+    assert call(*flags, "--output", "first", tree)[0] == 0
+    args = json.loads((tmp_path / "first" / "args.json").read_text())
+    again = ("--recipe", "first/args.json", "--seed", 1, "-j", 0)
+    code, out, err = call(*again, "--output", "second", tree)
+    assert (code, err) == (0, [])
+    assert any(line.startswith("recipe first/args.json: 1 epochs, batch 8") for line in out)
+    one, other = (checkpoint.load(tmp_path / name / "last.pth") for name in ("first", "second"))
+    assert one["recipe"] == other["recipe"] == args["recipe"]
+    assert same(one["state_dict"], other["state_dict"])
+    # Some fields alone; a whole number stands for one with a point.
+    (tmp_path / "some.json").write_text('{"lr": 1, "warmup_epochs": 1, "clip_grad": 1}')
+    flags = (*SMALL, "--recipe", "some.json", "--clip-grad", 2, "--epochs", 1, "--lr", 0.5)
+    assert call(*flags, "--output", "third", tree)[0] == 0
+    recipe = checkpoint.load(tmp_path / "third" / "last.pth")["recipe"]
+    assert (recipe["lr"], recipe["warmup_epochs"], recipe["clip_grad"]) == (0.5, 1.0, 2.0)
+    assert isinstance(recipe["warmup_epochs"], float)
+    # The run goes on with what it has saved, under the same name alone.
+    assert call("--resume", "auto", *flags, "--output", "third", tree)[0] == 0
+    code, _, err = call("--resume", "third/last.pth", "--recipe", "first/args.json")
+    assert code == 2
+    assert err == [
+        "error: the run's recipe is some.json: leave --recipe first/args.json out (flags such as "
+        "--epochs change single values)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "r.json: No such file or directory; give a JSON object of a recipe's fields"),
+        ("{", "r.json: no usable JSON"),
+        ("3", "r.json: holds no recipe; give a JSON object of a recipe's fields"),
+        ("{}", "r.json: holds no recipe"),
+        ('{"recipe": {"epoch": 3}}', "a recipe has no field epoch; did you mean epochs?"),
+        ('{"data": "x"}', "a recipe has no field data; give a JSON object"),
+        ('{"epochs": "3"}', "epochs is '3', which --epochs does not take"),
+        ('{"epochs": 3.5}', "epochs is 3.5, which --epochs does not take"),
+        ('{"epochs": true}', "epochs is True, which --epochs does not take"),
+        ('{"lr": NaN}', "lr is nan, which --lr does not take"),
+        ('{"lr": [1]}', "lr is [1], which --lr does not take"),
+        ('{"weight_decay": -1}', "weight_decay is -1, which --weight-decay does not take"),
+        ('{"norm_decay": 0}', "norm_decay is 0, which --norm-decay does not take"),
+        ('{"norm_decay": null}', "norm_decay is None, which --norm-decay does not take"),
+        ('{"arch": "resnet51"}', "arch is 'resnet51', which --arch does not take"),
+        ('{"schedule": "linear"}', "schedule is 'linear', which --schedule does not take"),
+        ('{"lr": 1, "lr": 2}', "'lr' stands there twice"),
+    ],
+)
+def test_a_recipe_s_file_that_will_not_do_is_answered_in_one_line(call, tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "r.json").write_text(text)
+    code, _, err = call("--recipe", "r.json", "data")
+    assert code == 2
+    assert len(err) == 1
+    assert said in err[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_s_values_go_before_a_demo_s(tmp_path):
+    (tmp_path / "r.json").write_text('{"epochs": 3}')
+    demo, parser = DEMOS["demo:digits"], build_parser(RECIPE, models.MODELS, "")
+    found = named_recipe(parser, RECIPE, str(tmp_path / "r.json"), demo)
+    assert found == RECIPE.override(**demo).override(epochs=3)
+    assert named_recipe(parser, RECIPE, None, demo) == RECIPE.override(**demo)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--class-weights", "none.csv"), "none.csv: No such file or directory; give balanced,"),
+        (("--sampler", "even"), "invalid choice: 'even'"),
+        (("--optimizer", "adam"), "invalid choice: 'adam'"),
+        (("--optimizer", "adamw", "--momentum", 0.8), "--momentum does nothing with adamw"),
+    ],
+)
+def test_bad_values_are_answered_in_one_line(call, tree, tmp_path, flags, said):
+    code, _, err = call(*SMALL, *flags, tree)
+    assert code == 2
+    assert len(err) == 1
+    assert said in err[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_a_resumption_cannot_take_up_is_refused(call, run_folder):
+    last = run_folder / "last.pth"
+    saved = checkpoint.load(last)
+    saved["progress"].update(epoch=1, step=2)
+    for change, flags, said in (
+        ({}, ("--sampler", "balanced"), "inside an epoch of the sampler shuffle: leave --sampler"),
+        ({}, ("--class-weights", "balanced"), "the run's class weights are none: leave --class-"),
+        ({}, ("--optimizer", "lamb"), "the run's optimizer is sgd: leave --optimizer lamb out"),
+        ({"class_weights": [1.0]}, (), "holds 1 class weights for 3 classes"),
+        ({"class_weights": [1.0, "2", 1.0]}, (), "the field class_weights cannot be used"),
+    ):
+        checkpoint.save(last, {**saved, **change})
+        code, _, err = call("--resume", last, *flags)
+        assert code == 2
+        assert len(err) == 1
+        assert said in err[0]
