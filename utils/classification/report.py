@@ -65,17 +65,21 @@ def recipe_lines(recipe: Recipe, name: str) -> list[str]:
     return [*lines, f"  {', '.join(parts)}"] if parts else lines
 
 
-def data_lines(train: ImageFolder | None, val: ImageFolder) -> list[str]:
+def data_lines(train: ImageFolder, val: ImageFolder) -> list[str]:
     """Returns counts of train and val, and what a user should check."""
-    lines = [] if train is None else describe(train, "train")
-    lines += describe(val, "val")
-    return lines
+    return [*describe(train, "train"), *describe(val, "val")]
 
 
-def evaluation_line(figures: dict[str, float], seconds: float) -> str:
-    """Returns one line with the figures of an evaluation."""
-    return (
+def evaluation_lines(figures: dict[str, float], seconds: float) -> list[str]:
+    """Returns one line with the figures of an evaluation, and one for those by ReaL labels."""
+    lines = [
         f"{figures['images']:,} images  top-1 {figures['top1']:.3f} %  "
         f"top-5 {figures['top5']:.3f} %  loss {figures['loss']:.4f}  "
         f"{figures['images'] / seconds:,.0f} images/s"
-    )
+    ]
+    if "real_top1" in figures:
+        lines.append(
+            f"ReaL labels: {figures['real_images']:,} images with labels  "
+            f"top-1 {figures['real_top1']:.3f} %"
+        )
+    return lines

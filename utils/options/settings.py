@@ -70,6 +70,9 @@ class ClassificationSettings(Settings):
     channels_last: bool
     compile: bool
     fast: bool
+    class_names: str | None
+    present_classes: bool
+    real_labels: str | None
 
     @property
     def source(self) -> str:
