@@ -23,7 +23,7 @@ from models import weights
 from utils.classification import report
 from utils.classification.outcome import CLASSIFICATION
 from utils.classification.task import TaskBatches, make_task, why_ended
-from utils.classification.training_data import open_training_data, open_validation_data
+from utils.classification.training_data import open_training_data
 from utils.data import demo_sets
 from utils.data.gpu_decoding import check_decoder
 from utils.data.loading import replaced_lines
@@ -135,9 +135,9 @@ def evaluate(
     with as_user_error(f"{saved.file}: "):
         network = weights.network_from_checkpoint(saved.contents)
     root = demo_sets.find_root(settings.data, context, settings.data_files, settings.download)
-    images = open_validation_data(root, saved, network.num_classes)
+    data = classifier.open_evaluation(root, saved, network, settings)
     context.say(
-        *report.data_lines(None, images),
+        *data.lines(),
         report.network_line(network),
         *classifier.how_it_runs(network, settings, context),
     )
@@ -146,8 +146,8 @@ def evaluate(
         dtype = backends.DTYPES[settings.amp]
         network = models.optimise_for_inference(network, dtype, compile=settings.compile)
         context.say(f"  rebuilt for inference: BatchNorm folded, weights in {dtype}")
-    figures, seconds = classifier.judge(network, images, recipe, settings, reading, context)
-    context.say(report.evaluation_line(figures, seconds))
+    figures, seconds = classifier.judge(network, data, recipe, settings, reading, context)
+    context.say(*report.evaluation_lines(figures, seconds))
     if settings.output and settings.resume != resume.AUTO and context.is_main:
         figures |= {"checkpoint": settings.source, "data": settings.data}
         print(f"written to {runs.write_evaluation(settings.output, figures, context)}")

@@ -13,10 +13,10 @@ from models import start as start_weights
 from models import weights
 from models.weights import Network
 from utils.classification import engine, report
+from utils.classification.evaluation_data import EvaluationData, open_evaluation_data
 from utils.classification.state import first_state
 from utils.classification.training_data import TrainingData
 from utils.data.gpu_decoding import reading_of
-from utils.data.image_folder import ImageFolder
 from utils.data.loading import Reading, validation_batches
 from utils.options.settings import ClassificationSettings
 from utils.recipes.classification import PAPER, Recipe
@@ -132,9 +132,17 @@ def place(network: Network, settings: ClassificationSettings, context: Context) 
     )
 
 
+def open_evaluation(
+    data: str, saved: Checkpoint, network: Network, settings: ClassificationSettings
+) -> EvaluationData:
+    """Opens the images on which a checkpoint's network is evaluated; `data` is their folder."""
+    asked = (settings.class_names, settings.present_classes, settings.real_labels)
+    return open_evaluation_data(data, saved, network.num_classes, *asked)
+
+
 def judge(
     network: Network,
-    images: ImageFolder,
+    data: EvaluationData,
     recipe: Recipe,
     settings: ClassificationSettings,
     reading: Reading,
@@ -146,17 +154,25 @@ def judge(
         reading: from `place`.
 
     Returns:
-        The figures of `utils.classification.engine.evaluate`, and the seconds that it took.
+        The figures of `utils.classification.engine.evaluate` and, where the data has labels anew,
+        of their meter; and the seconds that it took.
     """
+    images = data.as_read()
     batches = validation_batches(images, recipe, reading, context.rank, context.world_size)
     autocast = partial(backends.autocast, context.device, "off" if settings.fast else settings.amp)
     began = time.perf_counter()
     length = (len(images), recipe.batch_size, settings.print_freq)
     shown = watched(batches(), evaluation_progress(*length, context))
-    spread = distributed.data_parallel(network, context)
-    figures = engine.evaluate(spread, shown, context.device, autocast)
+    spread = distributed.data_parallel(data.compared(network, context.device), context)
+    real = data.meter(context.device)
+    figures = engine.evaluate(spread, shown, context.device, autocast, real=real)
     assert figures is not None  # nothing asks it to stop
-    return figures, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    if real is not None:
+        figures |= real.figures()
+    if data.outputs is not None:
+        figures["compared_classes"] = len(data.outputs)
+    return figures, seconds
 
 
 def begin_state(

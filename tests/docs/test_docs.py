@@ -56,6 +56,7 @@ DOCUMENTS = {
     "docs/PREDICT.md": {**SHORT, "[359]/0[0-2]*.png": "5/00*.png"},
     "docs/ECA_ANYWHERE.md": SHORT,
     "docs/ECOSYSTEM.md": {},
+    "docs/ROBUSTNESS.md": SHORT,
     "docs/FINE_TUNING.md": {
         **SHORT,
         "epochs: int = 10": "epochs: int = 1",

@@ -15,6 +15,7 @@ from torch import nn
 
 from utils.classification.metrics import ClassificationMeter, cross_entropy
 from utils.classification.mixing import Mix, leading_class, make_mix, unmixed
+from utils.classification.real_labels import RealMeter
 from utils.data.loading import Batch
 from utils.data.sampler import mix_seed
 from utils.recipes.classification import Recipe
@@ -156,8 +157,12 @@ def evaluate(
     device: torch.device,
     autocast: AutocastFactory,
     stop: Callable[[], bool] = lambda: False,
+    real: RealMeter | None = None,
 ) -> dict[str, float] | None:
     """Returns mean loss and top-1/top-5 (in %) of `network` over all ranks' `batches`.
+
+    Args:
+        real: counts by other labels, too; the batches' targets are then the numbers of the images.
 
     Returns:
         {"loss", "top1", "top5", "images"}, or None when `stop()` said so before the end.
@@ -169,6 +174,7 @@ def evaluate(
             return None
         with autocast():
             logits = network(batch.images)
-        meter.update(cross_entropy(logits, batch.targets), logits, batch.targets)
+        targets = batch.targets if real is None else real.count(logits, batch.targets)
+        meter.update(cross_entropy(logits, targets), logits, targets)
     total = meter.total()
     return {**meter.means(total), "images": int(total[3])}

@@ -74,20 +74,25 @@ def recipe_lines(recipe: Recipe, name: str) -> list[str]:
 
 
 def data_lines(
-    train: ImageFolder | None, val: ImageFolder, weights: Sequence[float] | None = None
+    train: ImageFolder, val: ImageFolder, weights: Sequence[float] | None = None
 ) -> list[str]:
     """Returns counts of train and val, what a user should check, and the loss's class weights."""
-    lines = [] if train is None else describe(train, "train")
-    lines += describe(val, "val")
+    lines = [*describe(train, "train"), *describe(val, "val")]
     if weights is not None:
         lines.append(describe_weights(weights, val.classes))
     return lines
 
 
-def evaluation_line(figures: dict[str, float], seconds: float) -> str:
-    """Returns one line with the figures of an evaluation."""
-    return (
+def evaluation_lines(figures: dict[str, float], seconds: float) -> list[str]:
+    """Returns one line with the figures of an evaluation, and one for those by ReaL labels."""
+    lines = [
         f"{figures['images']:,} images  top-1 {figures['top1']:.3f} %  "
         f"top-5 {figures['top5']:.3f} %  loss {figures['loss']:.4f}  "
         f"{figures['images'] / seconds:,.0f} images/s"
-    )
+    ]
+    if "real_top1" in figures:
+        lines.append(
+            f"ReaL labels: {figures['real_images']:,} images with labels  "
+            f"top-1 {figures['real_top1']:.3f} %"
+        )
+    return lines

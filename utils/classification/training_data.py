@@ -1,4 +1,4 @@
-"""Opens a classifier's data and checks it against the recipe and the saved run or network."""
+"""Opens a classifier's training data and checks it against the recipe and the saved run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,24 +100,3 @@ def _class_weights(
             "a checkpoint as the scripts write it"
         )
     return None if held is None else tuple(held)
-
-
-def open_validation_data(root: str, saved: Checkpoint, outputs: int) -> ImageFolder:
-    """Opens the images on which a checkpoint is evaluated.
-
-    Args:
-        root: the data folder.
-        saved: the checkpoint; the images are labelled by its class names.
-        outputs: of its network, compared with the class folders where it has no names.
-
-    Raises:
-        UserError: one line, see `open_split`; or another number of classes.
-    """
-    _, images = splits.open_split(root, saved.classes, with_train=False)
-    distributed.refuse_differences(validation_images=len(images))
-    if saved.classes is None and len(images.classes) != outputs:
-        raise UserError(
-            f"{images.root} has {len(images.classes)} class folders, {saved.file} "
-            f"{outputs} classes without names: the numbers must agree"
-        )
-    return images

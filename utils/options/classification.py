@@ -63,6 +63,7 @@ FIRST = (  # what `-h` shows; `-h all` shows every flag
     "seed",
 )
 OF_BLOCKS = {"no_fused", "channels_last"}
+OF_EVALUATION = {"present_classes", "class_names", "real_labels"}
 
 
 def build_parser(recipe: Recipe, networks: Iterable[str], description: str) -> Parser:
@@ -258,6 +259,28 @@ def _speed_flags(group) -> None:
     add_fused(group)
 
 
+def _other_set_flags(group) -> None:
+    """Adds what evaluation on other sets than the training's needs (docs/ROBUSTNESS.md)."""
+    group.add_argument(
+        "--present-classes",
+        action="store_true",
+        help="with -e: compare only the outputs of classes that DATA has, as published for "
+        "ImageNet-A and ImageNet-R",
+    )
+    group.add_argument(
+        "--class-names",
+        metavar="FILE",
+        help="with -e and weights without class names: the folder name of each output, one a line; "
+        "or the folder of the training's classes, such as ImageNet's val",
+    )
+    group.add_argument(
+        "--real-labels",
+        metavar="FILE",
+        help="with -e on ImageNet's validation images: accuracy by the ReaL labels, too, of their "
+        "published real.json",
+    )
+
+
 def _run_flags(group) -> None:
     group.add_argument(
         "-e",
@@ -271,6 +294,7 @@ def _run_flags(group) -> None:
         action="store_true",
         help="with -e: BatchNorm folded, ECA's gate before the last convolution, --amp as weights",
     )
+    _other_set_flags(group)
     add_resume(group)
     words = "repeatable run: bit for bit on the CPU; on CUDA with deterministic kernels, slower"
     add_run_flags(group, ("ARCH",), (number(int, 0, 2**63 - 1), words))

@@ -3,7 +3,7 @@
 import argparse
 
 from utils.data.demo_sets import DEMOS, takes_files
-from utils.options.classification import OF_BLOCKS, OF_TRAINING
+from utils.options.classification import OF_BLOCKS, OF_EVALUATION, OF_TRAINING
 from utils.options.parser import refuse_idle
 from utils.recipes.classification import Recipe
 from utils.recipes.schedules import UNUSED
@@ -36,6 +36,12 @@ def refuse_flags(args: argparse.Namespace, given: set[str], recipe: Recipe) -> N
         if not args.evaluate:
             raise UserError("--fast rebuilds a network for evaluation: it goes with -e")
         refuse_idle(given, OF_BLOCKS, "with --fast, which rebuilds the blocks")
+    if not args.evaluate:
+        refuse_idle(given, OF_EVALUATION, "without -e: a run is judged by the data's own labels")
+    if args.real_labels and args.present_classes:
+        raise UserError(
+            "--real-labels compares all outputs, and --present-classes some: give one of them"
+        )
     refuse_idle(given, UNUSED[recipe.schedule], f"with the schedule {recipe.schedule}")
     if recipe.optimizer != "sgd":
         refuse_idle(given, ("momentum",), f"with {recipe.optimizer}")

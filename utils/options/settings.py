@@ -74,6 +74,9 @@ class ClassificationSettings(Settings):
     compile: bool
     grad_checkpointing: bool
     fast: bool
+    class_names: str | None
+    present_classes: bool
+    real_labels: str | None
 
     @property
     def source(self) -> str:
