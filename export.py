@@ -61,16 +61,18 @@ def main() -> None:
         "std": IMAGENET_STD,
         "precision": "float32",
     }
+    # Only a graph is judged again without its checkpoint (main.py -e), which would know this.
+    traced = {**metadata, "decoder": (checkpoint.get("args") or {}).get("decoder", "torchvision")}
     print(network_line(network))
     make_folder(args.output)
     form = network
     if not args.no_fold and TRACED & set(args.to):
         form = optimise_for_inference(network, torch.float32).network
     if args.int8 is not None:
-        onnx_file, _ = traced_file("onnx", form, network, metadata, "float32")
+        onnx_file, _ = traced_file("onnx", form, network, traced, "float32")
         made = int8_export.quantised_files(
             onnx_file[0],
-            metadata,
+            traced,
             args.int8,
             args.to,
             args.calibration_images,
@@ -89,7 +91,7 @@ def main() -> None:
             parts = hugging_face_parts(network, checkpoint, metadata, files)
             note = "for models.from_pretrained; read README.md before you upload the folder"
         else:
-            parts, note = traced_file(name, form, network, metadata, files[0].name)
+            parts, note = traced_file(name, form, network, traced, files[0].name)
         write(files, parts, note)
 
 
