@@ -7,7 +7,8 @@ way would give wrong figures without a word.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class ExportedNetwork(nn.Module):
                 parts = [self._run_padded(part) for part in images.split(self.fixed_batch)]
                 logits = torch.cat(parts)
         except Exception as error:  # what an engine raises is open-ended
-            raise UserError(f"{self.path}: {self.engine} fails: {_first_line(error)}") from None
+            raise UserError(f"{self.path}: {self.engine} fails: {first_line(error)}") from None
         if logits.shape != (len(images), self.num_classes):
             raise UserError(
                 f"{self.path}: gives an output of shape {tuple(logits.shape)} for {len(images)} "
@@ -124,14 +125,10 @@ def load(path: str | Path) -> ExportedNetwork:
         what = "is a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}; give a file of export.py")
     read = {".onnx": _read_onnx, ".pt2": _read_pt2, ".xml": _read_openvino}[path.suffix]
-    try:
+    with damage_in_one_line(path):
         run, metadata, shape = read(path)
-    except UserError:
-        raise
-    except Exception as error:  # what a damaged file makes an engine raise is open-ended
-        raise UserError(
-            f"{path}: damaged, or not a file of export.py ({_first_line(error)})"
-        ) from None
+    if describes_detector(metadata):
+        raise UserError(f"{path}: holds a detector; give the file of a classifier")
     metadata = _checked(metadata, path)
     if len(shape) != 4 or shape[1] not in (3, None):
         shown = ", ".join("any" if side is None else str(side) for side in shape)
@@ -143,6 +140,24 @@ def load(path: str | Path) -> ExportedNetwork:
     side = int(network.metadata["img_size"])
     network(torch.zeros(1, 3, side, side))  # that it runs is found here, not after reading images
     return network
+
+
+@contextmanager
+def damage_in_one_line(path: Path) -> Iterator[None]:
+    """Turns what a file makes its engine raise into one line with the file's name."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # what a damaged file makes an engine raise is open-ended
+        raise UserError(
+            f"{path}: damaged, or not a file of export.py ({first_line(error)})"
+        ) from None
+
+
+def describes_detector(metadata: Mapping[str, object]) -> bool:
+    """Tells whether a file's metadata are a detector's."""
+    return "backbone" in metadata
 
 
 def _checked(metadata: Mapping[str, object], path: Path) -> Mapping[str, object]:
@@ -170,7 +185,12 @@ def _checked(metadata: Mapping[str, object], path: Path) -> Mapping[str, object]
     return metadata
 
 
-def _read_onnx(path: Path) -> tuple[Callable, dict, Shape]:
+def open_onnx(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Opens an ONNX file: an onnxruntime.InferenceSession, and the metadata.
+
+    Raises:
+        UserError: onnxruntime is not installed.
+    """
     require(("onnxruntime",), str(path), INSTALL)
     import onnxruntime
 
@@ -182,7 +202,11 @@ def _read_onnx(path: Path) -> tuple[Callable, dict, Shape]:
         path.read_bytes(), options, providers=["CPUExecutionProvider"]
     )
     held = session.get_modelmeta().custom_metadata_map
-    metadata = {key: _value(key, text) for key, text in held.items()}
+    return session, {key: _value(key, text) for key, text in held.items()}
+
+
+def _read_onnx(path: Path) -> tuple[Callable, dict, Shape]:
+    session, metadata = open_onnx(path)
     shape = _whole_numbers(session.get_inputs()[0].shape)
     return export_formats.by_onnxruntime(session), metadata, shape
 
@@ -227,5 +251,6 @@ def _value(key: str, text: str) -> object:
         return text
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the beginning of what an engine says, or the name of its error."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
