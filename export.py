@@ -4,10 +4,12 @@ examples:
   export.py runs/eca_resnet50-1/best.pth        best.onnx, best.pt2, best.safetensors beside it
   export.py CKPT --to onnx openvino --output deploy
   export.py CKPT --to hf                        a folder best-hf for models.from_pretrained
+  export.py DETECTOR                            best.onnx: boxes, labels, scores (and masks)
   export.py CKPT --int8 DATA                    best.int8.onnx, judged on the images in DATA/val
 """
 
 import re
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -23,7 +25,8 @@ from utils.classification.report import network_line
 from utils.cost import published
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.inspection import export_formats, hugging_face, int8_export
-from utils.options.export import TRACED, build_parser, settle
+from utils.inspection.object_predictions import class_table
+from utils.options.export import TRACED, build_parser, refuse_for_detector, settle
 from utils.options.parser import run_script
 from utils.runs import checkpoint_info, safetensors_file
 from utils.runs.checkpoint import load
@@ -43,12 +46,16 @@ ENDINGS = {
 
 
 def main() -> None:
-    args = settle(build_parser(__doc__).parse_args())
+    typed = build_parser(__doc__).parse_args()
+    args = settle(Namespace(**vars(typed)))
     export_formats.check_packages(args.to, int8=args.int8 is not None)
     source = Path(args.checkpoint)
-    targets = target_files(source, args.output, args.to, args.int8 is not None)
     checkpoint = load(source)
-    checkpoint_info.refuse_detector(checkpoint, source)
+    if checkpoint_info.is_detector(checkpoint):
+        refuse_for_detector(typed)
+        write_detector(source, checkpoint, args.output)
+        return
+    targets = target_files(source, args.output, args.to, args.int8 is not None)
     with as_user_error(f"{source}: "):
         network = network_from_checkpoint(checkpoint).eval().requires_grad_(False)
     img_size, crop_pct = checkpoint_info.preprocessing(checkpoint, args.img_size)
@@ -61,16 +68,18 @@ def main() -> None:
         "std": IMAGENET_STD,
         "precision": "float32",
     }
+    # Only a graph is judged again without its checkpoint (main.py -e), which would know this.
+    traced = {**metadata, "decoder": (checkpoint.get("args") or {}).get("decoder", "torchvision")}
     print(network_line(network))
     make_folder(args.output)
     form = network
     if not args.no_fold and TRACED & set(args.to):
         form = optimise_for_inference(network, torch.float32).network
     if args.int8 is not None:
-        onnx_file, _ = traced_file("onnx", form, network, metadata, "float32")
+        onnx_file, _ = traced_file("onnx", form, network, traced, "float32")
         made = int8_export.quantised_files(
             onnx_file[0],
-            metadata,
+            traced,
             args.int8,
             args.to,
             args.calibration_images,
@@ -89,8 +98,53 @@ def main() -> None:
             parts = hugging_face_parts(network, checkpoint, metadata, files)
             note = "for models.from_pretrained; read README.md before you upload the folder"
         else:
-            parts, note = traced_file(name, form, network, metadata, files[0].name)
+            parts, note = traced_file(name, form, network, traced, files[0].name)
         write(files, parts, note)
+
+
+def write_detector(source: Path, checkpoint: Mapping[str, object], output: str | None) -> None:
+    """Writes a detector as ONNX, compared with the network on images of three sizes.
+
+    Raises:
+        UserError: it cannot be exported, or the file finds other objects.
+    """
+    from models.detection.detectors import (  # torchvision is slow to import
+        FIRST_LABEL,
+        describe_detector,
+        detector_from_checkpoint,
+    )
+    from utils.inspection import detector_export
+
+    files = target_files(source, output, ("onnx",), int8=False)["onnx"]
+    with as_user_error(f"{source}: "):
+        network = detector_from_checkpoint(checkpoint)
+    described = describe_detector(network)
+    if described["model_kwargs"]["legacy"]:
+        raise UserError(
+            f"{source}: has mmdetection v1's geometry (--legacy), whose resizing and RoIAlign "
+            "count in Python, which a graph does not follow: it cannot be exported"
+        )
+    first_label = FIRST_LABEL[network.arch]
+    names, ids = class_table(checkpoint, network.num_classes - first_label)
+    metadata = {
+        **described,
+        "classes": names,
+        "category_ids": ids,
+        "first_label": first_label,
+        "min_size": network.transform.min_size[-1],
+        "max_size": network.transform.max_size,
+        "precision": "float32",
+    }
+    print(f"network: {network.arch} on {network.backbone_arch}, {len(names)} classes", flush=True)
+    make_folder(output)
+    detector = detector_export.prepared(network)
+    data = detector_export.to_onnx(detector, metadata)
+    same = detector_export.check(data, detector, files[0].name)
+    masks = f", IoU of masks {100 * same.overlap:.1f} %" if network.arch == "mask_rcnn" else ""
+    tied = f", {same.tied} of a tie" if same.tied else ""
+    note = f"one image of any size; {same.objects} objects within {same.pixels:.0e} pixels"
+    note += masks + tied
+    write(files, (data,), note)
 
 
 def target_files(

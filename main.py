@@ -3,7 +3,7 @@
 examples:
   main.py -a eca_resnet50 --ksize 3557 DATA       all visible GPUs, one GPU, or the CPU
   torchrun --nproc-per-node=2 main.py … DATA      one process per GPU, faster
-  main.py -e --resume CKPT DATA                   evaluate
+  main.py -e --resume CKPT DATA                   evaluate, also a file of export.py (best.onnx)
   main.py --recipe modern DATA                    600 epochs for what the network can do
   main.py --resume auto                           go on with the newest run
   main.py demo:digits                             real images without a download
@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 
 import models
-from assembly import classifier
+from assembly import classifier, exported_file
 from assembly.run_folder import open_files
-from models import weights
 from utils.classification import report
 from utils.classification.outcome import CLASSIFICATION
 from utils.classification.task import TaskBatches, make_task, why_ended
@@ -40,7 +39,6 @@ from utils.runs.resume import Start
 from utils.runs.saved_run import Checkpoint
 from utils.system import backends, distributed
 from utils.system.distributed import Context
-from utils.system.errors import as_user_error
 from utils.system.fault_messages import Memory, in_one_line
 from utils.system.processes import default_workers
 from utils.system.stop_requests import StopRequest
@@ -100,8 +98,7 @@ def read_command_line(
     recipe = named_recipe(parser, recipe, args.recipe, demos.get(args.data, {}))
     of_any_run = args.data is None and args.arch is None and args.action is None
     name = None if of_any_run else runs.run_name(args.arch or recipe.arch, args.action)
-    places = (args.resume, args.pretrained, name, args.output)
-    saved, folder = resume.read(*places, args.evaluate, args.start_epoch)
+    saved, folder = exported_file.read_saved(args, given, name)
     if saved is not None:
         source = str(args.resume or args.pretrained)
         classifier.refuse_another(saved, source, args)
@@ -111,6 +108,8 @@ def read_command_line(
             recipe = saved_recipe(parser, Recipe, saved.run.recipe, source)
         else:
             recipe = recipe.override(img_size=saved.img_size, crop_pct=saved.crop_pct)
+            parser.set_defaults(**exported_file.own_defaults(saved))
+            args = parser.parse_args()
     recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
     refuse_flags(args, given, recipe)
     pretrained = None
@@ -132,15 +131,10 @@ def evaluate(
 ) -> int:
     """Evaluates a checkpoint on the validation images, each once."""
     backends.configure(False, context.device)
-    with as_user_error(f"{saved.file}: "):
-        network = weights.network_from_checkpoint(saved.contents)
+    network, lines = classifier.saved_network(saved, settings, context)
     root = demo_sets.find_root(settings.data, context, settings.data_files, settings.download)
     data = classifier.open_evaluation(root, saved, network, settings)
-    context.say(
-        *data.lines(),
-        report.network_line(network),
-        *classifier.how_it_runs(network, settings, context),
-    )
+    context.say(*data.lines(), *lines)
     reading = classifier.place(network, settings, context)
     if settings.fast:
         dtype = backends.DTYPES[settings.amp]

@@ -27,8 +27,9 @@ from utils.classification.report import network_line
 from utils.data.decoding import read_image
 from utils.data.user_images import UserBatch, find_images, read_batches
 from utils.inspection.class_predictions import Guess, Prediction, PredictionLog, path_width
+from utils.inspection.exported_detector import ExportedDetector
+from utils.inspection.exported_detector import load as load_exported
 from utils.inspection.exported_network import is_exported
-from utils.inspection.exported_network import load as load_exported
 from utils.inspection.object_predictions import (
     CocoDocument,
     class_table,
@@ -65,10 +66,11 @@ def main() -> int:
         network = load_exported(args.checkpoint)
         saved, args.device = network.metadata, "cpu"
     else:
-        saved = load(args.checkpoint)
-    args = Namespace(**settle(vars(args), is_detector(saved)))
-    if is_detector(saved):
-        return predict_objects(args, saved, paths)
+        network, saved = None, load(args.checkpoint)
+    finds_objects = isinstance(network, ExportedDetector) or is_detector(saved)
+    args = Namespace(**settle(vars(args), finds_objects))
+    if finds_objects:
+        return predict_objects(args, saved, paths, network)
     if not exported:
         with as_user_error(f"{args.checkpoint}: "):
             network = network_from_checkpoint(saved)
@@ -115,18 +117,24 @@ def main() -> int:
     return finish(folder, broken, len(paths))
 
 
-def predict_objects(args: Namespace, saved: dict, paths: Sequence[bytes]) -> int:
+def predict_objects(
+    args: Namespace, saved: dict, paths: Sequence[bytes], exported: ExportedDetector | None
+) -> int:
     """Runs a detector over the images, and draws on each what was found in it."""
     from models.detection.detectors import FIRST_LABEL, detector_from_checkpoint
     from utils.inspection import pictures  # matplotlib is slow to import
 
-    with as_user_error(f"{args.checkpoint}: "):
-        network = detector_from_checkpoint(saved).eval()
-    first_label = FIRST_LABEL[network.arch]
+    if exported is not None:
+        network, first_label = exported, exported.first_label
+    else:
+        with as_user_error(f"{args.checkpoint}: "):
+            network = detector_from_checkpoint(saved).eval()
+        first_label = FIRST_LABEL[network.arch]
     names, ids = class_table(saved, network.num_classes - first_label)
     device = distributed.setup(args.device).device
     backends.configure(False, device, one_shape=False)
-    say(f"{network.arch} on {network.backbone_arch}, {len(names)} classes")
+    how = f", from {exported.path.name}, run by onnxruntime" if exported is not None else ""
+    say(f"{network.arch} on {network.backbone_arch}, {len(names)} classes{how}")
     folder = run_folder.create("predict", args.output)
     document, cells, broken = CocoDocument(names, ids), [], 0
     width = path_width([printable(path) for path in paths])

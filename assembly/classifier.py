@@ -4,11 +4,13 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 import models
+from assembly.exported_file import ExportedFile
 from models import start as start_weights
 from models import weights
 from models.weights import Network
@@ -86,6 +88,21 @@ def build_network(
     return network, [report.network_line(network), *notes]
 
 
+def saved_network(
+    saved: Checkpoint, settings: ClassificationSettings, context: Context
+) -> tuple[nn.Module, list[str]]:
+    """Makes the network that is evaluated, of a checkpoint or a file of export.py.
+
+    Returns:
+        The network, and lines about it and about how it runs.
+    """
+    if isinstance(saved, ExportedFile):
+        return saved.network, [saved.network.describe(), *saved.how_it_runs(context)]
+    with as_user_error(f"{saved.file}: "):
+        network = weights.network_from_checkpoint(saved.contents)
+    return network, [report.network_line(network), *how_it_runs(network, settings, context)]
+
+
 def how_it_trains(
     network: Network, settings: ClassificationSettings, recipe: Recipe, context: Context
 ) -> list[str]:
@@ -118,7 +135,7 @@ def how_it_runs(
     return device_lines(context, settings.amp, settings.channels_last, settings.compile, tails)
 
 
-def place(network: Network, settings: ClassificationSettings, context: Context) -> Reading:
+def place(network: nn.Module, settings: ClassificationSettings, context: Context) -> Reading:
     """Puts the network on its device in its layout, and says how its batches are to be read."""
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     network.to(context.device).to(memory_format=layout)
@@ -133,15 +150,16 @@ def place(network: Network, settings: ClassificationSettings, context: Context) 
 
 
 def open_evaluation(
-    data: str, saved: Checkpoint, network: Network, settings: ClassificationSettings
+    data: str, saved: Checkpoint, network: nn.Module, settings: ClassificationSettings
 ) -> EvaluationData:
     """Opens the images on which a checkpoint's network is evaluated; `data` is their folder."""
     asked = (settings.class_names, settings.present_classes, settings.real_labels)
-    return open_evaluation_data(data, saved, network.num_classes, *asked)
+    outputs = cast(Network, network).num_classes
+    return open_evaluation_data(data, saved, outputs, *asked)
 
 
 def judge(
-    network: Network,
+    network: nn.Module,
     data: EvaluationData,
     recipe: Recipe,
     settings: ClassificationSettings,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("memory", "tail", "train_step", "inference", "data_loading")
+BENCHMARKS = ("memory", "tail", "train_step", "inference", "deployment", "data_loading")
 ON_GPU = "data_loading_cuda"
 
 

@@ -97,15 +97,21 @@ def compiled_dtypes(args: argparse.Namespace) -> list[str]:
 
 
 def interleave(
-    variants: dict[str, Callable[[], object]], rounds: int, device: torch.device, repeat: int = 1
+    variants: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    repeat: int = 1,
+    pause: float = 0,
 ) -> Times:
     """Seconds a call of each variant, one figure a round, after warm-up.
 
     Args:
         repeat: calls that are timed together.
+        pause: seconds of rest before each.
     """
 
     def timed(function: Callable[[], object]) -> float:
+        time.sleep(pause)
         _wait(device)
         began = time.perf_counter()
         for _ in range(repeat):
@@ -221,6 +227,11 @@ def report(
         ratios = [f"{row[key]:.3f}" for key in ("ratio_min", "ratio_median", "ratio_max")]
         table.append([row["variant"], row["baseline"], *ratios])
     print(columns(table, left=2))
+    write_rows(args, rows)
+
+
+def write_rows(args: argparse.Namespace, rows: list[dict[str, object]]) -> None:
+    """Writes the rows where --json says."""
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
         print(f"{len(rows)} rows in {args.json}")

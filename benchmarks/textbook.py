@@ -4,6 +4,8 @@ ECA as published: pool, conv1d over the channels, sigmoid, multiply, each a call
 tensor; and squeeze-and-excitation in the same place.
 """
 
+from functools import partial
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -56,29 +58,38 @@ def _insert(network: ResNet, attention) -> ResNet:
     return network
 
 
-def plain_resnet(depth: int = 50) -> ResNet:
-    return ResNet(Bottleneck if depth == 50 else BasicBlock, LAYERS[depth])
+def plain_resnet(depth: int = 50, num_classes: int = 1000) -> ResNet:
+    return ResNet(Bottleneck if depth == 50 else BasicBlock, LAYERS[depth], num_classes)
 
 
-def eca_resnet(depth: int = 50) -> ResNet:
-    return _insert(plain_resnet(depth), lambda stage, c: TextbookECA(KSIZES[depth][stage]))
+def eca_resnet(depth: int = 50, num_classes: int = 1000) -> ResNet:
+    plain = plain_resnet(depth, num_classes)
+    return _insert(plain, lambda stage, c: TextbookECA(KSIZES[depth][stage]))
 
 
 def se_resnet(depth: int = 50) -> ResNet:
     return _insert(plain_resnet(depth), lambda stage, c: TextbookSE(c))
 
 
-def plain_mobilenetv2() -> nn.Module:
-    return torchvision.models.mobilenet_v2()
+def plain_mobilenetv2(num_classes: int = 1000) -> nn.Module:
+    return torchvision.models.mobilenet_v2(num_classes=num_classes)
 
 
-def eca_mobilenetv2() -> nn.Module:
-    network = plain_mobilenetv2()
+def eca_mobilenetv2(num_classes: int = 1000) -> nn.Module:
+    network = plain_mobilenetv2(num_classes)
     for block in network.features:
         if isinstance(block, InvertedResidual):
             channels = block.conv[-1].num_features
             block.conv.append(TextbookECA(1 if channels < 96 else 3))
     return network
+
+
+# Our names; the same layers in the same order, so that weights can be carried over.
+OF_OURS = {
+    "eca_resnet18": partial(eca_resnet, 18),
+    "eca_resnet50": partial(eca_resnet, 50),
+    "eca_mobilenetv2": eca_mobilenetv2,
+}
 
 
 def timm_eca_resnet(depth: int = 50) -> nn.Module | None:

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch import Tensor
 from torch.nn import functional as F
+from torch.onnx import operators
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -88,10 +89,25 @@ class DetectorTransform(GeneralizedRCNNTransform):
     def resize(
         self, image: Tensor, target: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        # a traced graph computes the size from its input's, which torchvision knows how to write
-        if self.fixed_size is not None or torchvision._is_tracing():
+        if self.fixed_size is not None:
             return super().resize(image, target)
+        if torchvision._is_tracing():
+            return self._traced_resize(image), target
         return self._resize(image, target)
+
+    def _traced_resize(self, image: Tensor) -> Tensor:
+        """Resizes by operations on tensors, so that a graph computes the size from its input's.
+
+        torchvision writes the factor in float32, as max_size · (1 / side): times the side that is
+        159.99999 for some sizes, which rounds down to 159.
+        """
+        original = operators.shape_as_tensor(image)[-2:].to(torch.float64)
+        # Vectors, as the exporter to ONNX writes numbers of float64 as float32.
+        limits = torch.tensor([self.min_size[-1], self.max_size], dtype=torch.float64)
+        scale = (limits / torch.stack([original.min(), original.max()])).amin(0, keepdim=True)
+        height, width = (original * scale).to(torch.int64).clamp(min=1)
+        size = (height, width)
+        return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
 
     def _resize(
         self, image: Tensor, target: dict[str, Tensor] | None

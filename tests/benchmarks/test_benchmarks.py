@@ -176,3 +176,75 @@ def test_a_device_that_is_not_there_is_refused_in_one_line():
     assert done.returncode == 2
     assert done.stderr.strip().count("\n") == 0
     assert "tpu" in done.stderr
+
+
+def test_deployment_compares_every_engine_with_the_textbook_form(tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    to = tmp_path / "rows.json"
+    done = run("deployment.py", "--smoke", "--out", to)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(to.read_text())
+    base, plain = "textbook, eager", "plain network, OpenVINO float32"
+    engines = ["onnxruntime float32", "onnxruntime int8", "OpenVINO float32", "OpenVINO int8"]
+    pairs = [(name, base) for name in ("ours, --fast", *engines)]
+    pairs += [(engines[1], engines[0]), (engines[3], engines[2]), (engines[2], plain)]
+    for batch in (1, 2):
+        found = [row for row in rows if row["batch"] == batch]
+        assert [(row["variant"], row["baseline"]) for row in found] == pairs
+    for row in rows:
+        assert row.keys() >= COLUMNS
+        assert row["dtype"] == ("int8" if row["variant"].endswith("int8") else "float32")
+        assert row["dtype"] == "int8" or row["logits_off"] < 1e-4
+        assert row["startup_seconds"] > 0
+        assert 20 < row["peak_mebibytes"] < 10_000
+    assert "int8: calibrated on 4 random images" in done.stdout
+    assert "ECA's cost in OpenVINO's float32 (plain over ECA)" in done.stdout
+    assert "the figures mean nothing" in done.stdout
+
+
+def test_deployment_leaves_out_what_is_not_installed(monkeypatch, tmp_path, capsys):
+    from argparse import Namespace
+
+    import models
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import engine_files
+
+    monkeypatch.setattr(engine_files, "find_spec", lambda name: None)
+    args = Namespace(no_compile=False, smoke=True, images=None)
+    network = models.create_model("eca_mobilenetv2", num_classes=3).eval()
+    made = engine_files.prepare(network, 32, 0.875, args, tmp_path)
+    assert list(made) == ["textbook, eager", "ours, --fast"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(
+        "onnxruntime is left out: onnx, onnxscript, onnxruntime not installed"
+    )
+    assert said[1].startswith("openvino is left out: ")
+    # No textbook form of other kernel sizes, or of another attention.
+    for arch, others in (("eca_resnet18", {"ksize": "3333"}), ("se_resnet18", {})):
+        network = models.create_model(arch, num_classes=3, **others)
+        assert engine_files.base_name(network) == "ours, module by module"
+
+
+def test_deployment_calibrates_on_a_users_images(monkeypatch, photos, capsys):
+    from argparse import Namespace
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import engine_files
+
+    args = Namespace(smoke=True, images=str(photos / "cat"))
+    (batch,) = engine_files.calibration_images(args, 32, 0.875)
+    assert batch.shape == (2, 3, 32, 32)
+    assert capsys.readouterr().out.startswith("int8: calibrated on 2 images of ")
+    args.images = str(photos)
+    with pytest.raises(UserError, match=r"bad\.png: not an image"):
+        engine_files.calibration_images(args, 32, 0.875)
+
+
+def test_deployment_runs_on_the_cpu_alone():
+    done = run("deployment.py", "--smoke", "--device", "cuda")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: --device cuda: the engines are compared on the CPU; leave it out\n"
+    )

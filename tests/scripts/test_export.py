@@ -179,7 +179,7 @@ def test_what_is_wrong_is_said_in_one_line(cli, tmp_path):
         (("nowhere.safetensors",), "nowhere.safetensors: no such file"),
         (("bad.safetensors", "--to", "pt2"), "damaged, or not a safetensors file"),
         (("foreign.safetensors", "--to", "pt2"), "weights of no network known here: x"),
-        (("det.pth",), "det.pth: holds a detector; give the checkpoint of a classifier"),
+        (("det.pth",), "det.pth: not a detector's checkpoint, as it lacks attention"),
         (
             ("best.pth", "--to", "safetensors", "--no-fold"),
             "--no-fold is for onnx, openvino and pt2",

@@ -30,7 +30,13 @@ NEEDS = {
 INPUT, OUTPUT = "images", "logits"
 METADATA = "metadata.json"  # within a .pt2
 OPENVINO_INFO = ["eca_net", "metadata"]  # where an .xml keeps them
-TEXT_METADATA = ("arch", "attention", "precision")  # those that stand in ONNX as they are
+TEXT_METADATA = (
+    "arch",
+    "attention",
+    "backbone",
+    "decoder",
+    "precision",
+)  # those that stand in ONNX as they are
 MEAN_AND_STD = (IMAGENET_MEAN, IMAGENET_STD)  # what the images of all networks here are made with
 TOLERANCE = 1e-4  # relative to the largest logit
 

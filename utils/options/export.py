@@ -14,14 +14,16 @@ OF_INT8 = {"calibration_images": 512, "max_drop": 1.0}
 
 def build_parser(description: str) -> Parser:
     parser = Parser(description=description)
-    parser.add_argument("checkpoint", metavar="CKPT", help="of main.py, or released weights")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="of main.py, of detect_main.py, or released weights"
+    )
     parser.add_argument(
         "--to",
         metavar="FORMAT",
         nargs="+",
         choices=tuple(export_formats.NEEDS),
         help="onnx, pt2, safetensors (default: these three; with --int8: onnx), openvino, "
-        "hf (a folder for Hugging Face)",
+        "hf (a folder for Hugging Face); a detector: onnx",
     )
     parser.add_argument(
         "--output", metavar="DIR", help="folder of the files (default: the checkpoint's own)"
@@ -86,3 +88,28 @@ def settle(args: Namespace) -> Namespace:
         elif not int8:
             raise UserError(f"--{name.replace('_', '-')} goes with --int8 DATA")
     return args
+
+
+def refuse_for_detector(args: Namespace) -> None:
+    """Refuses flags that do nothing with a detector, which is written as ONNX alone.
+
+    Args:
+        args: the flags as they were typed.
+
+    Raises:
+        UserError: one line with the flag.
+    """
+    others = [name for name in args.to or () if name != "onnx"]
+    if others:
+        raise UserError(
+            f"--to {others[0]}: {args.checkpoint} holds a detector, which is written as onnx alone"
+        )
+    for flag, value in {
+        "--int8": args.int8,
+        "--img-size": args.img_size,
+        "--no-fold": args.no_fold or None,
+    }.items():
+        if value is not None:
+            raise UserError(
+                f"{flag} is for classifiers, and {args.checkpoint} holds a detector: leave it out"
+            )

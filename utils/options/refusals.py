@@ -49,6 +49,41 @@ def refuse_flags(args: argparse.Namespace, given: set[str], recipe: Recipe) -> N
         require(("timm",), "--optimizer lamb", "timm")
 
 
+def refuse_for_exported(args: argparse.Namespace, given: set[str], file: str) -> None:
+    """Refuses flags that a file of export.py has no use for.
+
+    Args:
+        args: the flags.
+        given: names of those that were typed, as `Parser.given` has them.
+        file: as the command line named it.
+
+    Raises:
+        UserError: one line with the flag.
+    """
+    if not args.evaluate:
+        raise UserError(
+            f"{file}: a file of export.py is not trained: evaluate it with -e --resume {file}, or "
+            "give the checkpoint that it came from"
+        )
+    for name, reason in {
+        "fast": "an exported network is rebuilt already",
+        "compile": "an exported network has an engine of its own",
+        "amp": "an exported network has a precision of its own",
+        "channels_last": "an exported network has a layout of its own",
+        "no_fused": "an exported network has no blocks to take apart",
+    }.items():
+        if name in given:
+            raise UserError(
+                f"--{name.replace('_', '-')}: {reason}; leave it out, or give the checkpoint"
+            )
+    chosen = {"--gpu": args.gpu, "--device": None if args.device == "auto" else args.device}
+    for flag, value in chosen.items():
+        if value not in (None, "cpu"):
+            raise UserError(
+                f"{flag} {value}: {file} is run on the CPU; leave it out, or give the checkpoint"
+            )
+
+
 def refuse_no_work(args: argparse.Namespace, recipe: Recipe) -> None:
     """Refuses a start with no epoch left by --start-epoch, without DATA, or with idle files for it.
 

@@ -87,7 +87,7 @@ def read(
             f"--resume {resume} has weights of its own: leave --pretrained {pretrained} out"
         )
     if evaluate and resume is None and pretrained is not None:
-        _check_output(output, None, evaluate, resume)
+        check_output(output, None, evaluate, resume)
         return Checkpoint.read(Path(pretrained)), None
     found = _find_and_say(resume, name, output, evaluate)
     saved, folder = found.saved, found.folder
@@ -104,7 +104,7 @@ def read(
                 f"--pretrained {pretrained} out, or give another --output or --action"
             )
         folder = _folder_from(start_epoch, saved.run.epoch, folder, output)
-    _check_output(output, folder, evaluate, resume)
+    check_output(output, folder, evaluate, resume)
     return saved, folder
 
 
@@ -125,7 +125,7 @@ def read_detector(
             f"{resume}: holds weights, not a run; evaluate it with -e, or start from it with "
             "--detector-weights"
         )
-    _check_output(output, folder, evaluate, resume)
+    check_output(output, folder, evaluate, resume)
     return saved, folder
 
 
@@ -163,10 +163,20 @@ def _folder_from(
     return None
 
 
-def _check_output(
+def check_output(
     output: str | None, folder: Path | None, evaluate: bool, resume: str | None
 ) -> None:
-    """Refuses --output before any work, on rank 0 alone, which is the one that writes."""
+    """Refuses --output before any work, on rank 0 alone, which is the one that writes.
+
+    Args:
+        output: the folder that was asked for, or None.
+        folder: that of the run which goes on, or None.
+        evaluate: nothing is trained: the folder gets the figures alone.
+        resume: what was resumed; with "auto" the folder is that of the run, and gets nothing.
+
+    Raises:
+        UserError: it is in use, or cannot be made.
+    """
     if not distributed.is_first():
         return
     if not evaluate:

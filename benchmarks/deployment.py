@@ -1,0 +1,186 @@
+"""The same network by every engine that can run it on a CPU: speed, start-up, memory.
+
+    python benchmarks/deployment.py [--network resnet50|mobilenetv2|both] [--checkpoint CKPT]
+                                    [--images DIR] [--no-compile] [--batch N] [--out FILE] [--smoke]
+
+The textbook form in PyTorch, ours as --fast makes it, the same compiled, and the files of export.py
+by onnxruntime and OpenVINO, each in float32 and int8. All in one process, one after the other in a
+new random order in each round, with a pause before each, for threads that spin after their work.
+Start-up (from the start of a process to the first logits, imports included) and peak memory are of
+a process of its own for each engine. The plain network by OpenVINO stands beside the one with ECA.
+"""
+
+import side_by_side as side  # first: it puts the repository on the path
+
+# isort: split
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import one_engine
+import torch
+from engine_files import PLAIN, Variant, base_name, prepare
+
+import models
+from models.weights import Network, network_from_checkpoint
+from utils.options.parser import run_script
+from utils.runs import checkpoint_info
+from utils.runs.checkpoint import load
+from utils.system.errors import EXIT_FAILED, UserError, as_user_error
+from utils.system.text import columns
+
+PAUSE = 0.02  # seconds
+OFF = 1e-3  # of the largest logit: float32 that is further off computes something else
+
+
+def networks(args: Namespace) -> Iterator[tuple[Network, int, float]]:
+    """Each network with its image size and crop."""
+    if args.checkpoint:
+        saved = load(args.checkpoint)
+        checkpoint_info.refuse_detector(saved, args.checkpoint)
+        with as_user_error(f"{args.checkpoint}: "):
+            network = network_from_checkpoint(saved)
+        size, crop = checkpoint_info.preprocessing(saved)
+        yield network.eval(), args.img_size if args.smoke else size, crop
+        return
+    for name in ("resnet50", "mobilenetv2"):
+        if args.network in (name, "both"):
+            arch = "eca_resnet18" if args.smoke else f"eca_{name}"
+            yield models.create_model(arch).eval(), args.img_size, 0.875
+        if args.smoke:
+            return
+
+
+def alone(variant: Variant, size: int, batches: list[int]) -> dict:
+    """Start-up and peak memory in a process of its own.
+
+    Raises:
+        UserError: it fails there.
+    """
+    command = [sys.executable, one_engine.__file__, variant.engine, str(variant.file)]
+    command += ["--batches", *map(str, batches), "--img-size", str(size)]
+    command += ["--threads", str(torch.get_num_threads()), "--began", str(time.time())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"{variant.engine}, {variant.file.name}: {reason}", EXIT_FAILED)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def largest_difference(logits: np.ndarray, base: np.ndarray) -> float:
+    return float(np.abs(logits - base).max() / np.abs(base).max())
+
+
+def pairs_of(variants: Mapping[str, Variant], base: str) -> list[tuple[str, str]]:
+    """What is compared with what: all with the first, int8 with float32, ECA with plain."""
+    pairs = [(name, base) for name in variants if name not in (base, PLAIN)]
+    for engine in ("onnxruntime", "OpenVINO"):
+        if f"{engine} int8" in variants:
+            pairs.append((f"{engine} int8", f"{engine} float32"))
+    if PLAIN in variants:
+        pairs.append(("OpenVINO float32", PLAIN))
+    return pairs
+
+
+def measure(network: Network, size: int, crop: float, args: Namespace, batches: list[int]):
+    """The rows of one network, and tables of them."""
+    rows, base = [], base_name(network)
+    with tempfile.TemporaryDirectory() as folder:
+        variants = prepare(network, size, crop, args, Path(folder))
+        own = {name: alone(v, size, batches) for name, v in variants.items()}
+        threads = torch.get_num_threads()
+        runs = {n: one_engine.ENGINES[v.engine](str(v.file), threads) for n, v in variants.items()}
+        for batch in batches:
+            images = np.random.default_rng(0).standard_normal((batch, 3, size, size), np.float32)
+            off = {
+                n: largest_difference(run(images), runs[base](images)) for n, run in runs.items()
+            }
+            for name, v in variants.items():
+                if v.dtype == "float32" and name != PLAIN and off[name] > OFF:
+                    raise UserError(f"{name}: logits off by {off[name]:.1e} of {base}", EXIT_FAILED)
+            calls = {
+                name: (lambda run=run, images=images: run(images)) for name, run in runs.items()
+            }
+            repeat = 1 if batch > 1 or args.smoke else 3
+            times = side.interleave(calls, args.rounds, args.device, repeat, PAUSE)
+            common = side.settings(Namespace(**{**vars(args), "batch": batch, "img_size": size}))
+            common |= {"network": network.arch, "calibration": args.images or "random"}
+            dtypes = {name: v.dtype for name, v in variants.items()}
+            found = side.compare("deployment", times, pairs_of(variants, base), dtypes, common)
+            for row in found:
+                row |= {
+                    "startup_seconds": own[row["variant"]]["startup_seconds"],
+                    "peak_mebibytes": own[row["variant"]]["peak_mebibytes"][str(batch)],
+                    "logits_off": off[row["variant"]],
+                    "baseline_seconds_median": statistics.median(times[row["baseline"]]),
+                    "baseline_startup_seconds": own[row["baseline"]]["startup_seconds"],
+                    "baseline_peak_mebibytes": own[row["baseline"]]["peak_mebibytes"][str(batch)],
+                }
+            rows += found
+            show(found, base)
+    return rows
+
+
+def show(rows: list[dict], base: str) -> None:
+    """Prints the rows of one network and batch: against the first, then the other pairs."""
+    first = next(row for row in rows if row["baseline"] == base)
+    print(
+        f"\n{first['network']}, {first['img_size']} pixels, batch {first['batch']}: "
+        f"speed over {base}"
+    )
+    head = ["engine", "min", "median", "max", "start-up s", "peak MiB", "logits off"]
+    table = [head, [base, *["1.000"] * 3, *_own(first, "baseline_"), "-"]]
+    others = []
+    for row in rows:
+        ratios = [f"{row[key]:.3f}" for key in ("ratio_min", "ratio_median", "ratio_max")]
+        if row["baseline"] == base:
+            table.append([row["variant"], *ratios, *_own(row), f"{row['logits_off']:.0e}"])
+        else:
+            name = f"{row['variant']} over {row['baseline']}"
+            if row["baseline"] == PLAIN:
+                name = "ECA's cost in OpenVINO's float32 (plain over ECA)"
+            others.append([name, *ratios])
+    print(columns(table, left=1))
+    if others:
+        print(columns([["in the same engine", *head[1:4]], *others], left=1), flush=True)
+
+
+def _own(row: dict, prefix: str = "") -> list[str]:
+    return [f"{row[f'{prefix}startup_seconds']:.2f}", f"{row[f'{prefix}peak_mebibytes']:,.0f}"]
+
+
+def main() -> None:
+    parser = side.make_parser(__doc__, batch=(16, 16), rounds=15)
+    parser.add_argument("--network", choices=("resnet50", "mobilenetv2", "both"), default="both")
+    parser.add_argument("--checkpoint", metavar="CKPT", help="a classifier of your own instead")
+    parser.add_argument("--images", metavar="DIR", help="int8 is calibrated on these, not on noise")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--out", dest="json", metavar="FILE", type=Path, help="the same as --json")
+    args = parser.parse_args()
+    if args.device not in (None, "cpu"):
+        raise UserError(
+            f"--device {args.device}: the engines are compared on the CPU; leave it out"
+        )
+    args.device = "cpu"
+    batches = [1, 2] if args.smoke else [args.batch] if args.batch else [1, 16]
+    args = side.settle(args)
+    rows = []
+    for network, size, crop in networks(args):
+        rows += measure(network, size, crop, args, batches)
+    first = rows[0]
+    print(
+        f"\n{first['device']}; torch {first['torch']}, {first['rounds']} rounds"
+        f"{', smoke run: the figures mean nothing' if args.smoke else ''}"
+    )
+    side.write_rows(args, rows)
+
+
+if __name__ == "__main__":
+    run_script(main)

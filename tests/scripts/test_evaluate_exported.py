@@ -1,0 +1,234 @@
+"""main.py -e of a file of export.py gives the figures of the checkpoint that it came from."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers.trees import write_tree
+
+import export
+import light_main
+import main as main_script
+from models import create_model, weights
+from utils.inspection import export_formats, exported_network
+from utils.options.parser import run_script
+from utils.runs import checkpoint
+
+FILES = ("onnx", "pt2", "xml")
+FIGURES = re.compile(r"15 images  top-1 (\S+) %  top-5 (\S+) %  loss (\S+) ")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with tree/, best.pth of an untrained network, and what export.py makes of it."""
+    for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("exported")
+    write_tree(folder / "tree", classes="ab7")
+    write_checkpoint(folder / "best.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        arguments = ["export.py", "best.pth", "--to", "onnx", "pt2", "openvino"]
+        patch.setattr("sys.argv", arguments)
+        with pytest.raises(SystemExit) as end:
+            run_script(export.main)
+    assert end.value.code == 0
+    return folder
+
+
+def write_checkpoint(path, **fields):
+    """A checkpoint of eca_resnet18 as main.py writes it, without the run that led to it."""
+    torch.manual_seed(0)
+    network = create_model("eca_resnet18", num_classes=3)
+    with torch.no_grad():
+        network(torch.randn(8, 3, 64, 64) * 2 + 1)
+    state = {
+        **weights.describe_network(network),
+        # Not in the order of their folders: labels must be those of the checkpoint's names.
+        "classes": ["b", "a", "7"],
+        "img_size": 40,
+        "crop_pct": 0.7,
+        "state_dict": network.state_dict(),
+        **fields,
+    }
+    checkpoint.save(path, state)
+
+
+def figures(lines):
+    """Top-1 and top-5 in %, and the loss, of the last line of an evaluation."""
+    found = FIGURES.match(lines[-1])
+    assert found, lines
+    return tuple(map(float, found.groups()))
+
+
+def as_expected(entry):
+    return lambda: entry.main(entry.RECIPE, entry.DEMOS, entry.__doc__)
+
+
+@pytest.mark.parametrize("entry", [main_script, light_main], ids=["main", "light_main"])
+@pytest.mark.parametrize("ending", FILES)
+def test_figures_are_the_checkpoints(call, made, tmp_path, ending, entry):
+    data, script = ("-j", 0, made / "tree"), as_expected(entry)
+    written = {}
+    for name in ("best.pth", f"best.{ending}"):
+        output = tmp_path / name
+        code, lines, errors = call(
+            "-e", "--resume", made / name, "--output", output, *data, entry=script
+        )
+        assert (code, errors) == (0, []), errors
+        written[name] = json.loads((output / "evaluation.json").read_text())
+    assert lines[1] == (
+        f"network: eca_resnet18 from best.{ending}, float32, run by "
+        f"{exported_network.ENDINGS[f'.{ending}']}, 3 classes"
+    )
+    assert lines[2].endswith("; float32")
+    expected, found = written.values()
+    for key in ("images", "top1", "top5"):
+        assert found[key] == expected[key]
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+    assert found["images"] == 15
+
+
+def test_figures_are_those_of_a_loop_over_the_file(call, made):
+    """An independent count: onnxruntime alone, with PIL's images prepared by hand."""
+    import onnxruntime
+    from PIL import Image
+
+    session = onnxruntime.InferenceSession(made / "best.onnx", providers=["CPUExecutionProvider"])
+    mean, std = (np.array(v, np.float32) for v in export_formats.MEAN_AND_STD)
+    right, loss = 0, 0.0
+    files = sorted((made / "tree" / "val").rglob("*.png"))
+    for file in files:
+        side = round(40 / 0.7)  # the files are square, so that this is the shorter side
+        image = Image.open(file).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+        first = round((side - 40) / 2)
+        pixels = np.asarray(image, np.float32)[first : first + 40, first : first + 40] / 255
+        x = ((pixels - mean) / std).transpose(2, 0, 1)[None]
+        (logits,) = session.run(None, {"images": x})[0].astype(np.float64)
+        label = ["b", "a", "7"].index(file.parent.name)
+        right += logits.argmax() == label
+        loss += np.log(np.exp(logits - logits.max()).sum()) - (logits[label] - logits.max())
+    code, lines, _ = call(
+        "-e", "--resume", made / "best.onnx", "--decoder", "pil", "-j", 0, made / "tree"
+    )
+    assert code == 0
+    top1, _, shown = figures(lines)
+    assert top1 == pytest.approx(100 * right / len(files), abs=1e-3)
+    assert shown == pytest.approx(loss / len(files), abs=1e-3)
+
+
+def test_the_runs_decoder_is_the_files(call, made, tmp_path, monkeypatch):
+    """A run with --decoder pil is evaluated with it, and so is what was exported of it."""
+    write_checkpoint(tmp_path / "pil.pth", args={"decoder": "pil"})
+    code, _, errors = call("pil.pth", "--to", "pt2", entry=export.main)
+    assert (code, errors) == (0, [])
+    used = []
+    read = main_script.check_decoder
+    monkeypatch.setattr(main_script, "check_decoder", lambda n, d: (used.append(n), read(n, d)))
+    for flags in ((), ("--decoder", "torchvision")):
+        assert call("-e", "--resume", "pil.pt2", *flags, "-j", 0, made / "tree")[0] == 0
+    assert used == ["pil", "torchvision"]
+
+
+@pytest.mark.parametrize("ending", ["onnx", "xml", "pt2"])
+def test_a_fixed_batch_is_filled_up(call, made, tmp_path, ending):
+    """15 images through a file that takes 4 at once, neither more nor fewer."""
+    if ending == "onnx":
+        import onnx
+
+        model = onnx.load(made / "best.onnx")
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 4
+        onnx.save(model, tmp_path / "four.onnx")
+    elif ending == "xml":
+        import openvino
+
+        model = export_formats.openvino_core().read_model(made / "best.xml")
+        model.reshape([4, 3, 40, 40])
+        openvino.save_model(model, tmp_path / "four.xml", compress_to_fp16=False)
+    else:
+        network = weights.network_from_checkpoint(checkpoint.load(made / "best.pth")).eval()
+        graph = torch.export.export(network, (torch.zeros(4, 3, 40, 40),))
+        metadata = exported_network.load(made / "best.pt2").metadata
+        (tmp_path / "four.pt2").write_bytes(export_formats.to_pt2(graph, metadata))
+    assert exported_network.load(tmp_path / f"four.{ending}").fixed_batch == 4
+    code, lines, errors = call("-e", "--resume", f"four.{ending}", "-j", 0, made / "tree")
+    assert (code, errors) == (0, []), errors
+    assert lines[1].endswith("3 classes, 4 images at a time")
+    _, expected, _ = call("-e", "--resume", made / "best.pth", "-j", 0, made / "tree")
+    assert figures(lines)[:2] == figures(expected)[:2]
+    assert figures(lines)[2] == pytest.approx(figures(expected)[2], abs=1e-4)
+    code, _, errors = call(
+        "-e", "--resume", f"four.{ending}", "--img-size", 48, "-j", 0, made / "tree"
+    )
+    if ending == "onnx":
+        assert code == 0, errors
+    else:
+        assert (code, len(errors)) == (2, 1)
+        assert "made for images of 40 x 40 pixels, not 48 x 48" in errors[0]
+
+
+def refused():
+    file = "best.onnx"
+    yield ("--resume", file), "is not trained: evaluate it with -e --resume"
+    yield ("--pretrained", file), "is not trained: evaluate it with -e --resume"
+    for flag in (("--fast",), ("--compile",), ("--amp", "bf16"), ("--channels-last",)):
+        yield ("-e", "--resume", file, *flag), f"{flag[0]}: an exported network"
+    yield ("-e", "--resume", file, "--no-fused"), "--no-fused: an exported network has no blocks"
+    yield ("-e", "--resume", file, "--device", "cuda"), "--device cuda: "
+    yield ("-e", "--resume", file, "--gpu", 0), "--gpu 0: "
+    yield ("-e", "--resume", file, "--epochs", 3), "--epochs does nothing with -e"
+    yield ("-e", "--resume", file, "-a", "eca_resnet34"), "holds eca_resnet18"
+    yield ("-e", "--resume", file, "--pretrained", "x.pth"), "has weights of its own"
+    yield ("-e", "--resume", "nowhere.onnx"), "nowhere.onnx: no such file"
+    yield ("-e", "--resume", file, "--output", "best.pth"), "best.pth: is a file"
+
+
+@pytest.mark.parametrize("entry", [main_script, light_main], ids=["main", "light_main"])
+@pytest.mark.parametrize(("flags", "message"), list(refused()))
+def test_what_makes_no_sense_with_a_file_is_one_line(
+    call, made, monkeypatch, flags, message, entry
+):
+    flags = [made / word if word in ("best.onnx", "best.pth") else word for word in flags]
+    code, _, errors = call(*flags, made / "tree", entry=as_expected(entry))
+    assert code == 2, errors
+    assert len(errors) == 1, errors
+    assert message in errors[0]
+
+
+def test_a_strangers_file_is_one_line(call, made, tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    def write(name, shape, metadata=()):
+        image = helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)
+        out = helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)
+        graph = helper.make_graph(
+            [helper.make_node("Relu", ["images"], ["logits"])], "g", [image], [out]
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+        model.metadata_props.extend(metadata)
+        onnx.save(model, tmp_path / name)
+
+    held = onnx.load(made / "best.onnx").metadata_props
+    write("foreign.onnx", ["n", 3, "h", "w"])
+    write("last.onnx", ["n", 40, 40, 3], held)
+    write("flat.onnx", ["n", 4800], held)
+    write("no_logits.onnx", ["n", 3, 40, 40], held)
+    for file, message in {
+        "foreign.onnx": "foreign.onnx: does not say arch",
+        "last.onnx": "takes an input of shape (any, 40, 40, 3), not (images, 3, height, width)",
+        "flat.onnx": "takes an input of shape (any, 4800)",
+        "no_logits.onnx": "gives an output of shape (1, 3, 40, 40) for 1 images",
+    }.items():
+        code, _, errors = call("-e", "--resume", file, "-j", 0, made / "tree")
+        assert (code, len(errors)) == (2, 1), errors
+        assert message in errors[0]
+
+
+def test_other_classes_are_refused(call, made, tmp_path):
+    write_tree(tmp_path / "other", classes="xyz")
+    code, _, errors = call("-e", "--resume", made / "best.onnx", "-j", 0, tmp_path / "other")
+    assert (code, len(errors)) == (2, 1), errors

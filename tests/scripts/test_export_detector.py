@@ -1,0 +1,167 @@
+"""export.py of a detector: the ONNX file finds what the network finds, and predict.py runs it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import export
+import predict
+from models.detection.detectors import FIRST_LABEL, create_detector, describe_detector
+from utils.inspection import detector_export, object_agreement
+from utils.runs import checkpoint
+from utils.system.errors import UserError
+
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package)
+
+
+def write_detector(path, arch="faster_rcnn", **settings):
+    """A checkpoint as detect_main.py writes it, of a network whose scores are far apart."""
+    torch.manual_seed(0)
+    threshold = "score_thresh" if arch == "retinanet" else "box_score_thresh"
+    settings = {"width": 16, "min_size": 96, "max_size": 160, threshold: 0.3, **settings}
+    outputs = 2 + FIRST_LABEL[arch]
+    network = create_detector(arch, "eca_resnet18", num_classes=outputs, norm="bn", **settings)
+    network.backbone.train()
+    with torch.no_grad():
+        network.backbone(torch.randn(4, 3, 96, 128))
+        for name, value in network.named_parameters():
+            if name.endswith(("cls_logits.weight", "cls_score.weight", "cls_logits.bias")):
+                value.normal_(0, 1)
+                if arch == "retinanet":  # features are small there, and scores of one value tie
+                    value *= 0 if "bias" in name else 5
+            elif name.endswith(("bbox_pred.weight", "bbox_reg.weight", "fcn_logits.weight")):
+                value.normal_(0, 0.05)
+    state = {**describe_detector(network), "classes": ["ant", "bee"], "category_ids": [3, 7]}
+    checkpoint.save(path, {**state, "state_dict": network.state_dict()})
+    return network.eval()
+
+
+@pytest.mark.parametrize("arch", list(FIRST_LABEL))
+def test_a_file_finds_what_the_network_finds(call, tmp_path, arch):
+    """On sizes that were not traced; the longer side decides the second, upright is the third."""
+    import onnxruntime
+
+    network = write_detector(tmp_path / "best.pth", arch)
+    code, lines, errors = call("best.pth", entry=export.main)
+    assert (code, errors) == (0, []), errors
+    assert lines[0] == f"network: {arch} on eca_resnet18, 2 classes"
+    assert lines[1].startswith("best.onnx: ")
+    assert ("masks" in lines[1]) == (arch == "mask_rcnn")
+    session = onnxruntime.InferenceSession(
+        (tmp_path / "best.onnx").read_bytes(), providers=["CPUExecutionProvider"]
+    )
+    held = session.get_modelmeta().custom_metadata_map
+    assert json.loads(held["classes"]) == ["ant", "bee"]
+    assert (held["arch"], held["first_label"]) == (arch, str(FIRST_LABEL[arch]))
+    compared = 0
+    for height, width in ((101, 143), (70, 200), (33, 400), (300, 200), (64, 64)):
+        image = detector_export.trial_image(height, width, torch.Generator().manual_seed(height))
+        with torch.no_grad():
+            (expected,) = network([image])
+        names = [output.name for output in session.get_outputs()]
+        found = dict(zip(names, session.run(None, {"image": image.numpy()}), strict=True))
+        assert names == [n for n in detector_export.OUTPUTS if n in expected]
+        full = len(expected["scores"]) == 100
+        lowest = float(expected["scores"].min()) if full else 0.3
+        for i in torch.where(expected["scores"] > lowest + 1e-4)[0].tolist():
+            near = np.abs(found["boxes"] - expected["boxes"][i].numpy()).max(1)
+            near[found["labels"] != int(expected["labels"][i])] = np.inf
+            near[np.abs(found["scores"] - float(expected["scores"][i])) > 1e-4] = np.inf
+            j = near.argmin()
+            assert near[j] < 0.05, (height, width)
+            compared += 1
+            if "masks" in expected:
+                np.testing.assert_allclose(found["masks"][j], expected["masks"][i], atol=0.01)
+    assert compared > 10
+
+    # predict.py draws and writes the same for both.
+    pixels = (255 * detector_export.trial_image(90, 120, torch.Generator().manual_seed(1))).byte()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
+    tables = []
+    for file in ("best.pth", "best.onnx"):
+        code, lines, errors = call(file, "x.png", "--format", "csv", entry=predict.main)
+        assert code == 0, errors
+        tables.append([line.split(",") for line in lines])
+    assert any("from best.onnx, run by onnxruntime" in line for line in errors)
+    assert len(tables[0]) == len(tables[1]) > 1
+    theirs = [(row[1], np.float64(row[2:])) for row in tables[1][1:]]
+    lowest = min(float(row[2]) for row in tables[0][1:])
+    for row in tables[0][1:]:
+        if float(row[2]) > lowest + 1e-4:
+            numbers = np.float64(row[2:])
+            near = [np.abs(numbers - other).max() for name, other in theirs if name == row[1]]
+            assert min(near) < 0.05
+
+
+def test_what_does_not_go_is_one_line(call, tmp_path):
+    write_detector(tmp_path / "det.pth")
+    write_detector(tmp_path / "old.pth", legacy=True)
+    (tmp_path / "data").mkdir()
+    for flags, message in {
+        ("det.pth", "--to", "pt2"): "--to pt2: det.pth holds a detector, which is written as onnx",
+        ("det.pth", "--int8", "data"): "--int8 is for classifiers, and det.pth holds a detector",
+        ("det.pth", "--img-size", 64): "--img-size is for classifiers",
+        ("det.pth", "--no-fold", "--to", "onnx"): "--no-fold is for classifiers",
+        ("old.pth", "--to", "onnx"): "old.pth: has mmdetection v1's geometry (--legacy)",
+    }.items():
+        code, _, errors = call(*flags, entry=export.main)
+        assert (code, len(errors)) == (2, 1), errors
+        assert message in errors[0]
+    assert not list(tmp_path.glob("*.onnx"))
+
+
+def test_a_file_that_finds_something_else_is_refused():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 20, 30]])
+    masks = torch.zeros(2, 1, 40, 40)
+    masks[:, :, 5:9, 5:9] = 1
+    network = {"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks}
+    network["scores"] = torch.tensor([0.9, 0.6])
+
+    def compare(**changed):
+        return object_agreement.compare(network, {**network, **changed}, 0.5, "x.onnx")
+
+    turned = {name: value.flip(0) for name, value in network.items()}
+    same = object_agreement.compare(network, turned, 0.5, "x.onnx")
+    assert (same.objects, same.pixels, same.overlap) == (2, 0.0, 1.0)
+    assert compare(boxes=boxes + 0.01).pixels == pytest.approx(0.01, abs=1e-5)
+    # Another box with the same score: a tie, of which `check` allows a few.
+    assert compare(boxes=boxes + 1).tied == 2
+    fewer = {name: value[:1] for name, value in network.items()}
+    for changed, message in [
+        ({"labels": torch.tensor([1, 1])}, r"lacks an object .*label 2, score 0\.6000"),
+        ({"scores": torch.tensor([0.9, 0.601])}, "lacks an object"),
+        ({"masks": masks.roll(2, -1)}, "a mask shares 33 % with the network's"),
+        (fewer, "lacks an object"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            compare(**changed)
+    with pytest.raises(UserError, match="finds an object that the network does not"):
+        object_agreement.compare(fewer, network, 0.5, "x.onnx")
+    # What scores too little may be on one side alone.
+    assert object_agreement.compare(fewer, network, 0.7, "x.onnx").objects == 1
+
+
+def test_the_least_score_is_the_files(call, tmp_path):
+    """The trial lowers it in the file that is written, so that objects are there to compare."""
+    write_detector(tmp_path / "none.pth", box_score_thresh=0.999999)
+    code, _, errors = call("none.pth", entry=export.main)
+    assert (code, errors) == (0, []), errors
+    data = (tmp_path / "none.onnx").read_bytes()
+    image = detector_export.trial_image(96, 121, torch.Generator().manual_seed(0))
+    assert len(detector_export.run_onnx(data)(image)["scores"]) == 0
+    lower = detector_export.with_threshold(data, 0.1)
+    assert len(detector_export.run_onnx(lower)(image)["scores"]) >= 10
+
+
+def test_main_does_not_evaluate_a_detectors_file(call, tmp_path, tree):
+    write_detector(tmp_path / "best.pth")
+    assert call("best.pth", entry=export.main)[0] == 0
+    code, _, errors = call("-e", "--resume", "best.onnx", tree)
+    assert (code, errors) == (
+        2,
+        ["error: best.onnx: holds a detector; give the file of a classifier"],
+    )
