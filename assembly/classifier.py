@@ -140,7 +140,8 @@ def place(network: nn.Module, settings: ClassificationSettings, context: Context
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     network.to(context.device).to(memory_format=layout)
     models.set_fused(network, settings.fused)
-    network.set_grad_checkpointing(settings.grad_checkpointing)
+    if settings.grad_checkpointing:
+        cast(Network, network).set_grad_checkpointing()
     if settings.compile and not settings.fast:
         network.compile()
     reading = reading_of(settings.decoder)
