@@ -73,8 +73,8 @@ def draw_map(
         ranking: (class, confidence from 0 to 1), the most likely first; the map is for the first.
         where: the layer that the map is of.
     """
-    shown, _ = shown_image(image)
-    overlay = draw_evidence(image, heat, square)
+    shown, scale = shown_image(image)
+    overlay = _overlay(np.asarray(shown) / 255, heat, [scale * value for value in square])
 
     with styled():
         figure, (left, middle, bar, right) = _map_axes(shown.size, [name for name, _ in ranking])
