@@ -76,6 +76,51 @@ def draw_weights(
         return png(figure, colours=256)
 
 
+def draw_one_image(layers: Sequence[LayerWeights]) -> bytes:
+    """Draws the weights that every block gives its channels for one image, one row a block.
+
+    Colour is a channel's weight minus the mean of its row, on a scale of the row's own; the mean
+    and the span stand beside it. Channels are in the network's order.
+
+    Args:
+        layers: statistics of a single image.
+
+    Returns:
+        A PNG.
+    """
+    with styled():
+        figure, axes = plt.subplots(
+            len(layers),
+            1,
+            figsize=(6.0, 0.34 * len(layers) + 0.9),
+            squeeze=False,
+            layout="constrained",
+        )
+        for axis, layer in zip(axes[:, 0], layers, strict=True):
+            weights = layer.mean[0]
+            differences = weights - weights.mean()
+            reach = np.abs(differences).max() or 1.0
+            axis.imshow(
+                differences[None],
+                cmap=STEPS,
+                vmin=-reach,
+                vmax=reach,
+                aspect="auto",
+                interpolation="nearest",
+            )
+            name = f"{layer.stage}.{layer.block}"
+            axis.set_yticks([0], [f"{name} ({len(weights)})"], fontsize=9)
+            axis.set_xticks([])
+            axis.tick_params("y", length=0)
+            axis.grid(False)
+            span = f"{weights.mean():.3f}  ({weights.min():.3f} to {weights.max():.3f})"
+            axis.text(1.01, 0.5, span, transform=axis.transAxes, va="center", fontsize=9)
+        words = "left: stage.block (channels); right: mean of s (its span)"
+        axes[0, 0].set_title(words, loc="left", fontsize=9)
+        axes[-1, 0].set_xlabel("Channels: blue below the row's mean, red above it", fontsize=9)
+        return png(figure, colours=256)
+
+
 def draw_spread(layers: Sequence[LayerWeights], title: str) -> bytes:
     """Draws the mean weight, and its deviation between and within classes, from block to block.
 

@@ -39,6 +39,22 @@ def seen_square(width: int, height: int, img_size: int, crop_pct: float) -> tupl
     return (width - side) / 2, (height - side) / 2, side
 
 
+def draw_evidence(image: Image.Image, heat: np.ndarray, square: tuple[float, ...]) -> Image.Image:
+    """Returns the image with its class-activation map over it; arguments as in `draw_map`."""
+    shown, scale = shown_image(image)
+    overlay = _overlay(np.asarray(shown) / 255, heat, [scale * value for value in square])
+    return Image.fromarray((255 * overlay).round().astype(np.uint8))
+
+
+def shown_image(image: Image.Image) -> tuple[Image.Image, float]:
+    """Returns an image with a longer side of `SIDE` pixels, and by how much it was scaled."""
+    scale = SIDE / max(image.size)
+    size = tuple(max(1, round(scale * side)) for side in image.size)
+    # Few pixels are shown as pixels: smoothing would invent what the network did not have.
+    how = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC
+    return image.resize(size, how), scale
+
+
 def draw_map(
     image: Image.Image,
     heat: np.ndarray,
@@ -57,14 +73,11 @@ def draw_map(
         ranking: (class, confidence from 0 to 1), the most likely first; the map is for the first.
         where: the layer that the map is of.
     """
-    scale = SIDE / max(image.size)
-    size = tuple(max(1, round(scale * side)) for side in image.size)
-    # Few pixels are shown as pixels: smoothing would invent what the network did not have.
-    shown = image.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC)
+    shown, scale = shown_image(image)
     overlay = _overlay(np.asarray(shown) / 255, heat, [scale * value for value in square])
 
     with styled():
-        figure, (left, middle, bar, right) = _map_axes(size, [name for name, _ in ranking])
+        figure, (left, middle, bar, right) = _map_axes(shown.size, [name for name, _ in ranking])
         left.imshow(shown)
         middle.imshow(overlay)
         for axis, text in ((left, title), (middle, f"evidence for “{short(ranking[0][0])}”")):
@@ -75,7 +88,7 @@ def draw_map(
         bar.tick_params(length=0)
         bar.spines[:].set_visible(False)
         below = {"transform": middle.transAxes, "ha": "center", "va": "top"}
-        depth = -0.07 / (3.2 * size[1] / SIDE)
+        depth = -0.07 / (3.2 * shown.height / SIDE)
         middle.text(0.5, depth, f"Grad-CAM on {where}", fontsize=8, color="0.4", **below)
         _draw_ranking(right, ranking)
         return png(figure)

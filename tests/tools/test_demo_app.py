@@ -1,0 +1,248 @@
+"""The page of tools.demo_app: what it shows, its server, and a browser where there is one."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.trees import ROOT
+from PIL import Image
+
+import models
+from models import weights
+from tools import demo_app
+from utils.inspection import demo_page
+from utils.inspection.channel_weight_plots import draw_one_image
+from utils.runs import checkpoint
+from utils.system.errors import UserError
+
+PATIENCE = 1200  # seconds: for a hang alone
+CLASSES = ["cat", "dog", "dog", "<i>owl</i>", "emu", "fox", "gnu"]
+with_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    network = models.create_model("eca_resnet18", num_classes=len(CLASSES))
+    fields = {**weights.describe_network(network), "classes": CLASSES, "img_size": 64}
+    path = tmp_path_factory.mktemp("saved") / "best.pth"
+    fields |= {"crop_pct": 0.875, "state_dict": network.state_dict()}
+    checkpoint.save(path, fields)
+    return path
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory) -> Path:
+    from models.detection.detectors import create_detector, describe_detector
+
+    torch.manual_seed(0)
+    settings = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.3}
+    network = create_detector("mask_rcnn", "resnet18", num_classes=3, norm="bn", **settings)
+    state = {**describe_detector(network), "classes": ["ant", "bee"], "category_ids": [1, 2]}
+    path = tmp_path_factory.mktemp("saved") / "detector.pth"
+    checkpoint.save(path, {**state, "state_dict": network.state_dict()})
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
+    Image.fromarray(pixels).resize((120, 90)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_a_classifier_s_answer_is_the_network_s(classifier, photo):
+    """Top five, and channel weights, against the network called by itself in float64."""
+    shown = demo_app.open_demo(str(classifier), device="cpu")
+    answer = shown.examine(str(photo))
+    assert not answer.is_fault
+    assert len(answer.pictures) == len(shown.layout.titles) == 3
+    assert answer.pictures[0].size == answer.pictures[1].size == (448, 336)
+
+    from torchvision.transforms import v2
+
+    network = weights.network_from_checkpoint(checkpoint.load(classifier)).eval()
+    steps = [v2.Resize(73), v2.CenterCrop(64), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    steps.append(v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        image = v2.Compose(steps)(Image.open(photo))[None].double()
+        shares = network.double()(image).softmax(1)[0].numpy()
+    order = np.argsort(-shares)[:5]
+    names = ["cat", "dog (class 1)", "dog (class 2)", *CLASSES[3:]]
+    assert [name for name, _ in answer.ranking] == [names[i] for i in order]
+    assert [share for _, share in answer.ranking] == pytest.approx(shares[order], abs=5e-3)
+
+
+def test_every_block_has_a_row_of_channel_weights(classifier, photo, monkeypatch, figures):
+    kept = []
+    plots = "utils.inspection.channel_weight_plots.draw_one_image"
+    monkeypatch.setattr(plots, lambda layers: kept.extend(layers) or draw_one_image(layers))
+    demo_app.open_demo(str(classifier), device="cpu").examine(str(photo))
+    assert [layer.mean.shape for layer in kept] == [
+        (1, c) for c in (64, 128, 256, 512) for _ in "ab"
+    ]
+    rows = figures[-1].axes
+    assert len(rows) == 8
+    for axis, layer in zip(rows, kept, strict=True):
+        want = layer.mean[0] - layer.mean[0].mean()
+        np.testing.assert_allclose(axis.images[0].get_array()[0], want)
+
+
+def test_a_network_without_attention_shows_no_weights(photo, tmp_path):
+    network = models.create_model("mobilenetv2", num_classes=2, width_mult=0.25)
+    torch.save(network.state_dict(), tmp_path / "plain.pth")
+    shown = demo_app.open_demo(str(tmp_path / "plain.pth"), img_size=64, device="cpu")
+    answer = shown.examine(str(photo))
+    assert len(answer.pictures) == len(shown.layout.titles) == 2
+    assert {name for name, _ in answer.ranking} == {"class 0", "class 1"}
+
+
+def test_a_detector_shows_boxes_from_a_score_on(detector, photo):
+    shown = demo_app.open_demo(str(detector), device="cpu")
+    answer = shown.examine(str(photo), 0.3)
+    assert answer.rows
+    assert answer.pictures[0].size[0] >= 96
+    assert {row[0] for row in answer.rows} <= {"ant", "bee"}
+    for row in answer.rows:
+        x1, y1, x2, y2 = (float(text) for text in row[2].split(", "))
+        assert 0 <= x1 <= x2 <= 120
+        assert 0 <= y1 <= y2 <= 90
+    assert shown.examine(str(photo), 1.0).words == "photo.png: 0 objects of score 1 or more"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("notes.txt", b"no image", "notes.txt: not an image"),
+        ("empty.png", b"", "empty.png: the file is empty"),
+        ("cut.png", None, "cut.png: "),
+    ],
+)
+def test_a_file_that_is_no_image_gets_one_line(
+    classifier, detector, photo, tmp_path, name, content, words
+):
+    file = tmp_path / name
+    file.write_bytes(photo.read_bytes()[:-200] if content is None else content)
+    for saved in (classifier, detector):
+        answer = demo_app.open_demo(str(saved), device="cpu").examine(str(file))
+        assert answer.is_fault
+        assert answer.words.startswith(words)
+        assert "\n" not in answer.words
+        assert not answer.pictures
+    assert demo_app.open_demo(str(saved), device="cpu").examine(str(tmp_path / "gone.png")).is_fault
+
+
+def test_words_of_files_and_classes_are_text_and_not_html():
+    layout = demo_page.Layout(("a", "b"), topk=3, columns=("x",))
+    answer = demo_page.Answer("<img src=x>: bad", is_fault=True)
+    shown = demo_page.values(answer, layout)
+    assert "<img" not in shown[0]
+    assert "fault" in shown[0]
+    assert shown[1:] == [None, None, None, []]
+
+
+def test_what_does_not_fit_is_refused(classifier, detector, monkeypatch):
+    with pytest.raises(UserError, match="--names is for classifiers"):
+        demo_app.open_demo(str(detector), names="x")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with (
+        pytest.raises(UserError, match=r"needs gradio: pip install -r requirements-demo\.txt"),
+        demo_page.prepared(),
+    ):
+        pass
+    with demo_page.listen(0) as taken:
+        host, port = taken.getsockname()
+        assert host == "127.0.0.1"
+        with pytest.raises(UserError, match=rf"port {port}: .*--port"):
+            demo_page.listen(port)
+
+
+@pytest.fixture
+def served(tmp_path, classifier):
+    """The address of the page, whose server ends with the test."""
+    out = tmp_path / "stdout"
+    files = tmp_path / "temporary"
+    files.mkdir()
+    with open(out, "w") as stdout:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tools.demo_app", str(classifier), "--port", "0"],
+            cwd=ROOT,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(files)},
+        )
+    end = time.monotonic() + PATIENCE
+    while "open http" not in out.read_text():
+        assert process.poll() is None, out.read_text()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    yield out.read_text().split("open ")[1].split()[0]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 143
+    assert not list(files.glob("eca-demo-*")), "uploaded files are left"
+    assert "Traceback" not in out.read_text()
+
+
+@with_gradio
+def test_the_server_answers_this_machine_alone(served, photo, tmp_path):
+    from gradio_client import Client, handle_file
+
+    with urllib.request.urlopen(served) as response:
+        policy = response.headers["Content-Security-Policy"]
+        page = response.read().decode()
+    assert "default-src 'self'" in policy
+    assert "http" not in policy
+    assert "fonts.googleapis" not in page
+    foreign = urllib.request.Request(served, headers={"Host": "elsewhere.example"})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(foreign)
+
+    client = Client(served, verbose=False, analytics_enabled=False, download_files=str(tmp_path))
+    words, ranking, *pictures = client.predict(handle_file(str(photo)), api_name="/examine")
+    assert "photo.png: " in words
+    assert len(ranking["confidences"]) == 5
+    assert all(Image.open(picture).width > 300 for picture in pictures)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    words, ranking, *pictures = client.predict(
+        handle_file(str(tmp_path / "bad.png")), api_name="/examine"
+    )
+    assert "bad.png: not an image" in words
+    assert pictures == [None, None, None]
+
+
+@with_gradio
+@pytest.mark.skipif(
+    BROWSER is None or find_spec("playwright") is None, reason="needs chromium and playwright"
+)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(served, photo, width):
+    """It fits, shows its pictures, and asks no other machine for anything."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.set_default_timeout(1000 * PATIENCE)
+        asked, faults = [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
+        page.goto(served)
+        page.locator("input[type=file]").set_input_files(str(photo))
+        page.wait_for_function("document.querySelector('.answer').innerText.includes('photo')")
+        loaded = "[...document.images].filter(i => i.naturalWidth > 300).length == 3"
+        page.wait_for_function(loaded)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert faults == []
+        assert all(url.startswith((served, "data:", "blob:")) for url in asked)
+        browser.close()
