@@ -83,6 +83,7 @@ def build_network(
     else:
         with as_user_error():
             network, notes = weights.network_from_checkpoint(start.saved.contents), []
+    models.set_drop_path(network, recipe.drop_path)
     return network, [report.network_line(network), *notes]
 
 

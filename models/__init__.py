@@ -36,6 +36,7 @@ from .fused.describe import describe_tails
 from .fused.dispatch import why_not_triton
 from .inference import optimise_for_inference
 from .insertion import Insertion, add_eca
+from .stochastic_depth import set_drop_path
 
 __all__ = [
     "MODELS",
@@ -54,6 +55,7 @@ __all__ = [
     "optimise_for_inference",
     "parse_ksize",
     "register_with_timm",
+    "set_drop_path",
     "set_fused",
     "why_not_triton",
 ]

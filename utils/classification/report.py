@@ -53,6 +53,8 @@ def recipe_lines(recipe: Recipe, name: str) -> list[str]:
         f"{words} {value:g}"
         for words, value in (
             ("label smoothing", recipe.label_smoothing),
+            ("target threshold", recipe.bce_threshold),
+            ("stochastic depth", recipe.drop_path),
             ("mixup", recipe.mixup),
             ("cutmix", recipe.cutmix),
             ("random erasing", recipe.random_erasing),
@@ -61,8 +63,10 @@ def recipe_lines(recipe: Recipe, name: str) -> list[str]:
         )
         if value
     ]
+    augment = recipe.auto_augment
     switches = (
-        (recipe.auto_augment != "none", AUGMENT_NAMES.get(recipe.auto_augment)),
+        (recipe.loss == "bce", "binary cross-entropy"),
+        (augment != "none", AUGMENT_NAMES.get(augment, f"timm's {augment}")),
         (not recipe.norm_decay, "no decay on norms, biases and ECA kernels"),
         (recipe.repeats > 1, f"each image {recipe.repeats} times a batch"),
         (recipe.accumulate > 1, f"each batch in {recipe.accumulate} parts"),

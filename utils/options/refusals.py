@@ -37,6 +37,8 @@ def refuse_flags(args: argparse.Namespace, given: set[str], recipe: Recipe) -> N
             raise UserError("--fast rebuilds a network for evaluation: it goes with -e")
         refuse_idle(given, OF_BLOCKS, "with --fast, which rebuilds the blocks")
     refuse_idle(given, UNUSED[recipe.schedule], f"with the schedule {recipe.schedule}")
+    if recipe.loss != "bce":
+        refuse_idle(given, ("bce_threshold",), f"with the loss {recipe.loss}")
     if recipe.optimizer != "sgd":
         refuse_idle(given, ("momentum",), f"with {recipe.optimizer}")
     if recipe.optimizer == "lamb" and not args.evaluate:

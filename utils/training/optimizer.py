@@ -30,7 +30,7 @@ def make_optimizer(
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=_fused(network))
     assert kind == "lamb", kind
-    from timm.optim import Lamb  # optional; the options have asked for it
+    from timm.optim.lamb import Lamb  # optional; the options have asked for it
 
     return Lamb(groups, lr=lr, weight_decay=weight_decay)
 
