@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.cut_runs import cut_twice, same
 from helpers.trees import write_tree
 
@@ -89,6 +90,35 @@ def test_class_weights_of_a_file_are_the_run_s_own(call, uneven, tmp_path):
     weights.unlink()
     assert call("--resume", last, "--epochs", 2)[0] == 0
     assert checkpoint.load(last)["class_weights"] == [0.5, 2.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("part", "frozen"),
+    [
+        ("backbone", ("features.",)),
+        ("stages:3", tuple(f"features.{i}." for i in range(7))),
+    ],
+)
+def test_what_is_frozen_stays_as_it_was(
+    call, two_epochs, tree, tmp_path, monkeypatch, part, frozen
+):
+    """Weights and running statistics, also of the average, bit for bit, through kills."""
+    weights = two_epochs / "last.pth"
+    flags = (*SMALL, "-a", "mobilenetv2", "--pretrained", weights, "--freeze", part, "--ema", 0.9)
+    flags += ("--layer-decay", 0.5, "--optimizer", "adamw", "--drop-path", 0.3)
+    saved = cut_twice(call, tmp_path, monkeypatch, *flags, tree)
+    before = checkpoint.load(weights)["state_dict"]
+    for states in (saved["state_dict"], saved["raw_state_dict"]):
+        for name, value in states.items():
+            changed = not torch.equal(value, before[name])
+            assert changed != name.startswith(frozen), name
+    code, out, _ = call("--resume", "through/last.pth", "--epochs", 3)
+    assert code == 0
+    (line,) = (line for line in out if line.startswith("network:"))
+    names = "features" if part == "backbone" else "features.0 to features.6"
+    trained = sum(v.numel() for s in saved["optimizer"]["state"].values() for v in [s["exp_avg"]])
+    assert line.endswith(f"; {names} frozen, {trained:,} parameters train")
+    assert any("layer decay 0.5" in line for line in out)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "lamb"])
@@ -231,6 +261,9 @@ def test_a_file_s_values_go_before_a_demo_s(tmp_path):
     [
         (("--class-weights", "none.csv"), "none.csv: No such file or directory; give balanced,"),
         (("--sampler", "even"), "invalid choice: 'even'"),
+        (("--freeze", "head"), "'head' is not none, backbone or stages:N"),
+        (("--freeze", "stages:5"), "--freeze: eca_resnet18 has 4 stages: 'stages:5' are more; use"),
+        (("--layer-decay", 0), "'0' is not a number between 0 and 1, 0 excluded"),
         (("--optimizer", "adam"), "invalid choice: 'adam'"),
         (("--optimizer", "adamw", "--momentum", 0.8), "--momentum does nothing with adamw"),
     ],
@@ -251,6 +284,8 @@ def test_what_a_resumption_cannot_take_up_is_refused(call, run_folder):
         ({}, ("--sampler", "balanced"), "inside an epoch of the sampler shuffle: leave --sampler"),
         ({}, ("--class-weights", "balanced"), "the run's class weights are none: leave --class-"),
         ({}, ("--optimizer", "lamb"), "the run's optimizer is sgd: leave --optimizer lamb out"),
+        ({}, ("--freeze", "backbone"), "the run's --freeze is none: leave --freeze backbone out"),
+        ({}, ("--layer-decay", 0.5), "the run's --layer-decay is 1: leave --layer-decay 0.5 out"),
         ({"class_weights": [1.0]}, (), "holds 1 class weights for 3 classes"),
         ({"class_weights": [1.0, "2", 1.0]}, (), "the field class_weights cannot be used"),
     ):

@@ -116,7 +116,7 @@ def train_epoch(
     for step, batch in enumerate(batches, first_step):
         torch.manual_seed(mix_seed(rule.seed, step))
         for group in optimizer.param_groups:
-            group["lr"] = rule.lr_at(step)
+            group["lr"] = rule.lr_at(step) * group.get("lr_scale", 1.0)
         images, targets = rule.mix(batch.images, batch.targets)
         optimizer.zero_grad(set_to_none=True)
         doubtful = _backward(network, images, targets, scaler, meter, rule)

@@ -48,6 +48,8 @@ class Recipe:
     bce_threshold: float = 0.0  # shares of a class above it count as 1, others as 0; 0: as they are
     drop_path: float = 0.0  # stochastic depth: probability that an image skips the last block
     optimizer: str = "sgd"  # or "adamw", "lamb", to which momentum means nothing
+    layer_decay: float = 1.0  # factor of the learning rate from each block to the one before it
+    freeze: str = "none"  # or "backbone", "stages:N": the first layers, which do not train
     early_stop: int = 0  # epochs without a better top-1 after which training ends; 0: never
 
     @property
