@@ -17,6 +17,7 @@ from utils.classification import engine
 from utils.data.image_folder import scan
 from utils.options.classification import build_parser
 from utils.options.recipe_file import named_recipe
+from utils.options.refusals import notes_on
 from utils.runs import checkpoint
 from utils.training.state import RunState
 
@@ -131,6 +132,20 @@ def test_every_optimizer_is_taken_up(call, tree, tmp_path, monkeypatch, kind):
     assert code == 0
     assert any(f"batch 8, {kind} lr 0.01 times" in line for line in out)
     assert not any("momentum" in line for line in out)
+
+
+def test_a_rate_for_sgd_is_doubtful_with_another_optimizer():
+    for changed, said in (
+        ({}, ()),
+        ({"optimizer": "lamb", "lr": 5e-3}, ()),
+        (
+            {"optimizer": "adamw"},
+            ("! a learning rate of 0.1 is one for SGD: for adamw rates near ",),
+        ),
+    ):
+        notes = notes_on(RECIPE.override(**changed), RECIPE, True)
+        assert len(notes) == len(said)
+        assert all(note.startswith(word) for note, word in zip(notes, said, strict=True))
 
 
 def test_lamb_without_timm_is_one_line(call, tree, tmp_path, monkeypatch):

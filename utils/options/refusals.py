@@ -1,6 +1,7 @@
 """Refuses flags of main.py that contradict each other, and notes doubtful ones."""
 
 import argparse
+import math
 
 from utils.data.demo_sets import DEMOS, takes_files
 from utils.options.classification import OF_BLOCKS, OF_TRAINING
@@ -79,10 +80,11 @@ def notes_on(recipe: Recipe, paper: Recipe, other_numbers: bool) -> tuple[str, .
             f"! {recipe.arch} trains by the paper's numbers for {FAMILIES[_family(paper.arch)]}; "
             f"those for {FAMILIES[_family(recipe.arch)]} come with {SCRIPTS[_family(recipe.arch)]}"
         )
-    if recipe.optimizer != paper.optimizer and recipe.lr == paper.lr:
+    usual = USUAL.get(recipe.optimizer, math.inf)
+    if recipe.lr >= 10 * usual:
         notes.append(
-            f"! the learning rate {recipe.lr:g} is the paper's for SGD: for {recipe.optimizer} "
-            f"rates near {USUAL[recipe.optimizer]:g} are usual; give --lr"
+            f"! a learning rate of {recipe.lr:g} is one for SGD: for {recipe.optimizer} rates near "
+            f"{usual:g} are usual; give --lr"
         )
     if recipe.warmup_epochs > recipe.epochs:
         notes.append(
