@@ -52,7 +52,7 @@ def first_network(
         UserError: flags, classes and weights do not fit together.
     """
     with as_user_error():
-        return start_weights.first_network(
+        network, notes = start_weights.first_network(
             recipe.arch,
             asked.num_classes,
             asked.ksize,
@@ -62,6 +62,16 @@ def first_network(
             classes,
             asked.identity_start,
         )
+    return _with_trained_parts(network, recipe), notes
+
+
+def _with_trained_parts(network: Network, recipe: Recipe) -> Network:
+    """Returns the network with stochastic depth and frozen layers as the recipe wants them."""
+    models.set_drop_path(network, recipe.drop_path)
+    if recipe.freeze != "none":
+        with as_user_error("--freeze: "):
+            models.freeze(network, recipe.freeze)
+    return network
 
 
 def refuse_another(saved: Checkpoint, source: str, asked: Namespace) -> None:
@@ -85,6 +95,7 @@ def build_network(
     else:
         with as_user_error():
             network, notes = weights.network_from_checkpoint(start.saved.contents), []
+        _with_trained_parts(network, recipe)
     return network, [report.network_line(network), *notes]
 
 
@@ -203,7 +214,10 @@ def begin_state(
 ) -> RunState:
     """Makes all that changes in training, as it was saved where a run goes on."""
     fp16 = settings.amp == "fp16"
-    state = first_state(network, recipe, context.device, context.rank, fp16, settings.compile)
+    scales = None if recipe.layer_decay == 1 else models.layer_scales(network, recipe.layer_decay)
+    state = first_state(
+        network, recipe, context.device, context.rank, fp16, settings.compile, scales
+    )
     if saved is not None:
         state.restore(saved.contents)
     if settings.start_epoch is not None:

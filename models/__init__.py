@@ -36,6 +36,8 @@ from .fused.describe import describe_tails
 from .fused.dispatch import why_not_triton
 from .inference import optimise_for_inference
 from .insertion import Insertion, add_eca
+from .layer_groups import freeze, layer_scales
+from .stochastic_depth import set_drop_path
 
 __all__ = [
     "MODELS",
@@ -49,11 +51,14 @@ __all__ = [
     "add_eca",
     "create_model",
     "describe_tails",
+    "freeze",
     "from_pretrained",
+    "layer_scales",
     "list_models",
     "optimise_for_inference",
     "parse_ksize",
     "register_with_timm",
+    "set_drop_path",
     "set_fused",
     "why_not_triton",
 ]

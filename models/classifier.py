@@ -6,7 +6,7 @@ maps of every resolution, and training that keeps fewer activations (`set_grad_c
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +72,12 @@ class Classifier(nn.Module):
         global_pool: "avg", or "" where `reset_classifier` took pooling away.
         feature_info: a `FeatureInfo` of the feature maps, in the order of `forward_intermediates`.
         grad_checkpointing: as `set_grad_checkpointing` left it.
+        frozen: names of the modules that do not train, as `freeze` left them.
     """
 
     head: str
+    arch: str
+    frozen: tuple[str, ...] = ()
 
     def _describe_classifier(
         self, num_classes: int, num_features: int, maps: Iterable[tuple[int, int, str]]
@@ -85,6 +88,13 @@ class Classifier(nn.Module):
         self.global_pool = "avg"
         self.grad_checkpointing = False
         self.feature_info = FeatureInfo(dict(zip(names, each, strict=True)) for each in maps)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches as nn.Module does, but for what is frozen: it stays in evaluation mode."""
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
 
     def _last_layer(self) -> nn.Module:
         """A new last layer: Linear as torch initialises it, Identity for no classes."""

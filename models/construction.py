@@ -38,6 +38,14 @@ def check_ksize(
     return None
 
 
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+
+
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+
 def initialise_convolutions(network: nn.Module) -> None:
     """Initialises the 2-d convolutions in place: Kaiming normal, by fan-out.
 

@@ -17,6 +17,7 @@ from .construction import Ksize, check_ksize, initialise_convolutions
 from .eca_module import ADAPTIVE, adaptive_kernel_size
 from .fused.block_tail import block_tail
 from .fused.stock_modules import is_bare
+from .stochastic_depth import drop_branch
 
 STEM, LAST = 32, 1280  # channels before the first stage and after the last
 STAGES = (  # expansion ratio, output channels at width 1, blocks, stride of the first block
@@ -85,6 +86,7 @@ class InvertedResidual(nn.Module):
     """
 
     fused = True  # the tail as one operation wherever that is possible; `set_fused` sets it
+    drop_path = 0.0  # probability of an image to skip the block in training; `set_drop_path`
 
     def __init__(
         self,
@@ -116,7 +118,11 @@ class InvertedResidual(nn.Module):
 
     @torch.jit.unused
     def _fast(self, x: Tensor) -> Tensor:
-        residual = x if self.residual else None
+        if self.residual and self.drop_path and self.training:
+            return x + drop_branch(self._branch(x, None), self.drop_path)
+        return self._branch(x, x if self.residual else None)
+
+    def _branch(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if not self.fused or not is_bare(self.conv, nn.Sequential):
             z = self.conv(x)
             return z if residual is None else z + residual

@@ -11,25 +11,19 @@ from torch import Tensor, nn
 
 from .attention import find_attention, takes_ksize
 from .classifier import Classifier, Stage
-from .construction import Ksize, check_ksize, initialise_convolutions
+from .construction import Ksize, check_ksize, conv1x1, conv3x3, initialise_convolutions
 from .eca_module import ADAPTIVE, adaptive_kernel_size
 from .fused.block_tail import block_tail, norm_act
+from .stochastic_depth import drop_branch
 
 WIDTHS = (64, 128, 256, 512)  # of the four stages, before a block's expansion
-
-
-def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-
-
-def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
 
 class _Block(nn.Module):
     """What both blocks share: attention, if any, under the name of its slot, and the shortcut."""
 
     fused = True  # operations as one wherever that is possible; `set_fused` sets it
+    drop_path = 0.0  # probability of an image to skip the block in training; `set_drop_path`
     if TYPE_CHECKING:
         relu: nn.Module
 
@@ -43,12 +37,15 @@ class _Block(nn.Module):
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(
-                _conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels)
+                conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels)
             )
 
     def tail(self, z: Tensor, bn: nn.Module, identity: Tensor) -> Tensor:
         """relu(attention(bn(z)) + identity)."""
         attention = getattr(self, self.slot) if self.slot else None
+        if self.drop_path and self.training:
+            branch = block_tail(z, bn, attention, fused=self.fused)
+            return self.relu(drop_branch(branch, self.drop_path) + identity)
         return block_tail(z, bn, attention, identity, self.relu, self.fused)
 
     def scripted_tail(self, y: Tensor, identity: Tensor) -> Tensor:
@@ -74,10 +71,10 @@ class BasicBlock(_Block):
         self, in_channels: int, width: int, stride: int, attention: str, ksize: int | None
     ):
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, width, stride)
+        self.conv1 = conv3x3(in_channels, width, stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = _conv3x3(width, width)
+        self.conv2 = conv3x3(width, width)
         self.bn2 = nn.BatchNorm2d(width)
         self._add_tail(in_channels, width, stride, attention, ksize)
 
@@ -100,11 +97,11 @@ class Bottleneck(_Block):
     ):
         super().__init__()
         out_channels = width * self.expansion
-        self.conv1 = _conv1x1(in_channels, width)
+        self.conv1 = conv1x1(in_channels, width)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv3x3(width, width, stride)
+        self.conv2 = conv3x3(width, width, stride)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = _conv1x1(width, out_channels)
+        self.conv3 = conv1x1(width, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
         self._add_tail(in_channels, out_channels, stride, attention, ksize)

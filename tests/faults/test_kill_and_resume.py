@@ -109,6 +109,38 @@ def test_kills_with_every_part_of_the_modern_recipe(tree, tmp_path):
 
 
 @pytest.mark.faults
+def test_kills_with_the_parts_for_data_of_one_s_own(tree, tmp_path):
+    """And those of A1 to A3."""
+    lines = kill_and_resume(
+        tree,
+        tmp_path,
+        6,
+        "main.py",
+        "-a",
+        "eca_resnet18",
+        *FLAGS,
+        "--recipe",
+        "a1",
+        "--warmup-epochs",
+        1,
+        "--drop-path",
+        0.3,
+        "--grad-checkpointing",
+        "--class-weights",
+        "balanced",
+        "--sampler",
+        "balanced",
+        "--freeze",
+        "stages:1",
+        "--layer-decay",
+        0.8,
+        "--early-stop",
+        5,
+    )
+    assert len(lines) == 6
+
+
+@pytest.mark.faults
 def test_three_ranks_resume_as_one_run(run, tree, tmp_path):
     """With three, unlike two, the order in which gradients are added up shows in the sum."""
     flags = ("-a", "eca_resnet18", "--img-size", 32, "-b", 12, "-j", 0, "--seed", 1, "--lr", 0.01)

@@ -12,12 +12,15 @@ from helpers.cut_runs import STATE, cut_twice, same
 from helpers.trees import ROOT
 
 import main as script
+import models
 from light_main import DEMOS as LIGHT_DEMOS
 from light_main import RECIPE as LIGHT
 from main import DEMOS, RECIPE
 from models import weights
 from utils.classification.report import recipe_lines
 from utils.data import demo_sets
+from utils.options.classification import build_parser
+from utils.options.recipe_file import named_recipe
 from utils.recipes.classification import MODERN, MODERN_100, RECIPES, Recipe
 from utils.runs import checkpoint
 
@@ -69,8 +72,8 @@ def test_the_modern_recipes_are_what_the_document_says():
     """Each number of docs/RECIPES.md's table, read from it."""
     text = (ROOT / "docs" / "RECIPES.md").read_text()
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| `--")]
-    table = {row[0].split("`")[1].removeprefix("--").replace("-", "_"): row[1:4] for row in rows}
-    recipes = [RECIPE, RECIPE.override(**MODERN), RECIPE.override(**MODERN_100)]
+    table = {row[0].split("`")[1].removeprefix("--").replace("-", "_"): row[1:7] for row in rows}
+    recipes = [RECIPE.override(**values) for values in RECIPES.values()]
     words = {"no": 0, "yes": 1, "as evaluation": 0}
     for field, cells in table.items():
         for recipe, cell in zip(recipes, map(str.strip, cells), strict=True):
@@ -80,7 +83,12 @@ def test_the_modern_recipes_are_what_the_document_says():
             else:
                 assert value == pytest.approx(float(words.get(cell, cell)), rel=1e-3), field
     apart = {"arch", "lr_step", "lr_decay", "hflip", "min_scale"}  # the same in all of them
-    apart |= {"sampler", "early_stop"}  # for data of one's own, docs/FINE_TUNING.md
+    apart |= {
+        "sampler",
+        "early_stop",
+        "freeze",
+        "layer_decay",
+    }  # for data of one's own, docs/FINE_TUNING.md
     assert table.keys() == {f.name for f in fields(Recipe)} - apart
     assert all(getattr(r, name) == getattr(RECIPE, name) for r in recipes for name in apart)
 
@@ -109,23 +117,50 @@ def test_the_paper_s_recipe_has_nothing_of_the_others():
         )
 
 
-@pytest.mark.parametrize("name", ["modern", "modern100"])
+@pytest.mark.parametrize("name", ["modern", "modern100", "a1", "a3"])
 @pytest.mark.parametrize(
     ("recipe", "demo"), [(RECIPE, DEMOS["demo:digits"]), (LIGHT, LIGHT_DEMOS["demo:digits"])]
 )
 def test_a_demo_keeps_its_sizes_under_every_recipe(recipe, demo, name):
-    found = recipe.override(**RECIPES[name]).override(**demo)
-    assert {key: getattr(found, key) for key in demo} == demo
+    parser = build_parser(recipe, models.MODELS, "")
+    found = named_recipe(parser, recipe, name, demo)
+    rates = {} if found.optimizer == "sgd" else {"lr", "weight_decay"}  # a demo's are for SGD
+    kept = demo.keys() - rates
+    assert {key: getattr(found, key) for key in kept} == {key: demo[key] for key in kept}
+    assert all(getattr(found, key) == RECIPES[name][key] for key in rates)
     assert (found.batch_size, found.hflip) == (32, 0.0)
     assert (found.auto_augment, found.repeats, found.crop_size) == ("none", 1, found.img_size)
     assert found.mixup > 0
-    assert found.ema > 0
+    assert (found.ema > 0) == name.startswith("modern")
     assert not found.norm_decay
 
 
 def test_a_recipe_saved_before_there_were_such_parts_has_none():
     old = {k: v for k, v in RECIPE.as_dict().items() if k in OLD_FIELDS}
     assert Recipe.from_dict(old) == RECIPE
+
+
+def test_a1_is_named_by_its_numbers():
+    first, second = recipe_lines(RECIPE.override(**RECIPES["a1"]), "a1")
+    assert first == (
+        "recipe a1: 600 epochs, batch 2048, lamb lr 0.005 cosine, warm-up 5 epochs, "
+        "weight decay 0.01, 224 pixels"
+    )
+    assert second == (
+        "  label smoothing 0.1, target threshold 0.2, stochastic depth 0.05, mixup 0.2, cutmix 1, "
+        "binary cross-entropy, timm's rand-m7-mstd0.5-inc1, no decay on norms, biases and ECA "
+        "kernels, each image 3 times a batch"
+    )
+
+
+def test_killed_and_stopped_by_a1_s_parts_a_run_ends_bit_for_bit(call, tree, tmp_path, monkeypatch):
+    """With stochastic depth, whose chance is each step's, and a batch cut short of three copies."""
+    flags = ("--recipe", "a1", *SMALL, "-a", "eca_resnet18", "--drop-path", 0.5, tree)
+    saved = cut_twice(call, tmp_path, monkeypatch, *flags)
+    assert saved["recipe"]["loss"] == "bce"
+    assert saved["recipe"]["repeats"] == 3
+    assert saved["recipe"]["auto_augment"] == "rand-m7-mstd0.5-inc1"
+    assert saved["optimizer"]["param_groups"][0]["step"] == 6
 
 
 def test_killed_and_stopped_with_all_parts_a_run_ends_bit_for_bit(
@@ -219,9 +254,17 @@ def test_a_checkpoint_from_before_the_recipes_goes_on(call, finished, tmp_path):
         (("--label-smoothing", 1), "'1' is not a number between 0 and 1"),
         (("--mixup", -1), "'-1' is not a number at least 0"),
         (("--random-erasing", 2), "'2' is not a number between 0 and 1"),
-        (("--auto-augment", "wide"), "invalid choice: 'wide'"),
+        (
+            ("--auto-augment", "wide"),
+            "no augmentation 'wide'; known: none, trivial, rand, or",
+        ),
+        (("--auto-augment", "rand-m11-mstd0.5-inc1"), "no augmentation 'rand-m11-mstd0.5-inc1'"),
+        (("--bce-threshold", 0.2), "--bce-threshold does nothing with the loss ce: leave it out"),
+        (("--bce", "--bce-threshold", 1), "'1' is not a number between 0 and 1, 1 excluded"),
+        (("--drop-path", 1), "'1' is not a number between 0 and 1, 1 excluded"),
+        (("--loss", "mse"), "invalid choice: 'mse'"),
         (("--repeats", 0), "'0' is not a whole number at least 1"),
-        (("--repeats", 3), "-b 8 does not hold each image --repeats 3 times: give a multiple of 3"),
+        (("--repeats", 9), "--repeats 9 is more than the batch, -b 8: give at most that"),
         (("--accumulate", 5), "-b 8 on 1 device does not divide into --accumulate 5 parts"),
         (("--accumulate", 8), "leaves one image at a time per device"),
         (("--sync-bn",), "--sync-bn is for several processes on GPUs: start them with torchrun"),
@@ -287,11 +330,11 @@ def test_documented_commands(call, run, tree, tmp_path, monkeypatch, line):
     assert code == 0, text
     (folder,) = (tmp_path / "runs").iterdir()
     saved = checkpoint.load(folder / "last.pth")
-    assert "raw_state_dict" in saved  # each of them averages
+    assert ("raw_state_dict" in saved) == (saved["recipe"]["ema"] > 0)
     assert not any(key.startswith("module.") for key in saved["state_dict"])
     if "--recipe" in arguments:
         chosen = arguments[arguments.index("--recipe") + 1]
         assert f"recipe {chosen}: 1 epochs, batch 8" in text
         assert saved["args"]["recipe"] == chosen
         if "--ema" not in arguments:
-            assert saved["recipe"]["ema"] == RECIPES[chosen]["ema"]
+            assert saved["recipe"]["ema"] == RECIPES[chosen].get("ema", 0.0)

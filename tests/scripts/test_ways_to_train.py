@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.cut_runs import cut_twice, same
 from helpers.trees import write_tree
 
@@ -16,6 +17,7 @@ from utils.classification import engine
 from utils.data.image_folder import scan
 from utils.options.classification import build_parser
 from utils.options.recipe_file import named_recipe
+from utils.options.refusals import notes_on
 from utils.runs import checkpoint
 from utils.training.state import RunState
 
@@ -91,6 +93,35 @@ def test_class_weights_of_a_file_are_the_run_s_own(call, uneven, tmp_path):
     assert checkpoint.load(last)["class_weights"] == [0.5, 2.0, 8.0]
 
 
+@pytest.mark.parametrize(
+    ("part", "frozen"),
+    [
+        ("backbone", ("features.",)),
+        ("stages:3", tuple(f"features.{i}." for i in range(7))),
+    ],
+)
+def test_what_is_frozen_stays_as_it_was(
+    call, two_epochs, tree, tmp_path, monkeypatch, part, frozen
+):
+    """Weights and running statistics, also of the average, bit for bit, through kills."""
+    weights = two_epochs / "last.pth"
+    flags = (*SMALL, "-a", "mobilenetv2", "--pretrained", weights, "--freeze", part, "--ema", 0.9)
+    flags += ("--layer-decay", 0.5, "--optimizer", "adamw", "--drop-path", 0.3)
+    saved = cut_twice(call, tmp_path, monkeypatch, *flags, tree)
+    before = checkpoint.load(weights)["state_dict"]
+    for states in (saved["state_dict"], saved["raw_state_dict"]):
+        for name, value in states.items():
+            changed = not torch.equal(value, before[name])
+            assert changed != name.startswith(frozen), name
+    code, out, _ = call("--resume", "through/last.pth", "--epochs", 3)
+    assert code == 0
+    (line,) = (line for line in out if line.startswith("network:"))
+    names = "features" if part == "backbone" else "features.0 to features.6"
+    trained = sum(v.numel() for s in saved["optimizer"]["state"].values() for v in [s["exp_avg"]])
+    assert line.endswith(f"; {names} frozen, {trained:,} parameters train")
+    assert any("layer decay 0.5" in line for line in out)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "lamb"])
 def test_every_optimizer_is_taken_up(call, tree, tmp_path, monkeypatch, kind):
     flags = (*SMALL, "-a", "eca_mobilenetv2", "--optimizer", kind, "--no-norm-decay", tree)
@@ -101,6 +132,20 @@ def test_every_optimizer_is_taken_up(call, tree, tmp_path, monkeypatch, kind):
     assert code == 0
     assert any(f"batch 8, {kind} lr 0.01 times" in line for line in out)
     assert not any("momentum" in line for line in out)
+
+
+def test_a_rate_for_sgd_is_doubtful_with_another_optimizer():
+    for changed, said in (
+        ({}, ()),
+        ({"optimizer": "lamb", "lr": 5e-3}, ()),
+        (
+            {"optimizer": "adamw"},
+            ("! a learning rate of 0.1 is one for SGD: for adamw rates near ",),
+        ),
+    ):
+        notes = notes_on(RECIPE.override(**changed), RECIPE, True)
+        assert len(notes) == len(said)
+        assert all(note.startswith(word) for note, word in zip(notes, said, strict=True))
 
 
 def test_lamb_without_timm_is_one_line(call, tree, tmp_path, monkeypatch):
@@ -231,6 +276,9 @@ def test_a_file_s_values_go_before_a_demo_s(tmp_path):
     [
         (("--class-weights", "none.csv"), "none.csv: No such file or directory; give balanced,"),
         (("--sampler", "even"), "invalid choice: 'even'"),
+        (("--freeze", "head"), "'head' is not none, backbone or stages:N"),
+        (("--freeze", "stages:5"), "--freeze: eca_resnet18 has 4 stages: 'stages:5' are more; use"),
+        (("--layer-decay", 0), "'0' is not a number between 0 and 1, 0 excluded"),
         (("--optimizer", "adam"), "invalid choice: 'adam'"),
         (("--optimizer", "adamw", "--momentum", 0.8), "--momentum does nothing with adamw"),
     ],
@@ -251,6 +299,8 @@ def test_what_a_resumption_cannot_take_up_is_refused(call, run_folder):
         ({}, ("--sampler", "balanced"), "inside an epoch of the sampler shuffle: leave --sampler"),
         ({}, ("--class-weights", "balanced"), "the run's class weights are none: leave --class-"),
         ({}, ("--optimizer", "lamb"), "the run's optimizer is sgd: leave --optimizer lamb out"),
+        ({}, ("--freeze", "backbone"), "the run's --freeze is none: leave --freeze backbone out"),
+        ({}, ("--layer-decay", 0.5), "the run's --layer-decay is 1: leave --layer-decay 0.5 out"),
         ({"class_weights": [1.0]}, (), "holds 1 class weights for 3 classes"),
         ({"class_weights": [1.0, "2", 1.0]}, (), "the field class_weights cannot be used"),
     ):

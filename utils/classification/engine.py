@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from utils.classification.metrics import ClassificationMeter, cross_entropy
+from utils.classification.metrics import ClassificationMeter, binary_cross_entropy, cross_entropy
 from utils.classification.mixing import Mix, leading_class, make_mix, unmixed
 from utils.classification.real_labels import RealMeter
 from utils.data.loading import Batch
@@ -71,15 +72,21 @@ class StepRule:
             lr_at=rate_of(recipe, steps_per_epoch),
             seed=seed,
             autocast=autocast,
-            loss_fn=partial(
-                cross_entropy,
-                label_smoothing=recipe.label_smoothing,
-                class_weights=class_weights,
-            ),
+            loss_fn=_loss_of(recipe, class_weights),
             mix=make_mix(recipe.mixup, recipe.cutmix, num_classes),
             accumulate=recipe.accumulate,
             clip_grad=recipe.clip_grad,
         )
+
+
+def _loss_of(recipe: Recipe, class_weights: torch.Tensor | None) -> Loss:
+    shared: dict[str, Any] = {
+        "label_smoothing": recipe.label_smoothing,
+        "class_weights": class_weights,
+    }
+    if recipe.loss == "bce":
+        return partial(binary_cross_entropy, **shared, threshold=recipe.bce_threshold)
+    return partial(cross_entropy, **shared)
 
 
 def train_epoch(
@@ -110,7 +117,7 @@ def train_epoch(
     for step, batch in enumerate(batches, first_step):
         torch.manual_seed(mix_seed(rule.seed, step))
         for group in optimizer.param_groups:
-            group["lr"] = rule.lr_at(step)
+            group["lr"] = rule.lr_at(step) * group.get("lr_scale", 1.0)
         images, targets = rule.mix(batch.images, batch.targets)
         optimizer.zero_grad(set_to_none=True)
         doubtful = _backward(network, images, targets, scaler, meter, rule)

@@ -74,6 +74,29 @@ def cross_entropy(
     return total / len(targets)
 
 
+def binary_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    label_smoothing: float = 0.0,
+    class_weights: torch.Tensor | None = None,
+    threshold: float = 0.0,
+) -> torch.Tensor:
+    """Returns the mean binary cross-entropy over images and classes, in float32, as timm's.
+
+    Args:
+        logits: (N, C); each says of one class whether it is there (Beyer et al. 2020).
+        targets, label_smoothing: as in `cross_entropy`.
+        class_weights: (C,) factors of the classes' terms; None for 1.
+        threshold: smoothed shares above it count as 1, and others as 0; 0 leaves them as they are.
+    """
+    classes = logits.shape[1]
+    shares = targets if targets.ndim == 2 else F.one_hot(targets, classes)
+    shares = (1 - label_smoothing) * shares.float() + label_smoothing / classes
+    if threshold:
+        shares = (shares > threshold).float()
+    return F.binary_cross_entropy_with_logits(logits.float(), shares, class_weights)
+
+
 def _wide(device: torch.device) -> torch.dtype:
     # float64 keeps counts exact past 2^24 and sums independent of their size; Apple GPUs lack it.
     return torch.float32 if device.type == "mps" else torch.float64

@@ -12,16 +12,22 @@ AUGMENT_NAMES = {"trivial": "TrivialAugment", "rand": "RandAugment"}
 
 
 def network_line(network: nn.Module) -> str:
-    """Returns one line: name, parameters, kernel sizes per stage, classes."""
+    """Returns one line: name, parameters, kernel sizes per stage, classes, what is frozen."""
     parameters = sum(p.numel() for p in network.parameters())
     ksize = f"ksize {','.join(map(str, network.ksize))}" if network.ksize else "no ECA"
     prefix = network.arch.partition("_")[0]
     named = prefix if prefix in ("eca", "se") else "none"
     other = "" if network.attention == named else f" with {network.attention}"
-    return (
+    line = (
         f"network: {network.arch}{other}, {parameters:,} parameters, {ksize}, "
         f"{network.num_classes} classes"
     )
+    if network.frozen:
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        first, last = network.frozen[0], network.frozen[-1]
+        names = first if first == last else f"{first} to {last}"
+        line += f"; {names} frozen, {trained:,} parameters train"
+    return line
 
 
 def recipe_lines(recipe: Recipe, name: str) -> list[str]:
@@ -53,16 +59,21 @@ def recipe_lines(recipe: Recipe, name: str) -> list[str]:
         f"{words} {value:g}"
         for words, value in (
             ("label smoothing", recipe.label_smoothing),
+            ("target threshold", recipe.bce_threshold),
+            ("stochastic depth", recipe.drop_path),
             ("mixup", recipe.mixup),
             ("cutmix", recipe.cutmix),
             ("random erasing", recipe.random_erasing),
             ("EMA", recipe.ema),
             ("gradient norm at most", recipe.clip_grad),
+            ("layer decay", recipe.layer_decay if recipe.layer_decay != 1 else 0),
         )
         if value
     ]
+    augment = recipe.auto_augment
     switches = (
-        (recipe.auto_augment != "none", AUGMENT_NAMES.get(recipe.auto_augment)),
+        (recipe.loss == "bce", "binary cross-entropy"),
+        (augment != "none", AUGMENT_NAMES.get(augment, f"timm's {augment}")),
         (not recipe.norm_decay, "no decay on norms, biases and ECA kernels"),
         (recipe.repeats > 1, f"each image {recipe.repeats} times a batch"),
         (recipe.accumulate > 1, f"each batch in {recipe.accumulate} parts"),

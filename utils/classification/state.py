@@ -1,5 +1,7 @@
 """Makes the state in which a classifier's training begins."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -18,6 +20,7 @@ def first_state(
     rank: int = 0,
     fp16: bool = False,
     compiled: bool = False,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> RunState:
     """Returns the state in which a run begins.
 
@@ -25,6 +28,7 @@ def first_state(
         network: on its device, with its first weights, without any parallel wrapping.
         fp16: scale the loss, as float16 needs it.
         compiled: `network` was compiled; an average of its weights is then, too.
+        lr_scales: factors of the learning rate by the parameters' names; None for 1.
     """
     average = WeightAverage(network, recipe.ema) if recipe.ema else None
     if compiled and average is not None:
@@ -32,7 +36,7 @@ def first_state(
     numbers = (recipe.lr, recipe.momentum, recipe.weight_decay, recipe.norm_decay)
     return RunState(
         network,
-        make_optimizer(recipe.optimizer, network, *numbers),
+        make_optimizer(recipe.optimizer, network, *numbers, lr_scales),
         torch.amp.GradScaler(device.type, enabled=fp16),
         ClassificationMeter(device),
         NonFiniteGuard(device),

@@ -35,14 +35,15 @@ class SeededBatches(Sampler[list[Key]]):
     batch holds that many copies of each of its images, each augmented by its own chance. An epoch
     has as many steps as without, so it sees one image in `repeats`. The copies come in rounds, each
     in another order: with as many ranks as rounds, or more, no rank sees an image twice in a step,
-    as in torchvision; and mixing, which pairs neighbours, finds other pairs in each round.
+    as in torchvision; and mixing, which pairs neighbours, finds other pairs in each round. Where
+    the batch does not divide by `repeats`, the last round is cut short.
 
     With `labels` the order is `balanced_order`: each class comes alike, whatever its size, in as
     many steps. An image that comes again in an epoch does so with its next copy's number.
 
     Args:
         size: number of images.
-        batch_size: global batch; must divide by `world_size` and `repeats` and not exceed `size`.
+        batch_size: global batch; must divide by `world_size` and not exceed `size`.
         seed, rank, world_size: what the order and the slice depend on.
         repeats: copies of each image in a batch.
         labels: (size,) the images' classes; None for each image once.
@@ -59,7 +60,6 @@ class SeededBatches(Sampler[list[Key]]):
         labels: np.ndarray | None = None,
     ):
         assert batch_size % world_size == 0
-        assert batch_size % repeats == 0
         assert batch_size <= size
         self.size, self.batch_size, self.seed, self.repeats = size, batch_size, seed, repeats
         self.rank, self.share = rank, batch_size // world_size
@@ -81,7 +81,7 @@ class SeededBatches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, first_step = self.epoch, self.first_step
         shuffle = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-        distinct = self.batch_size // self.repeats
+        distinct = -(-self.batch_size // self.repeats)
         if self.labels is None:
             order = torch.randperm(self.size, generator=shuffle)
             earlier = torch.zeros_like(order)
@@ -171,10 +171,9 @@ def check_batch(
     Raises:
         UserError: it does not divide, is larger than the data, or leaves BatchNorm one value.
     """
-    if batch_size % repeats:
+    if repeats > batch_size:
         raise UserError(
-            f"-b {batch_size} does not hold each image --repeats {repeats} times: give a multiple "
-            f"of {repeats}"
+            f"--repeats {repeats} is more than the batch, -b {batch_size}: give at most that"
         )
     if batch_size % replicas:
         lower = batch_size // replicas * replicas

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from utils.data.long_images import is_long, resized_center_crop
+from utils.data.rand_augment import NoisyRandAugment, parse_rand_augment
 
 Picture = torch.Tensor | Image.Image
 Transform = Callable[[Picture], Picture]
@@ -38,7 +39,8 @@ class CropResized:
         return functional.resize(crop, size, interpolation, antialias=True)[0]
 
 
-# Photographic operations of one strength or another, as published for ImageNet.
+# Photographic operations of one strength or another, as published for ImageNet; besides timm's
+# RandAugment, whose name holds its magnitude, see `utils.data.rand_augment`.
 AUTO_AUGMENTS = {"none": None, "trivial": "TrivialAugmentWide", "rand": "RandAugment"}
 
 
@@ -62,13 +64,15 @@ def train_transform(
         img_size: S; a random crop is resized to S x S.
         min_scale: the smallest crop's share of the area; the largest is all of it.
         hflip: probability of a mirrored image.
-        auto_augment: a key of `AUTO_AUGMENTS`; torchvision's defaults.
+        auto_augment: a key of `AUTO_AUGMENTS`, for torchvision's defaults; or timm's RandAugment.
         random_erasing: probability that a rectangle takes the mean colour, which is what
             torchvision's 0 after the normalisation is.
     """
     v2 = transforms_v2()
     steps = [CropResized(img_size, min_scale), v2.RandomHorizontalFlip(hflip)]
-    if (augment := AUTO_AUGMENTS[auto_augment]) is not None:
+    if (noisy := parse_rand_augment(auto_augment)) is not None:
+        steps += [v2.PILToTensor(), NoisyRandAugment(*noisy)]
+    elif (augment := AUTO_AUGMENTS[auto_augment]) is not None:
         steps.append(getattr(v2, augment)(interpolation=v2.InterpolationMode.BILINEAR))
     if random_erasing:
         mean = [round(255 * m) for m in IMAGENET_MEAN]

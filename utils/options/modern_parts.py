@@ -2,8 +2,10 @@
 
 import argparse
 
+from utils.data.rand_augment import EXAMPLE, parse_rand_augment
 from utils.data.transforms import AUTO_AUGMENTS
 from utils.options.parser import count, fraction, non_negative_float, number, positive_int
+from utils.recipes.classification import LOSSES
 
 
 def augmentation_flags(group: argparse._ArgumentGroup) -> None:
@@ -27,7 +29,11 @@ def augmentation_flags(group: argparse._ArgumentGroup) -> None:
         help="paste a rectangle of one image into another; with --mixup, one of them per batch",
     )
     group.add_argument(
-        "--auto-augment", choices=AUTO_AUGMENTS, help="torchvision's TrivialAugment or RandAugment"
+        "--auto-augment",
+        type=_auto_augment,
+        metavar="NAME",
+        help="trivial or rand, torchvision's TrivialAugment or RandAugment; or timm's RandAugment "
+        f"of magnitude m and its deviation, such as {EXAMPLE}",
     )
     group.add_argument(
         "--random-erasing",
@@ -49,8 +55,40 @@ def augmentation_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _auto_augment(text: str) -> str:
+    if text not in AUTO_AUGMENTS and parse_rand_augment(text) is None:
+        known = ", ".join(AUTO_AUGMENTS)
+        raise argparse.ArgumentTypeError(
+            f"no augmentation {text!r}; known: {known}, or timm's, such as {EXAMPLE} (m at most 10)"
+        )
+    return text
+
+
 def regularisation_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags of averaged weights, weight decay, gradients and BatchNorm."""
+    """Adds the flags of loss, stochastic depth, averaged weights, weight decay, gradients and
+    BatchNorm.
+    """
+    group.add_argument(
+        "--bce", dest="loss", action="store_const", const="bce", help="the same as --loss bce"
+    )
+    group.add_argument(
+        "--loss",
+        choices=LOSSES,
+        help="ce: cross-entropy; bce: binary cross-entropy, each class by itself",
+    )
+    group.add_argument(
+        "--bce-threshold",
+        type=number(float, 0, 1, below=True),
+        metavar="F",
+        help="loss bce: shares of mixed or smoothed targets above F count as 1, others as 0 (0: "
+        "shares as they are)",
+    )
+    group.add_argument(
+        "--drop-path",
+        type=number(float, 0, 1, below=True),
+        metavar="P",
+        help="stochastic depth: images skip blocks, the first never, the last with probability P",
+    )
     group.add_argument(
         "--ema",
         type=number(float, 0, 1, below=True),

@@ -115,8 +115,7 @@ class Parser(argparse.ArgumentParser):
 
     def takes(self, name: str, value: object) -> bool:
         """Returns whether a value that a file holds is one that the flag of this name gives."""
-        action = next(action for action in self._actions if action.dest == name)
-        return _fits(action, value)
+        return _fits({action.dest: action for action in self._actions}[name], value)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")

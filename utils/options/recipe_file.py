@@ -37,7 +37,10 @@ def named_recipe(
         UserError: see `read_recipe`.
     """
     if name is None or name in RECIPES:
-        return recipe.override(**RECIPES[name or PAPER]).override(**demo)
+        values = RECIPES[name or PAPER]
+        if values.get("optimizer", "sgd") != "sgd":  # a demo's rates are SGD's
+            demo = {k: v for k, v in demo.items() if k not in ("lr", "weight_decay")}
+        return recipe.override(**values).override(**demo)
     return recipe.override(**demo).override(**read_recipe(parser, name))
 
 

@@ -1,6 +1,7 @@
 """Refuses flags of main.py that contradict each other, and notes doubtful ones."""
 
 import argparse
+import math
 
 from utils.data.demo_sets import DEMOS, takes_files
 from utils.options.classification import OF_BLOCKS, OF_EVALUATION, OF_TRAINING
@@ -43,6 +44,8 @@ def refuse_flags(args: argparse.Namespace, given: set[str], recipe: Recipe) -> N
             "--real-labels compares all outputs, and --present-classes some: give one of them"
         )
     refuse_idle(given, UNUSED[recipe.schedule], f"with the schedule {recipe.schedule}")
+    if recipe.loss != "bce":
+        refuse_idle(given, ("bce_threshold",), f"with the loss {recipe.loss}")
     if recipe.optimizer != "sgd":
         refuse_idle(given, ("momentum",), f"with {recipe.optimizer}")
     if recipe.optimizer == "lamb" and not args.evaluate:
@@ -118,10 +121,11 @@ def notes_on(recipe: Recipe, paper: Recipe, other_numbers: bool) -> tuple[str, .
             f"! {recipe.arch} trains by the paper's numbers for {FAMILIES[_family(paper.arch)]}; "
             f"those for {FAMILIES[_family(recipe.arch)]} come with {SCRIPTS[_family(recipe.arch)]}"
         )
-    if recipe.optimizer != paper.optimizer and recipe.lr == paper.lr:
+    usual = USUAL.get(recipe.optimizer, math.inf)
+    if recipe.lr >= 10 * usual:
         notes.append(
-            f"! the learning rate {recipe.lr:g} is the paper's for SGD: for {recipe.optimizer} "
-            f"rates near {USUAL[recipe.optimizer]:g} are usual; give --lr"
+            f"! a learning rate of {recipe.lr:g} is one for SGD: for {recipe.optimizer} rates near "
+            f"{usual:g} are usual; give --lr"
         )
     if recipe.warmup_epochs > recipe.epochs:
         notes.append(

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
+LOSSES = ("ce", "bce")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
 
 
@@ -33,7 +34,7 @@ class Recipe:
     label_smoothing: float = 0.0
     mixup: float = 0.0  # alpha of the Beta distribution of the shares; 0: no mixup
     cutmix: float = 0.0  # likewise; with both, each batch takes one of them by even chance
-    auto_augment: str = "none"  # or "trivial", "rand", see utils.data.transforms
+    auto_augment: str = "none"  # see utils.data.transforms
     random_erasing: float = 0.0  # probability
     ema: float = 0.0  # decay per step of the averaged weights; 0: none
     norm_decay: bool = True  # weight decay on norms, biases and ECA kernels, too
@@ -43,7 +44,12 @@ class Recipe:
     clip_grad: float = 0.0  # largest norm of the gradient; 0: any
     sync_bn: bool = False  # BatchNorm's statistics over all processes
     sampler: str = "shuffle"  # or "balanced": each class alike, see utils.data.sampler
+    loss: str = "ce"  # cross-entropy; or "bce", each class a question of its own
+    bce_threshold: float = 0.0  # shares of a class above it count as 1, others as 0; 0: as they are
+    drop_path: float = 0.0  # stochastic depth: probability that an image skips the last block
     optimizer: str = "sgd"  # or "adamw", "lamb", to which momentum means nothing
+    layer_decay: float = 1.0  # factor of the learning rate from each block to the one before it
+    freeze: str = "none"  # or "backbone", "stages:N": the first layers, which do not train
     early_stop: int = 0  # epochs without a better top-1 after which training ends; 0: never
 
     @property
@@ -105,11 +111,50 @@ MODERN_100 = MappingProxyType(
         "crop_pct": 0.95,
     }
 )
+# ResNet strikes back (Wightman et al. 2021), table 2.
+A1 = MappingProxyType(
+    {
+        "epochs": 600,
+        "batch_size": 2048,
+        "optimizer": "lamb",
+        "lr": 5e-3,
+        "weight_decay": 0.01,
+        "norm_decay": False,
+        "schedule": "cosine",
+        "warmup_epochs": 5.0,
+        "loss": "bce",
+        "bce_threshold": 0.2,
+        "label_smoothing": 0.1,
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "auto_augment": "rand-m7-mstd0.5-inc1",
+        "repeats": 3,
+        "drop_path": 0.05,
+        "crop_pct": 0.95,
+    }
+)
+A2 = MappingProxyType(
+    {**A1, "epochs": 300, "weight_decay": 0.02, "label_smoothing": 0.0, "mixup": 0.1}
+)
+A3 = MappingProxyType(
+    {
+        **A2,
+        "epochs": 100,
+        "lr": 8e-3,
+        "auto_augment": "rand-m6-mstd0.5-inc1",
+        "repeats": 1,
+        "drop_path": 0.0,
+        "train_size": 160,
+    }
+)
 PAPER = "paper"
 RECIPES = MappingProxyType(
     {
         PAPER: MappingProxyType({}),
         "modern": MODERN,
         "modern100": MODERN_100,
+        "a1": A1,
+        "a2": A2,
+        "a3": A3,
     }
 )

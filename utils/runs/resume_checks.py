@@ -134,6 +134,16 @@ def refuse_another_recipe(
         )
     if recipe.optimizer != held.optimizer:
         raise UserError(_another_optimizer(held.optimizer, recipe.optimizer))
+    if recipe.freeze != held.freeze:
+        raise UserError(
+            f"the run's --freeze is {held.freeze}: leave --freeze {recipe.freeze} out, or begin "
+            "a new run at its weights with --pretrained"
+        )
+    if recipe.layer_decay != held.layer_decay:
+        raise UserError(
+            f"the run's --layer-decay is {held.layer_decay:g}: leave --layer-decay "
+            f"{recipe.layer_decay:g} out"
+        )
     if run.step and at_epoch is None and recipe.repeats != held.repeats:
         raise UserError(
             f"the run stopped inside an epoch with each image {held.repeats} times a batch: leave "

@@ -1,5 +1,6 @@
 """Makes optimizers, and chooses the parameters that weight decay is for."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ def make_optimizer(
     momentum: float,
     weight_decay: float,
     norm_decay: bool = True,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Returns an optimizer for a network that is already on its device.
 
@@ -23,10 +25,12 @@ def make_optimizer(
             The last two have their own default betas and eps.
         momentum: of SGD alone.
         norm_decay: decay every parameter, as the paper does; False spares what `split` says.
+        lr_scales: factors by the parameters' names, which stand in the groups as "lr_scale": who
+            sets a group's rate multiplies it. None for 1.
     """
     if kind == "sgd":
-        return make_sgd(network, lr, momentum, weight_decay, norm_decay)
-    groups = _groups(network, norm_decay)
+        return make_sgd(network, lr, momentum, weight_decay, norm_decay, lr_scales)
+    groups = _groups(network, norm_decay, lr_scales)
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=_fused(network))
     assert kind == "lamb", kind
@@ -36,14 +40,19 @@ def make_optimizer(
 
 
 def make_sgd(
-    network: nn.Module, lr: float, momentum: float, weight_decay: float, norm_decay: bool = True
+    network: nn.Module,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    norm_decay: bool = True,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> torch.optim.SGD:
     """Returns SGD for a network that is already on its device.
 
     Args:
-        norm_decay: decay every parameter, as the paper does; False spares what `split` says.
+        norm_decay, lr_scales: as in `make_optimizer`.
     """
-    groups, fused = _groups(network, norm_decay), _fused(network)
+    groups, fused = _groups(network, norm_decay, lr_scales), _fused(network)
     optimizer = torch.optim.SGD(
         groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused
     )
@@ -51,11 +60,35 @@ def make_sgd(
     return optimizer
 
 
-def _groups(network: nn.Module, norm_decay: bool) -> list[dict[str, Any]]:
+def _groups(
+    network: nn.Module, norm_decay: bool, lr_scales: Mapping[str, float] | None
+) -> list[dict[str, Any]]:
+    """Returns groups of the parameters that train: by decay, and by factors of the rate."""
+    if lr_scales is not None:
+        return _scaled_groups(network, norm_decay, lr_scales)
     if norm_decay:
-        return [{"params": list(network.parameters())}]
+        return [{"params": [p for p in network.parameters() if p.requires_grad]}]
     decayed, spared = split(network)
     return [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+
+
+def _scaled_groups(
+    network: nn.Module, norm_decay: bool, lr_scales: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            scale, spared = lr_scales[name], not norm_decay and not is_decayed(parameter)
+            group = groups.setdefault((scale, spared), {"params": [], "lr_scale": scale})
+            group["params"].append(parameter)
+            if spared:
+                group["weight_decay"] = 0.0
+    return list(groups.values())
+
+
+def is_decayed(parameter: nn.Parameter) -> bool:
+    """Returns whether a parameter is no norm's, bias or ECA kernel, by its axes; see `split`."""
+    return parameter.ndim in DECAYED_AXES
 
 
 def _fused(network: nn.Module) -> bool | None:
@@ -93,8 +126,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
 
 def split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Returns the parameters to decay, and those to spare: norms, biases and ECA kernels, by their
-    axes.
+    """Returns the parameters that train: those to decay, and those to spare, which are norms,
+    biases and ECA kernels, by their axes.
 
     Weights of linear layers have two axes and those of 2-d convolutions four. Norms and biases have
     one, and ECA's 1-d convolutions three: each of its few numbers serves all channels of a layer.
@@ -102,5 +135,6 @@ def split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for parameter in network.parameters():
-        (decayed if parameter.ndim in DECAYED_AXES else spared).append(parameter)
+        if parameter.requires_grad:
+            (decayed if is_decayed(parameter) else spared).append(parameter)
     return decayed, spared

@@ -1,12 +1,23 @@
 """Counts and means against loops over samples."""
 
+import contextlib
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from timm.data.mixup import mixup_target
+from timm.loss import BinaryCrossEntropy
 
-from utils.classification.metrics import ClassificationMeter, count_correct, cross_entropy
+from utils.classification.engine import StepRule
+from utils.classification.metrics import (
+    ClassificationMeter,
+    binary_cross_entropy,
+    count_correct,
+    cross_entropy,
+)
+from utils.recipes.classification import Recipe
 
 
 def slow_correct(logits: torch.Tensor, targets: torch.Tensor, k: int) -> int:
@@ -102,3 +113,43 @@ def test_class_weights_are_factors_of_the_classes_terms(smoothing, mixed):
     assert found.item() == pytest.approx(total / 6, rel=1e-6)
     ones = cross_entropy(torch.tensor(logits), targets, smoothing, torch.ones(4))
     torch.testing.assert_close(ones, cross_entropy(torch.tensor(logits), targets, smoothing))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("threshold", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_binary_cross_entropy_is_timm_s(smoothing, threshold, weighted):
+    """Of labels, and of targets as timm's mixing smooths and mixes them."""
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(8, 5), torch.arange(8) % 5
+    weights = torch.rand(5) + 0.5 if weighted else None
+    reference = BinaryCrossEntropy(smoothing, threshold or None, weights)
+    ours = partial(
+        binary_cross_entropy,
+        label_smoothing=smoothing,
+        class_weights=weights,
+        threshold=threshold,
+    )
+    torch.testing.assert_close(ours(logits, labels), reference(logits, labels))
+    for share in (0.9, 0.7, 0.15):
+        mixed = mixup_target(labels, 5, lam=share, smoothing=smoothing)
+        hot = torch.nn.functional.one_hot(labels, 5).float()
+        shares = share * hot + (1 - share) * hot.flip(0)
+        torch.testing.assert_close(ours(logits, shares), reference(logits, mixed))
+    half = ours(logits.bfloat16(), labels)
+    assert half.dtype == torch.float32
+
+
+def test_the_recipe_chooses_the_loss():
+    recipe = Recipe("x", 1, 4, 0.1, 0.9, 0.0, "step", label_smoothing=0.1)
+    logits, labels = torch.randn(8, 5), torch.arange(8) % 5
+    for changed, wanted in (
+        ({}, cross_entropy(logits, labels, 0.1)),
+        ({"loss": "bce"}, binary_cross_entropy(logits, labels, 0.1)),
+        (
+            {"loss": "bce", "bce_threshold": 0.05},
+            binary_cross_entropy(logits, labels, 0.1, threshold=0.05),
+        ),
+    ):
+        rule = StepRule.of(recipe.override(**changed), 3, 1, contextlib.nullcontext, 5)
+        assert torch.equal(rule.loss_fn(logits, labels), wanted)

@@ -153,7 +153,7 @@ def test_batches_that_do_not_divide_into_parts_or_copies():
     for arguments, words in (
         ((10, 100, 2, 224, 4), "-b 10 on 2 devices does not divide into --accumulate 4 parts.* 8"),
         ((9, 100, 1, 224, 2), "-b 9 on 1 device does not divide"),
-        ((10, 100, 1, 224, 1, 4), "-b 10 does not hold each image --repeats 4 times.* of 4"),
+        ((10, 100, 1, 224, 1, 11), "--repeats 11 is more than the batch, -b 10: give at most"),
         ((4, 100, 2, 32, 2), "give -b 8 or more"),
     ):
         with pytest.raises(UserError, match=words):
@@ -209,3 +209,16 @@ def test_a_balanced_epoch_with_repeats_has_no_key_twice():
 def test_the_balanced_order_is_the_same_in_every_version():
     """Saved runs depend on it."""
     assert uneven(0)[0] == [(0, i) for i in (60, 31, 102, 92, 97, 101, 45, 82, 18, 79)]
+
+
+def test_repeats_that_do_not_divide_the_batch_cut_the_last_round_short():
+    for batch in batches(1, repeats=3):
+        assert len(batch) == len(set(batch)) == 10
+        counts = np.bincount([key[1] for key in batch])
+        assert sorted(counts[counts > 0]) == [2, 2, 3, 3]
+        assert [len(key) for key in batch] == [2] * 4 + [3] * 6
+    for step in (0, 3, 9):
+        assert batches(1, step, repeats=3) == batches(1, repeats=3)[step:]
+    parts = [batches(1, repeats=3, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == batches(1, repeats=3)
+    assert len(batches(1, repeats=10)) == 10
