@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import models
-from assembly import classifier
+from assembly import classifier, evaluation
 from assembly.run_folder import open_files
 from models import weights
 from utils.classification import report
@@ -145,11 +145,7 @@ def evaluate(
         dtype = backends.DTYPES[settings.amp]
         network = models.optimise_for_inference(network, dtype, compile=settings.compile)
         context.say(f"  rebuilt for inference: BatchNorm folded, weights in {dtype}")
-    figures, seconds = classifier.judge(network, images, recipe, settings, reading, context)
-    context.say(report.evaluation_line(figures, seconds))
-    if settings.output and settings.resume != resume.AUTO and context.is_main:
-        figures |= {"checkpoint": settings.source, "data": settings.data}
-        print(f"written to {runs.write_evaluation(settings.output, figures, context)}")
+    evaluation.judge_and_write(network, images, recipe, settings, reading, saved, context)
     return 0
 
 
@@ -178,6 +174,7 @@ def train(
     state = classifier.begin_state(network, settings, recipe, start.saved, context)
     if state.epoch >= recipe.epochs:  # no fault: a scheduler may start a finished run once more
         context.say(f"all {recipe.epochs} epochs are done: give more with --epochs")
+        context.say(*evaluation.how_to_report(settings, start))
         return 0
     autocast = partial(backends.autocast, context.device, settings.amp)
     batches = TaskBatches.of(data, recipe, seed, reading, context, settings.skip_bad_images)
@@ -192,6 +189,9 @@ def train(
     files.close()
     context.say(*replaced_lines(data.train, state.all_broken()))
     context.say(*files.farewell(state.best, settings.data))
+    if settings.report:
+        parts = (state, files, data.val, batches, recipe, settings, autocast, context, stop)
+        return evaluation.report_run(*parts)
     return 0
 
 

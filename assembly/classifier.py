@@ -13,6 +13,7 @@ from models import start as start_weights
 from models import weights
 from models.weights import Network
 from utils.classification import engine, report
+from utils.classification.metrics import ClassificationMeter
 from utils.classification.state import first_state
 from utils.classification.training_data import TrainingData
 from utils.data.gpu_decoding import reading_of
@@ -135,11 +136,13 @@ def judge(
     settings: ClassificationSettings,
     reading: Reading,
     context: Context,
+    meter: ClassificationMeter | None = None,
 ) -> tuple[dict[str, float], float]:
     """Evaluates a network on images, each once over all ranks, and shows how far it is.
 
     Args:
         reading: from `place`.
+        meter: see `engine.evaluate`.
 
     Returns:
         The figures of `utils.classification.engine.evaluate`, and the seconds that it took.
@@ -150,7 +153,7 @@ def judge(
     length = (len(images), recipe.batch_size, settings.print_freq)
     shown = watched(batches(), evaluation_progress(*length, context))
     spread = distributed.data_parallel(network, context)
-    figures = engine.evaluate(spread, shown, context.device, autocast)
+    figures = engine.evaluate(spread, shown, context.device, autocast, meter=meter)
     assert figures is not None  # nothing asks it to stop
     return figures, time.perf_counter() - began
 

@@ -249,6 +249,14 @@ def _run_flags(group) -> None:
         action="store_true",
         help="with -e: BatchNorm folded, ECA's gate before the last convolution, --amp as weights",
     )
+    group.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="write figures by class, confusions, calibration and the worst images to a folder "
+        "report/: with -e of this evaluation, in --output or beside the run's checkpoint; else of "
+        "the best epoch, after the last one (docs/REPORTS.md)",
+    )
     add_resume(group)
     words = "repeatable run: bit for bit on the CPU; on CUDA with deterministic kernels, slower"
     add_run_flags(group, ("ARCH",), (number(int, 0, 2**63 - 1), words))
