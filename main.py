@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import models
-from assembly import classifier, exported_file
+from assembly import classifier, evaluation, exported_file
 from assembly.run_folder import open_files
 from utils.classification import report
 from utils.classification.outcome import CLASSIFICATION
@@ -34,7 +34,6 @@ from utils.options.refusals import notes_on, refuse_flags, refuse_no_work
 from utils.options.settings import ClassificationSettings
 from utils.recipes.classification import PAPER, Recipe
 from utils.runs import folder as runs
-from utils.runs import resume
 from utils.runs.resume import Start
 from utils.runs.saved_run import Checkpoint
 from utils.system import backends, distributed
@@ -140,11 +139,7 @@ def evaluate(
         dtype = backends.DTYPES[settings.amp]
         network = models.optimise_for_inference(network, dtype, compile=settings.compile)
         context.say(f"  rebuilt for inference: BatchNorm folded, weights in {dtype}")
-    figures, seconds = classifier.judge(network, data, recipe, settings, reading, context)
-    context.say(*report.evaluation_lines(figures, seconds))
-    if settings.output and settings.resume != resume.AUTO and context.is_main:
-        figures |= {"checkpoint": settings.source, "data": settings.data}
-        print(f"written to {runs.write_evaluation(settings.output, figures, context)}")
+    evaluation.judge_and_write(network, data, recipe, settings, reading, saved, context)
     return 0
 
 
@@ -172,7 +167,7 @@ def train(
     reading = classifier.place(network, settings, context)
     state = classifier.begin_state(network, settings, recipe, start.saved, context)
     if ended := why_ended(state, recipe):
-        context.say(ended)
+        context.say(ended, *evaluation.how_to_report(settings, start))
         return 0
     autocast = partial(backends.autocast, context.device, settings.amp)
     batches = TaskBatches.of(data, recipe, seed, reading, context, settings.skip_bad_images)
@@ -187,6 +182,9 @@ def train(
     files.close()
     context.say(*replaced_lines(data.train, state.all_broken()))
     context.say(*files.farewell(state.best, settings.data, state.epoch < recipe.epochs))
+    if settings.report:
+        parts = (state, files, data.val, batches, recipe, settings, autocast, context, stop)
+        return evaluation.report_run(*parts)
     return 0
 
 

@@ -16,6 +16,7 @@ from models import weights
 from models.weights import Network
 from utils.classification import engine, report
 from utils.classification.evaluation_data import EvaluationData, open_evaluation_data
+from utils.classification.metrics import ClassificationMeter
 from utils.classification.state import first_state
 from utils.classification.training_data import TrainingData
 from utils.data.gpu_decoding import reading_of
@@ -177,11 +178,13 @@ def judge(
     settings: ClassificationSettings,
     reading: Reading,
     context: Context,
+    meter: ClassificationMeter | None = None,
 ) -> tuple[dict[str, float], float]:
     """Evaluates a network on images, each once over all ranks, and shows how far it is.
 
     Args:
         reading: from `place`.
+        meter: see `engine.evaluate`.
 
     Returns:
         The figures of `utils.classification.engine.evaluate` and, where the data has labels anew,
@@ -195,7 +198,7 @@ def judge(
     shown = watched(batches(), evaluation_progress(*length, context))
     spread = distributed.data_parallel(data.compared(network, context.device), context)
     real = data.meter(context.device)
-    figures = engine.evaluate(spread, shown, context.device, autocast, real=real)
+    figures = engine.evaluate(spread, shown, context.device, autocast, meter=meter, real=real)
     assert figures is not None  # nothing asks it to stop
     seconds = time.perf_counter() - began
     if real is not None:

@@ -34,7 +34,7 @@ PANELS = {
 }
 # Of args.json, what does not make two runs different experiments, or is shown by itself.
 UNTOLD = {"arch", "ksize", "epochs", "classes", "environment", "action", "print_freq", "workers"}
-UNTOLD |= {"worker_timeout", "save_every", "save_minutes", "num_classes"}
+UNTOLD |= {"worker_timeout", "save_every", "save_minutes", "num_classes", "report"}
 
 
 @dataclass(frozen=True)

@@ -164,18 +164,20 @@ def evaluate(
     device: torch.device,
     autocast: AutocastFactory,
     stop: Callable[[], bool] = lambda: False,
+    meter: ClassificationMeter | None = None,
     real: RealMeter | None = None,
 ) -> dict[str, float] | None:
     """Returns mean loss and top-1/top-5 (in %) of `network` over all ranks' `batches`.
 
     Args:
+        meter: what sums; one that keeps more, for a caller who wants it; None for a plain one.
         real: counts by other labels, too; the batches' targets are then the numbers of the images.
 
     Returns:
         {"loss", "top1", "top5", "images"}, or None when `stop()` said so before the end.
     """
     network.eval()
-    meter = ClassificationMeter(device)
+    meter = ClassificationMeter(device) if meter is None else meter
     for batch in batches:
         if stop():
             return None

@@ -18,9 +18,24 @@ def count_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ..
         (len(ks),) float64 counts. A row that is not finite is never correct: NaN sorts first in
         topk, which would make a ruined network look perfect for class 0.
     """
-    top = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices
-    hits = (top == targets[:, None]) & logits.isfinite().all(dim=1, keepdim=True)
-    return torch.stack([hits[:, :k].sum() for k in ks]).to(_wide(logits.device))
+    _, hits = ranked(logits, targets, max(ks))
+    return torch.stack([hits[:, :k].sum() for k in ks]).to(wide(logits.device))
+
+
+def ranked(
+    logits: torch.Tensor, targets: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the `most` likely classes of N samples, or all C < most, and which is the true one.
+
+    Args:
+        logits, targets: see `count_correct`.
+
+    Returns:
+        (N, most) int64 classes, the most likely first; (N, most) bool, False in each row that is
+        not finite.
+    """
+    top = logits.topk(min(most, logits.shape[1]), dim=1).indices
+    return top, (top == targets[:, None]) & logits.isfinite().all(dim=1, keepdim=True)
 
 
 class ClassificationMeter:
@@ -30,7 +45,7 @@ class ClassificationMeter:
     """
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(4, dtype=_wide(device), device=device)
+        self.sums = torch.zeros(4, dtype=wide(device), device=device)
 
     @torch.no_grad()
     def update(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
@@ -97,6 +112,7 @@ def binary_cross_entropy(
     return F.binary_cross_entropy_with_logits(logits.float(), shares, class_weights)
 
 
-def _wide(device: torch.device) -> torch.dtype:
+def wide(device: torch.device) -> torch.dtype:
+    """Returns the type of sums on a device: float64 where it has it."""
     # float64 keeps counts exact past 2^24 and sums independent of their size; Apple GPUs lack it.
     return torch.float32 if device.type == "mps" else torch.float64

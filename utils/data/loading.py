@@ -171,9 +171,20 @@ def validation_batches(
 ) -> Callable[[], Iterator[Batch]]:
     """Returns this rank's share of the validation images, each exactly once over all ranks."""
     transform = eval_transform(recipe.img_size, recipe.crop_pct)
-    share = max(1, recipe.batch_size // world_size)
-    keys = ShardedBatches(len(images), share, rank, world_size)
+    keys = validation_order(len(images), recipe.batch_size, rank, world_size)
     return reading.batches(ImageDataset(images, transform, decoder=reading.decoder), keys)
+
+
+def validation_order(
+    images: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> ShardedBatches:
+    """Returns in which order `validation_batches` gives a rank its images.
+
+    Args:
+        images: over all ranks.
+        batch_size: of all ranks together.
+    """
+    return ShardedBatches(images, max(1, batch_size // world_size), rank, world_size)
 
 
 def device_batches(

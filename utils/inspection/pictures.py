@@ -17,7 +17,7 @@ from utils.system.text import printable, short
 SIDE = 448  # pixels of a picture's longer side beside its map
 CELL = 132  # pixels of a picture in the grid ...
 LARGE_CELL = 288  # ... where there are captions in it to be read
-TEXT = 34  # pixels of the two lines below it
+TEXT, LINE = 34, 14  # pixels of the two lines below it, and of each further one
 COLOURS = LinearSegmentedColormap.from_list("heat", ["#3b0f70", "#b73779", "#fc8961", "#fcfdbf"])
 RIGHT, WRONG, PLAIN = "#1a7f37", "#cf222e", "#1f2328"
 
@@ -28,7 +28,7 @@ class Cell:
 
     image: Image.Image
     label: str
-    note: str  # the smaller second line
+    note: str  # the smaller lines below it, one or more
     colour: str = PLAIN
 
 
@@ -156,14 +156,15 @@ def draw_grid(cells: Sequence[Cell], title: str, side: int = CELL) -> bytes:
     columns = min(len(cells), max(least, math.ceil(math.sqrt(1.25 * len(cells)))))
     rows = math.ceil(len(cells) / columns)
     gap, head = 10, 34
+    text = TEXT + LINE * max(cell.note.count("\n") for cell in cells)
     font, small = _font("DejaVuSans-Bold.ttf", 14), _font("DejaVuSans.ttf", 11)
     width = max(columns * (side + gap) + gap, 320)
-    sheet = Image.new("RGB", (width, head + rows * (side + TEXT + gap) + gap), "white")
+    sheet = Image.new("RGB", (width, head + rows * (side + text + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, head / 2), _fit(draw, title, small, width - 2 * gap), "#59636e", small, "lm")
     for i, cell in enumerate(cells):
         x = gap + (i % columns) * (side + gap)
-        y = head + (i // columns) * (side + TEXT + gap)
+        y = head + (i // columns) * (side + text + gap)
         picture = _thumbnail(cell.image, side)
         at = (x + (side - picture.width) // 2, y + (side - picture.height) // 2)
         draw.rectangle((x - 1, y - 1, x + side, y + side), "#f6f8fa")
@@ -173,8 +174,9 @@ def draw_grid(cells: Sequence[Cell], title: str, side: int = CELL) -> bytes:
         centre = x + side / 2
         label = _fit(draw, cell.label, font, side)
         draw.text((centre, y + side + 4), label, cell.colour, font, "ma")
-        note = _fit(draw, cell.note, small, side)
-        draw.text((centre, y + side + 21), note, "#59636e", small, "ma")
+        for line, words in enumerate(cell.note.split("\n")):
+            note = _fit(draw, words, small, side)
+            draw.text((centre, y + side + 21 + LINE * line), note, "#59636e", small, "ma")
     return encoded(sheet)
 
 

@@ -18,6 +18,7 @@ from utils.options.common import (
     add_worker_timeout,
     add_workers,
 )
+from utils.options.evaluation import add_evaluation_flags
 from utils.options.modern_parts import augmentation_flags, regularisation_flags
 from utils.options.own_data import class_flags, small_data_flags
 from utils.options.parser import (
@@ -259,42 +260,8 @@ def _speed_flags(group) -> None:
     add_fused(group)
 
 
-def _other_set_flags(group) -> None:
-    """Adds what evaluation on other sets than the training's needs (docs/ROBUSTNESS.md)."""
-    group.add_argument(
-        "--present-classes",
-        action="store_true",
-        help="with -e: compare only the outputs of classes that DATA has, as published for "
-        "ImageNet-A and ImageNet-R",
-    )
-    group.add_argument(
-        "--class-names",
-        metavar="FILE",
-        help="with -e and weights without class names: the folder name of each output, one a line; "
-        "or the folder of the training's classes, such as ImageNet's val",
-    )
-    group.add_argument(
-        "--real-labels",
-        metavar="FILE",
-        help="with -e on ImageNet's validation images: accuracy by the ReaL labels, too, of their "
-        "published real.json",
-    )
-
-
 def _run_flags(group) -> None:
-    group.add_argument(
-        "-e",
-        "--evaluate",
-        action="store_true",
-        help="evaluate the checkpoint of --resume, and do not train: prints loss, top-1 and top-5; "
-        "with --output DIR it writes them to DIR/evaluation.json, too",
-    )
-    group.add_argument(
-        "--fast",
-        action="store_true",
-        help="with -e: BatchNorm folded, ECA's gate before the last convolution, --amp as weights",
-    )
-    _other_set_flags(group)
+    add_evaluation_flags(group)
     add_resume(group)
     words = "repeatable run: bit for bit on the CPU; on CUDA with deterministic kernels, slower"
     add_run_flags(group, ("ARCH",), (number(int, 0, 2**63 - 1), words))

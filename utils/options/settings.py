@@ -70,6 +70,7 @@ class ClassificationSettings(Settings):
     identity_start: bool
     recipe: str | None
     start_epoch: int | None
+    report: bool
     channels_last: bool
     compile: bool
     grad_checkpointing: bool

@@ -242,6 +242,13 @@ def broadcast_buffers(network: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+def broadcast_state(network: nn.Module) -> None:
+    """Gives every rank rank 0's parameters and buffers."""
+    if dist.is_initialized():
+        for tensor in network.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
 def share(value: object, context: Context) -> object:
     """Returns rank 0's `value` (plain Python objects) on every rank."""
     if context.world_size == 1:

@@ -3,7 +3,9 @@
 Pictures have a white ground of their own, so that they look alike on light and dark pages.
 """
 
+import functools
 import io
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,11 +13,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.font_manager import findfont
+from matplotlib.ft2font import FT2Font
 from PIL import Image
 
 from utils.system.colours import CURVES
 
-__all__ = ["SETTINGS", "plt", "png", "styled"]
+__all__ = ["SETTINGS", "drawable", "plt", "png", "styled"]
+
+RIGHT_TO_LEFT = ("R", "AL", "AN")  # not every version of what draws here turns it round
 
 SETTINGS = {
     "figure.facecolor": "white",
@@ -61,3 +67,21 @@ def png(figure: plt.Figure, colours: int | None = None) -> bytes:
         small, "PNG", optimize=True
     )
     return small.getvalue()
+
+
+def drawable(text: str, otherwise: str) -> str:
+    """Returns `text` where the pictures' font has each of its characters, else `otherwise`.
+
+    The font that matplotlib brings has Latin, Greek and Cyrillic letters, and many symbols; of
+    Chinese or Hindi it would draw a row of equal boxes.
+    """
+    known = _characters()
+    legible = all(
+        ord(c) in known and unicodedata.bidirectional(c) not in RIGHT_TO_LEFT for c in text
+    )
+    return text if legible and text.strip() else otherwise
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    return frozenset(FT2Font(findfont("DejaVu Sans")).get_charmap())

@@ -1,20 +1,25 @@
 """Every diagram, with awkward inputs: no text lies outside the canvas or over another text."""
 
+import io
 from itertools import combinations
 
 import numpy as np
 import pytest
 from matplotlib.text import Text
+from PIL import Image
 
 from utils.classification.outcome import CLASSIFICATION
-from utils.inspection import channel_weight_plots
+from utils.inspection import channel_weight_plots, report_pictures
 from utils.inspection.channel_weights import LayerWeights
 from utils.runs.metrics_log import draw_curves
 from utils.study import ablation_results
 from utils.study.ablation_results import Result
+from utils.system.picture_style import drawable
 
 LONG = "a class with a name that is much longer than any label can be"
 NAMES = ("cat", LONG, "_hidden", "$x$ \\frac{", "Größe", "кошка", "")
+FOREIGN = (*NAMES, "猫", "كلب", "=1+1", "a\nb", "\x1b[31m")  # of class folders, in any script
+PATHS = ("cat/1.png", "猫/猫.png", "a/long/way/ILSVRC2012_val_00012345.JPEG", "a\nb.png")
 VARIANTS = ("none", "SE", "ECA k=1", "ECA k=3", "ECA k=5", "ECA k=7", "ECA k=9", "ECA adaptive")
 
 
@@ -125,3 +130,70 @@ def test_curves(figures, tmp_path, losses):
     assert figures[0].axes[0].get_yscale() == ("log" if spans else "linear")
     marks = [line for line in figures[0].axes[0].lines if line.get_linestyle() == ":"]
     assert [line.get_xdata()[0] for line in marks] == [1]
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib's on letters that its font lacks
+@pytest.mark.parametrize("classes", [1, 2, len(FOREIGN), report_pictures.MATRIX])
+@pytest.mark.parametrize("most", [1, 99_999])
+def test_confusion_matrix(figures, classes, most):
+    names = [FOREIGN[i % len(FOREIGN)] for i in range(classes)]
+    matrix = np.random.default_rng(0).integers(0, most + 1, (classes, classes))
+    matrix[-1] = 0  # a class without an image
+    report_pictures.draw_matrix(matrix, names, "eca_resnet18 on demo:digits, 359 images")
+    assert_legible(figures[0])
+    numbers = [text.get_text() for text in figures[0].axes[0].texts]
+    assert numbers == [str(n) for n in matrix.flatten() if n]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("pairs", [0, 1, 12, 1000])
+def test_most_confused_pairs(figures, pairs):
+    names = [FOREIGN[i % len(FOREIGN)] for i in range(1000)]
+    found = [
+        report_pictures.Confusion(i, (i + 3) % 1000, 10**6 // (i + 1), 1 / (i + 1))
+        for i in range(pairs)
+    ]
+    title = "eca_resnet152 on …/a/folder/with/a/long/name, 50,000 images, 9,999 of them wrong"
+    report_pictures.draw_pairs(found, names, f"{title}\nthe most confused of 1,000 classes")
+    assert_legible(figures[0])
+    shown = [text.get_text() for text in figures[0].axes[0].texts]
+    if pairs:
+        assert len(shown) == 3 * min(pairs, report_pictures.PAIRS)
+        assert shown[2] == "1,000,000 (100 %)"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("images", [[0] * 15, [0] * 14 + [1], list(range(15)), [5]])
+def test_calibration(figures, images):
+    images = np.array(images)
+    sure = np.where(images > 0, (np.arange(len(images)) + 0.5) / len(images), np.nan)
+    right = np.where(images > 0, 1 - sure, np.nan)
+    report_pictures.draw_calibration(images, sure, right, 0.25, "eca_resnet18 on demo:digits")
+    assert_legible(figures[0])
+
+
+@pytest.mark.parametrize("images", [1, 5, 24])
+def test_worst_images_are_there_with_awkward_names(images):
+    chance = np.random.default_rng(0)
+    judged = [
+        report_pictures.Judged(
+            None if i == 2 else Image.new("RGB", tuple(chance.integers(1, 300, 2).tolist()), "red"),
+            ("cat/1.png", "猫/猫.png", "a/long/way/ILSVRC2012_val_00012345.JPEG", "a\nb.png")[
+                i % 4
+            ],
+            i % len(FOREIGN),
+            -1 if i == 3 else (i + 1) % len(FOREIGN),
+            np.nan if i == 3 else 0.97,
+            np.nan if i == 3 else 0.001,
+        )
+        for i in range(images)
+    ]
+    picture = report_pictures.draw_worst(judged, FOREIGN, "the images with the highest loss")
+    with Image.open(io.BytesIO(picture)) as drawn:
+        columns = min(images, 6 if images > 20 else 3)
+        assert drawn.width == max(320, 10 + columns * (report_pictures.CELL + 10))
+
+
+def test_what_the_font_lacks_is_not_drawn():
+    drawn = [drawable(name, "class 3") for name in ("кошка", "Größe", "猫", "كلب", "", "cat 猫")]
+    assert drawn == ["кошка", "Größe", *["class 3"] * 4]

@@ -1,0 +1,197 @@
+"""main.py --report: what it writes, where, and that its figures are the printed ones."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers.shard_sets import make
+from helpers.small_runs import SMALL
+from helpers.trees import write_tree
+from PIL import Image
+
+import models
+from utils.data.image_folder import scan
+from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD, ImageDataset
+from utils.data.transforms import eval_transform
+from utils.runs import checkpoint
+
+FILES = {"classes.csv", "confusion.csv", "confusion.png", "confused_pairs.csv", "calibration.csv"}
+FILES |= {"calibration.png", "worst_images.csv", "worst_images.png", "report.json"}
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def summary(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def printed(lines):
+    """The line of figures without the speed."""
+    return next(line for line in lines if " images  top-1 " in line).rpartition("  ")[0]
+
+
+def line_of(told):
+    return (
+        f"{told['images']:,} images  top-1 {told['top1']:.3f} %  top-5 {told['top5']:.3f} %  "
+        f"loss {told['loss']:.4f}"
+    )
+
+
+def test_an_evaluation_s_report_beside_its_checkpoint(call, run_folder, tree):
+    code, out, err = call("-e", "--resume", run_folder / "best.pth", tree, "--report")
+    assert (code, err[:0]) == (0, [])
+    folder = run_folder / "report"
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert out[-1] == f"report written to {folder}: {', '.join(sorted(FILES))}"
+    told = summary(folder)
+    assert printed(out) == line_of(told)
+    assert_follows_from_the_network(folder, run_folder / "best.pth", tree / "val")
+    for name in ("confusion.png", "calibration.png", "worst_images.png"):
+        with Image.open(folder / name) as picture:
+            picture.load()
+    # Again: what is there stays.
+    before = (folder / "report.json").read_bytes()
+    assert call("-e", "--resume", run_folder / "best.pth", tree, "--report")[0] == 0
+    assert (folder / "report.json").read_bytes() == before
+    assert summary(run_folder / "report-2")["top1"] == told["top1"]
+
+
+def assert_follows_from_the_network(folder, weights, val):
+    """The report's figures, by a loop over the images in float64."""
+    saved = checkpoint.load(weights)
+    network = models.create_model(saved["arch"], num_classes=3)
+    network.load_state_dict(saved["state_dict"])
+    network.double().eval()
+    images = scan(str(val))
+    dataset = ImageDataset(images, eval_transform(saved["img_size"], saved["crop_pct"]))
+    matrix, losses, hits = np.zeros((3, 3), int), {}, 0
+    with torch.inference_mode():
+        for i in range(len(images)):
+            pixels, label, _ = dataset[(0, i)]
+            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+            shares = network(((pixels.double() / 255 - mean) / std)[None]).softmax(1)[0]
+            matrix[label, int(shares.argmax())] += 1
+            losses[images.paths[i].decode()] = -shares[label].log().item()
+            hits += int(shares.argmax()) == label
+    assert summary(folder)["top1"] == 100 * hits / len(images)
+    found = rows(folder / "confusion.csv")
+    assert [[int(row[name]) for name in "abc"] for row in found] == matrix.tolist()
+    for i, row in enumerate(rows(folder / "classes.csv")):
+        assert (row["class"], int(row["support"])) == ("abc"[i], matrix[i].sum())
+        assert float(row["recall"]) == pytest.approx(100 * matrix[i, i] / matrix[i].sum(), abs=1e-4)
+    worst = rows(folder / "worst_images.csv")
+    assert {row["path"] for row in worst} == losses.keys()
+    for row in worst:
+        assert float(row["loss"]) == pytest.approx(losses[row["path"]], rel=1e-3, abs=2e-4)
+    in_order = [float(row["loss"]) for row in worst]
+    assert in_order == sorted(in_order, reverse=True)
+
+
+def test_output_takes_the_report_as_it_takes_the_figures(call, run_folder, tree, tmp_path):
+    arguments = ("-e", "--resume", run_folder / "best.pth", tree, "--output", "out", "--report")
+    code, _, _ = call(*arguments)
+    assert code == 0
+    told = summary(tmp_path / "out" / "report")
+    kept = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert {k: told[k] for k in ("top1", "top5", "loss", "images")} == {
+        k: kept[k] for k in ("top1", "top5", "loss", "images")
+    }
+    assert not (run_folder / "report").exists()
+
+
+def test_weights_that_lie_in_no_run_s_folder_get_a_new_one(call, run_folder, tree, tmp_path):
+    place = tmp_path / "downloads"
+    place.mkdir()
+    shutil.copy(run_folder / "best.pth", place / "weights.pth")
+    code, _, _ = call("-e", "--resume", place / "weights.pth", tree, "--report")
+    assert code == 0
+    assert [path.name for path in place.iterdir()] == ["weights.pth"]
+    assert summary(tmp_path / "runs" / "mobilenetv2_report-1" / "report")["images"] == 15
+
+
+def test_training_ends_with_the_report_of_its_best_epoch(call, tree, tmp_path):
+    code, out, _ = call(*SMALL, "--epochs", 2, "--output", "run", tree, "--report")
+    assert code == 0
+    saved = checkpoint.load(tmp_path / "run" / "last.pth")
+    best = saved["progress"]["best"]
+    told = summary(tmp_path / "run" / "report")
+    assert told["checkpoint"] == "run/best.pth"
+    assert {k: told[k] for k in ("top1", "top5", "loss")} == {
+        k: best[f"val_{k}"] for k in ("top1", "top5", "loss")
+    }
+    assert printed(out) == line_of(told)
+    # The run keeps the flag where it goes on, but no evaluation of it does.
+    assert call("-e", "--resume", tmp_path / "run" / "best.pth")[0] == 0
+    assert not (tmp_path / "run" / "report-2").exists()
+    code, out, _ = call("--resume", tmp_path / "run" / "last.pth")
+    assert code == 0
+    assert out[-1].endswith("--report")
+    assert not (tmp_path / "run" / "report-2").exists()
+    code, out, _ = call("--resume", tmp_path / "run" / "last.pth", "--epochs", 3)
+    assert code == 0
+    assert (tmp_path / "run" / "report-2" / "report.json").exists()
+    assert call("--resume", tmp_path / "run" / "last.pth", "--epochs", 4, "--no-report")[0] == 0
+    assert not (tmp_path / "run" / "report-3").exists()
+
+
+def test_two_ranks_write_one_report_of_every_image(run, run_folder, tree):
+    for name, ranks in (("one", 0), ("two", 2)):
+        flags = ("--resume", run_folder / "best.pth", tree, "--output", name, "--report")
+        done = run("main.py", "-e", *flags, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("report written to") == 1
+    one, two = (run_folder.parent / name / "report" for name in ("one", "two"))
+    for name in ("classes.csv", "confusion.csv", "confused_pairs.csv"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    a, b = rows(one / "worst_images.csv"), rows(two / "worst_images.csv")
+    assert len({row["path"] for row in b}) == len(b) == 15
+    assert {row["path"]: row["true"] for row in a} == {row["path"]: row["true"] for row in b}
+
+
+def test_a_run_of_two_ranks_ends_with_a_report(run, tree, tmp_path):
+    done = run("main.py", *SMALL, "--epochs", 1, "--output", "run", tree, "--report", ranks=2)
+    assert done.returncode == 0, done.stderr
+    told = summary(tmp_path / "run" / "report")
+    best = checkpoint.load(tmp_path / "run" / "best.pth")["progress"]["best"]
+    assert (told["top1"], told["images"]) == (best["val_top1"], 15)
+
+
+def test_paths_are_names_inside_the_shards(call, run_folder, tree, tmp_path, monkeypatch):
+    shards = make(monkeypatch, tree, tmp_path / "shards", "-j", 1)
+    for name, data in (("files", tree), ("tars", shards)):
+        flags = ("--resume", run_folder / "best.pth", data, "--output", name, "--report")
+        assert call("-e", *flags)[0] == 0
+    files, tars = (tmp_path / name / "report" for name in ("files", "tars"))
+    for name in FILES - {"report.json", "confusion.png", "calibration.png", "worst_images.png"}:
+        assert (files / name).read_bytes() == (tars / name).read_bytes()
+    assert {row["path"].split("/")[0] for row in rows(tars / "worst_images.csv")} == set("abc")
+
+
+def test_classes_and_files_with_hostile_names(call, tmp_path):
+    names = ("=1+1", "-lead", "猫", "a\nb", "$x$ \\frac{", "<script>")
+    data = tmp_path / "data"
+    write_tree(data, train=2, val=2, classes="abcdef")
+    for part in ("train", "val"):
+        for old, new in zip("abcdef", names, strict=True):
+            (data / part / old).rename(data / part / new)
+    code, _, err = call(*SMALL, "--epochs", 1, "--output", "run", data, "--report")
+    assert code == 0, err
+    found = rows(tmp_path / "run" / "report" / "classes.csv")
+    assert {row["class"] for row in found} >= {"'=1+1", "'-lead", "猫", "a\\x0ab"}
+
+
+def test_a_run_s_folder_that_cannot_be_written_is_refused_first(
+    call, run_folder, tree, monkeypatch
+):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    code, out, err = call("-e", "--resume", run_folder / "best.pth", tree, "--report")
+    assert code == 1
+    assert "cannot write a report there" in err[-1]
+    assert "--output" in err[-1]
+    assert not any("top-1" in line for line in out)
