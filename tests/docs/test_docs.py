@@ -57,7 +57,6 @@ DOCUMENTS = {
     "docs/DEPLOYMENT.md": {
         "--epochs 3": "--epochs 1",
         "--int8 demo:digits": "--int8 demo:digits --max-drop 100",
-        "python export.py DETECTOR.pth": "",  # test_export_detector.py
         "python benchmarks/deployment.py --checkpoint runs/eca_resnet18-1/best.pth "
         "--images demo_data/digits/val --out rows.json": "",  # test_benchmarks.py
     },
