@@ -54,6 +54,12 @@ def free_port() -> str:
 # here, and in `workspace` whatever its commands find in a reader's folder.
 DOCUMENTS = {
     "docs/PREDICT.md": {**SHORT, "[359]/0[0-2]*.png": "5/00*.png"},
+    "docs/DEPLOYMENT.md": {
+        "--epochs 3": "--epochs 1",
+        "--int8 demo:digits": "--int8 demo:digits --max-drop 100",
+        "python benchmarks/deployment.py --checkpoint runs/eca_resnet18-1/best.pth "
+        "--images demo_data/digits/val --out rows.json": "",  # test_benchmarks.py
+    },
     "docs/ECA_ANYWHERE.md": SHORT,
     "docs/ECOSYSTEM.md": {},
     "docs/ROBUSTNESS.md": SHORT,
