@@ -43,6 +43,7 @@ from utils.system.errors import as_user_error
 from utils.system.fault_messages import Memory, in_one_line
 from utils.system.processes import default_workers
 from utils.system.stop_requests import StopRequest
+from utils.system.streams import output_as_log
 from utils.training.epochs import run_epochs
 
 RECIPE = Recipe(  # the paper's, for ResNets
@@ -82,7 +83,7 @@ def main(
         if settings.evaluate:
             with in_one_line(needs):
                 return evaluate(settings, recipe, start.saved, context)
-        with StopRequest() as stop, in_one_line(needs, stop):
+        with StopRequest() as stop, in_one_line(needs, stop), output_as_log():
             return train(settings, recipe, start, context, stop)
     finally:
         distributed.tear_down()

@@ -1,12 +1,14 @@
 """Parses command lines for all scripts: checked numbers, did-you-mean, one-line errors."""
 
 import argparse
+import contextlib
 import math
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from utils.system import interrupts, streams
 from utils.system.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from utils.system.processes import end_children
 from utils.system.text import did_you_mean, printable
@@ -221,27 +223,34 @@ def run_script(main: Callable[[], int | None]) -> None:
 
     No process that `main` started outlives this one.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names that a terminal cannot show
-    try:
-        code = main() or 0
-    except UserError as error:
-        rank = os.environ.get("RANK")  # several processes may each have a line to say
-        where = f" (rank {rank})" if rank else ""
-        print(f"error{where}: {printable(str(error))}", file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = EXIT_INTERRUPTED
-    except BrokenPipeError:  # `… | head` closed our output: not worth a traceback
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_FAILED
-    except SystemExit as error:  # argparse, or a fault that others answer for
-        code = error.code
-    except BaseException:  # our own fault: shown with its traceback
-        end_children()
-        raise
-    if not end_children():
-        sys.stdout.flush()
-        os._exit(code if isinstance(code, int) else EXIT_FAILED)
+    with streams.guarded(), interrupts.interruptible():
+        code = _exit_code(main)
+        with contextlib.suppress(UserError, BrokenPipeError):  # the code says that already
+            sys.stdout.flush()
+        if not end_children():
+            os._exit(code if isinstance(code, int) else EXIT_FAILED)
     sys.exit(code)
+
+
+def _exit_code(main: Callable[[], int | None]) -> int | str | None:
+    """Calls `main`, and says in one line what it raised; returns the exit code."""
+    try:
+        try:
+            code: int | str | None = main() or 0
+        except SystemExit as error:  # argparse, or a fault that others answer for
+            code = error.code
+        sys.stdout.flush()  # a full disk shows here at the latest
+        return code
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or interrupts.came():
+            interrupts.say()  # whatever a library made of it
+            return EXIT_INTERRUPTED
+        if isinstance(error, BrokenPipeError):  # `… | head` closed our output: not worth a line
+            return EXIT_FAILED
+        if isinstance(error, UserError):
+            rank = os.environ.get("RANK")  # several processes may each have a line to say
+            where = f" (rank {rank})" if rank else ""
+            print(f"error{where}: {printable(str(error))}", file=sys.stderr)
+            return error.exit_code
+        end_children()
+        raise  # our own fault: shown with its traceback
