@@ -8,6 +8,7 @@ examples:
   detect_main.py demo:shapes                           real images without a download
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import time
 from functools import partial
 
@@ -40,7 +41,6 @@ from utils.system.errors import as_user_error
 from utils.system.fault_messages import Memory, in_one_line
 from utils.system.processes import default_workers
 from utils.system.stop_requests import StopRequest
-from utils.system.streams import output_as_log
 from utils.training.epochs import run_epochs
 
 RECIPE = DetectionRecipe()  # the paper's, for COCO
@@ -58,8 +58,13 @@ def main() -> int:
         if settings.evaluate:
             with in_one_line(Memory("one image at a time", SMALLER)):
                 return evaluate(settings, start.saved, context)
-        needs = Memory(f"--batch-size {recipe.batch_size}", less, " or a smaller --batch-size")
-        with StopRequest() as stop, in_one_line(needs, stop), output_as_log():
+        needs = Memory(
+            f"--batch-size {recipe.batch_size}",
+            less,
+            " or a smaller --batch-size",
+            settings.workers,
+        )
+        with StopRequest() as stop, in_one_line(needs, stop):
             return train(settings, recipe, start, context, stop)
     finally:
         distributed.tear_down()

@@ -7,6 +7,7 @@ examples:
   export.py CKPT --int8 DATA                    best.int8.onnx, judged on the images in DATA/val
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

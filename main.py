@@ -10,6 +10,7 @@ examples:
   main.py demo:fashion --download                 70,000 photographs of garments
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,6 @@ from utils.system.errors import as_user_error
 from utils.system.fault_messages import Memory, in_one_line
 from utils.system.processes import default_workers
 from utils.system.stop_requests import StopRequest
-from utils.system.streams import output_as_log
 from utils.training.epochs import run_epochs
 
 RECIPE = Recipe(  # the paper's, for ResNets
@@ -74,7 +74,7 @@ def main(
         description: of the script, for its help.
     """
     settings, recipe, start = read_command_line(recipe, demos, description)
-    needs = Memory(f"-b {recipe.batch_size}", SMALLER, " or a smaller -b")
+    needs = Memory(f"-b {recipe.batch_size}", SMALLER, " or a smaller -b", settings.workers)
     context = distributed.setup(settings.device, settings.gpu)
     try:
         if settings.compile:
@@ -83,7 +83,7 @@ def main(
         if settings.evaluate:
             with in_one_line(needs):
                 return evaluate(settings, recipe, start.saved, context)
-        with StopRequest() as stop, in_one_line(needs, stop), output_as_log():
+        with StopRequest() as stop, in_one_line(needs, stop):
             return train(settings, recipe, start, context, stop)
     finally:
         distributed.tear_down()

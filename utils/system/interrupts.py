@@ -1,6 +1,6 @@
 """Answers Ctrl-C with one line: while a script still imports, while it runs, and as it ends.
 
-The scripts import this file first: what follows, PyTorch above all, takes seconds.
+`utils.system.script_start` sets the handler for the imports, PyTorch above all, which take seconds.
 """
 
 import contextlib
@@ -66,14 +66,10 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, leave if _runs_a_script() else former)
+        signal.signal(signal.SIGINT, leave if runs_a_script() else former)
 
 
-def _runs_a_script() -> bool:
+def runs_a_script() -> bool:
     """Returns whether this process is a script of ours, not a test or a notebook."""
     file = getattr(sys.modules["__main__"], "__file__", None)
     return file is not None and Path(file).resolve().parent in (ROOT, ROOT / "tools")
-
-
-if _runs_a_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, leave)
