@@ -8,6 +8,7 @@ examples:
   detect_main.py demo:shapes                           real images without a download
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import time
 from functools import partial
 
@@ -57,7 +58,12 @@ def main() -> int:
         if settings.evaluate:
             with in_one_line(Memory("one image at a time", SMALLER)):
                 return evaluate(settings, start.saved, context)
-        needs = Memory(f"--batch-size {recipe.batch_size}", less, " or a smaller --batch-size")
+        needs = Memory(
+            f"--batch-size {recipe.batch_size}",
+            less,
+            " or a smaller --batch-size",
+            settings.workers,
+        )
         with StopRequest() as stop, in_one_line(needs, stop):
             return train(settings, recipe, start, context, stop)
     finally:

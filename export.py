@@ -8,6 +8,7 @@ examples:
   export.py CKPT --int8 DATA                    best.int8.onnx, judged on the images in DATA/val
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence

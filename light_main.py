@@ -9,6 +9,7 @@ examples:
   light_main.py demo:digits                       real images without a download
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 from main import main
 from utils.data import demo_sets
 from utils.options.parser import run_script

@@ -10,6 +10,7 @@ examples:
   main.py demo:fashion --download                 70,000 photographs of garments
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,7 @@ def main(
         description: of the script, for its help.
     """
     settings, recipe, start = read_command_line(recipe, demos, description)
-    needs = Memory(f"-b {recipe.batch_size}", SMALLER, " or a smaller -b")
+    needs = Memory(f"-b {recipe.batch_size}", SMALLER, " or a smaller -b", settings.workers)
     context = distributed.setup(settings.device, settings.gpu)
     try:
         if settings.compile:

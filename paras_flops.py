@@ -9,6 +9,7 @@ Examples:
     python paras_flops.py --all --detectors              the detectors of the published table
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import argparse
 import json
 import sys

@@ -9,6 +9,7 @@ examples:
   predict.py DETECTOR photos/                   boxes and masks, drawn and as COCO's JSON
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence

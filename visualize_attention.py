@@ -6,6 +6,7 @@ examples:
   visualize_attention.py CKPT demo:digits --all-blocks  a panel for each block, not each stage
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import os
 from collections.abc import Sequence
 

@@ -32,6 +32,7 @@ from utils.recipes.schedules import lr_at
 from utils.runs import checkpoint
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.writer import RunFiles, Saving
+from utils.system.errors import UserError
 from utils.system.stop_requests import StopRequest, Votes
 from utils.training.finite_guard import NonFiniteGuard
 from utils.training.state import RunState
@@ -167,7 +168,8 @@ def checkpoints(state: RunState, folder: Path, rounds: int) -> tuple[float, int]
     """Seconds to snapshot and write one, the former one kept, and its size in bytes."""
     files = CheckpointFolder(folder)
     seconds = median(lambda: files.save_last(state.snapshot()), rounds, 1)
-    assert checkpoint.is_whole(files.last)
+    if not checkpoint.is_whole(files.last):
+        raise UserError(f"{files.last}: is not whole")
     return seconds, files.last.stat().st_size
 
 

@@ -276,3 +276,15 @@ def test_help_comes_without_slow_imports(script: str):
     assert "torch" in names
     slow = {"torchvision", "torch._dynamo", "matplotlib", "tensorboard", "sklearn", "timm", "thop"}
     assert not names & (slow | {"torch.utils.tensorboard", "sympy", "onnx", "openvino"})
+
+
+@pytest.mark.parametrize("path", sources(ROOT), ids=lambda path: module_of(path, ROOT))
+def test_assertions_do_nothing(path):
+    """`python -O` takes them away: what they call would not be done."""
+    asserts = [
+        n
+        for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(n, ast.Assert)
+    ]
+    calls = [n for found in asserts for n in ast.walk(found.test) if isinstance(n, ast.Call)]
+    assert all(ast.unparse(call.func) == "isinstance" for call in calls)

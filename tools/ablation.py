@@ -7,6 +7,7 @@ What follows -- goes to main.py as it is. Runs stand in DIR, one folder each; a 
 interrupted goes on where it stopped when it is given again with the same --output DIR.
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import csv
 import io
 import json

@@ -11,6 +11,7 @@ ids and file names that stand twice or lead nowhere, boxes and masks that cannot
 Ends with 0 when all can be read, with 1 when some cannot.
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import argparse
 import csv
 import os

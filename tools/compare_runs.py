@@ -4,6 +4,7 @@ python -m tools.compare_runs runs/eca_resnet18-1 runs/resnet18-1
 python -m tools.compare_runs runs/* --output results/digits
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import csv
 import io
 import itertools

@@ -7,6 +7,7 @@ tensors is refused. mmdetection 1 had another geometry than torchvision, so the 
 written asks for models/detection's legacy geometry.
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -8,6 +8,7 @@ DST as it takes SRC, and a run on it is the same run. A shard that is there alre
 again, so the same command goes on where an interrupted one stopped.
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import io
 import os
 import re

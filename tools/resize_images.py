@@ -7,6 +7,7 @@ JPEG, also where the name ends otherwise, and what is small enough is copied byt
 there already is not written again, so the same command goes on where an interrupted one stopped.
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import io
 import json
 import os

@@ -8,6 +8,7 @@ in DIR, one folder each; a command that was interrupted goes on where it stopped
 again with the same --output DIR, and refuses a plan that was changed since.
 """
 
+import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import csv
 import io
 import itertools

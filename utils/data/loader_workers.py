@@ -1,8 +1,12 @@
 """Starts loader workers, and turns what goes wrong in them into one line."""
 
+import errno
 import multiprocessing
+import os
+import resource
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import wait
 from typing import Any
@@ -13,6 +17,8 @@ from torch.utils.data import DataLoader
 from utils.data.decoding import BrokenImageError
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.processes import PATIENCE, die_with_parent, end_children_at_exit
+
+FILES = 8  # open files of this process for each worker, its queues and the batches on their way
 
 
 def init_worker(_: int) -> None:
@@ -52,7 +58,7 @@ def checked(loader: DataLoader) -> Iterator[Any]:
     while True:
         try:
             if batches is None:
-                batches = iter(loader)  # which waits for the workers, too
+                batches = _begun(loader)  # which waits for the workers, too
             batch = next(batches)
         except StopIteration:
             return
@@ -75,6 +81,42 @@ def checked(loader: DataLoader) -> Iterator[Any]:
         if isinstance(batch, BrokenImageError | UserError):
             raise as_raised(batch)
         yield batch
+
+
+def _begun(loader: DataLoader) -> Any:
+    """Returns an iterator over the loader; one that could not be made leaves no traceback.
+
+    torch's iterator fails once more when it is deleted half made: that is done here, unsaid.
+    """
+    try:
+        if loader.num_workers:
+            _want_files(FILES * loader.num_workers + FILES)
+        return iter(loader)
+    except OSError as error:
+        former, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        try:
+            traceback.clear_frames(error.__traceback__)
+        finally:
+            sys.unraisablehook = former
+        raise
+
+
+def _want_files(number: int) -> None:
+    """Raises the limit of open files where so many more would not be allowed.
+
+    Raises:
+        OSError: it cannot be raised so far. Workers that have begun would fail in many tracebacks.
+    """
+    try:
+        wanted = len(os.listdir("/proc/self/fd")) + number
+    except FileNotFoundError:  # another system than Linux
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _death(batches: Any, error: Exception) -> Exception:

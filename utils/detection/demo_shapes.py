@@ -16,6 +16,7 @@ from utils.data.demo_sets import HOME, write_once
 from utils.detection.coco_masks import run_lengths
 from utils.system.distributed import Context, share
 from utils.system.errors import UserError
+from utils.system.files import write_atomically
 
 SHAPES = "demo:shapes"
 SIDE = 96  # of an image, in pixels
@@ -126,7 +127,7 @@ def write_shapes(folder: Path, counts: dict[str, int] | None = None, side: int =
             "categories": [{"id": n + 1, "name": f"digit {n}"} for n in DIGITS],
         }
         path = folder / "annotations" / f"instances_{part}2017.json"
-        path.write_text(json.dumps(content))
+        write_atomically(path, json.dumps(content).encode())
 
 
 def compose(

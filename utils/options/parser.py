@@ -1,14 +1,18 @@
 """Parses command lines for all scripts: checked numbers, did-you-mean, one-line errors."""
 
 import argparse
+import ast
+import contextlib
 import math
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from utils.system import interrupts, streams
 from utils.system.cpu_share import fit_threads
-from utils.system.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from utils.system.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, of_system
 from utils.system.processes import end_children
 from utils.system.text import did_you_mean, printable
 
@@ -25,6 +29,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, first: Collection[str] = (), **kwargs):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        if kwargs.get("description") is None:
+            kwargs["description"] = _text_of_script()
         super().__init__(allow_abbrev=False, add_help=not first, **kwargs)
         self.first = first
         if first:
@@ -119,6 +125,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _text_of_script() -> str | None:
+    """Returns the docstring in the file of the running script, which `python -OO` takes away."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if file is None:
+        return None
+    try:
+        return ast.get_docstring(ast.parse(Path(file).read_text(encoding="utf-8")), clean=False)
+    except (OSError, ValueError, SyntaxError):  # a compiled file
+        return None
 
 
 class _Help(argparse.Action):
@@ -226,28 +243,37 @@ def run_script(main: Callable[[], int | None]) -> None:
 
     No process that `main` started outlives this one.
     """
-    fit_threads()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names that a terminal cannot show
-    try:
-        code = main() or 0
-    except UserError as error:
-        rank = os.environ.get("RANK")  # several processes may each have a line to say
-        where = f" (rank {rank})" if rank else ""
-        print(f"error{where}: {printable(str(error))}", file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = EXIT_INTERRUPTED
-    except BrokenPipeError:  # `… | head` closed our output: not worth a traceback
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_FAILED
-    except SystemExit as error:  # argparse, or a fault that others answer for
-        code = error.code
-    except BaseException:  # our own fault: shown with its traceback
-        end_children()
-        raise
-    if not end_children():
-        sys.stdout.flush()
-        os._exit(code if isinstance(code, int) else EXIT_FAILED)
+    with streams.guarded(), interrupts.interruptible():
+        fit_threads()
+        code = _exit_code(main)
+        with contextlib.suppress(UserError, BrokenPipeError):  # the code says that already
+            sys.stdout.flush()
+        if not end_children() or interrupts.came():  # a late Ctrl-C would meet no handler
+            os._exit(code if isinstance(code, int) else EXIT_FAILED)
     sys.exit(code)
+
+
+def _exit_code(main: Callable[[], int | None]) -> int | str | None:
+    """Calls `main`, and says in one line what it raised; returns the exit code."""
+    try:
+        try:
+            code: int | str | None = main() or 0
+        except SystemExit as error:  # argparse, or a fault that others answer for
+            code = error.code
+        sys.stdout.flush()  # a full disk shows here at the latest
+        return code
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or interrupts.came():
+            interrupts.say()  # whatever a library made of it
+            return EXIT_INTERRUPTED
+        if isinstance(error, BrokenPipeError):  # `… | head` closed our output: not worth a line
+            return EXIT_FAILED
+        if isinstance(error, OSError):
+            error = of_system(error) or error
+        if isinstance(error, UserError):
+            rank = os.environ.get("RANK")  # several processes may each have a line to say
+            where = f" (rank {rank})" if rank else ""
+            print(f"error{where}: {printable(str(error))}", file=sys.stderr)
+            return error.exit_code
+        end_children()
+        raise error  # our own fault: shown with its traceback

@@ -22,6 +22,7 @@ from utils.system.files import write_atomically
 from utils.system.version import VERSION
 
 RUNS = Path("runs")
+LONGEST_NAME = 240  # bytes: file systems take 255, and a number follows
 LOCK = ".lock"  # locked while a run writes to the folder; it stays, as the mark of a run folder
 
 
@@ -29,11 +30,16 @@ def run_name(*parts: str | None) -> str:
     """Returns a run folder's name without its number: network, backbone and --action if given.
 
     Raises:
-        UserError: it would be more than one folder.
+        UserError: it would be more than one folder, or is longer than a file system takes.
     """
     name = "_".join(filter(None, parts))
     if os.sep in name or "\0" in name:
         raise UserError(f"{name!r} is no folder's name: give an --action without {os.sep}")
+    if (length := len(os.fsencode(name))) > LONGEST_NAME:
+        raise UserError(
+            f"a folder cannot be named with {length} bytes ({name[:24]}…): give an --action that "
+            f"is at least {length - LONGEST_NAME} shorter"
+        )
     return name
 
 

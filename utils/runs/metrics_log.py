@@ -3,11 +3,15 @@
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from utils.runs.event_file import EventFile
 from utils.system.colours import GREY
+from utils.system.errors import UserError
 from utils.system.files import write_atomically
 
 DECADES = 20  # times: a span of losses from which on the axis is logarithmic
@@ -69,31 +73,53 @@ class RunLogger:
     def __init__(self, folder: Path, figures: Figures, title: str, first_epoch: int = 0):
         self.folder, self.figures, self.title = folder, figures, title
         self.is_new = not any(folder.glob("events.out.tfevents.*"))  # also of a run that goes on
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        self.board = SummaryWriter(str(folder), purge_step=first_epoch + 1 if first_epoch else None)
+        self.warned: set[str] = set()  # files that could not be written, as has been said
+        self.events = EventFile(folder, first_epoch)
+        with self._said_once("TensorBoard's events"):
+            self.events.open()
 
     def log(self, history: list[dict[str, float]], images_per_second: float) -> None:
-        """Writes all files anew; the last row of `history` is the epoch just finished."""
-        text, columns = io.StringIO(), self.figures.columns(history)
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, "epoch": int(row["epoch"]) + 1} for row in history)
-        write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
-        for row in history if self.is_new else history[-1:]:
-            for name in columns[1:]:
-                self.board.add_scalar(name.replace("_", "/", 1), row[name], int(row["epoch"]) + 1)
+        """Writes all files anew; the last row of `history` is the epoch just finished.
+
+        One that cannot be written ends no run: the checkpoints hold the same figures. The next
+        epoch tries it again.
+        """
+        columns = self.figures.columns(history)
+        with self._said_once("metrics.csv"):
+            text = io.StringIO()
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**row, "epoch": int(row["epoch"]) + 1} for row in history)
+            write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+        with self._said_once("TensorBoard's events"):
+            rows = history if self.is_new else history[-1:]
+            self.events.add(rows, columns[1:], images_per_second)
         self.is_new = False
-        self.board.add_scalar("train/images_per_second", images_per_second, int(row["epoch"]) + 1)
-        self.board.flush()
-        panels = self.figures.panels(history)
-        scored = [(self.figures.score(row), row) for row in history]
-        known = [(score, -int(row["epoch"])) for score, row in scored if score is not None]
-        best = -max(known)[1] if known else None
-        draw_curves(history, panels, self.folder / "curves.png", self.title, best)
+        with self._said_once("curves.png"):
+            panels = self.figures.panels(history)
+            scored = [(self.figures.score(row), row) for row in history]
+            known = [(score, -int(row["epoch"])) for score, row in scored if score is not None]
+            best = -max(known)[1] if known else None
+            draw_curves(history, panels, self.folder / "curves.png", self.title, best)
+
+    @contextmanager
+    def _said_once(self, name: str) -> Iterator[None]:
+        """Turns a fault of the file system into a line on stderr, the first time for `name`."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            if name not in self.warned:
+                self.warned.add(name)
+                print(
+                    f"! {self.folder}: {name} could not be written ({error}); the run goes on, and "
+                    "its checkpoints hold the same figures",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def close(self) -> None:
-        self.board.close()
+        with self._said_once("TensorBoard's events"):
+            self.events.close()
 
 
 def draw_curves(

@@ -1,5 +1,6 @@
 """Finds the checkpoint that --resume names, and the folder in which the run continues."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from utils.runs.saved_run import Checkpoint, SavedRun
 from utils.system import distributed, output_checks
 from utils.system.distributed import Context
 from utils.system.errors import UserError
+from utils.system.streams import output_as_log
 
 AUTO = "auto"
 
@@ -142,8 +144,9 @@ def _find_and_say(
         return Found()
     found = find(resume, name, output, evaluate, detector)
     if distributed.is_first():
-        for note in found.notes:
-            print(note, flush=True)
+        with nullcontext() if evaluate else output_as_log():
+            for note in found.notes:
+                print(note, flush=True)
     return found
 
 
@@ -159,7 +162,8 @@ def _folder_from(
             f"checkpoint of it with --resume {folder / checkpoint.LAST}, and another --output"
         )
     if distributed.is_first():
-        print(f"--start-epoch {start_epoch} goes back: going on in a new folder", flush=True)
+        with output_as_log():
+            print(f"--start-epoch {start_epoch} goes back: going on in a new folder", flush=True)
     return None
 
 

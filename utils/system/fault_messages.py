@@ -3,7 +3,7 @@
 import errno
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from utils.system.errors import EXIT_FAILED, FEWER_FILES, TOO_MANY_FILES, UserError
 from utils.system.stop_requests import StopRequest
+from utils.system.streams import output_as_log
 
 NO_FILES_LEFT = ("Too many open files", "ancdata")  # as errors from a worker put it
 # The CPU's allocator has no exception type of its own; these are its words, and its backends'.
@@ -30,6 +31,7 @@ class Memory:
     asked: str  # such as "-b 256"
     smaller: str  # what to give then: "a smaller -b or --img-size, or --amp bf16"
     in_workers: str = ""  # what besides their number spares loader workers: " or a smaller -b"
+    workers: int | None = None  # how many there are, where that is known
 
 
 @contextmanager
@@ -43,16 +45,18 @@ def in_one_line(memory: Memory, stop: StopRequest | None = None) -> Iterator[Non
     Args:
         memory: to name in the remedy.
         stop: of a run that trains, and can be resumed. Where it says that the run was asked to
-            stop, its exit code is that of stopping.
+            stop, its exit code is that of stopping. Such a run goes on where stdout, its log,
+            cannot be written.
     """
     again = "start again" if stop is None else "go on with --resume auto"
     try:
-        yield
+        with nullcontext() if stop is None else output_as_log():
+            yield
     except MemoryError:
         raise _out_of_memory(memory) from None
     except OSError as error:
         if error.errno in TOO_MANY_FILES or any(sign in str(error) for sign in NO_FILES_LEFT):
-            raise _too_many_files() from None
+            raise _too_many_files(memory) from None
         if error.errno == errno.EAGAIN:
             raise UserError(
                 "no more processes allowed: use fewer workers (-j), or raise the limit (ulimit -u)",
@@ -62,7 +66,7 @@ def in_one_line(memory: Memory, stop: StopRequest | None = None) -> Iterator[Non
     except RuntimeError as error:
         text = str(error)
         if any(sign in text for sign in NO_FILES_LEFT):
-            raise _too_many_files() from None
+            raise _too_many_files(memory) from None
         if is_out_of_memory(error):
             raise _out_of_memory(memory) from None
         if "DataLoader worker" in text:
@@ -88,8 +92,9 @@ def _out_of_memory(memory: Memory) -> UserError:
     return UserError(f"out of memory with {memory.asked}: give {memory.smaller}", EXIT_FAILED)
 
 
-def _too_many_files() -> UserError:
-    return UserError(f"too many open files: {FEWER_FILES}", EXIT_FAILED)
+def _too_many_files(memory: Memory) -> UserError:
+    remedy = "raise the limit (ulimit -n)" if memory.workers == 0 else FEWER_FILES
+    return UserError(f"too many open files: {remedy}", EXIT_FAILED)
 
 
 def _dead_worker(text: str, memory: Memory, again: str) -> UserError:

@@ -9,6 +9,8 @@ from typing import BinaryIO
 
 from utils.system.errors import EXIT_FAILED, UserError
 
+STORAGE = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT)  # it gave way
+
 
 def write_atomically(
     path: str | Path, data: bytes | memoryview, retire_to: str | Path | None = None
@@ -63,10 +65,13 @@ def write_atomically(
                 "resume",
                 EXIT_FAILED,
             ) from None
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; choose another place, or mend its rights",
-            EXIT_FAILED,
-        ) from None
+        remedy = "choose another place, or mend its rights"
+        if error.errno in STORAGE:
+            remedy = (
+                "what was written before it is whole. See to the storage, and start again (a run: "
+                "with --resume auto)"
+            )
+        raise UserError(f"cannot write {path}: {error.strerror}; {remedy}", EXIT_FAILED) from None
 
 
 def remove_leftovers(folder: str | Path) -> None:

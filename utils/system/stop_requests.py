@@ -1,10 +1,12 @@
 """Notes requests to stop, and lets all ranks come to the same decision at the same step."""
 
 import signal
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from utils.system import interrupts
 from utils.system.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
 
@@ -30,11 +32,12 @@ class StopRequest:
 
     def __exit__(self, *_):
         for signum, handler in self._former.items():
-            signal.signal(signum, handler)
+            if signal.getsignal(signum) == self._note:  # a second Ctrl-C has another by then
+                signal.signal(signum, handler)
 
-    def _note(self, signum: int, _frame) -> None:
+    def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signum == signal.SIGINT:
-            raise KeyboardInterrupt
+            interrupts.interrupt(signum, frame)
         self.signum = signum
 
     def __bool__(self) -> bool:
