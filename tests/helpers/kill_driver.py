@@ -142,13 +142,14 @@ def run() -> None:
         if trial % 4 == 0:  # killed twice
             code = child(script, again, max(1, (total - fatal) // 2), log)
             assert code in (0, -signal.SIGKILL), f"trial {trial}: exit {code}"
+        held = checkpoint.CheckpointFolder(output).newest_good() is not None  # of step 0, even
         done, told = steps_done(output, steps), log.with_suffix(".txt").stat().st_size
         code = child(script, [*again, "-j", str((trial + 1) % 3)], 0, log)
         assert code == 0, f"trial {trial}: exit {code} after moment {fatal} of {total}"
         took = int(log.read_text().split()[1])
         assert took == steps - done, f"trial {trial}: {took} steps after {done} of {steps}"
         text = log.with_suffix(".txt").read_text()[told:]
-        assert (f"resuming {output}" in text) == (done > 0), f"trial {trial}: {text}"
+        assert (f"resuming {output}" in text) == held, f"trial {trial}: {text}"
         resumed += done > 0
         found = state(output)
         for part, content in wanted.items():
