@@ -54,6 +54,7 @@ def free_port() -> str:
 # here, and in `workspace` whatever its commands find in a reader's folder.
 DOCUMENTS = {
     "docs/PREDICT.md": {**SHORT, "[359]/0[0-2]*.png": "5/00*.png"},
+    "docs/REPORTS.md": {"--epochs 2": "--epochs 1"},
     "docs/ECA_ANYWHERE.md": SHORT,
     "docs/ECOSYSTEM.md": {},
     "docs/FINE_TUNING.md": {
