@@ -21,6 +21,7 @@ from utils.system.text import printable
 FOLDER, SUMMARY = "report", "report.json"
 WHOLE_MATRIX = 1000  # classes up to which confusion.csv is written: beyond, it would be huge
 LISTED, DRAWN = 1000, 24  # worst images in the table, and in the picture
+THUMBNAIL = 512  # pixels of the longer side that are kept for the picture
 
 
 def write_report(
@@ -155,6 +156,7 @@ def _reread(images: ImageFolder, index: int) -> Image.Image | None:
     except (BrokenImageError, UserError):
         return None
     assert isinstance(image, Image.Image)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))  # two dozen photographs are gigabytes
     return image
 
 

@@ -60,6 +60,7 @@ DOCUMENTS = {
         "python benchmarks/deployment.py --checkpoint runs/eca_resnet18-1/best.pth "
         "--images demo_data/digits/val --out rows.json": "",  # test_benchmarks.py
     },
+    "docs/REPORTS.md": {"--epochs 2": "--epochs 1"},
     "docs/ECA_ANYWHERE.md": SHORT,
     "docs/ECOSYSTEM.md": {},
     "docs/ROBUSTNESS.md": SHORT,

@@ -15,8 +15,8 @@ from utils.system.text import printable, short
 MATRIX = 20  # classes up to which the whole matrix is drawn, with its numbers
 PAIRS = 20  # most confused pairs that are drawn
 NAME, SIDE_NAME = 30, 16  # characters of a class's name in a table, and beside a matrix
-CELL = 168  # pixels of an image in the grid
-TRUE, PATH = 15, 22  # characters of the true class and of the path below it
+CELL = 176  # pixels of an image in the grid
+TRUE, PATH = 12, 22  # characters of the true class and of the path below it
 
 
 @dataclass(frozen=True)
