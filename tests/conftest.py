@@ -19,10 +19,14 @@ from PIL import Image
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """Says how many tests injected faults, after `-m faults`."""
+    """Says how many tests injected faults, and how many kills were compared, after `-m faults`."""
     if config.option.markexpr == "faults":
-        passed, failed = (len(terminalreporter.stats.get(k, ())) for k in ("passed", "failed"))
-        terminalreporter.write_line(f"faults: {passed + failed} tests ran, {failed} failed")
+        passed, failed = (terminalreporter.stats.get(k, []) for k in ("passed", "failed"))
+        kills = sum(n for test in passed for key, n in test.user_properties if key == "kills")
+        terminalreporter.write_line(
+            f"faults injected by {len(passed) + len(failed)} tests, {len(failed)} failed; "
+            f"{kills} kills resumed and compared, bit for bit"
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -55,22 +55,24 @@ FLAGS = (
 )
 
 
-def test_three_kills(tree, tmp_path):
+def test_three_kills(tree, tmp_path, record_property):
     """MobileNetV2 has dropout, whose chance must be the same after a resumption, too."""
     lines = kill_and_resume(tree, tmp_path, 3, "light_main.py", *FLAGS)
+    record_property("kills", len(lines))
     assert len(lines) == 3
     assert all(line.endswith("equal") for line in lines)
 
 
 @pytest.mark.faults
-def test_many_kills(tree, tmp_path):
+def test_many_kills(tree, tmp_path, record_property):
     lines = kill_and_resume(tree, tmp_path, KILLS, "light_main.py", *FLAGS)
+    record_property("kills", len(lines))
     assert len(lines) == KILLS > 0
     assert all(line.endswith("equal") for line in lines)
 
 
 @pytest.mark.faults
-def test_kills_of_a_fused_resnet_in_bf16(tree, tmp_path):
+def test_kills_of_a_fused_resnet_in_bf16(tree, tmp_path, record_property):
     lines = kill_and_resume(
         tree,
         tmp_path,
@@ -83,11 +85,12 @@ def test_kills_of_a_fused_resnet_in_bf16(tree, tmp_path):
         "--channels-last",
         *FLAGS,
     )
+    record_property("kills", len(lines))
     assert len(lines) == 3
 
 
 @pytest.mark.faults
-def test_kills_with_every_part_of_the_modern_recipe(tree, tmp_path):
+def test_kills_with_every_part_of_the_modern_recipe(tree, tmp_path, record_property):
     lines = kill_and_resume(
         tree,
         tmp_path,
@@ -105,6 +108,7 @@ def test_kills_with_every_part_of_the_modern_recipe(tree, tmp_path):
         "--clip-grad",
         1,
     )
+    record_property("kills", len(lines))
     assert len(lines) == 6
 
 
