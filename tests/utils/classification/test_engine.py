@@ -161,7 +161,7 @@ def test_where_asking_would_wait_the_optimizer_skips_by_itself():
 def test_the_first_bad_step_is_the_one_named():
     guard = NonFiniteGuard(CPU)
     guard.wait = False
-    optimizer = sgd(network())
+    optimizer = sgd(network(), fused=True)
     for step, value in enumerate([1.0, math.inf, 2.0, math.nan]):
         guard.before_update(torch.tensor(value), step, optimizer, "gradient norm")
         assert float(optimizer.found_inf) == (0.0 if math.isfinite(value) else 1.0)
