@@ -6,7 +6,6 @@ python -m tools.run_report runs/mask_rcnn_eca_resnet50-1 --output report.html
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +37,7 @@ from utils.inspection.report_section import newest_report, picture_of, report_se
 from utils.options.parser import Parser, run_script
 from utils.runs import checkpoint
 from utils.runs.checkpoint_info import describes_detector
+from utils.system import output_checks
 from utils.system.errors import UserError
 from utils.system.files import write_atomically
 from utils.system.text import ksize_text, printable
@@ -54,7 +54,8 @@ def main() -> int:
     folder = Path(args.run)
     target = Path(args.output) if args.output else folder / NAME
     run = read_run(folder)
-    check_target(target)
+    check_run(run)
+    output_checks.check_own_file(target, MARK)
     record = json.loads((folder / "args.json").read_text())
     saved, note = read_checkpoint(folder)
     if note:
@@ -65,25 +66,16 @@ def main() -> int:
     return 0
 
 
-def check_target(target: Path) -> None:
-    """Refuses to replace what this tool has not written.
+def check_run(run: Run) -> None:
+    """Refuses numbers that no run writes: the file may be a stranger's.
 
     Raises:
-        UserError: `target` is a foreign file, a link or a folder, or lies in no folder.
+        UserError: an epoch or a kernel size that cannot be.
     """
-    if target.is_symlink() or target.is_dir():
-        raise UserError(f"{target}: is a folder or a link; choose another --output")
-    if not target.parent.is_dir():
-        raise UserError(f"{target}: there is no folder {target.parent}; make it, or choose another")
-    if target.exists():
-        with open(target, "rb") as file:
-            start = file.read(200)
-        if MARK.encode() not in start:
-            raise UserError(
-                f"{target}: is no page of this tool and stays as it is; choose another --output"
-            )
-    elif not os.access(target.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{target}: cannot write to {target.parent}; choose another --output")
+    epochs = [row["epoch"] for row in run.history]
+    sizes = run.ksize or ()
+    if not all(0 < e < 1e9 for e in epochs) or not all(isinstance(k, int) for k in sizes):
+        raise UserError(f"{run.folder}: metrics.csv or args.json is not what a run writes")
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, str]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -13,10 +14,14 @@ from helpers.trees import write_tree
 from PIL import Image
 
 import models
-from utils.data.image_folder import scan
+from assembly.evaluation_report import write_report
+from utils.classification import engine
+from utils.classification.image_outcomes import ImageOutcomes
+from utils.data.image_folder import ImageFolder, scan
 from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD, ImageDataset
 from utils.data.transforms import eval_transform
 from utils.runs import checkpoint
+from utils.system.errors import EXIT_STOPPED
 
 FILES = {"classes.csv", "confusion.csv", "confusion.png", "confused_pairs.csv", "calibration.csv"}
 FILES |= {"calibration.png", "worst_images.csv", "worst_images.png", "report.json"}
@@ -138,6 +143,36 @@ def test_training_ends_with_the_report_of_its_best_epoch(call, tree, tmp_path):
     assert (tmp_path / "run" / "report-2" / "report.json").exists()
     assert call("--resume", tmp_path / "run" / "last.pth", "--epochs", 4, "--no-report")[0] == 0
     assert not (tmp_path / "run" / "report-3").exists()
+
+
+def test_a_report_that_is_asked_to_stop_leaves_a_saved_run(call, tree, tmp_path, monkeypatch):
+    judge = engine.evaluate
+
+    def stopping(*arguments):
+        if len(arguments) == 6:  # with a meter: that of the report
+            signal.raise_signal(signal.SIGTERM)
+        return judge(*arguments)
+
+    monkeypatch.setattr(engine, "evaluate", stopping)
+    code, out, _ = call(*SMALL, "--epochs", 1, "--output", "run", tree, "--report")
+    assert code == EXIT_STOPPED
+    assert "its report is not written" in out[-2]
+    assert out[-1].endswith(f"-e --resume run/best.pth {tree} --report")
+    assert not (tmp_path / "run" / "report").exists()
+    assert checkpoint.load(tmp_path / "run" / "last.pth")["progress"]["epoch"] == 1
+
+
+def test_more_than_a_thousand_classes_have_pairs_and_no_matrix(tmp_path):
+    n = 1001
+    true, sure = np.arange(n), np.full(n, 0.5)
+    outcomes = ImageOutcomes(true, (true + 1) % n, sure > 1, sure, sure / 2, 1 - sure, n)
+    paths = np.array([f"{i}.png".encode() for i in range(n)])
+    images = ImageFolder(str(tmp_path), tuple(f"c{i}" for i in range(n)), paths, true)
+    told = {"images": n, "top1": 0.0, "top5": 0.0, "loss": 1.0, "data": "D", "checkpoint": "C"}
+    folder = write_report(tmp_path, outcomes, images, "eca_resnet18", told)
+    assert {path.name for path in folder.iterdir()} == FILES - {"confusion.csv"}
+    assert len(rows(folder / "confused_pairs.csv")) == n
+    assert len(rows(folder / "worst_images.csv")) == 1000
 
 
 def test_two_ranks_write_one_report_of_every_image(run, run_folder, tree):

@@ -10,6 +10,7 @@ from utils.system.colours import CURVES, GREY
 WIDTH, HEIGHT = 380, 240
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34  # pixels around the diagram
 DECADES = 20  # times: a span of losses from which on the axis is logarithmic, as in curves.png
+LARGEST = 1e30  # a value beyond it, or one that is no number, is not drawn
 DOTS = 40  # epochs up to which each one has a dot
 
 
@@ -49,7 +50,7 @@ def chart(title: str, unit: str, lines: Sequence[Line], best: int | None, can_be
         can_be_log: the values may span so much that the axis is better logarithmic.
     """
     lines = [
-        Line([p for p in line.points if math.isfinite(p[1])], line.label, line.colour)
+        Line([p for p in line.points if abs(p[1]) < LARGEST], line.label, line.colour)
         for line in lines
     ]
     colours = [_colour(line.colour, i) for i, line in enumerate(lines)]
@@ -133,7 +134,8 @@ def _value_axis(low: float, high: float, log: bool) -> tuple[Axis, list[float]]:
         return Axis(low / 1.1, high * 1.1, *span, log=True), [
             t for t in ticks if low / 1.1 <= t <= high * 1.1
         ]
-    step = _step((high - low) or abs(high) or 1.0, 5)
+    # Values that are all but equal still get an axis with two ends.
+    step = _step(max(high - low, 1e-6 * abs(high)) if high != low else abs(high) or 1.0, 5)
     low, high = math.floor(low / step) * step, math.ceil(high / step) * step
     high = high if high > low else low + step
     count = round((high - low) / step)
@@ -144,7 +146,7 @@ def _whole_ticks(low: float, high: float) -> list[int]:
     """Returns at most about eight epochs for the numbers below the diagram."""
     step = max(1, math.ceil(_step(high - low, 7)))
     first, last = math.ceil(low), math.floor(high)
-    return [e for e in range(first, last + 1) if e % step == 0 or step == 1] or [first]
+    return list(range(-(-first // step) * step, last + 1, step)) or [first]
 
 
 def _step(span: float, parts: int) -> float:

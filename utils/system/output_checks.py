@@ -38,6 +38,31 @@ def check_new_file(file: str | None) -> None:
     _check_rights(folder, file)
 
 
+def check_own_file(target: Path, mark: str) -> None:
+    """Refuses to replace a file that a program has not written itself.
+
+    Args:
+        mark: what stands in the first 200 bytes of its own files.
+
+    Raises:
+        UserError: `target` is a foreign file, a link or a folder, or lies in no folder.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise UserError(f"{target}: is no plain file; choose another --output")
+    if not target.exists():
+        check_new_file(str(target))
+        return
+    try:
+        with open(target, "rb") as file:
+            start = file.read(200)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}; choose another --output") from None
+    if mark.encode() not in start:
+        raise UserError(
+            f"{target}: is no page of this tool and stays as it is; choose another --output"
+        )
+
+
 def _check_rights(folder: Path, wanted: str) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{wanted}: cannot write to {folder}; mend its rights, or choose another")
