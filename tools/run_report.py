@@ -181,12 +181,14 @@ def _network(
     run: Run, record: Mapping[str, Any], saved: dict[str, Any] | None, note: str
 ) -> Section:
     ksize = ksize_text(run.ksize)
+    classes = record.get("classes")
+    classes = len(classes) if isinstance(classes, list) else record.get("num_classes")
     facts = {
         "network": run.arch,
         "attention": record.get("attention", "-"),
         "kernel sizes": ksize,
         "parameters": _count(record.get("parameters")),
-        "classes": record.get("num_classes", "-"),
+        "classes": _count(classes),
         "first weights": ", ".join(first_weights(dict(record)).values()) or "random",
     }
     body = settings_table({k: v for k, v in facts.items() if v is not None})
@@ -263,8 +265,8 @@ def _part(record: Mapping[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _count(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else "-"
+def _count(value: object) -> str | None:
+    return f"{value:,}" if isinstance(value, int) else None
 
 
 def _precision(value: object) -> str:
