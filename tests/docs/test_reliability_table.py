@@ -34,7 +34,9 @@ def test_the_exit_codes_are_the_codes():
 def test_the_number_of_kills_is_what_make_test_faults_runs():
     source = (ROOT / "tests" / "faults" / "test_kill_and_resume.py").read_text(encoding="utf-8")
     tests = [part for part in source.split("\n\n\n") if part.startswith("@pytest.mark.faults")]
-    numbers = [n for part in tests for n in re.findall(r"tree,\s+tmp_path,\s+(\w+),", part)]
+    numbers = [
+        n for part in tests for n in re.findall(r"(?:tree|shapes),\s+tmp_path,\s+(\w+),", part)
+    ]
     (default,) = re.findall(r'environ.get\("KILLS", (\d+)\)', source)
     kills = sum(int(default if n == "KILLS" else n) for n in numbers)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,11 +1,14 @@
 """A run that is killed anywhere ends bit for bit as one that was not."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
-from helpers.kill_driver import same
+from helpers.coco_trees import NETWORK
+from helpers.kill_driver import same, state
+from helpers.small_runs import all_gone
 from helpers.trees import ROOT
 
 from utils.runs import checkpoint
@@ -113,7 +116,7 @@ def test_kills_with_every_part_of_the_modern_recipe(tree, tmp_path, record_prope
 
 
 @pytest.mark.faults
-def test_kills_with_the_parts_for_data_of_one_s_own(tree, tmp_path):
+def test_kills_with_the_parts_for_data_of_one_s_own(tree, tmp_path, record_property):
     """And those of A1 to A3."""
     lines = kill_and_resume(
         tree,
@@ -141,7 +144,41 @@ def test_kills_with_the_parts_for_data_of_one_s_own(tree, tmp_path):
         "--early-stop",
         5,
     )
+    record_property("kills", len(lines))
     assert len(lines) == 6
+
+
+@pytest.mark.faults
+def test_kills_of_a_detector(shapes, tmp_path, record_property):
+    flags = (*NETWORK, "--batch-size", 4, "--warmup-steps", 2, "--epochs", 2, "--seed", 1)
+    flags = (*flags, "--save-every", 2, "--norm", "bn")
+    lines = kill_and_resume(shapes, tmp_path, 4, "detect_main.py", *flags)
+    record_property("kills", len(lines))
+    assert len(lines) == 4
+
+
+@pytest.mark.faults
+def test_killed_torchrun_resumes_as_one_run(start, run, tree, tmp_path, record_property):
+    """The launcher and both ranks are killed at once, in either epoch, as when power fails."""
+    flags = ("-a", "eca_resnet18", *FLAGS, "-j", 1)
+    assert run("main.py", *flags, "--output", "through", tree, ranks=2).returncode == 0
+    wanted = state(tmp_path / "through")
+    for kill, moment in enumerate(("epoch 1/2  step 2/3", "epoch 2/2  step 1/3")):
+        again = (*flags, "--resume", "auto", "--output", f"cut-{kill}", tree)
+        killed = start(*again, ranks=2)
+        killed.wait_for(moment)
+        ranks = killed.children()
+        for pid in (*ranks, killed.process.pid):
+            os.kill(pid, signal.SIGKILL)
+        killed.process.wait()
+        assert all_gone(ranks)
+        done = run("main.py", *again, ranks=2)
+        assert done.returncode == 0, done.stderr
+        assert f"resuming cut-{kill}/last.pth" in done.stdout
+        found = state(tmp_path / f"cut-{kill}")
+        for part, content in wanted.items():
+            assert same(content, found[part]), (kill, part)
+    record_property("kills", 2)
 
 
 @pytest.mark.faults

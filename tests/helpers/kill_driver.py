@@ -23,8 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import main as _main  # noqa: E402, F401 - imported before forking
-from utils.classification import engine  # noqa: E402
+import detect_main as _detect_main  # noqa: E402, F401 - imported before forking
+import main as _main  # noqa: E402, F401
+from utils.classification import engine as classification  # noqa: E402
+from utils.detection import engine as detection  # noqa: E402
 from utils.runs import checkpoint  # noqa: E402
 
 STATE = ("state_dict", "raw_state_dict", "averaged_steps", "optimizer", "progress", "history")
@@ -55,6 +57,18 @@ class Moments:
         return wrapped
 
 
+def stepping(train_epoch, moment: Moments):
+    """Counts a moment after each step."""
+
+    def steps(*args, **kwargs):
+        for batch in train_epoch(*args, **kwargs):
+            moment.steps += 1
+            moment()
+            yield batch
+
+    return steps
+
+
 def child(script: str, arguments: list[str], fatal: int, log: Path) -> int:
     """Runs the script in a fork with the moment `fatal` (0: none); returns its exit status."""
     pid = os.fork()
@@ -67,15 +81,8 @@ def child(script: str, arguments: list[str], fatal: int, log: Path) -> int:
     log.write_text("0 0")
     for name in ("fsync", "link", "replace"):
         setattr(os, name, moment.around(getattr(os, name)))
-    train_epoch = engine.train_epoch
-
-    def stepping(*args, **kwargs):
-        for batch in train_epoch(*args, **kwargs):
-            moment.steps += 1
-            moment()
-            yield batch
-
-    engine.train_epoch = stepping
+    for engine in (classification, detection):
+        engine.train_epoch = stepping(engine.train_epoch, moment)
     sys.argv = [script, *arguments]
     code = 1
     try:
