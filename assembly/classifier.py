@@ -4,6 +4,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -163,12 +164,12 @@ def place(network: nn.Module, settings: ClassificationSettings, context: Context
 
 
 def open_evaluation(
-    data: str, saved: Checkpoint, network: nn.Module, settings: ClassificationSettings
+    data: str | Path, saved: Checkpoint, network: nn.Module, settings: ClassificationSettings
 ) -> EvaluationData:
     """Opens the images on which a checkpoint's network is evaluated; `data` is their folder."""
     asked = (settings.class_names, settings.present_classes, settings.real_labels)
     outputs = cast(Network, network).num_classes
-    return open_evaluation_data(data, saved, outputs, *asked)
+    return open_evaluation_data(str(data), saved, outputs, *asked)
 
 
 def judge(

@@ -87,7 +87,8 @@ class OutcomeMeter(ClassificationMeter):
         everywhere = distributed.gather((np.asarray(indices, np.int64), own, self.outputs))
         places = np.concatenate([places for places, _, _ in everywhere])
         rows = np.concatenate([rows for _, rows, _ in everywhere])
-        assert np.array_equal(np.sort(places), np.arange(images))  # each image once
+        each_once = np.array_equal(np.sort(places), np.arange(images))
+        assert each_once, places
         rows = rows[np.argsort(places)].T
         true, found, in_top5 = (rows[i].astype(np.int64) for i in range(3))
         outputs = max(outputs for _, _, outputs in everywhere)  # 0 on a rank without images

@@ -13,8 +13,7 @@ def device_lines(
     if context.device.type == "cuda":
         name = torch.cuda.get_device_name(context.device)
     elif context.device.type == "cpu":
-        threads = torch.get_num_threads()
-        name = f"CPU, {threads} thread{'s' * (threads > 1)}"
+        name = f"CPU, {torch.get_num_threads()} threads"
     if context.world_size > 1:
         name += f", {context.world_size} processes (DistributedDataParallel)"
     elif len(context.data_parallel) > 1:

@@ -21,6 +21,7 @@ from utils.data.loading import Batch
 from utils.detection.state import WARMUP
 from utils.options import classification, detection
 from utils.options.parser import Parser
+from utils.runs import resume
 from utils.system import backends, distributed
 from utils.system.errors import UserError
 from utils.training.finite_guard import NonFiniteGuard
@@ -73,7 +74,7 @@ def test_flags_that_would_do_nothing_are_refused(monkeypatch, script, flags, sai
     for name in ("evaluate", "train"):
         monkeypatch.setattr(script, name, lambda *_: 0)
     for name in ("read", "read_detector"):
-        monkeypatch.setattr(script.resume, name, lambda *_: (None, None))
+        monkeypatch.setattr(resume, name, lambda *_: (None, None))
     monkeypatch.setattr(sys, "argv", ["x", *flags.split(), "--device", "cpu", "DATA"])
     if said is None:
         assert script.main() == 0
@@ -85,7 +86,7 @@ def test_flags_that_would_do_nothing_are_refused(monkeypatch, script, flags, sai
 def test_fast_evaluation_reads_in_the_layout_it_works_in(monkeypatch):
     given = []
     monkeypatch.setattr(main, "evaluate", lambda args, *_: given.append(args.channels_last) or 0)
-    monkeypatch.setattr(main.resume, "read", lambda *_: (None, None))
+    monkeypatch.setattr(resume, "read", lambda *_: (None, None))
     for flags in ("-e", "-e --fast"):
         monkeypatch.setattr(sys, "argv", ["x", *flags.split(), "--device", "cpu", "DATA"])
         assert main.main() == 0
@@ -152,8 +153,8 @@ def test_remedies_are_flags_of_the_script(
         raise fault
 
     monkeypatch.setattr(script, how, fail)
-    monkeypatch.setattr(script.resume, "read", lambda *_: (None, None))
-    monkeypatch.setattr(script.resume, "read_detector", lambda *_: (None, None))
+    monkeypatch.setattr(resume, "read", lambda *_: (None, None))
+    monkeypatch.setattr(resume, "read_detector", lambda *_: (None, None))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "tear_down", lambda: None)
     mode = ["-e"] if how == "evaluate" else []
