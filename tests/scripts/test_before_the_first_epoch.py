@@ -108,7 +108,22 @@ def test_a_detector_s_warm_up_longer_than_the_run_is_said(detect, shapes):
 
 
 def test_a_detector_begins_from_one_of_other_classes(detect, shapes, tmp_path):
-    flags = ("--batch-size", 4, "--warmup-steps", 2, "--epochs", 1, "--seed", 1)
+    flags = (
+        "--min-size",
+        64,
+        "--max-size",
+        64,
+        "-j",
+        0,
+        "--batch-size",
+        4,
+        "--warmup-steps",
+        2,
+        "--epochs",
+        1,
+        "--seed",
+        1,
+    )
     detect(*NETWORK, "-a", "retinanet", *flags, "--output", "one", shapes)
     annotations = shapes / "annotations" / "instances_train2017.json"
     content = json.loads(annotations.read_text())
