@@ -41,6 +41,13 @@ def temporary_files() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def signals() -> None:
+    """What scripts inherit: under `nohup`, or behind a shell's `&`, they would ignore these."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 training and 15 validation images of three classes. Read only."""
