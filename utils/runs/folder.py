@@ -48,6 +48,7 @@ def check_output(output: str | None, found: Path | None = None) -> None:
 
     Raises:
         UserError: as `create`.
+        OSError: a name that is too long.
     """
     if _goes_on(output, found):
         return
@@ -58,6 +59,9 @@ def check_output(output: str | None, found: Path | None = None) -> None:
             f"--resume auto --output {folder}"
         )
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    for part in folder.absolute().parts[len(there.absolute().parts) :]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(there / part)  # a name that is too long raises, be its folder there or not
     reason = "no permission" if there.is_dir() else f"{there} is a file"
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(
