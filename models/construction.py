@@ -33,7 +33,7 @@ def check_ksize(
         return parse_ksize(ksize, stages)
     if ksize is not None:
         raise ValueError(
-            f"{arch} (attention {attention!r}) has no ECA layer: leave ksize={ksize} out"
+            f"{arch} (attention {attention!r}) has no ECA layer: leave `ksize={ksize}` out"
         )
     return None
 

@@ -80,10 +80,10 @@ def first_network(
 
 def _count_classes(num_classes: int | None, names: Sequence[str] | None) -> int:
     if num_classes == 0:
-        raise ValueError("num_classes=0: a run trains a last layer; leave it out for the data's")
+        raise ValueError("`num_classes=0`: a run trains a last layer; leave it out for the data's")
     if names and num_classes and num_classes < len(names):
         raise ValueError(
-            f"num_classes={num_classes}: the data has {len(names)} classes; give at least as "
+            f"`num_classes={num_classes}`: the data has {len(names)} classes; give at least as "
             "many, or leave it out"
         )
     return num_classes or len(names or range(1000))
@@ -92,7 +92,7 @@ def _count_classes(num_classes: int | None, names: Sequence[str] | None) -> int:
 def _refuse_trained(network: Network, tensors: Mapping[str, Any], file: str) -> None:
     if attention_parameters(network).keys() & tensors.keys():
         raise ValueError(
-            f"{file}: holds trained attention kernels, which identity_start=True would "
+            f"{file}: holds trained attention kernels, which `identity_start=True` would "
             "delete: leave it out"
         )
 
@@ -113,7 +113,7 @@ def start_as_identity(network: Network) -> str:
     """
     if network.attention != "eca":
         raise ValueError(
-            f"identity_start=True is for eca, and {network.arch}'s attention is "
+            f"`identity_start=True` is for eca, and {network.arch}'s attention is "
             f"{network.attention}: leave it out"
         )
     count = 0
@@ -171,7 +171,7 @@ def refuse_another(
         )
     wanted = describe_network(network)
     if differing := [k for k, v in given.items() if v is not None and wanted[k] != held[k]]:
-        others = ", ".join(f"{k}={given[k]}" for k in differing)
+        others = ", ".join(f"`{k}={given[k]}`" for k in differing)
         raise ValueError(
             f"{file} holds {held['arch']}, ksize {held['ksize']}, {held['num_classes']} classes: "
             f"leave {others} out, or start a new run from these weights"

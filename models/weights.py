@@ -241,7 +241,7 @@ def _refuse_misfits(network: Network, own: StateDict, weights: StateDict) -> Non
     if ksize and built and ksize != built and not (faults["missing"] or faults["unexpected"]):
         raise ValueError(
             f"the weights have kernel sizes {_join(ksize)} and {network.arch} was built with"
-            f" {_join(built)}: give ksize={_join(ksize)}"
+            f" {_join(built)}: give `ksize={_join(ksize)}`"
         )
     report = "; ".join(f"{len(v)} {fault}: {_first(v)}" for fault, v in faults.items() if v)
     raise ValueError(f"the weights do not fit {network.arch}: {report}")

@@ -132,7 +132,7 @@ def _make_backbone(
 ) -> ResNet:
     if num_classes <= FIRST_LABEL[arch]:
         raise ValueError(
-            f"{arch} has no category to find with num_classes={num_classes}: 81 is COCO"
+            f"{arch} has no category to find with `num_classes={num_classes}`: 81 is COCO"
         )
     if ksize is None and attention in (None, "eca"):
         ksize = DETECTOR_KSIZE.get((arch, backbone))

@@ -171,9 +171,9 @@ def refuse_another_network(checkpoint: Mapping[str, Any], asked: Mapping[str, An
             network = create_model(asked["backbone"] or held["backbone"], asked["ksize"], 1, **own)
         if network.ksize != tuple(held["ksize"] or ()):
             differing.append("ksize")
-    others = [f"{name}={asked[name]}" for name in differing]
+    others = [f"`{name}={asked[name]}`" for name in differing]
     if asked["legacy"] and not held["legacy"]:
-        others.append("legacy=True")
+        others.append("`legacy=True`")
     if others:
         raise ValueError(
             f"holds {held['arch']} on {held['backbone']}, ksize {held['ksize']}, norm "

@@ -7,28 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from helpers.kill_driver import STATE, same
 
 import main as script
 from utils.runs import checkpoint
 from utils.training.state import RunState
 
-STATE = ("state_dict", "raw_state_dict", "averaged_steps", "optimizer", "progress", "history")
-
 
 class Killed(BaseException):
     """As sudden as SIGKILL: nothing in the program catches it."""
-
-
-def same(a, b) -> bool:
-    """Bitwise equality of nested plain values and tensors."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def cut_twice(

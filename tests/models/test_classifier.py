@@ -181,8 +181,8 @@ def test_statistics_come_back_after_an_error():
 
 
 def test_a_run_needs_classes():
-    with pytest.raises(ValueError, match="num_classes=0: a run trains a last layer"):
+    with pytest.raises(ValueError, match="`num_classes=0`: a run trains a last layer"):
         first_network("eca_resnet18", num_classes=0, names=None)
     held = {**describe_network(small("eca_resnet18")), "format": 1, "state_dict": {}}
-    with pytest.raises(ValueError, match="leave num_classes=0 out"):
+    with pytest.raises(ValueError, match="leave `num_classes=0` out"):
         refuse_another(held, "best.pth", num_classes=0)

@@ -107,8 +107,12 @@ def test_ksize_reaches_the_layers():
         ("eca_*50*", {}, r"models.list_models\('eca_\*50\*'\) finds eca_resnet50$"),
         (50, {}, "unknown network 50; known"),
         ("eca_resnet50", {"pretrained": True}, "-a eca_resnet50 --pretrained FILE.*weights"),
-        ("resnet50", {"ksize": "3557"}, r"resnet50 \(.*\) has no ECA layer: leave ksize=3557 out"),
-        ("se_mobilenetv2", {"ksize": "13"}, "has no ECA layer: leave ksize=13 out"),
+        (
+            "resnet50",
+            {"ksize": "3557"},
+            r"resnet50 \(.*\) has no ECA layer: leave `ksize=3557` out",
+        ),
+        ("se_mobilenetv2", {"ksize": "13"}, "has no ECA layer: leave `ksize=13` out"),
         ("eca_resnet50", {"ksize": "355"}, "ksize '355' is not 4 odd .* for example 3557"),
         ("eca_mobilenetv2", {"ksize": "3557"}, "ksize '3557' is not 2 or 7 odd .* example 13"),
         (

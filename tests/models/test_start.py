@@ -31,11 +31,11 @@ def test_kernel_sizes_are_the_weights_unless_others_are_given():
     network, notes = first("eca_resnet18", weights)
     assert network.ksize == (3, 3, 3, 3)
     assert notes == ["pretrained: w.pth", "  Loaded 130 tensors into eca_resnet18."]
-    with pytest.raises(ValueError, match=r"^w\.pth: .* give ksize=3,3,3,3$"):
+    with pytest.raises(ValueError, match=r"^w\.pth: .* give `ksize=3,3,3,3`$"):
         first("eca_resnet18", weights, "3557")
     assert first("eca_mobilenetv2", held("eca_mobilenetv2", "33"))[0].ksize == (3, 3)
     plain, notes = first_network("resnet18", 3)
-    with pytest.raises(ValueError, match="num_classes=2: the data has 3 classes"):
+    with pytest.raises(ValueError, match="`num_classes=2`: the data has 3 classes"):
         first_network("resnet18", 2, names="abc")
     assert (plain.ksize, notes) == (None, [])
 
@@ -60,7 +60,7 @@ def test_weights_of_another_network_are_named_and_nothing_else(arch, weights):
 
 
 def test_a_bad_ksize_is_not_the_files_fault():
-    with pytest.raises(ValueError, match=r"^resnet18 .*: leave ksize=3557 out$"):
+    with pytest.raises(ValueError, match=r"^resnet18 .*: leave `ksize=3557` out$"):
         first("resnet18", held("resnet18"), "3557")
     with pytest.raises(ValueError, match=r"^w\.pth: no weights here"):
         first("resnet18", {"epoch": 3})
@@ -81,7 +81,7 @@ def test_what_is_asked_for_is_compared_with_what_is_held():
         with pytest.raises(
             ValueError,
             match=r"^w\.pth holds eca_resnet18, ksize \[3, 3, 3, 3\], "
-            "3 classes: leave ksize=3577, num_classes=4 out",
+            "3 classes: leave `ksize=3577`, `num_classes=4` out",
         ):
             refuse_another(file, "w.pth", ksize="3577", num_classes=4)
     detector = {"format": 1, "arch": "mask_rcnn", "state_dict": {}}

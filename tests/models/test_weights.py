@@ -227,7 +227,7 @@ def without(state_dict, *names):
         ),
         (
             lambda w: build(ksize="3333").state_dict(),
-            "sizes 3,3,3,3 and eca_resnet18 was built with 3,5,7,7: give ksize=3,3,3,3$",
+            "sizes 3,3,3,3 and eca_resnet18 was built with 3,5,7,7: give `ksize=3,3,3,3`$",
         ),
     ],
 )

@@ -8,7 +8,8 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import torch
-from helpers.cut_runs import STATE, cut_twice, same
+from helpers.cut_runs import cut_twice
+from helpers.kill_driver import STATE, same
 from helpers.trees import ROOT
 
 import main as script

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.cut_runs import cut_twice, same
+from helpers.cut_runs import cut_twice
+from helpers.kill_driver import same
 from helpers.trees import write_tree
 
 import models

@@ -34,6 +34,8 @@ def quota() -> float | None:
         return None
     found = []
     for line in lines:
+        if line.count(":") < 2:
+            continue
         _, controllers, path = line.split(":", 2)
         names = controllers.split(",")
         if not controllers:
@@ -52,7 +54,7 @@ def _second_version(folder: Path) -> float | None:
     try:
         allowed, period = (folder / "cpu.max").read_text().split()
         return None if allowed == "max" else int(allowed) / int(period)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ZeroDivisionError):
         return None
 
 
@@ -60,7 +62,7 @@ def _first_version(folder: Path) -> float | None:
     try:
         allowed = int((folder / "cpu.cfs_quota_us").read_text())
         return allowed / int((folder / "cpu.cfs_period_us").read_text()) if allowed > 0 else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, ZeroDivisionError):
         return None
 
 

@@ -14,7 +14,7 @@ EXIT_STOPPED = 143  # SIGTERM, SIGUSR1 or SIGHUP: saved and stopped on request
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 _FLAGS = "arch|attention|backbone|identity_start|ksize|legacy|norm|num_classes|trainable_layers"
-ARGUMENT = re.compile(rf"\b({_FLAGS})=(True\b)?")
+ARGUMENT = re.compile(rf"`({_FLAGS})=([^`]*)`")  # marked, as a file's name may look like one
 FEWER_FILES = "use fewer workers (-j), or raise the limit (ulimit -n)"
 
 
@@ -73,10 +73,11 @@ def as_user_error(prefix: str = "") -> Iterator[None]:
 def as_flags(message: str) -> str:
     """Returns a message of `models` with its arguments written as flags.
 
-    `num_classes=4` becomes `--num-classes 4`, and `legacy=True` becomes `--legacy`.
+    What stands between backticks is meant: num_classes=4 becomes --num-classes 4, and legacy=True
+    becomes --legacy.
     """
 
     def flag(found: re.Match[str]) -> str:
-        return f"--{found[1].replace('_', '-')}{'' if found[2] else ' '}"
+        return f"--{found[1].replace('_', '-')}{'' if found[2] == 'True' else f' {found[2]}'}"
 
     return ARGUMENT.sub(flag, message)

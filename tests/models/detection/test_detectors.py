@@ -205,7 +205,7 @@ def test_unfit_backbone_weights_are_refused():
     before = copy.deepcopy(detector.state_dict())
     with pytest.raises(ValueError, match=r"1 missing: layer3.0.conv1.weight$"):
         load_backbone(detector, lacking)
-    with pytest.raises(ValueError, match="give ksize=5,5,5,5"):
+    with pytest.raises(ValueError, match="give `ksize=5,5,5,5`"):
         load_backbone(detector, create_model("eca_resnet18", "5555").state_dict())
     with pytest.raises(ValueError, match="missing"):
         load_backbone(detector, create_model("resnet18").state_dict())

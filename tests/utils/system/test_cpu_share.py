@@ -57,6 +57,7 @@ V1 = "5:cpu,cpuacct:/job\n4:memory:/job\n0::/\n"
         (V1, {"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "100000"}, None, 64),
         ("0::/\n", {"cpu.max": "of another kind\n"}, None, 64),
         ("4:memory:/\n", {}, None, 64),
+        ("\nof another kind\n0::\n", {"cpu.max": "200000 0\n"}, None, 64),
         ("0::/\n", {"cpu.max": "9900000 100000\n"}, 99, 64),
     ],
 )

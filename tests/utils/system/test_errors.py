@@ -8,9 +8,12 @@ from utils.system.errors import UserError, as_user_error
 @pytest.mark.parametrize(
     ("said", "read"),
     [
-        ("leave ksize=3557, num_classes=4 out", "a.pth: leave --ksize 3557, --num-classes 4 out"),
-        ("legacy=True: leave it out", "a.pth: --legacy: leave it out"),
-        ("no class 'norm' and no xksize=3", "a.pth: no class 'norm' and no xksize=3"),
+        (
+            "leave `ksize=3557`, `num_classes=4` out",
+            "a.pth: leave --ksize 3557, --num-classes 4 out",
+        ),
+        ("`legacy=True`: leave it out", "a.pth: --legacy: leave it out"),
+        ("ksize=3.pth: no `classes`, no norm=2", "a.pth: ksize=3.pth: no `classes`, no norm=2"),
     ],
 )
 def test_arguments_become_flags(said, read):

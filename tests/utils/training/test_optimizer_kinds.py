@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers.cut_runs import same
+from helpers.kill_driver import same
 from torch import nn
 
 from utils.classification.engine import StepRule, train_epoch
