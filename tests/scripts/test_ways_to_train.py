@@ -73,6 +73,23 @@ def test_class_weights_and_a_balanced_order_are_taken_up(call, uneven, tmp_path,
     assert checkpoint.load(last)["class_weights"] == saved["class_weights"]
 
 
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_outputs_without_a_class_weigh_as_they_do_without_weights(call, tree, tmp_path, loss):
+    """Weights of 1 for the data's classes, and more outputs than classes: the run without any."""
+    weights = tmp_path / "ones.csv"
+    weights.write_text("a,1\nb,1\nc,1\n")
+    flags = (*SMALL, "--epochs", 1, "--num-classes", 5, "--label-smoothing", 0.2, "--loss", loss)
+    for output, more in (("plain", ()), ("ones", ("--class-weights", weights))):
+        code, _, err = call(*flags, *more, "--output", output, tree)
+        assert (code, err) == (0, [])
+    plain, ones = (checkpoint.load(tmp_path / n / "last.pth") for n in ("plain", "ones"))
+    assert ones["class_weights"] == [1.0, 1.0, 1.0]
+    rows = plain["history"][0], ones["history"][0]
+    assert rows[1]["train_loss"] == pytest.approx(rows[0]["train_loss"], rel=1e-5)
+    for name, value in plain["state_dict"].items():
+        assert torch.allclose(ones["state_dict"][name], value, rtol=1e-3, atol=1e-4), name
+
+
 def test_class_weights_of_a_file_are_the_run_s_own(call, uneven, tmp_path):
     weights = tmp_path / "weights.csv"
     weights.write_text("class,weight\nb,2\na,0.5\nc,8\n")

@@ -71,6 +71,8 @@ def make_task(
 ) -> Task:
     """Makes what `run_epochs` trains: the network in its parallel wrapping, step and evaluation."""
     weights = batches.class_weights
+    if weights is not None:  # --num-classes may give outputs that no image is of
+        weights += (1.0,) * (state.network.num_classes - len(weights))
     rule = engine.StepRule.of(
         recipe,
         batches.order.steps,
