@@ -186,13 +186,18 @@ def main() -> int:
 
 
 def write_results(root: Path, results: Sequence[Result], title: str) -> None:
-    """Prints the table, and writes it and the picture to `root`."""
-    table = rows(results)
-    print(columns(table, left=1))
+    """Prints the table, and writes the picture and a row for each run to `root`."""
+    print(columns(rows(results), left=1))
     print("top-1: of each run's best epoch, chosen on the same validation images")
     print("gain: over none, seed by seed, with its standard error; * 95 % interval without 0")
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(table)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("attention", "parameters", "seed", "top1"))
+    for result in results:
+        writer.writerows(
+            (result.name, result.parameters, seed, f"{top1:.4f}")
+            for seed, top1 in enumerate(result.top1)
+        )
     write_atomically(root / "ablation.csv", text.getvalue().encode())
     write_atomically(root / "ablation.png", draw(results, title))
     print(f"written to {root}: ablation.csv, ablation.png")

@@ -110,7 +110,12 @@ def test_from_end_to_end_and_again(tree, tmp_path):
     with open(tmp_path / "out" / "ablation.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["attention"] for row in table] == list(variants[1:])
-    counts = [int(row["parameters"].replace(",", "")) for row in table]
+    counts = [int(row["parameters"]) for row in table]
+    for row in table:
+        run = tmp_path / "out" / f"{row['attention'].replace(' ', '_')}_seed{row['seed']}"
+        with open(run / "metrics.csv", newline="") as file:
+            best = max(float(epoch["val_top1"]) for epoch in csv.DictReader(file))
+        assert float(row["top1"]) == pytest.approx(best, abs=1e-4)
     assert counts[1] == counts[0]
     assert counts[2] - counts[0] == 2 * 3 * (64 + 128 + 256 + 512)
     assert counts[3] - counts[0] == 2 * (3 + 5 + 5 + 5)
