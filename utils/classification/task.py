@@ -99,7 +99,9 @@ def make_task(
 
     length = (recipe.epochs, recipe.batch_size, print_freq)
     early = partial(why_ended, recipe=recipe)
-    return Task(CLASSIFICATION, batches.order, steps, judge, rule.lr_at, *length, early)
+    check = batches.check
+    rest = (*length, early, lambda: check.fault)
+    return Task(CLASSIFICATION, batches.order, steps, judge, rule.lr_at, *rest)
 
 
 def why_ended(state: RunState, recipe: Recipe) -> str | None:

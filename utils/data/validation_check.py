@@ -37,6 +37,11 @@ class ValidationCheck:
         self._fault: BrokenImageError | UserError | None = None
         self._stop = threading.Event()
 
+    @property
+    def fault(self) -> UserError | None:
+        """Returns what names the image that `beside` could not read; exit code 1."""
+        return None if self._fault is None else as_raised(self._fault)
+
     def now(self) -> None:
         """Reads all images with several threads, and says so.
 
@@ -59,8 +64,7 @@ class ValidationCheck:
         The thread ends with the steps, also where they end early: evaluation reads the rest. Once
         all images have been read, later calls read none.
 
-        Raises:
-            UserError: after the step in which an image was found that cannot be read.
+        An image that cannot be read does not end the steps: it becomes `fault`.
         """
         if self.is_done:
             yield from steps
@@ -72,8 +76,6 @@ class ValidationCheck:
                     thread = threading.Thread(target=self._read_all, name="check-val", daemon=True)
                     thread.start()
                 yield step
-                if self._fault is not None:
-                    raise as_raised(self._fault)
         finally:
             self._stop.set()
             if thread is not None:

@@ -141,5 +141,5 @@ def make_task(
     def judged(stop: Callable[[], bool]) -> Summaries | None:
         return evaluation(state.network, stop, f"epoch {state.epoch + 1}/{recipe.epochs} val")
 
-    length = (recipe.epochs, recipe.batch_size, print_freq)
-    return Task(DETECTION, order, steps, judged, rate, *length)
+    length, check = (recipe.epochs, recipe.batch_size, print_freq), evaluation.check
+    return Task(DETECTION, order, steps, judged, rate, *length, fault=lambda: check.fault)

@@ -117,10 +117,10 @@ class RunFiles:
             self.logger.log(snapshot["history"], images_per_second)
         self.save(snapshot)
 
-    def stopped(self, epoch: int, step: int, exit_code: int) -> int:
-        """Says where a run that was asked to stop was saved; returns `exit_code`."""
+    def stopped(self, epoch: int, step: int, exit_code: int, why: str = "asked to stop") -> int:
+        """Says why a run stops and where it was saved; returns `exit_code`."""
         if self.folder is not None:
-            print(f"asked to stop: saved in epoch {epoch + 1} after step {step}; go on with")
+            print(f"{why}: saved in epoch {epoch + 1} after step {step}; go on with")
             print(f"  {command('--resume', self.checkpoints.last)}", flush=True)
             self.close()
         return exit_code

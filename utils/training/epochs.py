@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from utils.system import distributed
 from utils.system.distributed import Context
+from utils.system.errors import UserError
 from utils.system.stop_requests import StopRequest, Votes
 from utils.training.outcome import Outcome
 from utils.training.progress import Pace, Progress
@@ -46,8 +47,8 @@ class Writer(Protocol):
     def finish_epoch(self, snapshot: dict, images_per_second: float, improved: bool) -> None:
         """Saves the state after an epoch and its evaluation."""
 
-    def stopped(self, epoch: int, step: int, exit_code: int) -> int:
-        """Says where the run was saved when it was asked to stop; returns `exit_code`."""
+    def stopped(self, epoch: int, step: int, exit_code: int, why: str = "asked to stop") -> int:
+        """Says why the run stops and where it was saved; returns `exit_code`."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Task:
         epochs, batch_size, print_freq: of the run.
         ended_early: why no further epoch is to begin, as a line, or None. A function of what is
             saved alone, so that every rank, and a run that is resumed, comes to the same.
+        fault: what was found beside the training that the run cannot pass, or None. The run is
+            saved before it ends with it.
     """
 
     outcome: Outcome
@@ -75,6 +78,7 @@ class Task:
     batch_size: int
     print_freq: int
     ended_early: Callable[[RunState], str | None] = lambda state: None
+    fault: Callable[[], UserError | None] = lambda: None
 
 
 def run_epochs(
@@ -84,6 +88,9 @@ def run_epochs(
 
     Returns:
         The exit code: 0 after the last epoch or an early end, that of `stop` otherwise.
+
+    Raises:
+        UserError: the task's `fault`, on the rank that found it.
     """
     votes, pace = Votes(context.votes), Pace()
     while state.epoch < task.epochs:
@@ -91,7 +98,10 @@ def run_epochs(
         speed = _train_epoch(state, task, writer, context, stop, votes, pace)
         if speed is None:
             distributed.barrier()  # torchrun ends the others as soon as one has ended
-            return writer.stopped(state.epoch, state.step, stop.exit_code)
+            if (fault := task.fault()) is None:
+                return writer.stopped(state.epoch, state.step, stop.exit_code)
+            writer.stopped(state.epoch, state.step, fault.exit_code, "stopped by a fault")
+            raise fault
         ended = time.perf_counter()
         state.share_buffers()
         writer.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
@@ -121,7 +131,8 @@ def _train_epoch(
     """Does the steps that are left of the epoch, saving where due.
 
     Returns:
-        Images per second; None when the run was asked to stop, and has been saved.
+        Images per second; None when the run was asked to stop, or met with a fault, and has been
+        saved.
     """
     first = state.epoch * task.order.steps
     task.order.seek(state.epoch, state.step)
@@ -142,7 +153,8 @@ def _train_epoch(
             state.guard.check()
             means = state.meter.means(state.meter.total())
             progress.show(means, task.lr_at(first + state.step - 1))
-        stopping, saving = votes.cast(bool(stop), writer.due(state.step))
+        stops = bool(stop) or task.fault() is not None
+        stopping, saving = votes.cast(stops, writer.due(state.step))
         if stopping or saving:
             writer.save(state.snapshot())
         if stopping:
