@@ -99,9 +99,9 @@ class InferenceBlock(nn.Module):
 
     def _gate(self, h: Tensor, z: Tensor) -> Tensor:
         """Computes ECA's gate (N, C) from the last convolution's input h or output z."""
-        pools_input = self._pools_input(h, z)
-        x = h if pools_input else z
-        if self.gate is not None and pools_input == self.gate_first:
+        # A branch, not a comparison: where torch.compile has seen several sizes, this is a symbol.
+        x, folded = (h, self.gate_first) if self._pools_input(h, z) else (z, not self.gate_first)
+        if self.gate is not None and folded:
             weight, bias = self.gate.weight.flatten(1), self.gate.bias
             pooled = pixel_means(x)
             return F.linear(pooled.to(weight.dtype), weight, bias).to(pooled.dtype).sigmoid()

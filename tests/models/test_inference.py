@@ -169,6 +169,20 @@ def test_compiles_into_one_graph_of_constants(monkeypatch):
         assert apart(found, network(x)) <= 1e-5
 
 
+@pytest.mark.parametrize("arch", ["eca_resnet50", "eca_mobilenetv2"])
+def test_compiles_for_further_batches_and_sizes(monkeypatch, arch):
+    """With the second size torch.compile takes sizes for symbols, and the gate asks about them."""
+    torch.compiler.reset()
+    captured = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(inference.torch, "compile", captured)
+    network = make_network(arch)
+    optimised = optimise_for_inference(network, torch.float32, compile=True)
+    for size in ((1, 3, 64, 64), (3, 3, 64, 64), (2, 3, 96, 96), (5, 3, 224, 160)):
+        x = torch.randn(size)
+        with torch.no_grad():
+            assert apart(optimised(x), network(x)) <= 1e-5
+
+
 def test_the_fastest_dtype_is_one_that_the_device_has(monkeypatch):
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
