@@ -43,3 +43,16 @@ def test_without_scikit_learn_the_line_says_what_to_install(tmp_path, monkeypatc
     with pytest.raises(UserError, match="scikit-learn, which is not installed: pip install -r req"):
         demo_shapes.write_shapes(tmp_path)
     assert not list(tmp_path.iterdir())  # nothing half made is taken for the data next time
+
+
+@pytest.mark.parametrize("name", ["digits", "shapes"])
+def test_a_link_in_the_place_of_the_data_is_not_followed(tmp_path, monkeypatch, name):
+    """One that an unpacked folder may hold: nothing is written where it leads."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    (home / name).symlink_to(elsewhere)
+    monkeypatch.setattr(demo_sets, "HOME", home)
+    with pytest.raises(UserError, match="cannot write there"):
+        demo_sets.prepare("demo:digits") if name == "digits" else demo_shapes.prepare(home)
+    assert not elsewhere.exists()
+    assert [path.name for path in home.iterdir()] == [name]
