@@ -145,7 +145,7 @@ def show(rows: list[dict], base: str) -> None:
         else:
             name = f"{row['variant']} over {row['baseline']}"
             if row["baseline"] == PLAIN:
-                name = "ECA's cost in OpenVINO's float32 (plain over ECA)"
+                name = "ECA over plain in OpenVINO's float32"
             others.append([name, *ratios])
     print(columns(table, left=1))
     if others:

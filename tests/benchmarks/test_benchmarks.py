@@ -199,7 +199,7 @@ def test_deployment_compares_every_engine_with_the_textbook_form(tmp_path):
         assert row["startup_seconds"] > 0
         assert 20 < row["peak_mebibytes"] < 10_000
     assert "int8: calibrated on 4 random images" in done.stdout
-    assert "ECA's cost in OpenVINO's float32 (plain over ECA)" in done.stdout
+    assert "ECA over plain in OpenVINO's float32" in done.stdout
     assert "the figures mean nothing" in done.stdout
 
 
