@@ -186,8 +186,8 @@ def _by_another_name(name: str, parent: str) -> str:
 
 def _notes(root: str, found: Sequence[str], beside: Sequence[str]) -> list[str]:
     """Returns what a user should check in a folder whose class folders are `found`."""
-    notes = []
-    stray = [name for name in beside if name not in found and name.lower().endswith(EXTENSIONS)]
+    notes, classes = [], set(found)
+    stray = [name for name in beside if name not in classes and name.lower().endswith(EXTENSIONS)]
     if stray := [name for name in stray if not is_passed_over(name)]:
         notes.append(
             f"passed over: {len(stray)} image{'s' * (len(stray) > 1)} directly in "
