@@ -60,9 +60,6 @@ def png(figure: plt.Figure, colours: int | None = None) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
-    # A figure and its parts refer to one another: without this, megabytes wait for the collector.
-    figure.clear()
-    figure.canvas.renderer = None
     if colours is None:
         return buffer.getvalue()
     small = io.BytesIO()
