@@ -2,6 +2,7 @@
 
 import io
 import json
+import platform
 import subprocess
 import sys
 import zipfile
@@ -165,6 +166,24 @@ def test_another_size_than_the_files_own_is_refused(made, tmp_path):
     assert found.fixed_size == (32, 32)
     with pytest.raises(UserError, match="images of 32 x 32 pixels, not 40 x 40"):
         found(torch.zeros(1, 3, 40, 40))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="chosen for x86")
+def test_int8_is_computed_in_8_bits_by_onnxruntime(made, tmp_path):
+    """All convolutions but the gates and the first, ReLU included, as its optimised graph shows."""
+    import onnx
+    import onnxruntime
+
+    data = quantisation.quantise((made[0] / "a.onnx").read_bytes(), [torch.randn(4, 3, 64, 64)])
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3  # it says that such a file is for this machine alone
+    onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
+    kinds = [node.op_type for node in nodes]
+    convolutions = sum(node.op_type == "Conv" for node in onnx.load_from_string(data).graph.node)
+    assert kinds.count("QLinearConv") == convolutions - 8 - 1
+    assert "Relu" not in kinds
 
 
 def test_int8_keeps_gates_and_the_first_convolution_in_float(made):
