@@ -33,10 +33,14 @@ static int refuse(void) {
 #define REAL(type, name, ...) ((type(*)(__VA_ARGS__))dlsym(RTLD_NEXT, name))
 
 ssize_t write(int handle, const void *data, size_t count) {
-    return handle_fails("write", handle) ? refuse() : REAL(ssize_t, "write", int, const void *, size_t)(handle, data, count);
+    if (handle_fails("write", handle)) return refuse();
+    return REAL(ssize_t, "write", int, const void *, size_t)(handle, data, count);
 }
 
-int fsync(int handle) { return handle_fails("fsync", handle) ? refuse() : REAL(int, "fsync", int)(handle); }
+int fsync(int handle) {
+    if (handle_fails("fsync", handle)) return refuse();
+    return REAL(int, "fsync", int)(handle);
+}
 
 int close(int handle) { /* as on a file server: the file is closed all the same */
     int fail = handle_fails("close", handle);
@@ -45,5 +49,6 @@ int close(int handle) { /* as on a file server: the file is closed all the same 
 }
 
 int rename(const char *from, const char *to) {
-    return fails("rename", from) ? refuse() : REAL(int, "rename", const char *, const char *)(from, to);
+    if (fails("rename", from)) return refuse();
+    return REAL(int, "rename", const char *, const char *)(from, to);
 }
