@@ -12,12 +12,9 @@ from helpers.cut_runs import cut_twice
 from helpers.kill_driver import same
 from helpers.trees import write_tree
 
-import models
-from main import DEMOS, RECIPE
+from main import RECIPE
 from utils.classification import engine
 from utils.data.image_folder import scan
-from utils.options.classification import build_parser
-from utils.options.recipe_file import named_recipe
 from utils.options.refusals import notes_on
 from utils.runs import checkpoint
 from utils.training.state import RunState
@@ -218,75 +215,6 @@ def test_training_ends_without_a_better_top_1(call, tree, tmp_path, monkeypatch)
     assert (code, err, out[-1]) == (0, [], said)
     assert call("--resume", "cut/last.pth", "--early-stop", 4, "--epochs", 6)[0] == 0
     assert [row["val_top1"] for row in checkpoint.load("cut/last.pth")["history"]][-1] == 99.0
-
-
-def test_a_recipe_of_a_file_is_that_of_the_run(call, tree, tmp_path):
-    """A run's args.json is enough for another one; flags go before it, it before a demo's."""
-    flags = (*SMALL, "--epochs", 1, "--schedule", "exp", "--lr-decay", 0.5, "--no-norm-decay")
-    assert call(*flags, "--output", "first", tree)[0] == 0
-    args = json.loads((tmp_path / "first" / "args.json").read_text())
-    again = ("--recipe", "first/args.json", "--seed", 1, "-j", 0)
-    code, out, err = call(*again, "--output", "second", tree)
-    assert (code, err) == (0, [])
-    assert any(line.startswith("recipe first/args.json: 1 epochs, batch 8") for line in out)
-    one, other = (checkpoint.load(tmp_path / name / "last.pth") for name in ("first", "second"))
-    assert one["recipe"] == other["recipe"] == args["recipe"]
-    assert same(one["state_dict"], other["state_dict"])
-    # Some fields alone; a whole number stands for one with a point.
-    (tmp_path / "some.json").write_text('{"lr": 1, "warmup_epochs": 1, "clip_grad": 1}')
-    flags = (*SMALL, "--recipe", "some.json", "--clip-grad", 2, "--epochs", 1, "--lr", 0.5)
-    assert call(*flags, "--output", "third", tree)[0] == 0
-    recipe = checkpoint.load(tmp_path / "third" / "last.pth")["recipe"]
-    assert (recipe["lr"], recipe["warmup_epochs"], recipe["clip_grad"]) == (0.5, 1.0, 2.0)
-    assert isinstance(recipe["warmup_epochs"], float)
-    # The run goes on with what it has saved, under the same name alone.
-    assert call("--resume", "auto", *flags, "--output", "third", tree)[0] == 0
-    code, _, err = call("--resume", "third/last.pth", "--recipe", "first/args.json")
-    assert code == 2
-    assert err == [
-        "error: the run's recipe is some.json: leave --recipe first/args.json out (flags such as "
-        "--epochs change single values)"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (None, "r.json: No such file or directory; give a JSON object of a recipe's fields"),
-        ("{", "r.json: no usable JSON"),
-        ("3", "r.json: holds no recipe; give a JSON object of a recipe's fields"),
-        ("{}", "r.json: holds no recipe"),
-        ('{"recipe": {"epoch": 3}}', "a recipe has no field epoch; did you mean epochs?"),
-        ('{"data": "x"}', "a recipe has no field data; give a JSON object"),
-        ('{"epochs": "3"}', "epochs is '3', which --epochs does not take"),
-        ('{"epochs": 3.5}', "epochs is 3.5, which --epochs does not take"),
-        ('{"epochs": true}', "epochs is True, which --epochs does not take"),
-        ('{"lr": NaN}', "lr is nan, which --lr does not take"),
-        ('{"lr": [1]}', "lr is [1], which --lr does not take"),
-        ('{"weight_decay": -1}', "weight_decay is -1, which --weight-decay does not take"),
-        ('{"norm_decay": 0}', "norm_decay is 0, which --norm-decay does not take"),
-        ('{"norm_decay": null}', "norm_decay is None, which --norm-decay does not take"),
-        ('{"arch": "resnet51"}', "arch is 'resnet51', which --arch does not take"),
-        ('{"schedule": "linear"}', "schedule is 'linear', which --schedule does not take"),
-        ('{"lr": 1, "lr": 2}', "'lr' stands there twice"),
-    ],
-)
-def test_a_recipe_s_file_that_will_not_do_is_answered_in_one_line(call, tmp_path, text, said):
-    if text is not None:
-        (tmp_path / "r.json").write_text(text)
-    code, _, err = call("--recipe", "r.json", "data")
-    assert code == 2
-    assert len(err) == 1
-    assert said in err[0]
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_file_s_values_go_before_a_demo_s(tmp_path):
-    (tmp_path / "r.json").write_text('{"epochs": 3}')
-    demo, parser = DEMOS["demo:digits"], build_parser(RECIPE, models.MODELS, "")
-    found = named_recipe(parser, RECIPE, str(tmp_path / "r.json"), demo)
-    assert found == RECIPE.override(**demo).override(epochs=3)
-    assert named_recipe(parser, RECIPE, None, demo) == RECIPE.override(**demo)
 
 
 @pytest.mark.parametrize(

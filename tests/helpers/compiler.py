@@ -1,0 +1,9 @@
+"""Whether this machine can compile the passes of the fused tail."""
+
+import pytest
+
+from models.fused.native import BuildError, library
+
+needs_compiler = pytest.mark.skipif(
+    isinstance(library(), BuildError), reason=f"no compiled passes: {library()}"
+)
