@@ -155,10 +155,11 @@ def read_image(
             return _pil_rgb(data)
         # libjpeg without Pillow is the quick road for what nearly every photo is.
         frame = _jpeg_frame(data)
-        decode = None if frame is None else jpeg_decoder()
-        if decode is not None and frame[2] in (1, 3) and frame[0] * frame[1] <= MAX_PIXELS:
-            if decoder == "simplejpeg" and EXIF not in data:
-                return _by_simplejpeg(data)
+        if frame is None or frame[2] not in (1, 3) or frame[0] * frame[1] > MAX_PIXELS:
+            return to_tensor(_pil_rgb(data))
+        if decoder == "simplejpeg" and EXIF not in data:  # without torchvision's import
+            return _by_simplejpeg(data)
+        if (decode := jpeg_decoder()) is not None:
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             if decoder == ON_DEVICE and _is_plain(data):
                 return encoded

@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image
 
 from utils.data.long_images import is_long, resized_center_crop
 from utils.data.rand_augment import NoisyRandAugment, parse_rand_augment
+from utils.data.resizing import Picture, center_crop, resize, size_of
 
-Picture = torch.Tensor | Image.Image
 Transform = Callable[[Picture], Picture]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -80,25 +79,23 @@ def train_transform(
     return v2.Compose(steps)
 
 
-class ShorterSide:
-    """Resizes the shorter side to `size`; of a long image the part that the crop keeps.
+class ShorterSideAndCrop:
+    """Resizes the shorter side, then keeps the central square.
 
     Args:
         size: of the shorter side, pixels.
-        crop: C; what follows keeps the central C x C.
+        crop: C; the central C x C stays.
     """
 
     def __init__(self, size: int, crop: int):
-        self.resize = transforms_v2().Resize(size, antialias=True)
         self.size, self.crop = size, crop
 
     def __call__(self, image: Picture) -> Picture:
-        height, width = transforms_v2().functional.get_size(image)
-        size = self.size
-        if not is_long(height, width) or size < self.crop:
-            return self.resize(image)
-        longer = int(size * max(height, width) / min(height, width))
-        resized = (size, longer) if height < width else (longer, size)
+        height, width = size_of(image)
+        longer = int(self.size * max(height, width) / min(height, width))
+        resized = (self.size, longer) if height < width else (longer, self.size)
+        if not is_long(height, width) or self.size < self.crop:
+            return center_crop(resize(image, resized), self.crop)
         if not isinstance(image, torch.Tensor):
             return resized_center_crop(image, resized, self.crop)
         return resized_center_crop(image.cpu(), resized, self.crop).to(image.device)
@@ -109,5 +106,4 @@ def eval_transform(img_size: int, crop_pct: float) -> Transform:
 
     The shorter side becomes S / crop_pct, then the central S x S stays (0.875: 256 and 224).
     """
-    v2 = transforms_v2()
-    return v2.Compose([ShorterSide(round(img_size / crop_pct), img_size), v2.CenterCrop(img_size)])
+    return ShorterSideAndCrop(round(img_size / crop_pct), img_size)

@@ -40,14 +40,13 @@ def test_memory_is_bounded(tmp_path, sides, decoder):
     Image.new("RGB", sides, (10, 200, 30)).save(tmp_path / "long.png")
     program = f"""
 import resource
-from utils.data.decoding import read_image
+from utils.data.decoding import read_image, to_tensor
 from utils.data.transforms import eval_transform
 import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 image = eval_transform(224, 0.875)(read_image({str(tmp_path / "long.png")!r}, {decoder!r}))
 if not isinstance(image, torch.Tensor):
-    from torchvision.transforms.v2.functional import pil_to_tensor
-    image = pil_to_tensor(image)
+    image = to_tensor(image)
 assert image.shape == (3, 224, 224)
 assert (image.flatten(1).amin(1).tolist() == image.flatten(1).amax(1).tolist() == [10, 200, 30])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
