@@ -92,7 +92,10 @@ class Progress:
         on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.bar = None
         if on_terminal and not quiet:
-            self.bar = tqdm(total=total, initial=done, leave=False, dynamic_ncols=True)
+            first = f"{title} {{percentage:3.0f}}%|{{bar}}| ETA {UNKNOWN}"  # not tqdm's own
+            self.bar = tqdm(
+                total=total, initial=done, leave=False, dynamic_ncols=True, bar_format=first
+            )
             self._redraw()
 
     def advance(self) -> bool:
