@@ -11,6 +11,7 @@ from helpers.coco_trees import NETWORK, annotation, write_tree
 from helpers.kill_driver import same, state
 from helpers.shard_sets import make
 from helpers.small_runs import SMALL, place
+from helpers.trees import write_tree as write_image_tree
 
 from tools import check_images
 from utils.options import parser
@@ -80,6 +81,21 @@ def test_a_fault_found_beside_the_training_costs_no_step(call, tree, tmp_path):
     broken.write_bytes(whole)
     assert call("--resume", "auto", *flags, "--output", "run", data)[0] == 0
     assert same(state(tmp_path / "run"), state(tmp_path / "through"))
+
+
+def test_a_fault_that_one_rank_of_two_has_found(start, tmp_path):
+    data = write_image_tree(tmp_path / "data", train=100)  # of each class: the first epoch is long
+    broken = data / "val" / "b" / "2.png"  # the eighth, so rank 1 reads it
+    broken.write_bytes(broken.read_bytes()[:60])
+    code, out, err = start(*SMALL, "--epochs", 2, "--output", "run", data, ranks=2).end()
+    assert code == EXIT_FAILED
+    [told] = [line for line in out if "saved in epoch" in line]
+    epoch, step = place(tmp_path / "run")
+    assert told == f"stopped by a fault: saved in epoch {epoch + 1} after step {step}; go on with"
+    assert epoch == 0
+    [named] = [line for line in err if line.startswith("error")]
+    assert named.startswith(f"error (rank 1): {broken}: ")
+    assert not any("exitcode: 143" in line for line in err)
 
 
 @pytest.mark.usefixtures("check_ends_in_the_first_step")

@@ -97,10 +97,14 @@ def run_epochs(
         first = state.epoch * task.order.steps  # the epoch's first step, counted over the run
         speed = _train_epoch(state, task, writer, context, stop, votes, pace)
         if speed is None:
-            distributed.barrier()  # torchrun ends the others as soon as one has ended
-            if (fault := task.fault()) is None:
+            fault = task.fault()
+            # It also waits: torchrun ends the others as soon as one has ended.
+            code: int = max(distributed.gather(0 if fault is None else fault.exit_code))
+            if not code:
                 return writer.stopped(state.epoch, state.step, stop.exit_code)
-            writer.stopped(state.epoch, state.step, fault.exit_code, "stopped by a fault")
+            writer.stopped(state.epoch, state.step, code, "stopped by a fault")
+            if fault is None:  # the rank that met with it says which
+                return code
             raise fault
         ended = time.perf_counter()
         state.share_buffers()
