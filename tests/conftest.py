@@ -187,14 +187,14 @@ def detect(
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     """The matplotlib figures that are made into files meanwhile, to see what they show."""
-    from utils.system.picture_style import plt
+    from utils.system import picture_style
 
     kept = []
     with monkeypatch.context() as patch:
-        patch.setattr(plt, "close", kept.append)
+        patch.setattr(picture_style, "release", kept.append)
         yield kept
     for figure in kept:
-        plt.close(figure)
+        picture_style.release(figure)
 
 
 @pytest.fixture

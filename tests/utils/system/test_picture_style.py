@@ -1,0 +1,23 @@
+"""What is left of a picture once its file is made."""
+
+import gc
+import weakref
+
+from utils.system import picture_style
+
+
+def test_what_a_figure_draws_does_not_wait_for_the_collector():
+    """A run draws its curves after each epoch; the collector comes seldom."""
+    figure, axes = picture_style.plt.subplots()
+    line = weakref.ref(axes.plot(range(30))[0])
+    gc.collect()
+    gc.disable()
+    try:
+        assert line() is not None
+        picture = picture_style.png(figure)
+        del figure, axes
+        assert line() is None
+    finally:
+        gc.enable()
+    assert picture.startswith(b"\x89PNG")
+    assert not picture_style.plt.get_fignums()
