@@ -29,6 +29,20 @@ def export_cli(monkeypatch, capsys, tmp_path):
     return call
 
 
+@pytest.fixture
+def predict_cli(monkeypatch, capsys):
+    """Runs predict.py's main and gives (exit code, standard output, standard error)."""
+    import predict
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_script(predict.main)
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def network_of_twelve() -> torch.nn.Module:
     """A network of twelve outputs whose predictions differ from image to image."""

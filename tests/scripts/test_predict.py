@@ -1,8 +1,6 @@
 """predict.py: the right images, the right numbers, and pictures of what the network saw."""
 
-import contextlib
 import csv
-import io
 import json
 import sys
 from types import SimpleNamespace
@@ -16,13 +14,11 @@ from torchvision.transforms.v2 import functional as tv
 
 import predict
 from models import create_model, weights
-from models.detection.detectors import create_detector, describe_detector
 from models.eca_resnet import BasicBlock, ResNet
 from models.inference import fastest_dtype
 from utils.data.decoding import read_image
 from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD
 from utils.data.user_images import find_images, read_batches
-from utils.options.parser import run_script
 from utils.runs import checkpoint
 
 CLASSES = ["cat", "dog", "emu"]
@@ -40,19 +36,6 @@ def ckpt(tmp_path_factory):
     return path, network
 
 
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Runs predict.py's main and gives (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_script(predict.main)
-        return end.value.code, *capsys.readouterr()
-
-    return call
-
-
 def expected_confidences(network, path):
     """By hand, from the file to the softmax."""
     image = read_image(path)
@@ -62,11 +45,13 @@ def expected_confidences(network, path):
         return network(image[None]).softmax(1)[0]
 
 
-def test_table_csv_and_json_hold_the_right_numbers(ckpt, photos, cli, tmp_path, monkeypatch):
+def test_table_csv_and_json_hold_the_right_numbers(
+    ckpt, photos, predict_cli, tmp_path, monkeypatch
+):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     path, network = ckpt
     out = tmp_path / "out"
-    code, table, notes = cli(path, photos, "-k", 2, "-b", 2, "--output", out)
+    code, table, notes = predict_cli(path, photos, "-k", 2, "-b", 2, "--output", out)
     assert code == 1
     assert f"! {photos}/bad.png: not an image; passed over" in notes
     assert "1 of 5 images could not be read" in notes
@@ -91,7 +76,7 @@ def test_table_csv_and_json_hold_the_right_numbers(ckpt, photos, cli, tmp_path, 
         assert line.startswith(entry["file"])
         assert f"{CLASSES[order[0]]} {100 * given[0]:.1f} %" in line
 
-    code, text, _ = cli(path, photos, "-k", 2, "-b", 2, "--format", "csv")
+    code, text, _ = predict_cli(path, photos, "-k", 2, "-b", 2, "--format", "csv")
     assert text == (out / "predictions.csv").read_text()
     rows = list(csv.DictReader(text.splitlines()))
     assert rows[2]["error"] == "not an image"
@@ -100,12 +85,12 @@ def test_table_csv_and_json_hold_the_right_numbers(ckpt, photos, cli, tmp_path, 
     lines = [f"{photos}/{name}\n".encode() for name in ("gone.png", "a.png")]
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", SimpleNamespace(buffer=lines))
-        code, table, notes = cli(path, "-")
+        code, table, notes = predict_cli(path, "-")
     assert (code, [line.split()[0] for line in table.splitlines()]) == (1, [f"{photos}/a.png"])
     assert f"! {photos}/gone.png: No such file or directory; passed over" in notes
     assert "1 of 2 images could not be read" in notes
 
-    code, text, _ = cli(path, photos / "a.png", "-k", 9, "--format", "json")
+    code, text, _ = predict_cli(path, photos / "a.png", "-k", 9, "--format", "json")
     assert code == 0
     (entry,) = json.loads(text)
     assert sum(guess["confidence"] for guess in entry["guesses"]) == pytest.approx(1)
@@ -113,10 +98,10 @@ def test_table_csv_and_json_hold_the_right_numbers(ckpt, photos, cli, tmp_path, 
 
 
 @pytest.mark.parametrize("amp", [None, "off", "bf16"])
-def test_fast_predicts_the_same(ckpt, photos, cli, amp):
+def test_fast_predicts_the_same(ckpt, photos, predict_cli, amp):
     path, network = ckpt
     flags = ("--fast", "--amp", amp) if amp else ("--fast",)
-    code, text, notes = cli(path, photos, "--format", "json", *flags)
+    code, text, notes = predict_cli(path, photos, "--format", "json", *flags)
     assert code == 1
     dtype = torch.bfloat16 if amp == "bf16" else torch.float32 if amp else fastest_dtype("cpu")
     assert f"rebuilt for inference: BatchNorm folded, weights in {dtype}" in notes
@@ -131,10 +116,10 @@ def test_fast_predicts_the_same(ckpt, photos, cli, amp):
         torch.testing.assert_close(confidences, expected, **near)
 
 
-def test_pictures_go_to_a_new_folder(ckpt, photos, cli, tmp_path, monkeypatch):
+def test_pictures_go_to_a_new_folder(ckpt, photos, predict_cli, tmp_path, monkeypatch):
     path, network = ckpt
     monkeypatch.chdir(tmp_path)
-    code, _, notes = cli(path, photos, "--maps", "--grid")
+    code, _, notes = predict_cli(path, photos, "--maps", "--grid")
     assert code == 1
     assert "maps of layer3: of 64 pixels layer4 keeps too few positions" in notes
     folder = tmp_path / "runs" / "predict-1"
@@ -157,38 +142,38 @@ def test_pictures_go_to_a_new_folder(ckpt, photos, cli, tmp_path, monkeypatch):
     ]
     assert [frame in grid for frame in frames] == [any(hits), not all(hits)]
 
-    cli(path, photos / "a.png", "--maps", "--map-stage", 4)
+    predict_cli(path, photos / "a.png", "--maps", "--map-stage", 4)
     assert (tmp_path / "runs" / "predict-2" / "maps" / "0001_a.png").stat().st_size > 5000
-    code, _, notes = cli(path, photos / "a.png", "--output", folder)
+    code, _, notes = predict_cli(path, photos / "a.png", "--output", folder)
     assert (code, "is in use; choose a new --output" in notes) == (2, True)
 
 
-def test_released_weights(ckpt, photos, cli, tmp_path):
+def test_released_weights(ckpt, photos, predict_cli, tmp_path):
     _, network = ckpt
     released = tmp_path / "released.pth.tar"
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
     torch.save({"epoch": 1, "arch": "wrong", "state_dict": state}, released)
-    code, table, notes = cli(released, photos / "a.png")
+    code, table, notes = predict_cli(released, photos / "a.png")
     assert (code, "class 0 " in table) == (0, True)
     assert "the middle 224 of 256 pixels" in notes
     names = tmp_path / "names.txt"
     names.write_text("n1\nn2\n\nn3\n")
     options = ("--names", names, "--img-size", 64, "--crop-pct", 0.8, "--format", "json")
-    _, text, _ = cli(released, photos / "a.png", *options)
+    _, text, _ = predict_cli(released, photos / "a.png", *options)
     guesses = json.loads(text)[0]["guesses"]
     given = {guess["name"]: guess["confidence"] for guess in guesses}
     expected = expected_confidences(network, photos / "a.png")
     assert [given[f"n{i}"] for i in (1, 2, 3)] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_odd_names_of_files(ckpt, photos, cli, tmp_path):
+def test_odd_names_of_files(ckpt, photos, predict_cli, tmp_path):
     """As long as a file system takes, and in two lines."""
     path, _ = ckpt
     names = ["ä" * 125 + ".png", "two\nlines.png"]
     for name in names:
         (tmp_path / name).write_bytes((photos / "a.png").read_bytes())
     flags = ("--maps", "--grid", "--output", tmp_path / "out")
-    code, table, _ = cli(path, *(tmp_path / name for name in names), *flags)
+    code, table, _ = predict_cli(path, *(tmp_path / name for name in names), *flags)
     assert code == 0
     assert len(table.splitlines()) == 2
     assert "two\\x0alines.png" in table
@@ -197,7 +182,7 @@ def test_odd_names_of_files(ckpt, photos, cli, tmp_path):
     assert (tmp_path / "out" / "grid.png").exists()
 
 
-def test_faults_of_the_machine_are_told_in_one_line(ckpt, photos, cli, monkeypatch):
+def test_faults_of_the_machine_are_told_in_one_line(ckpt, photos, predict_cli, monkeypatch):
     path, _ = ckpt
     for fault, said in (
         ("DefaultCPUAllocator: can't allocate memory", "out of memory with -b 32: give a smaller "),
@@ -208,14 +193,14 @@ def test_faults_of_the_machine_are_told_in_one_line(ckpt, photos, cli, monkeypat
             raise RuntimeError(fault)
 
         monkeypatch.setattr(predict, "classify", fail)
-        code, _, notes = cli(path, photos)
+        code, _, notes = predict_cli(path, photos)
         assert code == 1
         assert said in notes.splitlines()[-1]
         assert "Traceback" not in notes
         assert "--amp" not in notes
 
 
-def test_what_is_wrong_is_said_in_one_line(ckpt, photos, cli, tmp_path):
+def test_what_is_wrong_is_said_in_one_line(ckpt, photos, predict_cli, tmp_path):
     path, _ = ckpt
     (tmp_path / "two.txt").write_text("a\nb\n")
     for arguments, message in [
@@ -233,7 +218,7 @@ def test_what_is_wrong_is_said_in_one_line(ckpt, photos, cli, tmp_path):
         ((path, photos, "--topk", 0), "'0' is not a whole number at least 1"),
         ((path, photos, "--map"), "unknown argument --map; did you mean --maps"),
     ]:
-        code, out, notes = cli(*arguments)
+        code, out, notes = predict_cli(*arguments)
         assert (code, out) == (2, "")
         assert message in notes
         assert len(notes.splitlines()) == 1
@@ -246,79 +231,3 @@ def test_a_network_that_gives_no_numbers(photos):
     ((_, prediction, heat),) = predict.classify(network, batches, ["a.png"], CLASSES, 2, None)
     assert prediction.error == "the network's output is not finite"
     assert heat is None
-
-
-# Detectors
-
-
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory):
-    """A checkpoint of a small Mask R-CNN, as detect_main.py writes it."""
-    torch.manual_seed(0)
-    settings = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.3}
-    network = create_detector("mask_rcnn", "resnet18", num_classes=3, norm="bn", **settings)
-    path = tmp_path_factory.mktemp("detector") / "best.pth"
-    state = {**describe_detector(network), "classes": ["ant", "bee"], "category_ids": [7, 3]}
-    checkpoint.save(path, {**state, "state_dict": network.state_dict()})
-    return path, network.eval()
-
-
-def test_detector_finds_draws_and_writes_coco(detector, photos, cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    path, network = detector
-    code, table, notes = cli(
-        path, photos, "--output", tmp_path / "out", "--min-score", 0.4, "--grid"
-    )
-    assert code == 1
-    assert "mask_rcnn on resnet18, 2 classes" in notes
-    assert f"! {photos}/bad.png: not an image; passed over" in notes
-    out = tmp_path / "out"
-    assert sorted(p.name for p in out.iterdir()) == [
-        "detections.csv",
-        "detections.json",
-        "grid.png",
-        "pictures",
-    ]
-    document = json.loads((out / "detections.json").read_text())
-    assert document["categories"] == [{"id": 7, "name": "ant"}, {"id": 3, "name": "bee"}]
-    files = [photos / name for name in ("a.png", "b.jpg", "cat/c.png", "cat/d[1].png")]
-    assert [image["file_name"] for image in document["images"]] == list(map(str, files))
-    assert [line.split()[0] for line in table.splitlines()] == list(map(str, files))
-    assert document["annotations"]
-    for i, (file, image) in enumerate(zip(files, document["images"], strict=True)):
-        pixels = read_image(file)
-        assert (image["height"], image["width"]) == tuple(pixels.shape[1:])
-        with torch.no_grad():
-            (expected,) = network([pixels.float() / 255])
-        found = [a for a in document["annotations"] if a["image_id"] == image["id"]]
-        assert [a["score"] for a in found] == pytest.approx(expected["scores"].tolist(), abs=1e-4)
-        ids = [{1: 7, 2: 3}[label] for label in expected["labels"].tolist()]
-        assert [a["category_id"] for a in found] == ids
-        for annotation, box in zip(found, expected["boxes"].tolist(), strict=True):
-            x, y, width, height = annotation["bbox"]
-            assert (x, y, x + width, y + height) == pytest.approx(box, abs=0.05)
-            assert annotation["segmentation"]["size"] == list(pixels.shape[1:])
-        told = table.splitlines()[i].count("ant") + table.splitlines()[i].count("bee")
-        assert told == sum(a["score"] >= 0.4 for a in found)
-        drawn = np.asarray(Image.open(out / "pictures" / f"{i + (i > 1) + 1:04}_{file.stem}.png"))
-        assert max(drawn.shape[:2]) >= 200  # small images are enlarged, so that one can read
-    rows = list(csv.DictReader((out / "detections.csv").read_text().splitlines()))
-    assert len(rows) == len(document["annotations"])
-    assert {row["class"] for row in rows} <= {"ant", "bee"}
-
-    # COCO's own tools read the document.
-    tools = pytest.importorskip("pycocotools.coco")
-    with contextlib.redirect_stdout(io.StringIO()):  # they narrate
-        coco = tools.COCO(str(out / "detections.json"))
-    annotation = document["annotations"][0]
-    mask = coco.annToMask(coco.loadAnns([annotation["id"]])[0])
-    assert mask.sum() == annotation["area"]
-
-    code, text, _ = cli(path, photos / "a.png", "--format", "json", "--output", tmp_path / "two")
-    assert code == 0
-    assert json.loads(text)["images"][0]["file_name"] == f"{photos}/a.png"
-    for flag in (("--maps",), ("--img-size", 64), ("--names", "x"), ("--topk", 3), ("--fast",)):
-        code, _, notes = cli(path, photos, *flag)
-        assert code == 2
-        assert f"{flag[0]} is for classifiers, and {path} holds a detector: leave it out" in notes
-    assert not torch.backends.cudnn.benchmark  # each image has a shape of its own
