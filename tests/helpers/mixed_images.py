@@ -9,9 +9,12 @@ CHANCE = np.random.default_rng(0)
 PLAIN = ("plain", "grey", "progressive", "fine")  # names that the device decodes
 
 
-def photo(width: int = 80, height: int = 60) -> Image.Image:
+def photo(width: int = 80, height: int = 60, chance: np.random.Generator = CHANCE) -> Image.Image:
     """Smooth, as photographs are: decoders differ most at edges."""
-    return Image.fromarray(CHANCE.integers(0, 255, (6, 8, 3), np.uint8)).resize((width, height))
+    return Image.fromarray(chance.integers(0, 255, (6, 8, 3), np.uint8)).resize((width, height))
+
+
+SMOOTH = photo(chance=np.random.default_rng(0))  # the same in every test
 
 
 def write_mixed(folder: Path) -> None:

@@ -1,25 +1,17 @@
 """Odd files as a user's folders hold them."""
 
 import argparse
-import errno
-import io
-import os
-import pickle
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from helpers.mixed_images import SMOOTH
 from PIL import Image
 
 from utils.data import decoding
-from utils.data.decoding import BrokenImageError, read_image
-from utils.system.errors import EXIT_FAILED, UserError
-from utils.system.text import printable
-
-CHANCE = np.random.default_rng(0)
-SMOOTH = Image.fromarray(CHANCE.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((80, 60))
+from utils.data.decoding import read_image
 
 
 def both(path) -> list[np.ndarray]:
@@ -108,24 +100,6 @@ def test_masks_of_zero_and_one(tmp_path):
             np.testing.assert_array_equal(found[..., 0], white * mask)
 
 
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        (np.array([[-1, 200]], dtype=np.int32), "grey values from -1 to 200"),
-        (np.array([[0, 70000]], dtype=np.int32), "from 0 to 70000"),
-        (np.array([[-0.5, 0.5]], dtype=np.float32), "from -0.5 to 0.5"),
-        (np.array([[0, np.nan]], dtype=np.float32), "from nan to nan"),
-        (np.array([[0, np.inf]], dtype=np.float32), "from 0 to inf"),
-        (np.array([[0, 1.25]], dtype=np.float32), "up to 1.25, a little more than 1"),
-    ],
-)
-def test_grey_whose_white_cannot_be_known_is_refused(tmp_path, values, said):
-    Image.fromarray(values).save(tmp_path / "odd.tif")
-    for decoder in ("torchvision", "pil"):
-        with pytest.raises(BrokenImageError, match=f"odd.tif: .*{said}.*save the image with 8"):
-            read_image(tmp_path / "odd.tif", decoder)
-
-
 @pytest.mark.parametrize("ending", decoding.JPEGS)
 def test_a_jpeg_by_any_of_its_endings(tmp_path, ending):
     SMOOTH.save(tmp_path / f"a{ending}", "JPEG")
@@ -182,65 +156,6 @@ def test_a_decoder_that_is_not_there_is_named(monkeypatch):
     assert decoding.decoder_name("pil") == "pil"
 
 
-def encoded(kind: str) -> bytes:
-    data = io.BytesIO()
-    SMOOTH.save(data, kind)
-    return data.getvalue()
-
-
-@pytest.mark.parametrize("decoder", decoding.DECODERS)
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("empty.jpg", b"", "empty"),
-        ("text.jpg", b"<html>not found</html>" * 9, "not an image"),
-        ("cut.jpg", encoded("JPEG")[:700], ""),
-        ("cut.png", encoded("PNG")[:700], ""),
-        ("head.jpg", encoded("JPEG")[:20], ""),
-    ],
-)
-def test_broken_files_are_named(tmp_path, decoder, name, content, reason):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(BrokenImageError) as failed:
-        read_image(path, decoder)
-    assert failed.value.path == str(path)
-    assert reason in failed.value.reason
-    assert ".cpp" not in failed.value.reason  # nor where torchvision's own builders had its source
-    assert len(str(failed.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("decoder", decoding.DECODERS)
-@pytest.mark.parametrize("kind", ["jpg", "png"])
-def test_decompression_bombs_are_refused(tmp_path, monkeypatch, decoder, kind):
-    SMOOTH.save(tmp_path / f"x.{kind}")
-    monkeypatch.setattr(decoding, "MAX_PIXELS", 60 * 80 - 1)
-    with pytest.raises(BrokenImageError, match="bomb"):
-        read_image(tmp_path / f"x.{kind}", decoder)
-
-
-def test_names_that_are_not_utf8(tmp_path):
-    path = os.fsencode(tmp_path) + b"/caf\xe9.png"
-    with open(path, "wb") as file:
-        file.write(encoded("PNG"))
-    assert read_image(path).shape == (3, 60, 80)
-    assert printable(path).endswith("/caf\\xe9.png")
-    assert printable("two\nlines\x9b.png") == "two\\x0alines\\x9b.png"
-    printable(path).encode("utf-8")  # fit for any terminal
-
-
-@pytest.mark.parametrize("decoder", decoding.DECODERS)
-@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "gif", "bmp"])
-def test_every_truncation_is_noticed(tmp_path, decoder, kind):
-    path = tmp_path / f"x.{kind}"
-    SMOOTH.save(path)
-    whole = path.read_bytes()
-    for share in (0.05, 0.3, 0.6, 0.9):
-        path.write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(BrokenImageError):
-            read_image(path, decoder)
-
-
 def test_16_bit_colour_and_grey_of_other_formats(tmp_path):
     row = np.array([[[0, 32768, 65535], [65535, 256, 0]]], dtype=">u2")
 
@@ -271,34 +186,6 @@ def test_a_transparent_palette_colour_is_white(tmp_path):
         assert found[0].tolist() == [[10, 20, 30], [255] * 3]
 
 
-@pytest.mark.parametrize("decoder", decoding.DECODERS)
-def test_a_pipe_or_a_folder_is_refused_without_waiting(tmp_path, decoder):
-    os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(BrokenImageError, match="not a regular file"):
-        read_image(tmp_path / "pipe.jpg", decoder)
-    (tmp_path / "folder.jpg").mkdir()
-    with pytest.raises(BrokenImageError, match=r"folder\.jpg: "):
-        read_image(tmp_path / "folder.jpg", decoder)
-    with pytest.raises(BrokenImageError, match=r"gone\.jpg: No such file or directory"):
-        read_image(tmp_path / "gone.jpg", decoder)
-
-
-def test_no_memory_is_not_the_files_fault(tmp_path, monkeypatch):
-    SMOOTH.save(tmp_path / "a.png")
-
-    def fail(_):
-        raise MemoryError
-
-    monkeypatch.setattr(decoding, "_pil_rgb", fail)
-    with pytest.raises(MemoryError):
-        read_image(tmp_path / "a.png")
-
-
-def test_the_error_survives_the_way_out_of_a_worker():
-    error = pickle.loads(pickle.dumps(BrokenImageError("a.jpg", "the file is empty")))
-    assert (error.path, error.reason) == ("a.jpg", "the file is empty")
-
-
 def test_the_frame_header_behind_other_segments():
     """What decides between the two decoders, on hand-made headers."""
     frame = b"\xff\xc2\x00\x11\x08" + struct.pack(">HHB", 16, 24, 3) + bytes(9)
@@ -306,32 +193,3 @@ def test_the_frame_header_behind_other_segments():
     assert decoding._jpeg_frame(b"\xff\xd8" + comment + b"\xff\xff" + frame) == (24, 16, 3)
     assert decoding._jpeg_frame(b"\xff\xd8" + comment) is None
     assert decoding._jpeg_frame(b"\x89PNG") is None
-
-
-STORAGE = {
-    errno.EIO: "see to the storage",
-    errno.ESTALE: "see to the storage",
-    errno.ETIMEDOUT: "see to the storage",
-    errno.ENOMEM: "see to the storage",
-    errno.EMFILE: "use fewer workers",
-    errno.ENFILE: "use fewer workers",
-}
-
-
-@pytest.mark.parametrize("number", [*STORAGE, errno.ENOENT, errno.EACCES, errno.ELOOP])
-def test_a_fault_of_the_storage_is_not_the_image_s(tmp_path, monkeypatch, number):
-    """Else --skip-bad-images would go on without the data when a file server goes away."""
-
-    def fail(path, *_):
-        raise OSError(number, os.strerror(number), path)
-
-    monkeypatch.setattr(decoding.os, "open", fail)
-    wanted = UserError if number in STORAGE else BrokenImageError
-    with pytest.raises(wanted) as caught:
-        read_image(str(tmp_path / "a.jpg"))
-    told = f"{tmp_path}/a.jpg: {os.strerror(number)}"
-    if number in STORAGE:
-        assert caught.value.exit_code == EXIT_FAILED
-        assert str(caught.value).startswith(f"{told}; {STORAGE[number]}")
-    else:
-        assert str(caught.value) == told
