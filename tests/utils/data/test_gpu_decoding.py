@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.loader_passes import CPU, RECIPE, same
 from helpers.mixed_images import PLAIN, photo, write_mixed
 
-from tests.utils.data.test_loading import CPU, RECIPE, same
 from utils.data import decoding, gpu_decoding
 from utils.data.decoding import BrokenImageError, read_image
 from utils.data.gpu_decoding import Finish, Unfinished, check_decoder, pack, reading_of
