@@ -254,6 +254,12 @@ def test_files_and_functions_are_short():
     assert max(found["main"], found["detect_main"]) <= LONGEST_SCRIPT
 
 
+def test_files_of_tests_are_short():
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").glob("*.py")]
+    counted = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {path: lines for path, lines in counted.items() if lines > LONGEST_FILE} == {}
+
+
 def test_a_planted_long_function_is_found(tmp_path: Path):
     body = "    x = 1\n" * LONGEST_FUNCTION
     root = planted(
