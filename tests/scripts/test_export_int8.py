@@ -20,7 +20,7 @@ def export_flags_that_do_not_fit():
     yield ("--int8", "nowhere"), "nowhere"
 
 
-@pytest.mark.parametrize(("flags", "message"), export_flags_that_do_not_fit())
+@pytest.mark.parametrize(("flags", "message"), list(export_flags_that_do_not_fit()))
 def test_flags_of_int8_that_do_not_fit(export_cli, tmp_path, flags, message):
     pytest.importorskip("onnxscript")
     write_checkpoint(tmp_path / "best.pth")
