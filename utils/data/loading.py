@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from utils.data.decoding import BrokenImageError, read_image, to_tensor
+from utils.data.decoding import BrokenImageError, prepare_for_workers, read_image, to_tensor
 from utils.data.image_folder import ImageFolder
 from utils.data.loader_workers import checked, init_worker
 from utils.data.sampler import Key, SeededBatches, ShardedBatches, mix_seed
@@ -131,6 +131,7 @@ class Reading:
         finish: Callable[[Any], Loaded],
     ) -> Callable[[], Iterator[Batch]]:
         """Returns a function that begins a pass; workers run `collate`, the device `finish`."""
+        prepare_for_workers(self.workers, self.decoder)
         loader = DataLoader(
             dataset,
             batch_sampler=keys,

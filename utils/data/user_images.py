@@ -11,7 +11,14 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from utils.data.decoding import EXTENSIONS, BrokenImageError, Stored, read_image, to_tensor
+from utils.data.decoding import (
+    EXTENSIONS,
+    BrokenImageError,
+    Stored,
+    prepare_for_workers,
+    read_image,
+    to_tensor,
+)
 from utils.data.image_folder import is_passed_over
 from utils.data.loader_workers import leave_broken_connections_unsaid
 from utils.data.loading import device_batches, eval_transform
@@ -108,6 +115,7 @@ def read_batches(
         workers: loader processes; 0 reads in this one.
         decoder: see `read_image`.
     """
+    prepare_for_workers(workers, decoder)
     loader = DataLoader(
         _Paths(paths, img_size, crop_pct, decoder),
         batch_size=batch_size,

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from tests.helpers.trees import ROOT
+from tests.helpers.trees import ROOT, write_tree
 from utils.data.transforms import eval_transform
 
 SIDES = [(500, 375), (375, 500), (64, 64), (28, 28), (5, 60), (33, 20), (224, 256), (1, 1)]
@@ -45,6 +45,13 @@ def test_pixels_of_pil_images_are_torchvisions(height, width, img_size, crop_pct
     assert np.array_equal(eval_transform(img_size, crop_pct)(image), theirs(image))
 
 
+def run_program(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("decoder", "suffix"), [("torchvision", "png"), ("pil", "jpg"), ("simplejpeg", "jpg")]
 )
@@ -54,14 +61,34 @@ def test_one_picture_is_read_without_torchvision(tmp_path, decoder, suffix):
         pytest.importorskip("simplejpeg")
     path = tmp_path / f"picture.{suffix}"
     Image.new("RGB", (40, 30), (200, 10, 10)).save(path)
-    program = f"""
+    run_program(f"""
 import sys, torch
 from utils.data.user_images import read_batches
 [batch] = read_batches([{str(path).encode()!r}], 32, 1.0, 1, torch.device("cpu"), 0, {decoder!r})
 assert batch.images.shape == (1, 3, 32, 32), batch.broken
 assert "torchvision" not in sys.modules
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+""")
+
+
+def test_workers_find_torchvision_imported(tmp_path):
+    """Else each of them would import it, with memory of its own."""
+    write_tree(tmp_path, train=1, val=2)
+    run_program(f"""
+import sys, torch
+from utils.data.image_folder import scan
+from utils.data.loading import ImageDataset, Reading, validation_order
+from utils.data.transforms import eval_transform
+assert "torchvision" not in sys.modules
+images = scan({str(tmp_path / "val")!r})
+reading = Reading(torch.device("cpu"), workers=1)
+reading.batches(ImageDataset(images, eval_transform(32, 1.0)), validation_order(len(images), 2))
+assert "torchvision" in sys.modules
+""")
+    path = str(tmp_path / "val" / "a" / "0.png").encode()
+    run_program(f"""
+import sys, torch
+from utils.data.user_images import read_batches
+assert "torchvision" not in sys.modules
+[batch] = read_batches([{path!r}], 32, 1.0, 1, torch.device("cpu"), 1)
+assert "torchvision" in sys.modules
+""")
