@@ -92,7 +92,7 @@ class Progress:
         on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.bar = None
         if on_terminal and not quiet:
-            first = f"{title} {{percentage:3.0f}}%|{{bar}}| ETA {UNKNOWN}"  # not tqdm's own
+            first = f"{{bar}}| ETA {UNKNOWN}"  # drawn at once; not tqdm's own, and never too wide
             self.bar = tqdm(
                 total=total, initial=done, leave=False, dynamic_ncols=True, bar_format=first
             )

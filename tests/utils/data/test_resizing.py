@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers.trees import ROOT, write_tree
 from PIL import Image
 from torchvision.transforms import v2
 
-from tests.helpers.trees import ROOT, write_tree
 from utils.data.transforms import eval_transform
 
 SIDES = [(500, 375), (375, 500), (64, 64), (28, 28), (5, 60), (33, 20), (224, 256), (1, 1)]

@@ -137,7 +137,6 @@ def test_gathering_on_one_process_sorts_by_image():
 WORKER = """
 import json, sys
 from pathlib import Path
-from helpers.coco_results import random_case
 from utils.system import distributed
 from utils.detection.coco_evaluation import GroundTruth, gather
 from utils.detection.coco_files import locate

@@ -64,7 +64,7 @@ def classifier_line(monkeypatch, columns, epochs_left):
         lines = drawn()
         progress.close()
     assert max(map(len, lines)) <= columns
-    assert all(re.search(r"%\|.+\| |.\| ETA", line) for line in filter(str.strip, lines))
+    assert all("| " in line and "ETA" in line for line in filter(str.strip, lines))
     assert not any("it/s" in line for line in lines)  # tqdm's own first line
     return lines[-1]
 
