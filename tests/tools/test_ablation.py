@@ -28,16 +28,18 @@ def call(*arguments):
 
 def test_gains_are_paired_by_seed():
     plain = Result("none", (90.0, 92.0, 97.0), 1000)
-    better = Result("SE", (91.0, 93.0, 98.0), 1200)  # by 1 each time, whatever the seed does
-    assert gain(better, plain) == (1.0, 0.0)
+    better = Result("SE", (91.0, 93.0, 98.1), 1200)  # by 1 each time, whatever the seed does
+    assert gain(better, plain) == pytest.approx((3.1 / 3, 0.1 / 3))
+    same = Result("ECA-NS k=3", (91.0, 93.0, 98.0), 1100)  # no spread to judge by
     mixed = Result("ECA k=3", (91.0, 91.0, 98.5), 1003)  # +1, -1, +1.5
     mean, error = gain(mixed, plain)
     assert mean == pytest.approx(0.5)
     assert error == pytest.approx(math.sqrt((0.5**2 + 1.5**2 + 1.0**2) / 2 / 3))
-    table = rows([plain, better, mixed])
+    table = rows([plain, better, mixed, same])
     assert table[1] == ["none", "1,000", "93.00", "3.61", "-", "-", "3"]
-    assert table[2][4:6] == ["+1.00*", "0.00"]
+    assert table[2][4:6] == ["+1.03*", "0.03"]
     assert table[3][4:6] == ["+0.50", "0.76"]  # within the noise: no star
+    assert table[4][4:6] == ["+1.00", "-"]
 
 
 def test_a_star_takes_more_with_few_seeds():

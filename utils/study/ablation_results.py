@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from utils.study.comparison import standard_error
 from utils.study.student_t import quantile
 from utils.system.colours import CURVES, GREY, MAIN
 from utils.system.text import short
@@ -33,22 +34,20 @@ class Result:
 
 
 def gain(result: Result, plain: Result) -> tuple[float, float]:
-    """Returns the mean difference to the plain network, seed by seed, and its standard error.
+    """Returns the mean difference to the plain network, seed by seed, and its `standard_error`.
 
     Seeds are paired because a seed fixes the order and the augmentation of the images for both.
     """
     each = [a - b for a, b in zip(result.top1, plain.top1, strict=True)]
-    error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
-    return statistics.fmean(each), error
+    return statistics.fmean(each), standard_error(each)
 
 
 def stands_out(result: Result, plain: Result) -> bool:
     """Returns whether 0 is outside the gain's 95 % confidence interval, by Student's t."""
     mean, error = gain(result, plain)
-    freedom = len(result.top1) - 1
-    if freedom < 1:
+    if math.isnan(error):
         return False
-    return abs(mean) > quantile(0.95, freedom) * error
+    return abs(mean) > quantile(0.95, len(result.top1) - 1) * error
 
 
 def rows(results: Sequence[Result]) -> list[list[str]]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from utils.study.student_t import quantile, two_sided_p
 
+ALIKE = 1e-9  # differences that are closer are the same, rounded otherwise
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -14,10 +16,10 @@ class Difference:
 
     Args:
         mean: in the runs' own unit.
-        low, high: the confidence interval of this one comparison, by Student's t; nan for a single
-            pair.
+        low, high: the confidence interval of this one comparison, by Student's t; nan where the
+            pairs have no spread, see `standard_error`.
         p: the probability of such a mean or a larger one, of either sign, where there is no
-            difference; nan for a single pair.
+            difference; nan as the interval, but 1 where all pairs are equal.
         pairs: how many.
     """
 
@@ -26,6 +28,17 @@ class Difference:
     high: float
     p: float
     pairs: int
+
+
+def standard_error(each: Sequence[float]) -> float:
+    """Returns the standard error of the mean of paired differences; nan where they have no spread.
+
+    That is a single pair, or pairs that all differ by the same. Accuracy counts whole images, so
+    two or three seeds may do so by chance: it is no sign that another seed would, too.
+    """
+    if len(each) < 2 or max(each) - min(each) <= ALIKE:
+        return math.nan
+    return statistics.stdev(each) / math.sqrt(len(each))
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95) -> Difference:
@@ -40,12 +53,11 @@ def compare(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95)
     """
     each = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, freedom = statistics.fmean(each), len(each) - 1
-    if not freedom:
-        return Difference(mean, math.nan, math.nan, math.nan, 1)
-    error = statistics.stdev(each) / math.sqrt(len(each))
+    error = standard_error(each)
+    if math.isnan(error):
+        p = 1.0 if freedom and abs(mean) <= ALIKE else math.nan
+        return Difference(mean, math.nan, math.nan, p, len(each))
     reach = quantile(level, freedom) * error
-    if not error:  # every pair differs by the same
-        return Difference(mean, mean, mean, float(mean == 0), len(each))
     p = two_sided_p(mean / error, freedom)
     return Difference(mean, mean - reach, mean + reach, p, len(each))
 

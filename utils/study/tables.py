@@ -61,7 +61,7 @@ def comparison_rows(plan: Plan, comparisons: Sequence[Comparison]) -> list[list[
 def verdict(found: Comparison) -> str:
     """Says in words what the corrected p allows to say."""
     if math.isnan(found.p):
-        return "one seed says nothing"
+        return "one seed says nothing" if found.difference.pairs == 1 else "no spread: says nothing"
     if found.p >= SIGNIFICANT:
         return "no difference shown"
     return "higher" if found.difference.mean > 0 else "lower"

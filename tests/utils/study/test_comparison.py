@@ -22,7 +22,10 @@ def test_as_scipys_paired_test(pairs):
 
 
 def test_seeds_that_all_differ_by_the_same_and_single_ones():
-    assert compare([1.0, 2.0], [0.5, 1.5]).p == 0
+    for theirs in ([0.5, 1.5], [0.9, 1.9]):  # 0.1 of both, but for rounding
+        found = compare([1.0, 2.0], theirs)
+        assert found.mean == pytest.approx(1.0 - theirs[0])
+        assert all(map(math.isnan, (found.low, found.high, found.p)))
     assert compare([1.0, 2.0], [1.0, 2.0]).p == 1
     alone = compare([2.0], [1.5])
     assert alone.mean == 0.5
