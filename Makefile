@@ -4,14 +4,24 @@
 # make ablation      no attention, SE, ECA-NS and ECA of every k on the digits, three seeds each
 # make evidence-smoke  a whole study on a tiny part of the digits, in two minutes: docs/EVIDENCE.md
 # make benchmarks    every benchmark, with JSON files in runs/benchmarks: half an hour on a CPU
-# make test          set up, run the tests; make test-faults: kills and full disks, minutes long (KILLS=60: more)
+# make test          set up, run the quick tests; make test-slow: the long ones, with kills and full
+#                    disks (KILLS=60: more); make test-all: both
+# make test-pythons  demo and tests with each Python from 3.10 on that is here, each in a venv of its own
+# make test-oldest   the tests with the oldest packages that requirements.txt allows
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 KILLS ?= 24
 
-.PHONY: demo demo-light demo-detect ablation evidence-smoke benchmarks test test-faults lint clean
+# The Pythons of test-pythons: those of pyenv, whose shims on the PATH may not start, else the PATH's.
+PYTHONS ?= $(foreach n,10 11 12 13 14,$(firstword $(wildcard \
+	$(HOME)/.pyenv/versions/3.$n.*/bin/python3.$n $(addsuffix /python3.$n,$(subst :, ,$(PATH))))))
+# What test-oldest installs: each lower bound of requirements.txt as the release itself.
+OLDEST = $(shell sed -nE 's/^([a-z-]+)>=([0-9.]+).*/\1~=\2.0/p' requirements.txt | \
+	grep -E '^(torch|torchvision|numpy|pillow|matplotlib|tensorboard)~')
+
+.PHONY: demo demo-light demo-detect ablation evidence-smoke benchmarks test test-slow test-all test-pythons test-oldest lint clean
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
@@ -32,7 +42,7 @@ demo-detect: $(READY)
 	$(RUN) detect_main.py -e --resume auto -a mask_rcnn -b eca_resnet18 --action demo
 
 ablation: $(READY)
-	$(RUN) -m tools.ablation demo:digits --jobs 2 -- --epochs 4
+	$(RUN) -m tools.study tools/study_plans/ablation.json --jobs 2
 
 evidence-smoke: $(READY)
 	$(RUN) -m tools.study tools/study_plans/smoke.json --jobs 2
@@ -41,10 +51,24 @@ benchmarks: $(READY)
 	$(RUN) benchmarks/all.py --out runs/benchmarks
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
-test-faults: $(READY)
-	OMP_NUM_THREADS=1 KILLS=$(KILLS) $(RUN) -m pytest -m faults -n 2
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 KILLS=$(KILLS) $(RUN) -m pytest -m 'slow or faults' -n 2 --dist worksteal
+
+test-all: test test-slow
+
+test-pythons:
+	set -e; for python in $(PYTHONS); do \
+		echo "== $$($$python --version)"; \
+		$(MAKE) demo test PYTHON=$$python VENV=.venvs/$$(basename $$python); \
+	done
+
+test-oldest:
+	$(PYTHON) -m venv .venvs/oldest
+	.venvs/oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(OLDEST) -r requirements-dev.txt
+	OMP_NUM_THREADS=1 .venvs/oldest/bin/python -m pytest -n 2
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -52,4 +76,4 @@ lint: $(READY)
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) demo_data
+	rm -rf $(VENV) .venvs demo_data

@@ -10,184 +10,202 @@ examples:
 
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
-import models
-from assembly import detector
-from assembly.run_folder import open_files
-from models.detection.detectors import DETECTORS, FIRST_LABEL, detector_from_checkpoint
-from models.detection.norms import NORMS
-from models.detection.start import refuse_another_network
-from utils.detection import demo_shapes, report
-from utils.detection.batches import ValidationSet
-from utils.detection.outcome import DETECTION
-from utils.detection.task import Evaluation, make_task
-from utils.detection.training_data import open_detection_data
-from utils.options.common import NEVER_TAKEN, saved_recipe
-from utils.options.detection import build_parser
-from utils.options.detection_refusals import notes_on, refuse_flags
-from utils.options.parser import run_script
-from utils.options.settings import DetectionSettings
-from utils.recipes.detection import AUTO, DetectionRecipe
+from models.detection.detectors import FIRST_LABEL, detector_from_checkpoint
+from utils.command_line.detection import notes_on, read_command_line
+from utils.config.detection import AUTO, DetectionConfig, DetectionRecipe
+from utils.data import demo_shapes
+from utils.data.coco_dataset import CocoDataset
+from utils.data.coco_eval import Result, write_results
+from utils.data.loader import check_readable
+from utils.inspection.drawing import write_picture
 from utils.runs import folder as runs
-from utils.runs import resume
+from utils.runs.checkpoint import Checkpoint
 from utils.runs.resume import Start
-from utils.runs.saved_run import Checkpoint
-from utils.system import backends, distributed, output_checks
-from utils.system.distributed import Context
+from utils.runs.writer import RunFiles
+from utils.system import backends, distributed
+from utils.system.distributed import Context, Votes
 from utils.system.errors import as_user_error
-from utils.system.fault_messages import Memory, in_one_line
-from utils.system.processes import default_workers
-from utils.system.stop_requests import StopRequest
-from utils.training.epochs import run_epochs
+from utils.system.faults import run_script
+from utils.system.files import check_new_file
+from utils.system.signals import StopRequest
+from utils.system.text import all_epochs, counted, printable_lines
+from utils.training import detection, detector
+from utils.training.detection import IMAGES, StepRule, Summaries, evaluate, train_one_epoch
+from utils.training.detection_data import (
+    DetectionData,
+    GroupedBatches,
+    ValidationSet,
+    evaluation_batches,
+    open_detection_data,
+    paths_of,
+    training_batches,
+)
+from utils.training.progress import Pace, epoch_progress, evaluation_progress, watched
+from utils.training.state import TrainingState
 
 RECIPE = DetectionRecipe()  # the paper's, for COCO
-SMALLER = "a smaller --min-size, or --amp bf16"  # what spares memory
-OF_A_NETWORK = ("arch", "backbone", "ksize", "norm", "trainable_layers", "legacy")
-BACKBONES = [name for name in models.MODELS if "resnet" in name]
+SMALLER = "a smaller --batch-size or --min-size, or --amp bf16"  # what spares memory
 
 
 def main() -> int:
     """Does one run from the command line."""
-    settings, recipe, start = read_command_line()
-    context = distributed.on_one_gpu(distributed.setup(settings.device, settings.gpu))
-    less = f"a smaller --batch-size, or {SMALLER}"
+    config, start = read_command_line(RECIPE, __doc__)
+    context = distributed.setup(config.network.device, config.network.gpu)
+    context = distributed.on_one_gpu(context)
     try:
-        if settings.evaluate:
-            with in_one_line(Memory("one image at a time", SMALLER)):
-                return evaluate(settings, start.saved, context)
-        needs = Memory(
-            f"--batch-size {recipe.batch_size}",
-            less,
-            " or a smaller --batch-size",
-            settings.workers,
-        )
-        with StopRequest() as stop, in_one_line(needs, stop):
-            return train(settings, recipe, start, context, stop)
+        if config.run.evaluate:
+            return evaluate_checkpoint(config, start.saved, context)
+        with StopRequest() as stop:
+            return train(config, start, replace(context, trains=True), stop)
     finally:
         distributed.tear_down()
 
 
-def read_command_line() -> tuple[DetectionSettings, DetectionRecipe, Start]:
-    """Parses the flags, finds the checkpoint, merges the recipe, and refuses what does not fit."""
-    parser = build_parser(RECIPE, list(DETECTORS), BACKBONES, NORMS, __doc__)
-    args = typed = parser.parse_args()
-    given = parser.given(vars(typed))
-    on_demo = args.data == demo_shapes.SHAPES
-    recipe = RECIPE.override(**demo_shapes.recipe_of(args.arch) if on_demo else {})
-    of_any_run = not any((args.data, args.arch, args.backbone, args.action))
-    name = runs.run_name(args.arch or recipe.arch, args.backbone or recipe.backbone, args.action)
-    name = None if of_any_run else name
-    saved, folder = resume.read_detector(args.resume, name, args.output, args.evaluate)
-    asked = {name: getattr(typed, name) for name in OF_A_NETWORK}
-    if saved is not None:
-        with as_user_error(f"{args.resume} "):
-            refuse_another_network(saved.contents, asked)
-    if saved is not None and saved.run is not None:
-        source = str(args.resume)
-        parser.set_defaults(**parser.take_saved(saved.run.flags, NEVER_TAKEN, source))
-        args = parser.parse_args()
-        recipe = saved_recipe(parser, DetectionRecipe, saved.run.recipe, source)
-    refuse_flags(args, given, args.optimizer or recipe.optimizer)
-    pretrained = None if saved else detector.read_first_weights(args, asked)
-    if args.detector_weights and pretrained is not None:
-        held = pretrained.contents
-        recipe = recipe.override(arch=held["arch"], backbone=held["backbone"])
-    recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
-    if args.workers is None:  # the demo's images are so small that processes would cost more
-        args.workers = 0 if args.data == demo_shapes.SHAPES else default_workers()
-    return DetectionSettings.of(args, typed), recipe, Start(saved, pretrained, folder)
+def train(config: DetectionConfig, start: Start, context: Context, stop: StopRequest) -> int:
+    """Trains from the start, or on from a checkpoint, to the last epoch or until asked to stop."""
+    recipe, seed = config.recipe.resolved(), start.seed(config.run.seed, context)
+    context.say(*backends.configure(config.run.seed is not None, context.device, False))
+    # Data first: what a user can have wrong is said before anything heavy.
+    data = open_detection_data(config, start.saved, context)
+    torch.manual_seed(seed)
+    network, lines = detector.build_network(config, start, data.train.classes, context)
+    lines.append(detection.recipe_line(recipe, auto=config.recipe.lr == AUTO))
+    lines += notes_on(recipe, len(data.train) // recipe.batch_size)
+    context.say(*data.lines, *lines)
+    state = detector.begin_state(network, config, start.saved, context)
+    if state.epoch >= recipe.epochs:  # no fault: a scheduler may start a finished run once more
+        context.say(f"{all_epochs(recipe.epochs)} done: give more with --epochs")
+        return 0
+
+    loader, first_label = detector.loader_of(config, context), FIRST_LABEL[recipe.arch]
+    rank, ranks, results = context.rank, context.world_size, []
+    order = GroupedBatches(data.train.sizes, recipe.batch_size, seed, rank, ranks)
+    train_pass = training_batches(data.train, order, first_label, recipe.hflip, seed, loader)
+    val_pass = evaluation_batches(data.val.split, first_label, loader, rank, ranks)
+    if config.data.check_val:
+        check_readable(CocoDataset(data.val.split, first_label), context)
+    rule = StepRule.of(config, order.steps, seed, context)
+    record = detector.record_of(network, config, seed, data)
+    name = runs.run_name(recipe.arch, recipe.backbone, config.run.action)
+    run = RunFiles.open(name, config.run, start, record, state, context)
+    wrapped, every = distributed.wrap(network, context), config.run.print_freq
+    votes, pace = Votes(context.votes), Pace()
+
+    while state.epoch < recipe.epochs:
+        lr = rule.lr_at((state.epoch + 1) * order.steps - 1)  # of the epoch's last step
+        progress = epoch_progress(state, recipe, order.steps, every, pace, context, decimals=1)
+        order.seek(state.epoch, state.step)
+        if not train_one_epoch(state, wrapped, train_pass(), rule, progress, run, votes, stop):
+            distributed.gather(0)  # torchrun ends the others as soon as one has ended
+            return run.stopped(state.epoch, state.step, stop.exit_code)
+        speed, ended = progress.close(), time.perf_counter()
+        state.share_buffers()
+        run.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
+
+        title, images = f"epoch {state.epoch + 1}/{recipe.epochs} val", len(data.val.split)
+        progress = evaluation_progress(images, ranks, IMAGES * every, context, title)
+        asked, batches = partial(stop.on_main, context.is_main), watched(val_pass(), progress)
+        evaluated = evaluate(network, batches, data.val, first_label, rule.autocast, context, asked)
+        if evaluated is None:
+            return run.stopped(state.epoch, state.step, stop.exit_code)
+        results, summaries = evaluated
+        row = state.row(lr, detection.val_columns(summaries))
+        improved = detection.is_better(row, state.best)
+        state.finish_epoch(row, improved, detection.best_details(summaries))
+        panels = detection.panels(state.history)
+        run.finish_epoch(state.snapshot(), panels, speed, improved)
+        pace.note_between(time.perf_counter() - ended)
+        context.say(detection.epoch_line(row, recipe.epochs, speed, improved))
+
+    run.close()
+    if context.is_main:
+        say_farewell(state, run, data, results, config)
+    return 0
 
 
-def evaluate(settings: DetectionSettings, saved: Checkpoint, context: Context) -> int:
+def say_farewell(
+    state: TrainingState,
+    run: RunFiles,
+    data: DetectionData,
+    results: Sequence[Result],
+    config: DetectionConfig,
+) -> None:
+    """Says what came of a run, with a picture and the commands that a user wants next."""
+    picture = run.path("predictions.png")
+    write_picture(picture, data.val.paths, data.val.masks, results)
+    lines = [
+        *detection.best_lines(state.best),
+        *run.farewell(detection.best_words(state.best), bool(state.best), str(config.data.data)),
+        f"  last epoch's detections beside the ground truth: {picture}",
+    ]
+    print(*map(printable_lines, lines), sep="\n", flush=True)
+
+
+def evaluate_checkpoint(config: DetectionConfig, saved: Checkpoint, context: Context) -> int:
     """Evaluates a checkpoint on the validation images, each once."""
     backends.configure(False, context.device, one_shape=False)
-    output_checks.check_new_file(settings.results_json)
-    output_checks.check_new_file(settings.picture)
-    sizes = {"min_size": settings.min_size, "max_size": settings.max_size}
+    check_new_file(config.run.results_json)
+    check_new_file(config.run.picture)
+    sizes = {name: config.typed[name] for name in ("min_size", "max_size") if name in config.typed}
     with as_user_error(f"{saved.file}: "):
-        network = detector_from_checkpoint(
-            saved.contents, **{name: size for name, size in sizes.items() if size}
-        )
-    place = detector.place_of("val", settings, demo_shapes.find_root(settings.data, context))
+        network = detector_from_checkpoint(saved.contents, **sizes)
+    paths = paths_of("val", config.data, demo_shapes.find_root(str(config.data.data), context))
     masks = network.arch == "mask_rcnn"
-    val = ValidationSet(place, masks, list(saved.classes or ()), str(saved.file))
+    val = ValidationSet(paths, masks, list(saved.classes or ()), str(saved.file))
     distributed.refuse_differences(validation_images=len(val.split))
     context.say(
         *val.lines,
-        report.network_line(network),
-        *detector.how_it_runs(network, settings, context),
+        detection.network_line(network),
+        *detector.how_it_runs(network, config.network, context),
     )
-    reading = detector.place(network, settings, context)
-    autocast = partial(backends.autocast, context.device, settings.amp)
-    judged_by = (FIRST_LABEL[network.arch], reading, autocast, context, settings.print_freq)
-    evaluation = Evaluation(val, *judged_by)
+    detector.to_device(network, config.network, context)
+    first_label, ranks = FIRST_LABEL[network.arch], context.world_size
+    loader = detector.loader_of(config, context)
+    batches = evaluation_batches(val.split, first_label, loader, context.rank, ranks)()
+    progress = evaluation_progress(len(val.split), ranks, IMAGES * config.run.print_freq, context)
+    autocast = partial(backends.autocast, context.device, config.network.amp)
     began = time.perf_counter()
-    summaries = evaluation(network)
+    evaluated = evaluate(network, watched(batches, progress), val, first_label, autocast, context)
+    assert evaluated is not None  # nothing asks it to stop
+    results, summaries = evaluated
     speed = len(val.split) / (time.perf_counter() - began)
     context.say(
-        *report.summary_lines(summaries),
-        f"{len(val.split):,} images, {speed:,.1f} images/s",
+        *detection.summary_lines(summaries),
+        f"{counted(len(val.split), 'image', ',')}, {speed:,.1f} images/s",
     )
     if context.is_main:
-        detector.write_evaluation(settings, evaluation, summaries, context)
+        write_evaluation(config, val, results, summaries, context)
     return 0
 
 
-def train(
-    settings: DetectionSettings,
-    recipe: DetectionRecipe,
-    start: Start,
+def write_evaluation(
+    config: DetectionConfig,
+    val: ValidationSet,
+    results: list[Result],
+    summaries: Summaries,
     context: Context,
-    stop: StopRequest,
-) -> int:
-    """Trains from the start, or on from a checkpoint, to the last epoch or until asked to stop."""
-    given, recipe = recipe, recipe.resolved()
-    seed = start.seed(settings.seed, context)
-    context.say(*backends.configure(settings.seed is not None, context.device, one_shape=False))
-    # Data first: what a user can have wrong is said before anything heavy.
-    root = demo_shapes.find_root(settings.data, context)
-    places = [detector.place_of(part, settings, root) for part in ("train", "val")]
-    typed, drop_empty = settings.typed, settings.drop_empty
-    data = open_detection_data(places, recipe, start.saved, typed, drop_empty, context)
-    torch.manual_seed(seed)
-    network, notes = detector.build_network(settings, recipe, start, data.train.classes, context)
-    context.say(
-        *data.lines,
-        *notes,
-        *detector.how_it_runs(network, settings, context),
-        report.recipe_line(recipe, auto=given.lr == AUTO),
-        *notes_on(recipe, len(data.train) // recipe.batch_size),
-    )
-    reading = detector.place(network, settings, context)
-    state = detector.begin_state(network, settings, recipe, start.saved, context)
-    if state.epoch >= recipe.epochs:  # no fault: a scheduler may start a finished run once more
-        context.say(f"all {recipe.epochs} epochs are done: give more with --epochs")
-        return 0
-    autocast = partial(backends.autocast, context.device, settings.amp)
-    judged_by = (FIRST_LABEL[recipe.arch], reading, autocast, context, settings.print_freq)
-    evaluation = Evaluation(data.val, *judged_by)
-    if settings.check_val:
-        evaluation.check.now()
-    record = detector.make_record(network, settings, given, seed, data)
-    name = runs.run_name(recipe.arch, recipe.backbone, settings.action)
-    files = open_files(settings, start, name, record, DETECTION, state, context)
-    task = make_task(state, data, evaluation, recipe, seed, settings.print_freq)
-    if code := run_epochs(state, task, files, context, stop):
-        return code
-    files.close()
-    if context.is_main:
-        picture = files.folder / "predictions.png"
-        report.write_picture(picture, data.val.place, data.val.masks, evaluation.results)
-        context.say(
-            *report.best_lines(state.best),
-            *files.farewell(state.best, settings.data),
-            f"  last epoch's detections beside the ground truth: {picture}",
-        )
-    return 0
+) -> None:
+    """Writes the files that were asked for with -e."""
+    run = config.run
+    if run.results_json:
+        write_results(Path(run.results_json), list(results))
+        print(f"{counted(len(results), 'detection', ',')} written to {run.results_json}")
+    if run.picture:
+        write_picture(Path(run.picture), val.paths, val.masks, results)
+        print(f"picture written to {run.picture}")
+    if run.output and run.resume != "auto":
+        figures: dict[str, Any] = {kind: vars(summary) for kind, summary in summaries.items()}
+        inputs = {"checkpoint": run.resume, "data": config.data.data, "images": len(val.split)}
+        print(f"written to {runs.write_evaluation(run.output, {**figures, **inputs}, context)}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, SMALLER)

@@ -9,57 +9,64 @@ examples:
 """
 
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
+import os
 import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
 
-from models import create_model
 from models.inference import optimise_for_inference
 from models.inspection import COARSEST
 from models.weights import Network, describe_network, network_from_checkpoint
-from utils.classification.report import network_line
-from utils.cost import published
+from utils.command_line.prediction_and_export import (
+    TRACED,
+    export_parser,
+    format_of,
+    refuse_for_detector,
+    settle_export,
+)
+from utils.data.decoding import DECODERS
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from utils.inspection import export_formats, hugging_face, int8_export
-from utils.inspection.object_predictions import class_table
-from utils.options.export import TRACED, build_parser, refuse_for_detector, settle
-from utils.options.parser import run_script
-from utils.runs import checkpoint_info, safetensors_file
+from utils.inspection import export as formats
+from utils.inspection import exported_network, int8
+from utils.inspection.predictions import class_table
+from utils.runs import checkpoint as checkpoints
+from utils.runs import foreign_files
 from utils.runs.checkpoint import load
-from utils.system.errors import UserError, as_user_error
-from utils.system.files import write_atomically
+from utils.system.errors import EXIT_FAILED, UserError, as_user_error
+from utils.system.faults import run_script
+from utils.system.files import check_writable, write_atomically
+from utils.training.classifier import network_line
 
 RUN = {
-    "onnx": export_formats.run_onnx,
-    "pt2": export_formats.run_pt2,
-    "openvino": export_formats.run_openvino,
+    "onnx": exported_network.run_onnx,
+    "pt2": formats.run_pt2,
+    "openvino": exported_network.run_openvino,
 }
 # What is added to the checkpoint's name; for the others it is a point and the format's name.
 ENDINGS = {
     "openvino": (".xml", ".bin"),
-    "hf": tuple(f"-hf/{name}" for name in hugging_face.FILES),
+    "hf": tuple(f"-hf/{name}" for name in formats.HF_FILES),
 }
 
 
 def main() -> None:
-    typed = build_parser(__doc__).parse_args()
-    args = settle(Namespace(**vars(typed)))
-    export_formats.check_packages(args.to, int8=args.int8 is not None)
+    typed = export_parser(__doc__).parse_args()
+    args = settle_export(Namespace(**vars(typed)))
+    formats.check_packages(args.to, int8=args.int8 is not None)
     source = Path(args.checkpoint)
     checkpoint = load(source)
-    if checkpoint_info.is_detector(checkpoint):
+    if checkpoints.is_detector(checkpoint):
         refuse_for_detector(typed)
         write_detector(source, checkpoint, args.output)
         return
     targets = target_files(source, args.output, args.to, args.int8 is not None)
     with as_user_error(f"{source}: "):
         network = network_from_checkpoint(checkpoint).eval().requires_grad_(False)
-    img_size, crop_pct = checkpoint_info.preprocessing(checkpoint, args.img_size)
+    img_size, crop_pct = checkpoints.preprocessing(checkpoint, args.img_size)
     metadata = {
         **describe_network(network),
         "classes": list(checkpoint.get("classes") or ()),
@@ -69,31 +76,33 @@ def main() -> None:
         "std": IMAGENET_STD,
         "precision": "float32",
     }
+    data = None
+    if args.int8 is not None:  # before the minutes of tracing
+        data = int8.open_data(args.int8, metadata["classes"], network.num_classes)
     # Only a graph is judged again without its checkpoint (main.py -e), which would know this.
-    traced = {**metadata, "decoder": (checkpoint.get("args") or {}).get("decoder", "torchvision")}
-    print(network_line(network))
-    make_folder(args.output)
+    decoder = (checkpoint.get("args") or {}).get("decoder")
+    traced = {**metadata, "decoder": decoder if decoder in DECODERS else DECODERS[0]}
+    print(network_line(network), flush=True)
     form = network
     if not args.no_fold and TRACED & set(args.to):
         form = optimise_for_inference(network, torch.float32).network
-    if args.int8 is not None:
+    if data is not None:
         onnx_file, _ = traced_file("onnx", form, network, traced, "float32")
-        made = int8_export.quantised_files(
+        made = int8.quantised_files(
             onnx_file[0],
             traced,
-            args.int8,
+            data,
             args.to,
             args.calibration_images,
             args.max_drop,
-            lambda line: print(line, flush=True),
         )
         for name, (parts, note) in made.items():
             write(targets[name], parts, note)
         return
     for name, files in targets.items():
         if name == "safetensors":
-            parts = (safetensors_file.to_safetensors(network.state_dict(), metadata),)
-            safetensors_file.check_safetensors(parts[0], network.state_dict(), files[0].name)
+            parts = (foreign_files.to_safetensors(network.state_dict(), metadata),)
+            foreign_files.check_safetensors(parts[0], network.state_dict(), files[0].name)
             note = "the tensors of the checkpoint"
         elif name == "hf":
             parts = hugging_face_parts(network, checkpoint, metadata, files)
@@ -104,7 +113,7 @@ def main() -> None:
 
 
 def write_detector(source: Path, checkpoint: Mapping[str, object], output: str | None) -> None:
-    """Writes a detector as ONNX, compared with the network on images of three sizes.
+    """Writes a detector as ONNX, compared with the network on images of several sizes.
 
     Raises:
         UserError: it cannot be exported, or the file finds other objects.
@@ -114,9 +123,8 @@ def write_detector(source: Path, checkpoint: Mapping[str, object], output: str |
         describe_detector,
         detector_from_checkpoint,
     )
-    from utils.inspection import detector_export
 
-    files = target_files(source, output, ("onnx",), int8=False)["onnx"]
+    files = target_files(source, output, ("onnx",), in_int8=False)["onnx"]
     with as_user_error(f"{source}: "):
         network = detector_from_checkpoint(checkpoint)
     described = describe_detector(network)
@@ -137,10 +145,9 @@ def write_detector(source: Path, checkpoint: Mapping[str, object], output: str |
         "precision": "float32",
     }
     print(f"network: {network.arch} on {network.backbone_arch}, {len(names)} classes", flush=True)
-    make_folder(output)
-    detector = detector_export.prepared(network)
-    data = detector_export.to_onnx(detector, metadata)
-    same = detector_export.check(data, detector, files[0].name)
+    detector = formats.prepared_detector(network)
+    data = formats.detector_to_onnx(detector, metadata)
+    same = formats.check_detector(data, detector, files[0].name)
     masks = f", IoU of masks {100 * same.overlap:.1f} %" if network.arch == "mask_rcnn" else ""
     tied = f", {same.tied} of a tie" if same.tied else ""
     note = f"one image of any size; {same.objects} objects within {same.pixels:.0e} pixels"
@@ -149,22 +156,31 @@ def write_detector(source: Path, checkpoint: Mapping[str, object], output: str |
 
 
 def target_files(
-    source: Path, output: str | None, formats: Sequence[str], int8: bool
+    source: Path, output: str | None, names: Sequence[str], in_int8: bool
 ) -> dict[str, list[Path]]:
     """Names the files to write: OpenVINO's two, the three of hf, one of each other format.
 
+    Args:
+        source: the checkpoint.
+        output: a folder, or the file itself, see `format_of`; None for the checkpoint's folder.
+        names: of the formats.
+        in_int8: which then is in the files' names.
+
     Raises:
-        UserError: one of them is there already.
+        UserError: one of them is there already, or nobody may write there.
     """
     folder = Path(output) if output else source.parent
-    stem = re.sub(r"(\.(pth|pt|tar|safetensors))+$", "", source.name) + (".int8" if int8 else "")
+    stem = re.sub(r"(\.(pth|pt|tar|safetensors))+$", "", source.name) + ".int8" * in_int8
+    if format_of(output):
+        folder, stem = folder.parent, folder.stem
     targets = {
         name: [folder / f"{stem}{ending}" for ending in ENDINGS.get(name, (f".{name}",))]
-        for name in formats
+        for name in names
     }
     for target in (file for files in targets.values() for file in files):
-        if target.exists():
+        if os.path.lexists(target):  # a link that leads nowhere, too
             raise UserError(f"{target}: is there already; move it, or choose another --output")
+    check_writable(folder)
     return targets
 
 
@@ -174,43 +190,13 @@ def hugging_face_parts(
     metadata: Mapping[str, object],
     files: Sequence[Path],
 ) -> tuple[bytes, ...]:
-    """Makes the contents of a Hugging Face folder's files.
-
-    Raises:
-        UserError: the folder cannot be made.
-    """
-    make_folder(str(files[0].parent))
+    """Makes the contents of a Hugging Face folder's files."""
     state_dict = network.state_dict()
-    weights = safetensors_file.to_safetensors(state_dict, metadata)
-    safetensors_file.check_safetensors(weights, state_dict, hugging_face.WEIGHTS)
-    printed, arch = None, network.arch
-    if arch in published.ACCURACY and is_released_form(network):
-        top1, top5 = published.ACCURACY[arch]
-        printed = (top1, top5, published.IMAGENET[arch].params)
-    card = hugging_face.model_card(
-        {**metadata, "parameters": sum(p.numel() for p in network.parameters())},
-        printed,
-        hugging_face.own_figures(checkpoint),
-    )
-    return hugging_face.config(metadata), weights, card
-
-
-def is_released_form(network: Network) -> bool:
-    """Whether a network is built as the one that figures were published for."""
-    released = create_model(network.arch)
-    return describe_network(network) == describe_network(cast(Network, released))
-
-
-def make_folder(output: str | None) -> None:
-    """Makes the folder of --output.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        Path(output or ".").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: {error.strerror}; choose another --output") from None
+    weights = foreign_files.to_safetensors(state_dict, metadata)
+    foreign_files.check_safetensors(weights, state_dict, files[1].name)
+    fields = {**metadata, "parameters": sum(p.numel() for p in network.parameters())}
+    card = formats.model_card(fields, formats.own_figures(checkpoint))
+    return formats.hf_config(metadata), weights, card
 
 
 def traced_file(
@@ -233,16 +219,16 @@ def traced_file(
     img_size = metadata["img_size"]
     # A .pt2 is for one position of the last feature map, or for more: not for both.
     any_size = name != "pt2" or img_size > COARSEST
-    graph = export_formats.to_exported(form, example_size(img_size, any_size), any_size)
+    graph = formats.to_exported(form, example_size(img_size, any_size), any_size)
     if name == "pt2":
-        parts = (export_formats.to_pt2(graph, metadata),)
+        parts = (formats.to_pt2(graph, metadata),)
     else:
-        parts = (export_formats.to_onnx(graph, metadata),)
+        parts = (formats.to_onnx(graph, metadata),)
         if name == "openvino":
-            parts = export_formats.to_openvino(parts[0], metadata)
+            parts = formats.to_openvino(parts[0], metadata)
     run = RUN[name](*parts)
     shapes = trial_shapes(img_size, any_size)
-    worst = export_formats.largest_difference(run, network, shapes, shown)
+    worst = formats.largest_difference(run, network, shapes, shown)
     sizes = "any size" if any_size else f"{img_size} x {img_size} pixels"
     if name == "pt2" and any_size:
         sizes = f"sizes above {COARSEST}"
@@ -250,7 +236,17 @@ def traced_file(
 
 
 def write(files: Sequence[Path], parts: Sequence[bytes], note: str) -> None:
-    """Writes each file whole or not at all; the first, which readers open, as the last."""
+    """Writes each file whole or not at all; the first, which readers open, as the last.
+
+    Raises:
+        UserError: their folder cannot be made, or as in `write_atomically`.
+    """
+    try:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{files[0].parent}: {error.strerror}; choose another --output", EXIT_FAILED
+        ) from None
     for target, data in reversed(list(zip(files, parts, strict=True))):
         write_atomically(target, data)
     same = all(file.stem == files[0].stem for file in files)

@@ -10,10 +10,10 @@ examples:
 """
 
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
-from main import main
+from main import SMALLER, main
+from utils.config.classification import Recipe
 from utils.data import demo_sets
-from utils.options.parser import run_script
-from utils.recipes.classification import Recipe
+from utils.system.faults import run_script
 
 RECIPE = Recipe(  # the paper's, for MobileNetV2
     arch="eca_mobilenetv2",
@@ -28,4 +28,4 @@ RECIPE = Recipe(  # the paper's, for MobileNetV2
 DEMOS = demo_sets.recipes("eca_mobilenetv2", light=True)
 
 if __name__ == "__main__":
-    run_script(lambda: main(RECIPE, DEMOS, __doc__))
+    run_script(lambda: main(RECIPE, DEMOS, __doc__), SMALLER)

@@ -11,38 +11,41 @@ examples:
 """
 
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
 import models
-from assembly import classifier, evaluation, exported_file
-from assembly.run_folder import open_files
-from utils.classification import report
-from utils.classification.outcome import CLASSIFICATION
-from utils.classification.task import TaskBatches, make_task, why_ended
-from utils.classification.training_data import open_training_data
+from models import weights
+from utils.command_line.classification import ExportedFile, read_command_line
+from utils.config.classification import Config, Recipe
 from utils.data import demo_sets
-from utils.data.gpu_decoding import check_decoder
-from utils.data.loading import replaced_lines
-from utils.options.classification import build_parser
-from utils.options.common import NEVER_TAKEN, saved_recipe
-from utils.options.parser import run_script
-from utils.options.recipe_file import named_recipe
-from utils.options.refusals import notes_on, refuse_flags, refuse_no_work
-from utils.options.settings import ClassificationSettings
-from utils.recipes.classification import PAPER, Recipe
+from utils.inspection import evaluation
 from utils.runs import folder as runs
+from utils.runs.checkpoint import Checkpoint
 from utils.runs.resume import Start
-from utils.runs.saved_run import Checkpoint
+from utils.runs.writer import RunFiles
 from utils.system import backends, distributed
-from utils.system.distributed import Context
-from utils.system.fault_messages import Memory, in_one_line
-from utils.system.processes import default_workers
-from utils.system.stop_requests import StopRequest
-from utils.training.epochs import run_epochs
+from utils.system.distributed import Context, Votes
+from utils.system.errors import as_user_error
+from utils.system.faults import run_script
+from utils.system.signals import StopRequest
+from utils.training import classification, classifier
+from utils.training.classification import StepRule, evaluate, train_one_epoch
+from utils.training.classification_data import (
+    TrainingData,
+    check_validation,
+    open_evaluation_data,
+    open_training_data,
+    replaced_lines,
+    training_batches,
+    validation_batches,
+)
+from utils.training.progress import Pace, epoch_progress, evaluation_progress, watched
+from utils.training.state import TrainingState
 
 RECIPE = Recipe(  # the paper's, for ResNets
     arch="eca_resnet50",
@@ -71,123 +74,114 @@ def main(
         demos: what each demo needs otherwise, whatever the --recipe.
         description: of the script, for its help.
     """
-    settings, recipe, start = read_command_line(recipe, demos, description)
-    needs = Memory(f"-b {recipe.batch_size}", SMALLER, " or a smaller -b", settings.workers)
-    context = distributed.setup(settings.device, settings.gpu)
+    config, start = read_command_line(recipe, demos, description)
+    context = distributed.setup(config.network.device, config.network.gpu)
     try:
-        if settings.compile:
+        if config.network.compile:
             distributed.refuse_compile(context)
-        check_decoder(settings.decoder, context.device)
-        if settings.evaluate:
-            with in_one_line(needs):
-                return evaluate(settings, recipe, start.saved, context)
-        with StopRequest() as stop, in_one_line(needs, stop):
-            return train(settings, recipe, start, context, stop)
+        if config.run.evaluate:
+            return evaluate_checkpoint(config, start.saved, context)
+        with StopRequest() as stop:
+            return train(config, start, replace(context, trains=True), stop)
     finally:
         distributed.tear_down()
 
 
-def read_command_line(
-    recipe: Recipe, demos: Mapping[str, Mapping[str, object]], description: str
-) -> tuple[ClassificationSettings, Recipe, Start]:
-    """Parses the flags, finds the checkpoint, merges the recipe, and refuses what does not fit."""
-    paper = recipe
-    parser = build_parser(recipe, models.MODELS, description)
-    args = typed = parser.parse_args()
-    given = parser.given(vars(typed))
-    recipe = named_recipe(parser, recipe, args.recipe, demos.get(args.data, {}))
-    of_any_run = args.data is None and args.arch is None and args.action is None
-    name = None if of_any_run else runs.run_name(args.arch or recipe.arch, args.action)
-    saved, folder = exported_file.read_saved(args, given, name)
-    if saved is not None:
-        source = str(args.resume or args.pretrained)
-        classifier.refuse_another(saved, source, args)
-        if saved.run is not None:
-            parser.set_defaults(**parser.take_saved(saved.run.flags, NEVER_TAKEN, source))
-            args = parser.parse_args()
-            recipe = saved_recipe(parser, Recipe, saved.run.recipe, source)
-        else:
-            recipe = recipe.override(img_size=saved.img_size, crop_pct=saved.crop_pct)
-            parser.set_defaults(**exported_file.own_defaults(saved))
-            args = parser.parse_args()
-    recipe = recipe.override(**{k: v for k, v in vars(args).items() if k in recipe.as_dict()})
-    refuse_flags(args, given, recipe)
-    pretrained = None
-    if saved is None:
-        pretrained = Checkpoint.read(Path(args.pretrained)) if args.pretrained else None
-        with torch.device("meta"):  # costs nothing, and finds what does not fit
-            classifier.first_network(args, recipe, pretrained)
-    refuse_no_work(args, recipe)
-    on_demo = demo_sets.is_demo(args.data)
-    if args.workers is None:  # a demo's images are so small that processes would cost more
-        args.workers = 0 if on_demo else default_workers()
-    args.channels_last |= args.fast  # how --fast rebuilds
-    notes = notes_on(recipe, paper, on_demo or args.recipe not in (None, PAPER))
-    return ClassificationSettings.of(args, typed), recipe, Start(saved, pretrained, folder, notes)
+def train(config: Config, start: Start, context: Context, stop: StopRequest) -> int:
+    """Trains from the start, or on from a checkpoint, to the last epoch or until asked to stop."""
+    recipe, seed = config.recipe, start.seed(config.run.seed, context)
+    context.say(*backends.configure(config.run.seed is not None, context.device))
+    # Data first: what a user can have wrong is said before anything heavy.
+    data = open_training_data(config, start.saved, context)
+    torch.manual_seed(seed)
+    network, lines = classifier.build_network(config, start, data.classes, context)
+    context.say(*data.lines(), *lines, *start.notes)
+    state = classifier.begin_state(network, config, start.saved, context)
+    if reason := classification.why_ended(state, recipe):
+        context.say(reason, *evaluation.how_to_report(config, start))
+        return 0
 
+    loader, skip = classifier.loader_of(config, context), config.data.skip_bad_images
+    order = data.order(recipe, seed, context)
+    train_pass = training_batches(data.train, order, recipe, seed, loader, skip)
+    val_pass = validation_batches(data.val, recipe, loader, context.rank, context.world_size)
+    if config.data.check_val:
+        check_validation(data.val, recipe, config.data.decoder, context)
+    rule = StepRule.of(config, order.steps, seed, data, network.num_classes, context)
+    record = classifier.record_of(network, config, seed, data, start)
+    name = runs.run_name(recipe.arch, config.run.action)
+    run = RunFiles.open(name, config.run, start, record, state, context)
+    wrapped = distributed.wrap(network, context, recipe.sync_bn)
+    evaluated = distributed.data_parallel(state.evaluated, context)
+    votes, pace, every = Votes(context.votes), Pace(), config.run.print_freq
 
-def evaluate(
-    settings: ClassificationSettings, recipe: Recipe, saved: Checkpoint, context: Context
-) -> int:
-    """Evaluates a checkpoint on the validation images, each once."""
-    backends.configure(False, context.device)
-    network, lines = classifier.saved_network(saved, settings, context)
-    root = demo_sets.find_root(settings.data, context, settings.data_files, settings.download)
-    data = classifier.open_evaluation(root, saved, network, settings)
-    context.say(*data.lines(), *lines)
-    reading = classifier.place(network, settings, context)
-    if settings.fast:
-        dtype = backends.DTYPES[settings.amp]
-        network = models.optimise_for_inference(network, dtype, compile=settings.compile)
-        context.say(f"  rebuilt for inference: BatchNorm folded, weights in {dtype}")
-    evaluation.judge_and_write(network, data, recipe, settings, reading, saved, context)
+    while state.epoch < recipe.epochs:
+        lr = rule.lr_at(state.epoch * order.steps)  # of the epoch's first step
+        progress = epoch_progress(state, recipe, order.steps, every, pace, context)
+        order.seek(state.epoch, state.step)
+        if not train_one_epoch(state, wrapped, train_pass(), rule, progress, run, votes, stop):
+            distributed.gather(0)  # torchrun ends the others as soon as one has ended
+            return run.stopped(state.epoch, state.step, stop.exit_code)
+        speed, ended = progress.close(), time.perf_counter()
+        state.share_buffers()
+        run.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
+
+        title = f"epoch {state.epoch + 1}/{recipe.epochs} val"
+        progress = evaluation_progress(len(data.val), recipe.batch_size, every, context, title)
+        asked, batches = partial(stop.on_main, context.is_main), watched(val_pass(), progress)
+        figures = evaluate(evaluated, batches, context.device, rule.autocast, asked)
+        if figures is None:
+            return run.stopped(state.epoch, state.step, stop.exit_code)
+        row = state.row(lr, classification.validation_columns(figures))
+        improved = classification.is_better(row, state.best)
+        state.finish_epoch(row, improved)
+        run.finish_epoch(state.snapshot(), classification.panels(), speed, improved)
+        pace.note_between(time.perf_counter() - ended)
+        context.say(classification.epoch_line(row, recipe.epochs, speed, improved))
+        if state.epoch < recipe.epochs and (reason := classification.why_ended(state, recipe)):
+            context.say(reason)
+            break
+
+    run.close()
+    say_farewell(state, run, data, config, context)
+    if config.run.report:
+        return evaluation.report_run(state, run, data.val, val_pass, config, context, stop)
     return 0
 
 
-def train(
-    settings: ClassificationSettings,
-    recipe: Recipe,
-    start: Start,
-    context: Context,
-    stop: StopRequest,
-) -> int:
-    """Trains from the start, or on from a checkpoint, to the last epoch or until asked to stop."""
-    seed = start.seed(settings.seed, context)
-    context.say(*backends.configure(settings.seed is not None, context.device))
-    # Data first: what a user can have wrong is said before anything heavy.
-    root = demo_sets.find_root(settings.data, context, settings.data_files, settings.download)
-    data = open_training_data(root, recipe, start.saved, settings.typed, context)
-    torch.manual_seed(seed)
-    network, notes = classifier.build_network(settings, recipe, start, data.train.classes)
-    context.say(
-        *report.data_lines(data.train, data.val, data.class_weights),
-        *notes,
-        *classifier.how_it_trains(network, settings, recipe, context),
-        *start.notes,
-    )
-    reading = classifier.place(network, settings, context)
-    state = classifier.begin_state(network, settings, recipe, start.saved, context)
-    if ended := why_ended(state, recipe):
-        context.say(ended, *evaluation.how_to_report(settings, start))
-        return 0
-    autocast = partial(backends.autocast, context.device, settings.amp)
-    batches = TaskBatches.of(data, recipe, seed, reading, context, settings.skip_bad_images)
-    if settings.check_val:
-        batches.check.now()
-    record = classifier.make_record(network, settings, recipe, seed, data, start)
-    name = runs.run_name(recipe.arch, settings.action)
-    files = open_files(settings, start, name, record, CLASSIFICATION, state, context)
-    task = make_task(state, batches, recipe, autocast, settings.print_freq, context)
-    if code := run_epochs(state, task, files, context, stop):
-        return code
-    files.close()
+def say_farewell(
+    state: TrainingState, run: RunFiles, data: TrainingData, config: Config, context: Context
+) -> None:
+    """Says what came of a run, and the commands that a user wants next. Call on every rank."""
     context.say(*replaced_lines(data.train, state.all_broken()))
-    context.say(*files.farewell(state.best, settings.data, state.epoch < recipe.epochs))
-    if settings.report:
-        parts = (state, files, data.val, batches, recipe, settings, autocast, context, stop)
-        return evaluation.report_run(*parts)
+    result = classification.best_words(state.best)
+    early = state.epoch < config.recipe.epochs
+    context.say(*run.farewell(result, bool(state.best), str(config.data.data), early))
+
+
+def evaluate_checkpoint(config: Config, saved: Checkpoint, context: Context) -> int:
+    """Evaluates a checkpoint, or a file of export.py, on the validation images, each once."""
+    flags = config.network
+    backends.configure(False, context.device)
+    if isinstance(saved, ExportedFile):
+        network, lines = saved.network, [saved.network.describe(), *saved.how_it_runs(context)]
+    else:
+        with as_user_error(f"{saved.file}: "):
+            network = weights.network_from_checkpoint(saved.contents)
+        lines = [
+            classifier.network_line(network),
+            *classifier.how_it_runs(network, flags, context),
+        ]
+    data = open_evaluation_data(config, saved, network.num_classes, context)
+    context.say(*data.lines(), *lines)
+    classifier.to_device(network, flags, context)
+    if flags.fast:
+        dtype = backends.DTYPES[flags.amp]
+        network = models.optimise_for_inference(network, dtype, compile=flags.compile)
+        context.say(f"  rebuilt for inference: BatchNorm folded, weights in {dtype}")
+    evaluation.evaluate_and_write(network, data, config, saved, context)
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, SMALLER)

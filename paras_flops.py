@@ -18,25 +18,30 @@ from collections.abc import Callable
 import torch
 
 from models import MODELS, attention, create_model
-from utils.cost import published
-from utils.cost.classifier_cost import count_cost, count_parameters
-from utils.cost.classifier_tables import (
+from utils.command_line.parser import Parser
+from utils.config.flags import number
+from utils.inspection import published
+from utils.inspection.cost import (
+    count_cost,
+    count_parameters,
+    detection_macs,
+    published_detection_flops,
+    trainable_parameters,
+)
+from utils.inspection.cost_tables import (
+    DetectorReport,
     Report,
     classification_table,
-    layer_table,
-    network_table,
-    report_fields,
-)
-from utils.cost.detector_cost import detection_macs, published_detection_flops, trainable_parameters
-from utils.cost.detector_tables import (
-    DetectorReport,
     detection_table,
     detector_fields,
     detector_table,
+    layer_table,
+    network_table,
+    report_fields,
+    size_text,
 )
-from utils.cost.table_parts import size_text
-from utils.options.parser import Parser, number, run_script
 from utils.system.errors import UserError, as_flags
+from utils.system.faults import run_script
 from utils.system.text import did_you_mean
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")

@@ -24,42 +24,49 @@ from torch import nn
 from models.inference import optimise_for_inference
 from models.inspection import COARSEST, feature_maps, grad_cam
 from models.weights import network_from_checkpoint
-from utils.classification.report import network_line
+from utils.command_line.prediction_and_export import (
+    prediction_parser,
+    refuse_for_exported,
+    settle_prediction,
+)
 from utils.data.decoding import read_image
-from utils.data.user_images import UserBatch, find_images, read_batches
-from utils.inspection.class_predictions import Guess, Prediction, PredictionLog, path_width
-from utils.inspection.exported_detector import ExportedDetector
-from utils.inspection.exported_detector import load as load_exported
-from utils.inspection.exported_network import is_exported
-from utils.inspection.object_predictions import (
+from utils.inspection.exported_network import ExportedDetector, is_exported
+from utils.inspection.exported_network import load as load_exported
+from utils.inspection.predictions import (
     CocoDocument,
+    Guess,
+    Prediction,
+    PredictionLog,
+    UserBatch,
     class_table,
+    find_images,
     find_objects,
+    path_width,
     picture,
+    read_batches,
     sentence,
 )
-from utils.options.parser import run_script
-from utils.options.prediction import build_parser, refuse_for_exported, settle
 from utils.runs import folder as run_folder
-from utils.runs.checkpoint import load
-from utils.runs.checkpoint_info import class_names, is_detector, preprocessing
-from utils.system import backends, distributed, output_checks
+from utils.runs.checkpoint import class_names, is_detector, load, preprocessing
+from utils.system import backends, distributed
 from utils.system.backends import DTYPES
 from utils.system.errors import EXIT_FAILED, UserError, as_user_error
-from utils.system.fault_messages import Memory, in_one_line
-from utils.system.files import write_atomically
+from utils.system.faults import run_script
+from utils.system.files import check_free, write_atomically
 from utils.system.processes import default_workers
-from utils.system.text import printable
+from utils.system.text import counted, printable
+from utils.training.classifier import network_line
 
 FINE_ENOUGH = 4  # positions a side: with fewer, a map hardly tells where
 MOST_IN_GRID = 400
 MOST_LARGE = 100  # of those with captions in them
 LONGEST_STEM = 200  # bytes; file systems take names of 255, with what marks a file half written
+SMALLER = "a smaller -b or --img-size"  # what spares memory
 
 
 def main() -> int:
-    args = build_parser(__doc__).parse_args()
-    output_checks.check_free(args.output)
+    args = prediction_parser(__doc__).parse_args()
+    check_free(args.output)
     paths = find_images(args.images)
     exported = is_exported(args.checkpoint)
     if exported:
@@ -69,7 +76,7 @@ def main() -> int:
     else:
         network, saved = None, load(args.checkpoint)
     finds_objects = isinstance(network, ExportedDetector) or is_detector(saved)
-    args = Namespace(**settle(vars(args), finds_objects))
+    args = Namespace(**settle_prediction(vars(args), finds_objects))
     if finds_objects:
         return predict_objects(args, saved, paths, network)
     if not exported:
@@ -98,16 +105,14 @@ def main() -> int:
     )
     files = [printable(path) for path in paths]
     log = PredictionLog(args.format, files, min(args.topk, len(names)))
-    needs = Memory(f"-b {args.batch_size}", "a smaller -b or --img-size", " or a smaller -b")
-    with in_one_line(needs):
-        for i, prediction, heat in classify(network, batches, files, names, log.topk, stage):
-            if prediction.error is not None:
-                say(f"! {prediction.file}: {prediction.error}; passed over")
-            if heat is not None:
-                drawn = folder / "maps" / png_name(i, prediction.file)
-                write_map(drawn, paths[i], prediction, heat, img_size, crop_pct, stage)
-                prediction = replace(prediction, map=str(drawn))
-            log.add(prediction)
+    for i, prediction, heat in classify(network, batches, files, names, log.topk, stage):
+        if prediction.error is not None:
+            say(f"! {prediction.file}: {prediction.error}; passed over")
+        if heat is not None:
+            drawn = folder / "maps" / png_name(i, prediction.file)
+            write_map(drawn, paths[i], prediction, heat, img_size, crop_pct, stage)
+            prediction = replace(prediction, map=str(drawn))
+        log.add(prediction)
     log.close()
 
     broken = sum(prediction.error is not None for prediction in log.predictions)
@@ -135,7 +140,7 @@ def predict_objects(
     device = distributed.setup(args.device).device
     backends.configure(False, device, one_shape=False)
     how = f", from {exported.path.name}, run by onnxruntime" if exported is not None else ""
-    say(f"{network.arch} on {network.backbone_arch}, {len(names)} classes{how}")
+    say(f"{network.arch} on {network.backbone_arch}, {counted(len(names), 'class')}{how}")
     folder = run_folder.create("predict", args.output)
     document, cells, broken = CocoDocument(names, ids), [], 0
     width = path_width([printable(path) for path in paths])
@@ -178,7 +183,7 @@ def finish(folder: Path | None, broken: int, images: int) -> int:
     if folder is not None:
         say(f"written to {folder}")
     if broken:
-        say(f"{broken} of {images} images could not be read")
+        say(f"{broken} of {counted(images, 'image')} could not be read")
     return EXIT_FAILED if broken else 0
 
 
@@ -291,4 +296,4 @@ def write_grid(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, SMALLER)

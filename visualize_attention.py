@@ -17,23 +17,23 @@ from torch import nn
 from models.eca_module import ECALayer
 from models.inspection import attention_layers, recorded_gates
 from models.weights import network_from_checkpoint
-from utils.classification.report import network_line
-from utils.data import demo_sets, image_folder, splits
+from utils.command_line.parser import Parser
+from utils.config.flags import count, crop, positive_int
+from utils.data import demo_sets, image_folder, shards
 from utils.data.decoding import DECODERS, decoder_name
 from utils.data.image_folder import ImageFolder
-from utils.data.user_images import read_batches
-from utils.inspection import channel_weight_plots
+from utils.inspection import channel_weights
 from utils.inspection.channel_weights import GateStatistics, LayerWeights, table, write_npz
-from utils.options.parser import Parser, count, number, positive_int, run_script
+from utils.inspection.predictions import read_batches
 from utils.runs import folder as run_folder
-from utils.runs.checkpoint import load
-from utils.runs.checkpoint_info import preprocessing, refuse_detector
-from utils.system import distributed, output_checks
+from utils.runs.checkpoint import load, preprocessing, refuse_detector
+from utils.system import distributed
 from utils.system.errors import EXIT_FAILED, UserError, as_user_error
-from utils.system.fault_messages import Memory, in_one_line
-from utils.system.files import write_atomically
+from utils.system.faults import run_script
+from utils.system.files import check_free, write_atomically
 from utils.system.processes import default_workers
-from utils.system.text import did_you_mean, printable
+from utils.system.text import counted, did_you_mean, printable
+from utils.training.classifier import network_line
 
 CURVES = 4  # as in the paper's figure
 
@@ -64,7 +64,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--crop-pct",
-        type=number(float, 0, 1, above=True),
+        type=crop,
         metavar="F",
         help="share of the resized image that is kept (default: the checkpoint's)",
     )
@@ -72,7 +72,7 @@ def build_parser() -> Parser:
         "--decoder",
         type=decoder_name,
         metavar="NAME",
-        default="torchvision",
+        default=DECODERS[0],
         help=f"{', '.join(DECODERS)}: as for main.py",
     )
     parser.add_argument(
@@ -91,7 +91,7 @@ def build_parser() -> Parser:
 
 def main() -> int:
     args = build_parser().parse_args()
-    output_checks.check_free(args.output)
+    check_free(args.output)
     saved = load(args.checkpoint)
     refuse_detector(saved, args.checkpoint)
     with as_user_error(f"{args.checkpoint}: "):
@@ -116,20 +116,19 @@ def main() -> int:
     batches = read_batches(
         paths, img_size, crop_pct, args.batch_size, device, workers, args.decoder
     )
-    needs = Memory(f"-b {args.batch_size}", "a smaller -b or --img-size", " or a smaller -b")
-    with in_one_line(needs):
-        layers, broken = gather(network, batches, images)
+    layers, broken = gather(network, batches, images)
 
     folder = run_folder.create("attention", args.output)
     names = [printable(name) for name in images.classes]
-    title = f"{network.arch}, {len(images) - len(broken):,} images of {len(names)} classes"
+    drawn_images = counted(len(images) - len(broken), "image", ",")
+    title = f"{network.arch}, {drawn_images} of {counted(len(names), 'class')}"
     drawn = layers if args.all_blocks else last_of_each_stage(layers)
     pictures = {
-        "channel_weights.png": channel_weight_plots.draw_weights(drawn, names, shown, title),
-        "spread.png": channel_weight_plots.draw_spread(layers, title),
+        "channel_weights.png": channel_weights.draw_weights(drawn, names, shown, title),
+        "spread.png": channel_weights.draw_spread(layers, title),
     }
     if layers[0].kernel is not None:
-        pictures["kernels.png"] = channel_weight_plots.draw_kernels(
+        pictures["kernels.png"] = channel_weights.draw_kernels(
             layers, f"{network.arch}, ECA kernels"
         )
     for name, picture in pictures.items():
@@ -145,7 +144,7 @@ def open_images(data: str, on_demo: bool) -> ImageFolder:
     if on_demo:
         data = str(demo_sets.prepare(data))
     inner = os.path.join(data, "val")
-    return splits.open_images(inner if os.path.isdir(inner) else data)
+    return shards.open_images(inner if os.path.isdir(inner) else data)
 
 
 def only(images: ImageFolder, per_class: int | None) -> ImageFolder:
@@ -207,4 +206,4 @@ def last_of_each_stage(layers: Sequence[LayerWeights]) -> list[LayerWeights]:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "a smaller -b or --img-size")

@@ -3,7 +3,7 @@
     python benchmarks/all.py --out DIR [--smoke]
 
 Each runs in a process of its own; one that fails is named at the end, and the others still run.
-Images are read on the CPU; where there is a GPU, once more with it, also as decoder.
+Images are read on the CPU; where there is a GPU, once more with it.
 """
 
 import argparse

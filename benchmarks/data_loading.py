@@ -11,7 +11,6 @@ baseline also runs in a process of its own with glibc's allocator as it is.
 import side_by_side as side  # first: it puts the repository on the path
 
 # isort: split
-import importlib.util
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +21,12 @@ import torch
 from PIL import Image
 from torchvision import transforms as v1
 
-from utils.data.decoding import DECODERS, ON_DEVICE, jpeg_decoder
-from utils.data.gpu_decoding import reading_of
+from utils.data.decoding import DECODERS
 from utils.data.image_folder import ImageFolder, scan
-from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, train_transform
+from utils.data.loader import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Reading
 from utils.data.sampler import SeededBatches, mix_seed
-from utils.options.parser import run_script
+from utils.data.transforms import train_transform
+from utils.system.faults import run_script
 
 BASE = "PIL + ToTensor + Normalize"
 AS_IT_IS = f"{BASE}, malloc as it is"
@@ -88,29 +87,25 @@ def textbook_batches(folder: ImageFolder, size: int, keys: list) -> Callable[[],
 
 def main() -> None:
     parser = side.make_parser(__doc__, batch=(32, 32), rounds=60)
-    # With cuda, batches are sent there and normalised, and one pipeline decodes and crops there.
+    # With cuda, batches are sent there and normalised.
     parser.set_defaults(device="cpu")
     args = side.settle(parser.parse_args())
     torch.set_num_threads(1)
-    decoders = [d for d in DECODERS if d != "simplejpeg" or importlib.util.find_spec(d)]
-    if args.device.type == "cuda" and jpeg_decoder() is not None:
-        decoders.append(ON_DEVICE)
 
     with tempfile.TemporaryDirectory() as place:
         write_images(Path(place), args.batch * 2)
         folder = scan(str(Path(place) / "train"))
         kilobytes = sum(f.stat().st_size for f in Path(place).rglob("*.jpg")) / len(folder) / 1e3
         keys = next(iter(SeededBatches(len(folder), args.batch, seed=0)))
-        textbook = (folder, args.img_size, keys)
-        variants = {BASE: textbook_batches(*textbook)}
-        for decoder in decoders:
+        variants = {BASE: textbook_batches(folder, args.img_size, keys)}
+        for decoder in DECODERS:
             transform = train_transform(args.img_size, 0.08, 0.5)
             dataset = ImageDataset(folder, transform, 0, decoder)
-            batches = reading_of(decoder)(args.device, 0).batches(dataset, [keys])
+            batches = Reading(args.device, 0).batches(dataset, [keys])
             variants[f"ours, {decoder}"] = lambda batches=batches: next(batches()).images
         outputs = {name: run().cpu() for name, run in variants.items()}
         if as_it_is.differs(args.device):
-            variants[AS_IT_IS] = as_it_is.AsItIs(textbook_batches, *textbook)
+            variants[AS_IT_IS] = as_it_is.AsItIs(textbook_batches, folder, args.img_size, keys)
         times = side.interleave(variants, args.rounds, args.device)
 
     common = side.settings(args) | {"kilobytes_per_image": kilobytes}

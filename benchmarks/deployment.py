@@ -30,10 +30,10 @@ from engine_files import PLAIN, Variant, base_name, prepare
 
 import models
 from models.weights import Network, network_from_checkpoint
-from utils.options.parser import run_script
-from utils.runs import checkpoint_info
+from utils.runs import checkpoint as checkpoints
 from utils.runs.checkpoint import load
 from utils.system.errors import EXIT_FAILED, UserError, as_user_error
+from utils.system.faults import run_script
 from utils.system.text import columns
 
 PAUSE = 0.02  # seconds
@@ -44,10 +44,10 @@ def networks(args: Namespace) -> Iterator[tuple[Network, int, float]]:
     """Each network with its image size and crop."""
     if args.checkpoint:
         saved = load(args.checkpoint)
-        checkpoint_info.refuse_detector(saved, args.checkpoint)
+        checkpoints.refuse_detector(saved, args.checkpoint)
         with as_user_error(f"{args.checkpoint}: "):
             network = network_from_checkpoint(saved)
-        size, crop = checkpoint_info.preprocessing(saved)
+        size, crop = checkpoints.preprocessing(saved)
         yield network.eval(), args.img_size if args.smoke else size, crop
         return
     for name in ("resnet50", "mobilenetv2"):

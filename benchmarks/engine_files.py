@@ -15,8 +15,8 @@ import torch
 import models
 from models.inference import optimise_for_inference
 from models.weights import Network, describe_network
-from utils.data.user_images import find_images, read_batches
-from utils.inspection import export_formats, quantisation
+from utils.inspection import export, int8
+from utils.inspection.predictions import find_images, read_batches
 from utils.system.errors import EXIT_FAILED, UserError
 
 NEEDS = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime")}
@@ -66,14 +66,14 @@ def exported(network: Network, size: int) -> bytes:
     network = copy.deepcopy(network).requires_grad_(False)
     form = optimise_for_inference(network, torch.float32).network
     side_length = max(size, 64)
-    graph = export_formats.to_exported(form, (side_length, side_length + 32))
-    return export_formats.to_onnx(graph, {"arch": network.arch, "precision": "float32"})
+    graph = export.to_exported(form, (side_length, side_length + 32))
+    return export.to_onnx(graph, {"arch": network.arch, "precision": "float32"})
 
 
 def write(folder: Path, name: str, onnx_file: bytes, openvino: bool) -> None:
     (folder / f"{name}.onnx").write_bytes(onnx_file)
     if openvino:
-        xml, weights = export_formats.to_openvino(onnx_file, {})
+        xml, weights = export.to_openvino(onnx_file, {})
         (folder / f"{name}.xml").write_bytes(xml)
         (folder / f"{name}.bin").write_bytes(weights)
 
@@ -95,8 +95,8 @@ def prepare(
         return made
     float_file = exported(network, size)
     write(folder, "float32", float_file, "openvino" in there)
-    int8 = quantisation.quantise(float_file, calibration_images(args, size, crop))
-    write(folder, "int8", int8, "openvino" in there)
+    int8_file = int8.quantise(float_file, calibration_images(args, size, crop))
+    write(folder, "int8", int8_file, "openvino" in there)
     for engine, shown, ending in (
         ("onnxruntime", "onnxruntime", "onnx"),
         ("openvino", "OpenVINO", "xml"),

@@ -22,7 +22,7 @@ from torch import nn
 
 import models
 from models.inference import optimise_for_inference
-from utils.options.parser import run_script
+from utils.system.faults import run_script
 
 BASE = "textbook ECA, eager float32 NCHW"
 AS_IT_IS = f"{BASE}, malloc as it is"

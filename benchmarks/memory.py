@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import models
-from utils.options.parser import run_script
+from utils.system.faults import run_script
 
 PLAIN = {"ResNet-50": "torchvision's ResNet-50", "MobileNetV2": "torchvision's MobileNetV2"}
 

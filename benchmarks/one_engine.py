@@ -48,9 +48,9 @@ def by_openvino(file: str, threads: int) -> Run:
 
 
 def _core(openvino):
-    """In the process of all engines the one that export_formats holds, see there."""
-    if "utils.inspection.export_formats" in sys.modules:
-        return sys.modules["utils.inspection.export_formats"].openvino_core()
+    """In the process of all engines the one that exported_network holds, see there."""
+    if "utils.inspection.exported_network" in sys.modules:
+        return sys.modules["utils.inspection.exported_network"].openvino_core()
     return openvino.Core()
 
 

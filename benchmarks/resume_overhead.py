@@ -24,18 +24,19 @@ import torch
 from torch.utils.data import BatchSampler, RandomSampler
 
 import models
-from utils.classification.metrics import ClassificationMeter, cross_entropy
-from utils.classification.outcome import CLASSIFICATION
+from utils.command_line.parser import Parser
+from utils.config.classification import lr_at
+from utils.config.flags import positive_int
 from utils.data.sampler import SeededBatches, mix_seed
-from utils.options.parser import Parser, positive_int, run_script
-from utils.recipes.schedules import lr_at
 from utils.runs import checkpoint
 from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.writer import RunFiles, Saving
+from utils.system.distributed import Votes
 from utils.system.errors import UserError
-from utils.system.stop_requests import StopRequest, Votes
-from utils.training.finite_guard import NonFiniteGuard
-from utils.training.state import RunState
+from utils.system.faults import run_script
+from utils.system.signals import StopRequest
+from utils.training.classification import ClassificationMeter, cross_entropy
+from utils.training.state import NonFiniteGuard, TrainingState
 
 IMAGES = 1_281_167
 CPU = torch.device("cpu")
@@ -52,8 +53,9 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny and short: does it run?")
     args = parser.parse_args()
     if args.smoke:
-        args.arch, args.batch, args.img_size, args.rounds = "mobilenetv2", 2, 32, 1
+        args.arch, args.batch, args.img_size, args.rounds = "mobilenetv2", 2, 64, 1
     images = 1000 if args.smoke else IMAGES
+    torch.manual_seed(0)
     state = new_state(args.arch)
     step = median(training_step(state, args.batch, args.img_size), args.rounds, 1)
     parts = {
@@ -102,9 +104,9 @@ def median(function: Callable[[], object], rounds: int, repeat: int) -> float:
     return statistics.median(times)
 
 
-def new_state(arch: str) -> RunState:
+def new_state(arch: str) -> TrainingState:
     network = models.create_model(arch).train()
-    return RunState(
+    return TrainingState(
         network,
         torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9, weight_decay=1e-4, fused=True),
         torch.amp.GradScaler("cpu", enabled=False),
@@ -113,7 +115,7 @@ def new_state(arch: str) -> RunState:
     )
 
 
-def training_step(state: RunState, batch: int, img_size: int) -> Callable[[], None]:
+def training_step(state: TrainingState, batch: int, img_size: int) -> Callable[[], None]:
     """A step without any of the parts that are measured."""
     images, targets = torch.randn(batch, 3, img_size, img_size), torch.randint(1000, (batch,))
 
@@ -157,14 +159,14 @@ def guard(rounds: int) -> float:
 def questions(rounds: int) -> float:
     """What the loop asks after each step; saving is not due."""
     files, votes, stop = (
-        RunFiles(None, {}, CLASSIFICATION, saving=Saving(10**9, 10**9)),
+        RunFiles(None, {}, saving=Saving(10**9, 10**9)),
         Votes(None),
         StopRequest(),
     )
     return median(lambda: votes.cast(bool(stop), files.due(12345)), rounds, 100)
 
 
-def checkpoints(state: RunState, folder: Path, rounds: int) -> tuple[float, int]:
+def checkpoints(state: TrainingState, folder: Path, rounds: int) -> tuple[float, int]:
     """Seconds to snapshot and write one, the former one kept, and its size in bytes."""
     files = CheckpointFolder(folder)
     seconds = median(lambda: files.save_last(state.snapshot()), rounds, 1)

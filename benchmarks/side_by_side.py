@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))  # the scripts' own packages
 import torch  # noqa: E402
 import torchvision  # noqa: E402
 
-from utils.options.parser import Parser, positive_int  # noqa: E402
+from utils.command_line.parser import Parser  # noqa: E402
+from utils.config.flags import positive_int  # noqa: E402
 from utils.system import distributed  # noqa: E402
 from utils.system.backends import configure  # noqa: E402
 from utils.system.errors import EXIT_FAILED, UserError  # noqa: E402

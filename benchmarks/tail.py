@@ -8,17 +8,13 @@ On the four shapes that ResNet-50's blocks end in, and summed over its 16 blocks
 import side_by_side as side  # first: it puts the repository on the path
 
 # isort: split
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-
 import textbook
 import torch
 from torch import Tensor, nn
 
 from models.eca_module import ECALayer
-from models.fused import passes
 from models.fused.block_tail import block_tail
-from utils.options.parser import run_script
+from utils.system.faults import run_script
 
 SHAPES = (
     (256, 4, 3, 3),
@@ -56,18 +52,7 @@ class Tail(nn.Module):
         return self.relu(y)
 
 
-OPERATIONS = "ours, ECA, without a C++ compiler"
-WAYS = (PLAIN, "textbook ECA, eager", "textbook SE, eager", "ours, ECA", OPERATIONS, "ours, plain")
-
-
-@contextmanager
-def operations_alone() -> Iterator[None]:
-    """PyTorch's operations in the place of the compiled passes."""
-    serves, passes.serves = passes.serves, lambda z: False
-    try:
-        yield
-    finally:
-        passes.serves = serves
+WAYS = (PLAIN, "textbook ECA, eager", "textbook SE, eager", "ours, ECA", "ours, plain")
 
 
 class Call:
@@ -83,10 +68,9 @@ class Call:
 
     def __call__(self) -> None:
         half = self.z.dtype != torch.float32
-        with operations_alone() if self.tail.way == OPERATIONS else nullcontext():
-            with torch.autocast(self.z.device.type, self.z.dtype, half):
-                out = self.tail(self.z, self.residual)
-            torch.autograd.grad(out, self.wanted, self.grad)
+        with torch.autocast(self.z.device.type, self.z.dtype, half):
+            out = self.tail(self.z, self.residual)
+        torch.autograd.grad(out, self.wanted, self.grad)
 
 
 def main() -> None:
@@ -95,8 +79,7 @@ def main() -> None:
     common, rows = side.settings(args), []
     for dtype in side.dtypes_for(args.device):
         for layout, memory_format in LAYOUTS.items():
-            ways = [w for w in WAYS if args.device.type == "cpu" or w != OPERATIONS]
-            total = {way: [0.0] * args.rounds for way in ways}
+            total = {way: [0.0] * args.rounds for way in WAYS}
             for channels, fraction, blocks, k in SHAPES:
                 size = max(1, args.img_size // fraction)
                 shape = (args.batch, channels, size, size)
@@ -108,19 +91,19 @@ def main() -> None:
                         memory_format,
                         args.device,
                     )
-                    for way in ways
+                    for way in WAYS
                 }
                 repeat = 10 if args.device.type == "cuda" else 1
                 times = side.interleave(calls, args.rounds, args.device, repeat)
-                pairs = [(way, PLAIN) for way in ways[1:]]
+                pairs = [(way, PLAIN) for way in WAYS[1:]]
                 place = common | {"layout": layout, "shape": list(shape)}
-                rows += side.compare("tail", times, pairs, dict.fromkeys(ways, dtype), place)
-                for way in ways:
+                rows += side.compare("tail", times, pairs, dict.fromkeys(WAYS, dtype), place)
+                for way in WAYS:
                     total[way] = [
                         t + blocks * s for t, s in zip(total[way], times[way], strict=True)
                     ]
             place = common | {"layout": layout, "shape": "ResNet-50's 16 blocks"}
-            rows += side.compare("tail", total, pairs, dict.fromkeys(ways, dtype), place)
+            rows += side.compare("tail", total, pairs, dict.fromkeys(WAYS, dtype), place)
     shown = [
         {**row, "variant": f"{row['variant']}, {row['dtype']} {row['layout']}, {row['shape']}"}
         for row in rows

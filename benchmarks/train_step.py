@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from utils.options.parser import run_script
+from utils.system.faults import run_script
 
 BASE, PLAIN = "textbook ECA, float32 NCHW", "torchvision's plain"
 AS_IT_IS = f"{BASE}, malloc as it is"

@@ -2,19 +2,72 @@
 
 `ResNet` and `MobileNetV2` inherit it: another last layer or none, the features before it, feature
 maps of every resolution, and training that keeps fewer activations (`set_grad_checkpointing`).
+Besides, what the families share in building a network, and stochastic depth (Huang et al. 2016): in
+training, images skip blocks at random.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Self
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .construction import check_num_classes
+from .attention import takes_ksize
+from .eca_module import parse_ksize
+
+Ksize = str | Sequence[int] | None
+
+
+def check_num_classes(num_classes: int) -> int:
+    """Returns `num_classes`; a ValueError if it is no integer of 0 (no last layer) or more."""
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+        raise ValueError(
+            f"num_classes must be 1 or more, such as 1000, or 0 for no last layer,"
+            f" not {num_classes!r}"
+        )
+    return num_classes
+
+
+def check_ksize(
+    arch: str, attention: str, ksize: Ksize, stages: int | tuple[int, ...]
+) -> tuple[int, ...] | Literal["adaptive"] | None:
+    """Returns what `parse_ksize` reads, or None for an attention without kernel sizes.
+
+    Raises:
+        ValueError: one line; a kernel size that will not do, or one where the attention has none.
+    """
+    if takes_ksize(attention):
+        return parse_ksize(ksize, stages)
+    if ksize is not None:
+        raise ValueError(
+            f"{arch} (attention {attention!r}) has no ECA layer: leave `ksize={ksize}` out"
+        )
+    return None
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+
+
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+
+def initialise_convolutions(network: nn.Module) -> None:
+    """Initialises the 2-d convolutions in place: Kaiming normal, by fan-out.
+
+    All else keeps torch's initialisation, as in the authors' code: ECA's 1-d convolution, and
+    BatchNorm, which starts with weight 1 and bias 0.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
 
 Indices = int | Sequence[int] | None
+Own = TypeVar("Own", bound="Classifier")  # typing.Self is Python 3.11's
 
 
 class FeatureInfo(list):
@@ -89,7 +142,7 @@ class Classifier(nn.Module):
         self.grad_checkpointing = False
         self.feature_info = FeatureInfo(dict(zip(names, each, strict=True)) for each in maps)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self: Own, mode: bool = True) -> Own:
         """Switches as nn.Module does, but for what is frozen: it stays in evaluation mode."""
         super().train(mode)
         for name in self.frozen:
@@ -135,6 +188,18 @@ class Classifier(nn.Module):
 
     def _initialise_last_layer(self) -> None:
         """Gives the last layer the values that training begins with, where they are not torch's."""
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of the parameters' names by which timm counts the layers from the input.
+
+        Args:
+            coarse: count stages in the place of blocks.
+
+        Returns:
+            Stem and blocks; the last layer is what they leave over. The count is that of
+            `layer_scales`.
+        """
+        raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keeps only the blocks' inputs for backward, which computes the rest again.
@@ -250,3 +315,29 @@ def unchanged_statistics(block: nn.Module) -> Iterator[None]:
     finally:
         for norm, buffers in zip(norms, kept, strict=True):
             norm._buffers.update(buffers)
+
+
+def drop_branch(x: Tensor, rate: float) -> Tensor:
+    """Sets the whole of x to 0 for some images, and divides the others by the share that is kept.
+
+    Args:
+        x: (N, C, H, W), a block's branch before it is added to the shortcut.
+        rate: probability of each image to lose it, below 1.
+    """
+    kept = x.new_empty((len(x), 1, 1, 1)).bernoulli_(1 - rate)
+    return x * kept.div_(1 - rate)
+
+
+def set_drop_path(network: nn.Module, rate: float) -> None:
+    """Gives the blocks their rates: from 0 at the first, in equal parts, to `rate` at the last.
+
+    Blocks without a shortcut count, and lose nothing. Evaluation is not changed.
+
+    Raises:
+        ValueError: `rate` is not from 0 to below 1.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"a rate of stochastic depth is from 0 to below 1, such as 0.05: {rate}")
+    blocks = [m for m in network.modules() if hasattr(type(m), "drop_path")]
+    for number, block in enumerate(blocks):
+        cast(Any, block).drop_path = rate * number / max(1, len(blocks) - 1)

@@ -6,18 +6,24 @@ names. At other widths channels are int(c · width_mult), as in the authors' cod
 
 import math
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .attention import find_attention, takes_ksize
-from .classifier import Classifier, Stage, recomputed
-from .construction import Ksize, check_ksize, initialise_convolutions
+from .classifier import (
+    Classifier,
+    Ksize,
+    Stage,
+    check_ksize,
+    drop_branch,
+    initialise_convolutions,
+    recomputed,
+)
 from .eca_module import ADAPTIVE, adaptive_kernel_size
 from .fused.block_tail import block_tail
-from .fused.stock_modules import is_bare
-from .stochastic_depth import drop_branch
+from .fused.proof import is_bare
 
 STEM, LAST = 32, 1280  # channels before the first stage and after the last
 STAGES = (  # expansion ratio, output channels at width 1, blocks, stride of the first block
@@ -212,6 +218,16 @@ class MobileNetV2(Classifier):
         if self.global_pool:
             x = x.mean((2, 3))  # not a pooling module: the published FLOPs count it as nothing
         return self.classifier[0](x) if pre_logits else self.classifier(x)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        with_the_one_before = (99999,)  # timm's number for it: the last convolution is no block
+        blocks = [(rf"^features\.{len(STAGE_OF_BLOCK) + 1}\.", with_the_one_before)]
+        if not coarse:
+            return {"stem": r"^features\.0\.", "blocks": [*blocks, (r"^features\.(\d+)\.", None)]}
+        for stage in range(len(STAGES)):
+            names = "|".join(str(i + 1) for i, s in enumerate(STAGE_OF_BLOCK) if s == stage)
+            blocks.append((rf"^features\.(?:{names})\.", (stage,)))
+        return {"stem": r"^features\.0\.", "blocks": blocks}
 
     def _feature_maps(self, x: Tensor) -> Iterator[Tensor]:
         wanted = {int(info["module"].rpartition(".")[2]) for info in self.feature_info}

@@ -4,17 +4,24 @@ With attention off the networks compute what torchvision's compute, under the sa
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .attention import find_attention, takes_ksize
-from .classifier import Classifier, Stage
-from .construction import Ksize, check_ksize, conv1x1, conv3x3, initialise_convolutions
+from .classifier import (
+    Classifier,
+    Ksize,
+    Stage,
+    check_ksize,
+    conv1x1,
+    conv3x3,
+    drop_branch,
+    initialise_convolutions,
+)
 from .eca_module import ADAPTIVE, adaptive_kernel_size
 from .fused.block_tail import block_tail, norm_act
-from .stochastic_depth import drop_branch
 
 WIDTHS = (64, 128, 256, 512)  # of the four stages, before a block's expansion
 
@@ -191,6 +198,10 @@ class ResNet(Classifier):
         if self.global_pool:
             x = self.avgpool(x).flatten(1)
         return x if pre_logits else self.fc(x)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
+        return {"stem": r"^(?:conv1|bn1)\.", "blocks": blocks}
 
     def _feature_maps(self, x: Tensor) -> Iterator[Tensor]:
         x = norm_act(self.conv1(x), self.bn1, self.relu, self.fused)

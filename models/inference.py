@@ -1,13 +1,21 @@
 """Rebuilds a network for inference: it computes the same with fewer passes over its activations.
 
 BatchNorm is folded into the convolutions, ReLU is computed with them, activations have the
-channels_last layout, and on a CPU the weights are packed once (see `packed_convolution`).
+channels_last layout, and on a CPU the weights are packed once.
 
 Where a block's last convolution is 1×1 and has more outputs than inputs, ECA's gate is computed
 from its input h. Pooling is linear, so GAP(W h + b) = W GAP(h) + b, and a bottleneck's h is four
 times smaller than W h. ECA's convolution along the channels is linear as well: a matrix K with k
 diagonals. So the gate is sigmoid(K W GAP(h) + K b), one small product with K W known beforehand.
 The scaling by the gate, the addition and ReLU are then one pass over the convolution's output.
+
+oneDNN computes PyTorch's convolutions on a CPU, and needs the weights in a layout of its own.
+`nn.Conv2d` converts them at every call, which at batch 1 takes a third of a ResNet's time.
+`PackedConv2d` converts them once for each shape of the input. The best layout depends on that
+shape: the layout for another shape can be fifty times slower. It computes an ordinary convolution
+and then the activation where oneDNN's operators are missing or compute something else, and for
+calls that they do not support: on another device, with gradients, under torch.compile or
+torch.export.
 """
 
 import copy
@@ -18,12 +26,273 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .eca_mobilenetv2 import ConvBNReLU, InvertedResidual, MobileNetV2
+from .eca_module import ECALayer
 from .eca_resnet import BasicBlock, Bottleneck, ResNet
-from .fused.stock_modules import has_hooks, is_bare, remember
-from .inference_block import InferenceBlock, folded
-from .packed_convolution import PackedConv2d
+from .fused.cpu_passes import finish_in_place, pixel_means
+from .fused.formulas import along_channels
+from .fused.proof import has_hooks, is_bare, is_eca, remember
+
+ACTIVATIONS: dict[str | None, tuple[str, list[float]]] = {
+    # name: oneDNN's name and its numbers
+    None: ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+}
+_Pair = tuple[int, int]  # what torch's convolutions keep, though it says tuple[int, ...]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative to the largest output
+
+
+class PackedConv2d(nn.Conv2d):
+    """Computes activation(conv2d(x)); the parameters are those of nn.Conv2d, and may be changed.
+
+    state_dict, copies and pickles do not hold the packed weights. The next call packs again, and so
+    does a call after the weights, the input's shape or the number of threads have changed.
+
+    Attributes:
+        activation: None, "relu" or "relu6".
+    """
+
+    activation: str | None = None
+    _agrees: bool | None = None  # whether oneDNN's operators compute the same; None: not yet tried
+    _packed: tuple[tuple, Tensor] | None = None  # what the packed weights are for, and they
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, activation: str | None = None) -> "PackedConv2d":
+        """Builds a layer that has the parameters of `conv`: the same tensors.
+
+        Raises:
+            ValueError: the activation is not a key of `ACTIVATIONS`.
+        """
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is not one of {list(ACTIVATIONS)}")
+        with torch.device("meta"):
+            new = cls(
+                conv.in_channels,
+                conv.out_channels,
+                cast(_Pair, conv.kernel_size),
+                cast(_Pair, conv.stride),
+                cast(_Pair | str, conv.padding),
+                cast(_Pair, conv.dilation),
+                conv.groups,
+                conv.bias is not None,
+                conv.padding_mode,
+            )
+        new.weight, new.bias, new.activation = conv.weight, conv.bias, activation
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self._packed_for(x)
+        if packed is None:
+            return self._plain(x)
+        return self._by_onednn(x, packed)
+
+    def extra_repr(self) -> str:
+        after = f", activation={self.activation}" if self.activation else ""
+        return super().extra_repr() + after  # type: ignore[no-untyped-call]
+
+    def _plain(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.activation is None:
+            return y
+        return F.relu_(y) if self.activation == "relu" else F.relu6(y, inplace=True)
+
+    def _by_onednn(self, x: Tensor, packed: Tensor) -> Tensor:
+        name, numbers = ACTIVATIONS[self.activation]
+        return torch.ops.mkldnn._convolution_pointwise.default(
+            x,
+            packed,
+            self.bias,
+            self.padding,
+            self.stride,
+            self.dilation,
+            self.groups,
+            name,
+            numbers,
+            "",
+        )
+
+    def _packed_for(self, x: Tensor) -> Tensor | None:
+        """Returns the packed weights, or None if this call cannot use them."""
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or x.device.type != "cpu"
+            or x.dtype != self.weight.dtype
+            or x.dim() != 4
+            or not x.numel()
+            or not torch.backends.mkldnn.enabled
+            or not self.agrees()
+        ):
+            return None
+        weight = self.weight
+        # An inference tensor counts no changes; only its place tells it from another.
+        version = None if weight.is_inference() else weight._version
+        key = (x.shape, torch.get_num_threads(), weight.data_ptr(), version)
+        if self._packed is None or self._packed[0] != key:
+            self._packed = None  # frees it before the next is made
+            self._packed = key, self._pack(x.shape)
+        return self._packed[1]
+
+    def _pack(self, shape: torch.Size) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_weight.default(
+            self.weight.detach(),
+            self.padding,
+            self.stride,
+            self.dilation,
+            self.groups,
+            list(shape),
+        )
+
+    def agrees(self) -> bool:
+        """Tells whether oneDNN's operators compute the same; tries it on a small image, once."""
+        if self._agrees is None:
+            self._agrees = self._try_small_image()
+        return self._agrees
+
+    @torch.no_grad()
+    def _try_small_image(self) -> bool:
+        weight = self.weight
+        supported = weight.device.type == "cpu" and weight.dtype in TOLERANCE
+        if not supported or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return False
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        size = [r + s + 1 for r, s in zip(reach, self.stride, strict=True)]
+        chance = torch.Generator().manual_seed(0)
+        x = torch.randn(1, self.in_channels, *size, generator=chance).to(weight.dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        try:
+            found, expected = self._by_onednn(x, self._pack(x.shape)), self._plain(x)
+        except (RuntimeError, AttributeError, TypeError):
+            return (
+                False  # this build or processor lacks the operators, or they take other arguments
+            )
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            return False
+        allowed = TOLERANCE[weight.dtype] * expected.abs().max()
+        return bool((found - expected).abs().max() <= allowed)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "PackedConv2d":
+        self._agrees = self._packed = None  # the parameters move or change their dtype
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "_packed"}  # it cannot be copied
+
+
+def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str | None = None) -> PackedConv2d:
+    """Builds a convolution that computes activation(bn(conv(x))) with bn's running statistics."""
+    if not (is_bare(bn, nn.BatchNorm2d) or is_bare(bn, nn.SyncBatchNorm)):
+        raise ValueError(f"{type(bn).__name__} cannot be folded into a convolution as BatchNorm")
+    if bn.running_mean is None:
+        raise ValueError("BatchNorm without running statistics cannot be folded: train with them")
+    wide = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(bn).double())
+    return PackedConv2d.of(wide.to(conv.weight.dtype), activation)
+
+
+WIDEST_GATE_MATRIX = 512  # channels; beyond, a full matrix costs more than its k diagonals
+
+
+def _gate_of(attention: ECALayer, last: nn.Conv2d, from_input: bool) -> nn.Conv2d:
+    """Builds ECA's convolution as a 1×1 convolution of pooled values, before the sigmoid.
+
+    Args:
+        from_input: the pooled values are the input of `last`, a 1×1 convolution whose weights then
+            belong to the product; otherwise they are its output.
+    """
+    kernel = attention.conv.weight.detach().double().reshape(1, 1, -1)
+    unit = torch.eye(last.out_channels, dtype=torch.float64, device=kernel.device)
+    matrix = F.conv1d(unit[:, None], kernel, padding=kernel.shape[-1] // 2)[:, 0].T
+    bias = None
+    if from_input:
+        bias = None if last.bias is None else matrix @ last.bias.detach().double()
+        matrix = matrix @ last.weight.detach().double().flatten(1)
+    with torch.device("meta"):
+        gate = nn.Conv2d(matrix.shape[1], matrix.shape[0], 1, bias=bias is not None)
+    dtype = last.weight.dtype
+    weight = matrix.to(dtype).contiguous()[:, :, None, None]
+    gate.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        gate.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return gate
+
+
+class InferenceBlock(nn.Module):
+    """Computes act(attention(last(body(x))) + shortcut(x)).
+
+    attention, shortcut and the activation can each be left out.
+
+    Args:
+        body: everything before the last convolution.
+        last: the last convolution, BatchNorm folded in.
+        attention: an ECALayer, whose gate this class computes; another attention; or None.
+        shortcut: a module, nn.Identity for x itself; or None for no addition.
+        activation: ReLU after the addition.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        last: nn.Conv2d,
+        attention: nn.Module | None,
+        shortcut: nn.Module | None,
+        activation: bool,
+    ):
+        super().__init__()
+        self.body = body
+        self.last = last
+        self.attention = attention
+        self.shortcut = shortcut
+        self.activation = activation
+        self.gated = is_eca(attention)  # a layer that was changed is called as it is
+        # An inverted residual's h is the larger one.
+        pointwise = last.kernel_size == last.stride == (1, 1) and last.groups == 1
+        self.gate_first = pointwise and last.in_channels < last.out_channels
+        self.gate: nn.Conv2d | None = None
+        if is_eca(attention) and (self.gate_first or last.out_channels <= WIDEST_GATE_MATRIX):
+            self.gate = _gate_of(attention, last, self.gate_first)
+
+    def _pools_input(self, h: Tensor, z: Tensor) -> bool:
+        """Tells whether the gate from h reads less memory than the gate from z.
+
+        It reads h and the gate's weights. At batch 1 and 7×7 pixels the weights alone are larger
+        than z. An exported graph is for all sizes, so there the kind of convolution decides.
+        """
+        if self.gate is None or not self.gate_first or torch.compiler.is_exporting():
+            return self.gate_first
+        return h.numel() + self.gate.weight.numel() < z.numel()
+
+    def _gate(self, h: Tensor, z: Tensor) -> Tensor:
+        """Computes ECA's gate (N, C) from the last convolution's input h or output z."""
+        # A branch, not a comparison: where torch.compile has seen several sizes, this is a symbol.
+        x, folded = (h, self.gate_first) if self._pools_input(h, z) else (z, not self.gate_first)
+        if self.gate is not None and folded:
+            weight, bias = self.gate.weight.flatten(1), self.gate.bias
+            pooled = pixel_means(x)
+            return F.linear(pooled.to(weight.dtype), weight, bias).to(pooled.dtype).sigmoid()
+        pooled = pixel_means(x)
+        kernel = cast(ECALayer, self.attention).conv.weight.flatten().to(pooled.dtype)
+        return along_channels(pooled, kernel).sigmoid()
+
+    def _gate_for_export(self, gate: nn.Conv2d, h: Tensor, z: Tensor) -> Tensor:
+        """Computes the gate (N, C, 1, 1) as SE does, in operations that inference engines fuse."""
+        return gate((h if self.gate_first else z).mean((2, 3), keepdim=True)).sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        z = self.last(h)
+        identity = None if self.shortcut is None else self.shortcut(x)
+        gate = None
+        if self.gated and self.gate is not None and torch.compiler.is_exporting():
+            z = z * self._gate_for_export(self.gate, h, z)
+        elif self.gated:
+            gate = self._gate(h, z)
+        elif self.attention is not None:
+            z = self.attention(z)
+        return finish_in_place(z, gate, identity, self.activation)
 
 
 def fastest_dtype(device: torch.device | str) -> torch.dtype:

@@ -6,18 +6,139 @@
 A fresh ECA layer scales every channel by about σ(0) = 0.5, which wrecks pretrained weights. The
 layers put in here have the gate 2 · σ(conv1d(y)) and a kernel of zeros: a gate of exactly 1, that
 learns from there. (Weight decay then pulls towards 1, the network without ECA.)
+
+What is put in are modules like others, without hooks on the way forward, so that torch.fx,
+TorchScript, deepcopy and what replaces normalisations keep them.
 """
 
 import fnmatch
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .eca_module import ADAPTIVE, ECALayer, adaptive_kernel_size
-from .insertion_layers import InsertedECA, WithECA
+
+INNER = "without_eca"
+
+
+class InsertedECA(ECALayer):
+    """An ECA layer for `channels` channels whose gate can start at 1.
+
+    Args:
+        identity: gate 2 · σ(conv1d(y)) with a zero kernel, instead of σ(conv1d(y)) with a fresh
+            one. The factor is a buffer, `gain`, so that such weights do not load into a layer
+            without it, which would halve its output.
+        axes: spatial axes of the input: 2 for images, 3 for videos.
+
+    Shape: (N, channels, H, W), or with `axes` 3 (N, channels, T, H, W) → the same. Anything else
+    is a ValueError: in a layout with the channels last, the gates would silently be those of the
+    rows. A graph of torch.fx keeps the question as a node, and raises an AssertionError.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, identity: bool = True, axes: int = 2):
+        super().__init__(kernel_size)
+        self.channels = channels
+        self.axes = axes
+        self.pooled_axes = tuple(range(2, 2 + axes))
+        self.register_buffer("gain", torch.tensor(2.0) if identity else None)
+        if identity:
+            nn.init.zeros_(self.conv.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            if x.dim() != 2 + self.axes or x.shape[1] != self.channels:
+                raise ValueError("ECA was put where another shape than (N, C, H, W) comes")
+        else:
+            self._check(x)
+        gate = torch.sigmoid(self.conv(x.mean(self.pooled_axes).unsqueeze(1)))
+        if self.gain is not None:
+            gate = self.gain * gate  # type: ignore[operator]
+        gate = gate.transpose(1, 2)
+        for _ in range(self.axes - 1):
+            gate = gate.unsqueeze(-1)
+        return x * gate
+
+    @torch.jit.unused
+    def _check(self, x: Tensor) -> None:
+        pixels = {1: "L", 2: "H, W", 3: "T, H, W"}[self.axes]
+        expected = f"ECA was put where shape (N, {self.channels}, {pixels}) was expected and"
+        remedy = "put it after a module whose output has that shape"
+        if isinstance(x, torch.fx.Proxy):
+            torch._assert(
+                x.dim() == 2 + self.axes, f"{expected} another number of axes came: {remedy}"
+            )
+            torch._assert(x.size(1) == self.channels, f"{expected} other channels came: {remedy}")
+        elif x.dim() != 2 + self.axes or x.shape[1] != self.channels:
+            raise ValueError(f"{expected} {tuple(x.shape)} came: {remedy}")
+
+
+class WithECA(nn.Sequential):
+    """A module with an ECA layer right behind it, in the place of the module alone.
+
+    The state dict has the module's keys as they were, and ECA's below `eca.`; attributes of the
+    module are read and set through it. In `named_modules` and `named_parameters` the module's own
+    name is `without_eca`.
+
+    Args:
+        module: takes one tensor.
+        eca: takes the module's output.
+    """
+
+    def __init__(self, module: nn.Module, eca: nn.Module):
+        super().__init__(OrderedDict({INNER: module, "eca": eca}))
+        self.train(module.training)
+        module_: Any = self  # torch gives these three no types
+        module_.register_state_dict_post_hook(_write_plain_keys)
+        module_.register_load_state_dict_pre_hook(_read_plain_keys)
+        module_.register_load_state_dict_post_hook(_name_plain_keys)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = self.__dict__.get("_modules", {}).get(INNER)
+            if inner is None or name.startswith("_"):
+                raise
+            return getattr(inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = self.__dict__.get("_modules", {}).get(INNER)
+        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if inner is None or own or name in self._modules or not hasattr(inner, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(inner, name, value)
+
+
+def _write_plain_keys(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, _: dict[str, Any]
+) -> None:
+    """Takes `without_eca` out of the module's keys, and keeps their order."""
+    inner = f"{prefix}{INNER}."
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        value = state_dict.pop(key)
+        state_dict[prefix + key[len(inner) :] if key.startswith(inner) else key] = value
+    metadata = getattr(state_dict, "_metadata", {})
+    for key in [key for key in metadata if f"{key}.".startswith(inner)]:
+        metadata[f"{prefix}{f'{key}.'[len(inner) :]}"[:-1]] = metadata.pop(key)
+
+
+def _read_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Puts `without_eca` into the keys that are not ECA's."""
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        if not key.startswith((f"{prefix}eca.", f"{prefix}{INNER}.")):
+            state_dict[f"{prefix}{INNER}.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+
+def _name_plain_keys(module: nn.Module, incompatible: Any) -> None:
+    """Names missing and unexpected keys as a state dict has them."""
+    for keys in incompatible:
+        keys[:] = [key.replace(f".{INNER}.", ".") for key in keys]
+
 
 # Class names, as neither library need be there: torchvision's and timm's residual blocks, ...
 BLOCKS = frozenset(
@@ -42,6 +163,13 @@ MAYBE_BLOCKS = frozenset({"ConvBnAct"})  # timm's EfficientNetV2, whose other on
 SQUEEZES = frozenset({"SqueezeExcitation", "SqueezeExcite", "SEModule", "SELayer"})
 ECAS = frozenset({"ECALayer", "InsertedECA", "EcaModule", "CecaModule", "eca_layer"})
 SHORTCUTS = frozenset({"downsample", "shortcut", "skip", "proj", "identity"})
+
+# Layers that tell how many spatial axes there are.
+AXES: dict[int, tuple[type[nn.Module], ...]] = {
+    1: (nn.BatchNorm1d, nn.InstanceNorm1d, nn.Conv1d),
+    2: (nn.BatchNorm2d, nn.InstanceNorm2d, nn.Conv2d),
+    3: (nn.BatchNorm3d, nn.InstanceNorm3d, nn.Conv3d),
+}
 
 _REMEDY = "give the type of the blocks, or the places by name, such as after='layer*.*.bn3'"
 
@@ -75,7 +203,8 @@ def add_eca(
 
     Args:
         model: ResNet, ResNeXt, RegNet, MobileNetV2 and V3, EfficientNet, EfficientNetV2 and
-            ConvNeXt of torchvision and timm, and timm's GENet, are known; others with `after`.
+            ConvNeXt of torchvision and timm, torchvision's video ResNets and timm's GENet are
+            known; others with `after`.
         after: the type of the residual blocks, or several; or a pattern for the names of the
             modules right after which ECA goes, such as "layer*.*.bn3" (`*` stays between dots).
         ksize: "adaptive" (eq. 12, by each layer's channels) or an odd integer.
@@ -106,17 +235,24 @@ def add_eca(
     for name, instead in plan:
         if not instead:
             _check_place(model, name)
-    sizes = [_channels(model, name, instead) for name, instead in plan]
-
+    layers = [_layer(model, name, instead, ksize, identity) for name, instead in plan]
     done = []
-    for (name, instead), channels in zip(plan, sizes, strict=True):
-        k = adaptive_kernel_size(channels) if ksize == ADAPTIVE else ksize
+    for (name, instead), layer in zip(plan, layers, strict=True):
         place = f"{'in place of' if instead else 'after'} {name}"
-        layer = InsertedECA(channels, k, identity)
-        done.append(Insertion(_insert(model, name, layer, instead), place, channels, k))
+        name, k = _insert(model, name, layer, instead), layer.conv.kernel_size[0]
+        done.append(Insertion(name, place, layer.channels, k))
     if not quiet:
         _report(type(model).__name__, done, sum(instead for _, instead in plan))
     return done
+
+
+def _layer(
+    model: nn.Module, name: str, instead: bool, ksize: Literal["adaptive"] | int, identity: bool
+) -> InsertedECA:
+    """Makes the layer for the output of module `name`."""
+    channels = _channels(model, name, instead)
+    k = adaptive_kernel_size(channels) if ksize == ADAPTIVE else ksize
+    return InsertedECA(channels, k, identity, _spatial_axes(model, name))
 
 
 def _report(network: str, done: Sequence[Insertion], replaced: int) -> None:
@@ -155,7 +291,15 @@ def _places(
 
 def _is_known(block: nn.Module) -> bool:
     kind = type(block).__name__
-    return kind in BLOCKS or (kind in MAYBE_BLOCKS and getattr(block, "has_skip", False))
+    if kind in MAYBE_BLOCKS:
+        return bool(getattr(block, "has_skip", False))
+    return kind in BLOCKS and not _concatenates(block)
+
+
+def _concatenates(block: nn.Module) -> bool:
+    """Tells whether the block joins its branches by `cat`: ShuffleNetV2's has a residual's name."""
+    forward = inspect.unwrap(type(block).forward)
+    return not {"cat", "concat", "concatenate"}.isdisjoint(forward.__code__.co_names)
 
 
 def _end_of_branch(name: str, block: nn.Module, replace_se: bool) -> tuple[str, bool]:
@@ -230,6 +374,17 @@ def _channels(model: nn.Module, name: str, instead: bool) -> int:
             if isinstance(value, int):
                 return value
     raise ValueError(f"cannot tell how many channels {name} puts out: {_REMEDY}")
+
+
+def _spatial_axes(model: nn.Module, name: str) -> int:
+    """Counts the spatial axes of the output of module `name`: of its last layer that tells them."""
+    place, (block, _) = model.get_submodule(name), _parent(model, name)
+    of_eca = {inner for m in block.modules() if _is_eca(m) for inner in m.modules()}
+    for module in (*reversed(list(place.modules())), *reversed(list(block.modules()))):
+        for axes, kinds in AXES.items():
+            if isinstance(module, kinds) and module not in of_eca:
+                return axes
+    return 2
 
 
 def _insert(model: nn.Module, name: str, layer: InsertedECA, instead: bool) -> str:

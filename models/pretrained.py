@@ -5,7 +5,6 @@ repository needs huggingface_hub and a connection. Both are imported where they 
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from os import PathLike
@@ -15,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import MODELS, create_model
 from .attention import ATTENTIONS
+from .registry import MODELS, create_model
 from .weights import FIELDS, FORMAT, Network, load_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -88,46 +87,40 @@ def read_config(folder: str | PathLike[str]) -> dict[str, Any]:
 
 
 def _wrong_field(config: Mapping[str, Any]) -> str | None:
-    """Says in a few words which field keeps the network from being built, or None."""
+    """Says in a few words which field keeps the network from being built, or None.
+
+    Whether arch, attention, ksize, num_classes and model_kwargs go together, `create_model` says.
+    """
     if lacking := [name for name in ("format", *FIELDS) if name not in config]:
         return f"it lacks {lacking[0]}: it is not a config.json of this project"
     if config["format"] != FORMAT:
         return f"its format is {_short(config['format'])}, not {FORMAT}: update this package"
-    names, size, kwargs = config.get("classes"), config["num_classes"], config["model_kwargs"]
-    ksize = config["ksize"]
+    names, size = config.get("classes") or [], config.get("img_size", 1)
+    classes = config["num_classes"] if type(config["num_classes"]) is int else 0
     right = {
-        "arch": isinstance(config["arch"], str) and config["arch"] in MODELS,
-        "attention": isinstance(config["attention"], str) and config["attention"] in ATTENTIONS,
-        "ksize": ksize is None or (isinstance(ksize, list) and all(map(_is_count, ksize))),
-        "num_classes": _is_count(size),
-        "model_kwargs": isinstance(kwargs, dict)
-        and kwargs.keys() <= {"width_mult"}
-        and all(_is_real(v, 64) for v in kwargs.values()),
-        "classes": names is None
-        or (
-            isinstance(names, list)
-            and all(isinstance(name, str) for name in names)
-            and (not _is_count(size) or len(names) <= size)
-        ),
-        "img_size": config.get("img_size") is None or _is_count(config["img_size"]),
-        "crop_pct": config.get("crop_pct") is None or _is_real(config["crop_pct"], 1),
-        **{name: config.get(name) is None or _is_rgb(config[name]) for name in ("mean", "std")},
+        "arch": config["arch"] in list(MODELS),
+        "attention": config["attention"] in list(ATTENTIONS),
+        "ksize": config["ksize"] is None or isinstance(config["ksize"], list),
+        "num_classes": classes > 0,
+        "model_kwargs": isinstance(config["model_kwargs"], dict)
+        and config["model_kwargs"].keys() <= {"width_mult"},
+        "classes": isinstance(names, list)
+        and len(names) <= classes
+        and all(isinstance(name, str) for name in names),
+        "img_size": type(size) is int and size > 0,
+        "crop_pct": _are_shares([config.get("crop_pct", 1)], 1),
+        "mean": _are_shares(config.get("mean", [1, 1, 1]), 3),
+        "std": _are_shares(config.get("std", [1, 1, 1]), 3),
     }
     wrong = next((name for name, fits in right.items() if not fits), None)
     return None if wrong is None else f"{wrong} cannot be {_short(config[wrong])}"
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
-
-
-def _is_real(value: Any, most: float) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and 0 < value <= most
-
-
-def _is_rgb(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(_is_real(v, 1) for v in value)
+def _are_shares(values: Any, count: int) -> bool:
+    """Tells whether `values` are so many numbers above 0 and up to 1."""
+    if not isinstance(values, list) or len(values) != count:
+        return False
+    return all(type(value) in (int, float) and 0 < value <= 1 for value in values)
 
 
 def _short(value: Any) -> str:

@@ -6,10 +6,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from . import MODELS, create_model
 from .attention import attention_parameters
-from .construction import Ksize
+from .classifier import Ksize
 from .eca_module import ECALayer
+from .registry import MODELS, create_model
 from .weights import (
     Network,
     describe_network,

@@ -1,15 +1,17 @@
 """Makes this package's ECA networks known to timm: `timm.create_model("eca_net_resnet50")`.
 
 timm's own functions build them there, so its feature wrappers, data configurations and training
-scripts work as with its own. timm is imported when `register` is called, and not needed otherwise.
+scripts work as with its own. timm is imported when it is asked for, and not needed otherwise.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from .classifier import Classifier
+from .classifier import Classifier, set_drop_path
+from .registry import MODELS
 from .weights import find_state_dict
 
 __all__: list[str] = []  # timm adds the names of the functions that it registers
@@ -19,11 +21,13 @@ PREFIX = "eca_net_"
 default_cfgs: dict[str, Any] = {}  # timm reads it in the module of a registered function
 
 
-def register(constructors: Mapping[str, Callable[..., Classifier]]) -> list[str]:
+def register_with_timm(
+    constructors: Mapping[str, Callable[..., Classifier]] = MODELS,
+) -> list[str]:
     """Registers every ECA network; a second call changes nothing.
 
     Args:
-        constructors: name → constructor, as `models.MODELS`. `eca_resnet50` becomes
+        constructors: name → constructor; all networks unless told. `eca_resnet50` becomes
             `eca_net_resnet50`; networks without ECA, which timm has under its own names, and second
             spellings are passed over.
 
@@ -89,14 +93,53 @@ def _entry(name: str, constructor: Callable[..., Classifier]) -> Callable[..., n
 
 
 def _builder(name: str, constructor: Callable[..., Classifier]) -> Callable[..., Classifier]:
-    """A constructor that also takes the arguments which timm gives to every network."""
+    """Wraps a constructor to take the arguments that timm and its scripts give every network."""
+    own = inspect.signature(constructor).parameters
 
-    def build(in_chans: int = 3, global_pool: str = "avg", **kwargs: Any) -> Classifier:
+    def build(
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        drop_rate: float | None = None,
+        drop_path_rate: float = 0.0,
+        drop_block_rate: float = 0.0,
+        bn_momentum: float | None = None,
+        bn_eps: float | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> Classifier:
         if in_chans != 3:
             raise ValueError(f"{name} takes images of 3 channels, not in_chans={in_chans}")
+        if output_stride != 32:
+            raise ValueError(f"{name} has output_stride=32 alone, not {output_stride}")
+        if drop_block_rate:
+            raise ValueError(
+                f"{name} has no DropBlock: leave drop_block_rate={drop_block_rate} out"
+            )
+        if foreign := kwargs.keys() - own.keys():
+            raise ValueError(f"{name} takes no {', '.join(sorted(foreign))}: leave it out")
         network = constructor(**kwargs)
+        if drop_rate is not None:
+            _set_dropout(name, network, drop_rate)
+        set_drop_path(network, drop_path_rate)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = module.momentum if bn_momentum is None else bn_momentum
+                module.eps = module.eps if bn_eps is None else bn_eps
         if global_pool != "avg":
             network.reset_classifier(network.num_classes, global_pool)
-        return network
+        return network.to(device=device, dtype=dtype)
 
     return build
+
+
+def _set_dropout(name: str, network: Classifier, rate: float) -> None:
+    """Gives the last layer's dropout its rate; a ResNet, which has none, takes 0 alone."""
+    layers = [module for module in network.modules() if isinstance(module, nn.Dropout)]
+    if rate and not layers:
+        raise ValueError(
+            f"{name} has no dropout: leave drop_rate={rate} out, or use drop_path_rate"
+        )
+    for layer in layers:
+        layer.p = nn.Dropout(rate).p  # which refuses what is no probability

@@ -1,6 +1,9 @@
 """Small image trees, and scripts run the way a user runs them."""
 
 import contextlib
+import errno
+import gc
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.children import BEFORE, own_children
 from helpers.small_runs import SMALL, Running
 from helpers.trees import ROOT, write_tree
 from PIL import Image
@@ -20,13 +25,27 @@ from PIL import Image
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """Says how many tests injected faults, and how many kills were compared, after `-m faults`."""
-    if config.option.markexpr == "faults":
-        passed, failed = (terminalreporter.stats.get(k, []) for k in ("passed", "failed"))
+    if "faults" in config.option.markexpr and "not faults" not in config.option.markexpr:
+        passed, failed = (
+            [test for test in terminalreporter.stats.get(k, []) if "faults" in test.keywords]
+            for k in ("passed", "failed")
+        )
         kills = sum(n for test in passed for key, n in test.user_properties if key == "kills")
         terminalreporter.write_line(
             f"faults injected by {len(passed) + len(failed)} tests, {len(failed)} failed; "
             f"{kills} kills resumed and compared, bit for bit"
         )
+
+
+LONG = ("docs", "package", "benchmarks")  # folders of tests that run the documents' commands
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of some folders as slow, but for those that only read."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in LONG and "links" not in item.name:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,6 +65,42 @@ def signals() -> None:
     """What scripts inherit: under `nohup`, or behind a shell's `&`, they would ignore these."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def children(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test leaves processes to those after it, which would wait for them or count them."""
+    BEFORE.clear()
+    BEFORE.update(multiprocessing.active_children())
+    yield
+    if own_children():  # loader workers end with the loader
+        gc.collect()
+    for child in own_children():  # those of a pool, when they hear of its end
+        wait([child.sentinel], 60)
+    left = own_children()
+    for child in left:  # a failed test's traceback holds on to its loader
+        child.kill()
+    assert left == [], f"{request.node.nodeid} leaves processes behind"
+
+
+@pytest.fixture
+def bad_sector(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets opening files whose names end so fail, as on a bad disk; all others are as ever.
+
+    Also those of whoever removes the test's folder, which opens files by `dir_fd`.
+    """
+
+    def at(ending: bytes, number: int = errno.EIO) -> None:
+        real = os.open
+
+        def fail(path, *arguments, **options):
+            if isinstance(path, str | bytes) and os.fsencode(path).endswith(ending):
+                raise OSError(number, os.strerror(number), path)
+            return real(path, *arguments, **options)
+
+        monkeypatch.setattr(os, "open", fail)
+
+    return at
 
 
 @pytest.fixture(scope="session")
@@ -97,15 +152,15 @@ def call(
 ) -> Iterator[Callable[..., tuple[int, list[str], list[str]]]]:
     """main.py's main in this process: (exit code, lines on stdout, lines on stderr)."""
     import main as script
-    from utils.options import parser
+    from utils.system import faults
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parser, "end_children", lambda: True)
+    monkeypatch.setattr(faults, "end_children", lambda: True)
 
     def start(*arguments, entry=script.main):
         monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            parser.run_script(entry)
+            faults.run_script(entry)
         out, err = capfd.readouterr()
         return ended.value.code, out.splitlines(), err.splitlines()
 
@@ -158,7 +213,7 @@ def run_folder(two_epochs: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """13 training and 5 validation images of 64 pixels, in COCO's layout. Read only."""
-    from utils.detection.demo_shapes import write_shapes
+    from utils.data.demo_shapes import write_shapes
 
     folder = tmp_path_factory.mktemp("shapes")
     write_shapes(folder, {"train": 13, "val": 5}, side=64)
@@ -187,14 +242,14 @@ def detect(
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     """The matplotlib figures that are made into files meanwhile, to see what they show."""
-    from utils.system import picture_style
+    from utils.system import style
 
     kept = []
     with monkeypatch.context() as patch:
-        patch.setattr(picture_style, "release", kept.append)
+        patch.setattr(style, "release", kept.append)
         yield kept
     for figure in kept:
-        picture_style.release(figure)
+        style.release(figure)
 
 
 @pytest.fixture
@@ -205,8 +260,17 @@ def seeded() -> None:
 
 @pytest.fixture
 def operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's operations everywhere; the compiled passes are for test_native."""
-    from models.fused import native, passes
+    """The formulas in PyTorch's operations, in every dtype; compiled ones have their own tests."""
+    from models.fused import block_tail, cpu_passes
 
-    monkeypatch.setattr(passes, "serves", lambda z: False)
-    monkeypatch.setattr(native, "why_not", lambda *_: "no C++ compiler")
+    monkeypatch.setattr(cpu_passes, "serves", lambda z: False)
+    monkeypatch.setattr(block_tail, "_has_passes", lambda z: True)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a C++ compiler."""
+    from models.fused import cpu_passes
+
+    monkeypatch.setattr(cpu_passes, "why_not", lambda *_: "no C++ compiler")
+    monkeypatch.setattr(cpu_passes, "serves", lambda z: False)

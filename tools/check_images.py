@@ -24,26 +24,25 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from utils.data import remote_files, shard_folder
+from utils.command_line.parser import Parser
+from utils.config.flags import positive_int
+from utils.data import shards
+from utils.data.coco import CocoPaths, check_file, shown
 from utils.data.decoding import (
     DECODERS,
     EXTENSIONS,
     BrokenImageError,
     decoder_name,
-    jpeg_decoder,
+    orientation,
     read_image,
 )
 from utils.data.image_folder import is_passed_over
-from utils.data.shard_folder import Member
-from utils.detection.coco_check import AnnotationCheck
-from utils.detection.coco_files import Place, shown
-from utils.options.parser import Parser, positive_int, run_script
-from utils.system.cpu_share import processors
+from utils.data.shards import Member
 from utils.system.errors import EXIT_FAILED, UserError
-from utils.system.processes import shared
-from utils.system.text import cell, printable
+from utils.system.faults import run_script
+from utils.system.processes import processors, shared
+from utils.system.text import cell, counted, printable
 
-ORIENTATION = 0x0112  # the number of this field in EXIF
 PARTS = ("train", "val")
 CHUNK = 16  # files that a process takes at a time
 
@@ -60,10 +59,10 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
         UserError: no such folder, or one that cannot be listed; shards that are damaged.
     """
     parts = [os.path.join(root, part) for part in PARTS]
-    if remote_files.is_remote(root):
+    if shards.is_remote(root):
         is_part = root.rsplit("/", 1)[-1] in PARTS
         return _in_shards([root] if is_part else parts)
-    sharded = [folder for folder in (root, *parts) if shard_folder.in_shards(folder)]
+    sharded = [folder for folder in (root, *parts) if shards.in_shards(folder)]
     members, others = _in_shards(sharded)
     if not os.path.isdir(root):
         raise UserError(f"{printable(root)}: no such folder; give the folder that holds the images")
@@ -100,7 +99,7 @@ def part_of(root: str, part: str) -> str:
     Raises:
         UserError: there is neither.
     """
-    if remote_files.is_remote(root):
+    if shards.is_remote(root):
         return f"{root.rstrip('/')}/{part}"
     for name in (part, f"{part}2017"):
         if os.path.isdir(os.path.join(root, name)):
@@ -130,10 +129,10 @@ def check_annotations(
         if not os.path.isfile(annotations) or not os.path.isdir(images):
             continue
         # Where an image lies is no fault here: the user has named the folder to look at.
-        place = Place(part, Path(images), Path(annotations), anywhere=True)
-        checked = AnnotationCheck(place)
-        faults += [BrokenImageError(path, reason) for path, reason in checked.faults]
-        for file_name, size in checked.sizes.items():
+        paths = CocoPaths(part, Path(images), Path(annotations), anywhere=True)
+        sizes_of_part, faults_of_part = check_file(paths)
+        faults += [BrokenImageError(path, reason) for path, reason in faults_of_part]
+        for file_name, size in sizes_of_part.items():
             name = os.path.normpath(file_name.encode("utf-8", "surrogatepass"))
             sizes[os.path.join(os.fsencode(images), name)] = size
     return sizes, faults
@@ -165,8 +164,6 @@ def find_broken(
     Raises:
         UserError: a process that read them was killed.
     """
-    if decoder != "pil":
-        jpeg_decoder()  # imported once, before there are processes
     sizes = sizes or {}
     items = [(path, sizes.get(path)) for path in paths]
     return shared(partial(_read, decoder=decoder), items, processes=processes, chunk=CHUNK)
@@ -200,16 +197,16 @@ def main() -> int:
         "--decoder",
         type=decoder_name,
         metavar="NAME",
-        default="torchvision",
+        default=DECODERS[0],
         help=f"{', '.join(DECODERS)}: as training will read",
     )
     args: argparse.Namespace = parser.parse_args()
-    if args.output and os.path.exists(args.output):
+    if args.output and os.path.lexists(args.output):
         raise UserError(f"{args.output}: exists already; choose a new --output")
 
     root = args.data if args.split is None else part_of(args.data, args.split)
     paths, others = find_images(root)
-    remote = remote_files.is_remote(args.data)
+    remote = shards.is_remote(args.data)
     sizes, faults = ({}, []) if remote else check_annotations(args.data, args.split)
     results = find_broken(paths, args.decoder, args.processes, sizes)
     bar = tqdm(results, total=len(paths), unit="image", disable=not sys.stderr.isatty())
@@ -217,7 +214,7 @@ def main() -> int:
 
     passed = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
     print(
-        f"{len(paths):,} images read, {len(broken):,} broken"
+        f"{counted(len(paths), 'image', ',')} read, {len(broken):,} broken"
         + (f"; passed over: {passed}" if passed else ""),
         file=sys.stderr,
     )
@@ -231,7 +228,7 @@ def main() -> int:
 
 def _in_shards(folders: list[str]) -> tuple[list[Member], dict[str, int]]:
     members, others = [], Counter()
-    for images in map(shard_folder.scan, folders):
+    for images in map(shards.scan, folders):
         members += map(images.path, range(len(images)))
         others.update(images.ignored)
     return members, others
@@ -240,7 +237,7 @@ def _in_shards(folders: list[str]) -> tuple[list[Member], dict[str, int]]:
 def is_turned(path: bytes) -> bool:
     """Whether an image's EXIF orientation swaps its sides."""
     with Image.open(os.fsdecode(path)) as image:
-        return image.getexif().get(ORIENTATION, 1) >= 5
+        return orientation(image) >= 5
 
 
 def _read(

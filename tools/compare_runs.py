@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.options.parser import Parser, run_script
+from utils.command_line.parser import Parser
 from utils.runs import folder as run_folder
-from utils.system import output_checks
 from utils.system.errors import UserError
-from utils.system.files import write_atomically
+from utils.system.faults import run_script
+from utils.system.files import check_free, write_atomically
 from utils.system.text import cell, columns, ksize_text, printable
 
 # The figure that decides which epoch is the best, and what is shown of that epoch.
@@ -193,12 +193,11 @@ def draw(runs: Sequence[Run]) -> bytes:
     """Draws one panel a figure and one curve a run. Returns a PNG."""
     from matplotlib.ticker import MaxNLocator
 
-    from utils.system.colours import CURVES
-    from utils.system.picture_style import plt, png, styled
+    from utils.system.style import CURVES, png, styled
     from utils.system.text import short
 
     decides = runs[0].decides
-    with styled():
+    with styled() as plt:
         figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
         for axis, column in zip(axes.flat, PANELS[decides], strict=True):
             for i, (name, run) in enumerate(zip(short_names(runs), runs, strict=True)):
@@ -230,7 +229,7 @@ def main() -> int:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
     parser.add_argument("--output", metavar="DIR", help="default: runs/comparison-N, a new folder")
     args = parser.parse_args()
-    output_checks.check_free(args.output)
+    check_free(args.output)
     folders = list(dict.fromkeys(Path(name) for name in args.runs))
     runs = []
     for folder in folders:

@@ -18,9 +18,10 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from models.detection.detectors import create_detector
 from models.weights import describe_weights
-from utils.options.parser import Parser, run_script
+from utils.command_line.parser import Parser
 from utils.runs import checkpoint
 from utils.system.errors import UserError, as_user_error
+from utils.system.faults import run_script
 
 # mmdetection v1's names, and torchvision's. The first that matches a whole name counts.
 COMMON = (

@@ -19,15 +19,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.data import image_folder, shard_folder, shard_index
+from utils.command_line.parser import Parser
+from utils.config.flags import positive_int
+from utils.data import image_folder, shards
 from utils.data.decoding import read_file
 from utils.data.image_folder import ImageFolder
-from utils.data.shard_folder import ShardFolder
-from utils.options.parser import Parser, positive_int, run_script
+from utils.data.shards import ShardFolder
 from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.faults import run_script
 from utils.system.files import remove_leftovers, write_atomically
 from utils.system.processes import default_workers, shared
-from utils.system.text import printable
+from utils.system.text import counted, printable
 
 SHUFFLE = 0  # seed
 
@@ -69,7 +71,7 @@ def write_shard(images: ImageFolder, target: Path) -> None:
     Raises:
         UserError: an image that cannot be read, no room.
     """
-    if target.exists():
+    if os.path.lexists(target):
         return
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
@@ -94,7 +96,7 @@ def refuse_strangers(folder: Path) -> None:
     Raises:
         UserError: names the first such file or folder.
     """
-    pattern = re.compile(rf"\.?({folder.name}-\d{{5}}\.tar|{shard_index.NAME})(\.tmp-\d+)?")
+    pattern = re.compile(rf"\.?({folder.name}-\d{{5}}\.tar|{shards.NAME})(\.tmp-\d+)?")
     held = sorted(os.listdir(folder)) if folder.is_dir() else []
     if strange := [name for name in held if not pattern.fullmatch(name)]:
         raise UserError(f"{folder}: holds {printable(strange[0])}; give a new DST")
@@ -116,7 +118,7 @@ def write_split(images: ImageFolder, folder: Path, most: int, processes: int) ->
         pass
 
     # What an earlier command left there may have been made from other images.
-    written = shard_folder.scan(str(folder), images.classes)
+    written = shards.scan(str(folder), images.classes)
     if not (
         np.array_equal(written.paths, images.paths)
         and np.array_equal(written.labels, images.labels)
@@ -126,6 +128,24 @@ def write_split(images: ImageFolder, folder: Path, most: int, processes: int) ->
             f"{folder}: holds shards of other images, or of another --shard-mb; give a new DST"
         )
     return written
+
+
+def refuse_twins(images: ImageFolder) -> None:
+    """Refuses images of one folder whose names differ in their ending alone: they have one key.
+
+    Raises:
+        UserError: names the first two.
+    """
+    seen: dict[tuple[bytes, ...], bytes] = {}
+    for path in images.paths.tolist():
+        folder, name = os.path.split(os.path.splitext(path)[0])
+        first, _, rest = name.partition(b".")  # webdataset compares what follows without its case
+        other = seen.setdefault((folder, first, rest.lower()), path)
+        if other is not path:
+            raise UserError(
+                f"{images.where}: {printable(other)} and {printable(path)} would have one key in "
+                "a shard, and one .cls: rename one of them"
+            )
 
 
 def split_names(images: ImageFolder) -> int:
@@ -158,18 +178,19 @@ def main() -> int:
     if odd := [name for name in train.classes if "\n" in name or "\r" in name]:
         raise UserError(f"{args.source}: {image_folder.count_names(odd)} with a line break; rename")
     names = os.fsencode("".join(f"{name}\n" for name in train.classes))
-    for part in ("train", "val"):
+    for part, images in (("train", train), ("val", val)):
+        refuse_twins(images)
         refuse_strangers(Path(args.target, part))
-    listed = Path(args.target, shard_folder.CLASSES)
-    if not listed.exists():
+    listed = Path(args.target, shards.CLASSES)
+    if not os.path.lexists(listed):
         listed.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(listed, names)
-    elif listed.read_bytes() != names:
+    elif not listed.is_file() or listed.read_bytes() != names:
         raise UserError(f"{listed}: holds other classes than SRC; give a new DST")
     for part, images in (("train", train), ("val", val)):
         target = Path(args.target, part)
         written = write_split(images, target, args.shard_mb * 1_000_000, args.processes)
-        print(f"{part}: {len(images):,} images ({written.where})")
+        print(f"{part}: {counted(len(images), 'image', ',')} ({written.where})")
         if dots := split_names(images):
             print(f"  ! {dots:,} names with a second dot, which the webdataset package cuts there")
     return 0

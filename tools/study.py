@@ -1,5 +1,6 @@
-"""A study by plan: rates chosen on validation images, every variant judged once on test images.
+"""A study by plan: rates chosen on validation images, every variant tested once on test images.
 
+python -m tools.study tools/study_plans/ablation.json --jobs 2
 python -m tools.study tools/study_plans/fashion.json --output runs/fashion --jobs 2
 python -m tools.study tools/study_plans/fashion.json --output runs/fashion --results results/fashion
 
@@ -16,29 +17,41 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+import main as main_script
 import models
-from tools.ablation import MAIN, run_all
 from tools.compare_runs import read_run
-from utils.cost.classifier_cost import multiply_adds
+from utils.command_line.classification import FLAGS, make_parser
+from utils.command_line.parser import Parser
+from utils.config.classification import Recipe
+from utils.config.flags import count, positive_int
 from utils.data import demo_sets
-from utils.options.parser import Parser, count, positive_int, run_script
+from utils.inspection import study
+from utils.inspection.cost import multiply_adds
+from utils.inspection.study import Plan, RunResult, arch_and_flags, read_plan
 from utils.runs import folder as run_folder
-from utils.study import parts, pictures, results, tables
-from utils.study.plan import Plan, arch_and_flags, read_plan
-from utils.study.results import RunResult
-from utils.system import output_checks
-from utils.system.cpu_share import processors
-from utils.system.errors import EXIT_FAILED, UserError
-from utils.system.files import write_atomically
+from utils.system.errors import EXIT_FAILED, UserError, require
+from utils.system.faults import run_script
+from utils.system.files import check_free, write_atomically
+from utils.system.processes import die_with_parent, processors
 from utils.system.text import columns
 
+MAIN = Path(main_script.__file__)
+# What a plan's flags may set besides a recipe's fields. The study itself gives all else, such as
+# network, attention, seed, folder and device, or runs of one plan would differ in more than these.
+MAY_SET = {"amp", "channels_last", "fused", "compile", "pretrained", "decoder", "class_weights"}
+MAY_SET |= {field.name for field in fields(Recipe)} - {"arch", "lr"}
 PLAN = "plan.json"  # the copy in a study's folder, and the mark of one
 SPEED = re.compile(r"^epoch .*  ([\d,]+) images/s", re.MULTILINE)
 Spec = tuple[str, str, float, int]  # network, variant, rate, seed
@@ -47,22 +60,39 @@ Spec = tuple[str, str, float, int]  # network, variant, rate, seed
 def run_name(spec: Spec) -> str:
     """Returns the folder's name of a run."""
     network, variant, rate, seed = spec
-    return f"{network}_{variant.replace(' ', '_')}_lr{rate:g}_seed{seed}"
+    return f"{network}_{variant.replace(' ', '_')}_lr{rate}_seed{seed}"
+
+
+def refuse_flags(plan: Plan) -> None:
+    """Refuses flags of a plan with which a run would not be what its name says.
+
+    main.py's own parser reads them, in whatever spelling.
+
+    Raises:
+        UserError: names network and flag.
+    """
+    parser = make_parser(main_script.RECIPE, "")
+    for network, how in plan.networks.items():
+        typed = parser.typed(how.flags)
+        if wrong := sorted(name for name in typed if name not in MAY_SET):
+            flag = "DATA" if wrong[0] == "data" else FLAGS[wrong[0]].name
+            raise UserError(f"network {network}: {flag} is the study's own: leave it out of flags")
 
 
 def choosing(plan: Plan) -> list[Spec]:
-    """Returns the runs that choose the learning rates."""
+    """Returns the runs that choose the learning rates, where there is a choice."""
     return [
         (network, variant, rate, seed)
         for seed in plan.choosing_seeds
         for network, how in plan.networks.items()
+        if len(how.rates) > 1
         for variant in plan.variants
         for rate in how.rates
     ]
 
 
-def judged(plan: Plan, rates: Mapping[results.Key, float]) -> list[Spec]:
-    """Returns the runs that the test images judge, seed by seed."""
+def tested(plan: Plan, rates: Mapping[study.Key, float]) -> list[Spec]:
+    """Returns the runs that are evaluated on the test images, seed by seed."""
     return [
         (network, variant, rates[network, variant], seed)
         for seed in plan.seeds
@@ -78,32 +108,81 @@ def train(
     commands = {}
     for spec in specs:
         network, variant, rate, seed = spec
-        place = folder / "runs" / run_name(spec)
-        if is_finished(place):
+        target = folder / "runs" / run_name(spec)
+        if is_finished(target):
             continue
         arch, flags = arch_and_flags(network, variant)
-        commands[place] = [sys.executable, str(MAIN), str(folder / "data"), "-a", arch, *flags]
-        commands[place] += ["--lr", f"{rate:g}", "--seed", str(seed), *plan.networks[network].flags]
-        commands[place] += ["--output", str(place), "--resume", "auto", *machine]
+        commands[target] = [sys.executable, str(MAIN), str(folder / "data"), "-a", arch, *flags]
+        commands[target] += ["--lr", str(rate), "--seed", str(seed), *plan.networks[network].flags]
+        commands[target] += ["--output", str(target), "--resume", "auto", *machine]
     print(f"training: {len(commands)} of {len(specs)} runs are to be done", flush=True)
     (folder / "runs").mkdir(exist_ok=True)
     run_all(commands, jobs, threads(jobs))
 
 
-def judge(
+def evaluate(
     specs: Sequence[Spec], root: Path, folder: Path, machine: Sequence[str], jobs: int
 ) -> None:
     """Evaluates each run's best epoch on root/val, where that is not done yet."""
     commands = {}
     for name in map(run_name, specs):
-        place = folder / "judged" / name
-        if not (place / "evaluation.json").exists():
+        target = folder / "tested" / name
+        if not (target / "evaluation.json").exists():
             best = folder / "runs" / name / "best.pth"
-            commands[place] = [sys.executable, str(MAIN), str(root), "-e", "--resume", str(best)]
-            commands[place] += ["--output", str(place), *machine]
-    print(f"judging: {len(commands)} of {len(specs)} runs are to be done", flush=True)
-    (folder / "judged").mkdir(exist_ok=True)
+            commands[target] = [sys.executable, str(MAIN), str(root), "-e", "--resume", str(best)]
+            commands[target] += ["--output", str(target), *machine]
+    print(f"evaluating: {len(commands)} of {len(specs)} runs are to be done", flush=True)
+    (folder / "tested").mkdir(exist_ok=True)
     run_all(commands, jobs, threads(jobs))
+
+
+def run_all(
+    commands: Mapping[Path, Sequence[str]], jobs: int, environment: Mapping[str, str]
+) -> None:
+    """Runs the commands, `jobs` at a time, and says which has ended; each writes to FOLDER.log.
+
+    They end with this process, however that ends.
+
+    Raises:
+        UserError: one of them failed; the others under way are asked to stop, and save.
+    """
+    waiting, running, done = deque(commands.items()), {}, 0
+    on_terminal = sys.stderr.isatty()
+    bar = tqdm(total=len(commands), unit="run", disable=not on_terminal)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                folder, command = waiting.popleft()
+                with open(folder.with_name(folder.name + ".log"), "ab") as log:
+                    running[folder] = subprocess.Popen(
+                        command,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=environment,
+                        preexec_fn=die_with_parent,
+                    )
+            ended = [folder for folder, process in running.items() if process.poll() is not None]
+            if not ended:
+                time.sleep(0.5)
+            for folder in ended:
+                if running.pop(folder).returncode:
+                    log = folder.with_name(folder.name + ".log")
+                    raise UserError(f"{folder.name} failed ({log}): {_reason(log)}", EXIT_FAILED)
+                done += 1
+                bar.update()
+                if not on_terminal:
+                    print(f"{done}/{len(commands)} {folder.name}", flush=True)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+        bar.close()
+
+
+def _reason(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+    return next((line for line in reversed(lines) if "error" in line), lines[-1])
 
 
 def threads(jobs: int) -> dict[str, str]:
@@ -114,11 +193,11 @@ def threads(jobs: int) -> dict[str, str]:
     return environment
 
 
-def is_finished(place: Path) -> bool:
+def is_finished(target: Path) -> bool:
     """Returns whether a run has done all of its epochs."""
-    if not (place / "metrics.csv").exists():
+    if not (target / "metrics.csv").exists():
         return False
-    run = read_run(place)
+    run = read_run(target)
     return len(run.history) >= run.epochs
 
 
@@ -134,13 +213,13 @@ def collect(specs: Sequence[Spec], folder: Path) -> list[RunResult]:
 def _result(spec: Spec, folder: Path) -> RunResult:
     network, variant, rate, seed = spec
     name = run_name(spec)
-    place = folder / "runs" / name
-    run, saved = read_run(place), json.loads((place / "args.json").read_text())
-    speeds = SPEED.findall(place.with_name(f"{name}.log").read_text(errors="replace"))
+    target = folder / "runs" / name
+    run, saved = read_run(target), json.loads((target / "args.json").read_text())
+    speeds = SPEED.findall(target.with_name(f"{name}.log").read_text(errors="replace"))
     if not speeds:
-        raise UserError(f"{place}.log: tells no speed; remove {place} to train anew", EXIT_FAILED)
+        raise UserError(f"{target}.log: tells no speed; remove {target} to train anew", EXIT_FAILED)
     speed = statistics.median(float(text.replace(",", "")) for text in speeds)
-    test, file = {}, folder / "judged" / name / "evaluation.json"
+    test, file = {}, folder / "tested" / name / "evaluation.json"
     if file.exists():
         test = json.loads(file.read_text())
     return RunResult(
@@ -164,13 +243,13 @@ def _result(spec: Spec, folder: Path) -> RunResult:
 
 def _multiply_adds(spec: Spec, classes: int, img_size: int) -> int:
     arch, flags = arch_and_flags(*spec[:2])
-    given = dict(itertools.pairwise(flags))
+    values = dict(itertools.pairwise(flags))
     with torch.device("meta"):
         network = models.create_model(
             arch,
-            ksize=given.get("--ksize"),
+            ksize=values.get("--ksize"),
             num_classes=classes,
-            **({"attention": given["--attention"]} if "--attention" in given else {}),
+            **({"attention": values["--attention"]} if "--attention" in values else {}),
         )
         return multiply_adds(network.eval(), torch.empty(1, 3, img_size, img_size))[""]
 
@@ -179,17 +258,17 @@ def write_results(
     plan: Plan, folder: Path, target: Path, rates: Mapping, runs: Sequence[RunResult]
 ) -> None:
     """Writes the plan, the CSV of every run and of every epoch, the tables and the pictures."""
-    comparisons = results.compare_all(plan, runs)
-    text = tables.report(plan, runs, rates, comparisons)
-    choices = columns(tables.choice_rows(plan, runs, rates), left=2)
+    comparisons = study.compare_all(plan, runs)
+    text = study.report(plan, runs, rates, comparisons)
+    choices = columns(study.choice_rows(plan, runs, rates), left=2)
     files = {
         PLAN: (folder / PLAN).read_bytes(),
-        "runs.csv": results.runs_csv(runs),
+        "runs.csv": study.runs_csv(runs),
         "epochs.csv": _epochs_csv(runs, folder),
         "choices.txt": f"{choices}\n".encode(),
         "table.txt": f"{text}\n".encode(),
-        "accuracy.png": pictures.draw_accuracy(plan, runs, comparisons),
-        "cost.png": pictures.draw_costs(plan, runs),
+        "accuracy.png": study.draw_accuracy(plan, runs, comparisons),
+        "cost.png": study.draw_costs(plan, runs),
     }
     target.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
@@ -217,6 +296,7 @@ def open_study(file: Path, output: str | None) -> tuple[Plan, Path]:
         UserError: no plan; the folder holds something else, or another plan.
     """
     plan = read_plan(file)
+    refuse_flags(plan)
     if output is not None and (Path(output) / PLAN).exists():
         if read_plan(Path(output) / PLAN).digest != plan.digest:
             raise UserError(
@@ -224,7 +304,7 @@ def open_study(file: Path, output: str | None) -> tuple[Plan, Path]:
                 "changed plan is another study: give a new --output"
             )
         return plan, Path(output)
-    output_checks.check_free(output)
+    check_free(output)
     folder = run_folder.create("study", output)
     write_atomically(folder / PLAN, file.read_bytes())
     return plan, folder
@@ -245,10 +325,11 @@ def main() -> int:
     parser.add_argument("-j", "--workers", type=count, default=0, metavar="N", help="default: 0")
     parser.add_argument("--device", default="auto", help="as for main.py")
     args = parser.parse_args()
+    require(("scipy",), "python -m tools.study", "scipy")
     plan, folder = open_study(Path(args.plan), args.output)
     root = Path(demo_sets.prepare(plan.data) if demo_sets.is_demo(plan.data) else plan.data)
     cut = partial(
-        parts.write_parts,
+        study.write_parts,
         root,
         train_per_class=plan.train_per_class,
         validation_per_class=plan.validation_per_class,
@@ -259,11 +340,11 @@ def main() -> int:
 
     first = choosing(plan)
     train(first, plan, folder, machine, args.jobs)
-    rates = results.choose_rates(plan, collect(first, folder))
-    print(columns(tables.choice_rows(plan, collect(first, folder), rates), left=2), flush=True)
-    second = judged(plan, rates)
+    rates = study.choose_rates(plan, collect(first, folder))
+    print(columns(study.choice_rows(plan, collect(first, folder), rates), left=2), flush=True)
+    second = tested(plan, rates)
     train(second, plan, folder, machine, args.jobs)
-    judge(second, root, folder, machine, args.jobs)
+    evaluate(second, root, folder, machine, args.jobs)
     runs = collect([*first, *second], folder)
     target = folder / "results" if args.results is None else Path(args.results)
     write_results(plan, folder, target, rates, runs)

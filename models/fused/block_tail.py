@@ -13,9 +13,13 @@ Only z and out are kept for backward, which the convolutions on either side keep
 
 The same operation without ECA, residual or ReLU serves the other networks. `block_tail` is what the
 blocks call: it takes this path where `can_fuse` allows it, else the modules one by one.
+
+Where PyTorch finds a CUDA device, Triton is imported and its kernels compute the passes; where the
+import fails the reason is kept. Elsewhere `formulas` computes them.
 """
 
 import math
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -23,16 +27,92 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..eca_module import ECALayer
-from . import dispatch, native
-from .formulas import Kept, Wanted
-from .second_order import recorded_backward
-from .stock_modules import is_bare, is_eca
-from .whole_passes import accumulation_dtype
+from . import cpu_passes
+from .cpu_passes import accumulation_dtype
+from .formulas import Gradients, Kept, Wanted, tail_backward, tail_forward
+from .proof import is_bare, is_eca
+
+eca_triton: ModuleType | None = None
+_not_imported = "PyTorch finds no CUDA device"
+if torch.cuda.is_available():  # where it is not, Triton's import would only cost time
+    try:
+        from . import triton_tail
+
+        eca_triton = triton_tail
+    except Exception as error:  # also of a Triton that does not fit this PyTorch
+        _not_imported = f"Triton cannot be imported: {error}"
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Returns None if Triton kernels take tensors of `dtype` on `device`, otherwise the reason."""
+    if device.type != "cuda":
+        return "they are for CUDA devices"
+    if eca_triton is None:
+        return _not_imported
+    if dtype not in eca_triton.DTYPES:
+        return f"there are none for {dtype}"
+    return eca_triton.why_not(device, dtype)
+
+
+def on_triton(z: Tensor) -> bool:
+    return z.is_cuda and why_not_triton(z.device, z.dtype) is None
+
+
+def _forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor | None,
+    residual: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None,
+    eps: float,
+    activation: bool,
+) -> tuple[Tensor, Tensor, Kept]:
+    """Computes `tail_forward` by what serves z best; the variance is the unbiased one."""
+    if not on_triton(z):
+        out, variance, kept = tail_forward(
+            z, weight, bias, kernel, residual, statistics, eps, activation
+        )
+        if statistics is None:
+            count = z.numel() // z.shape[1]
+            variance = variance * (count / (count - 1))
+        return out, variance, kept
+    assert eca_triton is not None
+    out, *found, inverse_std, pooled, gate = eca_triton.tail_forward(
+        z, weight, bias, kernel, residual, *(statistics or (None, None)), eps, activation
+    )
+    mean, variance = statistics or found
+    return out, variance, Kept(mean, inverse_std, pooled, gate)
+
+
+def _backward(
+    grad: Tensor,
+    z: Tensor,
+    out: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor | None,
+    kept: Kept,
+    batch_statistics: bool,
+    wanted: Wanted,
+) -> Gradients:
+    """Computes `tail_backward` by what serves z best; grad and z have one memory format."""
+    if not on_triton(z):
+        return tail_backward(grad, z, out, weight, bias, kernel, kept, batch_statistics, wanted)
+    assert eca_triton is not None
+    dz, d_weight, d_bias, d_kernel, d = eca_triton.tail_backward(
+        grad, z, out, weight, bias, kernel, *kept, batch_statistics, wanted.z, wanted.residual
+    )
+    found = (dz, d_weight, d_bias, d_kernel, grad if out is None else d)
+    return Gradients(*(g if want else None for g, want in zip(found, wanted, strict=True)))
 
 
 def _widened(small: Tensor, z: Tensor) -> Tensor:
-    """Returns `small` in the dtype in which sums over z are accumulated."""
-    return small.to(accumulation_dtype(z.dtype))
+    """Returns `small`, dense, in the dtype in which sums over z are accumulated.
+
+    Dense, as the kernels walk from one channel to the next: a parameter may be a strided view.
+    """
+    return small.to(accumulation_dtype(z.dtype)).contiguous()
 
 
 def _format_of(z: Tensor) -> torch.memory_format:
@@ -61,9 +141,9 @@ class _FusedTail(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         w, b = _widened(weight, z), _widened(bias, z)
         k = None if kernel is None else _widened(kernel, z)
-        out, variance, kept = dispatch.forward(z, w, b, k, residual, statistics, eps, activation)
+        out, variance, kept = _forward(z, w, b, k, residual, statistics, eps, activation)
         ctx.save_for_backward(z, out if activation else None, weight, bias, kernel, *kept)
-        ctx.batch_statistics, ctx.eps = statistics is None, eps
+        ctx.batch_statistics = statistics is None
         ctx.memory_format = _format_of(z)  # backward must not ask: Dynamo does not know it there
         if statistics is not None:
             return out, None, None
@@ -75,13 +155,14 @@ class _FusedTail(torch.autograd.Function):
         z, out, weight, bias, kernel, *kept = ctx.saved_tensors
         wanted = Wanted(*ctx.needs_input_grad[:5])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            small = (weight, bias, kernel, Kept(*kept), ctx.eps)
-            again = recorded_backward(grad, z, out, *small, ctx.batch_statistics, wanted)
-            return *again, None, None, None
+            raise ValueError(
+                "a fused block tail has no second derivative (create_graph=True): call"
+                " models.set_fused(network, False) before the forward pass"
+            )
         w, b = _widened(weight, z), _widened(bias, z)
         k = None if kernel is None else _widened(kernel, z)
         grad = grad.contiguous(memory_format=ctx.memory_format)
-        found = dispatch.backward(grad, z, out, w, b, k, Kept(*kept), ctx.batch_statistics, wanted)
+        found = _backward(grad, z, out, w, b, k, Kept(*kept), ctx.batch_statistics, wanted)
         like = (z, weight, bias, kernel, grad)
         given = [g if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)]
         return *given, None, None, None
@@ -158,12 +239,33 @@ def can_fuse(
 ) -> bool:
     """Tells whether `fused_tail` may replace activation(attention(bn(z)) + residual).
 
-    It may not, and the modules are called one by one, for: other modules than BatchNorm2d, ECALayer
+    It may if `_is_usual` agrees and the code is compiled or there are passes for z: not on a CPU
+    without a C++ compiler, nor in a dtype that the passes do not take.
+    """
+    usual = _is_usual(z, bn, attention, residual, activation)
+    return usual and (torch.compiler.is_compiling() or _has_passes(z))
+
+
+def _has_passes(z: Tensor) -> bool:
+    """Tells whether there are compiled passes for z; `meta` has them, to show what is saved."""
+    return z.device.type == "meta" or cpu_passes.serves(z) or on_triton(z)
+
+
+def _is_usual(
+    z: Tensor,
+    bn: nn.Module,
+    attention: nn.Module | None,
+    residual: Tensor | None,
+    activation: nn.Module | None,
+) -> bool:
+    """Tells whether the modules compute the formula, and no one looks on while they do.
+
+    False, and the modules are called one by one, for: other modules than BatchNorm2d, ECALayer
     and ReLU, or with another forward than theirs (SyncBatchNorm); an ECALayer whose pooling or
-    convolution was changed (`stock_modules.is_eca`); BatchNorm without affine
+    convolution was changed (`proof.is_eca`); BatchNorm without affine
     parameters; hooks on a module, as FLOPs counters attach them; tracing and export; torch.func's
     transforms and forward-mode differentiation; a residual that broadcasts or differs in dtype; a
-    batch of one value a channel; an accelerator without kernels for the dtype, unless compiled.
+    batch of one value a channel.
     """
     modules: list[tuple[nn.Module, type[nn.Module]]] = [(bn, nn.BatchNorm2d)]
     if activation is not None:
@@ -189,10 +291,6 @@ def can_fuse(
         return False
     if z.dim() != 4 or not z.is_floating_point() or z.numel() <= z.shape[1]:
         return False
-    if z.device.type not in ("cpu", "meta") and not (
-        torch.compiler.is_compiling() or dispatch.on_triton(z)
-    ):
-        return False
     return residual is None or (residual.shape == z.shape and residual.dtype == z.dtype)
 
 
@@ -208,13 +306,14 @@ def block_tail(
 
     It is one operation if `fused` is set and `can_fuse` agrees; otherwise module by module.
     """
-    if fused and can_fuse(z, bn, attention, residual, activation):
-        eager_cpu = z.device.type == "cpu" and not torch.compiler.is_compiling()
-        if attention is None and eager_cpu and not _pays(z):
+    if fused and _is_usual(z, bn, attention, residual, activation):
+        compiling = torch.compiler.is_compiling()
+        if attention is None and z.device.type == "cpu" and not compiling and not _pays(z):
             return _plain_tail(z, bn, residual, activation is not None)
-        # `can_fuse` has said that they are of these classes.
-        norm, eca = cast(nn.BatchNorm2d, bn), cast("ECALayer | None", attention)
-        return fused_tail(z, norm, eca, residual, activation is not None)
+        if compiling or _has_passes(z):
+            # `_is_usual` has said that they are of these classes.
+            norm, eca = cast(nn.BatchNorm2d, bn), cast("ECALayer | None", attention)
+            return fused_tail(z, norm, eca, residual, activation is not None)
     y = bn(z)
     if attention is not None:
         y = attention(y)
@@ -247,7 +346,7 @@ LARGE = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 def _pays(z: Tensor) -> bool:
     large = z.numel() >= LARGE.get(z.device.type, math.inf)
-    return large and (dispatch.on_triton(z) or native.serves(z))
+    return large and (on_triton(z) or cpu_passes.serves(z))
 
 
 def _plain_tail(z: Tensor, bn: nn.Module, residual: Tensor | None, activation: bool) -> Tensor:
@@ -267,3 +366,46 @@ def set_fused(network: nn.Module, fused: bool) -> int:
     for module in found:
         module.fused = bool(fused)  # type: ignore[assignment]
     return len(found)
+
+
+def describe_tails(
+    network: nn.Module,
+    device: torch.device,
+    fused: bool = True,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+    sync_bn: bool = False,
+) -> str:
+    """Describes for a report, in a few words, how `network`'s block tails will run on `device`.
+
+    Args:
+        fused: the value that `set_fused` gets.
+        dtype: the dtype of the activations.
+        compiled: the network will run under torch.compile.
+        sync_bn: the BatchNorms will become SyncBatchNorm.
+    """
+    attentions = (getattr(module, "attention", None) for module in network.modules())
+    named = {name for name in attentions if isinstance(name, str)}
+    others = ", ".join(sorted(named - {"eca", "none"}))
+    sync_bn = sync_bn or any(isinstance(m, nn.SyncBatchNorm) for m in network.modules())
+    on_cuda = device.type == "cuda"
+    no_triton = why_not_triton(device, dtype) if on_cuda else None
+    obstacles: tuple[tuple[object, str], ...] = (
+        (not fused, ""),
+        (sync_bn, " (SyncBatchNorm)"),
+        (others, f" (attention {others})"),
+        (no_triton and not compiled, f" ({no_triton})"),
+        (device.type not in ("cpu", "cuda") and not compiled, f" (no kernels for {device.type})"),
+    )
+    for stands, why in obstacles:
+        if stands:
+            return f"block tails module by module{why}"
+    if device.type == "cpu" and not compiled:
+        no_native = cpu_passes.why_not(dtype)
+        if no_native and named == {"none"}:
+            return f"block tails by BatchNorm's own kernel, the rest in place ({no_native})"
+        if no_native:
+            return f"block tails module by module ({no_native})"
+        if named == {"none"}:
+            return "fused block tails, small ones by BatchNorm's own kernel"
+    return f"fused block tails{' (Triton)' if on_cuda and no_triton is None else ''}"

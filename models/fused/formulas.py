@@ -1,6 +1,6 @@
 """The fused tail's forward and backward passes, as functions of tensors.
 
-The passes over large tensors are those that `passes_for` chooses. `triton_operators` does the same
+The passes over large tensors are those that `passes_for` chooses. `triton_tail` does the same
 steps, each in a kernel. Names: d is the output's gradient where ReLU lets it through, x̂ is
 normalised z, a = weight/σ, s is the gate; Σ is over the pixels of one sample and channel.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .passes import passes_for
+from .cpu_passes import passes_for
 
 
 def _neighbours(x: Tensor, k: int) -> list[Tensor]:

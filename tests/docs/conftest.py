@@ -12,7 +12,7 @@ from helpers.trees import ROOT
 from PIL import Image
 
 from models.detection.detectors import create_detector, describe_detector
-from utils.data import demo_digits, demo_sets
+from utils.data import demo_sets
 from utils.runs import checkpoint
 
 
@@ -21,7 +21,7 @@ def few_digits(tmp_path_factory):
     """The demo's tree with a twentieth of its images: those whose names the documents have."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("home")
-    demo_digits.write_digits(folder / "digits")
+    demo_sets.write_digits(folder / "digits")
     for part in ("train", "val"):
         for place in (folder / "digits" / part).iterdir():
             files = sorted(place.iterdir())

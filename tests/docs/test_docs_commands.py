@@ -1,24 +1,19 @@
-"""README.md's and the ablation's commands are understood, each by its own script."""
+"""README.md's commands are understood, each by its own script."""
 
-import sys
 import warnings
 
-import pytest
 import torch
-from helpers.documents import Reached, begins, printed, script_lines, stop_at, within
+from helpers.documents import begins, printed, script_lines, stop_at, within
 from helpers.tiny_runs import RUN
 from helpers.trees import ROOT
 
-import detect_main
 import main
 import models
-from assembly import detector
 from models import weights
-from tools import ablation
-from utils.options.parser import Parser
+from utils.command_line import detection
 from utils.runs import checkpoint
-from utils.runs.resume import Start
 from utils.system.distributed import Context
+from utils.training import detector
 
 
 def write_shapes_of(network, path, **fields):
@@ -30,8 +25,11 @@ def write_shapes_of(network, path, **fields):
 
 def test_readme_s_commands_are_understood(workspace, monkeypatch):
     """Each by its own script, up to where it would begin to work; the tools' pages run them."""
-    monkeypatch.setattr(Parser, "parse_args", record := Record(Parser.parse_args))
-    stop_at(monkeypatch, "utils.system.distributed.setup", "utils.cost.classifier_cost.count_cost")
+    read, starts = detection.read_command_line, []
+    monkeypatch.setattr(
+        detection, "read_command_line", lambda *words: starts.append(read(*words)) or starts[-1]
+    )
+    stop_at(monkeypatch, "utils.system.distributed.setup", "utils.inspection.cost.count_cost")
     with torch.device("meta"):
         networks = {
             n: models.create_model(n, num_classes=10) for n in ("eca_resnet18", "eca_resnet50")
@@ -68,48 +66,10 @@ def test_readme_s_commands_are_understood(workspace, monkeypatch):
             with printed() as page:
                 begun = begins(words, ROOT)
             assert begun, f"{words} ended with\n{page()}"
-            if "--backbone-weights" in words:  # read after the data
-                given = record.last
-                settings = {k: getattr(given, k) for k in ("arch", "backbone")}
-                here = Context(torch.device("cpu"))
-                first = detector.read_first_weights(given, {})
-                with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-                    recipe = detect_main.RECIPE.override(**settings)
-                    _, notes = detector.build_network(
-                        given, recipe, Start(None, first, None), ["a"] * 90, here
-                    )
+            if "--backbone-weights" in words:  # taken up after the data
+                config, start = starts[-1]
+                nowhere = Context(torch.device("meta"))
+                with torch.device("meta"), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    _, notes = detector.build_network(config, start, ["a"] * 90, nowhere)
                 assert "Loaded" in notes[1]
-
-
-def test_the_ablation_s_commands_are_understood(tmp_path, monkeypatch):
-    """Those of its page, and each of main.py that they start."""
-    started = []
-    monkeypatch.setattr(ablation, "run_all", lambda commands, *_: started.extend(commands.values()))
-    monkeypatch.setattr(ablation, "collect", lambda folders: [])
-    monkeypatch.setattr(ablation, "draw", lambda *_: b"")
-    stop_at(monkeypatch, "utils.system.distributed.setup")
-    lines = script_lines((ROOT / "docs" / "ABLATION.md").read_text())
-    with within(tmp_path), printed():
-        for words in lines:
-            if words[:2] == ["-m", "tools.ablation"]:
-                monkeypatch.setattr(sys, "argv", words[1:])
-                assert ablation.main() == 0
-        assert len(started) == 27 + 7 + 6
-        for command in started:
-            monkeypatch.setattr(sys, "argv", command[1:])
-            with pytest.raises(Reached):
-                main.main()
-
-
-class Record:
-    """Calls a method of argparse, and keeps what it returned."""
-
-    def __init__(self, method):
-        self.method, self.last = method, None
-
-    def __get__(self, parser, _):
-        def call(*arguments):
-            self.last = self.method(parser, *arguments)
-            return self.last
-
-        return call

@@ -14,11 +14,11 @@ import torch
 from helpers.documents import blocks, command_lines, run_command, within
 
 import detect_main
-from models.detection.detectors import DETECTORS, create_detector, describe_detector
-from models.detection.norms import NORMS
+from models.detection.detectors import create_detector, describe_detector
 from tests.tools.test_import_mmdetection import file_of_v1
-from utils.detection import demo_shapes
-from utils.options.detection import build_parser
+from utils.command_line.parser import parser_of
+from utils.config.detection import PARTS
+from utils.data import demo_shapes
 from utils.runs import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,13 +49,13 @@ def test_every_command_is_known_here():
 @pytest.mark.parametrize("line", [line for line in commands() if " detect_main.py " in line])
 def test_detect_main_reads_it_and_builds(line, monkeypatch):
     monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
-    recipe, backbones = detect_main.RECIPE, detect_main.BACKBONES
-    flags = build_parser(recipe, list(DETECTORS), backbones, NORMS, "").parse_args()
-    if flags.data == demo_shapes.SHAPES:
-        recipe = recipe.override(**demo_shapes.recipe_of(flags.arch))
-    recipe = recipe.override(arch=flags.arch, backbone=flags.backbone)
+    recipe = detect_main.RECIPE
+    typed = parser_of(PARTS, recipe, "").typed()
+    if typed.get("data") == demo_shapes.SHAPES:
+        recipe = recipe.override(**demo_shapes.recipe_of(typed.get("arch")))
+    recipe = recipe.override(**{k: v for k, v in typed.items() if k in recipe.as_dict()})
     with torch.device("meta"):
-        create_detector(recipe.arch, recipe.backbone, flags.ksize, **recipe.settings)
+        create_detector(recipe.arch, recipe.backbone, typed.get("ksize"), **recipe.settings)
 
 
 def test_the_other_commands_run(tmp_path):

@@ -1,4 +1,4 @@
-"""A disk, a quota or a file server that gives way in the middle of a save. `make test-faults`.
+"""A disk, a quota or a file server that gives way in the middle of a save. `make test-slow`.
 
 The faults are real for the program: a small library stands before the C library and lets one
 call fail for the checkpoint's temporary file.

@@ -4,7 +4,6 @@ The table in docs/RELIABILITY.md names these tests. What goes wrong where a run 
 test_faults_resume.py, harm done to processes in test_harm.py.
 """
 
-import errno
 import re
 import shutil
 from pathlib import Path
@@ -16,8 +15,6 @@ from helpers.small_runs import SMALL, place
 
 from utils.runs import checkpoint
 from utils.system import distributed
-from utils.system.errors import UserError
-from utils.system.fault_messages import Memory, in_one_line
 
 
 @pytest.mark.parametrize(
@@ -130,29 +127,6 @@ def test_one_process_over_two_gpus(call, tree, tmp_path, monkeypatch):
     code, _, err = call("-e", "--fast", "--compile", "--resume", tmp_path / "run" / "best.pth")
     assert code == 2
     assert "--compile does not go with DataParallel" in err[0]
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (OSError(errno.EMFILE, "Too many open files"), "too many open files: use fewer"),
-        (OSError(errno.ENFILE, "Too many open files in system"), "too many open files: use fewer"),
-        (
-            OSError("Caught OSError in DataLoader worker\n… [Errno 24] Too many open files"),
-            "too many open files: use fewer",
-        ),
-        (RuntimeError("received 0 items of ancdata"), "too many open files: use fewer"),
-        (
-            BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
-            "no more processes allowed: use fewer workers (-j), or raise the limit (ulimit -u)",
-        ),
-    ],
-)
-def test_limits_of_files_and_processes(error, message):
-    with pytest.raises(UserError) as caught, in_one_line(Memory("-b 8", "a smaller -b")):
-        raise error
-    assert str(caught.value).startswith(message)
-    assert caught.value.exit_code == 1
 
 
 def test_a_seed_gives_equal_runs_on_two_threads_too(call, tree, tmp_path):

@@ -12,13 +12,12 @@ import torch
 from helpers.small_runs import SMALL, place
 from helpers.trees import write_tree
 
-from utils.classification.outcome import CLASSIFICATION
-from utils.runs import checkpoint, safetensors_file
+from utils.config.classification import Recipe
+from utils.runs import checkpoint, foreign_files
 from utils.runs import folder as runs
-from utils.runs.commands import command
-from utils.runs.resume_checks import refuse_other_data
-from utils.runs.saved_run import Checkpoint
-from utils.runs.writer import RunFiles
+from utils.runs.checkpoint import Checkpoint
+from utils.runs.resume import refuse_changes
+from utils.runs.writer import RunFiles, command
 from utils.system.errors import UserError
 
 
@@ -114,7 +113,7 @@ def test_a_safetensors_file_is_the_checkpoint_again(call, run_folder, tree, tmp_
     saved = checkpoint.load(run_folder / "best.pth")
     names = ("arch", "attention", "ksize", "num_classes", "model_kwargs", "img_size", "crop_pct")
     fields = {name: saved[name] for name in names} | {"crop_pct": 0.5, "classes": ["c", "b", "a"]}
-    data = safetensors_file.to_safetensors(saved["state_dict"], fields)
+    data = foreign_files.to_safetensors(saved["state_dict"], fields)
     (tmp_path / "w.safetensors").write_bytes(data)
     for part, value in (("crop_pct", 0.5), ("classes", fields["classes"])):
         saved[part] = value
@@ -185,7 +184,15 @@ def test_weights_are_not_a_run(call, run_folder, tree):
     ("flags", "message"),
     [
         (("--seed", 2), "the run's seed is 1: leave --seed 2 out"),
-        (("-b", 8), "after 2 batches of 6: leave -b 8 out, or begin at an epoch's start"),
+        (
+            ("-b", 8),
+            "the run stopped inside an epoch, after 2 batches with --batch-size 6: leave "
+            "--batch-size 8 out, or begin at an epoch's start with --start-epoch",
+        ),
+        (("--loss", "bce"), "with --loss ce: leave --loss bce out, or begin"),
+        (("--label-smoothing", 0.1), "with --label-smoothing 0: leave --label-smoothing 0.1 out"),
+        (("--mixup", 0.2), "with --mixup 0: leave --mixup 0.2 out"),
+        (("--img-size", 48), "with --img-size 32: leave --img-size 48 out"),
     ],
 )
 def test_what_would_make_a_resumption_inexact_is_refused(call, run_folder, flags, message):
@@ -195,6 +202,15 @@ def test_what_would_make_a_resumption_inexact_is_refused(call, run_folder, flags
     code, _, err = call("--resume", run_folder / "last.pth", *flags)
     assert code == 2
     assert message in err[0]
+
+
+def test_where_the_epoch_is_begun_anew_its_loss_may_be_another(call, run_folder):
+    saved = checkpoint.load(run_folder / "last.pth")
+    saved["progress"].update(epoch=1, step=2)
+    checkpoint.save(run_folder / "last.pth", saved)
+    flags = ("--loss", "bce", "--label-smoothing", 0.1, "--mixup", 0.2, "--img-size", 48)
+    code, *_ = call("--resume", run_folder / "last.pth", *flags, "--start-epoch", 1, "-j", 0)
+    assert (code, place(run_folder)) == (0, (2, 0))
 
 
 def test_other_data_inside_an_epoch_is_refused(call, run_folder, tmp_path):
@@ -214,7 +230,8 @@ def test_other_data_inside_an_epoch_is_refused(call, run_folder, tmp_path):
         assert code == 2
         assert "training images with other names or labels than there are now: restore" in err[0]
     del saved["train_digest"]  # as before there were digests: by number alone
-    assert refuse_other_data(Checkpoint.of(Path("x"), saved).run, "another") == []
+    run = Checkpoint.of(Path("x"), saved).run
+    assert refuse_changes(run, Recipe.from_dict(run.recipe), None, 24, "another") == []
 
 
 def test_a_run_that_another_process_has_gone_on_with(call, run_folder, monkeypatch):
@@ -240,7 +257,7 @@ def test_a_run_that_another_process_has_gone_on_with(call, run_folder, monkeypat
     assert place(run_folder) == (2, 3)
     assert (run_folder / "args.json").read_text() == before
     with pytest.raises(UserError, match="another process has gone on"):  # nothing to read then
-        RunFiles(run_folder, {}, CLASSIFICATION)
+        RunFiles(run_folder, {})
 
 
 def test_the_command_to_go_on_names_the_device(monkeypatch):

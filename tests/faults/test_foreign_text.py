@@ -10,10 +10,9 @@ import main
 import predict
 from tools import check_images, compare_runs
 from utils.data.decoding import BrokenImageError
-from utils.inspection.class_predictions import Guess, Prediction, PredictionLog
-from utils.inspection.object_predictions import CocoDocument
-from utils.options.parser import run_script
+from utils.inspection.predictions import CocoDocument, Guess, Prediction, PredictionLog
 from utils.runs import checkpoint
+from utils.system.faults import run_script
 
 EVIL = "\x1b[2J\nerror: all is well"
 

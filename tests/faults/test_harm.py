@@ -1,9 +1,10 @@
 """Harm done to running processes: each run ends with a line and leaves no process and no loss.
 
 All of it is real: signals, kills, hung workers; full disks and the like are in test_harm_limits.py.
-`make test-faults`.
+`make test-slow`.
 """
 
+import json
 import os
 import re
 import signal
@@ -11,6 +12,8 @@ import signal
 import pytest
 from helpers.small_runs import LONG, SMALL, Running, all_gone, progress
 from helpers.trees import ROOT
+
+from utils.runs import checkpoint
 
 pytestmark = pytest.mark.faults
 
@@ -60,6 +63,29 @@ def test_a_signal_saves_at_the_next_step(start, tree, tmp_path, signum, code):
     assert [int(row.split(",")[0]) for row in rows] == list(range(1, epochs + 1))
 
 
+def test_a_folder_renamed_under_a_run_is_never_shared(start, tree, tmp_path):
+    """A second run starts under the old name: each run's files stay of that run alone."""
+    first = start(*LONG, "--output", "run", tree)
+    first.wait_for("epoch 2/500  step 1/4")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    second = start(*SMALL, "--seed", 2, "--epochs", 1, "--output", "run", tree)
+    code, _, err = first.end()
+    assert (code, len(err)) == (1, 1)
+    assert err[0].startswith("error: run: is no longer the folder in which this run began (it was")
+    assert second.end()[0] == 0
+    for name, seed in (("moved", 1), ("run", 2)):
+        folder = tmp_path / name
+        held = [checkpoint.load(path)["seed"] for path in folder.glob("*.pth")]
+        held.append(json.loads((folder / "args.json").read_text())["seed"])
+        assert held == [seed] * len(held)
+        assert len(held) == 4  # last, previous, best, args.json
+        assert len(list(folder.glob("events*"))) == 1
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 2
+    done = progress(tmp_path / "moved")["epoch"]
+    again = start("--resume", "auto", "--output", "moved", "--epochs", done + 1)
+    assert again.end()[0] == 0
+
+
 def test_a_signal_during_evaluation_loses_no_epoch(start, tree, tmp_path):
     slow = start(
         *SMALL, "-b", 1, "--img-size", 64, "--epochs", 500, "-p", 8, "--output", "run", tree
@@ -101,7 +127,7 @@ def test_a_killed_worker(start, tree, tmp_path):
     assert code == 1
     assert err == [
         "error: a loader worker was killed by SIGKILL (out of memory?): use fewer "
-        "workers (-j) or a smaller -b; go on with --resume auto"
+        "workers (-j) or a smaller batch; start again (a run: with --resume auto)"
     ]
     assert all_gone(workers)
     assert progress(tmp_path / "run")["epoch"] >= 1
@@ -112,7 +138,7 @@ HANGING = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 sys.argv = ["main.py", *sys.argv[1:]]
-from utils.data import loading as data
+from utils.data import loader as data
 read = data.read_image
 def read_image(*arguments):
     while os.path.exists({mark!r}):
@@ -120,7 +146,7 @@ def read_image(*arguments):
     return read(*arguments)
 data.read_image = read_image
 import main
-main.run_script(main.main)
+main.run_script(main.main, main.SMALLER)
 """
 
 
@@ -193,7 +219,7 @@ def test_a_killed_rank(start, tree, tmp_path):
     assert code == 1
     assert (
         "error (rank 0): another process of this run ended or hangs (its own lines say why); "
-        "nothing saved is lost: go on with --resume auto"
+        "nothing saved is lost: start again (a run: with --resume auto)"
     ) in err
     assert all_gone(ranks)
     saved = progress(tmp_path / "run")

@@ -1,6 +1,6 @@
 """Harm done in a run's first seconds: its launcher killed, and Ctrl-C while it imports.
 
-All of it is real, as in test_harm.py. `make test-faults`.
+All of it is real, as in test_harm.py. `make test-slow`.
 """
 
 import time

@@ -14,6 +14,9 @@ from helpers.trees import ROOT
 from utils.runs import checkpoint
 
 KILLS = int(os.environ.get("KILLS", 24))  # of the long test
+PATIENCE = 15_000 + 1200 * KILLS  # seconds, for a hang: a kill takes some seconds
+
+pytestmark = pytest.mark.timeout(PATIENCE + 600)
 
 
 def kill_and_resume(tree, tmp_path, kills: int, script: str, *flags: object) -> list[str]:
@@ -30,7 +33,7 @@ def kill_and_resume(tree, tmp_path, kills: int, script: str, *flags: object) -> 
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=15_000 + 1200 * kills,  # for a hang: a kill takes some seconds
+        timeout=PATIENCE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     log = tmp_path / "runs" / "moments.txt"
@@ -58,6 +61,7 @@ FLAGS = (
 )
 
 
+@pytest.mark.slow
 def test_three_kills(tree, tmp_path, record_property):
     """MobileNetV2 has dropout, whose chance must be the same after a resumption, too."""
     lines = kill_and_resume(tree, tmp_path, 3, "light_main.py", *FLAGS)

@@ -51,7 +51,6 @@ def test_few_open_files(tree, tmp_path, limit, workers):
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "raise the limit (ulimit -n)" in done.stderr
-    assert ("use fewer workers" in done.stderr) == (workers > 0)
 
 
 def test_a_low_soft_limit_is_raised(tree, tmp_path):
@@ -71,7 +70,7 @@ def test_optimised_python(run_folder, tree, tmp_path):
     for line in ("paras_flops.py -a eca_resnet18", f"predict.py new/best.pth {tree}/val"):
         plain, optimised = (shell(tmp_path, f"$PY {line}", PYTHONOPTIMIZE=o) for o in ("", "2"))
         assert (optimised.returncode, optimised.stdout) == (0, plain.stdout)
-    names = ("resize_images", "make_shards", "check_images", "compare_runs", "study", "ablation")
+    names = ("make_shards", "check_images", "compare_runs", "study")
     for name in names:
         done = shell(ROOT, f"{os.sys.executable} -OO -m tools.{name} -h")
         assert done.returncode == 0

@@ -7,8 +7,8 @@ import json
 import numpy as np
 from helpers.coco_trees import annotation, write_tree
 
-from utils.detection import coco_masks
-from utils.detection.coco_files import locate
+from utils.data import coco_masks
+from utils.data.coco import locate
 
 SIZE = (48, 64)
 

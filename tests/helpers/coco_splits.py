@@ -4,8 +4,8 @@ import json
 
 from helpers.coco_trees import write_tree
 
-from utils.detection.coco_dataset import load_split
-from utils.detection.coco_files import locate
+from utils.data.coco import locate
+from utils.data.coco_dataset import load_split
 
 
 def split_of(root, annotations, masks=True, images=3, **kwargs):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.fused.native import BuildError, library
+from models.fused.cpu_passes import BuildError, library
 
 needs_compiler = pytest.mark.skipif(
     isinstance(library(), BuildError), reason=f"no compiled passes: {library()}"

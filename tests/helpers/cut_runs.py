@@ -11,7 +11,7 @@ from helpers.kill_driver import STATE, same
 
 import main as script
 from utils.runs import checkpoint
-from utils.training.state import RunState
+from utils.training.state import TrainingState
 
 
 class Killed(BaseException):
@@ -30,10 +30,10 @@ def cut_twice(
     flags = (*flags, "--epochs", 2, "--save-every", 1)
     code, _, err = call(*flags, "--output", "through")
     assert (code, err) == (0, [])
-    finish_step = RunState.finish_step
+    finish_step = TrainingState.finish_step
     steps = []
 
-    def stumble(state: RunState, broken: list[int]) -> None:
+    def stumble(state: TrainingState, broken: list[int]) -> None:
         finish_step(state, broken)
         steps.append((state.epoch, state.step))
         if len(steps) == 2:
@@ -43,7 +43,7 @@ def cut_twice(
 
     again = ("--resume", "auto", "--output", "cut", *flags)
     with monkeypatch.context() as patch:
-        patch.setattr(RunState, "finish_step", stumble)
+        patch.setattr(TrainingState, "finish_step", stumble)
         patch.setattr(sys, "argv", ["main.py", *map(str, again)])
         with pytest.raises(Killed):
             script.main()

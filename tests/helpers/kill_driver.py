@@ -25,9 +25,8 @@ import torch  # noqa: E402
 
 import detect_main as _detect_main  # noqa: E402, F401 - imported before forking
 import main as _main  # noqa: E402, F401
-from utils.classification import engine as classification  # noqa: E402
-from utils.detection import engine as detection  # noqa: E402
 from utils.runs import checkpoint  # noqa: E402
+from utils.training.state import TrainingState  # noqa: E402
 
 STATE = ("state_dict", "raw_state_dict", "averaged_steps", "optimizer", "progress", "history")
 
@@ -57,16 +56,15 @@ class Moments:
         return wrapped
 
 
-def stepping(train_epoch, moment: Moments):
-    """Counts a moment after each step."""
+def stepping(finish_step, moment: Moments):
+    """Counts a moment after each step, before anything of it is saved."""
 
-    def steps(*args, **kwargs):
-        for batch in train_epoch(*args, **kwargs):
-            moment.steps += 1
-            moment()
-            yield batch
+    def counted(*args):
+        finish_step(*args)
+        moment.steps += 1
+        moment()
 
-    return steps
+    return counted
 
 
 def child(script: str, arguments: list[str], fatal: int, log: Path) -> int:
@@ -81,8 +79,7 @@ def child(script: str, arguments: list[str], fatal: int, log: Path) -> int:
     log.write_text("0 0")
     for name in ("fsync", "link", "replace"):
         setattr(os, name, moment.around(getattr(os, name)))
-    for engine in (classification, detection):
-        engine.train_epoch = stepping(engine.train_epoch, moment)
+    TrainingState.finish_step = stepping(TrainingState.finish_step, moment)
     sys.argv = [script, *arguments]
     code = 1
     try:

@@ -2,9 +2,10 @@
 
 import torch
 
-from utils.data.loading import Reading, training_batches
+from utils.config.classification import Recipe
+from utils.data.loader import Reading
 from utils.data.sampler import SeededBatches
-from utils.recipes.classification import Recipe
+from utils.training.classification_data import training_batches
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(
@@ -20,7 +21,7 @@ RECIPE = Recipe(
 )
 
 
-def train_pass(folder, seed=0, epoch=0, step=0, workers=0, skip=False, decoder="torchvision"):
+def train_pass(folder, seed=0, epoch=0, step=0, workers=0, skip=False, decoder="simplejpeg"):
     order = SeededBatches(len(folder), RECIPE.batch_size, seed)
     order.seek(epoch, step)
     reading = Reading(CPU, workers, 60, decoder)

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from tools import make_shards
-from utils.options import parser
+from utils.system import faults
 
 
 def make(monkeypatch, source: Path, target: Path, *flags: object) -> Path:
     """`python -m tools.make_shards` in this process."""
-    monkeypatch.setattr(parser, "end_children", lambda: True)
+    monkeypatch.setattr(faults, "end_children", lambda: True)
     monkeypatch.setattr(sys, "argv", ["make_shards", str(source), str(target), *map(str, flags)])
     with pytest.raises(SystemExit) as ended:
-        parser.run_script(make_shards.main)
+        faults.run_script(make_shards.main)
     assert not ended.value.code
     return target
 

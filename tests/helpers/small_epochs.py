@@ -5,13 +5,26 @@ import contextlib
 import torch
 from torch import nn
 
-from utils.classification.engine import StepRule, train_epoch
-from utils.classification.metrics import ClassificationMeter
-from utils.data.loading import Batch
-from utils.training.finite_guard import NonFiniteGuard
+from utils.command_line.classification import make_config
+from utils.config.classification import Config, Recipe
+from utils.data.loader import Batch
+from utils.runs.writer import RunFiles
+from utils.system.distributed import Votes
+from utils.system.signals import StopRequest
+from utils.training.classification import (
+    ClassificationMeter,
+    StepRule,
+    cross_entropy,
+    train_one_epoch,
+    unmixed,
+)
+from utils.training.progress import Progress
+from utils.training.state import NonFiniteGuard, TrainingState
 
 CPU = torch.device("cpu")
 PLAIN = contextlib.nullcontext
+STEPS = 8  # of an epoch
+RECIPE = Recipe("eca_resnet18", 100, 6, 0.1, 0.9, 0.0, "step")  # lr 0.1 for 30 epochs
 
 
 def batches(count=4, size=6, classes=3):
@@ -31,28 +44,48 @@ def sgd(net, **kwargs):
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
+def config_of(recipe=RECIPE, **flags) -> Config:
+    """Returns the configuration that no flag but these was typed for."""
+    return make_config(recipe, flags, {})
+
+
 def train(
     net,
     given,
     first_step=0,
-    lr_at=lambda step: 0.1,
     guard=None,
     optimizer=None,
     seed=7,
     scaler=NO_SCALER,
-    **rule,
+    loss_fn=cross_entropy,
+    mix=unmixed,
+    state=None,
+    autocast=PLAIN,
+    progress=None,
+    run=None,
+    stop=None,
+    rule=None,
+    **recipe,
 ):
-    meter = ClassificationMeter(CPU)
-    passed = list(
-        train_epoch(
+    """Trains by batches of an epoch, from the run's step `first_step` on.
+
+    A `state` brings its own step, and what else it holds; a `rule` what the recipe's values give.
+    Without `progress` no step is shown, and without `run` nothing is written.
+
+    Returns:
+        The state behind them, and whether the epoch is done.
+    """
+    if state is None:
+        state = TrainingState(
             net,
-            given,
             optimizer or sgd(net),
             scaler,
-            meter,
+            ClassificationMeter(CPU),
             guard or NonFiniteGuard(CPU),
-            StepRule(lr_at, seed, PLAIN, **rule),
-            first_step,
         )
-    )
-    return meter, passed
+        state.epoch, state.step = divmod(first_step, STEPS)
+    rule = rule or StepRule(RECIPE.override(**recipe), STEPS, seed, autocast, loss_fn, mix)
+    progress = progress or Progress("epoch", 10**6, 6, 10**6)
+    run, stop = run or RunFiles(None, {}), StopRequest() if stop is None else stop
+    done = train_one_epoch(state, net, given, rule, progress, run, Votes(None), stop)
+    return state, done

@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from utils.study.plan import Plan, read_plan
-from utils.study.results import RunResult
+from utils.inspection.study import Plan, RunResult, read_plan
 
 SMALL = {
     "question": "Does it work?",

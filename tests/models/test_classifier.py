@@ -155,6 +155,7 @@ def test_recomputed_blocks_change_no_bit(name):
     assert not any(getattr(m, "grad_checkpointing", False) for m in saving.modules())
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_compile():
     images = torch.randn(2, 3, 32, 32)
     torch.manual_seed(0)

@@ -169,6 +169,7 @@ def test_compiles_into_one_graph_of_constants(monkeypatch):
         assert apart(found, network(x)) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["eca_resnet50", "eca_mobilenetv2"])
 def test_compiles_for_further_batches_and_sizes(monkeypatch, arch):
     """With the second size torch.compile takes sizes for symbols, and the gate asks about them."""

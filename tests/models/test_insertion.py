@@ -11,8 +11,7 @@ from torch import nn
 
 import models
 from models.eca_module import ECALayer
-from models.insertion import SQUEEZES, _is_known, add_eca
-from models.insertion_layers import InsertedECA
+from models.insertion import SQUEEZES, InsertedECA, _is_known, add_eca
 
 timm = pytest.importorskip("timm")
 NETWORKS = pytest.importorskip("helpers.foreign_networks").NETWORKS
@@ -137,6 +136,86 @@ def test_the_table_of_the_document(library, name, row):
     instead = re.match(r"(\d*) ?in place of", place)
     squeezes = int(instead[1] or layers) if instead else 0
     assert sum("in place of" in insertion.place for insertion in done) == squeezes
+
+
+# Of each kind of network in torchvision one; layers, or 0 where a line refuses it.
+KINDS = {
+    "alexnet": 0,
+    "densenet121": 0,
+    "maxvit_t": 0,
+    "mnasnet0_5": 0,
+    "shufflenet_v2_x0_5": 0,  # its blocks are called residual, and concatenate
+    "squeezenet1_0": 0,
+    "swin_t": 0,
+    "vgg11_bn": 0,
+    "vit_b_16": 0,
+    "convnext_tiny": 18,
+    "efficientnet_b0": 16,
+    "efficientnet_v2_s": 40,
+    "mobilenet_v2": 17,
+    "mobilenet_v3_small": 11,
+    "resnet18": 8,
+    "resnext50_32x4d": 16,
+    "mc3_18": 8,
+    "mvit_v2_s": 0,
+    "r2plus1d_18": 8,
+    "r3d_18": 8,
+    "s3d": 0,
+    "swin3d_t": 0,
+    "deeplabv3_resnet50": 16,
+    "lraspp_mobilenet_v3_large": 15,
+}
+VIDEO = ("mc3_18", "r2plus1d_18", "r3d_18")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_put_in_runs_and_the_rest_is_refused(name):
+    backbone = {"weights_backbone": None} if name.startswith(("deeplab", "fcn", "lraspp")) else {}
+    with torch.device("meta"):
+        network = torchvision.models.get_model(name, weights=None, **backbone).eval()
+        images = torch.empty(2, 3, *((4, 32, 32) if name in VIDEO else (64, 64)))
+    if not KINDS[name]:
+        with pytest.raises(ValueError, match=r"^[^\n]*ECA[^\n]*give the type of the blocks[^\n]*$"):
+            add_eca(network, quiet=True)
+        return
+    assert len(add_eca(network, quiet=True)) == KINDS[name]
+    network(images)
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_a_video_s_channels_are_attended(name):
+    """Gates from means over time and both axes of the image, by the layer that takes any rank."""
+    torch.manual_seed(0)
+    network = torchvision.models.get_model(name, num_classes=5).eval()
+    clips = torch.randn(2, 3, 4, 16, 16)
+    with torch.no_grad():
+        expected = network(clips)
+        done = add_eca(network, quiet=True)
+        torch.testing.assert_close(network(clips), expected, rtol=0, atol=0)
+        layer = network.get_submodule(done[0].name)
+        nn.init.normal_(layer.conv.weight)
+        plain = ECALayer(3)
+        plain.conv = layer.conv
+        x = torch.randn(2, 64, 3, 4, 5)
+        torch.testing.assert_close(layer(x), 2 * plain(x))
+        assert not torch.allclose(network(clips), expected)
+        torch.testing.assert_close(torch.fx.symbolic_trace(network)(clips), network(clips))
+    assert network.load_state_dict(network.state_dict()).missing_keys == []
+    with pytest.raises(
+        ValueError, match=r"\(N, 64, T, H, W\) was expected and \(2, 64, 4, 5\) came"
+    ):
+        layer(x[:, :, 0])
+
+
+def test_the_axes_are_read_where_the_normalisation_does_not_tell_them():
+    for axes, conv in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
+        network = nn.Sequential(conv(3, 8, 1), nn.GroupNorm(2, 8), conv(8, 8, 1))
+        (insertion,) = add_eca(network, after="1", quiet=True)
+        assert network.get_submodule(insertion.name).axes == axes
+        network(torch.randn(2, 3, *[4] * axes))
+    mixed = nn.ModuleDict({"eca": ECALayer(3), "norm": nn.GroupNorm(2, 8)})
+    (insertion,) = add_eca(mixed, after="norm", quiet=True)
+    assert mixed.get_submodule(insertion.name).axes == 2  # not that of ECA's own convolution
 
 
 def test_it_has_two_addresses():

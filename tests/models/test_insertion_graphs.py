@@ -12,8 +12,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.fx.experimental.optimization import fuse
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from models.insertion import add_eca
-from models.insertion_layers import InsertedECA
+from models.insertion import InsertedECA, add_eca
 
 timm = pytest.importorskip("timm")
 NETWORKS = pytest.importorskip("helpers.foreign_networks").NETWORKS

@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from models.inference import optimise_for_inference
-from models.packed_convolution import PackedConv2d
+from models.inference import PackedConv2d, optimise_for_inference
 
 KINDS = {
     "3x3": {"in_channels": 8, "out_channels": 12, "kernel_size": 3, "padding": 1},

@@ -11,8 +11,8 @@ import torch
 
 import models
 from models import pretrained, weights
-from utils.inspection import hugging_face
-from utils.runs import safetensors_file
+from utils.inspection import export
+from utils.runs import foreign_files
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -32,8 +32,8 @@ def written(tmp_path_factory):
         "mean": (0.5, 0.5, 0.5),
         "std": (0.2, 0.2, 0.2),
     }
-    (folder / "config.json").write_bytes(hugging_face.config(metadata))
-    data = safetensors_file.to_safetensors(network.state_dict(), metadata)
+    (folder / "config.json").write_bytes(export.hf_config(metadata))
+    data = foreign_files.to_safetensors(network.state_dict(), metadata)
     (folder / "model.safetensors").write_bytes(data)
     return folder, network.state_dict()
 
@@ -108,7 +108,7 @@ HOSTILE = [
     ({"num_classes": 2}, "classes cannot be|do not fit"),
     ({"model_kwargs": {"num_classes": 5}}, "model_kwargs cannot be"),
     ({"model_kwargs": {"width_mult": 64}}, "do not fit"),
-    ({"model_kwargs": {"width_mult": float("nan")}}, "model_kwargs cannot be"),
+    ({"model_kwargs": {"width_mult": float("nan")}}, "width_mult must be"),
     ({"model_kwargs": {"width_mult": 1e-300}}, "width_mult"),
     ({"model_kwargs": []}, "model_kwargs cannot be"),
     ({"classes": [1, 2, 3]}, "classes cannot be"),

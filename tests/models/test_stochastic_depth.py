@@ -3,9 +3,10 @@
 import pytest
 import timm
 import torch
+from torch import nn
 
 import models
-from models.stochastic_depth import drop_branch
+from models.classifier import drop_branch
 
 
 def test_a_branch_is_dropped_whole_and_image_by_image():
@@ -23,6 +24,9 @@ def test_a_resnet_skips_what_timm_s_skips(fused):
     """The same weights, the same chance: the same logits and gradients."""
     torch.manual_seed(0)
     theirs = timm.create_model("resnet18", num_classes=5, drop_path_rate=0.6).double()
+    for module in theirs.modules():  # timm's last BatchNorm starts at 0, and so would every branch
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
     ours = models.create_model("resnet18", num_classes=5).double()
     ours.load_state_dict(theirs.state_dict())
     models.set_fused(ours, fused)
@@ -40,6 +44,11 @@ def test_a_resnet_skips_what_timm_s_skips(fused):
     for network in (ours, theirs):
         network.eval()
     torch.testing.assert_close(ours(images), theirs(images))
+    whole = ours(images)
+    models.set_drop_path(ours, 0.0)
+    assert torch.equal(ours(images), whole)  # in evaluation there is none
+    ours.train()
+    assert (ours(images) - found[0][0]).norm() > 0.1 * found[0][0].norm()  # in training there was
 
 
 def test_a_mobilenet_drops_only_where_there_is_a_shortcut():

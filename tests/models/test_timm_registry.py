@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from helpers.trees import ROOT
+from torch import nn
 
 import models
 from models import create_model, register_with_timm
@@ -131,8 +132,68 @@ def test_weights_of_a_file(tmp_path):
         assert part.fc.out_features == 5
 
 
+# What timm's train.py hands to its factory if no flag is given, besides the name.
+OF_THE_SCRIPT = {
+    "pretrained": False,
+    "in_chans": 3,
+    "num_classes": None,
+    "drop_rate": 0.0,
+    "drop_path_rate": None,
+    "drop_block_rate": None,
+    "global_pool": None,
+    "bn_momentum": None,
+    "bn_eps": None,
+    "scriptable": False,
+    "checkpoint_path": "",
+}
+
+
+@pytest.mark.parametrize("name", [*QUICK, "eca_net_resnet50"])
+def test_timm_s_training_script_builds_it(name):
+    network = timm.create_model(name, **OF_THE_SCRIPT)
+    assert network.num_classes == 1000
+    assert all(m.p == 0 for m in network.modules() if isinstance(m, nn.Dropout))
+
+
+def test_the_script_s_flags_reach_the_network():
+    flags = {"num_classes": 5, "drop_path_rate": 0.3, "bn_momentum": 0.02, "bn_eps": 1e-3}
+    given = {**OF_THE_SCRIPT, **flags, "output_stride": 32, "dtype": torch.float64}
+    for name, dropout in (("eca_net_resnet18", 0.0), ("eca_net_mobilenetv2", 0.1)):
+        network = timm.create_model(name, **{**given, "drop_rate": dropout})
+        blocks = [m.drop_path for m in network.modules() if hasattr(type(m), "drop_path")]
+        assert blocks == pytest.approx([0.3 * i / (len(blocks) - 1) for i in range(len(blocks))])
+        norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert {(m.momentum, m.eps) for m in norms} == {(0.02, 1e-3)}
+        rates = [m.p for m in network.modules() if isinstance(m, nn.Dropout)]
+        assert rates == [0.1] * (dropout > 0)
+        assert {p.dtype for p in network.parameters()} == {torch.float64}
+    untouched = timm.create_model("eca_net_mobilenetv2")
+    assert [m.p for m in untouched.modules() if isinstance(m, nn.Dropout)] == [0.25]
+    assert untouched.features[0][1].eps == 1e-5
+
+
+@pytest.mark.parametrize("name", [*QUICK, "eca_net_resnet50"])
+def test_timm_counts_the_layers_as_we_do(name):
+    """By its layer decay, and stages by the coarse count."""
+    network = timm.create_model(name, num_classes=5)
+    names = {id(p): name for name, p in network.named_parameters()}
+    groups = timm.optim.param_groups_layer_decay(network, 0.05, layer_decay=0.7)
+    found = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert found == pytest.approx(models.layer_scales(network, 0.7))
+    blocks = sum(hasattr(type(m), "drop_path") for m in network.modules())
+    assert len(set(found.values())) == blocks + 2  # ten of ResNet-18
+    coarse = timm.models.group_parameters(network, network.group_matcher(coarse=True))
+    assert len(coarse) == 2 + (7 if "mobilenet" in name else 4)
+    assert [n for group in coarse.values() for n in group] == list(names.values())
+
+
 def test_refuses_in_one_line():
     for wrong, message in [
+        ({"output_stride": 16}, "has output_stride=32 alone, not 16"),
+        ({"drop_rate": 0.2}, "has no dropout: leave drop_rate=0.2 out"),
+        ({"drop_block_rate": 0.1}, "has no DropBlock: leave drop_block_rate=0.1 out"),
+        ({"drop_path_rate": 1.0}, "from 0 to below 1"),
+        ({"act_layer": "gelu", "aa_layer": "avg"}, "takes no aa_layer, act_layer: leave it out"),
         ({"pretrained": True}, "no weights to download: give a file"),
         ({"in_chans": 1}, "takes images of 3 channels, not in_chans=1"),
         ({"num_classes": -1}, "num_classes must be 1 or more"),

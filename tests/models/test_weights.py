@@ -222,6 +222,10 @@ def without(state_dict, *names):
             r"2 of another shape: fc.weight \[5, 512\], not \[3, 512\], fc.bias \[5\], not \[3\]$",
         ),
         (
+            lambda w: {**w, "fc.bias": w["fc.bias"].long()},
+            r"do not fit eca_resnet18: 1 of whole numbers: fc.bias \(int64\)$",
+        ),
+        (
             lambda w: {k: v for k, v in w.items() if "layer3" not in k},
             "[0-9]+ missing: layer3.0.conv1.weight, [^,]*, [^,]*, …$",
         ),

@@ -12,16 +12,16 @@ import pytest
 import torch
 from helpers.trees import ROOT
 
-from utils.system.version import VERSION
+from utils.system import VERSION
 
-WHAT_IS_BUILT = ("pyproject.toml", "MANIFEST.in", "LICENSE", "docs/PACKAGE.md", "models", "utils")
+WHAT_IS_BUILT = ("pyproject.toml", "MANIFEST.in", "LICENSE", "docs/ECOSYSTEM.md", "models", "utils")
 TRIAL = """
 import sys
 import eca_net
 foreign = {"torchvision", "safetensors", "huggingface_hub", "utils", "models"} & sys.modules.keys()
 assert not foreign, foreign
-from eca_net.fused import native_library
-assert native_library.SOURCE.read_text().count("eca_") > 1, native_library.SOURCE
+from eca_net.fused import cpu_passes
+assert cpu_passes.SOURCE.read_text().count("eca_") > 1, cpu_passes.SOURCE
 network = eca_net.create_model("eca_resnet50")
 print(eca_net.__file__)
 print(sum(p.numel() for p in network.parameters()))

@@ -9,8 +9,8 @@ from helpers.other_sets import OUTPUTS, SHUFFLED
 
 import models
 from models import weights
-from utils.options.parser import run_script
 from utils.runs import checkpoint
+from utils.system.faults import run_script
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def predict_cli(monkeypatch, capsys):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            run_script(predict.main)
+            run_script(predict.main, predict.SMALLER)
         return end.value.code, *capsys.readouterr()
 
     return call

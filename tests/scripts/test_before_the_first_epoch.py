@@ -12,6 +12,7 @@ from helpers.trees import write_tree
 import light_main
 import main as script
 from utils.runs import checkpoint
+from utils.system.errors import EXIT_STOPPED
 
 
 def test_a_run_that_is_killed_in_its_first_step_comes_back_as_itself(start, call, tree, tmp_path):
@@ -50,8 +51,8 @@ def test_a_detector_that_is_stopped_at_once_comes_back(detect, shapes, tmp_path,
 
     flags = (*NETWORK, "-a", "retinanet", "--batch-size", 4, "--warmup-steps", 2, "--epochs", 1)
     with monkeypatch.context() as patch:  # as killed before the first step
-        patch.setattr(detect_main, "run_epochs", lambda *_: 9)
-        detect(*flags, "--seed", 3, "--output", "cut", shapes, code=9)
+        patch.setattr(detect_main, "train_one_epoch", lambda *_: False)
+        detect(*flags, "--seed", 3, "--output", "cut", shapes, code=EXIT_STOPPED)
     assert place(tmp_path / "cut") == (0, 0)
     lines = detect("--resume", "auto", "--output", "cut")
     assert lines[0] == "resuming cut/last.pth"

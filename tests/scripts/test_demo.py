@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 EPOCHS = 4  # of its 8
 EVALUATED = re.compile(r"(\d+) images  top-1 ([\d.]+) %  top-5 [\d.]+ %  loss ([\d.]+)")
 
@@ -16,6 +18,7 @@ def evaluate(run, *flags):
     return float(top1), float(loss)
 
 
+@pytest.mark.slow
 def test_learns_digits_and_evaluates_to_the_same_in_bfloat16(run):
     flags = ("--action", "demo", "--seed", 0, "--epochs", EPOCHS)
     done = run("main.py", "demo:digits", *flags)

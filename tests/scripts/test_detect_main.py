@@ -16,11 +16,13 @@ from PIL import Image
 import detect_main
 from models import create_model
 from models.detection.detectors import DETECTORS, create_detector
-from utils.detection import demo_shapes, engine, task
-from utils.detection.coco_evaluation import FIGURES, Summary
-from utils.detection.demo_shapes import write_shapes
+from utils.data import demo_shapes
+from utils.data.coco_eval import FIGURES, Summary
+from utils.data.demo_shapes import write_shapes
 from utils.runs import checkpoint
 from utils.system.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
+from utils.training import detection
+from utils.training.state import TrainingState
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "DETECTION.md"
 SMALL = (*NETWORK, "--batch-size", 4, "--lr-steps", 1, "--warmup-steps", 2, "--optimizer", "sgd")
@@ -38,21 +40,20 @@ def same(one: dict, other: dict) -> bool:
 
 def ask_to_stop(monkeypatch, signum: int, step: int | None = None) -> None:
     """Sends this process a signal after its `step`th step; None: as it begins to evaluate."""
-    train_epoch, detect, steps = engine.train_epoch, engine.detect, count(1)
+    finish_step, detect, steps = TrainingState.finish_step, detection.detect, count(1)
 
-    def stepping(*args, **kwargs):
-        for batch in train_epoch(*args, **kwargs):
-            if next(steps) == step:
-                signal.raise_signal(signum)
-            yield batch
+    def stepping(state, broken):
+        finish_step(state, broken)
+        if next(steps) == step:
+            signal.raise_signal(signum)
 
     def detecting(*args):
         if step is None:
             signal.raise_signal(signum)
         return detect(*args)
 
-    monkeypatch.setattr(engine, "train_epoch", stepping)
-    monkeypatch.setattr(engine, "detect", detecting)
+    monkeypatch.setattr(TrainingState, "finish_step", stepping)
+    monkeypatch.setattr(detection, "detect", detecting)
 
 
 def test_a_runs_life(detect, shapes, tmp_path, monkeypatch):
@@ -89,7 +90,8 @@ def test_a_runs_life(detect, shapes, tmp_path, monkeypatch):
     assert lines[-2] == "asked to stop: saved in epoch 2 after step 2; go on with"
     assert lines[-1].endswith("detect_main.py --resume second/last.pth")
     again = ("--resume", "auto", "--output", "second", "--ksize", "adaptive")
-    with pytest.raises(UserError, match=r"2 batches of 4: leave --batch-size 2 out$"):
+    refused = r"2 batches with --batch-size 4: leave --batch-size 2 out$"
+    with pytest.raises(UserError, match=refused):
         detect(*again, "--batch-size", 2)
     with pytest.MonkeyPatch.context() as patch:
         ask_to_stop(patch, signal.SIGINT)
@@ -103,7 +105,7 @@ def test_a_runs_life(detect, shapes, tmp_path, monkeypatch):
     # Flags that the run does not agree with.
     with pytest.raises(UserError, match="leave --backbone resnet18, --norm eval out"):
         detect("--resume", folder / "last.pth", "-b", "resnet18", "--norm", "eval")
-    with pytest.raises(UserError, match="the run's optimizer is sgd: leave --optimizer adamw out"):
+    with pytest.raises(UserError, match="with --optimizer sgd: leave --optimizer adamw out"):
         detect("--resume", folder / "last.pth", "--optimizer", "adamw")
     assert detect("--resume", folder / "last.pth")[-1].startswith("all 2 epochs are done")
 
@@ -118,6 +120,7 @@ def test_a_runs_life(detect, shapes, tmp_path, monkeypatch):
     assert {path.name for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_the_demo_learns_and_two_ranks_see_what_one_does(detect, run, tmp_path, monkeypatch):
     """Mask R-CNN trained on nine of the demo's images, evaluated on the same ones."""
     pytest.importorskip("sklearn")
@@ -170,6 +173,7 @@ def test_the_demo_learns_and_two_ranks_see_what_one_does(detect, run, tmp_path, 
         picture.load()
 
 
+@pytest.mark.slow
 def test_backbone_weights_and_two_ranks(detect, run, shapes, tmp_path):
     """Statistics fixed, stem and layer1 still, on the backbone of a classification checkpoint; and
     two ranks, each with half of every batch, learn what one learns from the whole."""
@@ -217,7 +221,7 @@ def test_a_broken_validation_image_costs_no_epoch(detect, shapes, tmp_path, monk
         raise UserError("000002.png: cut short; mend the file")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "detect", fails)
+        patch.setattr(detection, "detect", fails)
         with pytest.raises(UserError, match="mend the file"):
             detect(*flags)
     progress = checkpoint.load(tmp_path / "run" / "last.pth")["progress"]
@@ -225,13 +229,13 @@ def test_a_broken_validation_image_costs_no_epoch(detect, shapes, tmp_path, monk
 
     again = ("--resume", "auto", "--output", "run")
     figures = Summary(dict.fromkeys(FIGURES, 0.5), dict.fromkeys(DIGITS, 0.25))
-    monkeypatch.setattr(task, "judge", lambda found, *_: (found, {"bbox": figures}))
+    monkeypatch.setattr(detection, "evaluate_ranks", lambda found, *_: (found, {"bbox": figures}))
     lines = detect(*again)
     assert not any("epoch 1/1  step" in line for line in lines)
     assert any(line.startswith("epoch 1/1  train loss") for line in lines)
 
     worse = Summary(dict.fromkeys(FIGURES, 0.125), dict.fromkeys(DIGITS, 0.0625))
-    monkeypatch.setattr(task, "judge", lambda found, *_: (found, {"bbox": worse}))
+    monkeypatch.setattr(detection, "evaluate_ranks", lambda found, *_: (found, {"bbox": worse}))
     lines = detect(*again, "--epochs", 2)
     at = lines.index("epoch 1, the best:")
     assert lines[at + 2].split() == ["box"] + ["50.0"] * 12

@@ -9,8 +9,8 @@ from helpers.trees import ROOT
 import main as script
 from light_main import DEMOS as LIGHT_DEMOS
 from light_main import RECIPE as LIGHT
+from utils.config.recipes import RECIPES
 from utils.data import demo_sets
-from utils.recipes.classification import RECIPES
 from utils.runs import checkpoint
 
 # Documented commands at a size for tests; DATA is the test's own, and so are the demo's images.
@@ -40,6 +40,7 @@ def documented() -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if re.match("(python|torchrun) ", line)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", documented())
 def test_documented_commands(call, run, tree, tmp_path, monkeypatch, line):
     monkeypatch.setattr(demo_sets, "HOME", tmp_path / "home")
@@ -68,7 +69,7 @@ def test_documented_commands(call, run, tree, tmp_path, monkeypatch, line):
     assert not any(key.startswith("module.") for key in saved["state_dict"])
     if "--recipe" in arguments:
         chosen = arguments[arguments.index("--recipe") + 1]
-        assert f"recipe {chosen}: 1 epochs, batch 8" in text
+        assert f"recipe {chosen}: 1 epoch, batch 8" in text
         assert saved["args"]["recipe"] == chosen
         if "--ema" not in arguments:
             assert saved["recipe"]["ema"] == RECIPES[chosen].get("ema", 0.0)

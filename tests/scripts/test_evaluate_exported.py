@@ -2,21 +2,26 @@
 
 import json
 import re
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from helpers.trees import write_tree
 
+import detect_main
 import export
 import light_main
 import main as main_script
+import predict
+import visualize_attention
 from models import create_model, weights
-from utils.inspection import export_formats, exported_network
-from utils.options.parser import run_script
+from utils.data.loader import ImageDataset
+from utils.inspection import exported_network
 from utils.runs import checkpoint
+from utils.system.faults import run_script
 
-FILES = ("onnx", "pt2", "xml")
+FILES = ("onnx", "xml")
 FIGURES = re.compile(r"15 images  top-1 (\S+) %  top-5 (\S+) %  loss (\S+) ")
 
 
@@ -30,7 +35,7 @@ def made(tmp_path_factory):
     write_checkpoint(folder / "best.pth")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        arguments = ["export.py", "best.pth", "--to", "onnx", "pt2", "openvino"]
+        arguments = ["export.py", "best.pth", "--to", "onnx", "openvino"]
         patch.setattr("sys.argv", arguments)
         with pytest.raises(SystemExit) as end:
             run_script(export.main)
@@ -97,7 +102,7 @@ def test_figures_are_those_of_a_loop_over_the_file(call, made):
     from PIL import Image
 
     session = onnxruntime.InferenceSession(made / "best.onnx", providers=["CPUExecutionProvider"])
-    mean, std = (np.array(v, np.float32) for v in export_formats.MEAN_AND_STD)
+    mean, std = (np.array(v, np.float32) for v in exported_network.MEAN_AND_STD)
     right, loss = 0, 0.0
     files = sorted((made / "tree" / "val").rglob("*.png"))
     for file in files:
@@ -122,17 +127,19 @@ def test_figures_are_those_of_a_loop_over_the_file(call, made):
 def test_the_runs_decoder_is_the_files(call, made, tmp_path, monkeypatch):
     """A run with --decoder pil is evaluated with it, and so is what was exported of it."""
     write_checkpoint(tmp_path / "pil.pth", args={"decoder": "pil"})
-    code, _, errors = call("pil.pth", "--to", "pt2", entry=export.main)
+    code, _, errors = call("pil.pth", "--to", "onnx", entry=export.main)
     assert (code, errors) == (0, [])
     used = []
-    read = main_script.check_decoder
-    monkeypatch.setattr(main_script, "check_decoder", lambda n, d: (used.append(n), read(n, d)))
-    for flags in ((), ("--decoder", "torchvision")):
-        assert call("-e", "--resume", "pil.pt2", *flags, "-j", 0, made / "tree")[0] == 0
-    assert used == ["pil", "torchvision"]
+    read = ImageDataset.read
+    monkeypatch.setattr(
+        ImageDataset, "read", lambda d, key: (used.append(d.decoder), read(d, key))[1]
+    )
+    for flags in ((), ("--decoder", "simplejpeg")):
+        assert call("-e", "--resume", "pil.onnx", *flags, "-j", 0, made / "tree")[0] == 0
+    assert used == ["pil"] * (len(used) // 2) + ["simplejpeg"] * (len(used) // 2) != []
 
 
-@pytest.mark.parametrize("ending", ["onnx", "xml", "pt2"])
+@pytest.mark.parametrize("ending", FILES)
 def test_a_fixed_batch_is_filled_up(call, made, tmp_path, ending):
     """15 images through a file that takes 4 at once, neither more nor fewer."""
     if ending == "onnx":
@@ -142,18 +149,13 @@ def test_a_fixed_batch_is_filled_up(call, made, tmp_path, ending):
         for value in (*model.graph.input, *model.graph.output):
             value.type.tensor_type.shape.dim[0].dim_value = 4
         onnx.save(model, tmp_path / "four.onnx")
-    elif ending == "xml":
+    else:
         import openvino
 
-        model = export_formats.openvino_core().read_model(made / "best.xml")
+        model = exported_network.openvino_core().read_model(made / "best.xml")
         model.reshape([4, 3, 40, 40])
         openvino.save_model(model, tmp_path / "four.xml", compress_to_fp16=False)
-    else:
-        network = weights.network_from_checkpoint(checkpoint.load(made / "best.pth")).eval()
-        graph = torch.export.export(network, (torch.zeros(4, 3, 40, 40),))
-        metadata = exported_network.load(made / "best.pt2").metadata
-        (tmp_path / "four.pt2").write_bytes(export_formats.to_pt2(graph, metadata))
-    assert exported_network.load(tmp_path / f"four.{ending}").fixed_batch == 4
+    assert exported_network.load_classifier(tmp_path / f"four.{ending}").fixed_batch == 4
     code, lines, errors = call("-e", "--resume", f"four.{ending}", "-j", 0, made / "tree")
     assert (code, errors) == (0, []), errors
     assert lines[1].endswith("3 classes, 4 images at a time")
@@ -226,6 +228,69 @@ def test_a_strangers_file_is_one_line(call, made, tmp_path):
         code, _, errors = call("-e", "--resume", file, "-j", 0, made / "tree")
         assert (code, len(errors)) == (2, 1), errors
         assert message in errors[0]
+
+
+def readers_of_checkpoints():
+    """Every script that takes a checkpoint, and its flags before and behind the file's name."""
+    yield "main -e", (as_expected(main_script), ("-e", "--resume"), ("tree",))
+    yield "main", (as_expected(main_script), ("--resume",), ("tree",))
+    yield "main --pretrained", (as_expected(main_script), ("--pretrained",), ("tree",))
+    yield "light_main", (as_expected(light_main), ("-e", "--resume"), ("tree",))
+    yield "detect_main", (detect_main.main, ("-e", "--resume"), ("tree",))
+    yield "detect_main first", (detect_main.main, ("--detector-weights",), ("tree",))
+    yield "predict", (predict.main, (), ("tree",))
+    yield "export", (export.main, (), ())
+    yield "visualize_attention", (visualize_attention.main, (), ("tree",))
+
+
+@pytest.mark.parametrize(
+    ("entry", "before", "behind"),
+    [pytest.param(*how, id=name) for name, how in readers_of_checkpoints()],
+)
+def test_a_program_of_torch_export_is_never_opened(
+    call, tmp_path, tree, monkeypatch, entry, before, behind
+):
+    """To read a .pt2 is to run what it holds; each script points to ONNX in its place."""
+
+    def opened(*_, **__):
+        raise AssertionError("the file was opened")
+
+    for module, name in ((torch.export, "load"), (torch, "load"), (zipfile, "ZipFile")):
+        monkeypatch.setattr(module, name, opened)
+    monkeypatch.setattr(zipfile, "is_zipfile", opened)
+    (tmp_path / "x.pt2").write_bytes(b"PK")
+    behind = [tree if word == "tree" else word for word in behind]
+    code, lines, errors = call(*before, "x.pt2", *behind, entry=entry)
+    assert (code, lines, len(errors)) == (2, [], 1), errors
+    assert errors[0].startswith("error: x.pt2: a program of torch.export")
+    assert "export.py CKPT --to onnx" in errors[0]
+
+
+def test_weights_in_another_file_change_no_prediction(call, made, tmp_path):
+    """onnxruntime takes a weight from the working folder, and the most likely class with it."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(made / "best.onnx")
+    (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == "fc.weight"]
+    (tmp_path / "stolen").write_bytes(np.float32([[0], [0], [1]]).repeat(512, 1).tobytes())
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="stolen")
+    onnx.save(model, tmp_path / "x.onnx")
+    image = next((made / "tree").rglob("*.png"))
+    images = np.ones((1, 3, 40, 40), np.float32)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    assert session.run(None, {"images": images})[0].argmax() == 2
+    for arguments, entry in (
+        (("x.onnx", image), predict.main),
+        (("-e", "--resume", "x.onnx", made / "tree"), as_expected(main_script)),
+    ):
+        code, lines, errors = call(*arguments, entry=entry)
+        assert (code, lines, len(errors)) == (2, [], 1), errors
+        assert (
+            "x.onnx: takes values of 'fc.weight' from another file, 'stolen'; refused" in errors[0]
+        )
 
 
 def test_other_classes_are_refused(call, made, tmp_path):

@@ -10,8 +10,8 @@ from torch import nn
 
 import predict
 from models import weights
-from utils.inspection import export_formats
-from utils.runs import checkpoint, checkpoint_info, safetensors_file
+from utils.inspection import export as formats
+from utils.runs import checkpoint, foreign_files
 from utils.system.errors import UserError
 
 
@@ -44,9 +44,9 @@ def test_all_formats(export_cli, tmp_path, monkeypatch):
     assert json.loads(held["mean"]) == [0.485, 0.456, 0.406]
     assert (held["img_size"], held["crop_pct"], held["ksize"]) == ("48", "0.9", "[3, 5, 7, 7]")
 
-    extra = {export_formats.METADATA: ""}
+    extra = {formats.METADATA: ""}
     program = torch.export.load(tmp_path / "best.pt2", extra_files=extra)
-    assert json.loads(extra[export_formats.METADATA])["classes"] == ["a", "b", "ü"]
+    assert json.loads(extra[formats.METADATA])["classes"] == ["a", "b", "ü"]
     for x, y in zip(images, expected, strict=True):
         torch.testing.assert_close(program.module()(x), y, rtol=1e-4, atol=1e-4)
 
@@ -54,7 +54,7 @@ def test_all_formats(export_cli, tmp_path, monkeypatch):
     loaded = checkpoint.load(tmp_path / "best.safetensors")
     again = weights.network_from_checkpoint(loaded)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items())
-    assert checkpoint_info.preprocessing(loaded) == (48, 0.9)
+    assert checkpoint.preprocessing(loaded) == (48, 0.9)
     (tmp_path / "x.ppm").write_bytes(b"P6 2 2 255 " + bytes(range(12)))
     one, two = (
         export_cli(ckpt, "x.ppm", main=predict.main) for ckpt in ("best.pth", "best.safetensors")
@@ -92,9 +92,9 @@ def test_small_images(export_cli, tmp_path, name, img_size, flags):
     code, text = export_cli("tiny.pth.tar", "--to", "pt2", "--output", "new/folder", *flags)
     assert code == 0, text
     assert "any batch, 32 x 32 pixels" in text
-    extra = {export_formats.METADATA: ""}
+    extra = {formats.METADATA: ""}
     program = torch.export.load(tmp_path / "new/folder/tiny.pt2", extra_files=extra)
-    assert json.loads(extra[export_formats.METADATA])["img_size"] == 32
+    assert json.loads(extra[formats.METADATA])["img_size"] == 32
     assert ("batch_norm" in program.graph_module.code) == ("--no-fold" in flags)
     for n in (1, 7):
         images = torch.randn(n, 3, 32, 32)
@@ -105,7 +105,7 @@ def test_a_file_that_computes_something_else_is_refused():
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
 
     def check(written):
-        return export_formats.largest_difference(written, network, [(2, 2, 2)], "x.onnx")
+        return formats.largest_difference(written, network, [(2, 2, 2)], "x.onnx")
 
     assert check(network) == 0
     assert check(lambda x: network(x) * (1 + 5e-5)) == pytest.approx(5e-5, rel=0.1)
@@ -122,9 +122,9 @@ def test_tensors_that_are_not_the_checkpoints_are_refused(
 ):
     pytest.importorskip("safetensors")
     write_checkpoint(tmp_path / "best.pth")
-    write = safetensors_file.to_safetensors
+    write = foreign_files.to_safetensors
     monkeypatch.setattr(  # one bit of the last tensor's last byte
-        safetensors_file,
+        foreign_files,
         "to_safetensors",
         lambda *a: (d := write(*a))[:-1] + bytes([d[-1] ^ damage]),
     )
@@ -135,6 +135,34 @@ def test_tensors_that_are_not_the_checkpoints_are_refused(
     assert said == (damage == 1)
 
 
+def test_output_may_be_the_file_of_one_format(export_cli, tmp_path):
+    """The ending says which; a folder with such a name stays a folder."""
+    network = write_checkpoint(tmp_path / "best.pth", "eca_mobilenetv2", 32, width_mult=0.25)
+    (tmp_path / "folder.pt2").mkdir()
+    for output, made in (
+        ("new/bees.v1.pt2", "new/bees.v1.pt2"),
+        ("folder.pt2", "folder.pt2/best.pt2"),
+        ("folder.v2", "folder.v2/best.pt2"),
+    ):
+        to = () if output.endswith("bees.v1.pt2") else ("--to", "pt2")
+        code, text = export_cli("best.pth", *to, "--output", output)
+        assert code == 0, text
+        images = torch.randn(1, 3, 32, 32)
+        program = torch.export.load(tmp_path / made).module()
+        torch.testing.assert_close(program(images), network(images), rtol=1e-4, atol=1e-4)
+        assert text.splitlines()[-1].startswith(f"{made}: ")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"bees.v1.pt2"}
+
+
+def test_nothing_is_left_where_an_export_fails(export_cli, tmp_path, monkeypatch):
+    """No empty folder: one that lies there would be taken for a network's."""
+    write_checkpoint(tmp_path / "best.pth")
+    monkeypatch.setattr(formats, "model_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_cli("best.pth", "--to", "hf", "--output", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pth"}
+
+
 def test_what_is_wrong_is_said_in_one_line(export_cli, tmp_path):
     write_checkpoint(tmp_path / "best.pth")
     (tmp_path / "bad.safetensors").write_bytes(b"no")
@@ -142,6 +170,8 @@ def test_what_is_wrong_is_said_in_one_line(export_cli, tmp_path):
     safetensors.save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     detector = {"format": 1, "state_dict": {}, "arch": "retinanet", "backbone": "resnet18"}
     torch.save(detector, tmp_path / "det.pth")
+    for name in ("link", "link.pt2"):
+        (tmp_path / name).symlink_to("nowhere")
     for arguments, message in [
         (("nowhere.pth",), "nowhere.pth: no such file"),
         (("nowhere.safetensors",), "nowhere.safetensors: no such file"),
@@ -153,6 +183,13 @@ def test_what_is_wrong_is_said_in_one_line(export_cli, tmp_path):
             "--no-fold is for onnx, openvino and pt2",
         ),
         (("best.pth", "--to", "onyx"), "invalid choice: 'onyx'"),
+        (("best.pth", "--output", "x.onnx", "--to", "onnx", "pt2"), "x.onnx is a file, and --to"),
+        (("best.pth", "--output", "x.onnx", "--to", "pt2"), "or --to onnx alone"),
+        (("best.pth", "--output", "link.pt2"), "link.pt2: is there already"),
+        (("best.pth", "--output", "link", "--to", "pt2"), "link: cannot write to "),
+        (("best.pth", "--output", "best.pth/x", "--to", "pt2"), "best.pth/x: cannot write to "),
+        (("best.pth", "--img-size", "8193"), "is not a whole number between 1 and 8192"),
+        (("det.pth", "--output", "x.pt2"), "det.pth holds a detector, which is written as onnx"),
         (("best.pth", "--output", "bad.safetensors"), "choose another --output"),
     ]:
         code, text = export_cli(*arguments)

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 import export
 import predict
 from models.detection.detectors import FIRST_LABEL, create_detector, describe_detector
-from utils.inspection import detector_export, object_agreement
+from utils.inspection import export as formats
+from utils.inspection import exported_network
 from utils.runs import checkpoint
 from utils.system.errors import UserError
 
@@ -40,6 +42,15 @@ def write_detector(path, arch="faster_rcnn", **settings):
     return network.eval()
 
 
+def objects(data, image):
+    session = exported_network.onnx_session(data)
+    return exported_network.objects_by_onnxruntime(session)(image)
+
+
+def resized(image, height, width):
+    return F.interpolate(image[None], (height, width), mode="bilinear")[0]
+
+
 @pytest.mark.parametrize("arch", list(FIRST_LABEL))
 def test_a_file_finds_what_the_network_finds(call, tmp_path, arch):
     """On sizes that were not traced; the longer side decides the second, upright is the third."""
@@ -58,13 +69,14 @@ def test_a_file_finds_what_the_network_finds(call, tmp_path, arch):
     assert json.loads(held["classes"]) == ["ant", "bee"]
     assert (held["arch"], held["first_label"]) == (arch, str(FIRST_LABEL[arch]))
     compared = 0
-    for height, width in ((101, 143), (70, 200), (33, 400), (300, 200), (64, 64)):
-        image = detector_export.trial_image(height, width, torch.Generator().manual_seed(height))
+    photo, *_, noise = formats.trial_images(network)
+    for height, width in ((101, 143), (70, 200), (33, 400), (300, 200), (64, 64), (90, 91)):
+        image = resized(noise if height == 90 else photo, height, width)
         with torch.no_grad():
             (expected,) = network([image])
         names = [output.name for output in session.get_outputs()]
         found = dict(zip(names, session.run(None, {"image": image.numpy()}), strict=True))
-        assert names == [n for n in detector_export.OUTPUTS if n in expected]
+        assert names == [n for n in exported_network.OBJECTS if n in expected]
         full = len(expected["scores"]) == 100
         lowest = float(expected["scores"].min()) if full else 0.3
         for i in torch.where(expected["scores"] > lowest + 1e-4)[0].tolist():
@@ -79,7 +91,7 @@ def test_a_file_finds_what_the_network_finds(call, tmp_path, arch):
     assert compared > 10
 
     # predict.py draws and writes the same for both.
-    pixels = (255 * detector_export.trial_image(90, 120, torch.Generator().manual_seed(1))).byte()
+    pixels = (255 * resized(photo, 90, 120)).byte()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
     tables = []
     for file in ("best.pth", "best.onnx"):
@@ -122,10 +134,10 @@ def test_a_file_that_finds_something_else_is_refused():
     network["scores"] = torch.tensor([0.9, 0.6])
 
     def compare(**changed):
-        return object_agreement.compare(network, {**network, **changed}, 0.5, "x.onnx")
+        return formats.compare_objects(network, {**network, **changed}, 0.5, "x.onnx")
 
     turned = {name: value.flip(0) for name, value in network.items()}
-    same = object_agreement.compare(network, turned, 0.5, "x.onnx")
+    same = formats.compare_objects(network, turned, 0.5, "x.onnx")
     assert (same.objects, same.pixels, same.overlap) == (2, 0.0, 1.0)
     assert compare(boxes=boxes + 0.01).pixels == pytest.approx(0.01, abs=1e-5)
     # Another box with the same score: a tie, of which `check` allows a few.
@@ -140,21 +152,32 @@ def test_a_file_that_finds_something_else_is_refused():
         with pytest.raises(UserError, match=message):
             compare(**changed)
     with pytest.raises(UserError, match="finds an object that the network does not"):
-        object_agreement.compare(fewer, network, 0.5, "x.onnx")
+        formats.compare_objects(fewer, network, 0.5, "x.onnx")
+    # The same one twice is one too many.
+    twice = {name: value[[0, 1, 1]] for name, value in network.items()}
+    with pytest.raises(UserError, match="finds an object that the network does not"):
+        formats.compare_objects(network, twice, 0.5, "x.onnx")
+    # Nothing at all, and what is no number.
+    none = {name: value[:0] for name, value in network.items()}
+    assert formats.compare_objects(none, none, 0.5, "x.onnx") == (0, 0.0, 1.0, 0)
+    for nothing in (none, {**network, "scores": torch.full((2,), torch.nan)}):
+        with pytest.raises(UserError, match="lacks an object"):
+            formats.compare_objects(network, nothing, 0.5, "x.onnx")
+    assert compare(boxes=boxes * torch.nan).tied == 2
     # What scores too little may be on one side alone.
-    assert object_agreement.compare(fewer, network, 0.7, "x.onnx").objects == 1
+    assert formats.compare_objects(fewer, network, 0.7, "x.onnx").objects == 1
 
 
 def test_the_least_score_is_the_files(call, tmp_path):
     """The trial lowers it in the file that is written, so that objects are there to compare."""
-    write_detector(tmp_path / "none.pth", box_score_thresh=0.999999)
+    network = write_detector(tmp_path / "none.pth", box_score_thresh=0.999999)
     code, _, errors = call("none.pth", entry=export.main)
     assert (code, errors) == (0, []), errors
     data = (tmp_path / "none.onnx").read_bytes()
-    image = detector_export.trial_image(96, 121, torch.Generator().manual_seed(0))
-    assert len(detector_export.run_onnx(data)(image)["scores"]) == 0
-    lower = detector_export.with_threshold(data, 0.1)
-    assert len(detector_export.run_onnx(lower)(image)["scores"]) >= 10
+    image = resized(formats.trial_images(network)[0], 96, 121)
+    assert len(objects(data, image)["scores"]) == 0
+    lower = formats.with_threshold(data, 0.1)
+    assert len(objects(lower, image)["scores"]) >= 10
 
 
 def test_main_does_not_evaluate_a_detectors_file(call, tmp_path, tree):

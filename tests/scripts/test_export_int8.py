@@ -6,9 +6,10 @@ import torch
 from helpers.classifier_checkpoints import write_checkpoint
 from PIL import Image
 
+import export
 import predict
-from utils.data.user_images import read_batches
-from utils.inspection import quantisation
+from utils.inspection import int8
+from utils.inspection.predictions import read_batches
 from utils.runs import checkpoint
 
 
@@ -21,9 +22,14 @@ def export_flags_that_do_not_fit():
 
 
 @pytest.mark.parametrize(("flags", "message"), list(export_flags_that_do_not_fit()))
-def test_flags_of_int8_that_do_not_fit(export_cli, tmp_path, flags, message):
+def test_flags_of_int8_that_do_not_fit(export_cli, tmp_path, monkeypatch, flags, message):
     pytest.importorskip("onnxscript")
     write_checkpoint(tmp_path / "best.pth")
+
+    def traced(*_):
+        raise AssertionError("minutes of tracing, before the flags were checked")
+
+    monkeypatch.setattr(export.formats, "to_exported", traced)
     code, text = export_cli("best.pth", *flags)
     assert (code, message in text.splitlines()[-1]) == (2, True), text
 
@@ -83,7 +89,7 @@ def test_int8_is_judged_and_refused_when_it_loses(export_cli, tmp_path, small_da
 
     # A file that has become another network is not written.
     other = tmp_path / "other"
-    quantise = quantisation.quantise
+    quantise = int8.quantise
 
     def spoilt(onnx_file, batches):
         import onnx
@@ -96,7 +102,7 @@ def test_int8_is_judged_and_refused_when_it_loses(export_cli, tmp_path, small_da
         return model.SerializeToString()
 
     assert "onnx: top-1 100.00 % in float32" in text
-    monkeypatch.setattr(quantisation, "quantise", spoilt)
+    monkeypatch.setattr(int8, "quantise", spoilt)
     for limit in (50, 70):
         code, text = export_cli(
             "best.pth", "--int8", "data", "--output", "other", "--max-drop", limit

@@ -7,6 +7,7 @@ from helpers.small_runs import SMALL
 
 import main as script
 import models
+from utils.system.errors import EXIT_STOPPED
 
 FLAGS = (*SMALL[2:], "-a", "eca_resnet18", "--epochs", 1, "--pretrained", "plain.pth")
 
@@ -26,9 +27,9 @@ def plain(tmp_path):
 @pytest.mark.parametrize("identity", [True, False])
 def test_the_run_begins_where_the_plain_network_is(call, tree, plain, monkeypatch, identity):
     begun = []
-    monkeypatch.setattr(script, "run_epochs", lambda state, *_: begun.append(state.network) or 5)
+    monkeypatch.setattr(script, "train_one_epoch", lambda state, *_: begun.append(state.network))
     code, out, _ = call(*FLAGS, *["--identity-start"] * identity, tree)
-    assert code == 5
+    assert code == EXIT_STOPPED
     assert any("8 attention kernels are new" in line for line in out)
     assert not any("prefixes" in line for line in out)  # the names had none
     network = begun[0].eval()

@@ -134,7 +134,7 @@ def test_light_main_is_a_recipe_of_the_same_trainer(run, tree, tmp_path):
     lines = succeed(run("light_main.py", *flags, tree))
     assert any("eca_mobilenetv2" in line and "ksize 3,3,3,3,3,5,5" in line for line in lines)
     assert any("bf16, channels_last, block tails module by module" in line for line in lines)
-    assert any(line.startswith("recipe: 1 epochs, batch 8, lr 0.045 cosine") for line in lines)
+    assert any(line.startswith("recipe: 1 epoch, batch 8, lr 0.045 cosine") for line in lines)
     assert any("light_main.py -e --resume here/best.pth" in line for line in lines)
     saved = checkpoint.load(tmp_path / "here" / "last.pth")
     assert saved["ksize"] == [3, 3, 3, 3, 3, 5, 5]

@@ -12,16 +12,15 @@ from helpers.kill_driver import STATE, same
 from helpers.trees import ROOT
 
 import main as script
-import models
 from light_main import DEMOS as LIGHT_DEMOS
 from light_main import RECIPE as LIGHT
 from main import DEMOS, RECIPE
 from models import weights
-from utils.classification.report import recipe_lines
-from utils.options.classification import build_parser
-from utils.options.recipe_file import named_recipe
-from utils.recipes.classification import MODERN, MODERN_100, RECIPES, Recipe
+from utils.command_line.classification import named_recipe
+from utils.config.classification import Recipe
+from utils.config.recipes import MODERN, MODERN_100, RECIPES
 from utils.runs import checkpoint
+from utils.training.classifier import recipe_lines
 
 SMALL = ("-a", "eca_mobilenetv2", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j", 0, "--seed", 1)
 PARTS = (
@@ -121,8 +120,7 @@ def test_the_paper_s_recipe_has_nothing_of_the_others():
     ("recipe", "demo"), [(RECIPE, DEMOS["demo:digits"]), (LIGHT, LIGHT_DEMOS["demo:digits"])]
 )
 def test_a_demo_keeps_its_sizes_under_every_recipe(recipe, demo, name):
-    parser = build_parser(recipe, models.MODELS, "")
-    found = named_recipe(parser, recipe, name, demo)
+    found = named_recipe(recipe, name, demo)
     rates = {} if found.optimizer == "sgd" else {"lr", "weight_decay"}  # a demo's are for SGD
     kept = demo.keys() - rates
     assert {key: getattr(found, key) for key in kept} == {key: demo[key] for key in kept}
@@ -209,8 +207,8 @@ def test_what_is_saved_is_what_was_evaluated(call, finished, tree, tmp_path):
     ("flags", "message"),
     [
         (("--recipe", "modern"), "the run's recipe is paper: leave --recipe modern out"),
-        (("--norm-decay",), "the run spares norms, biases and ECA kernels: leave --norm-decay out"),
-        (("--repeats", 4), "with each image 2 times a batch: leave --repeats 4 out"),
+        (("--norm-decay",), "the run trains with --no-norm-decay: leave --norm-decay out"),
+        (("--repeats", 4), "batches with --repeats 2: leave --repeats 4 out"),
         (("--accumulate", 3), "-b 8 on 1 device does not divide into --accumulate 3 parts"),
         (("--sync-bn",), "--sync-bn is for several processes on GPUs"),
     ],
@@ -231,7 +229,8 @@ def test_a_checkpoint_from_before_the_recipes_goes_on(call, finished, tmp_path):
     saved = checkpoint.load(finished / "last.pth")
     del saved["args"]["recipe"], saved["raw_state_dict"], saved["averaged_steps"]
     for part in saved["recipe"].keys() - OLD_FIELDS:
-        del saved["recipe"][part], saved["args"][part]
+        del saved["recipe"][part]
+    saved["args"] |= dict.fromkeys(OLD_FIELDS)  # flags that were not typed stood there as None
     # Its optimizer had one group, in the network's order.
     network = weights.network_from_checkpoint(saved)
     momenta = [{"momentum_buffer": torch.zeros_like(p)} for p in network.parameters()]
@@ -258,8 +257,12 @@ def test_a_checkpoint_from_before_the_recipes_goes_on(call, finished, tmp_path):
             "no augmentation 'wide'; known: none, trivial, rand, or",
         ),
         (("--auto-augment", "rand-m11-mstd0.5-inc1"), "no augmentation 'rand-m11-mstd0.5-inc1'"),
-        (("--bce-threshold", 0.2), "--bce-threshold does nothing with the loss ce: leave it out"),
-        (("--bce", "--bce-threshold", 1), "'1' is not a number between 0 and 1, 1 excluded"),
+        (("--bce-threshold", 0.2), "--bce-threshold does nothing with --loss ce: leave it out"),
+        (("--bce",), "--bce is gone: use --loss bce"),
+        (
+            ("--loss", "bce", "--bce-threshold", 1),
+            "'1' is not a number between 0 and 1, 1 excluded",
+        ),
         (("--drop-path", 1), "'1' is not a number between 0 and 1, 1 excluded"),
         (("--loss", "mse"), "invalid choice: 'mse'"),
         (("--repeats", 0), "'0' is not a whole number at least 1"),

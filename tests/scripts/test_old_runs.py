@@ -13,7 +13,7 @@ from helpers.old_runs import inflate
 
 from models.detection.detectors import detector_from_checkpoint
 from models.weights import network_from_checkpoint
-from utils.recipes.classification import Recipe
+from utils.config.classification import Recipe
 from utils.runs import checkpoint
 
 # The training loss of epochs 2 and 3, from the file that `inflate` writes. The classifier's third
@@ -36,7 +36,7 @@ def check(folder, old: dict, losses: tuple[float, ...]) -> None:
     ended = checkpoint.load(folder / "last.pth")
     # All that the old files hold is as it was; what came since is off, as it was then.
     assert ended.keys() - {"class_weights"} == old.keys()
-    assert ended["args"].keys() >= old["args"].keys()
+    assert ended["args"].keys() | ended["recipe"].keys() >= old["args"].keys()
     assert {name: ended["recipe"][name] for name in old["recipe"]} == old["recipe"]
     since = {f.name: f.default for f in fields(Recipe) if f.name not in old["recipe"]}
     assert all(ended["recipe"].get(name, off) == off for name, off in since.items())
@@ -55,7 +55,13 @@ def test_an_old_classifier_goes_on_and_is_evaluated(call, tree, tmp_path):
     code, out, err = call("--resume", "old/last.pth", "-j", 0, tree)
     assert (code, err) == (0, [])
     assert out[0].startswith("train: 24 images")
+    line = (
+        "the run's decoder torchvision is gone: going on by simplejpeg, which reads the same pixels"
+    )
+    assert out.count(line) == 1
     check(tmp_path / "runs" / "eca_mobilenetv2-1", old, CLASSIFIER)
+    ended = tmp_path / "runs" / "eca_mobilenetv2-1" / "last.pth"
+    assert checkpoint.load(ended)["args"]["decoder"] == "simplejpeg"
 
 
 def test_an_old_detector_goes_on_and_is_evaluated(detect, shapes, tmp_path):

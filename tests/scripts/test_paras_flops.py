@@ -11,8 +11,8 @@ import pytest
 import paras_flops
 from models import MODELS
 from models.detection.detectors import DETECTORS
-from utils.cost import published
-from utils.options.parser import run_script
+from utils.inspection import published
+from utils.system.faults import run_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,7 +89,7 @@ def test_all_networks_beside_the_published_figures():
     for line in table:
         shown = [cell.strip() for cell in line.strip("|").split("|")]
         row = rows[shown[0]]
-        assert shown[1:9] == [*row[1:2], row[2], row[4], row[7], row[3], row[5], *row[9:11]]
+        assert shown[1:4] == row[1:4]
     assert len(table) == len(PAPER)
 
 

@@ -17,8 +17,8 @@ from models import create_model, weights
 from models.eca_resnet import BasicBlock, ResNet
 from models.inference import fastest_dtype
 from utils.data.decoding import read_image
-from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD
-from utils.data.user_images import find_images, read_batches
+from utils.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from utils.inspection.predictions import find_images, read_batches
 from utils.runs import checkpoint
 
 CLASSES = ["cat", "dog", "emu"]
@@ -185,7 +185,7 @@ def test_odd_names_of_files(ckpt, photos, predict_cli, tmp_path):
 def test_faults_of_the_machine_are_told_in_one_line(ckpt, photos, predict_cli, monkeypatch):
     path, _ = ckpt
     for fault, said in (
-        ("DefaultCPUAllocator: can't allocate memory", "out of memory with -b 32: give a smaller "),
+        ("DefaultCPUAllocator: can't allocate memory", "out of memory: give a smaller -b or --img"),
         ("DataLoader worker (pid 7) is killed by signal: Killed.", "killed by SIGKILL (out of mem"),
     ):
 

@@ -15,8 +15,8 @@ import torchvision
 
 import models
 from models.start import first_network
-from utils.data.user_images import read_batches
-from utils.inspection import export_formats, quantisation
+from utils.inspection import export, exported_network, int8
+from utils.inspection.predictions import read_batches
 from utils.runs import checkpoint
 
 pytestmark = pytest.mark.real_weights
@@ -70,7 +70,7 @@ def logits(network, photos):
 def onnx_file(network):
     pytest.importorskip("onnxruntime")
     folded = models.optimise_for_inference(network, torch.float32)
-    return export_formats.to_onnx(export_formats.to_exported(folded, (SIZE, SIZE + 32)), {})
+    return export.to_onnx(export.to_exported(folded, (SIZE, SIZE + 32)), {})
 
 
 def ours(file: Path, arch: str, **how) -> torch.nn.Module:
@@ -111,7 +111,7 @@ def test_fast(network, photos, logits):
 
 
 def test_onnx(onnx_file, photos, logits):
-    found = export_formats.run_onnx(onnx_file)(photos[0])
+    found = exported_network.run_onnx(onnx_file)(photos[0])
     assert_same(found, logits)
     assert recognised(found, photos[1]) == recognised(logits, photos[1])
 
@@ -119,8 +119,8 @@ def test_onnx(onnx_file, photos, logits):
 def test_int8_to_within_one_photograph(onnx_file, photos, logits):
     """Calibrated on the photographs mirrored, since there are no others."""
     images, labels = photos
-    int8 = quantisation.quantise(onnx_file, images.flip(3).split(4))
-    found = recognised(export_formats.run_onnx(int8)(images), labels)
+    int8_file = int8.quantise(onnx_file, images.flip(3).split(4))
+    found = recognised(exported_network.run_onnx(int8_file)(images), labels)
     assert abs(found - recognised(logits, labels)) <= 1
 
 

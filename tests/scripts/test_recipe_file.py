@@ -5,10 +5,8 @@ import json
 import pytest
 from helpers.kill_driver import same
 
-import models
 from main import DEMOS, RECIPE
-from utils.options.classification import build_parser
-from utils.options.recipe_file import named_recipe
+from utils.command_line.classification import named_recipe
 from utils.runs import checkpoint
 
 SMALL = ("-a", "eca_resnet18", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j", 0, "--seed", 1)
@@ -22,7 +20,7 @@ def test_a_recipe_of_a_file_is_that_of_the_run(call, tree, tmp_path):
     again = ("--recipe", "first/args.json", "--seed", 1, "-j", 0)
     code, out, err = call(*again, "--output", "second", tree)
     assert (code, err) == (0, [])
-    assert any(line.startswith("recipe first/args.json: 1 epochs, batch 8") for line in out)
+    assert any(line.startswith("recipe first/args.json: 1 epoch, batch 8") for line in out)
     one, other = (checkpoint.load(tmp_path / name / "last.pth") for name in ("first", "second"))
     assert one["recipe"] == other["recipe"] == args["recipe"]
     assert same(one["state_dict"], other["state_dict"])
@@ -34,7 +32,17 @@ def test_a_recipe_of_a_file_is_that_of_the_run(call, tree, tmp_path):
     assert (recipe["lr"], recipe["warmup_epochs"], recipe["clip_grad"]) == (0.5, 1.0, 2.0)
     assert isinstance(recipe["warmup_epochs"], float)
     # The run goes on with what it has saved, under the same name alone.
-    assert call("--resume", "auto", *flags, "--output", "third", tree)[0] == 0
+    code, out, _ = call("--resume", "auto", *flags, "--output", "third", tree)
+    assert (code, [line for line in out if "some.json holds" in line]) == (0, [])
+    # A file that has changed changes nothing, and that is said; a flag that is typed goes before.
+    (tmp_path / "some.json").write_text('{"lr": 2, "warmup_epochs": 3, "norm_decay": false}')
+    code, out, _ = call("--resume", "auto", *flags, "--epochs", 2, "--output", "third", tree)
+    assert code == 0
+    assert (
+        "! some.json holds warmup_epochs 3.0, norm_decay False, and the run goes on with its own "
+        "warmup_epochs 1.0, norm_decay True: give flags to change single values"
+    ) in out
+    assert checkpoint.load(tmp_path / "third" / "last.pth")["recipe"] == {**recipe, "epochs": 2}
     code, _, err = call("--resume", "third/last.pth", "--recipe", "first/args.json")
     assert code == 2
     assert err == [
@@ -77,7 +85,16 @@ def test_a_recipe_s_file_that_will_not_do_is_answered_in_one_line(call, tmp_path
 
 def test_a_file_s_values_go_before_a_demo_s(tmp_path):
     (tmp_path / "r.json").write_text('{"epochs": 3}')
-    demo, parser = DEMOS["demo:digits"], build_parser(RECIPE, models.MODELS, "")
-    found = named_recipe(parser, RECIPE, str(tmp_path / "r.json"), demo)
+    demo = DEMOS["demo:digits"]
+    found = named_recipe(RECIPE, str(tmp_path / "r.json"), demo)
     assert found == RECIPE.override(**demo).override(epochs=3)
-    assert named_recipe(parser, RECIPE, None, demo) == RECIPE.override(**demo)
+    assert named_recipe(RECIPE, None, demo) == RECIPE.override(**demo)
+
+
+def test_another_recipe_than_the_runs_is_refused_in_an_evaluation_too(call, run_folder, tree):
+    """It would change nothing: sizes and crop are those that the run was saved with."""
+    flags = ("-e", "--resume", run_folder / "best.pth", "--recipe", "modern", "-j", 0)
+    code, _, errors = call(*flags, tree)
+    assert code == 2
+    assert len(errors) == 1
+    assert "the run's recipe is paper: leave --recipe modern out" in errors[0]

@@ -14,14 +14,13 @@ from helpers.trees import write_tree
 from PIL import Image
 
 import models
-from assembly.evaluation_report import write_report
-from utils.classification import engine
-from utils.classification.image_outcomes import ImageOutcomes
 from utils.data.image_folder import ImageFolder, scan
-from utils.data.loading import IMAGENET_MEAN, IMAGENET_STD, ImageDataset
+from utils.data.loader import IMAGENET_MEAN, IMAGENET_STD, ImageDataset
 from utils.data.transforms import eval_transform
+from utils.inspection.report import ImageOutcomes, write_report
 from utils.runs import checkpoint
 from utils.system.errors import EXIT_STOPPED
+from utils.training import classification
 
 FILES = {"classes.csv", "confusion.csv", "confusion.png", "confused_pairs.csv", "calibration.csv"}
 FILES |= {"calibration.png", "worst_images.csv", "worst_images.png", "report.json"}
@@ -146,14 +145,14 @@ def test_training_ends_with_the_report_of_its_best_epoch(call, tree, tmp_path):
 
 
 def test_a_report_that_is_asked_to_stop_leaves_a_saved_run(call, tree, tmp_path, monkeypatch):
-    judge = engine.evaluate
+    judge = classification.evaluate
 
     def stopping(*arguments):
         if len(arguments) == 6:  # with a meter: that of the report
             signal.raise_signal(signal.SIGTERM)
         return judge(*arguments)
 
-    monkeypatch.setattr(engine, "evaluate", stopping)
+    monkeypatch.setattr(classification, "evaluate", stopping)
     code, out, _ = call(*SMALL, "--epochs", 1, "--output", "run", tree, "--report")
     assert code == EXIT_STOPPED
     assert "its report is not written" in out[-2]
@@ -175,6 +174,7 @@ def test_more_than_a_thousand_classes_have_pairs_and_no_matrix(tmp_path):
     assert len(rows(folder / "worst_images.csv")) == 1000
 
 
+@pytest.mark.slow
 def test_two_ranks_write_one_report_of_every_image(run, run_folder, tree):
     for name, ranks in (("one", 0), ("two", 2)):
         flags = ("--resume", run_folder / "best.pth", tree, "--output", name, "--report")
@@ -189,6 +189,7 @@ def test_two_ranks_write_one_report_of_every_image(run, run_folder, tree):
     assert {row["path"]: row["true"] for row in a} == {row["path"]: row["true"] for row in b}
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_ends_with_a_report(run, tree, tmp_path):
     done = run("main.py", *SMALL, "--epochs", 1, "--output", "run", tree, "--report", ranks=2)
     assert done.returncode == 0, done.stderr

@@ -13,10 +13,10 @@ import visualize_attention
 from models import create_model, weights
 from models.eca_resnet import BasicBlock, ResNet
 from utils.data.decoding import read_image
-from utils.inspection import channel_weight_plots
+from utils.inspection import channel_weights
 from utils.inspection.channel_weights import LayerWeights
-from utils.options.parser import run_script
 from utils.runs import checkpoint
+from utils.system.faults import run_script
 
 
 @pytest.fixture
@@ -122,9 +122,7 @@ def test_squeeze_and_excitation_has_no_kernels(cli, tmp_path, tree, monkeypatch)
 
 def test_class_names_are_not_read_as_formulas():
     layer = LayerWeights("x", 1, 1, np.eye(2, 8), np.ones((2, 8)), np.full(2, 3), None)
-    drawn = channel_weight_plots.draw_weights(
-        [layer], [r"$\broken{$", "a long name " * 3], [0, 1], "t"
-    )
+    drawn = channel_weights.draw_weights([layer], [r"$\broken{$", "a long name " * 3], [0, 1], "t")
     with Image.open(io.BytesIO(drawn)) as image:
         assert image.width > 900
 
@@ -146,7 +144,7 @@ def lines(axis):
 
 
 def test_weights_are_drawn_class_by_class(layers, figures):
-    channel_weight_plots.draw_weights(layers[1:], ["ant", "bee", "cat"], [2, 0], "t")
+    channel_weights.draw_weights(layers[1:], ["ant", "bee", "cat"], [2, 0], "t")
     panels = figures[0].axes
     lefts = [axis for axis in panels if axis.get_ylabel() == "Weight s"]
     rights = [axis for axis in panels if axis.images and len(axis.get_yticks()) == 2]
@@ -166,7 +164,7 @@ def test_weights_are_drawn_class_by_class(layers, figures):
 
 
 def test_spreads_are_drawn_block_by_block(layers, figures):
-    channel_weight_plots.draw_spread(layers, "t")
+    channel_weights.draw_spread(layers, "t")
     upper, lower = figures[0].axes
     for label, name in (
         ("between images of one class", "within"),
@@ -181,7 +179,7 @@ def test_spreads_are_drawn_block_by_block(layers, figures):
 
 
 def test_kernels_are_drawn_stage_by_stage(layers, figures):
-    channel_weight_plots.draw_kernels(layers, "t")
+    channel_weights.draw_kernels(layers, "t")
     first, second = figures[0].axes
     assert [axis.get_title() for axis in (first, second)] == ["Stage 1, k = 3", "Stage 2, k = 5"]
     for axis, block, layer in ((first, 1, 0), (first, 2, 1), (second, 1, 2)):

@@ -12,12 +12,12 @@ from helpers.cut_runs import cut_twice
 from helpers.kill_driver import same
 from helpers.trees import write_tree
 
+import main as script
 from main import RECIPE
-from utils.classification import engine
+from utils.command_line.classification import notes_on
 from utils.data.image_folder import scan
-from utils.options.refusals import notes_on
 from utils.runs import checkpoint
-from utils.training.state import RunState
+from utils.training.state import TrainingState
 
 SMALL = ("-a", "eca_resnet18", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j", 0, "--seed", 1)
 
@@ -163,7 +163,7 @@ def test_a_rate_for_sgd_is_doubtful_with_another_optimizer():
         assert all(note.startswith(word) for note, word in zip(notes, said, strict=True))
 
 
-def test_lamb_without_timm_is_one_line(call, tree, tmp_path, monkeypatch):
+def test_what_needs_timm_says_so_in_one_line(call, tree, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "timm" else find(name)
@@ -171,6 +171,9 @@ def test_lamb_without_timm_is_one_line(call, tree, tmp_path, monkeypatch):
     code, _, err = call(*SMALL, "--optimizer", "lamb", tree)
     assert code == 2
     assert err == ["error: --optimizer lamb needs timm: pip install timm"]
+    code, _, err = call(*SMALL, "--auto-augment", "rand-m7-mstd0.5-inc1", tree)
+    assert code == 2
+    assert err == ["error: --auto-augment rand-m7-mstd0.5-inc1 needs timm: pip install timm"]
     assert not (tmp_path / "runs").exists()
 
 
@@ -181,7 +184,7 @@ def test_training_ends_without_a_better_top_1(call, tree, tmp_path, monkeypatch)
     def judge(*_) -> dict[str, float]:
         return {"loss": 1.0, "top1": judged.pop(0), "top5": 100.0, "images": 15}
 
-    monkeypatch.setattr(engine, "evaluate", judge)
+    monkeypatch.setattr(script, "evaluate", judge)
     flags = (*SMALL, "-a", "eca_mobilenetv2", "--epochs", 9, "--early-stop", 3, tree)
     judged[:] = [50.0, 60.0, 60.0, 55.0, 60.0, 99.0]
     code, out, err = call(*flags, "--output", "through")
@@ -193,7 +196,7 @@ def test_training_ends_without_a_better_top_1(call, tree, tmp_path, monkeypatch)
     assert out[-1].endswith("--resume through/last.pth --early-stop 0")
 
     judged[:] = [50.0, 60.0, 60.0, 55.0, 60.0, 99.0]
-    finish_epoch, ended = RunState.finish_epoch, []
+    finish_epoch, ended = TrainingState.finish_epoch, []
 
     def stop(state, *rest):
         if len(ended) == 2:
@@ -202,7 +205,7 @@ def test_training_ends_without_a_better_top_1(call, tree, tmp_path, monkeypatch)
         return finish_epoch(state, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunState, "finish_epoch", stop)
+        patch.setattr(TrainingState, "finish_epoch", stop)
         assert call(*flags, "--output", "cut")[0] == 143
         assert call(*flags, "--output", "cut", "--resume", "auto")[0] == 0
     assert ended == [0, 1, 2, 3, 4]
@@ -226,7 +229,10 @@ def test_training_ends_without_a_better_top_1(call, tree, tmp_path, monkeypatch)
         (("--freeze", "stages:5"), "--freeze: eca_resnet18 has 4 stages: 'stages:5' are more; use"),
         (("--layer-decay", 0), "'0' is not a number between 0 and 1, 0 excluded"),
         (("--optimizer", "adam"), "invalid choice: 'adam'"),
-        (("--optimizer", "adamw", "--momentum", 0.8), "--momentum does nothing with adamw"),
+        (
+            ("--optimizer", "adamw", "--momentum", 0.8),
+            "--momentum does nothing with --optimizer adamw: leave it out",
+        ),
     ],
 )
 def test_bad_values_are_answered_in_one_line(call, tree, tmp_path, flags, said):
@@ -242,13 +248,13 @@ def test_what_a_resumption_cannot_take_up_is_refused(call, run_folder):
     saved = checkpoint.load(last)
     saved["progress"].update(epoch=1, step=2)
     for change, flags, said in (
-        ({}, ("--sampler", "balanced"), "inside an epoch of the sampler shuffle: leave --sampler"),
+        ({}, ("--sampler", "balanced"), "batches with --sampler shuffle: leave --sampler balanced"),
         ({}, ("--class-weights", "balanced"), "the run's class weights are none: leave --class-"),
-        ({}, ("--optimizer", "lamb"), "the run's optimizer is sgd: leave --optimizer lamb out"),
-        ({}, ("--freeze", "backbone"), "the run's --freeze is none: leave --freeze backbone out"),
-        ({}, ("--layer-decay", 0.5), "the run's --layer-decay is 1: leave --layer-decay 0.5 out"),
+        ({}, ("--optimizer", "lamb"), "trains with --optimizer sgd: leave --optimizer lamb out"),
+        ({}, ("--freeze", "backbone"), "trains with --freeze none: leave --freeze backbone out"),
+        ({}, ("--layer-decay", 0.5), "with --layer-decay 1: leave --layer-decay 0.5 out"),
         ({"class_weights": [1.0]}, (), "holds 1 class weights for 3 classes"),
-        ({"class_weights": [1.0, "2", 1.0]}, (), "the field class_weights cannot be used"),
+        ({"class_weights": [1.0, "2", 1.0]}, (), "the field class_weights[1] cannot be used"),
     ):
         checkpoint.save(last, {**saved, **change})
         code, _, err = call("--resume", last, *flags)

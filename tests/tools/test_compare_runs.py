@@ -9,7 +9,7 @@ from PIL import Image
 
 from tools import compare_runs
 from tools.compare_runs import PANELS, differences, read_run, repeat_lines, result_rows
-from utils.options.parser import run_script
+from utils.system.faults import run_script
 
 TOP1 = {"a": (50.0, 90.0, 90.0), "b": (40.0, float("nan"), 80.5), "c": (10.0, 94.0, 20.0)}
 

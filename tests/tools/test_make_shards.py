@@ -1,6 +1,7 @@
 """python -m tools.make_shards: what it writes, goes on with, and refuses."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,17 @@ def test_what_it_refuses(tree, tmp_path, monkeypatch, refused):
     (other / "train" / "a" / "pipe.png").unlink()
     (other / "train" / "a" / "link.png").symlink_to("nowhere")
     assert "link.png: No such file or directory; mend" in refused(other, tmp_path / "new")
+
+
+def test_two_images_that_would_have_one_key_are_refused(tmp_path, refused):
+    source = write_tree(tmp_path / "source", train=1, val=1)
+    for one, other in (("005.jpg", "005.png"), ("x.JPG", "x.jpg"), ("1.B.png", "1.b.png")):
+        for name in (one, other):
+            shutil.copy(source / "train" / "b" / "0.png", source / "val" / "b" / name)
+        line = refused(source, tmp_path / "data")
+        assert line.startswith(f"error: {source}/val: b/{one} and b/{other} would have one key in ")
+        assert not (tmp_path / "data").exists()
+        (source / "val" / "b" / other).unlink()
 
 
 def test_names_that_webdataset_cuts_otherwise_are_counted(tmp_path, monkeypatch, capsys):

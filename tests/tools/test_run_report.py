@@ -1,15 +1,99 @@
 """One page for a run: whole without any other file, and with nothing of a stranger's running."""
 
+import base64
 import csv
+import io
 import json
 import shutil
+from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.coco_trees import NETWORK
-from helpers.report_pages import EVIL, read, report_of
-from helpers.small_runs import SMALL
+from PIL import Image
 
-from tools import run_report
+from tools.run_report import MARK
+from utils.data.image_folder import ImageFolder
+from utils.inspection.report import ImageOutcomes, write_report
+from utils.runs import checkpoint
+
+VOID = {"meta", "img"}
+EVIL = '<script>alert("x")</script>'
+
+
+class Page(HTMLParser):
+    """Reads a page: that its tags are balanced, its text, its pictures, its links."""
+
+    def __init__(self, source: str):
+        super().__init__(convert_charrefs=True)
+        self.open, self.texts, self.pictures, self.links = [], [], [], []
+        self.names, self.tags, self.titles = set(), set(), []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        for name, value in attrs:
+            assert not name.startswith("on")
+            if name == "src":
+                head, _, code = value.partition(",")
+                assert head == "data:image/png;base64"
+                self.pictures.append(base64.b64decode(code, validate=True))
+            if name == "href":
+                assert value.startswith("#"), value
+                self.links.append(value[1:])
+            if name == "id":
+                assert value not in self.names
+                self.names.add(value)
+            if name == "style":
+                assert "url" not in value
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "style":
+            assert "url(" not in data
+            assert "@import" not in data
+        elif data.strip():
+            self.texts.append(data)
+            if self.open[-1] == "h2":
+                self.titles.append(data)
+
+
+def read(path: Path) -> Page:
+    """The page, with what holds for every page."""
+    page = Page(path.read_text(encoding="utf-8"))
+    assert not page.tags & {"script", "link", "iframe", "object", "form", "base"}
+    assert page.links
+    assert set(page.links) <= page.names
+    for data in page.pictures:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+    return page
+
+
+def report_of(run: Path, names: list[str], data: Path, images: int = 60) -> Path:
+    """A report on images of these classes, with chance outcomes."""
+    chance = np.random.default_rng(0)
+    n = len(names)
+    true, found = np.arange(images) % n, chance.integers(0, n, images)
+    sure = chance.random(images)
+    outcomes = ImageOutcomes(true, found, true == found, sure, sure / 2, 1 - sure, n)
+    paths = np.array([f"c/{i}.png".encode() for i in range(images)])
+    folder = ImageFolder(str(data), tuple(names), paths, true)
+    told = {"images": images, "top1": 50.0, "top5": 60.0, "loss": 1.5, "data": EVIL}
+    return write_report(run, outcomes, folder, "eca_resnet18", {**told, "checkpoint": "best.pth"})
 
 
 def test_a_run_without_a_report_says_how_to_make_one(write_page, run_folder):
@@ -18,6 +102,7 @@ def test_a_run_without_a_report_says_how_to_make_one(write_page, run_folder):
     assert out[-1].startswith(f"written to {run_folder / 'report.html'}")
     page = read(run_folder / "report.html")
     assert page.titles == ["Curves", "Classes", "Network", "Settings", "Versions"]
+    assert page.pictures == [(run_folder / "curves.png").read_bytes()]
     assert f"-e --resume {run_folder / 'best.pth'}" in page.text
     with open(run_folder / "metrics.csv") as file:
         best = max(csv.DictReader(file), key=lambda row: float(row["val_top1"]))
@@ -33,7 +118,7 @@ def test_a_report_is_shown_whole(write_page, run_folder, tmp_path):
     page = read(run_folder / "report.html")
     assert page.titles[1:5] == ["Classes", "Confusions", "Calibration", "Worst images"]
     shown = {path.read_bytes() for path in (run_folder / "report").glob("*.png")}
-    assert len(shown) == 3
+    assert len(shown) == 3  # besides curves.png
     assert shown <= set(page.pictures)
     with open(run_folder / "report" / "classes.csv") as file:
         for row in csv.DictReader(file):
@@ -59,26 +144,24 @@ def test_one_epoch_and_no_checkpoint(write_page, run_folder):
         path.unlink()
     lines = (run_folder / "metrics.csv").read_text().splitlines()
     (run_folder / "metrics.csv").write_text("\n".join(lines[:2]) + "\n")
-    code, out, _ = write_page(run_folder)
-    assert code == 0
-    assert "holds no checkpoint" in out[0]
+    assert write_page(run_folder)[0] == 0
+    assert "1 of 2" in read(run_folder / "report.html").text
+
+
+def test_pictures_of_channel_weights_are_those_of_the_run_s_folder(write_page, run_folder):
+    record = json.loads((run_folder / "args.json").read_text())
+    (run_folder / "args.json").write_text(json.dumps({**record, "ksize": [3, 3]}))
+    assert write_page(run_folder)[0] == 0
+    assert f"--output {run_folder / 'attention'}" in read(run_folder / "report.html").text
+    names = ("channel_weights", "spread", "kernels")
+    (run_folder / "attention").mkdir()
+    for i, name in enumerate(names):
+        Image.new("L", (9, 9), i).save(run_folder / "attention" / f"{name}.png")
+    assert write_page(run_folder)[0] == 0
     page = read(run_folder / "report.html")
-    assert "no kernels to show" in page.text
-    assert "1 of 2" in page.text
-
-
-def test_eca_s_kernels_are_those_of_the_checkpoint(call, tree, tmp_path, figures, write_page):
-    flags = (*SMALL[2:], "-a", "eca_mobilenetv2", "--epochs", 1, "--output", "run", tree)
-    assert call(*flags)[0] == 0
-    figures.clear()
-    assert write_page(tmp_path / "run")[0] == 0
-    lines = [line for axis in figures[0].axes for line in axis.lines if len(line.get_xdata()) == 3]
-    saved = run_report.read_checkpoint(tmp_path / "run")[0]["state_dict"]
-    kernels = [t.flatten().tolist() for t in saved.values() if t.ndim == 3]
-    drawn = [line.get_ydata().tolist() for line in lines]
-    assert kernels
-    assert all(kernel in drawn for kernel in kernels if len(kernel) == 3)
-    assert "Channel weights need images" in read(tmp_path / "run" / "report.html").text
+    drawn = [(run_folder / "attention" / f"{name}.png").read_bytes() for name in names]
+    assert page.pictures[1:] == drawn
+    assert "visualize_attention.py" not in page.text
 
 
 def test_a_detector_s_run(write_page, detect, shapes, tmp_path):
@@ -87,13 +170,19 @@ def test_a_detector_s_run(write_page, detect, shapes, tmp_path):
     code, _, err = write_page("run")
     assert (code, err) == (0, [])
     page = read(tmp_path / "run" / "report.html")
-    assert page.titles == ["Curves", "Classes", "Network", "Settings", "Versions"]
-    saved = run_report.read_checkpoint(tmp_path / "run")[0]
+    titles = ["Curves", "Classes", "Detections", "Network", "Settings", "Versions"]
+    assert page.titles == titles
+    assert (tmp_path / "run" / "predictions.png").read_bytes() in page.pictures
+    saved = checkpoint.load(tmp_path / "run" / "best.pth")
     summary = saved["progress"]["best"]["summaries"]["bbox"]
     for name, value in summary["per_class"].items():
         assert f"{name} {100 * value:.1f}" in page.text or value < 0
     assert "Box AP" in page.text
     assert "--report" not in page.text
+    for path in (tmp_path / "run").glob("*.pth"):
+        path.write_bytes(path.read_bytes()[:1000])
+    assert write_page("run")[0] == 0
+    assert "only damaged checkpoints" in read(tmp_path / "run" / "report.html").text
 
 
 def test_a_browser_shows_it_without_a_fault(write_page, run_folder, tmp_path):
@@ -117,3 +206,75 @@ def test_a_browser_shows_it_without_a_fault(write_page, run_folder, tmp_path):
             assert page.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
         browser.close()
     assert [words for words in said if not words.startswith(("file:", "data:image/png"))] == []
+
+
+def test_names_of_strangers_are_text(write_page, run_folder, tmp_path):
+    names = [EVIL, "a & b", '" onload="x', "=1+1", "\x1b[2J", "猫", "</td></table>", "&lt;"]
+    report_of(run_folder, names, tmp_path)
+    record = json.loads((run_folder / "args.json").read_text())
+    record["args"]["data"] = EVIL
+    record["environment"][EVIL] = EVIL
+    (run_folder / "args.json").write_text(json.dumps(record))
+    assert write_page(run_folder)[0] == 0
+    page = read(run_folder / "report.html")
+    assert page.text.count(EVIL) > 5
+    for name in ("a & b", '" onload="x', "=1+1", "\\x1b[2J", "猫", "</td></table>", "&lt;"):
+        assert name in page.text
+
+
+def test_a_foreign_file_stays(write_page, run_folder, tmp_path):
+    target = run_folder / "report.html"
+    target.write_text("mine")
+    code, out, err = write_page(run_folder)
+    assert (code, out) == (2, [])
+    assert "stays as it is" in err[0]
+    assert target.read_text() == "mine"
+    assert write_page(run_folder, "--output", tmp_path / "page.html")[0] == 0
+    before = (tmp_path / "page.html").read_text()
+    assert MARK in before
+    assert write_page(run_folder, "--output", tmp_path / "page.html")[0] == 0  # its own is replaced
+    target.unlink()
+    target.symlink_to(tmp_path / "page.html")
+    code, _, err = write_page(run_folder)
+    assert code == 2
+    assert "no plain file" in err[0]
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"), [("nothing", "give folders of runs"), (".", "metrics.csv")]
+)
+def test_what_is_no_run_is_refused_in_one_line(write_page, argument, words):
+    code, _, err = write_page(argument)
+    assert code == 2
+    assert len(err) == 1
+    assert words in err[0]
+
+
+@pytest.mark.parametrize("epoch", ["inf", "1e300", "nan", "-5"])
+def test_numbers_of_strangers_that_cannot_be_are_refused(write_page, run_folder, epoch):
+    head, first, *_ = (run_folder / "metrics.csv").read_text().splitlines()
+    rows = [head, first, ",".join([epoch, *first.split(",")[1:]])]
+    (run_folder / "metrics.csv").write_text("\n".join(rows))
+    code, _, err = write_page(run_folder)
+    assert code == 2
+    assert "not what a run writes" in err[0]
+
+
+def test_what_main_does_not_write_is_refused(write_page, run_folder, tmp_path):
+    folder = report_of(run_folder, ["a", "b"], tmp_path)
+    (folder / "confusion.png").write_bytes(b"<svg onload=alert(1)>")
+    assert write_page(run_folder)[0] == 0
+    assert "cannot be read as a PNG" in read(run_folder / "report.html").text
+    secret = tmp_path / "secret.csv"
+    secret.write_text("path\nsecret\n")
+    (folder / "worst_images.csv").unlink()
+    (folder / "worst_images.csv").symlink_to(secret)
+    code, _, err = write_page(run_folder)
+    assert code == 2
+    assert len(err) == 1
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "report.json").write_text("[]")
+    code, _, err = write_page(run_folder)
+    assert code == 2
+    assert "make the report anew" in err[0]

@@ -4,14 +4,16 @@ import csv
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
+from helpers.small_runs import all_gone, children
 from helpers.study_plans import write_plan
 from helpers.trees import ROOT
 from PIL import Image
 
 from tools import study
-from utils.study.plan import read_plan
+from utils.inspection.study import read_plan
 from utils.system.errors import UserError
 
 
@@ -22,6 +24,7 @@ def smoke_command() -> list[str]:
     return shlex.split(lines[rule + 1].replace("$(RUN)", ""))
 
 
+@pytest.mark.slow
 def test_the_small_study_and_again(tmp_path):
     pytest.importorskip("sklearn")
     command = [sys.executable, *smoke_command(), "--output", str(tmp_path / "study")]
@@ -37,10 +40,10 @@ def test_the_small_study_and_again(tmp_path):
     rates = {variant: {rate for v, rate, _ in by_name if v == variant} for variant in plan.variants}
     assert set(map(tuple, map(sorted, rates.values()))) == {plan.networks[network].rates}
     for variant in plan.variants:
-        judged = [run for run in runs if run["variant"] == variant and run["test_top1"]]
-        assert sorted(int(run["seed"]) for run in judged) == list(plan.seeds)
-        assert len({run["rate"] for run in judged}) == 1
-        assert {run["test_images"] for run in judged} == {"359"}
+        tested = [run for run in runs if run["variant"] == variant and run["test_top1"]]
+        assert sorted(int(run["seed"]) for run in tested) == list(plan.seeds)
+        assert len({run["rate"] for run in tested}) == 1
+        assert {run["test_images"] for run in tested} == {"359"}
     needed = ("command", "commit", "device", "torch", "python", "platform", "seed")
     assert all(run[name] for run in runs for name in needed)
     assert (folder / "plan.json").read_bytes() == (
@@ -51,11 +54,11 @@ def test_the_small_study_and_again(tmp_path):
     text = (folder / "table.txt").read_text()
     assert "corrected for all 3 rows (Holm)" in text
 
-    # Given again: nothing is trained or judged anew, and the same comes out.
+    # Given again: nothing is trained or evaluated anew, and the same comes out.
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)
     assert again.returncode == 0, again.stderr
     assert "training: 0 of" in again.stdout
-    assert "judging: 0 of" in again.stdout
+    assert "evaluating: 0 of" in again.stdout
     assert (folder / "table.txt").read_text() == text
 
 
@@ -76,6 +79,69 @@ def test_every_rate_is_tried_with_every_variant(tmp_path):
     tried = study.choosing(plan)
     assert len(set(tried)) == len(tried) == 2 * 3
     rates = {("mobilenetv2", variant): 0.05 for variant in plan.variants}
-    specs = study.judged(plan, rates)
+    specs = study.tested(plan, rates)
     assert [spec[1] for spec in specs[:3]] == list(plan.variants)  # seed by seed
     assert len({study.run_name(spec) for spec in (*tried, *specs)}) == 6 + 9
+
+
+def test_a_failed_run_ends_the_rest_with_its_last_line(tmp_path):
+    say = "import sys; print('first'); sys.exit('error: no such data')"
+    commands = {
+        tmp_path / "bad": [sys.executable, "-c", say],
+        tmp_path / "long": [sys.executable, "-c", "import time; time.sleep(600)"],
+    }
+    with pytest.raises(UserError, match=r"bad failed \(.*bad.log\): error: no such data"):
+        study.run_all(commands, jobs=2, environment={})
+
+
+def test_runs_end_with_a_study_that_is_killed(tmp_path):
+    """`kill -9` leaves the study no time to stop them."""
+    sleep = "import time; print('on', flush=True); time.sleep(600)"
+    code = (
+        "import sys; from pathlib import Path; from tools.study import run_all\n"
+        f"run_all({{Path({str(tmp_path / 'run')!r}): [sys.executable, '-c', {sleep!r}]}}, 1, {{}})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    log, end = tmp_path / "run.log", time.monotonic() + 600
+    while not (log.exists() and log.read_text()) and time.monotonic() < end:
+        time.sleep(0.1)
+    trained = children(process.pid)
+    assert trained
+    process.kill()
+    process.wait()
+    assert all_gone(trained)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["-aeca_mobilenetv2"], "--arch"),
+        (["--arch=resnet34"], "--arch"),
+        (["--seed", "3"], "--seed"),
+        (["--lr=1"], "--lr"),
+        (["--learning-rate", "1"], "--lr"),
+        (["--attention", "se_var1"], "--attention"),
+        (["--ksize=3333"], "--ksize"),
+        (["--no-fused", "--num-classes", "7"], "--num-classes"),
+        (["-j4"], "--workers"),
+        (["--", "elsewhere"], "DATA"),
+    ],
+)
+def test_flags_with_which_a_network_would_be_compared_with_itself(tmp_path, flags, named):
+    networks = {"mobilenetv2": {"rates": [0.05], "flags": ["--epochs", "1", *flags]}}
+    plan = write_plan(tmp_path / "plan.json", networks=networks)
+    with pytest.raises(UserError, match=f"network mobilenetv2: {named} is the study's own"):
+        study.open_study(plan, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rates_that_are_near_have_folders_of_their_own(tmp_path):
+    networks = {"mobilenetv2": {"rates": [0.01, 0.0100000001], "flags": []}}
+    plan = read_plan(write_plan(tmp_path / "plan.json", networks=networks))
+    tried = study.choosing(plan)
+    assert len({study.run_name(spec) for spec in tried}) == len(tried) == 2 * 3
+
+
+def test_one_rate_is_no_choice(tmp_path):
+    networks = {"mobilenetv2": {"rates": [0.01], "flags": []}}
+    assert study.choosing(read_plan(write_plan(tmp_path / "plan.json", networks=networks))) == []

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.data import image_folder, remote_files, shard_folder
+from utils.data import image_folder, shards
 from utils.data.image_folder import OTHER_NAMES
 from utils.system.errors import UserError
 from utils.system.text import printable
@@ -42,7 +42,7 @@ def evaluation_folder(data: str) -> str:
         data: a folder, or the URL of one with val/ in it.
     """
     inner = os.path.join(data, "val")
-    if remote_files.is_remote(data) or os.path.isdir(inner) or not os.path.isdir(data):
+    if shards.is_remote(data) or os.path.isdir(inner) or not os.path.isdir(data):
         return inner
     parts = {"train", "val", *OTHER_NAMES["train"], *OTHER_NAMES["val"]}
     with os.scandir(data) as entries:
@@ -50,7 +50,7 @@ def evaluation_folder(data: str) -> str:
     folders = [name for name in inside if not image_folder.is_passed_over(name)]
     if any(name.lower() in parts for name in folders):
         return inner  # whose absence is then said, with the folder that was meant
-    return data if folders or shard_folder.in_shards(data) else inner
+    return data if folders or shards.in_shards(data) else inner
 
 
 def match(root: str, names: Sequence[str] | None, outputs: int, source: str) -> Order:
@@ -90,10 +90,10 @@ def match(root: str, names: Sequence[str] | None, outputs: int, source: str) -> 
 
 def _found(root: str) -> tuple[list[str], bool]:
     """Returns the names of classes below `root`, and whether they are more than shards' numbers."""
-    if not shard_folder.in_shards(root):
+    if not shards.in_shards(root):
         return image_folder.list_classes(root), True
-    shards = shard_folder.scan(root)
-    return list(shards.classes), not shards.notes
+    folder = shards.scan(root)
+    return list(folder.classes), not folder.notes
 
 
 def _by_number(numbers: Sequence[str], names: Sequence[str] | None) -> Order:

@@ -7,38 +7,41 @@ Every reader of user images (training, evaluation, prediction, the data check) g
   (Pillow's own conversion would saturate it);
 - CMYK, grey, palette and alpha become RGB, transparent parts on white;
 - of an animation the first frame counts;
-- the EXIF orientation is applied.
+- the orientation that EXIF or XMP notes is applied, see `orientation`.
 """
 
 import argparse
 import errno
-import functools
-import importlib.util
 import io
 import os
-import re
 import stat
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from utils.system.errors import EXIT_FAILED, FEWER_FILES, TOO_MANY_FILES, UserError
 from utils.system.text import printable
 
-warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision")
-
 JPEGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi")
 EXTENSIONS = (*JPEGS, ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-DECODERS = ("torchvision", "simplejpeg", "pil")
-ON_DEVICE = "cuda"  # main.py's fourth: the run's GPU decodes, see utils/data/gpu_decoding.py
-EXIF = b"Exif\0\0"  # what follows may turn the picture
-ADOBE = b"Adobe"  # what follows may say that three components are RGB already
-JFIF = b"JFIF\0"  # behind the first marker; says that they are YCbCr
-END = b"\xff\xd9"  # the last bytes of a JPEG that was not cut short
+DECODERS = ("simplejpeg", "pil")  # the default first
+GONE_DECODERS = {  # how the default's pixels differ from theirs
+    "torchvision": "which reads the same pixels",
+    "cuda": "which reads slightly other pixels, on the CPU",
+}
+ORIENTATION = ExifTags.Base.Orientation  # the field's number in EXIF
+TURNS = {  # its value -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Of an image's file these tell what is wrong with it; any other OSError tells of the machine.
 OF_THE_FILE = (
     errno.ENOENT,
@@ -51,6 +54,7 @@ OF_THE_FILE = (
     errno.ENXIO,
     errno.ENODEV,
 )
+MAX_RATIO = 100  # of the sides: resized, a longer picture would take gigabytes
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow itself turns from warning to refusing
 
 
@@ -72,19 +76,14 @@ class Stored(Protocol):
     def read(self) -> bytes: ...
 
 
-def decoder_name(text: str, known: Sequence[str] = DECODERS) -> str:
-    """Checks, as an argparse type, that a decoder is one of `known` and is installed."""
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
-    if text == ON_DEVICE and jpeg_decoder() is None:
+def decoder_name(text: str) -> str:
+    """Checks, as an argparse type, that a decoder is known."""
+    if text in GONE_DECODERS:
         raise argparse.ArgumentTypeError(
-            "this torchvision decodes no JPEGs, on a GPU or elsewhere: give another one, such as "
-            f"{DECODERS[0]}"
+            f"{text!r} is gone: leave --decoder out, for {DECODERS[0]}, {GONE_DECODERS[text]}"
         )
-    if text == "simplejpeg" and importlib.util.find_spec(text) is None:
-        raise argparse.ArgumentTypeError(
-            "simplejpeg is not installed: pip install simplejpeg, or leave --decoder out"
-        )
+    if text not in DECODERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DECODERS)}")
     return text
 
 
@@ -111,47 +110,24 @@ def read_file(path: str | bytes) -> bytes:
         raise UserError(f"{printable(path)}: {error.strerror}; {remedy}", EXIT_FAILED) from None
 
 
-@functools.cache
-def jpeg_decoder() -> Callable[..., Any] | None:
-    """Returns torchvision's `decode_jpeg`, into RGB; None for a torchvision without it.
-
-    It is imported when first used, as torchvision takes half as long to import as torch.
-    """
-    try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-    except ImportError:  # announced for a torchvision after 0.29: Pillow reads everything then
-        return None
-    return functools.partial(decode_jpeg, mode=ImageReadMode.RGB)
-
-
-def prepare_for_workers(workers: int, decoder: str) -> None:
-    """Imports what loader workers will decode with: those that are forked later have it then.
-
-    Each would import it for itself, which takes seconds and 200 MB that could be shared.
-    """
-    if workers and decoder in (DECODERS[0], ON_DEVICE):
-        jpeg_decoder()
-
-
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """Returns an RGB image as uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_image(
-    path: str | bytes | Stored, decoder: str = "torchvision"
+    path: str | bytes | Stored, decoder: str = DECODERS[0]
 ) -> torch.Tensor | Image.Image:
     """Reads one image.
 
     Args:
         path: a file (bytes for names that are not UTF-8), or what gives its bytes.
-        decoder: "torchvision" gives a uint8 tensor (3, H, W), and so does "simplejpeg", with the
-            same pixels, quicker, if that package is installed; "pil" a PIL image in mode RGB.
-            "cuda" gives the bytes of a plain JPEG as they are, uint8 (n,), and of anything else
-            what "torchvision" gives.
+        decoder: "simplejpeg" gives a uint8 tensor (3, H, W), decoded by that package where it can,
+            otherwise by Pillow; "pil" a PIL image in mode RGB.
 
     Raises:
-        BrokenImageError: empty, truncated, not an image, or more than `MAX_PIXELS` pixels.
+        BrokenImageError: empty, truncated, not an image, more than `MAX_PIXELS` pixels, or sides
+            of more than `MAX_RATIO` to one.
         UserError: the place where it is stored is at fault, not the image.
     """
     try:
@@ -159,20 +135,25 @@ def read_image(
         data = read_file(path) if is_file else path.read()
         if not data:
             raise ValueError("the file is empty")
-        if decoder == "pil":
-            return _pil_rgb(data)
-        # libjpeg without Pillow is the quick road for what nearly every photo is.
-        frame = _jpeg_frame(data)
-        if frame is None or frame[2] not in (1, 3) or frame[0] * frame[1] > MAX_PIXELS:
-            return to_tensor(_pil_rgb(data))
-        if decoder == "simplejpeg" and EXIF not in data:  # without torchvision's import
-            return _by_simplejpeg(data)
-        if (decode := jpeg_decoder()) is not None:
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            if decoder == ON_DEVICE and _is_plain(data):
-                return encoded
-            return decode(encoded, apply_exif_orientation=True)
-        return to_tensor(_pil_rgb(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # bombs are refused below; EXIF chatter helps nobody
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}: "
+                    "taken for a decompression bomb"
+                )
+            if max(image.size) > MAX_RATIO * min(image.size):
+                raise ValueError(
+                    f"{image.width}x{image.height} pixels: one side is more than {MAX_RATIO} times "
+                    "the other"
+                )
+            if decoder == "pil":
+                return _pil_rgb(image)
+            # libjpeg without Pillow is the quick road for what nearly every photo is.
+            if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
+                return to_tensor(_pil_rgb(image))
+            return _quick_rgb(data, image)
     except (MemoryError, UserError):  # not the image's fault
         raise
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error
@@ -181,39 +162,39 @@ def read_image(
             reason = "not an image"
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
-        elif isinstance(error, RuntimeError):  # torchvision names its source file; keep the end
-            reason = re.split(r"\.cpp:\d+, |: ", reason)[-1]
         raise BrokenImageError(printable(path), reason) from None
 
 
-def _is_plain(jpeg: bytes) -> bool:
-    """Returns whether every decoder makes the same picture of this JPEG.
+def orientation(image: Image.Image) -> int:
+    """Returns how a picture is to be turned, 1 to 8 as EXIF counts; 1 is as it is.
 
-    What may be turned, may be RGB already, or was cut short is left to libjpeg, which sees it:
-    nvJPEG knows no EXIF, and promises nothing of the other two.
+    It is what Pillow's `exif_transpose` goes by: EXIF's, wherever in the file, else XMP's. What
+    neither says readably is 1: of a picture that can be read a damaged note takes nothing.
     """
-    known = jpeg[6:11] == JFIF and ADOBE not in jpeg
-    return known and EXIF not in jpeg and jpeg.endswith(END)
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+        return int(value) if value in TURNS else 1
+    except Exception:  # Pillow raises anything from SyntaxError to struct.error
+        return 1
 
 
-def _by_simplejpeg(data: bytes) -> torch.Tensor:
-    import simplejpeg  # optional; `decoder_name` says so where it is missing
+def _quick_rgb(data: bytes, image: Image.Image) -> torch.Tensor:
+    """Decodes a grey or RGB JPEG, which Pillow has opened, by libjpeg alone where it can."""
+    try:
+        from simplejpeg import decode_jpeg  # where it is missing, Pillow gives the same pixels
 
-    pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+        pixels = decode_jpeg(data, colorspace="RGB", strict=True)
+    except (ImportError, ValueError):  # strict refuses what a mere warning is about, too
+        return to_tensor(_pil_rgb(image))
+    if (turn := TURNS.get(orientation(image))) is not None:
+        return to_tensor(Image.fromarray(pixels).transpose(turn))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _pil_rgb(data: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # bombs are refused below; EXIF chatter helps nobody
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(
-                f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}: "
-                "taken for a decompression bomb"
-            )
-        image.load()
-        image = ImageOps.exif_transpose(image)
+def _pil_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if (turn := TURNS.get(orientation(image))) is not None:
+        image = image.transpose(turn)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = Image.fromarray(_grey_in_8_bits(np.asarray(image)))
     if image.has_transparency_data:
@@ -248,26 +229,3 @@ def _grey_in_8_bits(values: np.ndarray) -> np.ndarray:
     if highest <= 255:
         return values.astype(np.uint8)
     return (values.astype(np.uint16) >> 8).astype(np.uint8)
-
-
-def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
-    """Returns (width, height, components) from a JPEG's frame header; None for anything else.
-
-    A few bytes are walked instead of asking Pillow, whose set-up costs 5-10 % of a decode.
-    """
-    if data[:2] != b"\xff\xd8":
-        return None
-    at = 2
-    while at + 9 < len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height = int.from_bytes(data[at + 5 : at + 7], "big")
-            width = int.from_bytes(data[at + 7 : at + 9], "big")
-            return width, height, data[at + 9]
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers that stand alone
-            at += 2
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None

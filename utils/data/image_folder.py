@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.data.decoding import EXTENSIONS
 from utils.system.errors import UserError
-from utils.system.text import did_you_mean, printable
+from utils.system.text import counted, did_you_mean, printable
 
 # What systems put beside and into folders of images: archivers, storage boxes, file systems.
 SYSTEM_FOLDERS = {
@@ -158,7 +158,10 @@ def find_images(root: str) -> list[bytes]:
 def describe(folder: ImageFolder, title: str) -> list[str]:
     """Returns lines for the report at the start of a run: counts, and what a user should check."""
     present = len(folder.classes) - len(folder.empty_classes())
-    lines = [f"{title}: {len(folder):,} images in {present} classes ({folder.where})"]
+    lines = [
+        f"{title}: {counted(len(folder), 'image', ',')} in {counted(present, 'class')} "
+        f"({folder.where})"
+    ]
     if len(folder.classes) == 1:
         lines.append("  ! one class alone: nothing to tell apart, and top-1 is always 100 %")
     if empty := folder.empty_classes():

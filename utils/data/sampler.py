@@ -34,9 +34,14 @@ class SeededBatches(Sampler[list[Key]]):
     With `repeats` above 1 (repeated augmentation, Berman et al. 2019, Hoffer et al. 2020) a global
     batch holds that many copies of each of its images, each augmented by its own chance. An epoch
     has as many steps as without, so it sees one image in `repeats`. The copies come in rounds, each
-    in another order: with as many ranks as rounds, or more, no rank sees an image twice in a step,
-    as in torchvision; and mixing, which pairs neighbours, finds other pairs in each round. Where
+    in another order, so that mixing, which pairs neighbours, meets other pairs in each round. Where
     the batch does not divide by `repeats`, the last round is cut short.
+
+    Where the number of ranks is a multiple of `repeats`, each rank's slice lies in one round and no
+    rank sees an image twice in a step, as in torchvision. With another number some slices reach
+    into the next round and may have an image of both: ranks 2 and 5 of 8 with 3 repeats of a batch
+    of 2048. (torchvision separates the copies for any number from `repeats` on; here the global
+    batch must be the same for every number of ranks.)
 
     With `labels` the order is `balanced_order`: each class comes alike, whatever its size, in as
     many steps. An image that comes again in an epoch does so with its next copy's number.

@@ -1,53 +1,174 @@
-"""Transforms images between decoding and the network, up to 8-bit pixels."""
+"""Transforms images between decoding and the network, up to 8-bit pixels.
 
-from collections.abc import Callable
+Crops, flips and sizes are torchvision.transforms.v2's, bit for bit and by the same draws, without
+its import, which takes half as long as torch's: whoever asks for the class of one picture would
+wait for that longer than for the answer. What is rarer is torchvision's and timm's own.
+"""
+
+import math
+import platform
+import random
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch.nn.functional import interpolate, pad
 
-from utils.data.long_images import is_long, resized_center_crop
-from utils.data.rand_augment import NoisyRandAugment, parse_rand_augment
-from utils.data.resizing import Picture, center_crop, resize, size_of
+from utils.data.decoding import to_tensor
 
+Picture = torch.Tensor | Image.Image  # RGB; a tensor is uint8 (3, H, W)
 Transform = Callable[[Picture], Picture]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MEAN_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+RATIO = (3 / 4, 4 / 3)  # of a random crop's sides
+CROP_TRIES = 10  # draws of a random crop that may not fit into the image
+
+# Photographic operations of one strength or another, as published for ImageNet: torchvision's by
+# name, besides timm's RandAugment, whose name holds its magnitude and that one's deviation.
+AUTO_AUGMENTS = {"none": None, "trivial": "TrivialAugmentWide", "rand": "RandAugment"}
+TIMM_AUGMENT = re.compile(r"rand-m(\d+(?:\.\d+)?)-mstd(\d+(?:\.\d+)?)-inc1")
+TIMM_EXAMPLE = "rand-m7-mstd0.5-inc1"
+TOP = 10.0  # timm's largest magnitude
 
 
-class CropResized:
-    """torchvision's RandomResizedCrop, with its quick road for uint8: the crop in channels_last.
+def is_timm_augment(text: str) -> bool:
+    """Returns whether a name is that of timm's RandAugment, with a magnitude of at most 10."""
+    match = TIMM_AUGMENT.fullmatch(text)
+    return match is not None and float(match[1]) <= TOP
 
-    The pixels are the same; a 500 x 375 photo's crop takes two thirds of the time.
+
+def size_of(image: Picture) -> tuple[int, int]:
+    """Returns (height, width) of a picture."""
+    if isinstance(image, torch.Tensor):
+        return tuple(image.shape[-2:])
+    return image.height, image.width
+
+
+def resize(image: Picture, size: tuple[int, int]) -> Picture:
+    """Resizes with antialiased bilinear weights, as torchvision's `resize(antialias=True)`.
 
     Args:
-        size: S; the crop is resized to S x S.
+        image: RGB; a tensor is uint8 (3, H, W), on any device.
+        size: (height, width) to be.
+    """
+    if size_of(image) == size:
+        return image
+    if not isinstance(image, torch.Tensor):
+        return image.resize(size[::-1], Image.Resampling.BILINEAR)
+    one = _as_batch(image)
+    in_8_bits = image.device.type == "cpu" and _resizes_8_bits()
+    one = one if in_8_bits else one.float()
+    one = interpolate(one, size, mode="bilinear", align_corners=False, antialias=True)
+    return one[0] if in_8_bits else one[0].round_().to(torch.uint8)
+
+
+def center_crop(image: Picture, side: int) -> Picture:
+    """Cuts out the central side x side, as torchvision's `center_crop`.
+
+    What lies outside of a picture that is smaller becomes black.
+
+    Args:
+        image: as for `resize`.
+    """
+    height, width = size_of(image)
+    spare_rows, spare_columns = max(side - height, 0), max(side - width, 0)
+    # torchvision cuts after it has made a small picture large enough, so at 0.
+    top = -(spare_rows // 2) if spare_rows else round((height - side) / 2)
+    left = -(spare_columns // 2) if spare_columns else round((width - side) / 2)
+    if not isinstance(image, torch.Tensor):
+        return image.crop((left, top, left + side, top + side))
+    if spare_rows or spare_columns:
+        around = (-left, left + side - width, -top, top + side - height)
+        return pad(image, around)  # negative on a side that is long enough: cut off
+    return image[:, top : top + side, left : left + side]
+
+
+def _as_batch(image: torch.Tensor) -> torch.Tensor:
+    """Returns (3, H, W) as (1, 3, H, W).
+
+    Where the pixels lie in channels-last order the strides say so without doubt: torch would take
+    a batch of one for the other order, and copy it.
+    """
+    channels, height, width = image.shape
+    strides = image.stride()
+    return image.as_strided((1, channels, height, width), (image.numel(), *strides))
+
+
+def _resizes_8_bits() -> bool:
+    """Returns whether torchvision resizes uint8 as it is on this CPU, and not in float32."""
+    quick = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return quick or platform.machine() in ("aarch64", "arm64")
+
+
+def random_crop(image: Picture, side: int, min_scale: float) -> Picture:
+    """Cuts out a random rectangle and resizes it, as torchvision's RandomResizedCrop.
+
+    Args:
+        image: as for `resize`.
+        side: S; the crop becomes S x S.
         min_scale: the smallest crop's share of the area; the largest is all of it.
     """
-
-    def __init__(self, size: int, min_scale: float):
-        self.whole = transforms_v2().RandomResizedCrop(size, scale=(min_scale, 1.0), antialias=True)
-
-    def __call__(self, image: Picture) -> Picture:
-        if not isinstance(image, torch.Tensor):
-            return self.whole(image)
-        functional = transforms_v2().functional
-        box = self.whole.make_params([image])
-        crop = functional.crop(image, *(box[k] for k in ("top", "left", "height", "width")))
-        crop = crop[None].contiguous(memory_format=torch.channels_last)
-        size, interpolation = self.whole.size, self.whole.interpolation
-        return functional.resize(crop, size, interpolation, antialias=True)[0]
+    top, left, height, width = _random_box(*size_of(image), min_scale)
+    if isinstance(image, torch.Tensor):
+        return resize(image[:, top : top + height, left : left + width], (side, side))
+    return resize(image.crop((left, top, left + width, top + height)), (side, side))
 
 
-# Photographic operations of one strength or another, as published for ImageNet; besides timm's
-# RandAugment, whose name holds its magnitude, see `utils.data.rand_augment`.
-AUTO_AUGMENTS = {"none": None, "trivial": "TrivialAugmentWide", "rand": "RandAugment"}
+def _random_box(height: int, width: int, min_scale: float) -> tuple[int, int, int, int]:
+    """Draws (top, left, height, width) of a crop; the central one where none fits."""
+    lowest, highest = torch.tensor(RATIO).log().tolist()
+    for _ in range(CROP_TRIES):
+        area = height * width * torch.empty(1).uniform_(min_scale, 1.0).item()
+        ratio = torch.empty(1).uniform_(lowest, highest).exp().item()
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = torch.randint(0, height - h + 1, (1,)).item()
+            return int(top), int(torch.randint(0, width - w + 1, (1,)).item()), h, w
+    w = min(width, round(height * RATIO[1]))
+    h = min(height, round(width / RATIO[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
-def transforms_v2() -> Any:
-    """Returns torchvision.transforms.v2, imported when used: it takes half as long as torch."""
-    from torchvision.transforms import v2
+def random_flip(image: Picture, probability: float) -> Picture:
+    """Mirrors an image left to right, or does not, as torchvision's RandomHorizontalFlip."""
+    if torch.rand(1) >= probability:
+        return image
+    if isinstance(image, torch.Tensor):
+        return image.flip(-1)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
-    return v2
+
+class TimmRandAugment:
+    """Applies timm's RandAugment; its chance is torch's default generator's.
+
+    timm draws from the generators of Python and numpy, which are seeded for each image and put
+    back behind it, so that an image depends on its own seed alone.
+    """
+
+    def __init__(self, name: str):
+        from timm.data.auto_augment import rand_augment_transform  # slow to import, and optional
+
+        # A magnitude of 10 would keep no bit of a posterized image, which Pillow refuses since 12.
+        limits = {"img_mean": MEAN_COLOUR, "magnitude_max": math.nextafter(TOP, 0)}
+        self.augment = rand_augment_transform(name, limits)
+
+    def __call__(self, image: Picture) -> torch.Tensor:
+        if isinstance(image, torch.Tensor):
+            image = Image.fromarray(image.permute(1, 2, 0).numpy())
+        seed = int(torch.randint(2**32, ()).item())
+        former = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one that timm uses
+        try:
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            return to_tensor(self.augment(image))
+        finally:
+            random.setstate(former[0])
+            np.random.set_state(former[1])  # noqa: NPY002
 
 
 def train_transform(
@@ -67,38 +188,32 @@ def train_transform(
         random_erasing: probability that a rectangle takes the mean colour, which is what
             torchvision's 0 after the normalisation is.
     """
-    v2 = transforms_v2()
-    steps = [CropResized(img_size, min_scale), v2.RandomHorizontalFlip(hflip)]
-    if (noisy := parse_rand_augment(auto_augment)) is not None:
-        steps += [v2.PILToTensor(), NoisyRandAugment(*noisy)]
+    steps: list[Callable[[Any], Any]] = [
+        partial(random_crop, side=img_size, min_scale=min_scale),
+        partial(random_flip, probability=hflip),
+    ]
+    if is_timm_augment(auto_augment):
+        steps.append(TimmRandAugment(auto_augment))
     elif (augment := AUTO_AUGMENTS[auto_augment]) is not None:
+        v2 = transforms_v2()
         steps.append(getattr(v2, augment)(interpolation=v2.InterpolationMode.BILINEAR))
     if random_erasing:
-        mean = [round(255 * m) for m in IMAGENET_MEAN]
-        steps += [v2.PILToTensor(), v2.RandomErasing(random_erasing, value=mean)]
-    return v2.Compose(steps)
+        v2 = transforms_v2()
+        steps += [v2.PILToTensor(), v2.RandomErasing(random_erasing, value=list(MEAN_COLOUR))]
+    return partial(_in_turn, steps)
 
 
-class ShorterSideAndCrop:
-    """Resizes the shorter side, then keeps the central square.
+def _in_turn(steps: Sequence[Callable[[Any], Any]], image: Picture) -> Picture:
+    for step in steps:
+        image = step(image)
+    return image
 
-    Args:
-        size: of the shorter side, pixels.
-        crop: C; the central C x C stays.
-    """
 
-    def __init__(self, size: int, crop: int):
-        self.size, self.crop = size, crop
+def transforms_v2() -> Any:
+    """Returns torchvision.transforms.v2, imported when used."""
+    from torchvision.transforms import v2
 
-    def __call__(self, image: Picture) -> Picture:
-        height, width = size_of(image)
-        longer = int(self.size * max(height, width) / min(height, width))
-        resized = (self.size, longer) if height < width else (longer, self.size)
-        if not is_long(height, width) or self.size < self.crop:
-            return center_crop(resize(image, resized), self.crop)
-        if not isinstance(image, torch.Tensor):
-            return resized_center_crop(image, resized, self.crop)
-        return resized_center_crop(image.cpu(), resized, self.crop).to(image.device)
+    return v2
 
 
 def eval_transform(img_size: int, crop_pct: float) -> Transform:
@@ -106,4 +221,11 @@ def eval_transform(img_size: int, crop_pct: float) -> Transform:
 
     The shorter side becomes S / crop_pct, then the central S x S stays (0.875: 256 and 224).
     """
-    return ShorterSideAndCrop(round(img_size / crop_pct), img_size)
+    return partial(shorter_side_and_crop, size=round(img_size / crop_pct), crop=img_size)
+
+
+def shorter_side_and_crop(image: Picture, size: int, crop: int) -> Picture:
+    """Resizes the shorter side to `size` pixels, then cuts out the central crop x crop."""
+    height, width = size_of(image)
+    longer = int(size * max(height, width) / min(height, width))
+    return center_crop(resize(image, (size, longer) if height < width else (longer, size)), crop)

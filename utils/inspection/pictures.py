@@ -1,4 +1,6 @@
-"""Draws predictions: one image with its class-activation map, many images in a grid."""
+"""Draws predictions: an image with its class-activation map, grids of images, and what a report of
+an evaluation shows: confusions, calibration, the images with the highest loss.
+"""
 
 import io
 import math
@@ -8,10 +10,13 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.system.picture_style import plt, png, styled
+from utils.system.style import GREY, MAIN, SECOND, drawable, png, styled
 from utils.system.text import printable, short
 
 SIDE = 448  # pixels of a picture's longer side beside its map
@@ -19,6 +24,11 @@ CELL = 132  # pixels of a picture in the grid ...
 LARGE_CELL = 288  # ... where there are captions in it to be read
 TEXT, LINE = 34, 14  # pixels of the two lines below it, and of each further one
 COLOURS = LinearSegmentedColormap.from_list("heat", ["#3b0f70", "#b73779", "#fc8961", "#fcfdbf"])
+MATRIX = 20  # classes up to which the whole matrix is drawn, with its numbers
+PAIRS = 20  # most confused pairs that are drawn
+NAME, SIDE_NAME = 30, 16  # characters of a class's name in a table, and beside a matrix
+WORST_CELL = 176  # pixels of an image in the grid of the worst
+TRUE, PATH = 12, 22  # characters of the true class and of the path below it
 RIGHT, WRONG, PLAIN = "#1a7f37", "#cf222e", "#1f2328"
 
 
@@ -94,7 +104,7 @@ def draw_map(
         return png(figure)
 
 
-def _map_axes(size: Sequence[int], names: Sequence[str]) -> tuple[plt.Figure, tuple[plt.Axes, ...]]:
+def _map_axes(size: Sequence[int], names: Sequence[str]) -> tuple[Figure, tuple[Axes, ...]]:
     """Places, in inches, two pictures of `size` pixels, the colours' scale, and the bars."""
     wide, tall = (3.2 * pixels / SIDE for pixels in size)
     gap, head, foot, bars, least = 0.15, 0.4, 0.3, 1.6, 2.3
@@ -103,7 +113,7 @@ def _map_axes(size: Sequence[int], names: Sequence[str]) -> tuple[plt.Figure, tu
     height = head + max(tall, least) + foot
     figure = plt.figure(figsize=(width, height))
 
-    def axes(x: float, w: float, h: float) -> plt.Axes:
+    def axes(x: float, w: float, h: float) -> Axes:
         return figure.add_axes((x / width, (height - head - h) / height, w / width, h / height))
 
     shift = max(0, least - wide) / 2
@@ -116,7 +126,7 @@ def _map_axes(size: Sequence[int], names: Sequence[str]) -> tuple[plt.Figure, tu
     )
 
 
-def _draw_ranking(axis: plt.Axes, ranking: Sequence[tuple[str, float]]) -> None:
+def _draw_ranking(axis: Axes, ranking: Sequence[tuple[str, float]]) -> None:
     """Draws the most likely classes as bars with their confidences."""
     names = [short(name) for name, _ in ranking]
     shares = [100 * confidence for _, confidence in ranking]
@@ -205,3 +215,192 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, wid
     while text and draw.textlength(text + "…", font) > width:
         text = text[:-1]
     return text + "…"
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Holds one pair of classes that the network confuses."""
+
+    true: int
+    found: int
+    images: int
+    share: float  # of the true class's images, 0 to 1
+
+
+@dataclass(frozen=True)
+class WorstImage:
+    """Holds one image and what was found in it.
+
+    Args:
+        image: None where it cannot be read any more.
+        path: below the folder, or inside the shards.
+        true, found: classes; found is below 0 where the network's output is not finite.
+        probability: of `found`, 0 to 1.
+        true_probability: of `true`.
+    """
+
+    image: Image.Image | None
+    path: str
+    true: int
+    found: int
+    probability: float
+    true_probability: float
+
+
+def class_name(names: Sequence[str], number: int, most: int = NAME) -> str:
+    """Returns a class's name as a picture shows it: cut, or its number where the font lacks it."""
+    return short(drawable(printable(names[number]), f"class {number}"), most)
+
+
+def draw_matrix(matrix: np.ndarray, names: Sequence[str], title: str) -> bytes:
+    """Draws the confusion matrix with its numbers, for at most MATRIX classes.
+
+    Args:
+        matrix: (C, C) counts: rows are true classes, columns found ones.
+
+    Returns:
+        A PNG.
+    """
+    n = len(names)
+    shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    diagonal = np.eye(n, dtype=bool)
+    colours = np.where(diagonal[..., None], to_rgb(MAIN), to_rgb(SECOND))
+    depth = np.sqrt(shares)[..., None]  # a share of 1 % would be white otherwise
+    picture = 1 - depth * (1 - colours)
+    labels = [class_name(names, i, SIDE_NAME) for i in range(n)]
+    digits = len(str(matrix.max(initial=0)))
+    cell = max(0.44, 0.1 * digits + 0.12)  # inches
+    with styled():
+        figure, axis = plt.subplots(
+            figsize=(max(4.9, cell * n + 2.4), max(3.2, cell * n + 2.2)), layout="constrained"
+        )
+        axis.imshow(picture)
+        for row, column in np.argwhere(matrix > 0):
+            dark = depth[row, column, 0] > 0.72
+            number = str(matrix[row, column])
+            colour = "white" if dark else "#1f2328"
+            axis.text(column, row, number, ha="center", va="center", fontsize=9.5, color=colour)
+        longest = max(map(len, labels))
+        turned = 0 if longest <= 6 * cell / 0.5 else 90
+        axis.set_xticks(range(n), labels, rotation=turned)
+        axis.set_yticks(range(n), labels)
+        axis.set_xticks(np.arange(n - 1) + 0.5, minor=True)
+        axis.set_yticks(np.arange(n - 1) + 0.5, minor=True)
+        axis.grid(False)
+        axis.grid(which="minor", color="white", linewidth=1.5, alpha=1)
+        axis.tick_params(which="both", length=0)
+        axis.spines[:].set_color("#d0d7de")
+        axis.spines[:].set_visible(True)
+        axis.set(xlabel="Found class", ylabel="True class")
+        figure.suptitle(f"{title}\nblue: right, orange: confused; darker: more of the row")
+        return png(figure, colours=256)
+
+
+def draw_pairs(pairs: Sequence[Confusion], names: Sequence[str], title: str) -> bytes:
+    """Draws the most confused pairs as a table with bars. Returns a PNG.
+
+    Args:
+        pairs: the most frequent first; the first PAIRS are drawn.
+    """
+    shown = list(pairs)[:PAIRS]
+    width, row, head = 9.2, 0.27, 0.85  # inches
+    height = head + row * max(1, len(shown)) + 0.15
+    with styled():
+        figure = plt.figure(figsize=(width, height))
+        figure.suptitle(title, y=1 - 0.12 / height, va="top")
+        axis = figure.add_axes((0, 0.15 / height, 1, (height - head - 0.15) / height))
+        axis.set(xlim=(0, 1), ylim=(max(1, len(shown)) - 0.5, -0.5))
+        axis.axis("off")
+        if not shown:
+            axis.text(0.5, 0, "no image was taken for another class", ha="center", va="center")
+            return png(figure, colours=256)
+        columns = (
+            (0.02, "True class"),
+            (0.335, "Found class"),
+            (0.65, "Images (of the true class)"),
+        )
+        for x, words in columns:
+            at = 1 - (head - 0.14) / height
+            figure.text(x, at, words, fontsize=9.5, color=GREY, va="center")
+        for place, pair in enumerate(shown):
+            for x, number in ((0.02, pair.true), (0.335, pair.found)):
+                axis.text(x, place, class_name(names, number), va="center", fontsize=9.5)
+            bar = 0.2 * min(1.0, pair.share)
+            axis.barh(place, bar, left=0.65, height=0.6, color=SECOND)
+            words = f"{pair.images:,} ({100 * pair.share:.0f} %)"
+            axis.text(0.66 + bar, place, words, va="center", fontsize=9.5)
+        return png(figure, colours=256)
+
+
+def draw_calibration(
+    images: np.ndarray, confidence: np.ndarray, accuracy: np.ndarray, error: float, title: str
+) -> bytes:
+    """Draws the reliability diagram, and below it how many images have which confidence.
+
+    Args:
+        images, confidence, accuracy: (bins,), of equally wide bins from 0 to 1; NaN where a bin is
+            empty.
+        error: the expected calibration error, 0 to 1.
+
+    Returns:
+        A PNG.
+    """
+    bins = len(images)
+    there = images > 0
+    middle = 100 * (np.arange(bins) + 0.5)[there] / bins
+    with styled():
+        figure, (upper, lower) = plt.subplots(
+            2, 1, figsize=(5.2, 6.4), sharex=True, height_ratios=(3, 1), layout="constrained"
+        )
+        bar = {"width": 0.94 * 100 / bins}
+        right, sure = 100 * accuracy[there], 100 * confidence[there]
+        both = np.minimum(right, sure)
+        upper.bar(middle, both, color=MAIN, **bar)
+        upper.bar(middle, np.maximum(0, right - sure), bottom=both, color="#56B4E9", **bar)
+        upper.bar(middle, np.maximum(0, sure - right), bottom=both, color="#f0b487", **bar)
+        upper.plot((0, 100), (0, 100), color=GREY, ls="--", lw=1)
+        upper.set(ylabel="Right answers (%)", ylim=(0, 100), xlim=(0, 100))
+        words = ["right answers", "underconfident", "overconfident"]
+        handles = [*upper.containers, *upper.lines]
+        words.append("perfect calibration")
+        figure.legend(handles, words, loc="outside lower center", ncols=2)
+        share = 100 * images / max(1, images.sum())
+        lower.bar(middle, share[there], color="#b6bcc4", **bar)
+        lower.set(xlabel="Confidence of the network (%)", ylabel="Images (%)")
+        lower.set_ylim(0, max(1.0, 1.08 * share.max(initial=0)))
+        words = f"expected calibration error {100 * error:.2f} %" if there.any() else "no image"
+        figure.suptitle(f"{title}\n{words}")
+        return png(figure, colours=256)
+
+
+def draw_worst(images: Sequence[WorstImage], names: Sequence[str], title: str) -> bytes:
+    """Draws images with path, true and found class, and the probability of each. Returns a PNG."""
+    return draw_grid(
+        [_cell(i, image, names) for i, image in enumerate(images, 1)], title, WORST_CELL
+    )
+
+
+def _cell(rank: int, worst: WorstImage, names: Sequence[str]) -> Cell:
+    """Makes a picture of the grid. Long names and paths are cut; numbers never are."""
+    found, sure = "nothing finite", ""
+    if worst.found >= 0:
+        found = _plain_name(names, worst.found)
+        sure = f"found with {_in_percent(worst.probability)}"
+    true = _plain_name(names, worst.true)
+    true = true if len(true) <= TRUE else f"{true[: TRUE - 1]}…"
+    path = drawable(worst.path, "see worst_images.csv")
+    # The end of a path tells more than its beginning, which is the class.
+    path = path if len(path) <= PATH else f"…{path[1 - PATH :]}"
+    colour = RIGHT if worst.found == worst.true else WRONG
+    image = worst.image or Image.new("RGB", (WORST_CELL, WORST_CELL), "#d0d7de")
+    lines = (sure, f"true: {true} ({_in_percent(worst.true_probability)})", f"{rank}. {path}")
+    return Cell(image, found, "\n".join(lines), colour)
+
+
+def _plain_name(names: Sequence[str], number: int) -> str:
+    """Returns a class's name for Pillow, which reads no formulas."""
+    return drawable(printable(names[number]), f"class {number}")
+
+
+def _in_percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if np.isfinite(share) else "-"

@@ -4,22 +4,24 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import torch
 
-from utils.runs.checkpoint_info import describes_detector
+from utils.runs.checkpoint import describes_detector
+from utils.system import VERSION
 from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
-from utils.system.files import write_atomically
-from utils.system.version import VERSION
+from utils.system.files import read_json, write_atomically
 
 RUNS = Path("runs")
 LONGEST_NAME = 240  # bytes: file systems take 255, and a number follows
@@ -142,45 +144,79 @@ def saved_later(folder: Path) -> list[Path]:
     return [f for _, f in sorted(later, reverse=True) if _trains_detector(f) == kind]
 
 
-def lock(folder: Path) -> IO[bytes]:
-    """Makes this process the folder's only writer until it ends, however it ends.
-
-    Returns:
-        An object to keep: the lock lives as long as it does.
+class FolderLock:
+    """Makes this process the only writer of a run's folder, until it ends, however it ends.
 
     Raises:
-        UserError: another process holds the lock.
+        UserError: another process has the lock, or no lock can be made there.
     """
-    try:
-        # Never truncated, and no link followed: the folder may be one that a stranger packed.
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        handle: IO[bytes] = os.fdopen(os.open(folder / LOCK, flags, 0o666), "rb", buffering=0)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / LOCK
+        try:
+            # Never truncated, and no link followed: the folder may be one that a stranger packed.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            self.handle = os.fdopen(os.open(self.path, flags, 0o666), "rb", buffering=0)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UserError(
+                    f"{self.path}: is a link, which a run never makes; remove it", EXIT_FAILED
+                ) from None
             raise UserError(
-                f"{folder / LOCK}: is a link, which a run never makes; remove it", EXIT_FAILED
+                f"{folder}: cannot write there ({error.strerror}); mend its rights, or start a new "
+                "run",
+                EXIT_FAILED,
             ) from None
-        raise UserError(
-            f"{folder}: cannot write there ({error.strerror}); mend its rights, or start a new run",
-            EXIT_FAILED,
-        ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.close()
-        raise UserError(
-            f"{folder}: another process is training in this folder; wait for it to end, or start "
-            "a run of its own without --resume",
-            EXIT_FAILED,
-        ) from None
-    except OSError:
-        pass  # a file system without locks: better unguarded than not at all
-    return handle
+        self.file = os.fstat(self.handle.fileno())
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(
+                f"{folder}: another process is training in this folder; wait for it to end, or "
+                "start a run of its own without --resume",
+                EXIT_FAILED,
+            ) from None
+        except OSError:
+            pass  # a file system without locks: better unguarded than not at all
+
+    def check(self) -> None:
+        """Refuses to write where the folder's name now leads to another folder. Call it before
+        each file: renamed while a run writes, the folder may have made room for another run's.
+
+        Raises:
+            UserError: the lock that lies under the folder's name is not this process's.
+        """
+        try:
+            same = os.path.samestat(os.lstat(self.path), self.file)
+        except OSError:  # no folder of this name, or no lock in it
+            same = False
+        if not same:
+            raise UserError(
+                f"{self.folder}: is no longer the folder in which this run began (it was renamed, "
+                "replaced, or its .lock removed); nothing more is written. Go on with --resume "
+                "auto --output and the folder's new name",
+                EXIT_FAILED,
+            )
+
+    def close(self) -> None:
+        """Lets another process write to the folder."""
+        self.handle.close()
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Writes `content` as readable JSON, atomically."""
-    write_atomically(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes `content` as readable JSON, atomically; numbers that are not finite are null."""
+    text = json.dumps(_finite(content), indent=2, default=str, allow_nan=False)
+    write_atomically(path, (text + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    """Returns plain values with None for each number that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_evaluation(output: str, result: dict, context: Context) -> Path:
@@ -292,8 +328,9 @@ def _start_number(folder: Path) -> int:
 
 def _record(folder: Path) -> dict | None:
     """Returns the contents of args.json, or None where it cannot be read."""
-    try:
-        record = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError, RecursionError):
+    file = folder / "args.json"
+    try:  # a pipe in its place would be read for ever
+        record = read_json(file, "") if file.is_file() else None
+    except UserError:
         return None
     return record if isinstance(record, dict) else None

@@ -1,23 +1,37 @@
-"""Lets `torch.load` read weights from other programs' files, still without running their code.
+"""Reads and writes weights of other programs: files of theirs for torch, and .safetensors.
 
+`torch.load` reads these, still without running their code.
 Training scripts leave numpy scalars, `argparse.Namespace` and paths beside the tensors. Their names
 are given to harmless classes of this file, so that nothing of numpy's or of the file's is called.
 What these values are does not matter to a reader of weights.
 """
 
 import argparse
+import json
 import re
 import zipfile
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from utils.system.errors import EXIT_FAILED, UserError, require
+
+FORMAT = 1  # of our checkpoints
+VERSION = "checkpoint_format"  # in the header of .safetensors, where "format" is "pt" by custom
 SAVE_WEIGHTS = (
     "in the program that made it, where you trust that, "
     "torch.save(model.state_dict(), 'weights.pth')"
 )
+PROGRAM = (
+    "a program of torch.export, and to read one is to run what it holds; refused. Give the "
+    "checkpoint that it was made of, or what export.py CKPT --to onnx writes"
+)
+EXPORTED = "a file of export.py, which predict.py and main.py -e take; give its checkpoint here"
+OTHER_ENDINGS = {".pt2": PROGRAM, ".onnx": EXPORTED, ".xml": EXPORTED}  # nothing of them is read
 OTHER_FORMATS = {  # the first bytes of files that are taken for checkpoints
     b"\x89HDF\r\n\x1a\n": "a Keras or HDF5 file",
     b"\x93NUMPY": "a numpy array",
@@ -99,7 +113,7 @@ def why_not_weights(path: Path) -> str | None:
     if any(name.endswith((".npy", ".npz")) for name in names):
         return "an archive of numpy arrays, not of torch's tensors"
     if any(name.startswith("models/") or name == "archive_format" for name in names):
-        return f"an exported program, not a file of weights; {SAVE_WEIGHTS}"
+        return PROGRAM
     return None
 
 
@@ -115,3 +129,59 @@ def needs_code(path: Path, error: Exception) -> str:
         f"{path}: holds {holds}, which needs code to be loaded, and a stranger's file could abuse "
         f"that; refused. Ask for a file of plain tensors: {SAVE_WEIGHTS}"
     )
+
+
+def to_safetensors(state_dict: Mapping[str, Tensor], metadata: Mapping[str, object]) -> bytes:
+    """Returns a safetensors file's bytes; the metadata stand in its header, as JSON texts."""
+    from safetensors.torch import save
+
+    texts = {key: json.dumps(value) for key, value in {VERSION: FORMAT, **metadata}.items()}
+    return save({k: v.contiguous() for k, v in state_dict.items()}, {"format": "pt", **texts})
+
+
+def check_safetensors(data: bytes, state_dict: Mapping[str, Tensor], name: str) -> None:
+    """Reads a safetensors file back and compares it with `state_dict`.
+
+    Raises:
+        UserError: it does not hold the tensors of `state_dict`, bit for bit; `name` is the file's.
+    """
+    from safetensors.torch import load
+
+    held = load(data)
+    differing = sorted(held.keys() ^ state_dict.keys())
+    differing += [k for k in held.keys() & state_dict.keys() if not _same(held[k], state_dict[k])]
+    if differing:
+        raise UserError(
+            f"{name} does not hold the checkpoint's {differing[0]}: not written", EXIT_FAILED
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    a, b = (t.flatten().view(torch.uint8) for t in (a, b))  # as bytes, in which NaN equals NaN
+    return torch.equal(a, b)
+
+
+def read_safetensors(path: str | Path) -> dict:
+    """Reads a file that `to_safetensors` wrote, as the checkpoint that it came from.
+
+    One that others wrote is a bare state dict.
+
+    Raises:
+        UserError: safetensors is not installed, or the file is damaged.
+    """
+    require(["safetensors"], f"{path}", "-r requirements-export.txt")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            texts = file.metadata() or {}
+            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if VERSION not in texts:
+            return state_dict
+        fields = {key: json.loads(text) for key, text in texts.items() if key != "format"}
+        fields["format"] = fields.pop(VERSION)
+    except (SafetensorError, OSError, ValueError, RecursionError):  # lists 100,000 deep
+        raise UserError(f"{path}: damaged, or not a safetensors file") from None
+    return {**fields, "state_dict": state_dict}

@@ -1,18 +1,29 @@
-"""Finds the checkpoint that --resume names, and the folder in which the run continues."""
+"""Finds the checkpoint that --resume names and the folder in which the run continues, and refuses
+flags and data that may not change on the way.
+"""
 
-from contextlib import nullcontext
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from utils.config.flags import ANY_TIME, NEVER, BaseRecipe, Flag, flags_of
+from utils.config.recipes import PAPER
 from utils.runs import checkpoint
 from utils.runs import folder as run_folder
-from utils.runs.saved_run import Checkpoint, SavedRun
-from utils.system import distributed, output_checks
+from utils.runs.checkpoint import Checkpoint, SavedRun
+from utils.system import distributed
 from utils.system.distributed import Context
 from utils.system.errors import UserError
-from utils.system.streams import output_as_log
+from utils.system.files import check_free
 
 AUTO = "auto"
+OTHER_DATA = (
+    "! the training images have other names or labels than those that the run began with: it goes "
+    "on with what is there now"
+)
 
 
 @dataclass(frozen=True)
@@ -144,9 +155,8 @@ def _find_and_say(
         return Found()
     found = find(resume, name, output, evaluate, detector)
     if distributed.is_first():
-        with nullcontext() if evaluate else output_as_log():
-            for note in found.notes:
-                print(note, flush=True)
+        for note in found.notes:
+            print(note, flush=True)
     return found
 
 
@@ -162,8 +172,7 @@ def _folder_from(
             f"checkpoint of it with --resume {folder / checkpoint.LAST}, and another --output"
         )
     if distributed.is_first():
-        with output_as_log():
-            print(f"--start-epoch {start_epoch} goes back: going on in a new folder", flush=True)
+        print(f"--start-epoch {start_epoch} goes back: going on in a new folder", flush=True)
     return None
 
 
@@ -186,7 +195,7 @@ def check_output(
     if not evaluate:
         run_folder.check_output(output, folder)
     elif resume != AUTO:  # with "auto" it is where the run was found, and nothing is written
-        output_checks.check_free(output)
+        check_free(output)
 
 
 def find(
@@ -244,3 +253,100 @@ def _named(path: Path, evaluate: bool) -> Found:
         note = f"{path} is not its run's newest checkpoint: going on in a new folder"
         return Found(saved, None, (note,))
     return Found(saved, path.parent)
+
+
+def refuse_changes(
+    run: SavedRun,
+    recipe: BaseRecipe,
+    seed: int | None,
+    train_images: int,
+    train_digest: str,
+    at_epoch: int | None = None,
+    can_begin: bool = True,
+) -> list[str]:
+    """Refuses a resumption that could not be exact, or that the saved state cannot follow.
+
+    Args:
+        run: that goes on.
+        recipe: the saved one with this start's flags.
+        seed: as given on the command line, or None.
+        train_images, train_digest: how many there are now, and the `digest` of their names and
+            labels; a run of before there were digests is compared by the number alone.
+        at_epoch: --start-epoch, which gives up the place inside an epoch.
+        can_begin: whether the script has --start-epoch.
+
+    Returns:
+        A line for the user where the data changed and the run stands between two epochs.
+
+    Raises:
+        UserError: another seed, or another value of a flag that may NEVER change; inside an epoch,
+            other data, or another value of a flag that may change BETWEEN_EPOCHS alone.
+    """
+    if seed is not None and seed != run.seed:
+        raise UserError(f"the run's seed is {run.seed}: leave --seed {seed} out")
+    before, now = type(recipe).from_dict(run.recipe).as_dict(), recipe.as_dict()
+    flags = {name: Flag((name,), "", "") for name in now} | flags_of(type(recipe))  # some are none
+    changed = [name for name in now if now[name] != before[name]]
+    for name in changed:
+        if flags[name].resume == NEVER:
+            old, new = (flags[name].typed(values[name]) for values in (before, now))
+            raise UserError(
+                f"the run trains with {old}: leave {new} out, or begin a new run at its weights"
+            )
+    other_data = run.train_digest not in (None, train_digest)
+    if not run.step or at_epoch is not None:
+        return [OTHER_DATA] if other_data else []
+    stopped = "the run stopped inside an epoch"
+    remedy = ", or begin at an epoch's start with --start-epoch" if can_begin else ""
+    for name in changed:
+        if flags[name].resume != ANY_TIME:
+            old, new = (flags[name].typed(values[name]) for values in (before, now))
+            raise UserError(
+                f"{stopped}, after {run.step} batches with {old}: leave {new} out{remedy}"
+            )
+    if train_images != run.train_images:
+        then, today = f"{run.train_images:,} training images", f"there are {train_images:,} now"
+        raise UserError(f"{stopped} over {then}, and {today}: restore the data{remedy}")
+    if other_data:
+        raise UserError(
+            f"{stopped} over training images with other names or labels than there are now: "
+            f"restore the data{remedy}"
+        )
+    return []
+
+
+def refuse_another_recipe(run: SavedRun, name: str | None) -> None:
+    """Refuses another --recipe than the run's; None for none.
+
+    Raises:
+        UserError: names the run's.
+    """
+    own = run.flags.get("recipe") or PAPER
+    if name not in (None, own):
+        raise UserError(
+            f"the run's recipe is {own}: leave --recipe {name} out (flags such as --epochs change "
+            "single values)"
+        )
+
+
+def digest(*parts: bytes | np.ndarray) -> str:
+    """Returns a short name for data: equal where the same names and labels have the same order."""
+    code = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        code.update(part if isinstance(part, bytes) else part.tobytes())
+    return code.hexdigest()
+
+
+def other_threads(run: SavedRun, device: torch.device) -> list[str]:
+    """Returns a line for the user where a run on the CPU goes on with another number of threads.
+
+    A sum that is shared among threads is rounded otherwise for each number of them.
+    """
+    now = torch.get_num_threads()
+    if device.type != "cpu" or run.cpu_threads in (None, now):
+        return []
+    return [
+        f"! the run was computed by {run.cpu_threads} threads, and goes on with {now}: sums are "
+        "rounded otherwise, so it will not end bit for bit as it would have; set "
+        f"OMP_NUM_THREADS={run.cpu_threads} for that"
+    ]

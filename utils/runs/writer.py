@@ -1,15 +1,61 @@
-"""Writes a run's folder: checkpoints, log, and the lines that say how to continue."""
+"""Writes a run's folder: checkpoints, metrics.csv, TensorBoard's events, curves, and the lines that
+say how to go on.
+"""
 
+import contextlib
+import csv
+import errno
+import io
+import math
+import os
+import shlex
+import shutil
+import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from utils.config.flags import RunSettings
 from utils.runs import folder as run_folder
-from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.commands import command, look_line
-from utils.runs.metrics_log import Figures, RunLogger
-from utils.runs.saved_run import Checkpoint, SavedRun
+from utils.runs.checkpoint import Checkpoint, CheckpointFolder, SavedRun
+from utils.runs.folder import FolderLock
+from utils.runs.resume import Start
+from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.files import write_atomically
+from utils.system.style import GREY
+
+DECADES = 20  # times: a span of losses from which on the axis is logarithmic
+DEVICE_FLAGS = ("--device", "--gpu")
+Row = dict[str, float]  # one finished epoch: "epoch", "lr", train_… and what was evaluated
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Describes one line of a panel: a column of the history.
+
+    Args:
+        label: in the legend; None for no legend.
+        colour: of matplotlib; None for the next one of its cycle.
+    """
+
+    column: str
+    label: str | None
+    colour: str | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Describes one diagram of curves.png. `last` shows a curve's last value in its label."""
+
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    last: str = "({:.3g})"
+    can_be_log: bool = False  # a loss: logarithmic where it spans much
 
 
 @dataclass(frozen=True)
@@ -33,7 +79,6 @@ class RunFiles:
     Args:
         folder: the run's folder; None on ranks above 0.
         fixed: what every checkpoint holds besides the state: network, classes, recipe, flags.
-        figures: what is recorded of an epoch.
         title: of the curves.
         first_epoch: that this process will finish.
         saving: when checkpoints are due.
@@ -48,21 +93,55 @@ class RunFiles:
         self,
         folder: Path | None,
         fixed: dict,
-        figures: Figures,
         *,
         title: str = "",
         first_epoch: int = 0,
         saving: Saving = Saving(),
         saved: SavedRun | None = None,
     ):
-        self.folder, self.fixed, self.figures, self.saving = folder, fixed, figures, saving
+        self.folder, self.fixed, self.saving = folder, fixed, saving
         self.saved_at = time.monotonic()
         if folder is not None:
-            self.lock = run_folder.lock(folder)
+            self.lock = run_folder.FolderLock(folder)
             self.checkpoints = CheckpointFolder(folder)
             self._refuse_newer(saved)
             self.title, self.first_epoch = title, first_epoch
             self.logger: RunLogger | None = None
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        flags: RunSettings,
+        start: Start,
+        record: Mapping[str, Any],
+        state: Any,
+        context: Context,
+    ) -> "RunFiles":
+        """Opens the run folder, which rank 0 alone writes. Call it on every rank.
+
+        Args:
+            name: of the run, and of its folder without the number.
+            flags: the folder, and when checkpoints are due.
+            record: what every checkpoint holds besides the state, but for the environment.
+            state: as training begins; without a best epoch from here on where the folder has none.
+        """
+        folder = None
+        if context.is_main:
+            folder = run_folder.open_folder(name, flags.output, start.folder)
+            context.say(f"run folder: {folder}")
+        run = cls(
+            folder,
+            {**record, "environment": run_folder.environment(context)},
+            title=name,
+            first_epoch=state.epoch,
+            saving=Saving(flags.save_every, flags.save_minutes),
+            saved=start.run,
+        )
+        if run.lacks_best():
+            state.best = {}
+        run.begin(state.snapshot())
+        return run
 
     def begin(self, snapshot: dict) -> None:
         """Makes the folder a run's: a checkpoint of its first state, args.json, an open log.
@@ -73,8 +152,8 @@ class RunFiles:
         if self.folder is not None:
             if not self.checkpoints.last.exists():
                 self.save(snapshot)
-            run_folder.write_json(self.folder / "args.json", self.fixed)
-            self.logger = RunLogger(self.folder, self.figures, self.title, self.first_epoch)
+            run_folder.write_json(self.path("args.json"), self.fixed)
+            self.logger = RunLogger(self.folder, self.title, self.first_epoch, self.lock)
 
     def _refuse_newer(self, saved: SavedRun | None) -> None:
         """Refuses a folder to which another process has written since `saved` was read."""
@@ -82,14 +161,24 @@ class RunFiles:
             last = Checkpoint.read(self.checkpoints.last).run
         except UserError:  # none, or damaged: nothing newer than what was found then
             return
-        if last is not None and (saved is None or last.place != saved.place):
-            epoch, step = last.place
+        if last is not None and (saved is None or last.position != saved.position):
+            epoch, step = last.position
             raise UserError(
                 f"{self.checkpoints.last}: another process has gone on with this run since it was "
                 f"read (epoch {epoch + 1}, step {step}): start again with --resume auto --output "
                 f"{self.folder}",
                 EXIT_FAILED,
             )
+
+    def path(self, name: str) -> Path:
+        """Returns where a file of the run is to be written, on the main process.
+
+        Raises:
+            UserError: the folder's name now leads to another folder.
+        """
+        assert self.folder is not None
+        self.lock.check()
+        return self.folder / name
 
     def lacks_best(self) -> bool:
         """Returns whether the folder holds no `best`: a new one, even of a run begun elsewhere."""
@@ -105,31 +194,42 @@ class RunFiles:
     def save(self, snapshot: dict) -> None:
         """Writes `last`; the one before it becomes `previous`."""
         if self.folder is not None:
+            self.lock.check()
             self.checkpoints.save_last({**self.fixed, **snapshot})
         self.saved_at = time.monotonic()
 
-    def finish_epoch(self, snapshot: dict, images_per_second: float, improved: bool) -> None:
-        """Writes an epoch's files, `last` at the end: killed before it, the epoch is run again."""
+    def finish_epoch(
+        self, snapshot: dict, panels: Sequence[Panel], images_per_second: float, improved: bool
+    ) -> None:
+        """Writes an epoch's files, `last` at the end: killed before it, the epoch is run again.
+
+        Args:
+            panels: the diagrams of curves.png.
+            improved: the epoch is the best so far.
+        """
         if self.folder is not None:
             if improved:
+                self.lock.check()
                 self.checkpoints.save_best({**self.fixed, **snapshot})
             assert self.logger is not None  # `begin` has opened it
-            self.logger.log(snapshot["history"], images_per_second)
+            best = snapshot["progress"]["best"].get("epoch")
+            self.logger.log(snapshot["history"], panels, images_per_second, best)
         self.save(snapshot)
 
-    def stopped(self, epoch: int, step: int, exit_code: int, why: str = "asked to stop") -> int:
-        """Says why a run stops and where it was saved; returns `exit_code`."""
+    def stopped(self, epoch: int, step: int, exit_code: int) -> int:
+        """Says that a run was asked to stop and where it was saved; returns `exit_code`."""
         if self.folder is not None:
-            print(f"{why}: saved in epoch {epoch + 1} after step {step}; go on with")
+            print(f"asked to stop: saved in epoch {epoch + 1} after step {step}; go on with")
             print(f"  {command('--resume', self.checkpoints.last)}", flush=True)
             self.close()
         return exit_code
 
-    def farewell(self, best: dict, data: str, early: bool = False) -> list[str]:
+    def farewell(self, result: str, has_best: bool, data: str, early: bool = False) -> list[str]:
         """Returns the closing lines: the result, and the commands that a user wants next.
 
         Args:
-            best: the row of the best epoch; empty for none.
+            result: words on the best epoch.
+            has_best: there is one.
             data: as the command line named it.
             early: training ended by --early-stop, before the last epoch.
         """
@@ -139,15 +239,231 @@ class RunFiles:
         more = ("--early-stop", "0") if early else ("--epochs", "N")
         evaluate = f"  evaluate:    {command('-e', '--resume', weights, data)}"
         return [
-            f"done: {self.figures.result(best)}",
-            *([evaluate] if best else []),
+            f"done: {result}",
+            *([evaluate] if has_best else []),
             look_line(self.folder),
             f"  train on:    {command('--resume', last, *more)}",
         ]
 
     def close(self) -> None:
-        """Closes the log, and lets another process write to the folder."""
+        """Lets another process write to the folder."""
         if self.folder is not None:
-            if self.logger is not None:
-                self.logger.close()
             self.lock.close()
+
+
+class RunLogger:
+    """Writes one row per epoch, always from the run's whole history.
+
+    metrics.csv and curves.png are functions of that history, which the checkpoint holds: after an
+    interruption they are neither short of a row nor have one twice. Wall-clock figures, which no
+    two runs share, go to TensorBoard alone.
+
+    Epochs count from 1 there, as people count, and from 0 in the history.
+
+    Args:
+        first_epoch: of this process; from 0; TensorBoard forgets older events from there on.
+        lock: of the folder, checked before each file; None for a folder without one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        title: str,
+        first_epoch: int = 0,
+        lock: FolderLock | None = None,
+    ):
+        self.folder, self.title, self.lock = folder, title, lock
+        self.warned: set[str] = set()  # files that could not be written, as has been said
+        name = f"events.out.tfevents.{time.time():010.0f}.{os.uname().nodename}.{os.getpid()}"
+        self.events = folder / name
+        self.purge = first_epoch + 1 if first_epoch else 0
+        # Also of a run that goes on elsewhere: the first file of a folder gets all epochs.
+        is_new = not any(folder.glob("events.out.tfevents.*"))
+        self.in_events = 0 if is_new else first_epoch  # rows of the history
+
+    def log(
+        self,
+        history: list[Row],
+        panels: Sequence[Panel],
+        images_per_second: float,
+        best: int | None = None,
+    ) -> None:
+        """Writes all files anew; the last row of `history` is the epoch just finished.
+
+        `best` is the number, from 0, of the epoch that curves.png marks.
+
+        One that cannot be written ends no run: the checkpoints hold the same figures. The next
+        epoch tries it again.
+
+        Raises:
+            UserError: the folder's name now leads to another folder.
+        """
+        columns = list(history[-1])
+        with self._said_once("metrics.csv"):
+            text = io.StringIO()
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**row, "epoch": int(row["epoch"]) + 1} for row in history)
+            write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+        with self._said_once("TensorBoard's events"):
+            self._add_events(history, columns[1:], images_per_second)
+        with self._said_once("curves.png"):
+            draw_curves(history, panels, self.folder / "curves.png", self.title, best)
+
+    def _add_events(self, history: list[Row], columns: Sequence[str], speed: float) -> None:
+        """Adds epochs that TensorBoard's file lacks, and the images per second of the last one.
+
+        In one write, without the thread of torch's SummaryWriter, which prints a traceback where a
+        disk is full; and by the file's name each time, as its folder may have another by then.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        events, now = [], time.time()
+        if not self.events.exists():
+            events = [Event(wall_time=now, file_version="brain.Event:2")]
+            if self.purge:
+                begins = SessionLog(status=SessionLog.START)
+                events.append(Event(wall_time=now, step=self.purge, session_log=begins))
+        for row in history[self.in_events :]:
+            values = {name.replace("_", "/", 1): row[name] for name in columns}
+            if row is history[-1]:
+                values["train/images_per_second"] = speed
+            summary = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+            step = int(row["epoch"]) + 1
+            events.append(Event(wall_time=now, step=step, summary=Summary(value=summary)))
+        records = io.BytesIO()
+        writer = RecordWriter(records)
+        for event in events:
+            writer.write(event.SerializeToString())
+        with open(self.events, "ab", buffering=0) as file:
+            length = file.tell()
+            try:
+                if file.write(records.getvalue()) < len(records.getvalue()):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with contextlib.suppress(OSError):  # part of a record would hide what follows it
+                    file.truncate(length)
+                raise
+        self.in_events = len(history)
+
+    @contextmanager
+    def _said_once(self, name: str) -> Iterator[None]:
+        """Turns a fault of the file system into a line on stderr, the first time for `name`.
+
+        Raises:
+            UserError: the folder's name now leads to another folder, which is no such fault.
+        """
+        if self.lock is not None:
+            self.lock.check()
+        try:
+            yield
+        except (OSError, UserError) as error:
+            if name not in self.warned:
+                self.warned.add(name)
+                print(
+                    f"! {self.folder}: {name} could not be written ({error}); the run goes on, and "
+                    "its checkpoints hold the same figures",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
+def draw_curves(
+    history: Sequence[Row],
+    panels: Sequence[Panel],
+    path: Path,
+    title: str,
+    best: int | None = None,
+) -> None:
+    """Draws up to four panels over epochs, as one PNG. Values below 0 stand for "none".
+
+    Args:
+        best: the epoch, from 0, that is marked as the best.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    from utils.system.style import png, styled
+
+    with styled() as plt:
+        figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            shown = [
+                value
+                for curve in panel.curves
+                for value in _draw_curve(axis, panel, curve, history)
+            ]
+            axis.set(title=panel.title, ylabel=panel.unit, xlabel="Epoch")
+            if panel.can_be_log and shown and min(shown) > 0 and max(shown) > DECADES * min(shown):
+                axis.set_yscale("log")  # one high value would flatten all the others
+            if best is not None:
+                axis.axvline(best + 1, color=GREY, linestyle=":", zorder=0)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            if any(axis.get_legend_handles_labels()):
+                axis.legend()
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        note = "" if best is None else f"\ndotted: the best epoch, {best + 1}"
+        figure.suptitle(title + note)
+        write_atomically(path, png(figure))
+
+
+def _draw_curve(axis: Any, panel: Panel, curve: Curve, history: Sequence[Row]) -> list[float]:
+    """Draws one column of the history, and returns its finite values."""
+    points = [(row["epoch"] + 1, row[curve.column]) for row in history]
+    points = [point for point in points if not point[1] < 0]  # keeps what is no number
+    if points:
+        label = curve.label and f"{curve.label} {panel.last.format(points[-1][1])}"
+        axis.plot(*zip(*points, strict=True), "o-", ms=3, color=curve.colour, label=label)
+    return [value for _, value in points if math.isfinite(value)]
+
+
+def look_line(folder: Path) -> str:
+    """Returns the closing line that shows the curves of the run in `folder`."""
+    board = _program("tensorboard", "tensorboard.main")
+    curves = shlex.quote(str(folder / "curves.png"))
+    return f"  look:        {board} --logdir {shlex.quote(str(folder))}   (or {curves})"
+
+
+def device_flags() -> list[str]:
+    """Returns the flags that chose this process's device; checkpoints do not hold them."""
+    words = sys.argv[1:]
+    return [
+        word
+        for word, former in zip(words, ["", *words], strict=False)
+        if word.partition("=")[0] in DEVICE_FLAGS or former in DEVICE_FLAGS
+    ]
+
+
+def command(*arguments: object) -> str:
+    """Returns a command line for this script, started the way this process was."""
+    own = shlex.join([sys.argv[0], *map(str, arguments), *device_flags()])
+    ranks, nodes = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_WORLD_SIZE", "1")
+    if ranks is None:
+        return f"{_interpreter()} {own}"
+    launcher = _program("torchrun", "torch.distributed.run")
+    if nodes == "1":
+        return f"{launcher} --nproc-per-node={ranks} {own}"
+    # The rest differs from node to node, and from start to start.
+    return f"{launcher} --nnodes={nodes} --nproc-per-node={ranks} … {own}"
+
+
+def _program(name: str, module: str) -> str:
+    """Returns what to type for a program that was installed beside this Python."""
+    python = _interpreter()
+    return name if python == "python" else f"{python} -m {module}"
+
+
+def _interpreter() -> str:
+    """Returns what to type for this Python: `python` where that is it, else a short path.
+
+    Of `make demo` it is the one in .venv, which nobody has activated.
+    """
+    own, found = Path(sys.executable), shutil.which("python")
+    # Not resolved: every virtual environment's Python is a link to the same file.
+    if found and Path(found).parent == own.parent and Path(found).samefile(own):
+        return "python"
+    with contextlib.suppress(ValueError):
+        own = own.relative_to(Path.cwd())
+    return shlex.quote(str(own))

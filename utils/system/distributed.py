@@ -5,8 +5,9 @@ Every function works in a single process too, where it does nothing; callers hav
 
 import os
 import re
+import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -16,7 +17,8 @@ from torch import nn
 
 from utils.system.errors import UserError
 from utils.system.processes import end_with_launcher
-from utils.system.text import printable_lines
+from utils.system.signals import lead_to_nowhere
+from utils.system.text import counted, printable_lines
 
 PATIENCE = timedelta(minutes=30)  # of ranks with each other; hung workers are told of before it
 
@@ -29,7 +31,8 @@ class Context:
     rank: int = 0
     world_size: int = 1
     data_parallel: tuple[int, ...] = ()  # GPU indices of DataParallel, when it is used
-    votes: dist.ProcessGroup | None = None  # host-side group for decisions, see stop.Votes
+    votes: dist.ProcessGroup | None = None  # host-side group for decisions, see Votes
+    trains: bool = False  # its result is its checkpoints: it goes on where stdout cannot be written
 
     @property
     def is_main(self) -> bool:
@@ -42,8 +45,16 @@ class Context:
 
     def say(self, *lines: str) -> None:
         """Prints the lines at once, on rank 0 only; without lines, nothing."""
-        if self.is_main and lines:
+        if not self.is_main or not lines:
+            return
+        try:
             print(*map(printable_lines, lines), sep="\n", flush=True)
+        except OSError as error:
+            if not self.trains:
+                raise
+            lead_to_nowhere(sys.stdout.fileno())
+            with suppress(OSError):
+                print(f"! stdout: {error.strerror}; what follows is not shown", file=sys.stderr)
 
 
 def is_first() -> bool:
@@ -293,3 +304,64 @@ def barrier() -> None:
     """Waits until every rank is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+class Votes:
+    """Answers yes/no questions alike on all ranks: yes where any rank says yes.
+
+    A signal may reach one rank a step before another, and clocks differ; a rank that stopped alone
+    would leave the others waiting in a collective. The votes of one step are summed while the next
+    one runs, so the answer is one step old and costs no waiting.
+
+    Args:
+        group: a host-side (gloo) process group; None in a single process, where the answer to a
+            vote is the vote itself.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group = group
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+
+    def cast(self, *votes: bool) -> list[bool]:
+        """Gives this rank's votes and returns the answers that are due."""
+        if self.group is None:
+            return list(votes)
+        due = [False] * len(votes)
+        if self._pending is not None:
+            tensor, work = self._pending
+            work.wait()
+            due = [bool(v) for v in tensor.tolist()]
+        tensor = torch.tensor(votes, dtype=torch.int32)
+        self._pending = (
+            tensor,
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True),
+        )
+        return due
+
+    def settle(self) -> None:
+        """Waits for the votes under way; before a collective of another kind, and at the end."""
+        if self._pending is not None:
+            self._pending[1].wait()
+            self._pending = None
+
+
+def device_lines(
+    context: Context, amp: str, channels_last: bool, compiled: bool, tails: str = ""
+) -> list[str]:
+    """Returns where the run takes place and how; `tails` says how the ends of blocks run."""
+    name = str(context.device)
+    if context.device.type == "cuda":
+        name = torch.cuda.get_device_name(context.device)
+    elif context.device.type == "cpu":
+        name = f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+    if context.world_size > 1:
+        name += f", {counted(context.world_size, 'process')} (DistributedDataParallel)"
+    elif len(context.data_parallel) > 1:
+        name += f" x {len(context.data_parallel)} (DataParallel)"
+    traits = ["float32" if amp == "off" else amp]
+    traits += ["channels_last"] * channels_last + ["compiled"] * compiled
+    traits += [tails] if tails else []
+    lines = [f"device: {name}; {', '.join(traits)}"]
+    if len(context.data_parallel) > 1:
+        lines.append(f"  torchrun --nproc-per-node={len(context.data_parallel)} is faster")
+    return lines

@@ -1,9 +1,9 @@
 """Defines the errors that end a run with one line instead of a traceback."""
 
 import errno
-import os
+import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 EXIT_FAILED = 1  # something outside the program gave way: a worker, memory, a disk
@@ -13,28 +13,9 @@ EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 EXIT_STOPPED = 143  # SIGTERM, SIGUSR1 or SIGHUP: saved and stopped on request
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+FEWER_FILES = "use fewer workers (-j), or raise the limit (ulimit -n)"
 _FLAGS = "arch|attention|backbone|identity_start|ksize|legacy|norm|num_classes|trainable_layers"
 ARGUMENT = re.compile(rf"`({_FLAGS})=([^`]*)`")  # marked, as a file's name may look like one
-FEWER_FILES = "use fewer workers (-j), or raise the limit (ulimit -n)"
-
-
-BAD_PATHS = {  # what a user named cannot be right
-    errno.ENAMETOOLONG: "give a shorter name",
-    errno.ENOTDIR: "a file stands where the path wants a folder; give another path",
-    errno.ELOOP: "its links lead in a circle; give another path",
-}
-FAILURES = {  # what holds a path gave way
-    errno.EACCES: "mend its rights, or choose another place",
-    errno.EPERM: "mend its rights, or choose another place",
-    errno.EROFS: "choose a place that can be written",
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room, or have the quota raised",
-    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
-    errno.EIO: "see to the storage, and start again",
-    errno.ESTALE: "see to the storage, and start again",
-    errno.EMFILE: "raise the limit (ulimit -n)",
-    errno.ENFILE: "raise the limit of the system, or end other programs",
-}
 
 
 class UserError(Exception):
@@ -43,19 +24,6 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = EXIT_BAD_INPUT):
         super().__init__(message)
         self.exit_code = exit_code
-
-
-def of_system(error: OSError) -> UserError | None:
-    """Returns a fault of the file system as one line with its remedy; None for another fault.
-
-    A path in it is named.
-    """
-    known = {**BAD_PATHS, **FAILURES}
-    if error.errno not in known:
-        return None
-    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-    code = EXIT_BAD_INPUT if error.errno in BAD_PATHS else EXIT_FAILED
-    return UserError(f"{where}{error.strerror}; {known[error.errno]}", code)
 
 
 @contextmanager
@@ -77,7 +45,24 @@ def as_flags(message: str) -> str:
     becomes --legacy.
     """
 
-    def flag(found: re.Match[str]) -> str:
-        return f"--{found[1].replace('_', '-')}{'' if found[2] == 'True' else f' {found[2]}'}"
+    def flag(argument: re.Match[str]) -> str:
+        value = "" if argument[2] == "True" else f" {argument[2]}"
+        return f"--{argument[1].replace('_', '-')}{value}"
 
     return ARGUMENT.sub(flag, message)
+
+
+def require(packages: Sequence[str], purpose: str, install: str) -> None:
+    """Refuses to go on when a package that `purpose` needs is not installed.
+
+    Args:
+        packages: names as they are imported.
+        purpose: what needs them, such as "--to onnx".
+        install: what pip takes, such as "-r requirements-export.txt".
+
+    Raises:
+        UserError: names the missing packages and the command that installs them.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{purpose} needs {', '.join(missing)}: pip install {install}")

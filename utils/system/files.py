@@ -1,15 +1,18 @@
-"""Writes files that appear whole or not at all."""
+"""Writes files whole or not at all, reads small ones, and checks targets before any work."""
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.text import printable
 
 STORAGE = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT)  # it gave way
+LARGEST = 16_000_000  # bytes of a file that a person writes: a thousandfold of what is usual
 
 
 def write_atomically(
@@ -122,3 +125,123 @@ def _fsync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def read_text(path: str | Path, wanted: str) -> str:
+    """Returns the text of a file in UTF-8, with or without a byte-order mark.
+
+    Args:
+        wanted: what the user is to give instead, for the message.
+
+    Raises:
+        UserError: no such file, no text, or too large.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LARGEST + 1)
+    except (OSError, ValueError) as error:  # a ValueError: a name with a zero byte
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise UserError(f"{printable(path)}: {why}; give {wanted}") from None
+    if len(data) > LARGEST:
+        raise UserError(f"{printable(path)}: more than {LARGEST:,} bytes; give {wanted}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{printable(path)}: no text in UTF-8; give {wanted}") from None
+
+
+def read_json(path: str | Path, wanted: str) -> Any:
+    """Returns what a JSON file holds; `wanted` as in `read_text`.
+
+    Raises:
+        UserError: as `read_text`; no JSON; or an object that names one thing twice.
+    """
+    text = read_text(path, wanted)
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        why = "nested too deep"
+    except ValueError as error:
+        why = str(error)
+    raise UserError(f"{printable(path)}: no usable JSON ({printable(why)}); give {wanted}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands there twice")
+    return found
+
+
+def check_free(folder: str | None) -> None:
+    """Refuses an --output folder that is in use, or cannot be made.
+
+    Raises:
+        UserError: `folder` is a file, a folder with something in it, or where nobody may write.
+    """
+    if folder is None:
+        return
+    path = Path(folder)
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{folder}: is in use; choose a new --output, so that nothing is lost")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{folder}: is a file; --output wants a folder")
+    check_writable(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses a folder that nobody may write to, or that cannot be made.
+
+    Raises:
+        UserError: names the part of its path that stands in the way.
+    """
+    parts = (folder, *folder.absolute().parents)
+    _check_rights(next(part for part in parts if os.path.lexists(part)), str(folder))
+
+
+def check_new_file(file: str | None) -> None:
+    """Refuses a target file that exists already, or cannot be made.
+
+    Raises:
+        UserError: `path` exists or cannot be written, or its folder is missing.
+    """
+    if file is None:
+        return
+    if os.path.lexists(file):
+        raise UserError(f"{file}: exists already; choose another name")
+    folder = Path(file).absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{file}: there is no folder {folder}; make it, or choose another name")
+    _check_rights(folder, file)
+
+
+def check_own_file(target: Path, mark: str) -> None:
+    """Refuses to replace a file that a program has not written itself.
+
+    Args:
+        mark: what stands in the first 200 bytes of its own files.
+
+    Raises:
+        UserError: `target` is a foreign file, a link or a folder, or lies in no folder.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise UserError(f"{target}: is no plain file; choose another --output")
+    if not target.exists():
+        check_new_file(str(target))
+        return
+    try:
+        with open(target, "rb") as file:
+            start = file.read(200)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}; choose another --output") from None
+    if mark.encode() not in start:
+        raise UserError(
+            f"{target}: is no page of this tool and stays as it is; choose another --output"
+        )
+
+
+def _check_rights(folder: Path, wanted: str) -> None:
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{wanted}: cannot write to {folder}; mend its rights, or choose another")

@@ -13,14 +13,38 @@ import codecs
 import os
 import signal
 import sys
+from pathlib import Path
 
-from utils.system import interrupts
+from utils.system import signals
 
 SPINS = "1000"  # turns of the loop in which a thread waits; 300,000 without the setting
+ROOT = Path(__file__).resolve().parents[2]
 
-if interrupts.runs_a_script():
+
+def runs_a_script() -> bool:
+    """Returns whether this process is a script of ours, not a test or a notebook."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    return file is not None and Path(file).resolve().parent in (ROOT, ROOT / "tools")
+
+
+def open_closed_streams() -> None:
+    """Opens stdin, stdout and stderr to nowhere where they are closed (`>&-`).
+
+    A checkpoint that is opened under one of their numbers would get what libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+
+
+if runs_a_script():
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupts.leave)
+        signal.signal(signal.SIGINT, signals.leave)
+    open_closed_streams()
     os.environ["MPLBACKEND"] = "Agg"  # only files are drawn, and a senseless name breaks the import
     if "OMP_WAIT_POLICY" not in os.environ:  # what a user has set stands
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

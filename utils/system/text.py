@@ -39,6 +39,17 @@ def paragraphs(*parts: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def counted(number: float, noun: str, form: str = "") -> str:
+    """Returns a number, formatted by `form`, and its noun: 1 image, 1,200 images, 2 classes."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:{form}} {noun}{ending}"
+
+
+def all_epochs(number: int) -> str:
+    """Returns the subject of a sentence on all epochs of a run, with its verb."""
+    return f"all {number} epochs are" if number > 1 else "the one epoch is"
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Returns a hint such as `; did you mean eca_resnet50?`; "" if nothing is close."""
     close = difflib.get_close_matches(word, known, n=2, cutoff=0.7)

@@ -4,34 +4,19 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from utils.system.distributed import Context
+from utils.training.state import TrainingState
 
 Item = TypeVar("Item")
-BAR = 3  # columns that a bar keeps on a narrow terminal
-DETAILS = 12  # columns of room that are worth beginning with details
+ALONE = Context(torch.device("cpu"))
 UNKNOWN = "?"  # a time left, before anything has told it
-
-
-@dataclass(frozen=True)
-class StepWords:
-    """Says how the figures of an epoch under way are written.
-
-    Args:
-        figures: means so far → the words that a bar always shows.
-        details: means so far → further words; a bar shows them last, where it has room.
-        lr_digits, speed_decimals: of the learning rate, and of images per second.
-    """
-
-    figures: Callable[[Mapping[str, float]], str]
-    details: Callable[[Mapping[str, float]], str] = lambda means: ""
-    lr_digits: int = 4
-    speed_decimals: int = 0
 
 
 @dataclass
@@ -60,8 +45,8 @@ class Progress:
         title: such as "epoch 3/8".
         total: steps of the epoch, of which `done` lie behind.
         images: in one step, over all ranks.
-        words: how figures are said.
-        quiet: say nothing (ranks above 0).
+        decimals: of images per second.
+        context: the run's ranks; rank 0 alone speaks.
         pace: of the run; None for an evaluation with nothing before it.
         epochs_left: epochs of the run after this one; 0 shows no time for the run.
     """
@@ -72,31 +57,31 @@ class Progress:
         total: int,
         images: int,
         every: int,
-        words: StepWords,
         *,
+        decimals: int = 0,
         done: int = 0,
-        quiet: bool = False,
+        context: Context = ALONE,
         pace: Pace | None = None,
         epochs_left: int = 0,
     ):
-        self.words = words
+        self.decimals, self.context = decimals, context
         self.title, self.total, self.images, self.every = title, total, images, every
         self.step = done
         self.since = self.started = self.last = time.perf_counter()
         self.since_step = self.first = done
-        self.quiet = quiet
         self.pace, self.epochs_left = pace or Pace(), epochs_left
         self.skips_one = self.pace.step is None  # this process has not compiled yet
         self.seconds, self.counted = 0.0, 0  # of the steps that tell how long others will take
-        self.shown: list[str] = []  # what the bar says before and after the ETA
-        on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self.bar = None
-        if on_terminal and not quiet:
-            first = f"{{bar}}| ETA {UNKNOWN}"  # drawn at once; not tqdm's own, and never too wide
-            self.bar = tqdm(
-                total=total, initial=done, leave=False, dynamic_ncols=True, bar_format=first
-            )
-            self._redraw()
+        self.has_bar = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.bar = tqdm(
+            desc=title,
+            total=total,
+            initial=done,
+            disable=not (self.has_bar and context.is_main),
+            leave=False,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}|{postfix}",
+        )
 
     def advance(self) -> bool:
         """Counts a step; returns True when figures are due for `show`."""
@@ -109,38 +94,34 @@ class Progress:
             self.counted += 1
             self.pace.step = self.seconds / self.counted
         self.last = now
-        if self.bar is not None:
-            self.bar.bar_format = self._bar_format()
-            self.bar.update()
+        self.bar.update()
         return self.step % self.every == 0 or self.step == self.total
 
-    def show(self, means: Mapping[str, float], lr: float | None = None) -> None:
-        """Shows the means so far in the epoch, with the speed since the last time.
+    def show(self, figures: str = "", details: str = "", lr: str = "") -> None:
+        """Shows words on the epoch so far, with the speed since the last time.
 
         Args:
-            means: what the words are made of.
-            lr: the learning rate; None in an evaluation, which has none.
+            figures: those that count most; an evaluation has none yet.
+            details: further ones, which a bar shows last.
+            lr: the learning rate.
         """
         now = time.perf_counter()
         speed = (self.step - self.since_step) * self.images / max(now - self.since, 1e-9)
         self.since, self.since_step = now, self.step
-        if self.quiet:
-            return
-        figures, details = self.words.figures(means), self.words.details(means)
-        rate = f"{speed:,.{self.words.speed_decimals}f} images/s"
-        if self.bar is not None:
-            self.shown = [*filter(None, figures.split("  ")), rate, *filter(None, [details])]
-            self._redraw()
+        rate = f"{speed:,.{self.decimals}f} images/s"
+        times = ", ".join(self.times_left())
+        if self.has_bar:  # the times first: a narrow terminal cuts what stands last
+            self.bar.set_postfix_str("  ".join(filter(None, [times, figures, rate, details])))
             return
         parts = [
             self.title,
             f"step {self.step:>{len(str(self.total))}}/{self.total}",
             f"{figures} {details}".strip(),
-            "" if lr is None else f"lr {lr:.{self.words.lr_digits}g}",
+            lr and f"lr {lr}",
             rate,
-            ", ".join(self.times_left()),
+            times,
         ]
-        print("  ".join(filter(None, parts)), flush=True)
+        self.context.say("  ".join(filter(None, parts)))
 
     def times_left(self) -> list[str]:
         """Says how long the epoch will take yet, and the run where it has further epochs."""
@@ -157,46 +138,40 @@ class Progress:
             times.append(f"run {UNKNOWN if run is None else duration(run)}")
         return times
 
-    def _redraw(self) -> None:
-        assert self.bar is not None
-        self.bar.bar_format = self._bar_format()
-        self.bar.refresh()
-
-    def _bar_format(self) -> str:
-        """tqdm's format of a bar of BAR columns or more, with what has room beside it.
-
-        The ETA always has; then come the run's, the figures, the speed and their details.
-        """
-        assert self.bar is not None
-        width = self.bar.format_dict["ncols"] or 80
-        eta, *run = self.times_left()
-        head = f"{self.title} {{percentage:3.0f}}%|"
-        room = width - len(f"{self.title} 100%|| {eta}") - BAR
-        if room < 0:  # a very narrow terminal: even the title has to go
-            return f"{{bar}}| {eta}"
-        if run and len(run[0]) + 2 <= room:
-            eta += f", {run[0]}"
-            room -= len(run[0]) + 2
-        kept = []
-        for words in self.shown:
-            if words.startswith("("):  # details stand last, and may be cut
-                continue
-            if len(words) + 2 > room:
-                break
-            kept.append(words)
-            room -= len(words) + 2
-        details = self.shown[-1] if len(kept) < len(self.shown) else ""
-        details = details[: room - 2] if details.startswith("(") else ""
-        tail = [*kept, eta, details] if room > DETAILS else [*kept, eta]
-        text = "  ".join(filter(None, tail)).replace("{", "{{").replace("}", "}}")
-        return f"{head}{{bar}}| {text}"
-
     def close(self) -> float:
         """Ends the bar and returns the mean images per second of the steps it saw."""
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         steps = self.step - self.first
         return steps * self.images / max(time.perf_counter() - self.started, 1e-9)
+
+
+def epoch_progress(
+    state: TrainingState,
+    recipe: Any,
+    steps: int,
+    every: int,
+    pace: Pace,
+    context: Context,
+    decimals: int = 0,
+) -> Progress:
+    """Makes the progress of the epoch under way, from the step on at which `state` stands.
+
+    Args:
+        recipe: of either kind: it gives the epochs, and the images of a step over all ranks.
+        steps: of the epoch.
+        every: steps between two lines.
+    """
+    return Progress(
+        f"epoch {state.epoch + 1}/{recipe.epochs}",
+        steps,
+        recipe.batch_size,
+        every,
+        decimals=decimals,
+        done=state.step,
+        context=context,
+        pace=pace,
+        epochs_left=recipe.epochs - state.epoch - 1,
+    )
 
 
 def evaluation_progress(
@@ -215,8 +190,7 @@ def evaluation_progress(
     own = math.ceil(images / context.world_size)  # of rank 0, which speaks
     total = math.ceil(own / share)
     decimals = 0 if batch > context.world_size else 1  # a detector takes its images one by one
-    words = StepWords(lambda means: "", speed_decimals=decimals)
-    return Progress(title, total, batch, every, words, quiet=not context.is_main)
+    return Progress(title, total, batch, every, decimals=decimals, context=context)
 
 
 def watched(batches: Iterable[Item], progress: Progress) -> Iterator[Item]:
@@ -228,7 +202,7 @@ def watched(batches: Iterable[Item], progress: Progress) -> Iterator[Item]:
         for batch in batches:
             yield batch
             if progress.advance() and progress.step < progress.total:
-                progress.show({})
+                progress.show()
     finally:
         progress.close()
 

@@ -1,35 +1,135 @@
-"""Holds all that training changes, as one object that is saved and restored bit for bit."""
+"""Holds all that training changes, as one object that is saved and restored bit for bit.
+
+Beside it, the average of the weights, and the guard that no number that is not finite passes.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
-from utils.training.finite_guard import NonFiniteGuard
-from utils.training.optimizer import load_optimizer_state
-from utils.training.outcome import Outcome
-from utils.training.weight_average import WeightAverage
+from utils.training.optim import load_optimizer_state
+
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
-class Meter(Protocol):
-    """Sums over the epoch under way, on the device: this rank's share."""
+class NonFiniteGuard:
+    """Stops a loss that is not a finite number before it reaches the weights.
 
-    sums: torch.Tensor
+    On the CPU the step stops at once. On a GPU, asking would wait for the device at every step:
+    there the flag is handed to a fused optimizer, which skips its update on the device, and
+    `check` raises at the next moment that synchronises anyway, before anything is saved. An
+    optimizer without such a kernel (LAMB) has to wait.
 
-    def total(self) -> torch.Tensor:
-        """Returns the sums over all ranks, on the host."""
+    Args:
+        warmup_flag: what the remedy calls the length of the warm-up.
+    """
 
-    def means(self, total: torch.Tensor) -> dict[str, float]:
-        """Returns the mean figures of `total`."""
+    def __init__(self, device: torch.device, warmup_flag: str = "--warmup-epochs"):
+        self.warmup_flag = warmup_flag
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.wait = device.type != "cuda"
+        self.what = "loss"
+
+    def before_update(
+        self, value: torch.Tensor, step: int, optimizer: torch.optim.Optimizer, what: str
+    ) -> None:
+        """Checks the loss (or gradient norm); to be called between backward and `optimizer.step()`.
+
+        Args:
+            what: names the value, the same at each step.
+        """
+        self.what = what
+        bad = distributed.all_reduce((~value.detach().isfinite()).float())
+        fresh = (bad > 0) & (self.first_bad < 0)
+        self.first_bad = torch.where(fresh, step, self.first_bad)
+        if self.wait or not optimizer.defaults.get("fused"):
+            self.check()
+        else:
+            optimizer.found_inf = bad.clamp_(max=1)  # type: ignore[attr-defined]  # fused kernels read it
+
+    def check(self) -> None:
+        """Raises when a value was not finite. Synchronises with the device.
+
+        Raises:
+            UserError: names the step, with exit code 3.
+        """
+        step = int(self.first_bad)
+        if step >= 0:
+            raise UserError(
+                f"the {self.what} of step {step + 1} is not a finite number; the weights were left "
+                f"as they were before it. Lower --lr, lengthen {self.warmup_flag}, or use --amp "
+                "off",
+                EXIT_NON_FINITE,
+            )
+
+
+def decay_at(updates: int, decay: float) -> float:
+    """Returns the share of the old average in the next update, after `updates` of them.
+
+    (1 + n) / (10 + n) until that exceeds `decay`: the average then looks back over a ninth of the
+    steps done. Without such a warm-up, decays that fit long runs leave the average of a short run,
+    or of the first epochs, at the weights it began with, which score as chance does.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+class WeightAverage(AveragedModel):
+    """Averages as torch's AveragedModel, with an update that suits the training step.
+
+    AveragedModel's own waits for the GPU at each step (its counter goes to the device) and rounds
+    averaged integers down, so that BatchNorm's `num_batches_tracked` would stand still; here
+    counters are copied.
+
+    Args:
+        network: without any parallel wrapping; the average begins as a copy of it.
+        decay: per step, see `decay_at`.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        super().__init__(network, use_buffers=True)
+        self.requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Takes one step towards `model`, whose tensors are those of the network in order.
+
+        Raises:
+            UserError: they are other ones. torch's kernels do not look: they spread a smaller
+                tensor over a larger one.
+        """
+        rate = 1 - decay_at(int(self.n_averaged), self.decay)  # the counter is on the host
+        ours, theirs = _tensors(self.module), _tensors(model)
+        if [(t.shape, t.dtype) for t in ours] != [(t.shape, t.dtype) for t in theirs]:
+            raise UserError(
+                "the averaged weights are not those of the network that is trained: resume the run "
+                "with its own flags"
+            )
+        averages, currents = [], []
+        for averaged, current in zip(ours, theirs, strict=True):
+            if averaged.is_floating_point():
+                averages.append(averaged)
+                currents.append(current)
+            else:  # a counter
+                averaged.copy_(current)
+        torch._foreach_lerp_(averages, currents, rate)
+        self.n_averaged += 1
+
+
+def _tensors(network: nn.Module) -> list[torch.Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 @dataclass
-class RunState:
+class TrainingState:
     """Holds where a run stands. `snapshot` saves it and `restore` loads it, bit for bit.
 
     There is no generator state and no loader state in it: shuffling, augmentation and dropout are
@@ -39,7 +139,7 @@ class RunState:
     network: nn.Module  # without any parallel wrapping
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    meter: Meter  # of the epoch under way
+    meter: Any  # sums over the epoch under way: a ClassificationMeter or a LossMeter
     guard: NonFiniteGuard
     rank: int = 0
     epoch: int = 0  # the epoch under way
@@ -75,36 +175,40 @@ class RunState:
         if self.average is not None:
             distributed.broadcast_buffers(self.average.module)
 
-    def finish_epoch(self, lr: float, found: Any, outcome: Outcome) -> bool:
-        """Writes the epoch into the history and moves on. Call on every rank.
+    @property
+    def trained(self) -> list[torch.Tensor]:
+        """Returns the parameters that train."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate of the next step; a group may have a factor of its own."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    def row(self, lr: float, evaluated: Mapping[str, float]) -> dict[str, float]:
+        """Returns the history's row of the epoch. Call on every rank.
 
         Args:
             lr: of the epoch.
-            found: what the evaluation returned.
-            outcome: which columns and which score it has.
-
-        Returns:
-            Whether its score is the best so far.
+            evaluated: the columns of its evaluation.
         """
         means = self.meter.means(self.meter.total())
-        row = {"epoch": self.epoch, "lr": lr}
-        row |= {f"train_{name}": value for name, value in means.items()}
-        row |= outcome.validated(found)
-        self.history.append(row)
-        score, before = outcome.score(row), outcome.score(self.best) if self.best else None
-        improved = score is not None and (before is None or score > before)
-        if improved:
-            self.best = {**row, **outcome.best_details(found)}
-        self.begin(self.epoch + 1)
-        return improved
+        trained = {f"train_{name}": value for name, value in means.items()}
+        return {"epoch": self.epoch, "lr": lr, **trained, **evaluated}
 
-    def epochs_since_best(self, outcome: Outcome) -> int:
-        """Returns how many epochs have ended since the first one with the highest score; all of
-        them where none has a score.
+    def finish_epoch(
+        self, row: dict[str, float], improved: bool, details: Mapping[str, Any] = EMPTY
+    ) -> None:
+        """Writes the epoch's row into the history and moves on.
+
+        Args:
+            improved: the row is the best so far.
+            details: what the best epoch records besides its row.
         """
-        scores = [outcome.score(row) for row in self.history]
-        known = [score for score in scores if score is not None]
-        return len(scores) - 1 - scores.index(max(known)) if known else len(scores)
+        self.history.append(row)
+        if improved:
+            self.best = {**row, **details}
+        self.begin(self.epoch + 1)
 
     def snapshot(self) -> dict:
         """Returns plain values and tensors. Call on every rank: each one's sums are in it.

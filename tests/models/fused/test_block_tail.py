@@ -19,24 +19,15 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.fused import block_tail as eca_fused
-from models.fused import chunked_passes, formulas, passes
 from models.fused.block_tail import block_tail, fused_tail
 
 pytestmark = pytest.mark.usefixtures("seeded", "operations")
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """So little room that each sample is a chunk of its own."""
-    monkeypatch.setattr(chunked_passes, "CHUNK_BYTES", 1)
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("eca", "residual", "activation"), FORMS)
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_equals_the_modules_in_double_precision(
-    memory_format, eca, residual, activation, training, small_chunks
-):
+def test_equals_the_modules_in_double_precision(memory_format, eca, residual, activation, training):
     bn, attention = make_modules(10, eca)
     bn.train(training)
     z, r = (make_input((3, 10, 7, 5), memory_format=FORMATS[memory_format]) for _ in range(2))
@@ -80,21 +71,6 @@ def test_half_precision_rounds_once(memory_format, dtype):
     half_a_digit = torch.finfo(dtype).eps / 2
     assert_close(large, {name: exact.pop(name) for name in large}, 1.01 * half_a_digit)
     assert_close(found, exact, 1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("memory_format", FORMATS)
-def test_whole_and_chunked_passes_agree(memory_format, dtype, small_chunks, monkeypatch):
-    bn, attention = make_modules(16, dtype=torch.float32)
-    z, r = (make_input((3, 16, 5, 6), dtype, FORMATS[memory_format]) for _ in range(2))
-    grad = torch.randn_like(z)
-    for residual, activation in itertools.product((r, None), (True, False)):
-        given = (True, bn, attention, z, residual, activation, grad)
-        chunked = run(*given)
-        with monkeypatch.context() as patch:
-            patch.setattr(formulas, "passes_for", lambda z: passes.Whole)
-            whole = run(*given)
-        assert_close(chunked, whole, 1e-5 if dtype == torch.float32 else 5e-3)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -150,6 +126,23 @@ def test_running_statistics_that_were_switched_off_later(momentum, switched):
     assert found.keys() == expected.keys()
     for name in found:
         torch.testing.assert_close(found[name], expected[name])
+
+
+def test_a_second_derivative_is_refused_in_one_line():
+    """And is that of the modules after what the line says."""
+    bn, attention = make_modules(6)
+    x = make_input((2, 6, 4, 4)).requires_grad_()
+
+    def penalty(fused):
+        out = block_tail(x, bn, attention, None, nn.ReLU(), fused=fused)
+        (slope,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    with pytest.raises(
+        ValueError, match=r"^a fused block tail has no second .*set_fused\(network, F"
+    ):
+        penalty(True)
+    assert penalty(False).abs().sum() > 0
 
 
 def test_one_backward_for_passes_in_both_modes():

@@ -35,14 +35,17 @@ def test_compiles_into_one_graph():
     torch.testing.assert_close(bn.running_var, eager[0].running_var)
 
 
-def test_compiled_code_sees_a_hook_that_is_added_later():
+@pytest.mark.parametrize(
+    "name", ["bn", "attention", "attention.conv", "attention.avg_pool", "relu"]
+)
+def test_compiled_code_sees_a_hook_that_is_added_later(name):
     bn, attention = make_modules(8, dtype=torch.float32)
+    tail = nn.ModuleDict({"bn": bn, "attention": attention, "relu": nn.ReLU()})
     compiled = torch.compile(block_tail, backend="eager")
-    z = torch.randn(2, 8, 5, 5)
-    compiled(z, bn, attention)
-    calls = []
-    attention.register_forward_hook(lambda *_: calls.append(1))
-    compiled(z, bn, attention)
+    z, calls = torch.randn(2, 8, 5, 5), []
+    compiled(z, bn, attention, z, tail["relu"])
+    tail.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    compiled(z, bn, attention, z, tail["relu"])
     assert calls == [1]
 
 

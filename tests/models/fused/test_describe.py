@@ -7,13 +7,12 @@ import torch
 
 import models
 from models.detection.detectors import create_detector
-from models.fused import block_tail, describe
-from models.fused import native as eca_native
+from models.fused import block_tail, cpu_passes
 
-pytestmark = pytest.mark.usefixtures("operations")
+pytestmark = pytest.mark.usefixtures("no_compiler")
 
 NO_COMPILER, NOT_FOR_HALF = "no C++ compiler", "compiled passes are not for torch.float16"
-OPERATIONS = f"fused block tails by PyTorch's operations ({NO_COMPILER})"
+MODULES = f"block tails module by module ({NO_COMPILER})"
 KERNEL = f"block tails by BatchNorm's own kernel, the rest in place ({NO_COMPILER})"
 COMPILED = "fused block tails"
 
@@ -21,15 +20,15 @@ COMPILED = "fused block tails"
 @pytest.mark.parametrize(
     ("name", "native", "dtype", "tails", "of_blocks"),
     [
-        ("eca_resnet18", False, torch.float32, OPERATIONS, {"fused_tail": 8}),
+        ("eca_resnet18", False, torch.float32, MODULES, {}),
         ("eca_resnet18", True, torch.float32, COMPILED, {"fused_tail": 8}),
         ("eca_resnet18", True, torch.bfloat16, COMPILED, {"fused_tail": 8}),
         (
             "eca_resnet18",
             True,
             torch.float16,
-            OPERATIONS.replace(NO_COMPILER, NOT_FOR_HALF),
-            {"fused_tail": 8},
+            MODULES.replace(NO_COMPILER, NOT_FOR_HALF),
+            {},
         ),
         ("resnet18", False, torch.float32, KERNEL, {"_plain_tail": 8}),
         (
@@ -47,14 +46,14 @@ COMPILED = "fused block tails"
             {"_plain_tail": 8},
         ),
         ("se_resnet18", True, torch.float32, "block tails module by module (attention se)", {}),
-        ("eca_mobilenetv2", False, torch.float32, OPERATIONS, {"fused_tail": 17}),
+        ("eca_mobilenetv2", False, torch.float32, MODULES, {}),
         ("mobilenetv2", False, torch.float32, KERNEL, {"_plain_tail": 17}),
     ],
 )
 def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, dtype, tails, of_blocks):
     if native:
-        monkeypatch.undo()  # what the fixture `operations` has switched off
-        if why := eca_native.why_not():
+        monkeypatch.undo()  # what the fixture `no_compiler` has switched off
+        if why := cpu_passes.why_not():
             pytest.skip(why)
     paths = {path: Mock(wraps=getattr(block_tail, path)) for path in ("fused_tail", "_plain_tail")}
     for path, counted in paths.items():
@@ -88,7 +87,7 @@ def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, dtype, t
 )
 def test_elsewhere_the_description_says_why(monkeypatch, name, device, triton, flags, tails):
     why_not = None if triton else "no Triton"
-    monkeypatch.setattr(describe, "why_not_triton", lambda *_: why_not)
+    monkeypatch.setattr(block_tail, "why_not_triton", lambda *_: why_not)
     with torch.device("meta"):
         network = models.create_model(name, num_classes=2)
     assert models.describe_tails(network, torch.device(device), **flags) == tails
@@ -97,7 +96,7 @@ def test_elsewhere_the_description_says_why(monkeypatch, name, device, triton, f
 def test_triton_is_asked_for_the_precision_at_work(monkeypatch):
     """A GPU of before 2020 has no bfloat16 there."""
     monkeypatch.setattr(
-        describe, "why_not_triton", lambda _, dtype: "old" if dtype == torch.bfloat16 else None
+        block_tail, "why_not_triton", lambda _, dtype: "old" if dtype == torch.bfloat16 else None
     )
     with torch.device("meta"):
         network = models.create_model("eca_resnet18", num_classes=2)

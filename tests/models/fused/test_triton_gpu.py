@@ -14,9 +14,9 @@ triton = pytest.importorskip("triton", reason="Triton is not installed here")
 
 from models.eca_module import ECALayer  # noqa: E402
 from models.eca_resnet import Bottleneck, ResNet  # noqa: E402
-from models.fused import block_tail, dispatch, triton_operators  # noqa: E402
+from models.fused import block_tail, triton_tail  # noqa: E402
 from models.fused.block_tail import fused_tail  # noqa: E402
-from utils.data.loading import device_batches  # noqa: E402
+from utils.data.loader import device_batches  # noqa: E402
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -30,7 +30,7 @@ def test_a_network_under_autocast_on_a_gpu(batch, compiled, monkeypatch):
     network = ResNet(Bottleneck, (1, 1, 1, 1), ksize="3557", num_classes=5).cuda()
     network.to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, 96, 96, device="cuda").to(memory_format=torch.channels_last)
-    assert dispatch.why_not_triton(x.device, torch.bfloat16) is None
+    assert block_tail.why_not_triton(x.device, torch.bfloat16) is None
     exact = network_step(copy.deepcopy(network).double(), x.double())
     with torch.autocast("cuda", torch.bfloat16):
         found = network_step(network, x, compiled)
@@ -65,9 +65,9 @@ def gpu(monkeypatch):
     def zeros(*shape, device, dtype):
         return torch.zeros(shape, dtype=dtype)
 
-    monkeypatch.setattr(triton_operators, "_reasons", {})
-    monkeypatch.setattr(dispatch, "eca_triton", triton_operators)
-    monkeypatch.setattr(triton_operators, "tail_forward", no_compiler)
+    monkeypatch.setattr(triton_tail, "_reasons", {})
+    monkeypatch.setattr(block_tail, "eca_triton", triton_tail)
+    monkeypatch.setattr(triton_tail, "tail_forward", no_compiler)
     monkeypatch.setattr(torch, "ones", zeros)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return torch.device("cuda", 0), lambda: len(trials)
@@ -76,10 +76,10 @@ def gpu(monkeypatch):
 def test_where_triton_fails_the_modules_serve_and_the_reason_is_kept(gpu):
     device, trials = gpu
     with ThreadPoolExecutor(4) as pool:  # as DataParallel asks
-        found = list(pool.map(lambda _: dispatch.why_not_triton(device), range(8)))
+        found = list(pool.map(lambda _: block_tail.why_not_triton(device), range(8)))
     assert found == ["RuntimeError: Failed to find C compiler."] * 8
     assert trials() == 1
-    triton_operators._reasons[device, torch.bfloat16] = None
+    triton_tail._reasons[device, torch.bfloat16] = None
     with FakeTensorMode():
         for dtype, served in ((torch.float32, False), (torch.bfloat16, True)):
             z = torch.empty(2, 8, 5, 5, device=device, dtype=dtype)
@@ -90,16 +90,16 @@ def test_where_triton_fails_the_modules_serve_and_the_reason_is_kept(gpu):
 def test_a_gpu_older_than_triton_takes_is_not_tried(gpu, monkeypatch):
     device, trials = gpu
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    reason = dispatch.why_not_triton(device, torch.float16)
+    reason = block_tail.why_not_triton(device, torch.float16)
     assert reason == "compute capability 6.1, and Triton needs 7.0"
     assert trials() == 0
 
 
 def test_what_triton_does_not_serve_has_a_reason(gpu, monkeypatch):
     device, trials = gpu
-    assert dispatch.why_not_triton(torch.device("cpu")) == "they are for CUDA devices"
-    assert "float64" in dispatch.why_not_triton(device, torch.float64)
-    monkeypatch.setattr(dispatch, "eca_triton", None)
-    monkeypatch.setattr(dispatch, "_not_imported", "Triton cannot be imported: broken")
-    assert "broken" in dispatch.why_not_triton(device)
+    assert block_tail.why_not_triton(torch.device("cpu")) == "they are for CUDA devices"
+    assert "float64" in block_tail.why_not_triton(device, torch.float64)
+    monkeypatch.setattr(block_tail, "eca_triton", None)
+    monkeypatch.setattr(block_tail, "_not_imported", "Triton cannot be imported: broken")
+    assert "broken" in block_tail.why_not_triton(device)
     assert trials() == 0

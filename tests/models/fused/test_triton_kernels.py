@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed here")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from models.fused import triton_grids, triton_operators  # noqa: E402
+from models.fused import triton_tail  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is in the compiler's place"
@@ -79,10 +79,10 @@ def launches(monkeypatch):
         z, r = (t.to(memory_format=FORMATS[memory_format]) for t in (z, r))
         vector, kernel = torch.ones(shape[1]), torch.ones(5) if eca else None
         given = (None, None) if training else (vector, vector)
-        out, mean, _, inverse_std, pooled, gate = triton_operators.tail_forward(
+        out, mean, _, inverse_std, pooled, gate = triton_tail.tail_forward(
             z, vector, vector, kernel, r if residual else None, *given, 1e-5, activation
         )
-        triton_operators.tail_backward(
+        triton_tail.tail_backward(
             r,
             z,
             out if activation else None,
@@ -216,6 +216,6 @@ def test_programs_fill_a_large_gpu_several_times():
         for c, size in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)):
             z = torch.empty(256, c, size, size, device="meta")
             z = z.to(memory_format=FORMATS[memory_format])
-            n, blocks, splits = triton_grids.Grid.of(z, triton_grids.REDUCE).programs
+            n, blocks, splits = triton_tail.Grid.of(z, triton_tail.REDUCE).programs
             found[c] = n * blocks * splits
         assert min(found.values()) >= 4096, found

@@ -29,7 +29,7 @@ from utils.system.text import printable
 )
 def test_grey_whose_white_cannot_be_known_is_refused(tmp_path, values, said):
     Image.fromarray(values).save(tmp_path / "odd.tif")
-    for decoder in ("torchvision", "pil"):
+    for decoder in ("simplejpeg", "pil"):
         with pytest.raises(BrokenImageError, match=f"odd.tif: .*{said}.*save the image with 8"):
             read_image(tmp_path / "odd.tif", decoder)
 
@@ -58,7 +58,6 @@ def test_broken_files_are_named(tmp_path, decoder, name, content, reason):
         read_image(path, decoder)
     assert failed.value.path == str(path)
     assert reason in failed.value.reason
-    assert ".cpp" not in failed.value.reason  # nor where torchvision's own builders had its source
     assert len(str(failed.value).splitlines()) == 1
 
 
@@ -79,6 +78,21 @@ def test_names_that_are_not_utf8(tmp_path):
     assert printable(path).endswith("/caf\\xe9.png")
     assert printable("two\nlines\x9b.png") == "two\\x0alines\\x9b.png"
     printable(path).encode("utf-8")  # fit for any terminal
+
+
+@pytest.mark.parametrize("decoder", decoding.DECODERS)
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_pictures_of_one_line_of_pixels_are_refused(tmp_path, decoder, kind):
+    """20,000 x 1, its shorter side made 256, would take 3.9 GB."""
+    for side in (100, 101, 20_000):
+        for sides in ((side, 1), (1, side)):
+            path = tmp_path / f"{sides[0]}x{sides[1]}.{kind}"
+            Image.new("RGB", sides, "red").save(path)
+            if side == 100:
+                assert read_image(path, decoder) is not None
+                continue
+            with pytest.raises(BrokenImageError, match=f"{path.stem} pixels: one side is"):
+                read_image(path, decoder)
 
 
 @pytest.mark.parametrize("decoder", decoding.DECODERS)
@@ -132,13 +146,9 @@ STORAGE = {
 
 
 @pytest.mark.parametrize("number", [*STORAGE, errno.ENOENT, errno.EACCES, errno.ELOOP])
-def test_a_fault_of_the_storage_is_not_the_image_s(tmp_path, monkeypatch, number):
+def test_a_fault_of_the_storage_is_not_the_image_s(tmp_path, bad_sector, number):
     """Else --skip-bad-images would go on without the data when a file server goes away."""
-
-    def fail(path, *_):
-        raise OSError(number, os.strerror(number), path)
-
-    monkeypatch.setattr(decoding.os, "open", fail)
+    bad_sector(b"a.jpg", number)
     wanted = UserError if number in STORAGE else BrokenImageError
     with pytest.raises(wanted) as caught:
         read_image(str(tmp_path / "a.jpg"))

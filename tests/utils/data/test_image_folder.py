@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from utils.data.image_folder import describe, list_classes, scan
-from utils.data.splits import open_split
+from utils.data.shards import open_split
 from utils.system.errors import UserError
 
 
@@ -159,7 +159,7 @@ def said(folder: Path, title: str = "train") -> str:
 def test_nested_folders_are_said_with_the_classes_in_them(tmp_path):
     make(tmp_path, "train/train/cat/1.jpg", "train/train/dog/1.jpg")
     text = said(tmp_path / "train")
-    assert "2 images in 1 classes" in text
+    assert "2 images in 1 class " in text
     assert "  ! one class alone" in text
     assert (
         f"! the folders in {tmp_path}/train/train look like classes: 2 classes (cat, dog)" in text
@@ -178,7 +178,7 @@ def test_folders_of_systems_are_no_classes_and_no_images(tmp_path, name):
     assert len(folder) == 2
     assert folder.hidden == 2
     from tools.check_images import find_images as checked
-    from utils.data.user_images import find_images as named
+    from utils.inspection.predictions import find_images as named
 
     assert len(named([str(tmp_path)])) == len(checked(str(tmp_path))[0]) == 2
 

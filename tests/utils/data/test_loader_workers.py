@@ -8,10 +8,9 @@ import time
 
 import pytest
 
-from utils.data import loader_workers
-from utils.data.loader_workers import checked, leave_broken_connections_unsaid
-from utils.system.errors import UserError
-from utils.system.fault_messages import Memory, in_one_line
+from utils.data import loader
+from utils.data.loader import checked, leave_broken_connections_unsaid
+from utils.system.faults import of_outside
 
 
 class Batches:
@@ -38,7 +37,7 @@ class Loader:
 @pytest.fixture
 def processes(monkeypatch):
     """Two that wait."""
-    monkeypatch.setattr(loader_workers, "end_children_at_exit", lambda: None)
+    monkeypatch.setattr(loader, "end_children_at_exit", lambda: None)
     context = multiprocessing.get_context("fork")
     both = [context.Process(target=time.sleep, args=(60,)) for _ in range(2)]
     for process in both:
@@ -61,19 +60,30 @@ def processes(monkeypatch):
 )
 def test_a_worker_s_death_is_told_with_its_signal(processes, error):
     os.kill(processes[1].pid, signal.SIGKILL)
-    with pytest.raises(UserError) as caught, in_one_line(Memory("-b 8", "a smaller -b")):
+    with pytest.raises(RuntimeError) as caught:
         next(checked(Loader(Batches(processes, error))))
-    assert str(caught.value).startswith("a loader worker was killed by SIGKILL (out of memory?)")
+    assert str(of_outside(caught.value, "")).startswith(
+        "a loader worker was killed by SIGKILL (out of memory?)"
+    )
 
 
 def test_other_errors_are_what_they_were(processes, monkeypatch):
-    monkeypatch.setattr(loader_workers, "PATIENCE", 0.1)
+    monkeypatch.setattr(loader, "PATIENCE", 0.1)
     own = ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0.\n…")
     lone = ConnectionResetError("of a data set that is read over a network")
-    for error, number in (own, 2), (lone, 0), (ValueError("a fault of ours"), 2), (EOFError(), 2):
+    # The first while the workers live: a fault ends them.
+    for error, number in (EOFError(), 2), (own, 2), (lone, 0), (ValueError("a fault of ours"), 2):
         with pytest.raises(type(error)) as caught:
             next(checked(Loader(Batches(processes, error), number)))
         assert caught.value is error
+
+
+def test_no_worker_is_left_after_a_fault(processes):
+    """Although the fault's traceback refers to the pass."""
+    with pytest.raises(ValueError, match="a fault of ours") as caught:
+        next(checked(Loader(Batches(processes, ValueError("a fault of ours")))))
+    assert caught.tb is not None
+    assert all(multiprocessing.connection.wait([process.sentinel], 0) for process in processes)
 
 
 def test_a_connection_that_the_main_process_breaks_is_not_told_of(monkeypatch, capsys):

@@ -139,8 +139,30 @@ def test_ranks_share_the_copies(world):
     whole = list(SeededBatches(**order))
     parts = [list(SeededBatches(**order, rank=r, world_size=world)) for r in range(world)]
     assert [[k for share in s for k in share] for s in zip(*parts, strict=True)] == whole
-    if world == 4:  # as many ranks as copies: none sees an image twice in a step
-        assert all(len({key[1] for key in share}) == 4 for part in parts for share in part)
+
+
+def ranks_with_two_copies(size: int, batch: int, repeats: int, world: int) -> set[int]:
+    """The ranks that see an image twice in a step of the first epoch."""
+    order = {"size": size, "batch_size": batch, "seed": 3, "repeats": repeats}
+    return {
+        rank
+        for rank in range(world)
+        for share in SeededBatches(**order, rank=rank, world_size=world)
+        if len({key[1] for key in share}) < len(share)
+    }
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+def test_no_rank_sees_an_image_twice_where_ranks_are_a_multiple_of_the_copies(repeats):
+    for world in (repeats, 2 * repeats, 5 * repeats):
+        for images_a_rank in (1, 7, 16):
+            batch = world * images_a_rank
+            assert ranks_with_two_copies(3 * batch + 5, batch, repeats, world) == set()
+
+
+def test_other_numbers_of_ranks_reach_into_two_rounds():
+    """What the docstring says of recipe a2 on 8 GPUs."""
+    assert ranks_with_two_copies(8192, 2048, repeats=3, world=8) == {2, 5}
 
 
 def test_repeats_find_their_place_again():

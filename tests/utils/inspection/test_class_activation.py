@@ -8,7 +8,7 @@ from torch import nn
 
 from models import create_model
 from models.inspection import feature_maps, grad_cam
-from utils.data.loading import eval_transform
+from utils.data.transforms import eval_transform
 from utils.inspection.pictures import COLOURS, draw_map, seen_square
 
 

@@ -1,11 +1,8 @@
 """Files of export.py as networks again, and the refusal of what could run code or mislead."""
 
-import io
-import json
 import platform
 import subprocess
 import sys
-import zipfile
 
 import numpy as np
 import pytest
@@ -15,15 +12,15 @@ from helpers.trees import ROOT
 from models import create_model
 from models.inference import optimise_for_inference
 from models.weights import describe_network
-from utils.inspection import export_formats, exported_network, program_checks, quantisation
+from utils.inspection import export, exported_network, int8
 from utils.system.errors import UserError
 
-MEAN, STD = export_formats.MEAN_AND_STD
+MEAN, STD = exported_network.MEAN_AND_STD
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a.onnx, a.pt2, a.xml and a.bin, and the network that they came from."""
+    """A folder with a.onnx, a.xml and a.bin, and the network that they came from."""
     for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(package)
     torch.manual_seed(0)
@@ -37,12 +34,11 @@ def made(tmp_path_factory):
         "std": STD,
     }
     form = optimise_for_inference(network, torch.float32).network
-    graph = export_formats.to_exported(form, (64, 96))
+    graph = export.to_exported(form, (64, 96))
     folder = tmp_path_factory.mktemp("exported")
-    onnx_file = export_formats.to_onnx(graph, metadata)
+    onnx_file = export.to_onnx(graph, metadata)
     (folder / "a.onnx").write_bytes(onnx_file)
-    (folder / "a.pt2").write_bytes(export_formats.to_pt2(graph, metadata))
-    parts = export_formats.to_openvino(onnx_file, metadata)
+    parts = export.to_openvino(onnx_file, metadata)
     for ending, part in zip(("xml", "bin"), parts, strict=True):
         (folder / f"a.{ending}").write_bytes(part)
     return folder, network
@@ -88,7 +84,11 @@ def test_a_strangers_onnx_file_is_refused(made, tmp_path):
     for change, message in [
         ({"mean": None}, "does not say mean"),
         ({"mean": "[0.5, 0.5, 0.5]"}, "mean and deviation other than"),
+        ({"mean": "null"}, "mean and deviation other than"),
+        ({"std": "5"}, "mean and deviation other than"),
         ({"img_size": '"64"'}, "metadata are not those of export.py"),
+        ({"img_size": "65536"}, "metadata are not those of export.py"),
+        ({"classes": '["a", "b", "c", "d"]'}, "metadata are not those of export.py"),
         ({"crop_pct": "7"}, "metadata are not those of export.py"),
         ({"num_classes": "4"}, r"shape \(1, 3\) for 1 images, not \(1, 4\)"),
     ]:
@@ -101,70 +101,149 @@ def test_a_strangers_onnx_file_is_refused(made, tmp_path):
             exported_network.load(tmp_path / "x.onnx")
 
 
-def rewritten(source, target, change, added=None):
-    """Copies a .pt2 with `change` applied to (name, contents) of each of its files."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, change(name, old.read(name)))
-        for name, data in (added or {}).items():
-            new.writestr(name, data)
+def elsewhere(name="w"):
+    """A tensor whose two values lie in the file `stolen`."""
+    from onnx import StringStringEntryProto, TensorProto
+
+    where = [StringStringEntryProto(key="location", value="stolen")]
+    kind = {"data_type": TensorProto.FLOAT, "data_location": TensorProto.EXTERNAL}
+    return TensorProto(name=name, dims=[2], external_data=where, **kind)
 
 
-def swap(old, new, where="model.json"):
-    def change(name, data):
-        if name.endswith(where):
-            assert old in data
-            return data.replace(old, new, 1)
-        return data
+def models_with_other_files():
+    """Models that name a file, one for each field of a message that can hold a tensor."""
+    import onnx
+    from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto
+    from onnx import SparseTensorProto as Sparse
 
-    return change
+    def node(**field):
+        return NodeProto(op_type="Constant", attribute=[AttributeProto(name="value", **field)])
+
+    def graph(**field):
+        return ModelProto(graph=GraphProto(node=[node(**field)]))
+
+    inner = GraphProto(initializer=[elsewhere()])
+    nested = GraphProto(node=[node(g=GraphProto(node=[node(graphs=[inner])]))])
+    sparse = Sparse(values=elsewhere(), dims=[4])
+    plain = onnx.TensorProto(dims=[2], data_type=7, int64_data=[0, 1], name="i")
+    named = elsewhere()
+    named.ClearField("data_location")
+    silent = elsewhere()
+    silent.ClearField("external_data")
+    training = onnx.TrainingInfoProto
+    return {
+        "GraphProto.initializer": ModelProto(graph=inner),
+        "a name alone": ModelProto(graph=GraphProto(initializer=[named])),
+        "no name": ModelProto(graph=GraphProto(initializer=[silent])),
+        "GraphProto.sparse_initializer": ModelProto(graph=GraphProto(sparse_initializer=[sparse])),
+        "SparseTensorProto.values": graph(sparse_tensor=sparse),
+        "SparseTensorProto.indices": graph(
+            sparse_tensor=Sparse(values=plain, indices=elsewhere(), dims=[4])
+        ),
+        "AttributeProto.t": graph(t=elsewhere()),
+        "AttributeProto.tensors": graph(tensors=[plain, elsewhere()]),
+        "AttributeProto.sparse_tensor": graph(sparse_tensor=sparse),
+        "AttributeProto.sparse_tensors": graph(sparse_tensors=[sparse]),
+        "AttributeProto.g": graph(g=inner),
+        "AttributeProto.graphs": graph(graphs=[GraphProto(), inner]),
+        "GraphProto.node": ModelProto(graph=nested),
+        "ModelProto.graph": ModelProto(graph=nested),
+        "NodeProto.attribute": graph(t=elsewhere()),
+        "ModelProto.functions": ModelProto(functions=[FunctionProto(node=[node(t=elsewhere())])]),
+        "FunctionProto.node": ModelProto(functions=[FunctionProto(node=[node(g=inner)])]),
+        "FunctionProto.attribute_proto": ModelProto(
+            functions=[FunctionProto(attribute_proto=[AttributeProto(name="a", t=elsewhere())])]
+        ),
+        "ModelProto.training_info": ModelProto(training_info=[training(initialization=inner)]),
+        "TrainingInfoProto.initialization": ModelProto(
+            training_info=[training(initialization=inner)]
+        ),
+        "TrainingInfoProto.algorithm": ModelProto(training_info=[training(algorithm=nested)]),
+    }
 
 
-def test_a_pt2_that_could_run_code_is_refused(made, tmp_path):
-    source, target = made[0] / "a.pt2", tmp_path / "x.pt2"
-    program_checks.refuse_code(source)
+def test_a_tensor_in_another_file_is_refused_before_an_engine_sees_it(tmp_path, monkeypatch):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
 
-    class Trap:
-        def __reduce__(self):
-            return (exec, ("raise SystemExit('ran')",))
+    def opened(*_, **__):
+        raise AssertionError("onnxruntime saw the file")
 
-    pickled = io.BytesIO()
-    torch.save(Trap(), pickled)
+    monkeypatch.setattr(runtime, "InferenceSession", opened)
+    for field, model in models_with_other_files().items():
+        (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+        where = "" if field == "no name" else "stolen"
+        message = f"x.onnx: takes values of 'w' from another file, '{where}'; refused"
+        with pytest.raises(UserError) as error:
+            exported_network.load(tmp_path / "x.onnx")
+        assert message in str(error.value), field
 
-    def trapped_inputs(name, data):
-        return pickled.getvalue() if name.endswith("sample_inputs/model.pt") else data
 
-    def guard(name, data):
-        if not name.endswith("model.json"):
-            return data
-        return json.dumps({**json.loads(data), "guards_code": ["__import__('os')"]}).encode()
+def test_each_field_that_can_hold_a_tensor_is_tried():
+    onnx = pytest.importorskip("onnx")
 
-    same = lambda _, data: data  # noqa: E731
-    pickles = swap(b'"use_pickle": false', b'"use_pickle": true', "weights_config.json")
-    call = swap(b"torch.ops.aten.relu.default", b"torch.hub.load")
-    size = swap(b"Integer(1)", b"exit(3)")
-    for change, added, message in [
-        (pickles, None, "pickled objects"),
-        (call, None, r"the operation 'torch\.hub\.load'"),
-        (size, None, "the expression"),
-        (guard, None, "the expression"),
-        (trapped_inputs, None, "example inputs that are no plain tensors"),
-        (same, {"a/data/aotinductor/model/x.so": b""}, "a file "),
-    ]:
-        rewritten(source, target, change, added)
-        with pytest.raises(UserError, match=f"holds {message}.*; refused"):
-            exported_network.load(target)
+    def fields(message, seen):
+        """Fields of this message, and of those in it, that a tensor can lie in at any depth."""
+        if message.name == "TensorProto":
+            return True
+        if message.name in seen:
+            return bool(seen[message.name])
+        seen[message.name] = seen.get(message.name, set())
+        for field in message.fields:
+            if field.message_type is not None and fields(field.message_type, seen):
+                seen[message.name].add(f"{message.name}.{field.name}")
+        return bool(seen[message.name])
+
+    seen = {"NodeProto": {"NodeProto.attribute"}}  # which the search meets in a circle
+    fields(onnx.ModelProto.DESCRIPTOR, seen)
+    assert set().union(*seen.values()) - {*models_with_other_files()} == set()
+    assert {"GraphProto.initializer", "AttributeProto.graphs"} <= set().union(*seen.values())
+
+
+def test_a_file_in_onnxruntimes_own_format_is_no_onnx(made, tmp_path):
+    """Its weights may lie elsewhere, too, and it is no protobuf that could be looked at."""
+    runtime = pytest.importorskip("onnxruntime")
+    options = runtime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "x.onnx")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    options.log_severity_level = 3
+    runtime.InferenceSession(str(made[0] / "a.onnx"), options, providers=["CPUExecutionProvider"])
+    with pytest.raises(UserError, match="damaged, or not a file of export"):
+        exported_network.load(tmp_path / "x.onnx")
+
+
+def test_an_xml_has_its_own_weights_alone(made, tmp_path):
+    for name in ("a.xml", "a.bin"):
+        (tmp_path / name).write_bytes((made[0] / name).read_bytes())
+    file, weights = tmp_path / "a.xml", tmp_path / "a.bin"
+    whole = weights.read_bytes()
+    assert exported_network.load(file).num_classes == 3
+    for wrong in (whole + b"0", whole[:-1], b""):
+        weights.write_bytes(wrong)
+        with pytest.raises(UserError, match=f"a.bin has {len(wrong):,}: it was not written with"):
+            exported_network.load(file)
+    weights.unlink()
+    weights.symlink_to(made[0] / "a.bin")
+    with pytest.raises(UserError, match=r"a\.bin must lie beside it, as a file and not as a link"):
+        exported_network.load(file)
+    # OpenVINO itself reads an ONNX model under any name.
+    weights.unlink()
+    weights.write_bytes(b"")
+    file.write_bytes((made[0] / "a.onnx").read_bytes())
+    with pytest.raises(UserError, match=r"a\.xml: damaged, or not a file of export\.py"):
+        exported_network.load(file)
 
 
 def test_another_size_than_the_files_own_is_refused(made, tmp_path):
-    _, network = made
-    form = optimise_for_inference(network, torch.float32).network
-    metadata = {**exported_network.load(made[0] / "a.pt2").metadata, "img_size": 32}
-    graph = export_formats.to_exported(form, (32, 32), any_size=False)
-    (tmp_path / "small.pt2").write_bytes(export_formats.to_pt2(graph, metadata))
-    found = exported_network.load(tmp_path / "small.pt2")
-    assert found.fixed_size == (32, 32)
-    with pytest.raises(UserError, match="images of 32 x 32 pixels, not 40 x 40"):
+    import onnx
+
+    model = onnx.load(made[0] / "a.onnx")
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = 64
+    onnx.save(model, tmp_path / "small.onnx")
+    found = exported_network.load(tmp_path / "small.onnx")
+    assert found.fixed_size == (64, 64)
+    with pytest.raises(UserError, match="images of 64 x 64 pixels, not 40 x 40"):
         found(torch.zeros(1, 3, 40, 40))
 
 
@@ -174,7 +253,7 @@ def test_int8_is_computed_in_8_bits_by_onnxruntime(made, tmp_path):
     import onnx
     import onnxruntime
 
-    data = quantisation.quantise((made[0] / "a.onnx").read_bytes(), [torch.randn(4, 3, 64, 64)])
+    data = int8.quantise((made[0] / "a.onnx").read_bytes(), [torch.randn(4, 3, 64, 64)])
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 3  # it says that such a file is for this machine alone
@@ -193,7 +272,7 @@ def test_int8_keeps_gates_and_the_first_convolution_in_float(made):
     chance = torch.Generator().manual_seed(1)
     batches = [torch.randn(4, 3, 64, 64, generator=chance) for _ in range(3)]
     source = (folder / "a.onnx").read_bytes()
-    data = quantisation.quantise(source, batches)
+    data = int8.quantise(source, batches)
     model = onnx.load_from_string(data)
     made_by = {output: node for node in model.graph.node for output in node.output}
     convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
@@ -211,7 +290,7 @@ def test_int8_keeps_gates_and_the_first_convolution_in_float(made):
             assert weights[dequantise.input[0]].dtype == np.int8
             assert weights[dequantise.input[1]].shape == weights[dequantise.input[0]].shape[:1]
     assert len(data) < 0.35 * len(source)
-    logits = torch.cat([export_formats.run_onnx(data)(x) for x in batches])
+    logits = torch.cat([exported_network.run_onnx(data)(x) for x in batches])
     expected = torch.cat([network(x) for x in batches])
     assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
 
@@ -223,16 +302,16 @@ def test_judging_counts_by_hand():
         "int8": lambda x: table[(x.long() + (x == 2)) % 3],
     }
     batches = [(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1])), (torch.tensor([2]),) * 2]
-    top1, agreement, images = quantisation.judge(networks, batches)
+    top1, agreement, images = int8.judge(networks, batches)
     assert (top1, agreement, images) == ({"float32": 75.0, "int8": 50.0}, 50.0, 4)
 
 
 SIGNALLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from utils.inspection import export_formats
+from utils.inspection import exported_network
 parts = [open(name, "rb").read() for name in sys.argv[2:]]
-first, second = (export_formats.run_openvino(*parts) for _ in range(2))
+first, second = (exported_network.run_openvino(*parts) for _ in range(2))
 del first
 del second
 signal.signal(signal.SIGUSR1, lambda *_: print("alive"))

@@ -8,19 +8,16 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from utils.classification.outcome import CLASSIFICATION
-from utils.inspection import channel_weight_plots, report_pictures
+from utils.inspection import channel_weights, pictures
 from utils.inspection.channel_weights import LayerWeights
-from utils.runs.metrics_log import draw_curves
-from utils.study import ablation_results
-from utils.study.ablation_results import Result
-from utils.system.picture_style import drawable
+from utils.runs.writer import draw_curves
+from utils.system.style import drawable
+from utils.training import classification
 
 LONG = "a class with a name that is much longer than any label can be"
 NAMES = ("cat", LONG, "_hidden", "$x$ \\frac{", "Größe", "кошка", "")
 FOREIGN = (*NAMES, "猫", "كلب", "=1+1", "a\nb", "\x1b[31m")  # of class folders, in any script
 PATHS = ("cat/1.png", "猫/猫.png", "a/long/way/ILSVRC2012_val_00012345.JPEG", "a\nb.png")
-VARIANTS = ("none", "SE", "ECA k=1", "ECA k=3", "ECA k=5", "ECA k=7", "ECA k=9", "ECA adaptive")
 
 
 def texts(figure):
@@ -74,7 +71,9 @@ def layers(channels, classes, blocks=((1, 2), (2, 2), (4, 2)), k=3):
 
 
 def test_a_text_over_another_is_noticed(figures):
-    from utils.system.picture_style import plt, png
+    from matplotlib import pyplot as plt
+
+    from utils.system.style import png
 
     figure = plt.figure()
     figure.text(0.5, 0.5, "one")
@@ -88,32 +87,24 @@ def test_a_text_over_another_is_noticed(figures):
 def test_channel_weights(figures, channels, shown):
     names = [NAMES[i % len(NAMES)] for i in range(shown)]
     found = layers(channels, shown)
-    channel_weight_plots.draw_weights(found, names, list(range(shown)), "eca_resnet50 on DATA")
+    channel_weights.draw_weights(found, names, list(range(shown)), "eca_resnet50 on DATA")
     assert_legible(figures[0])
 
 
 def test_channel_weights_of_a_thousand_classes(figures):
     names = [f"n{i:08d}" for i in range(1000)]
     found = layers(64, 1000)
-    channel_weight_plots.draw_weights(found, names, [0, 500, 999], "eca_resnet50")
+    channel_weights.draw_weights(found, names, [0, 500, 999], "eca_resnet50")
     assert_legible(figures[0])
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 36])
 def test_spread_and_kernels(figures, blocks):
     found = layers(16, 2, [(1 + i // 12, 1 + i % 12) for i in range(blocks)], k=9)
-    channel_weight_plots.draw_spread(found, "eca_resnet152")
-    channel_weight_plots.draw_kernels(found, "eca_resnet152, ECA kernels")
+    channel_weights.draw_spread(found, "eca_resnet152")
+    channel_weights.draw_kernels(found, "eca_resnet152, ECA kernels")
     for figure in figures:
         assert_legible(figure)
-
-
-@pytest.mark.parametrize("variants", [1, 2, 8])
-def test_ablation(figures, variants):
-    chosen = VARIANTS[:variants]
-    results = [Result(n, (90.0 + i, 91.0 + i), 10**7) for i, n in enumerate(chosen)]
-    ablation_results.draw(results, "resnet18 on demo:digits, 2 seeds")
-    assert_legible(figures[0])
 
 
 @pytest.mark.parametrize("losses", [[2.3], [16.0, 0.5, 0.2, 0.01], [np.nan, 1.0], [0.0, 0.0]])
@@ -123,8 +114,8 @@ def test_curves(figures, tmp_path, losses):
         {"epoch": i, "lr": 0.1, "train_loss": loss, "val_loss": loss, **dict.fromkeys(others, 50.0)}
         for i, loss in enumerate(losses)
     ]
-    panels = CLASSIFICATION.panels(rows)
-    draw_curves(rows, panels, tmp_path / "curves.png", "eca_resnet18_a-name-1", best=0)
+    title, panels = "eca_resnet18_a-name-1", classification.panels()
+    draw_curves(rows, panels, tmp_path / "curves.png", title, best=0)
     assert_legible(figures[0])
     spans = np.nanmax(losses) > 20 * np.nanmin(losses) > 0
     assert figures[0].axes[0].get_yscale() == ("log" if spans else "linear")
@@ -133,13 +124,13 @@ def test_curves(figures, tmp_path, losses):
 
 
 @pytest.mark.filterwarnings("error")  # matplotlib's on letters that its font lacks
-@pytest.mark.parametrize("classes", [1, 2, len(FOREIGN), report_pictures.MATRIX])
+@pytest.mark.parametrize("classes", [1, 2, len(FOREIGN), pictures.MATRIX])
 @pytest.mark.parametrize("most", [1, 99_999])
 def test_confusion_matrix(figures, classes, most):
     names = [FOREIGN[i % len(FOREIGN)] for i in range(classes)]
     matrix = np.random.default_rng(0).integers(0, most + 1, (classes, classes))
     matrix[-1] = 0  # a class without an image
-    report_pictures.draw_matrix(matrix, names, "eca_resnet18 on demo:digits, 359 images")
+    pictures.draw_matrix(matrix, names, "eca_resnet18 on demo:digits, 359 images")
     assert_legible(figures[0])
     numbers = [text.get_text() for text in figures[0].axes[0].texts]
     assert numbers == [str(n) for n in matrix.flatten() if n]
@@ -150,15 +141,14 @@ def test_confusion_matrix(figures, classes, most):
 def test_most_confused_pairs(figures, pairs):
     names = [FOREIGN[i % len(FOREIGN)] for i in range(1000)]
     found = [
-        report_pictures.Confusion(i, (i + 3) % 1000, 10**6 // (i + 1), 1 / (i + 1))
-        for i in range(pairs)
+        pictures.Confusion(i, (i + 3) % 1000, 10**6 // (i + 1), 1 / (i + 1)) for i in range(pairs)
     ]
     title = "eca_resnet152 on …/a/folder/with/a/long/name, 50,000 images, 9,999 of them wrong"
-    report_pictures.draw_pairs(found, names, f"{title}\nthe most confused of 1,000 classes")
+    pictures.draw_pairs(found, names, f"{title}\nthe most confused of 1,000 classes")
     assert_legible(figures[0])
     shown = [text.get_text() for text in figures[0].axes[0].texts]
     if pairs:
-        assert len(shown) == 3 * min(pairs, report_pictures.PAIRS)
+        assert len(shown) == 3 * min(pairs, pictures.PAIRS)
         assert shown[2] == "1,000,000 (100 %)"
 
 
@@ -168,7 +158,7 @@ def test_calibration(figures, images):
     images = np.array(images)
     sure = np.where(images > 0, (np.arange(len(images)) + 0.5) / len(images), np.nan)
     right = np.where(images > 0, 1 - sure, np.nan)
-    report_pictures.draw_calibration(images, sure, right, 0.25, "eca_resnet18 on demo:digits")
+    pictures.draw_calibration(images, sure, right, 0.25, "eca_resnet18 on demo:digits")
     assert_legible(figures[0])
 
 
@@ -176,7 +166,7 @@ def test_calibration(figures, images):
 def test_worst_images_are_there_with_awkward_names(images):
     chance = np.random.default_rng(0)
     judged = [
-        report_pictures.Judged(
+        pictures.WorstImage(
             None if i == 2 else Image.new("RGB", tuple(chance.integers(1, 300, 2).tolist()), "red"),
             ("cat/1.png", "猫/猫.png", "a/long/way/ILSVRC2012_val_00012345.JPEG", "a\nb.png")[
                 i % 4
@@ -188,10 +178,10 @@ def test_worst_images_are_there_with_awkward_names(images):
         )
         for i in range(images)
     ]
-    picture = report_pictures.draw_worst(judged, FOREIGN, "the images with the highest loss")
+    picture = pictures.draw_worst(judged, FOREIGN, "the images with the highest loss")
     with Image.open(io.BytesIO(picture)) as drawn:
         columns = min(images, 6 if images > 20 else 3)
-        assert drawn.width == max(320, 10 + columns * (report_pictures.CELL + 10))
+        assert drawn.width == max(320, 10 + columns * (pictures.WORST_CELL + 10))
 
 
 def test_what_the_font_lacks_is_not_drawn():

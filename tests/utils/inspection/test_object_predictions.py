@@ -6,8 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.data.user_images import find_images
-from utils.inspection.object_predictions import CocoDocument, Found, find_objects, picture
+from utils.inspection.predictions import CocoDocument, Found, find_images, find_objects, picture
 
 
 def test_large_pictures_are_shrunk_with_their_objects():

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,21 +118,45 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_left(tmp_path, dangling
         target.write_bytes(b"mine")
     (run / ".lock").symlink_to(target)
     with pytest.raises(UserError, match=r"run/\.lock: is a link, which a run never makes; remove"):
-        run_folder.lock(run)
+        run_folder.FolderLock(run)
     assert not target.exists() if dangling else target.read_bytes() == b"mine"
 
 
 def test_a_lock_is_never_emptied(tmp_path):
     (tmp_path / ".lock").write_bytes(b"mine")
-    held = run_folder.lock(tmp_path)
+    held = run_folder.FolderLock(tmp_path)
     assert (tmp_path / ".lock").read_bytes() == b"mine"
     with pytest.raises(UserError, match="another process is training in this folder"):
-        run_folder.lock(tmp_path)
+        run_folder.FolderLock(tmp_path)
     held.close()
-    run_folder.lock(tmp_path).close()
+    run_folder.FolderLock(tmp_path).close()
 
 
 def test_a_lock_that_is_a_folder_is_named(tmp_path):
     (tmp_path / ".lock").mkdir()
     with pytest.raises(UserError, match="cannot write there"):
-        run_folder.lock(tmp_path)
+        run_folder.FolderLock(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "deep", "long", "twice", "list"])
+def test_an_args_json_that_is_none_is_passed_over(kind):
+    """A pipe would be waited for without an end."""
+    good, odd = write_run("a-1", 10, arch="x"), write_run("b-1", 20, arch="x") / "args.json"
+    odd.unlink()
+    texts = {"deep": "[" * 200_000, "list": "[1]", "twice": '{"seed": 1, "seed": 2}'}
+    if kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd.write_text(texts.get(kind, f'{{"environment": {{"start_number": {"9" * 5000}}}}}'))
+    assert run_folder.newest(None) == good
+
+
+def test_json_is_json_whatever_the_figures_are(tmp_path):
+    content = {"loss": float("nan"), "AP": [0.5, float("inf")], "best": {"top1": 1}, "path": Path()}
+    run_folder.write_json(tmp_path / "evaluation.json", content)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    found = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=refuse)
+    assert found == {"loss": None, "AP": [0.5, None], "best": {"top1": 1}, "path": "."}

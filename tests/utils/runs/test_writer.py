@@ -4,10 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.tiny_runs import tiny_run
 
-from utils.classification.outcome import CLASSIFICATION
-from utils.runs import commands, writer
-from utils.runs.commands import command, look_line
+from utils.runs import writer
+from utils.runs.folder import FolderLock
+from utils.runs.writer import command, look_line
+from utils.system.errors import UserError
+from utils.training.classification import COLUMNS, best_words, panels
 
 
 @pytest.fixture
@@ -50,19 +53,67 @@ def test_the_script_as_it_was_given_and_the_python_that_runs(place, monkeypatch)
 def test_under_a_launcher(place, monkeypatch, nodes, flags):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("GROUP_WORLD_SIZE", nodes)
-    monkeypatch.setattr(commands, "_interpreter", lambda: "python")
+    monkeypatch.setattr(writer, "_interpreter", lambda: "python")
     rest = f"{flags}--nproc-per-node=2 {'… ' if flags else ''}main.py -e"
     assert command("-e") == f"torchrun {rest}"
-    monkeypatch.setattr(commands, "_interpreter", lambda: ".venv/bin/python")
+    monkeypatch.setattr(writer, "_interpreter", lambda: ".venv/bin/python")
     assert command("-e") == f".venv/bin/python -m torch.distributed.run {rest}"
 
 
+def a_run_writes(folder):
+    """What a run writes, from its first file to its last."""
+    snapshot = tiny_run()
+    fixed = {name: snapshot.pop(name) for name in ("format", "arch", "seed")}
+    files = writer.RunFiles(folder, fixed, title="net")
+    try:
+        files.begin(snapshot)
+        row = {**dict.fromkeys(COLUMNS, 0.5), "epoch": 0}
+        files.finish_epoch({**snapshot, "history": [row]}, panels(), 7.0, improved=True)
+        files.path("predictions.png").touch()
+    finally:
+        files.close()
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_no_file_goes_to_a_folder_that_took_the_name(place, monkeypatch, at):
+    """The folder is renamed just before a file is written, and another run's takes its name."""
+    folder, real, checks = place / "run", FolderLock.check, []
+
+    def check(lock):
+        checks.append(lock)
+        if len(checks) == at + 1:
+            folder.rename(place / "moved")
+            folder.mkdir()
+            (folder / ".lock").touch()
+        real(lock)
+
+    folder.mkdir()
+    monkeypatch.setattr(FolderLock, "check", check)
+    with pytest.raises(UserError, match="run: is no longer the folder in which this run began"):
+        a_run_writes(folder)
+    assert len(checks) == at + 1
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_each_file_of_a_run_is_checked(place, monkeypatch):
+    checks, real = [], FolderLock.check
+    monkeypatch.setattr(FolderLock, "check", lambda lock: checks.append(real(lock)))
+    (place / "run").mkdir()
+    a_run_writes(place / "run")
+    names = {path.name.partition(".out")[0] for path in (place / "run").iterdir()}
+    checkpoints = {"best.pth", "last.pth", "previous.pth"}
+    others = {"args.json", "curves.png", "events", "metrics.csv", "predictions.png"}
+    assert names == {".lock", *checkpoints, *others}
+    assert len(checks) == 8  # last twice
+
+
 def test_without_a_best_epoch_there_is_no_checkpoint_to_evaluate(place):
-    files = writer.RunFiles(place, {}, CLASSIFICATION, title="net")
-    first, *others = files.farewell({}, "DATA")
+    files = writer.RunFiles(place, {}, title="net")
+    first, *others = files.farewell(best_words({}), False, "DATA")
     assert first == "done: no epoch had a finite validation loss"
     assert not any("best.pth" in line for line in others)
-    lines = files.farewell({"val_top1": 50.0, "val_top5": 99.0, "epoch": 2}, "DATA")
+    best = {"val_top1": 50.0, "val_top5": 99.0, "epoch": 2}
+    lines = files.farewell(best_words(best), True, "DATA")
     assert lines[0] == "done: best top-1 50.00 %, top-5 99.00 % (epoch 3)"
     assert lines[1].endswith(f"main.py -e --resume {place}/best.pth DATA")
     files.close()

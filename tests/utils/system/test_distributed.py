@@ -9,14 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import main
 import models
-from utils.options.classification import build_parser
+from utils.config.flags import LoaderSettings
 from utils.runs import folder
 from utils.system import distributed
 from utils.system.distributed import Context
 from utils.system.errors import UserError
-from utils.training import device_report
 
 CPU, TWO_RANKS = torch.device("cpu"), Context(torch.device("cpu"), 0, 2)
 
@@ -104,7 +102,7 @@ def test_without_a_launcher_all_gpus_or_the_named_one(two_gpus, given, index, pa
     assert written["device"] == f"GPU {index}"
     assert (written["world_size"], written["data_parallel"]) == (1, list(parallel))
     assert folder.environment(TWO_RANKS)["device"] in (platform.processor(), "cpu")
-    lines = device_report.device_lines(context, "bf16", False, False)
+    lines = distributed.device_lines(context, "bf16", False, False)
     if parallel:
         assert lines[0].startswith("device: GPU 0 x 2 (DataParallel); bf16")
         assert lines[1:] == ["  torchrun --nproc-per-node=2 is faster"]
@@ -186,9 +184,8 @@ def test_ranks_wait_for_each_other_longer_than_for_their_workers(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     distributed.setup("cpu")
-    parser = build_parser(main.RECIPE, models.MODELS, "")
     assert [wait.total_seconds() for wait in filter(None, waits)] == [1800, 1800]
-    assert parser.get_default("worker_timeout") < 1800
+    assert LoaderSettings().worker_timeout < 1800
 
 
 def test_rank_0_speaks_and_nothing_is_no_line(capsys):

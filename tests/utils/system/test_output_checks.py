@@ -5,7 +5,7 @@ import os
 import pytest
 
 from utils.system.errors import UserError
-from utils.system.output_checks import check_free, check_new_file
+from utils.system.files import check_free, check_new_file
 
 
 def test_what_is_free(tmp_path, monkeypatch):

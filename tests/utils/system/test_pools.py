@@ -1,11 +1,11 @@
 """Work shared among processes."""
 
-import multiprocessing
 import os
 import signal
 import time
 
 import pytest
+from helpers.children import own_children
 
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.processes import shared
@@ -53,6 +53,6 @@ def test_who_stops_early_does_not_wait_for_the_rest(tmp_path):
     found = shared(note, places, processes=2)
     next(found)
     found.close()
-    for process in multiprocessing.active_children():  # they end when nothing is left to do
+    for process in own_children():  # they end when nothing is left to do
         process.join()
     assert len(os.listdir(tmp_path)) < len(places)

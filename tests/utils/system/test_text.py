@@ -3,7 +3,7 @@
 import pytest
 
 from utils.system.distributed import setup
-from utils.system.text import cell, printable, printable_lines
+from utils.system.text import all_epochs, cell, counted, printable, printable_lines
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,22 @@ def test_half_a_surrogate_pair_is_shown():
 def test_a_context_says_nothing_that_moves_the_cursor(capsys):
     setup("cpu").say("a\x1b[2J", "two\nlines")
     assert capsys.readouterr().out == "a\\x1b[2J\ntwo\nlines\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "form", "text"),
+    [
+        (1, "image", ",", "1 image"),
+        (0, "image", ",", "0 images"),
+        (1200, "image", ",", "1,200 images"),
+        (1000, "class", "", "1000 classes"),
+        (1, "class", "", "1 class"),
+    ],
+)
+def test_counted_nouns(number, noun, form, text):
+    assert counted(number, noun, form) == text
+
+
+def test_the_end_of_a_run_of_one_epoch():
+
+    assert (all_epochs(1), all_epochs(2)) == ("the one epoch is", "all 2 epochs are")

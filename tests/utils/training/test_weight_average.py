@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import models
-from utils.training.weight_average import WeightAverage, decay_at
+from utils.system.errors import UserError
+from utils.training.state import WeightAverage, decay_at
 
 
 def network():
@@ -99,3 +100,15 @@ def test_it_is_apart_from_the_network_and_learns_nothing():
     average.update_parameters(net)
     assert all(torch.equal(v, wander_by[k]) for k, v in net.state_dict().items())
     assert average.module.arch == "eca_resnet18"
+
+
+@pytest.mark.parametrize(
+    "other", [nn.Linear(3, 1), nn.Linear(3, 2).double(), nn.Linear(3, 2, bias=False)]
+)
+def test_weights_of_another_network_are_refused(other):
+    """The first would be spread over the average's two rows without a word."""
+    average = WeightAverage(nn.Linear(3, 2), 0.9)
+    before = copy.deepcopy(average.module.state_dict())
+    with pytest.raises(UserError, match="averaged weights are not those of the network that is"):
+        average.update_parameters(other)
+    assert all(torch.equal(v, before[k]) for k, v in average.module.state_dict().items())

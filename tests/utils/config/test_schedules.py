@@ -1,0 +1,73 @@
+"""The learning rate against the paper's two schedules and a cosine worked out by hand."""
+
+import math
+
+import pytest
+
+from utils.config.classification import SCHEDULES, Recipe, lr_at, lr_of
+
+
+def test_step_divides_by_ten_every_thirty_epochs():
+    rates = [lr_at(e * 5, 5, lr=0.1, epochs=100, schedule="step") for e in range(100)]
+    assert rates[:30] == [0.1] * 30
+    assert rates[30:60] == pytest.approx([0.01] * 30)
+    assert rates[90:] == pytest.approx([1e-4] * 10)
+    assert lr_at(149, 5, lr=0.1, epochs=100) == 0.1  # the last step of epoch 29
+
+
+def test_exp_decays_every_epoch():
+    rates = [
+        lr_at(e * 3 + 2, 3, lr=0.045, epochs=400, schedule="exp", lr_decay=0.98)
+        for e in (0, 1, 399)
+    ]
+    assert rates == pytest.approx([0.045, 0.045 * 0.98, 0.045 * 0.98**399])
+
+
+def test_cosine_after_a_linear_warmup():
+    rates = [lr_at(s, 10, lr=0.2, epochs=5, schedule="cosine", warmup_epochs=1) for s in range(50)]
+    assert rates[:10] == pytest.approx([0.02 * (s + 1) for s in range(10)])
+    assert rates[10] == pytest.approx(0.2)
+    assert rates[30] == pytest.approx(0.1)  # half way
+    assert rates[49] == pytest.approx(0.1 * (1 + math.cos(math.pi * 39 / 40)))
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_run_that_is_longer_than_planned_stays_at_zero():
+    assert lr_at(99, 10, lr=0.2, epochs=5, schedule="cosine") == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_rises_to_the_peak_before_any_schedule(schedule):
+    rates = [
+        lr_at(s, 10, lr=0.1, epochs=9, schedule=schedule, warmup_epochs=2.5) for s in range(90)
+    ]
+    assert rates[:25] == pytest.approx([0.1 * (s + 1) / 25 for s in range(25)])
+    assert max(rates) == pytest.approx(0.1)
+
+
+def test_it_remembers_nothing():
+    settings = {"lr": 0.1, "epochs": 9, "schedule": "cosine", "warmup_epochs": 1}
+    forwards = [lr_at(s, 10, **settings) for s in range(90)]
+    assert [lr_at(s, 10, **settings) for s in reversed(range(90))][::-1] == forwards
+
+
+def test_a_run_that_is_all_warm_up():
+    for epochs, last in ((1, 0.1), (5, 0.02)):
+        rate = lr_at(9, 10, lr=0.1, epochs=1, schedule="cosine", warmup_epochs=epochs)
+        assert rate == pytest.approx(last)
+
+
+def test_a_recipe_s_rate():
+    recipe = Recipe(
+        arch="x",
+        epochs=5,
+        batch_size=4,
+        lr=0.2,
+        momentum=0.9,
+        weight_decay=0,
+        schedule="cosine",
+        warmup_epochs=1,
+    )
+    assert [lr_of(recipe, s, 10) for s in (0, 10, 30)] == pytest.approx([0.02, 0.2, 0.1])
+    step = recipe.override(schedule="step", warmup_epochs=0.0, lr_step=2, lr_decay=0.5)
+    assert [lr_of(step, s, 10) for s in (0, 19, 20, 49)] == [0.2, 0.2, 0.1, 0.05]

@@ -1,0 +1,405 @@
+"""COCO's figures against pycocotools: over ranks, with nothing detected, over odd annotations."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.coco_results import SIZE, by_hand, random_case
+from helpers.coco_trees import annotation, write_tree
+from pycocotools import mask as pycocotools
+
+from utils.data import coco_masks
+from utils.data.coco import check_file, locate
+from utils.data.coco_eval import BACKENDS, FIGURES, GroundTruth, gather, to_results
+from utils.system.distributed import Context
+from utils.system.errors import UserError
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_figures_are_pycocotools(tmp_path, backend, kind):
+    place, results = random_case(tmp_path)
+    before = json.dumps(results)
+    found = GroundTruth(place, masks=True).evaluate(results, backend)[kind]
+    assert json.dumps(results) == before
+    expected = by_hand(place, results, kind)
+    assert list(found.figures) == list(FIGURES)
+    np.testing.assert_allclose(list(found.figures.values()), expected.stats, atol=1e-9)
+    assert 0.05 < found.figures["AP"] < 0.95  # a case that means something
+    precision = expected.eval["precision"][:, :, :, 0, -1]
+    for i, name in enumerate(("cat", "dog")):
+        assert found.per_class[name] == pytest.approx(precision[:, :, i].mean())
+
+
+def test_many_detections_agree(tmp_path):
+    """Two figures from thousands of boxes, as one epoch of COCO would give, to six digits."""
+    chance = np.random.default_rng(1)
+    place, _ = random_case(tmp_path, images=60, seed=1)
+    results = [
+        {
+            "image_id": int(chance.integers(1, 61)),
+            "category_id": int(chance.choice([1, 7])),
+            "bbox": [*chance.uniform(0, 30, 2).tolist(), *chance.uniform(2, 40, 2).tolist()],
+            "score": float(chance.random()),
+        }
+        for _ in range(5000)
+    ]
+    truth = GroundTruth(place, masks=False)
+    one, other = (truth.evaluate(results, backend)["bbox"].figures for backend in BACKENDS)
+    for name in FIGURES:
+        assert one[name] == pytest.approx(other[name], abs=1e-6), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_masks_size_class_goes_by_its_pixels(tmp_path, backend):
+    """A wrong mask of 36 pixels in a box of 1,600 is a small detection: APm does not see it."""
+    square, speck = [[2, 2, 42, 2, 42, 42, 2, 42]], [[2, 2, 8, 2, 8, 8, 2, 8]]
+    object_ = annotation(1, 1, 1, (2, 2, 40, 40), segmentation=square)
+    paths = locate(write_tree(tmp_path, [object_], size=(80, 80)), "val")
+    results = [
+        {
+            "image_id": image,
+            "category_id": 1,
+            "bbox": [2, 2, 40, 40],
+            "score": 0.5 + image / 10,
+            "segmentation": as_text(polygons),
+        }
+        for image, polygons in ((1, square), (2, speck))
+    ]
+    found = GroundTruth(paths, masks=True).evaluate(results, backend)
+    for kind in ("bbox", "segm"):
+        expected = by_hand(paths, results, kind).stats
+        np.testing.assert_allclose(list(found[kind].figures.values()), expected, atol=1e-9)
+    assert found["segm"].figures["APm"] == pytest.approx(1.0)
+    assert found["bbox"].figures["APm"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_found(tmp_path, backend):
+    place, _ = random_case(tmp_path)
+    summaries = GroundTruth(place, masks=True).evaluate([], backend)
+    assert summaries["segm"].figures["AP"] == 0
+    assert summaries["bbox"].figures["AR100"] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_find_is_minus_one(tmp_path, backend):
+    place = locate(write_tree(tmp_path, [annotation(category_id=1)]), "val")
+    results = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 30], "score": 0.5}]
+    found = GroundTruth(place, masks=False).evaluate(results, backend)["bbox"]
+    assert found.per_class == {"cat": pytest.approx(1.0), "dog": -1.0}
+    assert found.figures["APl"] == -1.0
+
+
+def test_a_class_that_only_the_network_has(tmp_path):
+    place = locate(write_tree(tmp_path, [annotation(category_id=1)]), "val")
+    found = {
+        "boxes": torch.tensor([[10.0, 10.0, 30.0, 40.0], [0.0, 0.0, 20.0, 20.0]]),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.5, 0.9]),
+        "masks": torch.zeros(2, 1, 48, 64),
+    }
+    results = to_results(found, 1, [1, None, 7], first_label=1)
+    assert [result["category_id"] for result in results] == [1]
+    truth = GroundTruth(place, masks=False, classes=["cat", "cow", "dog"])
+    (summary,) = truth.evaluate(results).values()
+    assert summary.per_class == {"cat": pytest.approx(1.0), "dog": -1.0, "cow": -1.0}
+
+
+def test_detections_of_an_unknown_image_are_refused(tmp_path):
+    place, results = random_case(tmp_path)
+    for key in ("image", "category"):
+        with pytest.raises(UserError, match=f"{key} 99, which is not in the annotations"):
+            GroundTruth(place, masks=False).evaluate([{**results[0], f"{key}_id": 99}])
+
+
+def test_an_evaluator_is_looked_for_at_once(tmp_path, monkeypatch):
+    place, _ = random_case(tmp_path)
+    for name in ("faster_coco_eval", "pycocotools", "pycocotools.coco"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="need faster-coco-eval or pycocotools: pip install"):
+        GroundTruth(place, masks=False)
+
+
+def test_results_in_cocos_format():
+    masks = torch.zeros(2, 1, 8, 8)
+    masks[0, 0, 2:4, 1:6] = 0.9
+    found = {
+        "boxes": torch.tensor([[1.0, 2.0, 6.0, 4.0], [0.0, 0.0, 2.0, 2.0]]),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.9, 0.25]),
+        "masks": masks,
+    }
+    first, second = to_results(found, 42, [1, 7], first_label=1)
+    assert (first["image_id"], first["category_id"], second["category_id"]) == (42, 1, 7)
+    assert first["bbox"] == [1, 2, 5, 2]
+    mask = coco_masks.decode(coco_masks.to_rle(first["segmentation"], 8, 8))
+    assert np.array_equal(mask, masks[0, 0].numpy() > 0.5)
+    assert json.loads(json.dumps([first, second])) == [first, second]
+    assert to_results({k: v[:0] for k, v in found.items()}, 42, [1, 7], 1) == []
+
+
+def test_a_detection_that_is_not_finite_is_an_error():
+    found = {
+        "boxes": torch.full((1, 4), torch.nan),
+        "labels": torch.ones(1, dtype=torch.int64),
+        "scores": torch.ones(1),
+    }
+    with pytest.raises(UserError, match="image 3"):
+        to_results(found, 3, [1], 1)
+
+
+def test_gathering_on_one_process_sorts_by_image():
+    results = [{"image_id": 3}, {"image_id": 1}]
+    assert gather(results, Context(torch.device("cpu"))) == [{"image_id": 1}, {"image_id": 3}]
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from utils.system import distributed
+from utils.data.coco_eval import GroundTruth, gather
+from utils.data.coco import check_file, locate
+context = distributed.setup("cpu")
+root, results = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+mine = [r for r in results if r["image_id"] % context.world_size == context.rank]
+found = gather(mine, context)
+assert (found is None) != context.is_main
+if context.is_main:
+    figures = GroundTruth(locate(root, "val"), True).evaluate(found)
+    Path(sys.argv[3]).write_text(json.dumps({k: v.figures for k, v in figures.items()}))
+distributed.tear_down()
+"""
+
+
+def test_two_ranks_give_what_one_gives(tmp_path):
+    place, results = random_case(tmp_path / "data")
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "worker.py").write_text(WORKER)
+    root = Path(__file__).resolve().parents[3]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        tmp_path / "worker.py",
+        tmp_path / "data",
+        tmp_path / "results.json",
+        tmp_path / "out.json",
+    ]
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr
+    one = GroundTruth(place, masks=True).evaluate(results)
+    assert json.loads((tmp_path / "out.json").read_text()) == {
+        kind: summary.figures for kind, summary in one.items()
+    }
+
+
+def test_annotations_that_pycocotools_would_break_on(tmp_path):
+    """No area, no iscrowd, an id of 0, which it takes for no match, and ids that repeat."""
+    bare = [
+        annotation(0, 1, 1, area=None, iscrowd=None),
+        annotation(0, 2, 7, area=None, iscrowd=None),
+    ]
+    truth = GroundTruth(locate(write_tree(tmp_path, bare), "val"), masks=False)
+    results = [
+        {"image_id": i, "category_id": c, "bbox": [10, 10, 20, 30], "score": 0.9}
+        for i, c in ((1, 1), (2, 7))
+    ]
+    for backend in BACKENDS:
+        assert truth.evaluate(results, backend)["bbox"].figures["AP"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("area", [float("nan"), float("inf"), "600", -1, True, [600]])
+@pytest.mark.parametrize("masks", [False, True])
+def test_an_area_that_is_none_is_counted_anew(tmp_path, area, masks):
+    tree = write_tree(tmp_path, [annotation(area=area)])
+    for (kept,) in GroundTruth(locate(tree, "val"), masks).annotations.values():
+        assert kept["area"] == 600
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("detector", ["boxes", "masks"])
+def test_without_an_area_it_is_the_masks_for_every_detector(tmp_path, backend, detector):
+    """Triangles of under 32² pixels in boxes of over 32²: APs and APm tell the two areas apart."""
+    sides = (40, 44, 30, 60)
+    entries = []
+    for number, side in enumerate(sides, 1):
+        corners = [[2, 2, 2 + side, 2, 2, 2 + side]]
+        box = (2, 2, side, side)
+        entries.append(annotation(number, number, 1, box, segmentation=corners, area=None))
+    tree = write_tree(tmp_path / "without", entries, images=4, size=(80, 80))
+    results = [
+        {
+            "image_id": entry["image_id"],
+            "category_id": 1,
+            "bbox": [*entry["bbox"][:3], entry["bbox"][3] - (4 if number % 2 else 16)],
+            "score": 0.5 + number / 10,
+            "segmentation": as_text(entry["segmentation"]),
+        }
+        for number, entry in enumerate(entries)
+    ]
+    truth = GroundTruth(locate(tree, "val"), masks=detector == "masks")
+    found = truth.evaluate(results, backend)
+    for entry in entries:
+        rle = pycocotools.merge(pycocotools.frPyObjects(entry["segmentation"], 80, 80))
+        entry["area"] = int(pycocotools.area(rle))
+    assert [entry["area"] < 32**2 for entry in entries] == [True, True, True, False]
+    tree = write_tree(tmp_path / "with", entries, images=4, size=(80, 80))
+    for kind in truth.kinds:
+        expected = by_hand(locate(tree, "val"), results, kind).stats
+        np.testing.assert_allclose(list(found[kind].figures.values()), expected, atol=1e-9)
+    assert found["bbox"].figures["APs"] != found["bbox"].figures["APm"]
+
+
+def as_text(polygons):
+    rle = pycocotools.merge(pycocotools.frPyObjects(polygons, 80, 80))
+    return {"size": [80, 80], "counts": rle["counts"].decode()}
+
+
+ODD_BOXES = {  # what is no box in COCO's meaning, and what is said of it
+    "corners": ((30, 20, 60, 45), "1 of 2 boxes reach out of their images"),
+    "flat": ((10, 10, 20, 0), "under 1 pixel, or outside the image (first in picture-2.png)"),
+    "negative": ((30, 40, -20, -30), "under 1 pixel, or outside"),
+    "outside": ((70, 10, 20, 30), "under 1 pixel, or outside"),
+    "fractions": ((0.1, 0.1, 0.5, 0.5), "all its numbers from 0 to 1"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_BOXES)
+def test_odd_boxes_are_evaluated_as_by_pycocotools_and_said(tmp_path, kind):
+    box, said = ODD_BOXES[kind]
+    entries = [annotation(1), annotation(2, 2, 1, box, segmentation=None, area=600)]
+    paths = locate(write_tree(tmp_path, entries), "val")
+    truth = GroundTruth(paths, masks=False)
+    (line,) = truth.report("val")[1:]
+    assert said in line
+    assert any(said.partition(" (first")[0] in reason for _, reason in check_file(paths)[1])
+    results = [
+        {"image_id": image, "category_id": 1, "bbox": [10, 10, 20, 30], "score": 0.9}
+        for image in (1, 2)
+    ]
+    found = truth.evaluate(results)["bbox"]
+    expected = by_hand(paths, [{**r, "segmentation": None} for r in results], "bbox").stats
+    np.testing.assert_allclose(list(found.figures.values()), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("box", [[1, 2, 3, "4"], [1, 2, 3, "x"], [1, 2, True, 4], [1, 2, 3], None])
+def test_a_box_that_is_none_is_not_judged(tmp_path, box):
+    bad = {**annotation(2, 2), "bbox": box}
+    objects = GroundTruth(locate(write_tree(tmp_path, [annotation(), bad]), "val"), masks=True)
+    assert [kept["bbox"] for kept in objects.annotations["bbox"]] == [[10, 10, 20, 30]]
+    assert [kept["id"] for kept in objects.annotations["segm"]] == [1, 2]  # it has a mask
+    assert objects.lines == ["  not evaluated: 1 objects without a finite box of four numbers"]
+
+
+def test_what_cannot_be_judged_is_said(tmp_path):
+    bad = [annotation(), annotation(2, 2, segmentation=None), annotation(3, 2, bbox=(0, 0, 9, 9))]
+    bad[2]["bbox"][0] = float("nan")
+    bad.append(annotation(4, 3, iscrowd=1))
+    objects = GroundTruth(locate(write_tree(tmp_path, bad), "val"), True, ["cat", "cow", "dog"])
+    assert objects.report("val") == [
+        "val: 3 images, 1 of them without objects, 2 objects of 2 classes",
+        "  not evaluated: 1 objects without a finite box of four numbers",
+        "  ignored for masks: 1 objects without a usable mask",
+        "  ! 1 classes of the network are not among the categories, such as cow: their "
+        "detections are left out",
+    ]
+
+
+NO_MASKS = [
+    None,
+    [],
+    [[]],
+    [[1.0, 2.0, 3.0, 4.0]],
+    [1.0, 2.0, 3.0, 4.0],
+    [[10, 10], [30, 10], [30, 40]],
+    [{"size": [48, 64], "counts": [5, 5]}],
+    {"size": [48, 64], "counts": [0.5, 3071.5]},
+    {"size": [48, 64], "counts": [1, 2]},
+    {"size": [64, 48], "counts": [1, 3071]},
+    "text",
+    7,
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("segmentation", NO_MASKS)
+def test_an_object_without_a_mask_keeps_its_box(tmp_path, backend, segmentation):
+    """Box figures are pycocotools' on the same file; for masks the object is as a crowd."""
+    entries = [annotation(1), annotation(2, 2, 7), annotation(3, 2, 1, (30, 5, 30, 40))]
+    entries[1]["segmentation"] = segmentation
+    place = locate(write_tree(tmp_path, entries), "val")
+    whole = {"size": [48, 64], "counts": coco_masks.run_lengths(box_mask(10, 10, 20, 30))}
+    results = [
+        {"image_id": 1, "category_id": 1, "bbox": [11, 10, 20, 30], "score": 0.9},
+        {"image_id": 2, "category_id": 7, "bbox": [10, 10, 20, 28], "score": 0.8},
+    ]
+    text = coco_masks.to_rle(whole, 48, 64)["counts"].decode()
+    for result in results:
+        result["segmentation"] = {"size": [48, 64], "counts": text}
+    found = GroundTruth(place, masks=True).evaluate(results, backend)
+    expected = by_hand(place, results, "bbox")
+    np.testing.assert_allclose(list(found["bbox"].figures.values()), expected.stats, atol=1e-9)
+    assert found["bbox"].per_class["dog"] == pytest.approx(0.8, abs=0.11)
+    entries[1]["iscrowd"] = 1
+    entries[1]["segmentation"] = whole
+    place = locate(write_tree(tmp_path / "crowd", entries), "val")
+    expected = by_hand(place, results, "segm")
+    np.testing.assert_allclose(list(found["segm"].figures.values()), expected.stats, atol=1e-9)
+
+
+def box_mask(x, y, w, h):
+    mask = np.zeros(SIZE, dtype=bool)
+    mask[y : y + h, x : x + w] = True
+    return mask
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("added", [10**17, 2**64])
+def test_ids_of_any_size_give_the_same_figures(tmp_path, backend, added):
+    place, results = random_case(tmp_path)
+    expected = {kind: by_hand(place, results, kind).stats for kind in ("bbox", "segm")}
+    content = json.loads(place.annotations.read_text())
+    for entry in content["images"] + content["categories"] + content["annotations"]:
+        entry["id"] += added
+    for entry in content["annotations"] + results:
+        entry["image_id"] += added
+        entry["category_id"] += added
+    place.annotations.write_text(json.dumps(content))
+    before = json.dumps(results)
+    found = GroundTruth(place, masks=True).evaluate(results, backend)
+    assert json.dumps(results) == before
+    for kind, stats in expected.items():
+        np.testing.assert_allclose(list(found[kind].figures.values()), stats, atol=1e-9)
+        assert 0.05 < found[kind].figures["AP"] < 0.95
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_file_without_objects(tmp_path, backend, listed):
+    place = locate(write_tree(tmp_path, []), "val")
+    if not listed:
+        content = json.loads(place.annotations.read_text())
+        del content["annotations"]
+        place.annotations.write_text(json.dumps(content))
+    results = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 30], "score": 0.5}]
+    truth = GroundTruth(place, masks=False)
+    (summary,) = truth.evaluate(results, backend).values()
+    assert set(summary.figures.values()) == {-1.0}
+    assert truth.lines == ["  ! no object has a box: box AP will be -"]
+
+
+@pytest.mark.parametrize(("objects", "said"), [(100, False), (101, True)])
+def test_more_objects_than_coco_counts_detections_are_said(tmp_path, objects, said):
+    root = write_tree(tmp_path / "coco", [annotation(n) for n in range(1, objects + 1)])
+    lines = GroundTruth(locate(root, "val"), masks=False).report("val")
+    assert any("1 images have more than 100 objects" in line for line in lines) is said

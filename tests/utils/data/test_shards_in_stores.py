@@ -1,0 +1,195 @@
+"""Shards in a store: fsspec's own in memory, and a web server in this process that fails."""
+
+import http.server
+import multiprocessing
+import threading
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from helpers.shard_sets import make
+from helpers.trees import write_tree
+
+from tests.utils.data.test_shards import assert_same_images
+from tools.check_images import find_images
+from utils.data import loader, shards
+from utils.data.loader import ImageDataset
+from utils.data.shards import NAME, open_split, read_range, read_whole
+from utils.data.transforms import eval_transform
+from utils.system.errors import EXIT_FAILED, UserError
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """(class folders, the URL of the same images in shards)."""
+    monkeypatch.setattr(shards, "PAUSES", (0, 0, 0))
+    source = write_tree(tmp_path / "source", train=2, val=1)
+    local = make(monkeypatch, source, tmp_path / "local")
+    fs = fsspec.filesystem("memory")
+    fs.put(f"{local}/", "/bucket/data/", recursive=True)
+    yield source, "memory://bucket/data"
+    fs.rm("/bucket", recursive=True)
+
+
+def test_shards_in_a_store_are_the_folder(store):
+    source, url = store
+    for folder, in_shards in zip(open_split(str(source)), open_split(f"{url}/"), strict=True):
+        assert_same_images(folder, in_shards)
+    assert str(in_shards.path(0)) == f"{url}/val/val-00000.tar:a/0.png"
+    members, _ = find_images(url)
+    assert len(members) == 9
+
+
+def test_a_store_needs_the_index_whole_and_of_this_version(store, monkeypatch):
+    _, url = store
+    fs, name = fsspec.filesystem("memory"), f"/bucket/data/train/{NAME}"
+    whole = fs.cat_file(name)
+    fs.pipe(name, whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"train/{NAME}: damaged, cut short.*; make it where"):
+        open_split(url)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "VERSION", shards.VERSION + 1)
+        fs.pipe(name, whole)
+        with pytest.raises(UserError, match=rf"train/{NAME}: of an earlier version; make it where"):
+            open_split(url)
+    fs.rm(name)
+    with pytest.raises(UserError, match=rf"data/train: no {NAME} there, .* upload it with them"):
+        open_split(url)
+
+
+def test_another_shard_than_the_index_s_is_named(store):
+    _, url = store
+    _, val = open_split(url)
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/bucket/data/val/val-00000.tar", bytes(100_000))
+    with pytest.raises(UserError, match=r"val-00000\.tar:a/0\.png: the shard has changed since"):
+        val.path(0).read()
+
+
+def test_a_store_that_fails_is_asked_again(store, monkeypatch):
+    _, val = open_split(store[1])
+    failures = [TimeoutError("slow\ndown")] * 3
+    cat_file = MemoryFileSystem.cat_file
+
+    def flaky(*arguments, **options):
+        if failures:
+            raise failures.pop()
+        return cat_file(*arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", flaky)
+    assert val.path(0).read()
+    failures += [TimeoutError("slow\ndown")] * 8
+    with pytest.raises(UserError, match=r"val-00000\.tar: TimeoutError slow \(4 tries\); check"):
+        val.path(0).read()
+
+    # No image takes the place of one that a store does not give, and the run ends in a line.
+    dataset = ImageDataset(val, eval_transform(32, 1.0), skip_broken=True)
+    fault = dataset[0, 0]
+    assert isinstance(fault, UserError)
+    assert loader._collate([fault]) is fault
+
+
+def test_what_a_store_lacks(store):
+    _, url = store
+    assert read_whole(f"{url}/gone.txt") is None
+    _, val = open_split(url)
+    fsspec.filesystem("memory").rm("/bucket/data/val/val-00000.tar")
+    with pytest.raises(UserError, match=r"val-00000\.tar: no such file; see to it, and go on"):
+        val.path(0).read()
+    with pytest.raises(UserError, match=r"nowhere://bucket/train.*: Protocol not known: nowhere"):
+        open_split("nowhere://bucket")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def url_to_fs(url):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", url_to_fs)
+    with pytest.raises(UserError, match=r"s3://bucket/train.*: Install s3fs to access S3"):
+        open_split("s3://bucket")
+
+
+def _read_in_worker(path):
+    return read_range(path, 2, 3)
+
+
+def test_workers_open_files_of_their_own(tmp_path):
+    paths = []
+    for number in range(3):
+        paths.append(str(tmp_path / f"{number}.tar"))
+        Path(paths[-1]).write_bytes(b"01%d34567" % number)
+    assert [read_range(path, 2, 3) for path in paths] == [b"034", b"134", b"234"]
+    assert read_range(paths[0], 6, 9) == b"67"  # no more is there
+    for method in ("fork", "spawn"):
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            assert pool.map(_read_in_worker, paths * 2) == [b"034", b"134", b"234"] * 2
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves ranges of a folder's files; `faults` are done to the next answers, one each."""
+
+    faults: list
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        fault = self.faults.pop() if self.faults else None
+        file = Path(self.translate_path(self.path))
+        if isinstance(fault, int) or not file.is_file():
+            return self.send_error(fault or 404)
+        data, span = file.read_bytes(), self.headers.get("Range")
+        if span and fault != "whole":
+            first, last = map(int, span.removeprefix("bytes=").split("-"))
+            data = data[first : last + 1]
+        self.send_response(206 if span else 200)
+        told = data[:-1] if fault == "short" else data
+        self.send_header("Content-Length", str(len(told)))
+        self.end_headers()
+        self.wfile.write(told[: len(told) // 2] if fault == "drop" else told)
+        self.close_connection = True
+
+
+@pytest.fixture
+def web(store, tmp_path):
+    """(URL, the faults of its next answers) of the store's shards on a web server."""
+    pytest.importorskip("aiohttp", reason="http:// needs it")
+    faults: list = []
+
+    class Here(Handler):
+        def __init__(self, *arguments):
+            self.faults = faults
+            super().__init__(*arguments, directory=str(tmp_path / "local"))
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Here) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", faults
+        server.shutdown()
+
+
+def test_shards_on_a_web_server_are_the_folder(store, web):
+    url, faults = web
+    for folder, in_shards in zip(open_split(str(store[0])), open_split(url), strict=True):
+        assert_same_images(folder, in_shards)
+    image = in_shards.path(0)
+    whole = image.read()
+    for fault in ("drop", 429, 503):
+        faults += [fault] * 3
+        assert image.read() == whole
+        assert not faults
+        faults += [fault] * 4
+        with pytest.raises(UserError, match=r"val-00000\.tar: .* \(4 tries\); check") as end:
+            image.read()
+        assert end.value.exit_code == EXIT_FAILED
+        assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize("fault", ["whole", "short"])
+def test_a_server_that_sends_another_number_of_bytes_is_named(web, fault):
+    """Without ranges its answer is the beginning of the file, and not the image."""
+    url, faults = web
+    _, val = open_split(url)
+    faults.append(fault)
+    with pytest.raises(UserError, match=r"sent .* bytes for .*: the server ignores ranges or br"):
+        val.path(0).read()

@@ -1,0 +1,134 @@
+"""Crops, flips and sizes are torchvision's bit for bit, without its import; timm's RandAugment."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import auto_augment
+from torchvision.transforms import v2
+
+from utils.data.transforms import (
+    IMAGENET_MEAN,
+    eval_transform,
+    is_timm_augment,
+    random_crop,
+    random_flip,
+    train_transform,
+)
+
+SIDES = [(500, 375), (375, 500), (64, 64), (28, 28), (5, 60), (33, 20), (224, 256), (1, 1)]
+SIZES = [(224, 0.875), (64, 1), (31, 0.85), (40, 1.25), (7, 0.3)]  # 1.25: a black frame around it
+
+
+def random_image(height: int, width: int, channels_last: bool) -> torch.Tensor:
+    chance = torch.Generator().manual_seed(height)
+    pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=chance)
+    image = pixels.permute(2, 0, 1)  # as a decoder gives it
+    return image if channels_last else image.contiguous()
+
+
+@pytest.mark.parametrize("capability", [None, "DEFAULT"])  # torchvision then resizes in float32
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("height", "width"), SIDES)
+@pytest.mark.parametrize(("img_size", "crop_pct"), SIZES)
+def test_pixels_are_torchvisions(
+    height, width, img_size, crop_pct, channels_last, capability, monkeypatch
+):
+    if capability is not None:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    image = random_image(height, width, channels_last)
+    theirs = v2.Compose([v2.Resize(round(img_size / crop_pct)), v2.CenterCrop(img_size)])
+    assert torch.equal(eval_transform(img_size, crop_pct)(image), theirs(image))
+
+
+@pytest.mark.parametrize(("height", "width"), SIDES)
+@pytest.mark.parametrize(("img_size", "crop_pct"), SIZES)
+def test_pixels_of_pil_images_are_torchvisions(height, width, img_size, crop_pct):
+    image = Image.fromarray(random_image(height, width, True).permute(1, 2, 0).numpy())
+    theirs = v2.Compose([v2.Resize(round(img_size / crop_pct)), v2.CenterCrop(img_size)])
+    assert np.array_equal(eval_transform(img_size, crop_pct)(image), theirs(image))
+
+
+@pytest.mark.parametrize("kind", ["channels_last", "contiguous", "pil"])
+@pytest.mark.parametrize(("height", "width"), [*SIDES, (60, 5)])
+@pytest.mark.parametrize("min_scale", [0.08, 0.5, 1.0])
+def test_random_crops_and_flips_are_torchvision_s(height, width, min_scale, kind):
+    """By the same draws, so that a seed means the same pixels; a scale of 1 often fits nowhere."""
+    image = random_image(height, width, kind != "contiguous")
+    if kind == "pil":
+        image = Image.fromarray(image.permute(1, 2, 0).numpy())
+    crop = v2.RandomResizedCrop(48, scale=(min_scale, 1.0), antialias=True)
+    theirs = v2.Compose([crop, v2.RandomHorizontalFlip(0.5)])
+    ours = train_transform(48, min_scale, 0.5)
+    for seed in range(10):
+        made, drawn = [], []
+        for transform in (theirs, ours):
+            torch.manual_seed(seed)
+            made.append(np.asarray(transform(image)))
+            drawn.append(torch.rand(()).item())
+        assert np.array_equal(*made)
+        assert drawn[0] == drawn[1]
+
+
+NOISY = "rand-m7-mstd0.5-inc1"
+
+
+def test_rand_augment_is_timm_s():
+    """What A1 to A3 name, with timm's own defaults but for the colour of what is outside."""
+    ours = train_transform(64, 1.0, 0.0, NOISY)
+    colour = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+    theirs = auto_augment.rand_augment_transform(NOISY, {"img_mean": colour})
+    image = random_image(64, 64, True)
+    for seed in range(60):
+        torch.manual_seed(seed)
+        made = ours(image)
+        torch.manual_seed(seed)
+        random_flip(random_crop(image, 64, 1.0), 0.0)  # draws before it
+        chance = int(torch.randint(2**32, ()).item())
+        random.seed(chance)
+        np.random.seed(chance)  # noqa: NPY002
+        expected = theirs(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        assert np.array_equal(made.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_rand_augment_is_a_function_of_torch_s_seed_alone():
+    transform = train_transform(32, 0.5, 0.5, NOISY, 0.5)
+    image = random_image(60, 90, True)
+    for given in (image, Image.fromarray(image.permute(1, 2, 0).numpy())):
+        made = []
+        for seed in (1, 1, *range(2, 40)):
+            torch.manual_seed(seed)
+            former = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+            made.append(transform(given))
+            assert former == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+            random.random(), np.random.rand()  # noqa: NPY002 - which changes nothing
+        assert made[0].shape == (3, 32, 32)
+        assert made[0].dtype == torch.uint8
+        assert torch.equal(made[0], made[1])
+        assert len({view.numpy().tobytes() for view in made}) == len(made) - 1
+
+
+def test_the_largest_magnitude_is_taken_by_every_operation():
+    """At 10 timm leaves a posterized image no bit, which Pillow refuses."""
+    transform = train_transform(16, 1.0, 0.0, "rand-m10-mstd5-inc1")
+    torch.manual_seed(0)
+    for _ in range(300):
+        assert transform(random_image(16, 16, True)).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        (NOISY, True),
+        ("rand-m6.5-mstd1-inc1", True),
+        ("rand-m10-mstd0-inc1", True),
+        ("rand-m11-mstd0.5-inc1", False),
+        ("rand-m7-mstd0.5", False),  # timm's other set of operations
+        ("rand-m-mstd0.5-inc1", False),
+        ("rand", False),
+    ],
+)
+def test_which_names_of_timm_s_are_known(text, known):
+    assert is_timm_augment(text) is known

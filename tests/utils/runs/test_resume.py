@@ -1,0 +1,34 @@
+"""What may change when a run goes on, and what may not."""
+
+import contextlib
+from dataclasses import fields, replace
+from pathlib import Path
+
+from helpers.tiny_runs import RECIPE, RUN, tiny_run
+
+from utils.config.classification import Recipe
+from utils.config.detection import DetectionRecipe
+from utils.runs.checkpoint import Checkpoint
+from utils.runs.resume import refuse_changes
+from utils.system.errors import UserError
+
+
+def test_each_field_of_a_recipe_is_free_or_refused_inside_an_epoch():
+    """What is not listed as free changes an epoch's images or its loss, as will each new field."""
+    at_step = tiny_run(progress={**RUN["progress"], "epoch": 1, "step": 2})
+    for recipe, free in (
+        (Recipe(**RECIPE), "lr epochs early_stop schedule lr_step lr_decay warmup_epochs momentum"),
+        (DetectionRecipe(), "lr epochs lr_steps lr_decay warmup_steps momentum clip"),
+    ):
+        saved = {**at_step, "recipe": recipe.as_dict()}
+        run = Checkpoint.of(Path("x"), saved).run
+        allowed = set()
+        for field in fields(recipe):
+            changed = replace(recipe, **{field.name: "another"})
+            with contextlib.suppress(UserError):
+                refuse_changes(run, changed, None, 24, RUN["train_digest"])
+                allowed.add(field.name)
+            if field.name not in ("optimizer", "norm_decay", "freeze", "layer_decay"):
+                refuse_changes(run, changed, None, 24, RUN["train_digest"], at_epoch=1)
+        more = {"weight_decay", "clip_grad", "ema", "accumulate", "sync_bn", "crop_pct"}
+        assert allowed == {*free.split(), *more} & {field.name for field in fields(recipe)}

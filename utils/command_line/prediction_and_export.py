@@ -1,0 +1,306 @@
+"""Defines the flags of predict.py and export.py, and settles what depends on the checkpoint."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from utils.command_line.parser import Parser
+from utils.config.flags import count, crop, fraction, number, positive_int
+from utils.data.decoding import DECODERS, decoder_name
+from utils.inspection.export import NEEDS
+from utils.inspection.exported_network import LARGEST_SIZE
+from utils.inspection.predictions import FORMATS
+from utils.system.backends import DTYPES
+from utils.system.errors import UserError
+
+
+def prediction_parser(description: str) -> Parser:
+    parser = Parser(description=description)
+    parser.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        help="of main.py, of detect_main.py, or released weights; or a file of export.py (.onnx, "
+        ".xml)",
+    )
+    parser.add_argument(
+        "images",
+        metavar="IMAGES",
+        nargs="+",
+        help="files, folders, quoted patterns, or - for one path a line on standard input",
+    )
+    _add_output_flags(parser)
+    _add_input_flags(parser)
+    return parser
+
+
+def _add_output_flags(parser: Parser) -> None:
+    """Adds the flags for what is said and drawn."""
+    parser.add_argument("-k", "--topk", type=positive_int, metavar="K", help="classes (default: 5)")
+    parser.add_argument(
+        "--min-score",
+        type=fraction,
+        metavar="F",
+        help="detectors: show objects from this score on (default: 0.5); files hold all",
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, default="table", help="on standard output (default: table)"
+    )
+    parser.add_argument(
+        "--maps",
+        action="store_true",
+        default=None,
+        help="write each image with its class-activation map",
+    )
+    parser.add_argument(
+        "--map-stage",
+        type=positive_int,
+        metavar="N",
+        help="of this feature map, 1 the finest (default: the last with at least 4 x 4 positions)",
+    )
+    parser.add_argument(
+        "--grid",
+        action="store_true",
+        help="write one picture of all images, of the first 400 at most (detectors: 100)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder for predictions.csv, predictions.json and the pictures (default with --maps "
+        "or --grid: runs/predict-N, a new one)",
+    )
+
+
+def _add_input_flags(parser: Parser) -> None:
+    """Adds the flags for how images are read and the network is run."""
+    parser.add_argument(
+        "--names", metavar="FILE", help="class names, one a line (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--img-size", type=positive_int, metavar="S", help="pixels (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--crop-pct",
+        type=crop,
+        metavar="F",
+        help="share of the resized image that is kept (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        default=None,
+        help="BatchNorm folded, ECA's gate before the last convolution, --amp as weights",
+    )
+    parser.add_argument(
+        "--amp",
+        choices=DTYPES,
+        help="with --fast (default: bf16 where the device is faster in it, else off)",
+    )
+    parser.add_argument(
+        "--decoder",
+        type=decoder_name,
+        metavar="NAME",
+        help=f"{', '.join(DECODERS)}: as for main.py",
+    )
+    parser.add_argument("-b", "--batch-size", type=positive_int, metavar="N", help="default: 32")
+    parser.add_argument(
+        "-j",
+        "--workers",
+        type=count,
+        metavar="N",
+        help="loader processes (default: 4, or what the machine has; none for a few images)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+
+
+def refuse_for_exported(given: dict[str, Any]) -> None:
+    """Refuses flags that a file of export.py has no use for.
+
+    Args:
+        given: {flag: value, None where it was left out}.
+
+    Raises:
+        UserError: one of them was given.
+    """
+    for name, reason in {
+        "fast": "an exported network is rebuilt already",
+        "amp": "an exported network has a precision of its own",
+        "maps": "maps are made from gradients, which an exported network has none of",
+    }.items():
+        if given[name]:
+            raise UserError(f"--{name}: {reason}; leave it out, or give the checkpoint")
+    if given["device"] not in ("auto", "cpu"):
+        raise UserError(
+            f"--device {given['device']}: {given['checkpoint']} is run on the CPU; leave it out, "
+            "or give the checkpoint"
+        )
+
+
+# The flags that one kind of network alone uses, with their defaults.
+OF_CLASSIFIERS = {
+    "topk": 5,
+    "maps": False,
+    "map_stage": None,
+    "names": None,
+    "img_size": None,
+    "crop_pct": None,
+    "fast": False,
+    "amp": None,
+    "decoder": DECODERS[0],
+    "batch_size": 32,
+    "workers": None,
+}
+OF_DETECTORS = {"min_score": 0.5}
+
+
+def settle_prediction(given: dict[str, Any], detector: bool) -> dict[str, Any]:
+    """Returns the flags with defaults, once it is known what kind of network the checkpoint holds.
+
+    Args:
+        given: {flag: value, None where it was left out}.
+
+    Raises:
+        UserError: a flag was given that this kind does not use.
+    """
+    used, unused = OF_CLASSIFIERS, OF_DETECTORS
+    kind, at_work = "classifier", "detectors"
+    if detector:
+        used, unused, kind, at_work = unused, used, "detector", "classifiers"
+    for name in unused:
+        if given[name] is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} is for {at_work}, and {given['checkpoint']} holds a "
+                f"{kind}: leave it out"
+            )
+    if given["map_stage"] is not None and not given["maps"]:
+        raise UserError("--map-stage says which map --maps writes: add --maps, or leave it out")
+    if given["amp"] is not None and not given["fast"]:
+        raise UserError("--amp says in what --fast computes: add --fast, or leave it out")
+    if given["fast"] and given["maps"]:
+        raise UserError("--maps takes gradients, which --fast leaves no way to: give one of them")
+    return given | {name: used[name] for name in used if given[name] is None}
+
+
+DEFAULT = ("onnx", "pt2", "safetensors")
+TRACED = frozenset({"onnx", "pt2", "openvino"})  # made from the network's graph
+IN_INT8 = ("onnx", "openvino")
+OF_ENDING = {".onnx": "onnx", ".pt2": "pt2", ".safetensors": "safetensors", ".xml": "openvino"}
+OF_INT8 = {"calibration_images": 512, "max_drop": 1.0}
+
+
+def export_parser(description: str) -> Parser:
+    parser = Parser(description=description)
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="of main.py, of detect_main.py, or released weights"
+    )
+    parser.add_argument(
+        "--to",
+        metavar="FORMAT",
+        nargs="+",
+        choices=tuple(NEEDS),
+        help="onnx, pt2, safetensors (default: these three; with --int8: onnx), openvino, "
+        "hf (a folder for Hugging Face); a detector: onnx",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder of the files (default: the checkpoint's own), or the file of one format, such "
+        "as deploy/bees.onnx",
+    )
+    parser.add_argument(
+        "--no-fold",
+        action="store_true",
+        help="onnx, openvino and pt2: keep BatchNorm instead of folding it into the convolutions",
+    )
+    parser.add_argument(
+        "--img-size",
+        type=number(int, 1, LARGEST_SIZE),
+        metavar="S",
+        help="pixels, recorded in the files (default: the checkpoint's); up to 32, a .pt2 takes "
+        "this size alone",
+    )
+    parser.add_argument(
+        "--int8",
+        metavar="DATA",
+        help="onnx and openvino in 8 bits: calibrated on images of DATA/train, top-1 compared on "
+        "DATA/val with float32's; as for main.py, demo:digits included",
+    )
+    parser.add_argument(
+        "--calibration-images",
+        type=positive_int,
+        metavar="N",
+        help=f"images of DATA/train (default: {OF_INT8['calibration_images']})",
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=number(float, 0, 100),
+        metavar="P",
+        help="points of top-1 that int8 may lose; it is not written where it loses more "
+        f"(default: {OF_INT8['max_drop']:g})",
+    )
+    return parser
+
+
+def settle_export(args: Namespace) -> Namespace:
+    """Fills in the defaults that depend on other flags.
+
+    Raises:
+        UserError: flags that do not go together.
+    """
+    int8 = args.int8 is not None
+    if (named := format_of(args.output)) and {*(args.to or [named])} != {named}:
+        raise UserError(
+            f"--output {args.output} is a file, and --to makes {', '.join(args.to)}: give a "
+            f"folder, or --to {named} alone"
+        )
+    args.to = args.to or ([named] if named else None)
+    args.to = list(dict.fromkeys(args.to or (("onnx",) if int8 else DEFAULT)))
+    if int8 and (others := [name for name in args.to if name not in IN_INT8]):
+        raise UserError(
+            f"--int8 makes onnx and openvino: leave {', '.join(others)} out, or export it without "
+            "--int8"
+        )
+    if args.no_fold and int8:
+        raise UserError("--int8 needs BatchNorm folded: leave --no-fold out")
+    if args.no_fold and not TRACED & set(args.to):
+        raise UserError(
+            "--no-fold is for onnx, openvino and pt2, and the others hold BatchNorm as it is: "
+            "leave it out"
+        )
+    for name, default in OF_INT8.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not int8:
+            raise UserError(f"--{name.replace('_', '-')} goes with --int8 DATA")
+    return args
+
+
+def format_of(output: str | None) -> str | None:
+    """Returns the format that --output names by its ending; None for a folder's name."""
+    path = Path(output or "")
+    return None if path.is_dir() else OF_ENDING.get(path.suffix)
+
+
+def refuse_for_detector(args: Namespace) -> None:
+    """Refuses flags that do nothing with a detector, which is written as ONNX alone.
+
+    Args:
+        args: the flags as they were typed.
+
+    Raises:
+        UserError: one line with the flag.
+    """
+    named = format_of(args.output)
+    others = [name for name in args.to or ([named] if named else ()) if name != "onnx"]
+    if others:
+        raise UserError(
+            f"--to {others[0]}: {args.checkpoint} holds a detector, which is written as onnx alone"
+        )
+    for flag, value in {
+        "--int8": args.int8,
+        "--img-size": args.img_size,
+        "--no-fold": args.no_fold or None,
+    }.items():
+        if value is not None:
+            raise UserError(
+                f"{flag} is for classifiers, and {args.checkpoint} holds a detector: leave it out"
+            )

@@ -1,1 +1,0 @@
-"""Parameters and FLOPs by named conventions, beside the published figures."""

@@ -1,0 +1,301 @@
+"""Reads a COCO split as training samples: objects as arrays, images one by one.
+
+What cannot be trained on is dropped, counted and said; an image of another size than stated ends
+the run with one line that names it.
+"""
+
+import os
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from utils.data import coco_masks
+from utils.data.coco import (
+    CROWD,
+    Annotation,
+    CocoFile,
+    CocoPaths,
+    Image,
+    ObjectNotes,
+    clip_box,
+    shown,
+)
+from utils.data.decoding import BrokenImageError, read_image
+from utils.data.sampler import Key, mix_seed
+from utils.system.errors import UserError
+from utils.system.text import printable
+
+Target = dict[str, torch.Tensor]
+
+
+class TextArray:
+    """Holds strings in two numpy arrays: a million Python objects are copied into every worker.
+
+    Args:
+        data: the strings, one after the other. ends: (N,) where each ends in `data`, in bytes.
+    """
+
+    def __init__(self, data: bytes | bytearray, ends: Sequence[int] | np.ndarray):
+        self.data = np.frombuffer(data, dtype=np.uint8)
+        self.ends = np.concatenate([[0], np.asarray(ends, dtype=np.int64)])
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.data[self.ends[index] : self.ends[index + 1]].tobytes()
+
+    def select(self, indices: np.ndarray) -> "TextArray":
+        """Returns the strings at `indices`."""
+        data = bytearray()
+        for index in indices:
+            data += self.data[self.ends[index] : self.ends[index + 1]].data
+        return TextArray(data, np.cumsum(np.diff(self.ends)[indices]))
+
+
+@dataclass
+class CocoSplit:
+    """Holds images, classes and objects of one JSON, in arrays that loader processes share.
+
+    Attributes:
+        folder: of the images.
+        image_ids, file_names, sizes: of each image; sizes are (N, 2) height and width.
+        category_ids, classes: ids and names, by id; a class's index is its position here.
+        starts: (N + 1,); objects starts[i] to starts[i + 1] are image i's.
+        boxes: (M, 4) float32 x1, y1, x2, y2 inside the image.
+        labels: (M,) int64 class indices.
+        masks: for each object its segmentation as JSON; None without masks.
+        notes: lines that say what was left out, and what is odd.
+    """
+
+    folder: Path
+    image_ids: list[int]  # of any size, which numpy's integers are not
+    file_names: list[str]
+    sizes: np.ndarray
+    category_ids: list[int]
+    classes: list[str]
+    starts: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    masks: TextArray | None
+    notes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    def report(self, name: str) -> list[str]:
+        """Returns lines that say what is in the split and what was left out of it."""
+        empty = int((np.diff(self.starts) == 0).sum())
+        note = f", {empty:,} of them without objects" if empty else ""
+        head = (
+            f"{name}: {len(self):,} images{note}, {len(self.labels):,} objects of "
+            f"{len(self.classes)} classes"
+        )
+        return [head, *self.notes]
+
+    def select(self, keep: np.ndarray) -> "CocoSplit":
+        """Returns the split with the images at the indices `keep` only."""
+        spans = [np.arange(self.starts[i], self.starts[i + 1]) for i in keep]
+        objects = np.concatenate([np.empty(0, dtype=np.int64), *spans]).astype(np.int64)
+        counts = np.diff(self.starts)[keep]
+        return CocoSplit(
+            self.folder,
+            [self.image_ids[i] for i in keep],
+            [self.file_names[i] for i in keep],
+            self.sizes[keep],
+            self.category_ids,
+            self.classes,
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            self.boxes[objects],
+            self.labels[objects],
+            None if self.masks is None else self.masks.select(objects),
+            self.notes,
+        )
+
+
+def load_split(
+    paths: CocoPaths,
+    masks: bool = False,
+    drop_crowds: bool = True,
+    drop_empty: bool = False,
+) -> CocoSplit:
+    """Reads and checks one split.
+
+    Args:
+        paths: its images and annotations.
+        masks: read segmentations, and drop objects that have none.
+        drop_crowds: leave out groups marked iscrowd, whose one box is around many objects.
+        drop_empty: leave out images without objects; else they train as background.
+
+    Raises:
+        UserError: see `CocoFile`; an image file is missing; no object of the training part is left
+            to train on.
+    """
+    file = CocoFile(paths)
+    names = [image.file_name for image in file.images]
+    refuse_missing(paths, names)
+    index_of = {image.id: index for index, image in enumerate(file.images)}
+    label_of = {key: label for label, key in enumerate(file.categories)}
+    notes = ObjectNotes()
+    images, labels, boxes = array("q"), array("q"), array("f")
+    texts, ends = bytearray(), array("q")
+    for entry, image in file.objects():
+        box = _trainable_box(entry, image, masks, drop_crowds)
+        if isinstance(box, str):
+            notes.drop(box, index_of[image.id], image)
+            continue
+        notes.use(entry.bbox, image)
+        images.append(index_of[image.id])
+        labels.append(label_of[entry.category_id])
+        boxes.extend(box)
+        if masks:
+            texts += msgspec.json.encode(entry.segmentation)
+            ends.append(len(texts))
+    if paths.part == "train" and not labels:
+        raise notes.refusal(paths.annotations)
+    of_image = np.array(images, dtype=np.int64)
+    order = np.argsort(of_image, kind="stable")
+    counts = np.bincount(of_image, minlength=len(names))
+    cut = notes.cut_line(" and are cut")
+    split = CocoSplit(
+        paths.images,
+        [image.id for image in file.images],
+        names,
+        np.array([(image.height, image.width) for image in file.images]),
+        list(file.categories),
+        list(file.categories.values()),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        np.array(boxes, dtype=np.float32).reshape(-1, 4)[order],
+        np.array(labels, dtype=np.int64)[order],
+        TextArray(texts, ends).select(order) if masks else None,
+        [*notes.dropped_lines(), *([f"  ! {cut}"] if cut else [])],
+    )
+    return split.select(np.flatnonzero(counts)) if drop_empty else split
+
+
+def _trainable_box(
+    entry: Annotation, image: Image, masks: bool, drop_crowds: bool
+) -> tuple[float, float, float, float] | str:
+    """Returns an object's box as x1, y1, x2, y2 inside the image, or why it is left out."""
+    if drop_crowds and entry.iscrowd:
+        return CROWD
+    box = clip_box(entry.bbox, image.height, image.width)
+    if isinstance(box, str) or not masks:
+        return box
+    return coco_masks.mask_fault(entry.segmentation, image.height, image.width, box) or box
+
+
+def refuse_missing(paths: CocoPaths, names: Sequence[str]) -> None:
+    """Looks for each file name of a split in the folder of images.
+
+    Raises:
+        UserError: some are missing, or a link leads out of the folder; it names one.
+    """
+    missing = [name for name in names if not os.path.isfile(os.path.join(paths.images, name))]
+    if not missing:
+        _refuse_outside(paths, names)
+        return
+    name = missing[0]
+    if "://" in name:
+        remedy = "download the images, and write their names instead of addresses"
+    elif "\\" in name:
+        remedy = "file_name has \\ between folders: write / there"
+    else:
+        remedy = f"name the folder with --{paths.part}-images"
+    raise UserError(
+        f"{paths.images}: {len(missing):,} of {len(names):,} images are missing, such as "
+        f"{shown(name)}; {remedy}"
+    )
+
+
+def _refuse_outside(paths: CocoPaths, names: Sequence[str]) -> None:
+    """Refuses images to which a link leads that leaves their folder: a stranger may have made it.
+
+    The folder itself may be a link: that is the user's own arrangement.
+    """
+    if paths.anywhere:
+        return
+    home = os.path.realpath(paths.images) + os.sep
+    real: dict[str, str] = {}  # folder -> where it is without links
+    for name in names:
+        folder, file = os.path.split(os.path.join(paths.images, name))
+        if folder not in real:
+            real[folder] = os.path.realpath(folder)
+        target = os.path.join(real[folder], file)
+        if os.path.islink(target):
+            target = os.path.realpath(target)
+        if not target.startswith(home):
+            raise UserError(
+                f"{paths.images}: {shown(name)} is a link to {shown(target)}, outside of that "
+                "folder; give --images-anywhere if it is yours"
+            )
+
+
+class CocoDataset(Dataset):
+    """Gives samples by (epoch, index): (uint8 (3, H, W), target, image id), or the fault.
+
+    A target has boxes (n, 4) float32, labels (n,) int64 and, where the split has them, masks
+    (n, H, W) uint8. An image without objects has n = 0.
+
+    Args:
+        split: what to read.
+        first_label: the label of the split's first class.
+        hflip: probability of a mirrored image, drawn from (seed, epoch, index) alone.
+    """
+
+    def __init__(self, split: CocoSplit, first_label: int, hflip: float = 0.0, seed: int = 0):
+        self.split, self.first_label, self.hflip, self.seed = split, first_label, hflip, seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(
+        self, key: Key
+    ) -> tuple[torch.Tensor, Target, int] | BrokenImageError | UserError:
+        epoch, index = key
+        path = self.split.folder / self.split.file_names[index]
+        try:
+            image = read_image(str(path))
+        except (BrokenImageError, UserError) as error:
+            return error
+        height, width = self.split.sizes[index].tolist()
+        if image.shape[1:] != (height, width):
+            return BrokenImageError(
+                printable(str(path)),
+                f"{image.shape[2]}x{image.shape[1]} pixels, "
+                f"but {width}x{height} in the annotations",
+            )
+        target = self._target(index, height, width)
+        if self.hflip and torch.rand((), generator=self._chance(epoch, index)) < self.hflip:
+            image, target = image.flip(-1), mirror(target, width)
+        return image, target, self.split.image_ids[index]
+
+    def _chance(self, epoch: int, index: int) -> torch.Generator:
+        return torch.Generator().manual_seed(mix_seed(self.seed, epoch, index))
+
+    def _target(self, index: int, height: int, width: int) -> Target:
+        split = self.split
+        span = slice(int(split.starts[index]), int(split.starts[index + 1]))
+        target = {
+            "boxes": torch.from_numpy(split.boxes[span].copy()),
+            "labels": torch.from_numpy(split.labels[span] + self.first_label),
+        }
+        if split.masks is not None:
+            masks = np.zeros((span.stop - span.start, height, width), dtype=np.uint8)
+            for i, number in enumerate(range(span.start, span.stop)):
+                segmentation = msgspec.json.decode(split.masks[number])
+                masks[i] = coco_masks.decode(coco_masks.to_rle(segmentation, height, width))
+            target["masks"] = torch.from_numpy(masks)
+        return target
+
+
+def mirror(target: Target, width: int) -> Target:
+    """Returns the target of the mirrored image."""
+    x1, y1, x2, y2 = target["boxes"].unbind(1)
+    flipped = {**target, "boxes": torch.stack([width - x2, y1, width - x1, y2], 1)}
+    if "masks" in target:
+        flipped["masks"] = target["masks"].flip(2)
+    return flipped

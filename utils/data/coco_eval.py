@@ -1,0 +1,371 @@
+"""Computes COCO's twelve figures: the objects with ids and areas filled in, and detections.
+
+faster-coco-eval does the counting where it is installed, else pycocotools; their figures agree.
+"""
+
+import contextlib
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from utils.data import coco_masks
+from utils.data.coco import (
+    Annotation,
+    CocoFile,
+    CocoPaths,
+    Image,
+    ObjectNotes,
+    box_fault,
+    clip_box,
+    shown,
+)
+from utils.system.distributed import Context, share
+from utils.system.errors import UserError
+from utils.system.files import write_atomically
+
+FIGURES = (
+    "AP",
+    "AP50",
+    "AP75",
+    "APs",
+    "APm",
+    "APl",
+    "AR1",
+    "AR10",
+    "AR100",
+    "ARs",
+    "ARm",
+    "ARl",
+)
+BACKENDS = ("faster-coco-eval", "pycocotools")
+MASK_THRESHOLD = 0.5
+MOST_DETECTIONS = 100  # of an image, in COCO's figures
+KINDS = {"bbox": "box", "segm": "mask"}  # COCO's words, and the columns'
+
+Result = dict[str, Any]  # of one detection: image_id, category_id, score, bbox, segmentation
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Holds what COCO reports for boxes or for masks, from 0 to 1; -1 where there was no object.
+
+    Attributes:
+        figures: `FIGURES` to values. AP is the mean over IoU 0.50 to 0.95; s, m, l are objects
+            under 32², under 96² and over; ARn allows n detections an image.
+        per_class: class name to AP.
+    """
+
+    figures: dict[str, float]
+    per_class: dict[str, float]
+
+
+def to_results(
+    found: dict[str, torch.Tensor],
+    image_id: int,
+    category_ids: Sequence[int | None],
+    first_label: int,
+) -> list[Result]:
+    """Returns one image's detections in COCO's result format.
+
+    Args:
+        found: boxes (n, 4) as x1, y1, x2, y2, labels (n,), scores (n,), and with masks (n, 1, H, W)
+            from 0 to 1, all in the pixels of the image file.
+        category_ids: id of the class that has the label `first_label`, of the next one, and so on.
+            None for a class that the file does not know; its detections are left out.
+
+    Raises:
+        UserError: a box or score is not finite.
+    """
+    known = [
+        i
+        for i, k in enumerate(found["labels"].tolist())
+        if category_ids[k - first_label] is not None
+    ]
+    if len(known) < len(found["labels"]):
+        found = {name: value[known] for name, value in found.items()}
+    boxes, scores = found["boxes"].float().cpu(), found["scores"].float().cpu()
+    if not (boxes.isfinite().all() and scores.isfinite().all()):
+        raise UserError(
+            f"image {image_id}: a detection is not finite; the weights are ruined, or --amp fp16 "
+            "overflows"
+        )
+    corners, sizes = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    results: list[Result] = [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label - first_label],
+            "bbox": box,
+            "score": score,
+        }
+        for box, label, score in zip(
+            torch.cat([corners, sizes], 1).tolist(),
+            found["labels"].tolist(),
+            scores.tolist(),
+            strict=True,
+        )
+    ]
+    if "masks" in found:
+        masks = (found["masks"][:, 0] > MASK_THRESHOLD).cpu().numpy()
+        for result, mask in zip(results, coco_masks.encode(masks), strict=True):
+            result["segmentation"] = mask
+    return results
+
+
+def gather(results: list[Result], context: Context) -> list[Result] | None:
+    """Returns all ranks' results, by image, on rank 0; None on the others."""
+    if context.world_size > 1:
+        parts: list | None = [None] * context.world_size if context.is_main else None
+        dist.gather_object(results, parts, 0, group=context.votes)
+        if parts is None:
+            return None
+        results = [result for part in parts for result in part]
+    return sorted(results, key=lambda result: result["image_id"])
+
+
+def write_results(path: Path, results: list[Result]) -> None:
+    """Writes detections as COCO's servers and tools read them."""
+    write_atomically(path, json.dumps(results).encode())
+
+
+class GroundTruth:
+    """Holds a COCO file's objects, and evaluates detections by COCO's rules.
+
+    Boxes are evaluated on every object with a finite box. An object without a usable mask is
+    ignored where masks are: its box is a crowd's, in which detections are neither right nor wrong.
+
+    Images, classes and objects are numbered from 1 here, as COCO's code reads ids into floats,
+    which tell no two integers above 2^53 from one another.
+
+    Args:
+        paths: the annotations.
+        masks: whether masks are evaluated, too.
+        classes: names that are reported besides the file's own; their AP is -1.
+
+    Attributes:
+        kinds: what is evaluated: "bbox", and "segm" with masks.
+        image_numbers, class_numbers: the file's id → number, by id.
+        names: of the classes. other_names: those of `classes` that the file lacks.
+        annotations: of each kind, with all that the evaluation reads.
+
+    Raises:
+        UserError: the file is no COCO file, see `CocoFile`; no evaluator is installed.
+    """
+
+    def __init__(self, paths: CocoPaths, masks: bool, classes: Sequence[str] = ()):
+        find_backend()  # now, and not after an epoch of training
+        file = CocoFile(paths)
+        images = {image.id: image for image in file.images}
+        self.image_numbers = {key: number for number, key in enumerate(sorted(images), 1)}
+        self.class_numbers = {key: number for number, key in enumerate(file.categories, 1)}
+        self.sizes = [(images[key].height, images[key].width) for key in self.image_numbers]
+        self.names = list(file.categories.values())
+        self.other_names = [name for name in classes if name not in self.names]
+        self.kinds = ("bbox", "segm") if masks else ("bbox",)
+        self.annotations: dict[str, list[dict]] = {kind: [] for kind in self.kinds}
+        self.without_box = self.without_mask = 0
+        self.odd = ObjectNotes()
+        for entry, image in file.objects():
+            self._add(entry, image)
+
+    def _add(self, entry: Annotation, image: Image) -> None:
+        """Adds an object to the kinds in which it can be evaluated."""
+        size = image.height, image.width
+        box = None if box_fault(entry.bbox) else [float(value) for value in entry.bbox]
+        segm = "segm" in self.kinds
+        area = entry.area
+        has_area = coco_masks.is_finite(area) and area >= 0
+        mask = None
+        if segm or not has_area:
+            mask = coco_masks.to_rle(entry.segmentation, *size)
+        self.without_box += box is None
+        self.without_mask += segm and mask is None
+        if not has_area:  # COCO's area is the mask's, also where boxes are evaluated
+            area = coco_masks.area(mask) if mask else box[2] * box[3] if box else 0
+        common = {
+            "image_id": self.image_numbers[entry.image_id],
+            "category_id": self.class_numbers[entry.category_id],
+            "iscrowd": entry.iscrowd,
+            "area": float(area),
+        }
+        if box:
+            self._append("bbox", {**common, "bbox": box})
+        if segm and mask:
+            self._append("segm", {**common, "segmentation": mask})
+        elif segm and box and (mask := coco_masks.of_box(box, *size)):
+            self._append("segm", {**common, "segmentation": mask, "iscrowd": 1})
+        if box and not entry.iscrowd:
+            self._look_at(box, mask if segm else None, image)
+
+    def _look_at(self, box: list[float], mask: dict[str, Any] | None, image: Image) -> None:
+        """Counts an object that no detection can match, though it is evaluated as COCO does."""
+        index = self.image_numbers[image.id]
+        inside = clip_box(box, image.height, image.width)
+        if isinstance(inside, str):
+            self.odd.drop(inside, index, image)
+            return
+        self.odd.use(box, image)
+        if mask and not coco_masks.area(mask):
+            self.odd.drop(coco_masks.NO_PIXEL, index, image)
+        elif mask and coco_masks.are_apart(coco_masks.bounds(mask), inside):
+            self.odd.drop(coco_masks.ELSEWHERE, index, image)
+
+    def _append(self, kind: str, annotation: dict) -> None:
+        """Adds an annotation with an id of its own: COCO's may repeat, or be 0, which means "no
+        match".
+        """
+        annotations = self.annotations[kind]
+        annotations.append({**annotation, "id": len(annotations) + 1})
+
+    @property
+    def lines(self) -> list[str]:
+        """Returns lines on what is not evaluated, and on what can only be missed."""
+        lines = []
+        if self.without_box:
+            lines.append(
+                f"  not evaluated: {self.without_box:,} objects without a finite box of four "
+                "numbers"
+            )
+        if self.without_mask:
+            lines.append(
+                f"  ignored for masks: {self.without_mask:,} objects without a usable mask"
+            )
+        lines += [
+            f"  ! {n:,} objects are evaluated that no detection can match: {reason} (first in "
+            f"{name})"
+            for n, reason, name in self.odd.counts()
+        ]
+        if cut := self.odd.cut_line():
+            lines.append(f"  ! {cut}")
+        for kind in self.kinds:
+            if all(annotation["iscrowd"] for annotation in self.annotations[kind]):
+                lines.append(f"  ! no object has a {KINDS[kind]}: {KINDS[kind]} AP will be -")
+        if self.other_names:
+            lines.append(
+                f"  ! {len(self.other_names):,} classes of the network are not among the "
+                f"categories, such as {shown(self.other_names[0])}: their detections are left out"
+            )
+        return lines
+
+    def report(self, name: str) -> list[str]:
+        """Returns lines that say what is evaluated and what is not."""
+        objects = [a for a in self.annotations["bbox"] if not a["iscrowd"]]
+        empty = len(self.image_numbers) - len({a["image_id"] for a in objects})
+        note = f", {empty:,} of them without objects" if empty else ""
+        head = (
+            f"{name}: {len(self.image_numbers):,} images{note}, {len(objects):,} objects of "
+            f"{len(self.names)} classes"
+        )
+        many = sum(n > MOST_DETECTIONS for n in Counter(a["image_id"] for a in objects).values())
+        if not many:
+            return [head, *self.lines]
+        return [
+            head,
+            f"  ! {many:,} images have more than {MOST_DETECTIONS} objects: COCO counts the "
+            f"{MOST_DETECTIONS} surest detections of an image, so AP cannot reach 100",
+            *self.lines,
+        ]
+
+    def evaluate(self, results: list[Result], backend: str | None = None) -> dict[str, Summary]:
+        """Returns COCO's figures of `results`: {"bbox": Summary} and, with masks, "segm".
+
+        Args:
+            results: of all ranks, with the file's own ids; they stay as they are.
+            backend: one of `BACKENDS`; None for the first that is installed.
+
+        Raises:
+            UserError: no backend is installed, or a result is of an unknown image or category.
+        """
+        for key, known in (("image", self.image_numbers), ("category", self.class_numbers)):
+            foreign = {result[f"{key}_id"] for result in results} - known.keys()
+            if foreign:
+                raise UserError(
+                    f"detections of {key} {min(foreign)}, which is not in the annotations"
+                )
+        coco, evaluator = find_backend(backend)
+        with contextlib.redirect_stdout(io.StringIO()):  # both narrate
+            return {kind: self._summary(coco, evaluator, results, kind) for kind in self.kinds}
+
+    def _summary(self, coco: type, evaluator: type, results: list[Result], kind: str) -> Summary:
+        truth = self._indexed(coco, self.annotations[kind])
+        # Without "bbox" a mask's size class goes by its pixels, with it by its box's area.
+        shape = "segmentation" if kind == "segm" else "bbox"
+        plain = [
+            {
+                "image_id": self.image_numbers[result["image_id"]],
+                "category_id": self.class_numbers[result["category_id"]],
+                "score": result["score"],
+                shape: result[shape],
+            }
+            for result in results
+        ]
+        # pycocotools cannot load an empty list.
+        detections = truth.loadRes(plain) if plain else self._indexed(coco, [])
+        evaluation = evaluator(truth, detections, kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        figures = {name: float(v) for name, v in zip(FIGURES, evaluation.stats, strict=False)}
+        precision = np.asarray(evaluation.eval["precision"])[..., 0, -1]  # IoU, recall, class
+        per_class = {}
+        for i, name in enumerate(self.names):
+            of_class = precision[:, :, i]
+            of_class = of_class[of_class > -1]
+            per_class[name] = float(of_class.mean()) if of_class.size else -1.0
+        return Summary(figures, {**per_class, **dict.fromkeys(self.other_names, -1.0)})
+
+    def _indexed(self, coco: type, annotations: Sequence[dict]) -> Any:
+        """Returns a backend's COCO with copies of these annotations, as its code changes them."""
+        images = [
+            {"id": number, "height": height, "width": width}
+            for number, (height, width) in enumerate(self.sizes, 1)
+        ]
+        categories = [{"id": number, "name": name} for number, name in enumerate(self.names, 1)]
+        copies = [dict(annotation) for annotation in annotations]
+        indexed = coco()
+        indexed.dataset = {
+            "info": {},
+            "images": images,
+            "categories": categories,
+            "annotations": copies,
+        }
+        indexed.createIndex()
+        return indexed
+
+
+def evaluate_ranks(
+    detections: list[Result], truth: GroundTruth, context: Context
+) -> tuple[list[Result] | None, dict[str, Summary]]:
+    """COCO's figures of all ranks' detections, on every rank; the detections on rank 0 alone."""
+    results = gather(detections, context)
+    return results, share(truth.evaluate(results) if context.is_main else None, context)
+
+
+def find_backend(name: str | None = None) -> tuple[type, type]:
+    """Returns the classes COCO and COCOeval of the backend `name`, or of the first installed one.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    for known in BACKENDS if name is None else (name,):
+        try:
+            if known == "faster-coco-eval":
+                from faster_coco_eval import COCO, COCOeval_faster
+
+                return COCO, COCOeval_faster
+            from pycocotools.coco import COCO
+            from pycocotools.cocoeval import COCOeval
+
+            return COCO, COCOeval
+        except ImportError:
+            continue
+    raise UserError(
+        f"COCO's figures need {name or ' or '.join(BACKENDS)}: pip install -r requirements.txt"
+    )

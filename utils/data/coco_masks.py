@@ -1,0 +1,289 @@
+"""Reads masks in COCO's encodings: polygons, run lengths as a list, run lengths as text.
+
+faster-coco-eval's routines where installed, else pycocotools'; both give the same bytes.
+"""
+
+import math
+import operator
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from utils.system.errors import UserError
+
+NUMBERS = (int, float)  # as JSON gives them; by type() no bool is one
+LARGEST = sys.float_info.max
+FARTHEST = 1e6  # pixels from the corner of the image that a polygon may reach
+LONGEST = 1e6  # pixels of outline that an object may have: the rasteriser takes 100 bytes for each
+MARGIN = 100  # of the image's sides, which an outline may be longer than around its pixels
+DIGITS = 12  # characters that a run length may have in COCO's text: 60 bits
+NO_POLYGON = "mask is no polygon"
+NO_RUNS = "mask is no run-length code of the image's size"
+BARE_RUNS = "mask is a plain list of run lengths, without their size"
+NO_PIXEL = "mask without a pixel"
+ELSEWHERE = "mask lies elsewhere than its box"
+PARTS = 64  # polygons that are merged at a time: one by one each would cost all before it
+
+try:
+    from faster_coco_eval import mask as api
+except ImportError:
+    try:
+        from pycocotools import mask as api
+    except ImportError:
+        api = None
+
+
+def _api() -> Any:
+    if api is None:
+        raise UserError(
+            "COCO's masks need faster-coco-eval or pycocotools: pip install -r requirements.txt"
+        )
+    return api
+
+
+def is_finite(value: Any) -> bool:
+    """Returns whether a JSON value is a number that a float can hold: not text, NaN or infinite."""
+    # A comparison takes integers of any size, which float() does not.
+    return type(value) in NUMBERS and -LARGEST <= value <= LARGEST
+
+
+def as_masks(segmentation: Any) -> Any:
+    """Returns a segmentation from JSON in one of COCO's forms, also where a tool wrote a variant.
+
+    A list of one run-length code becomes that code, a flat list of numbers one polygon, and whole
+    numbers written as floats (1.0) become integers in run lengths. Anything else stays as it is.
+    """
+    if isinstance(segmentation, list) and segmentation:
+        if all(map(is_finite, segmentation)):
+            return [segmentation]
+        if len(segmentation) == 1 and isinstance(segmentation[0], dict):
+            segmentation = segmentation[0]
+    if isinstance(segmentation, dict):
+        whole = {key: _as_integers(segmentation.get(key)) for key in ("size", "counts")}
+        return {**segmentation, **whole}
+    return segmentation
+
+
+def _as_integers(values: Any) -> Any:
+    if not isinstance(values, list):
+        return values
+    return [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
+
+
+def are_bare_runs(segmentation: Any, height: int, width: int) -> bool:
+    """Returns whether a segmentation is a plain list of run lengths of an image of this size.
+
+    Without their size they look like a polygon's corners, and would be drawn as one.
+    """
+    if not isinstance(segmentation, list) or not all(map(is_finite, segmentation)):
+        return False
+    runs = _as_integers(segmentation)
+    return all(type(n) is int and n >= 0 for n in runs) and sum(runs) == height * width
+
+
+def mask_fault(
+    segmentation: Any, height: int, width: int, box: Sequence[float] | None = None
+) -> str | None:
+    """Returns why an object's segmentation is no mask with a pixel, or None if it is one.
+
+    Args:
+        segmentation: a value from JSON.
+        height, width: of the image.
+        box: of the object, as x1, y1, x2, y2 inside the image; the mask must lie where it is.
+    """
+    if are_bare_runs(segmentation, height, width):
+        return BARE_RUNS
+    segmentation = as_masks(segmentation)
+    if isinstance(segmentation, dict):
+        rle = to_rle(segmentation, height, width)
+        if rle is None:
+            return NO_RUNS
+        if not area(rle):
+            return NO_PIXEL
+        extent = bounds(rle)
+    else:
+        polygons = usable_polygons(segmentation, height, width)
+        if not polygons:
+            return NO_POLYGON
+        if not covers_a_pixel(polygons, height, width):
+            return NO_PIXEL
+        extent = _extent(polygons, height, width)
+    return ELSEWHERE if box is not None and are_apart(extent, box) else None
+
+
+def are_apart(mask: Sequence[float], box: Sequence[float]) -> bool:
+    """Returns whether a mask's rectangle and a box, both x1, y1, x2, y2, are of different places.
+
+    They are where less than half of the smaller one lies in the other: a mask may be a part of its
+    box, or reach out of it.
+    """
+    x1, y1, x2, y2 = (float(v) for v in box)
+    left, top = min(mask[0], mask[2] - 1), min(mask[1], mask[3] - 1)  # a pixel at least
+    across = max(0.0, min(x2, mask[2]) - max(x1, left))
+    down = max(0.0, min(y2, mask[3]) - max(y1, top))
+    smaller = min((x2 - x1) * (y2 - y1), (mask[2] - left) * (mask[3] - top))
+    return across * down < smaller / 2
+
+
+def _extent(
+    polygons: Sequence[Sequence[float]], height: int, width: int
+) -> tuple[float, float, float, float]:
+    """Returns the rectangle around polygons, as far as it is inside the image."""
+    x = [value for part in polygons for value in part[::2]]
+    y = [value for part in polygons for value in part[1::2]]
+    return max(min(x), 0), max(min(y), 0), min(max(x), width), min(max(y), height)
+
+
+def bounds(rle: dict[str, Any]) -> tuple[float, float, float, float]:
+    """Returns the rectangle around a mask's pixels, as x1, y1, x2, y2."""
+    x, y, w, h = map(float, _api().toBbox(rle))
+    return x, y, x + w, y + h
+
+
+def usable_polygons(segmentation: Any, height: int, width: int) -> list[list[float]]:
+    """Returns the parts of a COCO segmentation that are polygons: 3 or more corners.
+
+    None at all where their outlines are together longer than those of any mask of this size: the
+    rasteriser takes time and memory for each pixel of an outline, also far outside the image.
+    """
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
+        return []
+    polygons = [part for part in segmentation if _is_polygon(part)]
+    longest = min(LONGEST, 2 * height * width + MARGIN * (height + width))
+    # COCO has a million polygons of a few corners each, of which none has to be measured for this.
+    if sum(1.5 * len(part) * (max(part) - min(part)) for part in polygons) <= longest:
+        return polygons
+    return polygons if sum(_area_and_length(part)[1] for part in polygons) <= longest else []
+
+
+def _is_polygon(part: Any) -> bool:
+    if not isinstance(part, Sequence) or len(part) < 6 or len(part) % 2:
+        return False
+    if not set(map(type, part)) <= {*NUMBERS}:
+        return False
+    # min and max pass over a NaN that does not come first, the sum does not
+    return min(part) >= -FARTHEST and max(part) <= FARTHEST and sum(part) == sum(part)
+
+
+def _area_and_length(polygon: Sequence[float]) -> tuple[float, float]:
+    """Returns a polygon's area, 0 where it crosses itself evenly, and its outline's length."""
+    x, y = polygon[::2], polygon[1::2]
+    # numpy's calls would take most of the time for a few corners
+    across = list(map(operator.sub, [*x[1:], x[0]], x))
+    down = list(map(operator.sub, [*y[1:], y[0]], y))
+    twice = sum(map(operator.mul, x, down)) - sum(map(operator.mul, y, across))
+    return abs(twice) / 2, sum(map(math.hypot, across, down))
+
+
+def covers_a_pixel(polygons: Sequence[Sequence[float]], height: int, width: int) -> bool:
+    """Returns whether the mask of polygons, from `usable_polygons`, has a pixel.
+
+    Drawing all of COCO's would take minutes. A polygon that does not cross itself holds a circle of
+    radius area / outline (Bonnesen's inequality), and one of radius 1 holds a pixel's centre; so
+    only what is tiny or thin, reaches outside the image, or comes to a corner twice is drawn.
+    """
+    for polygon in polygons:
+        x, y = polygon[::2], polygon[1::2]
+        inside = min(polygon) >= 0 and max(x) <= width and max(y) <= height
+        if inside and len(set(zip(x, y, strict=True))) == len(x):
+            size, length = _area_and_length(polygon)
+            if size > length:
+                return True
+    return area(_draw(polygons, height, width)) > 0
+
+
+def _draw(polygons: Sequence[Sequence[float]], height: int, width: int) -> dict[str, Any]:
+    parts = _api().frPyObjects(polygons, height, width)
+    while len(parts) > 1:
+        parts = [_api().merge(parts[i : i + PARTS]) for i in range(0, len(parts), PARTS)]
+    return parts[0]
+
+
+def of_box(box: Sequence[float], height: int, width: int) -> dict[str, Any] | None:
+    """Returns run lengths of the part of [x, y, w, h] in the image; None where there is none."""
+    x, y, w, h = box
+    x1, x2 = max(x, 0), min(x + w, width)
+    y1, y2 = max(y, 0), min(y + h, height)
+    if x2 <= x1 or y2 <= y1:
+        return None
+    return _draw([[x1, y1, x2, y1, x2, y2, x1, y2]], height, width)
+
+
+def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
+    """Returns run lengths of any COCO segmentation; None where it holds no mask of this size.
+
+    Returns:
+        {"size": [height, width], "counts": bytes}, as the mask routines take it.
+    """
+    if are_bare_runs(segmentation, height, width):
+        return None
+    segmentation = as_masks(segmentation)
+    if not isinstance(segmentation, dict):
+        polygons = usable_polygons(segmentation, height, width)
+        return _draw(polygons, height, width) if polygons else None
+    size, counts = segmentation["size"], segmentation["counts"]
+    if not isinstance(size, Sequence) or list(size) != [height, width]:
+        return None
+    if isinstance(counts, str):
+        counts = counts.encode("ascii", "replace")
+    runs = _runs(counts) if isinstance(counts, bytes) else counts
+    if not isinstance(runs, list) or not all(type(n) is int and n >= 0 for n in runs):
+        return None
+    if sum(runs) != height * width:  # pycocotools would read memory that is not its own
+        return None
+    if isinstance(counts, bytes):
+        return {"size": [height, width], "counts": counts}
+    return _api().frPyObjects({"size": size, "counts": counts}, height, width)
+
+
+def _runs(text: bytes) -> list[int] | None:
+    """Returns the run lengths that COCO's text stands for; None if it is no such text.
+
+    Six bits a character: five of the number, lowest first, and whether more follow; signed, and
+    from the fourth run on less the run two before.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for byte in text:
+        bits = byte - 48
+        if not 0 <= bits < 64 or shift >= 5 * DIGITS:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return None if shift else runs
+
+
+def decode(rle: dict[str, Any]) -> np.ndarray:
+    """Returns a mask as (H, W) uint8 of 0 and 1."""
+    return _api().decode(rle)
+
+
+def area(rle: dict[str, Any]) -> int:
+    return int(_api().area(rle))
+
+
+def encode(masks: np.ndarray) -> list[dict[str, Any]]:
+    """Returns run lengths as text, fit for JSON, of (N, H, W) masks of 0 and 1."""
+    if len(masks) == 0:
+        return []
+    stacked = np.asfortranarray(np.moveaxis(masks, 0, 2).astype(np.uint8))
+    return [
+        {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode()}
+        for rle in _api().encode(stacked)
+    ]
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """Returns uncompressed run lengths of one (H, W) mask: zeros first, column by column."""
+    flat = np.asarray(mask, dtype=bool).flatten(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    bounds = np.concatenate([[0] if not flat[:1].any() else [0, 0], edges, [flat.size]])
+    return np.diff(bounds).tolist()

@@ -1,0 +1,400 @@
+"""Makes normalised batches on the device from image files, read by worker processes.
+
+Workers decode, crop and flip 8-bit images; the division by the standard deviation happens on the
+device, on a batch that crossed the bus at a quarter of its float size.
+"""
+
+import errno
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from tqdm import tqdm
+
+from utils.data.decoding import DECODERS, BrokenImageError, read_image, to_tensor
+from utils.data.image_folder import ImageFolder
+from utils.data.sampler import Key, mix_seed
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from utils.system.distributed import Context
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.processes import PATIENCE, die_with_parent, end_children_at_exit, processors
+
+Loaded = tuple[torch.Tensor, torch.Tensor, list[int]]  # images, targets, broken: of a `Batch`
+REPLACEMENT_TRIES = 100  # consecutive broken files after which skipping gives up
+FILES = 8  # open files of this process for each worker, its queues and the batches on their way
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Holds what one step works on."""
+
+    images: torch.Tensor  # (N, 3, S, S) float32, normalised
+    targets: torch.Tensor  # (N,) int64
+    broken: Sequence[int]  # indices of images that were replaced because they could not be read
+
+
+class ImageDataset(Dataset):
+    """Gives the images of a folder by key, as (uint8 (3, S, S), label, broken index or -1).
+
+    Args:
+        folder: what to read.
+        transform: applied to the decoded image.
+        seed: makes random transforms a pure function of (seed, key), so that neither the number of
+            workers nor an interruption changes them; None for transforms without chance.
+        decoder: see `read_image`.
+        skip_broken: take the next readable image in the place of a broken one, and report it.
+
+    A broken image comes back as a value, not as an exception, and so does a fault of the storage,
+    which nothing replaces: what a worker raises arrives as a traceback, without the path.
+    """
+
+    def __init__(
+        self,
+        folder: ImageFolder,
+        transform: Callable[[Any], Any],
+        seed: int | None = None,
+        decoder: str = DECODERS[0],
+        skip_broken: bool = False,
+    ):
+        self.folder, self.transform, self.seed = folder, transform, seed
+        self.decoder, self.skip_broken = decoder, skip_broken
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int] | BrokenImageError | UserError:
+        item = self.read(key)
+        if isinstance(item, Exception):
+            return item
+        image, label, broken = item
+        return self.view(image, key), label, broken
+
+    def read(
+        self, key: Key
+    ) -> tuple[torch.Tensor | Image.Image, int, int] | BrokenImageError | UserError:
+        """Returns what the decoder gives for a key, label, and broken index or -1; or a fault."""
+        wanted = key[1]
+        tries = REPLACEMENT_TRIES if self.skip_broken else 1
+        for attempt in range(tries):
+            index = (wanted + attempt) % len(self.folder)
+            try:
+                image = read_image(self.folder.path(index), self.decoder)
+            except UserError as error:
+                return error
+            except BrokenImageError as error:
+                failure = error
+            else:
+                return image, int(self.folder.labels[index]), -1 if index == wanted else wanted
+        failure.can_be_skipped = self.seed is not None and not self.skip_broken  # in training
+        return failure
+
+    def view(self, image: torch.Tensor | Image.Image, key: Key) -> torch.Tensor:
+        """Transforms a decoded image as its key says: uint8 (3, S, S)."""
+        if self.seed is None:
+            image = self.transform(image)
+        else:
+            # Not torch.manual_seed: that would also reseed the accelerators.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(mix_seed(self.seed, *key))
+                image = self.transform(image)
+        if not isinstance(image, torch.Tensor):
+            image = to_tensor(image)
+        return image
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Describes how files become batches, the same in training and validation."""
+
+    device: torch.device
+    workers: int  # loader processes; 0 reads in this one
+    timeout: float = 0  # seconds without a batch until workers count as hung; 0 waits for ever
+    decoder: str = DECODERS[0]
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def batches(
+        self, dataset: ImageDataset, keys: Sampler[list[Key]]
+    ) -> Callable[[], Iterator[Batch]]:
+        """Returns a function that begins a pass over `dataset` in the order of `keys`.
+
+        The workers stay alive from one pass to the next.
+        """
+        loader = DataLoader(
+            dataset,
+            batch_sampler=keys,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=self.workers > 0,
+            worker_init_fn=init_worker,
+            timeout=self.timeout if self.workers else 0,
+            # Its own generator: else every pass would draw from the global one.
+            generator=torch.Generator(),
+        )
+        return partial(device_batches, loader, self.device, self.memory_format)
+
+
+def check_readable(dataset: Dataset, context: Context) -> None:
+    """Reads each image of a dataset once, each rank its share with several threads, and says so.
+
+    Args:
+        dataset: gives an image, or its fault as a value, by (0, index).
+
+    Raises:
+        UserError: exit code 1, an image cannot be read; names the file.
+    """
+    keys = [(0, index) for index in range(context.rank, len(dataset), context.world_size)]
+    silent = not (context.is_main and sys.stderr.isatty())
+    with ThreadPoolExecutor(processors()) as pool:
+        items = pool.map(dataset.__getitem__, keys)
+        for item in tqdm(items, "check val", len(keys), leave=False, disable=silent):
+            if isinstance(item, BrokenImageError | UserError):
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise as_raised(item)
+    context.say(f"check: {len(dataset):,} validation images can be read")
+
+
+def device_batches(
+    loader: DataLoader,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Iterator[Batch]:
+    """Iterates over `loader` with each batch on `device` and normalised.
+
+    On CUDA the next batch is copied on a side stream while the present one is worked on.
+
+    Args:
+        loader: gives uint8 images (N, 3, S, S), targets (N,), and indices of broken images.
+
+    Raises:
+        UserError: a broken image (with its path), or a loader worker that hangs. (One that died is
+            an exception that can arise anywhere, see `faults.of_outside`.)
+    """
+    scale = [1 / (255 * s) for s in std]
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    scale, shift = (torch.tensor(v, device=device) for v in (scale, shift))
+
+    def move(images: torch.Tensor, targets: torch.Tensor, broken: list[int]) -> Batch:
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
+        return Batch(_scaled(images, scale, shift, memory_format), targets, broken)
+
+    if device.type != "cuda":
+        for host in checked(loader):
+            yield move(*host)
+        return
+    stream = torch.cuda.Stream(device)
+    ready = None
+    for host in checked(loader):
+        with torch.cuda.stream(stream):
+            coming = move(*host)
+        if ready is not None:
+            yield ready
+        torch.cuda.current_stream(device).wait_stream(stream)
+        for tensor in (coming.images, coming.targets):
+            tensor.record_stream(torch.cuda.current_stream(device))
+        ready = coming
+    if ready is not None:
+        yield ready
+
+
+def _scaled(
+    images: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, memory_format
+) -> torch.Tensor:
+    """Returns uint8 images (N, 3, H, W) · scale + shift, both (3,), as float32 in that format."""
+    if memory_format != torch.channels_last:
+        scale, shift = scale.view(3, 1, 1), shift.view(3, 1, 1)
+        if images.device.type != "cpu":
+            return images.to(torch.float32, memory_format=memory_format).mul_(scale).add_(shift)
+        scaled = torch.empty(images.shape, dtype=torch.float32)
+        for one, image in zip(scaled, images, strict=True):  # one by one they stay in the cache
+            one.copy_(image).mul_(scale).add_(shift)
+        return scaled
+    # By whole rows of pixels: a loop over three numbers takes a CPU four times as long.
+    rows = images.permute(0, 2, 3, 1).flatten(2).float()
+    scale, shift = (t.repeat(images.shape[3]) for t in (scale, shift))
+    return rows.mul_(scale).add_(shift).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
+
+
+def _collate(items: list) -> Loaded | BrokenImageError | UserError:
+    for item in items:
+        if isinstance(item, BrokenImageError | UserError):
+            return item
+    images, labels, broken = zip(*items, strict=True)
+    # Stacked as decoders leave them, channels innermost: turning them round takes a worker half as
+    # long as the crop, and the device that gets them next to nothing.
+    pixels = [image.permute(1, 2, 0) for image in images]
+    if all(p.is_contiguous() for p in pixels):
+        stacked = default_collate(pixels).permute(0, 3, 1, 2)
+    else:
+        stacked = default_collate(images)
+    return stacked, torch.tensor(labels), [i for i in broken if i >= 0]
+
+
+def init_worker(_: int) -> None:
+    """Prepares a loader worker, as `DataLoader(worker_init_fn=…)` asks."""
+    die_with_parent()
+    # Stop requests are for the main process, which finishes its step, saves and ends the workers.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    leave_broken_connections_unsaid()
+    torch.set_num_threads(1)
+
+
+def leave_broken_connections_unsaid() -> None:
+    """Prints no traceback when the main process ends while it takes a batch from this worker.
+
+    The thread that hands tensors over has no other place for it, and nobody is left to be told.
+    """
+    former = sys.excepthook
+
+    def hook(kind: type[BaseException], *rest: Any) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            former(kind, *rest)
+
+    sys.excepthook = hook
+
+
+def checked(loader: DataLoader) -> Iterator[Any]:
+    """Yields the loader's batches, and turns faults of its workers into errors of one line.
+
+    Raises:
+        UserError: for a fault that came as a value, or where workers hang.
+        RuntimeError: in torch's words, for a worker that died: see `faults.of_outside`.
+    """
+    if loader.num_workers:
+        end_children_at_exit()
+    batches = None
+    try:
+        batches = _begun(loader)  # which waits for the workers, too
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            if isinstance(batch, BrokenImageError | UserError):
+                raise as_raised(batch)
+            yield batch
+    except (ConnectionError, EOFError) as error:
+        # Those of a worker that is killed break before it counts as dead. What a worker raised
+        # itself is marked as caught there.
+        if loader.num_workers and not str(error).startswith("Caught "):
+            error = _death(batches, error)
+        _end_workers(loader, batches)
+        raise error from None
+    except RuntimeError as error:
+        hang = "DataLoader timed out" in str(error)
+        if "exited unexpectedly" in str(error):
+            error = _death(batches, error)
+        _end_workers(loader, batches, hang)
+        if hang:
+            raise UserError(
+                f"no batch from the loader workers for {loader.timeout:g} s: they hang (slow or "
+                "stuck storage?); raise --worker-timeout or use fewer workers (-j)",
+                EXIT_FAILED,
+            ) from None
+        raise error from None
+    except Exception:
+        _end_workers(loader, batches)
+        raise
+
+
+def _end_workers(loader: DataLoader, batches: Any, hang: bool = False) -> None:
+    """Ends the workers of a pass that a fault has ended; a later pass starts others.
+
+    Else they live as long as anything refers to the pass, such as the fault's own traceback, and
+    read on for nobody.
+
+    Args:
+        hang: they wait for storage and do not hear of their end; torch would wait for each.
+    """
+    workers: list[multiprocessing.Process] = getattr(batches, "_workers", [])
+    if not workers:
+        return
+    loader._iterator = None  # of persistent workers
+    former = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would take this for a fault
+    try:
+        if hang:
+            for worker in workers:
+                worker.kill()
+        if shut_down := getattr(batches, "_shutdown_workers", None):
+            shut_down()
+        for worker in workers:
+            worker.kill()  # SIGTERM, which torch sends, is for the main process: they ignore it
+        for worker in workers:
+            wait([worker.sentinel], PATIENCE)
+    finally:
+        signal.signal(signal.SIGCHLD, former)
+
+
+def _begun(loader: DataLoader) -> Any:
+    """Returns an iterator over the loader; one that could not be made leaves no traceback.
+
+    torch's iterator fails once more when it is deleted half made: that is done here, unsaid.
+    """
+    try:
+        if loader.num_workers:
+            _want_files(FILES * loader.num_workers + FILES)
+        return iter(loader)
+    except OSError as error:
+        former, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        try:
+            traceback.clear_frames(error.__traceback__)
+        finally:
+            sys.unraisablehook = former
+        raise
+
+
+def _want_files(number: int) -> None:
+    """Raises the limit of open files where so many more would not be allowed.
+
+    Raises:
+        OSError: it cannot be raised so far. Workers that have begun would fail in many tracebacks.
+    """
+    try:
+        wanted = len(os.listdir("/proc/self/fd")) + number
+    except FileNotFoundError:  # another system than Linux
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _death(batches: Any, error: Exception) -> Exception:
+    """Returns `error`, or an error that names the signal by which a worker died."""
+    workers: list[multiprocessing.Process] = getattr(batches, "_workers", [])
+    gone = wait([worker.sentinel for worker in workers], PATIENCE) if workers else []
+    for worker in workers:
+        if worker.sentinel in gone:
+            worker.join(PATIENCE)  # this, too, breaks before it has an exit code
+        if (worker.exitcode or 0) < 0:
+            how = signal.strsignal(-worker.exitcode)
+            return RuntimeError(f"DataLoader worker (pid {worker.pid}) is killed by signal: {how}.")
+    return error
+
+
+def as_raised(fault: BrokenImageError | UserError) -> UserError:
+    """Returns the exception that ends the run for a fault that a worker returned as a value."""
+    if isinstance(fault, UserError):
+        return fault
+    remedy = "mend or remove the file (python -m tools.check_images lists all broken ones)"
+    if fault.can_be_skipped:
+        remedy += ", or train with --skip-bad-images"
+    return UserError(f"{fault}; {remedy}", EXIT_FAILED)

@@ -1,0 +1,556 @@
+"""Opens DATA, and reads tar shards as class folders: same classes, labels and order of images.
+
+The shards are webdataset's: tar files in which `KEY.jpg` (or another image ending) has its class
+number beside it, in `KEY.cls`. An index of the images' places, made once and stored with the
+shards, lets them be read like files: any image at any time. (webdataset itself streams them through
+a shuffle buffer, whose contents an interrupted run cannot find again.) The order is by class name
+and then by name, as in class folders, whatever shards the images lie in: a run on shards is bit for
+bit the run on the folder that they were made from.
+
+With their index, shards may lie in a store that fsspec knows (s3://, https://, …). fsspec comes
+with torch; the package for a particular store (s3fs, gcsfs, aiohttp) is the user's to install.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.data import image_folder
+from utils.data.decoding import EXTENSIONS
+from utils.data.image_folder import ImageFolder, count_names
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.files import write_atomically
+from utils.system.text import printable
+
+NAME = "shard-index.npz"
+VERSION = 2  # 1 paired images with classes by their keys alone, not by neighbours
+CLASSES = "classes.txt"
+BLOCK = 512  # of a tar file
+KEY = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)", re.DOTALL)  # webdataset's: up to the first dot
+MOST_CLASSES = 1_000_000  # a larger class number is a fault: every number up to it takes memory
+MEMBER = np.dtype(
+    [
+        ("shard", np.int32),
+        ("offset", np.int64),  # of the image's bytes
+        ("size", np.int64),
+        ("header", np.uint32),  # CRC-32 of the block in front of them, which names them
+    ]
+)
+# Of a file in a shard: name, class number of a .cls, offset, size, CRC-32 of its header.
+Entry = tuple[str, int | None, int, int, int]
+OPEN_FILES = 256  # kept open by each process, well below the usual limit of 1,024
+PAUSES = (1, 4, 16)  # seconds before a store is asked again; fsspec's http:// never does so itself
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Holds the places of the images of some shards, in the order of the shards."""
+
+    shards: tuple[str, ...]  # file names
+    sizes: tuple[int, ...]  # of the shards, in bytes
+    names: np.ndarray  # (n,) bytes, of the images inside of the shards
+    labels: np.ndarray  # (n,) int64, as in their .cls
+    members: np.ndarray  # (n,) MEMBER
+    ignored: dict[str, int]  # what was passed over, and how often
+
+    def is_sound(self) -> bool:
+        """Returns whether each image has a class and lies inside a shard."""
+        shard, offset, size = (self.members[part] for part in ("shard", "offset", "size"))
+        of_shards = np.array(self.sizes, np.int64)
+        return bool(
+            {self.names.shape, self.labels.shape, shard.shape} == {(len(self.names),)}
+            and self.names.dtype.kind == "S"
+            and self.labels.dtype == np.int64
+            and 0 <= self.labels.min() <= self.labels.max() < MOST_CLASSES
+            and 0 <= shard.min() <= shard.max() < len(self.shards) == len(of_shards)
+            and offset.min() >= BLOCK
+            and size.min() >= 0
+            and (of_shards[shard] - offset >= size).all()  # no sum, which could overflow
+        )
+
+    def to_bytes(self) -> bytes:
+        about = {
+            "version": VERSION,
+            "shards": self.shards,
+            "sizes": self.sizes,
+            "ignored": self.ignored,
+        }
+        text = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        file = io.BytesIO()
+        np.savez(file, about=text, names=self.names, labels=self.labels, members=self.members)
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "ShardIndex | None":
+        """Reads an index; returns None for one of an earlier version.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                about = json.loads(arrays["about"].tobytes())
+                if about["version"] < VERSION:
+                    return None
+                index = cls(
+                    tuple(about["shards"]),
+                    tuple(about["sizes"]),
+                    arrays["names"],
+                    arrays["labels"],
+                    arrays["members"],
+                    about["ignored"],
+                )
+                is_sound = about["version"] == VERSION and index.is_sound()
+        except Exception:  # numpy, zipfile and json each have several
+            is_sound = False
+        if not is_sound:
+            raise ValueError("damaged, cut short, or of a later version")
+        return index
+
+
+@dataclass(frozen=True)
+class Member:
+    """Describes one image in a shard; `decoding.read_image` takes it in place of a path."""
+
+    shard: str  # path or URL
+    name: bytes
+    offset: int
+    size: int
+    header: int  # CRC-32 of the tar header in front of it
+
+    def __str__(self) -> str:
+        return f"{self.shard}:{os.fsdecode(self.name)}"
+
+    def read(self) -> bytes:
+        """Returns the image's bytes.
+
+        Raises:
+            UserError: other bytes lie there than when the index was made, the shard cannot be read,
+                or a store does not answer. No fault of the image's: it is not to be replaced by
+                another.
+        """
+        try:
+            data = read_range(self.shard, self.offset - BLOCK, BLOCK + self.size)
+        except OSError as error:
+            raise UserError(
+                f"{printable(self.shard)}: {error.strerror or error}; see to it, and go on with "
+                "--resume auto",
+                EXIT_FAILED,
+            ) from None
+        if zlib.crc32(data[:BLOCK]) != self.header or len(data) != BLOCK + self.size:
+            index = f"{os.path.dirname(self.shard)}/{NAME}"
+            raise UserError(
+                f"{printable(str(self))}: the shard has changed since its index was made; put it "
+                f"back, or remove {printable(index)} and start again",
+                EXIT_FAILED,
+            )
+        return data[BLOCK:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFolder(ImageFolder):
+    """Holds the images of the shards in one folder. `paths` are their names inside the shards."""
+
+    shards: tuple[str, ...]  # file names
+    members: np.ndarray  # (n,) MEMBER
+
+    @property
+    def where(self) -> str:
+        return f"{printable(self.root)}, {len(self.shards)} shard{'s' * (len(self.shards) > 1)}"
+
+    def path(self, index: int) -> Member:
+        shard, offset, size, header = self.members[index].item()
+        return Member(f"{self.root}/{self.shards[shard]}", self.paths[index], offset, size, header)
+
+    def take(self, indices: np.ndarray) -> "ShardFolder":
+        return replace(super().take(indices), members=self.members[indices])
+
+
+def in_shards(root: str) -> bool:
+    """Returns whether the images in `root` are to be read from shards.
+
+    Class folders come first: ImageNet's own archives are often left beside what was unpacked.
+    """
+    if is_remote(root):
+        return True
+    if not list_shards(root):
+        return False
+    with os.scandir(root) as entries:
+        return not any(e.is_dir() and not e.name.startswith(".") for e in entries)
+
+
+def scan(root: str, classes: Sequence[str] | None = None) -> ShardFolder:
+    """Lists the images of the shards in a folder.
+
+    Class names are the lines of `classes.txt`, in the order of the numbers in the shards, in that
+    folder or the one above. Without such a file the numbers are the names.
+
+    Args:
+        root: the folder that holds the shards, or its URL.
+        classes: the class names in label order; by default those of the shards.
+
+    Raises:
+        UserError: no shards, damaged ones, or a class that `classes` does not name.
+    """
+    root = root.rstrip("/") or "/"
+    index = find_index(root)
+    if index is None:
+        raise UserError(
+            f"{printable(root)}: no {NAME} there, by which shards in a store are read; upload it "
+            "with them (python -m tools.make_shards writes it, and so does the first run on a copy)"
+            if is_remote(root)
+            else f"{printable(root)}: no tar shards there"
+        )
+    names = _class_names(root)
+    highest = int(index.labels.max())
+    named = names is not None
+    if not named:
+        names = [str(number) for number in range(highest + 1)]
+    elif highest >= len(names):
+        raise UserError(
+            f"{printable(root)}: an image has the class number {highest} (they count from 0), and "
+            f"{CLASSES} has {len(names)} names; give it a line for every class"
+        )
+    wanted = list(names if classes is None else classes)
+    label_of = {name: label for label, name in enumerate(wanted)}
+    present = [names[number] for number in np.unique(index.labels).tolist()]
+    if unknown := [name for name in present if name not in label_of]:
+        remedy = "" if named else f"; write the names of the numbers into a {CLASSES} beside it"
+        raise UserError(
+            f"{printable(root)}: {count_names(unknown)} not among the {len(wanted)} known classes"
+            f"{remedy or '; labels go by name'}"
+        )
+    ranks = {name: rank for rank, name in enumerate(sorted(names))}
+    by_class = np.array([ranks[name] for name in names])[index.labels]
+    order = np.lexsort((index.names, by_class))  # stable: equal names stay in the shards' order
+    labels = np.array([label_of.get(name, -1) for name in names], np.int64)[index.labels]
+    return ShardFolder(
+        root=root,
+        classes=tuple(wanted),
+        paths=index.names[order],
+        labels=labels[order],
+        ignored=index.ignored,
+        notes=() if named else (f"no {CLASSES}: classes go by their numbers",),
+        shards=index.shards,
+        members=index.members[order],
+    )
+
+
+def _class_names(root: str) -> list[str] | None:
+    for folder in (root, root.rpartition("/")[0] or "."):
+        data = read_whole(f"{folder}/{CLASSES}")
+        if data is None:
+            continue
+        names = os.fsdecode(data).replace("\r\n", "\n").removesuffix("\n").split("\n")
+        twice = [name for name, times in Counter(names).items() if times > 1]
+        if twice or "" in names:
+            fault = f"{count_names(twice)} twice" if twice else "an empty line"
+            raise UserError(
+                f"{printable(folder)}/{CLASSES}: {fault}; a line is the name of a class, the first "
+                "that of number 0"
+            )
+        return names
+    return None
+
+
+def open_images(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
+    """Opens the images below one folder: class folders or tar shards.
+
+    Args:
+        classes: the names in label order; by default those found.
+
+    Raises:
+        UserError: see `image_folder.scan` and `scan`.
+    """
+    return (scan if in_shards(root) else image_folder.scan)(root, classes)
+
+
+def open_split(
+    data: str, classes: Sequence[str] | None = None, with_train: bool = True
+) -> tuple[ImageFolder | None, ImageFolder]:
+    """Opens the images of data/train and data/val, labelled by the same class names.
+
+    Args:
+        classes: the names in label order; by default those of data/train.
+        with_train: False looks at data/val alone.
+
+    Raises:
+        UserError: see `open_images`; also when val has a class that train has not.
+    """
+    if not is_remote(str(data)) and not os.path.isdir(data):
+        image_folder.list_classes(data)  # says so, with the nearest name
+    train = open_images(os.path.join(data, "train"), classes) if with_train else None
+    return train, open_images(os.path.join(data, "val"), train.classes if train else classes)
+
+
+def find_index(root: str) -> ShardIndex | None:
+    """Returns the index of a folder's shards, made if there is none; None where there are no
+    shards.
+
+    It is stored beside the shards, or, where that cannot be written, in the user's cache folder.
+    In a store it has to be there: to make it, every byte of the shards would have to come.
+
+    Raises:
+        UserError: a shard that is damaged, or no webdataset; an index that is damaged, or of other
+            shards.
+    """
+    _opened.cache_clear()  # an open file would still show contents that have been replaced since
+    listed = list_shards(root)
+    index = None
+    if is_remote(root):
+        index = _stored(f"{root}/{NAME}", None)
+    elif listed:
+        name = f"{hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]}.npz"
+        cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "eca-net", name)
+        index = _stored(f"{root}/{NAME}", listed) or _stored(str(cached), listed)
+        if index is None:
+            index = make_index(root, listed)
+            try:
+                write_atomically(Path(root, NAME), index.to_bytes())
+            except UserError:  # and where the cache cannot be written, the next run makes it again
+                with contextlib.suppress(UserError, OSError):
+                    cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    write_atomically(cached, index.to_bytes())
+    return index
+
+
+def _stored(path: str, listed: dict[str, int] | None) -> ShardIndex | None:
+    """Returns a stored index; None where there is none, or one that is to be made again.
+
+    Args:
+        listed: the shards that lie there, and their sizes; None for those of a store, whose index
+            is trusted: each image is compared with its header when it is read.
+    """
+    if (data := read_whole(path)) is None:
+        return None
+    again = "make it where the shards lie, and upload it" if listed is None else "remove it"
+    try:
+        index = ShardIndex.from_bytes(data)
+    except ValueError as error:
+        raise UserError(f"{printable(path)}: {error}; {again}, and start again") from None
+    if index is None and listed is None:
+        raise UserError(f"{printable(path)}: of an earlier version; {again}, and start again")
+    if index is not None and listed is not None:
+        made_of = zip(index.shards, index.sizes, strict=True)
+        if other := sorted({*made_of} ^ listed.items()):
+            raise UserError(
+                f"{printable(path)}: {printable(other[0][0])} is missing, new, or of another size "
+                "than when the index was made; copy that shard again, or remove the index, and "
+                "start again"
+            )
+    return index
+
+
+def make_index(root: str, listed: dict[str, int]) -> ShardIndex:
+    """Reads the headers of all shards.
+
+    Args:
+        listed: their names and sizes.
+
+    Raises:
+        UserError: see `find_index`.
+    """
+    images: list[tuple[str, int, tuple[int, ...]]] = []
+    ignored: Counter[str] = Counter()
+    for number, shard in enumerate(tqdm(listed, desc="indexing", unit="shard", disable=None)):
+        path = f"{root}/{shard}"
+        try:
+            with open(path, "rb") as file:
+                for sample in _samples(file, path, ignored):
+                    for name, label, *position in _pairs(sample, path, ignored):
+                        images.append((name, label, (number, *position)))
+        except OSError as error:
+            raise UserError(f"{printable(path)}: {error.strerror or error}") from None
+    if not images:
+        raise UserError(
+            f"{printable(root)}: no image with its class number beside it (KEY.jpg and KEY.cls) in "
+            f"{len(listed)} tar files; python -m tools.make_shards writes such shards"
+        )
+    names, labels, members = zip(*images, strict=True)
+    return ShardIndex(
+        tuple(listed),
+        tuple(listed.values()),
+        np.array([os.fsencode(name) for name in names]),
+        np.array(labels, np.int64),
+        np.array([*members], MEMBER),
+        dict(ignored),
+    )
+
+
+def _pairs(
+    sample: Mapping[str, Entry], path: str, ignored: Counter[str]
+) -> Iterator[tuple[str, int, int, int, int]]:
+    """Yields name, class number, offset, size and header of each image among neighbours."""
+    labelled = {}
+    for ending, (name, _, *position) in sample.items():
+        stem, dot, kind = ending.rpartition(".")
+        if kind == "cls":
+            continue
+        if f".{kind}" not in EXTENSIONS:
+            ignored[f".{kind}" if kind else "no ending"] += 1
+        elif (label := sample.get(f"{stem}{dot}cls")) is None:
+            ignored["image without .cls"] += 1
+        elif (other := labelled.setdefault(stem, name)) is not name:
+            raise UserError(
+                f"{printable(path)}: {printable(other)} and {printable(name)} have one key, and "
+                "one .cls for both; leave one image to a key"
+            )
+        else:
+            yield (name, label[1], *position)
+
+
+def _samples(file: BinaryIO, path: str, ignored: Counter[str]) -> Iterator[dict[str, Entry]]:
+    """Yields neighbours that have one key, as the webdataset package groups them, by their endings:
+    what follows the key, in lower case.
+    """
+    key, sample = None, {}
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (`file` is the caller's)
+        for member in tar:
+            name = member.name.removeprefix("./")
+            if member.issparse() or not member.isfile():  # a sparse file lies there in pieces
+                if name.lower().endswith(EXTENSIONS):
+                    ignored["sparse" if member.issparse() else "link"] += 1
+                continue
+            if os.path.basename(name).startswith("."):
+                ignored["hidden"] += 1
+                continue
+            if (parts := KEY.fullmatch(name)) is None:
+                ignored["no ending"] += 1
+                continue
+            if parts[1] != key:
+                yield sample
+                key, sample = parts[1], {}
+            if (ending := parts[2].lower()) in sample:
+                raise UserError(
+                    f"{printable(path)}: {printable(key)} has two .{printable(ending)} behind one "
+                    "another; neighbours with one key are one image and its class, so give each "
+                    "image a key of its own"
+                )
+            file.seek(member.offset_data - BLOCK)
+            header, number = zlib.crc32(file.read(BLOCK)), None
+            if ending.rpartition(".")[2] == "cls":
+                number = _class_number(file.read(min(member.size, BLOCK)), f"{path}:{name}")
+            sample[ending] = (name, number, member.offset_data, member.size, header)
+        yield sample
+        file.seek(tar.offset)
+        if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end, too
+            raise tarfile.ReadError(f"no end mark behind {len(tar.members)} files")
+    # tarfile lets the others pass where a sparse file's header holds no numbers.
+    except (tarfile.TarError, ValueError, IndexError, OverflowError) as error:
+        raise UserError(
+            f"{printable(path)}: damaged or cut short ({error}); copy or make it again"
+        ) from None
+
+
+def _class_number(text: bytes, name: str) -> int:
+    try:
+        number = int(text) if len(text) < BLOCK else -1
+    except ValueError:
+        number = -1
+    if not 0 <= number < MOST_CLASSES:
+        raise UserError(
+            f"{printable(name)}: holds {text[:20]!r}, not the number of a class "
+            f"(0 to {MOST_CLASSES - 1:,}); "
+            "python -m tools.make_shards writes such numbers"
+        )
+    return number
+
+
+def is_remote(path: str) -> bool:
+    """Returns whether `path` is a URL."""
+    return "://" in path
+
+
+def list_shards(folder: str) -> dict[str, int]:
+    """Returns the tar files of a local folder, sorted, with their sizes in bytes."""
+    try:
+        with os.scandir(folder) as entries:
+            files = {e.name: e.stat().st_size for e in entries if e.is_file()}
+    except OSError:
+        return {}
+    names = sorted(n for n in files if n.lower().endswith(".tar") and not n.startswith("."))
+    return {name: files[name] for name in names}
+
+
+def read_whole(path: str) -> bytes | None:
+    """Returns the contents of a small file; None where there is none.
+
+    Raises:
+        UserError: the store does not answer, or the file cannot be read.
+    """
+    try:
+        return _cat(path) if is_remote(path) else Path(path).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{printable(path)}: {error.strerror}; check its permissions") from None
+
+
+def read_range(path: str, start: int, size: int) -> bytes:
+    """Returns `size` bytes from `start` on; of a local file fewer where it ends.
+
+    Raises:
+        OSError: the file cannot be read.
+        UserError: a store that does not answer, or answers with another number of bytes.
+    """
+    if not is_remote(path):
+        return os.pread(_opened(path).fileno(), size, start)  # which moves no shared file position
+    data = _cat(path, start, start + size)
+    if len(data) != size:  # a plain server that knows no ranges sends all of it
+        raise UserError(
+            f"{path}: sent {len(data):,} bytes for {size:,}: the server ignores ranges or breaks "
+            "off; copy the shards to a disk, or serve them otherwise",
+            EXIT_FAILED,
+        )
+    return data
+
+
+@functools.lru_cache(OPEN_FILES)
+def _opened(path: str) -> BinaryIO:
+    # Opening costs a network file system a round trip; one less for each image is what large files
+    # are for. The one that is dropped from the cache is closed with its last reference.
+    return open(path, "rb", buffering=0)
+
+
+def _cat(url: str, start: int | None = None, end: int | None = None) -> bytes:
+    """Returns a file of a store, or bytes of it; a store that fails is asked again.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it failed every time, or needs a package.
+    """
+    import fsspec  # here: it is of no use to local runs
+
+    for pause in (*PAUSES, None):
+        try:
+            store, path = fsspec.core.url_to_fs(url)  # each process has its own
+            return store.cat_file(path, start=start, end=end)
+        except FileNotFoundError:
+            raise FileNotFoundError(2, "no such file") from None
+        except (ImportError, ValueError) as error:  # the first: "Install s3fs to access S3"
+            raise UserError(f"{url}: {error}".splitlines()[0]) from None
+        except Exception as error:  # every store has errors of its own
+            if pause is None:
+                reason = f"{type(error).__name__} {error}".splitlines()[0].rstrip()
+                raise UserError(
+                    f"{url}: {reason} ({len(PAUSES) + 1} tries); check the address, the rights "
+                    "and the network, and go on with --resume auto",
+                    EXIT_FAILED,
+                ) from None
+            time.sleep(pause)

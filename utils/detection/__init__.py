@@ -1,1 +1,0 @@
-"""Training and evaluating detectors on data in COCO's format."""

@@ -1,0 +1,366 @@
+"""Counts parameters and FLOPs of classifiers and detectors, each by a named convention."""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils.flop_counter import FlopCounterMode
+
+from utils.system.errors import UserError
+
+Shape = tuple[int, ...]
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+CONVENTIONS = {  # attribute of Cost and Layer: its title, and what it counts
+    "mid_2019": (
+        "thop mid-2019",
+        "multiply-adds of convolutions, 4 per element of a BatchNorm, 1 of a ReLU, area + 1 per"
+        " output of a pooling module, 2 in - 1 per output of a linear layer; of a module called"
+        " again its last call. Summed in single precision, as then. The published FLOPs are these.",
+    ),
+    "thop_today": (
+        "thop {version}",
+        "what the installed thop counts: multiply-adds of convolutions and linear layers, 4 per"
+        " element of a BatchNorm, area + 1 per output of a pooling module, nothing for a ReLU.",
+    ),
+    "multiply_adds": (
+        "MACs",
+        "multiply-adds of convolutions and matrix products and nothing else: half of what"
+        " torch.utils.flop_counter counts, which is independent of thop.",
+    ),
+}
+
+
+@dataclass
+class Layer:
+    """Holds one module without children, as it was met on a forward pass."""
+
+    name: str  # dotted, as in the state dict
+    kind: str  # the class
+    output: Shape  # of its last call
+    calls: int
+    params: int
+    mid_2019: int = 0  # of its last call: see `mid_2019_ops`
+    thop_today: int = 0
+    multiply_adds: int = 0
+
+
+@dataclass
+class Cost:
+    """Holds what one forward pass costs, for the input shape it was counted on. All exact."""
+
+    params: int
+    mid_2019: int
+    thop_today: int
+    multiply_adds: int
+    layers: list[Layer]  # in the order of their first call
+
+    @property
+    def mid_2019_printed(self) -> int:
+        """Returns what thop of mid-2019 showed: the sum in single precision, 24 bits."""
+        return int(torch.tensor(self.mid_2019, dtype=torch.float32).item())
+
+    def share(self, network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> "Cost":
+        """Returns the part of this cost that lies in the modules of `kinds` and in what they
+        contain.
+        """
+        parts = {name: m for name, m in network.named_modules() if isinstance(m, kinds)}
+        inside = tuple(f"{name}." for name in parts)
+        layers = [layer for layer in self.layers if f"{layer.name}.".startswith(inside)]
+        return Cost(
+            params=sum(count_parameters(m) for m in parts.values()),
+            mid_2019=sum(layer.mid_2019 for layer in layers),
+            thop_today=sum(layer.thop_today for layer in layers),
+            multiply_adds=sum(layer.multiply_adds for layer in layers),
+            layers=layers,
+        )
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def count_cost(network: nn.Module, input_shape: Shape) -> Cost:
+    """Counts one forward pass in eval mode, by all conventions. The network is left as it was.
+
+    Args:
+        network: takes a tensor of `input_shape`; one on the `meta` device will do.
+        input_shape: such as (1, 3, 224, 224). Counts grow with its first number, the batch.
+    """
+    network = copy.deepcopy(network).eval()  # thop leaves buffers on what it profiles
+    parameter = next(network.parameters(), None)
+    image = torch.zeros(input_shape, device="meta" if parameter is None else parameter.device)
+    if image.is_meta:
+        _shortcut_batch_norms(network)
+    with torch.no_grad():
+        macs = multiply_adds(network, image)
+        layers, today = _count_by_hooks(network, image)
+    for layer in layers:
+        layer.multiply_adds = macs.get(layer.name, 0)
+        layer.thop_today = today.get(layer.name, 0)
+    return Cost(
+        params=count_parameters(network),
+        mid_2019=sum(layer.mid_2019 for layer in layers),
+        thop_today=today[""],
+        multiply_adds=macs[""],
+        layers=layers,
+    )
+
+
+def _shortcut_batch_norms(network: nn.Module) -> None:
+    """Lets each BatchNorm return its input, which has the shape that the next layer needs.
+
+    Working out that shape takes three quarters of the time of a forward pass on `meta`. No count
+    depends on it: the hooks are called all the same, and flop_counter counts nothing for it.
+    """
+    for module in network.modules():
+        if isinstance(module, BATCH_NORMS):
+            module.forward = lambda x: x
+
+
+def mid_2019_ops(module: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Returns what thop of mid-2019 counted for one call x → y of a module; 0 if unknown to it.
+
+    A mixture: a convolution counts multiply-adds, a linear layer counts both halves, and a bias of
+    a convolution counts once per input channel. It is kept as it was, for the published figures are
+    its. One more habit of it matters: a module that is called again overwrites what it had
+    counted, so of the calls of a block's shared ReLU the last one stands.
+    """
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        taps = math.prod(module.kernel_size) + (module.bias is not None)
+        return module.in_channels * y.numel() * taps // module.groups
+    if isinstance(module, BATCH_NORMS):
+        return 4 * x.numel()
+    if isinstance(module, nn.ReLU | nn.ReLU6):
+        return x.numel()
+    if isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d):
+        area = math.prod(i // o for i, o in zip(x.shape[2:], y.shape[2:], strict=True))
+        return (area + 1) * y.numel()
+    if isinstance(module, nn.Linear):
+        return (2 * module.in_features - 1) * y.numel()
+    return 0
+
+
+def _count_by_hooks(network: nn.Module, image: Tensor) -> tuple[list[Layer], dict[str, int]]:
+    """Returns the layers with mid-2019 counts, and thop's of today, from one forward pass."""
+    layers: dict[str, Layer] = {}
+
+    def hook_for(name: str):
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if name not in layers:
+                kind = type(module).__name__
+                layers[name] = Layer(name, kind, (), 0, count_parameters(module))
+            layer = layers[name]
+            layer.output = tuple(output.shape)
+            layer.calls += 1
+            layer.mid_2019 = mid_2019_ops(module, inputs[0], output)
+
+        return hook
+
+    for name, module in network.named_modules():
+        if next(module.children(), None) is None:
+            module.register_forward_hook(hook_for(name))
+    today = thop_today(network, image)
+    return list(layers.values()), today
+
+
+def multiply_adds(network: nn.Module, image: Tensor) -> dict[str, int]:
+    """Returns multiply-adds of convolutions and matrix products of a forward pass, by module name.
+
+    The key "" is the whole. torch.utils.flop_counter counts where an operator is dispatched, so it
+    sees functional calls too; it counts 2 a multiply-add and nothing for any other operation.
+    """
+    with FlopCounterMode(display=False) as counter:
+        network(image)
+    # Keys are "Global" and "ResNet", "ResNet.layer1.0.conv1", ...: the class stands for the root.
+    by_name = {"": counter.get_total_flops() // 2}
+    for key, operators in counter.get_flop_counts().items():
+        _, dot, name = key.partition(".")
+        if dot:
+            by_name[name] = sum(operators.values()) // 2
+    return by_name
+
+
+def thop_today(network: nn.Module, image: Tensor) -> dict[str, int]:
+    """Returns what the installed thop counts for a forward pass, by module name; "" is the whole.
+
+    thop 0.1.1 counts multiply-adds of convolutions and linear layers (no bias), 2 or 4 per element
+    of a BatchNorm (without or with affine), (area + 1) per output of an adaptive average pool, and
+    nothing for a ReLU. It leaves buffers on the network: give it a copy.
+
+    Raises:
+        UserError: thop, or setuptools, which it needs from Python 3.12 on, is not installed.
+    """
+    with _quiet_thop() as thop:
+        total, _, tree = thop.profile(network, (image,), verbose=False, ret_layer_info=True)
+    by_name = {"": int(total)}
+
+    def walk(branch: dict, prefix: str) -> None:
+        for name, (ops, _, inner) in branch.items():
+            by_name[prefix + name] = int(ops)
+            walk(inner, f"{prefix}{name}.")
+
+    walk(tree, "")
+    return by_name
+
+
+def thop_version() -> str:
+    """Returns a version such as 0.1.1, without the date that thop's wheels append."""
+    return metadata.version("thop").replace("-", ".post").partition(".post")[0]
+
+
+def titles() -> list[str]:
+    """Returns the titles of the conventions' columns, in the order of `CONVENTIONS`."""
+    return [title.format(version=thop_version()) for title, _ in CONVENTIONS.values()]
+
+
+@contextmanager
+def _quiet_thop() -> Iterator:
+    """Imports thop here, because it alone needs distutils, and without its warnings about that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            import thop
+        except ImportError as error:
+            raise UserError(
+                f"thop cannot be imported ({error}): pip install thop setuptools"
+            ) from error
+        yield thop
+
+
+def format_params(params: int, base: int = 1024) -> str:
+    """Formats as published: 25557112 → 24.37M, M = 2^20; with base 1000 → 25.56M, M = 10^6."""
+    return f"{params / base**2:.2f}M"
+
+
+def format_flops(flops: int, base: int = 1024) -> str:
+    """Formats as published: 4147691520 → 3.86G and 335449024 → 319.9M, with 2^30 and 2^20.
+
+    Args:
+        base: 1024, or 1000 for units of 10^9 and 10^6.
+    """
+    return f"{flops / base**3:.2f}G" if flops >= base**3 else f"{flops / base**2:.1f}M"
+
+
+SIZE = (800, 1280)  # of the published table: height, width
+BOX_REGIONS = 1000
+MASK_REGIONS = 100
+
+Rule = Callable[[str, nn.Module, Tensor, Tensor], int]  # (name, leaf, its input, its output)
+
+
+def trainable_parameters(network: nn.Module) -> int:
+    """Counts the elements of parameters that a gradient reaches: the published `Param.`."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def detection_macs(network: nn.Module, size: tuple[int, int] = SIZE) -> int:
+    """Counts multiply-adds of convolutions and linear layers, bias left out.
+
+    Args:
+        network: one of torchvision's FasterRCNN, MaskRCNN and RetinaNet, on any device; it is not
+            changed.
+        size: height and width of the image as the backbone sees it.
+
+    Raises:
+        ValueError: for a network of another kind.
+    """
+    return _count(network, size, _macs)
+
+
+def published_detection_flops(network: nn.Module, size: tuple[int, int] = SIZE) -> int:
+    """Counts FLOPs by the rule of the published COCO table; at `SIZE` all its digits agree.
+
+    A multiply-add counts 1. On top of `detection_macs` come 1 for each output with a convolution's
+    bias (not a linear layer's), 2 for each element into BatchNorm, 1 for each out of a ReLU (not
+    the RPN's), and 1 for each input of max pooling and of the attention's average pool. The tool
+    behind the table took a transposed convolution's weights once for each output, four times too
+    many here. RoIAlign, NMS, interpolation, sigmoids and the attention's product count nothing.
+    The arguments and errors are those of `detection_macs`.
+    """
+    return _count(network, size, _published)
+
+
+def _macs(name: str, leaf: nn.Module, x: Tensor, y: Tensor) -> int:
+    if isinstance(leaf, _ConvTransposeNd):
+        return x.numel() * leaf.weight[0].numel()
+    if isinstance(leaf, _ConvNd):
+        return y.numel() * leaf.weight[0].numel()
+    if isinstance(leaf, nn.Linear):
+        return y.numel() * leaf.in_features
+    return 0
+
+
+def _published(name: str, leaf: nn.Module, x: Tensor, y: Tensor) -> int:
+    if isinstance(leaf, _ConvNd):
+        if isinstance(leaf, _ConvTransposeNd):  # over output positions: the table's slip
+            positions = y.numel() // leaf.out_channels
+            return positions * leaf.weight.numel() + _bias(leaf, y)
+        return _macs(name, leaf, x, y) + _bias(leaf, y)
+    if isinstance(leaf, nn.Linear):
+        # torchvision calls ReLU as a function after its box head's two linear layers; the authors'
+        # were modules.
+        return _macs(name, leaf, x, y) + (y.numel() if "box_head" in name else 0)
+    if isinstance(leaf, _BatchNorm):
+        return 2 * x.numel()
+    if isinstance(leaf, nn.ReLU):
+        return 0 if name.startswith("rpn.") else y.numel()
+    if isinstance(leaf, (nn.MaxPool2d, nn.AdaptiveAvgPool2d)):
+        return x.numel()
+    return 0
+
+
+def _bias(leaf: nn.Module, y: Tensor) -> int:
+    return 0 if leaf.bias is None else y.numel()
+
+
+def _count(network: nn.Module, size: tuple[int, int], rule: Rule) -> int:
+    missing = [name for name in ("backbone", "transform") if not hasattr(network, name)]
+    if missing or not (hasattr(network, "rpn") or hasattr(network, "head")):
+        raise ValueError(f"{type(network).__name__} is not a detector such as mask_rcnn")
+    network = copy.deepcopy(network).to("meta").eval()
+    with torch.no_grad(), _watched(network, rule) as counts:
+        features = network.backbone(torch.empty(1, 3, *size, device="meta"))
+        levels = list(features.values())
+        if hasattr(network, "head"):
+            network.head(levels)
+            return sum(counts)
+        heads, channels = network.roi_heads, network.backbone.out_channels
+        network.rpn.head(levels)
+        regions = _regions(BOX_REGIONS, channels, heads.box_roi_pool.output_size)
+        heads.box_predictor(heads.box_head(regions))
+        if heads.has_mask():
+            regions = _regions(MASK_REGIONS, channels, heads.mask_roi_pool.output_size)
+            heads.mask_predictor(heads.mask_head(regions))
+    return sum(counts)
+
+
+def _regions(number: int, channels: int, size: tuple[int, int]) -> Tensor:
+    return torch.empty(number, channels, *size, device="meta")
+
+
+@contextmanager
+def _watched(network: nn.Module, rule: Rule) -> Iterator[list[int]]:
+    """Collects `rule` over every call of a module without children."""
+    counts: list[int] = []
+
+    def watch(name: str, leaf: nn.Module):
+        return leaf.register_forward_hook(
+            lambda _, inputs, output: counts.append(rule(name, leaf, inputs[0], output))
+        )
+
+    hooks = [watch(name, m) for name, m in network.named_modules() if not any(m.children())]
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()

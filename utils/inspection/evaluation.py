@@ -1,0 +1,193 @@
+"""Evaluates a classifier, and writes the figures and the report of the evaluation."""
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from utils.config.classification import Config
+from utils.data.image_folder import ImageFolder
+from utils.data.loader import Batch
+from utils.inspection.report import OutcomeMeter, write_report
+from utils.runs import checkpoint
+from utils.runs import folder as runs
+from utils.runs.checkpoint import Checkpoint
+from utils.runs.resume import AUTO, Start
+from utils.runs.writer import RunFiles, command
+from utils.system import backends, distributed
+from utils.system.distributed import Context
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.signals import StopRequest
+from utils.training import classification, classifier
+from utils.training.classification import ClassificationMeter
+from utils.training.classification_data import EvaluationData, validation_batches, validation_order
+from utils.training.progress import evaluation_progress, watched
+from utils.training.state import TrainingState
+
+
+def evaluate_and_write(
+    network: nn.Module, data: EvaluationData, config: Config, saved: Checkpoint, context: Context
+) -> None:
+    """Evaluates a checkpoint, says its figures, and writes them, and a report, where asked for.
+
+    Args:
+        network: on its device, see `classifier.to_device`.
+        saved: what it was made from.
+    """
+    run = config.run
+    reports = bool(config.typed.get("report"))  # a run that ends with one asks for none here
+    own_folder = run.resume == AUTO or run.output is None
+    folder = None
+    if reports:
+        folder = _own_report_folder(saved.file.parent) if own_folder else Path(run.output or "")
+    meter = OutcomeMeter(context.device) if reports else None
+    figures, seconds = evaluate_shown(network, data, config, context, meter)
+    context.say(*classifier.evaluation_lines(figures, seconds))
+    source = str(run.resume or config.network.pretrained)
+    record: dict[str, Any] = {**figures, "checkpoint": source, "data": config.data.data}
+    if run.output and run.resume != AUTO and context.is_main:
+        print(f"written to {runs.write_evaluation(run.output, record, context)}")
+    if meter is not None:
+        record["checkpoint"] = str(saved.file)
+        _report(meter, data.images, config, record, folder, context)
+
+
+def evaluate_shown(
+    network: nn.Module,
+    data: EvaluationData,
+    config: Config,
+    context: Context,
+    meter: ClassificationMeter | None = None,
+) -> tuple[dict[str, float], float]:
+    """Evaluates a network on images, each once over all ranks, and shows how far it is.
+
+    Args:
+        meter: see `classification.evaluate`.
+
+    Returns:
+        The figures of `classification.evaluate` and, where the data has labels anew, of their
+        meter; and the seconds that it took.
+    """
+    recipe, images = config.recipe, data.as_read()
+    loader = classifier.loader_of(config, context)
+    batches = validation_batches(images, recipe, loader, context.rank, context.world_size)
+    amp = "off" if config.network.fast else config.network.amp
+    autocast = partial(backends.autocast, context.device, amp)
+    began = time.perf_counter()
+    progress = evaluation_progress(len(images), recipe.batch_size, config.run.print_freq, context)
+    spread = distributed.data_parallel(data.compared(network, context.device), context)
+    real = data.meter(context.device)
+    figures = classification.evaluate(
+        spread, watched(batches(), progress), context.device, autocast, meter=meter, real=real
+    )
+    assert figures is not None  # nothing asks it to stop
+    seconds = time.perf_counter() - began
+    if real is not None:
+        figures |= real.figures()
+    if data.outputs is not None:
+        figures["compared_classes"] = len(data.outputs)
+    return figures, seconds
+
+
+def report_run(
+    state: TrainingState,
+    run: RunFiles,
+    images: ImageFolder,
+    batches: Callable[[], Iterable[Batch]],
+    config: Config,
+    context: Context,
+    stop: StopRequest,
+) -> int:
+    """Evaluates the best checkpoint of a run that has ended once more, and writes its report.
+
+    Call it on every rank, after the last save: the network gets that checkpoint's weights. Where no
+    epoch is the best, because no loss was finite, it is the last one.
+
+    Args:
+        images, batches: of the validation.
+
+    Returns:
+        The exit code: 0, or that of `stop`.
+    """
+    source = ""
+    if run.folder is not None:
+        file = run.checkpoints.last if run.lacks_best() else run.checkpoints.best
+        source = str(file)
+        state.evaluated.load_state_dict(Checkpoint.read(file).contents["state_dict"])
+    distributed.broadcast_state(state.evaluated)
+    meter = OutcomeMeter(context.device)
+    progress = evaluation_progress(
+        len(images), config.recipe.batch_size, config.run.print_freq, context, "report"
+    )
+    began = time.perf_counter()
+    figures = classification.evaluate(
+        distributed.data_parallel(state.evaluated, context),
+        watched(batches(), progress),
+        context.device,
+        partial(backends.autocast, context.device, config.network.amp),
+        partial(stop.on_main, context.is_main),
+        meter,
+    )
+    if figures is None:
+        context.say("asked to stop: the run is saved, and its report is not written; for one:")
+        context.say(f"  {command('-e', '--resume', source, config.data.data, '--report')}")
+        return stop.exit_code
+    context.say(f"report of {source}")
+    context.say(*classifier.evaluation_lines(figures, time.perf_counter() - began))
+    record = {**figures, "checkpoint": source, "data": config.data.data}
+    _report(meter, images, config, record, run.folder, context)
+    return 0
+
+
+def how_to_report(config: Config, start: Start) -> list[str]:
+    """Returns a line on the report of a run that had ended before this start."""
+    if not config.run.report or start.saved is None:
+        return []
+    best = start.saved.file.with_name(checkpoint.BEST)
+    source = best if best.exists() else start.saved.file
+    return [f"  report: {command('-e', '--resume', source, config.data.data, '--report')}"]
+
+
+def _own_report_folder(folder: Path) -> Path | None:
+    """Returns the folder of the checkpoint's run, None where the checkpoint is in no run's folder.
+
+    Raises:
+        UserError: no report can be written there; said before the evaluation.
+    """
+    if not (folder / runs.LOCK).exists():  # somebody else's folder, and nobody's to write to
+        return None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{folder}: cannot write a report there (no permission); give --output DIR", EXIT_FAILED
+        )
+    return folder
+
+
+def _report(
+    meter: OutcomeMeter,
+    images: ImageFolder,
+    config: Config,
+    record: dict[str, Any],
+    folder: Path | None,
+    context: Context,
+) -> None:
+    """Gathers the predictions of all ranks; rank 0 writes them below `folder`, or a new one in
+    runs/.
+
+    Call it on every rank.
+    """
+    batch = config.recipe.batch_size
+    order = validation_order(len(images), batch, context.rank, context.world_size)
+    outcomes = meter.outcomes([key[1] for keys in order for key in keys], len(images))
+    if not context.is_main:
+        return
+    arch = config.recipe.arch
+    if folder is None:
+        folder = runs.create(runs.run_name(arch, "report"))
+    record |= runs.environment(context)
+    written = write_report(folder, outcomes, images, arch, record)
+    print(f"report written to {written}: {', '.join(sorted(p.name for p in written.iterdir()))}")

@@ -1,0 +1,477 @@
+"""Writes a network for other programs, and compares each file with the network before it is kept.
+
+Classifiers: ONNX, torch.export's .pt2, OpenVINO's .xml and .bin, and the texts of a Hugging Face
+folder. Detectors: ONNX, by PyTorch's exporter by tracing, since the newer one, by torch.export,
+does not get past non-maximum suppression, whose number of boxes depends on the image.
+
+The optional packages are imported where they are used.
+"""
+
+import copy
+import io
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from utils.inspection.exported_network import (
+    IMAGE,
+    INPUT,
+    INSTALL,
+    OBJECTS,
+    OPENVINO_INFO,
+    OUTPUT,
+    Objects,
+    objects_by_onnxruntime,
+    onnx_session,
+    openvino_core,
+)
+from utils.system.errors import EXIT_FAILED, UserError, require
+
+NEEDS = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "pt2": (),
+    "safetensors": ("safetensors",),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "hf": ("safetensors",),
+}
+METADATA = "metadata.json"  # within a .pt2
+TOLERANCE = 1e-4  # relative to the largest logit
+# Of a Hugging Face folder; config.json is written last, as whoever reads begins with it.
+HF_FILES = ("config.json", "model.safetensors", "README.md")
+CONFIG_FORMAT = 1
+
+# Of detectors.
+THRESHOLD = "score_thresh"  # how the name of the file's tensor with the least score ends
+OPSET = 18
+PIXELS, SCORE, OVERLAP = 0.1, 1e-4, 0.9  # that boxes and scores may be off; masks' least IoU
+TIED = 0.02  # share of objects in whose place another one of the same score may be
+TRIAL_OBJECTS = 10  # so many at least in each image, by a lower least score where needed
+
+CARD = """---
+license: mit
+pipeline_tag: image-classification
+tags:
+- image-classification
+- eca-net
+- pytorch
+---
+
+# {arch}
+
+An image classifier with efficient channel attention (ECA-Net, CVPR 2020,
+[arXiv 1910.03151](https://arxiv.org/abs/1910.03151)).
+
+| | |
+|---|---|
+| Architecture | {arch} |
+| Attention | {attention} |
+| ECA's kernel sizes k | {ksize} |
+| Parameters | {parameters:,} |
+| Classes | {num_classes:,} |
+| Licence | MIT |
+
+## Use
+
+```python
+import eca_net  # pip install . in a clone of the project; within the clone: import models
+
+network = eca_net.from_pretrained("FOLDER")  # this folder, or OWNER/NAME
+logits = network(images)  # (N, 3, {img_size}, {img_size}) float32 -> (N, {num_classes})
+```
+
+## Preprocessing
+
+RGB from 0 to 1, the shorter side scaled to {resized} pixels, the middle {img_size} × {img_size}
+cut out; then minus the mean {mean}, divided by the standard deviation {std}.
+config.json has the names of the classes where they are known.
+
+## Figures
+
+{figures}
+"""
+
+
+def check_packages(formats: Sequence[str], int8: bool = False) -> None:
+    """Refuses an export, before its work, when a package is missing.
+
+    Raises:
+        UserError: names the packages and how to get them.
+    """
+    for name in formats:
+        require(NEEDS[name], f"--to {name}", INSTALL)
+    if int8:
+        require(NEEDS["onnx"], "--int8", INSTALL)
+
+
+def to_exported(
+    network: nn.Module, size: tuple[int, int], any_size: bool = True
+) -> torch.export.ExportedProgram:
+    """Returns the graph of `network` for any batch and, if so asked, any height and width.
+
+    Args:
+        network: (N, 3, H, W) float32 → logits (N, C), in eval mode on the CPU.
+        size: height and width of the example that it is traced with. Equal sides, or ones that
+            leave a single position of the last feature map, would be taken for a rule.
+    """
+    axes = (0, 2, 3) if any_size else (0,)
+    dynamic = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+    with torch.no_grad():
+        return torch.export.export(network, (torch.zeros(2, 3, *size),), dynamic_shapes=(dynamic,))
+
+
+def to_pt2(exported: torch.export.ExportedProgram, metadata: Mapping[str, object]) -> bytes:
+    """Returns a .pt2 file: `torch.export.load` gives the program, and metadata.json as an extra
+    file.
+    """
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on tensors that share memory, which is as it should be
+        torch.export.save(exported, buffer, extra_files={METADATA: json.dumps(metadata)})
+    return buffer.getvalue()
+
+
+def to_onnx(exported: torch.export.ExportedProgram, metadata: Mapping[str, object]) -> bytes:
+    """Returns an ONNX file, input "images" and output "logits"; the metadata are its properties."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the exporter's own future
+        program = torch.onnx.export(
+            exported, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
+        )
+    model = program.model_proto
+    for dimension, name in ((0, "batch"), (2, "height"), (3, "width")):
+        model.graph.input[0].type.tensor_type.shape.dim[dimension].dim_param = name
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    for key, value in metadata.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
+    return model.SerializeToString()
+
+
+def to_openvino(onnx_file: bytes, metadata: Mapping[str, object]) -> tuple[bytes, bytes]:
+    """Returns OpenVINO's two files, .xml and .bin, of the network in an ONNX file."""
+    import openvino
+
+    model = openvino_core().read_model(onnx_file)
+    model.set_rt_info(json.dumps(metadata), OPENVINO_INFO)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "model.xml"
+        openvino.save_model(model, target, compress_to_fp16=False)
+        return target.read_bytes(), target.with_suffix(".bin").read_bytes()
+
+
+def run_pt2(data: bytes) -> Callable[[Tensor], Tensor]:
+    """Runs the network in a .pt2 file."""
+    return torch.export.load(io.BytesIO(data)).module()
+
+
+@torch.no_grad()
+def largest_difference(
+    written: Callable[[Tensor], Tensor],
+    network: nn.Module,
+    shapes: Sequence[tuple[int, int, int]],
+    name: str,
+) -> float:
+    """Runs a network and its file on random images, and compares their logits.
+
+    Args:
+        shapes: batch size, height and width of each trial.
+        name: of the file, for messages.
+
+    Returns:
+        The largest difference of a logit, relative to the largest logit.
+
+    Raises:
+        UserError: it is more than `TOLERANCE`, or the file cannot be run.
+    """
+    chance = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for n, height, width in shapes:
+        images = torch.randn(n, 3, height, width, generator=chance)
+        expected = network(images)
+        try:
+            found = written(images)
+        except Exception as error:  # what a runtime raises is open-ended
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(
+                f"{name} does not run at {tuple(images.shape)}: {reason}; not written", EXIT_FAILED
+            ) from None
+        difference = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+        worst = max(worst, float(difference.nan_to_num(float("inf"))))
+    if worst > TOLERANCE:
+        raise UserError(
+            f"{name} differs from the network by {worst:.1e} of the largest logit, more than "
+            f"{TOLERANCE:g}: not written",
+            EXIT_FAILED,
+        )
+    return worst
+
+
+def hf_config(metadata: Mapping[str, Any]) -> bytes:
+    """Returns config.json: the fields that build the network, and its images' preprocessing."""
+    fields = {"format": CONFIG_FORMAT, "library_name": "eca_net", **metadata}
+    # In ASCII: the name of a class folder may be bytes that are no text, and comes back as it is.
+    return (json.dumps(fields, indent=2) + "\n").encode()
+
+
+def own_figures(checkpoint: Mapping[str, Any]) -> Mapping[str, float] | None:
+    """Finds the validation figures of exactly the weights that a checkpoint of a run holds.
+
+    Returns:
+        The row of the epoch at whose end it was saved; None if it was saved within an epoch, or
+        holds no figures.
+    """
+    progress, history = checkpoint.get("progress") or {}, checkpoint.get("history") or ()
+    if not history or progress.get("step") != 0:
+        return None
+    row = history[-1]
+    whole = row["epoch"] + 1 == progress.get("epoch") and {"val_top1", "val_top5"} <= row.keys()
+    return row if whole else None
+
+
+def model_card(fields: Mapping[str, Any], own: Mapping[str, float] | None) -> bytes:
+    """Returns README.md.
+
+    Args:
+        fields: those of config.json, and `parameters`.
+        own: a row of a run's history; None if these weights were not evaluated.
+    """
+    figures = "The file that this folder was made from holds no figures of these weights."
+    if own is not None:
+        figures = (
+            f"Top-1 {own['val_top1']:.2f} %, top-5 {own['val_top5']:.2f} % on the run's own "
+            f"validation images, after epoch {own['epoch'] + 1:g}. The checkpoint does not say "
+            "whose images those are."
+        )
+    text = CARD.format(
+        **{name: fields[name] for name in ("arch", "attention", "parameters", "num_classes")},
+        ksize=", ".join(map(str, fields["ksize"] or ["none"])),
+        img_size=fields["img_size"],
+        resized=round(fields["img_size"] / fields["crop_pct"]),
+        mean=", ".join(map(str, fields["mean"])),
+        std=", ".join(map(str, fields["std"])),
+        figures=figures,
+    )
+    return text.encode()
+
+
+class Agreement(NamedTuple):
+    """Says how a file's objects differ from its network's.
+
+    Args:
+        objects: that were compared.
+        pixels: the largest difference of a box's corner.
+        overlap: the smallest IoU of two masks; 1 without masks.
+        tied: objects in whose place the file has another one of the same label and score. Of two
+            boxes that overlap, rounding then decides which one stays.
+    """
+
+    objects: int
+    pixels: float
+    overlap: float
+    tied: int
+
+
+class _OneImage(nn.Module):
+    """Runs a detector on one image (3, H, W), and gives its objects as a tuple of tensors."""
+
+    def __init__(self, detector: nn.Module):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        (objects,) = self.detector([image])
+        return tuple(objects[name] for name in OBJECTS if name in objects)
+
+
+def prepared_detector(detector: nn.Module) -> nn.Module:
+    """Returns a copy whose least score is a tensor, so that the file holds it by a name."""
+    detector = copy.deepcopy(detector).eval().requires_grad_(False)
+    head = _head(detector)
+    value = torch.tensor(float(head.score_thresh))
+    del head.score_thresh
+    head.register_buffer(THRESHOLD, value)
+    return detector
+
+
+def _head(detector: nn.Module) -> Any:
+    """Returns the module that leaves out what scores too little."""
+    return getattr(detector, "roi_heads", detector)
+
+
+def detector_to_onnx(detector: nn.Module, metadata: Mapping[str, object]) -> bytes:
+    """Returns an ONNX file: input "image" (3, H, W) from 0 to 1; outputs boxes (n, 4), labels (n,),
+    scores (n,) and, of a Mask R-CNN, masks (n, 1, H, W).
+
+    Args:
+        detector: from `prepared_detector`.
+        metadata: become the file's properties.
+
+    Raises:
+        UserError: the exporter does not know an operation; names it.
+    """
+    import onnx
+
+    names = [name for name in OBJECTS if name != "masks" or _has_masks(detector)]
+    axes = {IMAGE: {1: "height", 2: "width"}, **{name: {0: "objects"} for name in names}}
+    buffer = io.BytesIO()
+    least = detector.transform.min_size[-1]
+    traced = torch.rand(3, least + 5, int(1.4 * least) + 3)  # none of the trial's sizes
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # on what a trace takes for a constant: the trial shows it
+        try:
+            torch.onnx.export(
+                _OneImage(detector).eval(),
+                (traced,),
+                buffer,
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=[IMAGE],
+                output_names=names,
+                dynamic_axes=axes,
+            )
+        except Exception as error:  # what the exporter raises is open-ended
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(f"ONNX cannot hold this detector: {reason}", EXIT_FAILED) from None
+    model = onnx.load_from_string(buffer.getvalue())
+    for output in model.graph.output:
+        if output.name == "masks":
+            sides = output.type.tensor_type.shape.dim
+            sides[1].dim_value, sides[2].dim_param, sides[3].dim_param = 1, "height", "width"
+    for key, value in metadata.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
+    return model.SerializeToString()
+
+
+def _has_masks(detector: nn.Module) -> bool:
+    return getattr(_head(detector), "mask_predictor", None) is not None
+
+
+def trial_images(detector: nn.Module) -> list[Tensor]:
+    """Returns images (3, H, W) from 0 to 1, none of the traced size: a photograph in three sizes (a
+    usual one, one whose longer side decides how it is resized, and an upright one), and noise.
+    """
+    from matplotlib import cbook  # slow to import; it brings a photograph
+
+    with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as photo:
+        pixels = torch.from_numpy(np.array(photo.convert("RGB"))).permute(2, 0, 1)[None] / 255
+    resizing: Any = detector.transform
+    least, most = resizing.min_size[-1], resizing.max_size
+    usual, wide = (least, int(1.25 * least) + 1), (int(0.35 * most) + 1, int(1.25 * most))
+    upright = (int(1.6 * least) + 3, int(1.2 * least))
+    noise = torch.rand(3, *usual, generator=torch.Generator().manual_seed(0))
+    return [*(F.interpolate(pixels, size)[0] for size in (usual, wide, upright)), noise]
+
+
+@torch.no_grad()
+def check_detector(data: bytes, detector: nn.Module, name: str) -> Agreement:
+    """Runs a file by onnxruntime and its network on images, and compares.
+
+    Where the network finds less than `TRIAL_OBJECTS` objects in one, both do so with a lower least
+    score than the file's own.
+
+    Args:
+        data: from `detector_to_onnx`.
+        detector: from `prepared_detector`.
+        name: the file's, for messages.
+
+    Raises:
+        UserError: objects are missing or elsewhere, or the file does not run.
+    """
+    images, head = trial_images(detector), _head(detector)
+    own = float(head.score_thresh)
+    head.score_thresh.zero_()
+    # The least score takes objects from the end of a list, and no others.
+    expected = [detector([image])[0] for image in images]
+    head.score_thresh.fill_(own)
+    tops = [objects["scores"][:TRIAL_OBJECTS] for objects in expected]
+    least = min([own, *(0.999 * float(scores[-1]) for scores in tops if len(scores))])
+    find = objects_by_onnxruntime(onnx_session(with_threshold(data, least)))
+    results = []
+    for image, objects in zip(images, expected, strict=True):
+        try:
+            found = find(image)
+        except Exception as error:  # what a runtime raises is open-ended
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(
+                f"{name} does not run at {tuple(image.shape)}: {reason}; not written", EXIT_FAILED
+            ) from None
+        # A full list's last objects, of about the same score, may be others.
+        full = len(objects["scores"]) >= head.detections_per_img
+        lowest = max(least, float(objects["scores"].min())) if full else least
+        size = f"{image.shape[1]} x {image.shape[2]} pixels"
+        results.append(compare_objects(objects, found, lowest + SCORE, f"{name}, {size}"))
+    objects, tied = (sum(result[i] for result in results) for i in (0, 3))
+    wrong = None
+    if not objects:
+        wrong = "the network finds nothing in the trial images, so that nothing can be compared"
+    elif tied > max(1, TIED * objects):
+        wrong = f"has others of the same score in the place of {tied} of {objects} objects"
+    if wrong:
+        raise UserError(f"{name}: {wrong}; not written", EXIT_FAILED)
+    pixels, overlap = max(r.pixels for r in results), min(r.overlap for r in results)
+    return Agreement(objects, pixels, overlap, tied)
+
+
+def compare_objects(expected: Objects, found: Objects, lowest: float, where: str) -> Agreement:
+    """Looks for each of the network's objects among the file's, whose order may differ in ties.
+
+    Args:
+        expected: the network's.
+        found: the file's.
+        lowest: objects that do not score more may be on one side alone.
+        where: for messages.
+
+    Raises:
+        UserError: one is missing, or another one is there.
+    """
+    scores = (expected["scores"][:, None] - found["scores"]).abs()
+    alike = (expected["labels"][:, None] == found["labels"]) & (scores <= SCORE)
+    apart = (expected["boxes"][:, None] - found["boxes"]).abs().amax(2).nan_to_num(torch.inf)
+    apart = F.pad(apart.where(alike, torch.inf), (0, 1, 0, 1), value=torch.inf)
+    nearest, partner = apart[:-1].min(1)
+    compared = expected["scores"] > lowest
+    same = compared & (nearest <= PIXELS)
+    wrong = None
+    for i in torch.where(compared & ~alike.any(1))[0][:1].tolist():
+        wrong = (
+            f"the file lacks an object that the network finds (label {int(expected['labels'][i])}, "
+            f"score {expected['scores'][i]:.4f})"
+        )
+    more = found["scores"] > lowest + SCORE
+    if not wrong and ((more & ~alike.any(0)).any() or more.sum() > compared.sum()):
+        wrong = "the file finds an object that the network does not"
+    overlap = 1.0
+    if "masks" in expected and same.any():
+        a, b = expected["masks"][same] > 0.5, found["masks"][partner[same]] > 0.5
+        both, either = ((x.flatten(1).sum(1)).double() for x in (a & b, a | b))
+        overlap = float((both / either).nan_to_num(1.0).min())  # of two empty ones
+        if overlap < OVERLAP and not wrong:
+            wrong = f"a mask shares {100 * overlap:.0f} % with the network's"
+    if wrong:
+        raise UserError(f"{where}: {wrong}; not written", EXIT_FAILED)
+    pixels = float(nearest[same].max()) if same.any() else 0.0
+    return Agreement(int(compared.sum()), pixels, overlap, int((compared & ~same).sum()))
+
+
+def with_threshold(data: bytes, least: float) -> bytes:
+    """Returns an ONNX file of `detector_to_onnx` with another least score."""
+    import onnx
+
+    model = onnx.load_from_string(data)
+    (held,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith(THRESHOLD)]
+    value = torch.tensor(least).numpy()
+    held.CopyFrom(onnx.numpy_helper.from_array(value, held.name))
+    return model.SerializeToString()

@@ -1,0 +1,274 @@
+"""Makes int8 files for export.py: calibrated on images of train, compared on all of val.
+
+Convolutions are computed in 8 bits, weights per output channel; scales of the activations come from
+calibration images. What stays float is ECA's gate (some values a sample, with a sigmoid behind
+them, so that there is nothing to gain), the first convolution (it sees the image, and takes few
+operations), the pooling behind it (slow in 8 bits) and the last layer (the logits).
+"""
+
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.data import demo_sets, shards
+from utils.data.image_folder import ImageFolder
+from utils.inspection import export
+from utils.inspection.exported_network import INPUT, run_onnx, run_openvino
+from utils.inspection.predictions import read_batches
+from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.text import printable
+
+BATCH = 16
+TIMED = 9  # calls of each network, taken in turn
+
+Contents = tuple[tuple[bytes, ...], str]
+
+
+def quantised_files(
+    onnx_file: bytes,
+    metadata: Mapping[str, object],
+    data: tuple[ImageFolder, ImageFolder],
+    formats: Sequence[str],
+    calibration_images: int,
+    max_drop: float,
+) -> dict[str, Contents]:
+    """Makes int8 files and judges each on all validation images.
+
+    Args:
+        onnx_file: the network in float32, BatchNorm folded; its figures are what int8 is held to.
+        metadata: of the network: classes, img_size, crop_pct.
+        data: images of train and of val, from `open_data`.
+        formats: onnx, openvino, or both.
+        calibration_images: so many are taken from all over train; all where there are fewer.
+        max_drop: points of top-1 that may be lost.
+
+    Returns:
+        For each format the contents of its files, and what there is to say of them.
+
+    Raises:
+        UserError: an image cannot be read, or top-1 falls by more.
+    """
+    train, val = data
+    count = min(calibration_images, len(train))
+    chosen = np.sort(np.random.default_rng(0).choice(len(train), count, replace=False))
+    size = metadata["img_size"], metadata["crop_pct"]
+    print(f"int8: calibrated on {count} of {len(train)} training images", flush=True)
+    images = (x for x, _ in _batches(train.take(chosen), *size))
+    int8 = quantise(onnx_file, images)
+    metadata = {**metadata, "precision": "int8"}
+    made = {"onnx": (int8,)}
+    if "openvino" in formats:
+        made["openvino"] = export.to_openvino(int8, metadata)
+    run = {"onnx": run_onnx, "openvino": run_openvino}
+    floats = {
+        "onnx": lambda: (onnx_file,),
+        "openvino": lambda: export.to_openvino(onnx_file, metadata),
+    }
+    found = {}
+    for name in formats:
+        before = floats[name]()
+        pair = {"float32": run[name](*before), "int8": run[name](*made[name])}
+        top1, agreement, judged = judge(pair, _batches(val, *size))
+        drop = top1["float32"] - top1["int8"]
+        print(
+            f"{name}: top-1 {top1['float32']:.2f} % in float32, {top1['int8']:.2f} % in int8; the "
+            f"same class for {agreement:.2f} % of {judged} validation images",
+            flush=True,
+        )
+        _refuse_loss(name, drop, max_drop)
+        share = sum(map(len, made[name])) / sum(map(len, before))
+        note = f"{100 * share:.0f} % of float32's size; {_speeds(pair, size[0])}"
+        found[name] = made[name], note
+    return found
+
+
+def _refuse_loss(name: str, drop: float, max_drop: float) -> None:
+    if drop > max_drop:
+        raise UserError(
+            f"{name} in int8 loses {drop:.2f} points of top-1, more than --max-drop "
+            f"{max_drop:g}: not written; more --calibration-images may help",
+            EXIT_FAILED,
+        )
+
+
+def open_data(
+    data: str, classes: Sequence[str], num_classes: int
+) -> tuple[ImageFolder, ImageFolder]:
+    """Opens the images of train and val, labelled as the network's classes are.
+
+    Args:
+        data: a folder with train/ and val/, or demo data.
+        classes: the network's; empty where they have no names.
+        num_classes: how many it has.
+
+    Raises:
+        UserError: there is no such data, or it has other classes.
+    """
+    root = demo_sets.prepare(data) if demo_sets.is_demo(data) else data
+    train, val = shards.open_split(str(root), classes or None)
+    assert train is not None
+    if len(train.classes) != num_classes:
+        raise UserError(
+            f"{printable(str(root))} has {len(train.classes)} class folders, the network "
+            f"{num_classes} classes: the numbers must agree"
+        )
+    return train, val
+
+
+def _batches(
+    images: ImageFolder, img_size: int, crop_pct: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields normalised images (N, 3, S, S), prepared as in evaluation, and labels (N,)."""
+    paths = [images.path(i) for i in range(len(images))]
+    labels = torch.as_tensor(np.asarray(images.labels), dtype=torch.int64)
+    for batch in read_batches(paths, img_size, crop_pct, BATCH, torch.device("cpu")):
+        if batch.broken:
+            index, reason = batch.broken[0]
+            raise UserError(
+                f"{printable(paths[index])}: {reason}; repair or remove it", EXIT_FAILED
+            )
+        yield batch.images, labels[batch.indices]
+
+
+def _speeds(pair: Mapping[str, Callable[[Tensor], Tensor]], img_size: int) -> str:
+    """Times both on random images, in turn, and tells the ratio at batch 1 and at `BATCH`."""
+    told = []
+    for batch in (1, BATCH):
+        images = torch.randn(batch, 3, img_size, img_size)
+        seconds: dict[str, list[float]] = {name: [] for name in pair}
+        for _ in range(TIMED):
+            for name, network in pair.items():
+                began = time.perf_counter()
+                network(images)
+                seconds[name].append(time.perf_counter() - began)
+        ratios = [f / i for f, i in zip(seconds["float32"], seconds["int8"], strict=True)]
+        told.append(f"{statistics.median(ratios):.2f} at batch {batch}")
+    return f"speed over float32's {', '.join(told)}"
+
+
+def quantise(onnx_file: bytes, batches: Iterable[Tensor]) -> bytes:
+    """Makes an int8 ONNX file by onnxruntime's static quantisation, with the same metadata.
+
+    The file holds QuantizeLinear and DequantizeLinear around each operation, which onnxruntime,
+    OpenVINO and TensorRT understand.
+
+    Args:
+        onnx_file: in float32, with BatchNorm folded into the convolutions.
+        batches: normalised images (N, 3, S, S), all of one N. The range of each activation is the
+            mean of the batches' ranges.
+    """
+    import onnx
+    from onnxruntime import quantization
+
+    with tempfile.TemporaryDirectory() as folder, _without_warnings():
+        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        model = onnx.shape_inference.infer_shapes(onnx.load_from_string(onnx_file))
+        onnx.save(model, source)
+        quantization.quantize_static(
+            str(source),
+            str(target),
+            _Reader(batches),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Relu", "Clip", "Mul", "Add"],
+            per_channel=True,
+            # With signed ones onnxruntime computes convolutions before a ReLU in float on x86.
+            activation_type=quantization.QuantType.QUInt8,
+            # Processors without VNNI add two products of 8 bits in 16, where 8-bit weights overflow
+            reduce_range=True,
+            nodes_to_exclude=_float_nodes(model),
+            calibrate_method=quantization.CalibrationMethod.MinMax,
+            extra_options={
+                "ActivationSymmetric": False,
+                "WeightSymmetric": True,
+                "CalibMovingAverage": True,
+            },
+        )
+        result = onnx.load(target)
+        del result.metadata_props[:]
+        result.metadata_props.extend(onnx.load_from_string(onnx_file).metadata_props)
+        for entry in result.metadata_props:
+            if entry.key == "precision":
+                entry.value = "int8"
+        return result.SerializeToString()
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hides onnxruntime's advice, to fold what is folded already, from the terminal."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+class _Reader:
+    """Gives calibration images as onnxruntime asks for them: one batch a call, None at the end."""
+
+    def __init__(self, batches: Iterable[Tensor]):
+        self.batches = iter(batches)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {INPUT: batch.numpy()}
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return iter(self.get_next, None)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        found = self.get_next()
+        if found is None:
+            raise StopIteration
+        return found
+
+
+def _float_nodes(model) -> list[str]:
+    """Returns the names of nodes that stay in float: the first convolution, and the gates."""
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    first = next(node for node in model.graph.node if node.op_type == "Conv")
+    kept = [first.name]
+    for node in model.graph.node:
+        if node.op_type == "Sigmoid":
+            before = made_by.get(node.input[0])
+            while before is not None and before.op_type not in ("ReduceMean", "GlobalAveragePool"):
+                kept.append(before.name)
+                before = made_by.get(before.input[0])
+    return kept
+
+
+@torch.no_grad()
+def judge(
+    networks: dict[str, Callable[[Tensor], Tensor]], batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[dict[str, float], float, int]:
+    """Evaluates networks on the same images, batch by batch.
+
+    Args:
+        networks: name -> images (N, 3, S, S) to logits (N, C). Agreement is that of the first with
+            the last.
+        batches: normalised images and labels (N,).
+
+    Returns:
+        Top-1 in % of each network, the share of images in % for which the first and the last name
+        the same class, and the number of images.
+    """
+    right = dict.fromkeys(networks, 0)
+    agree = images = 0
+    for x, labels in batches:
+        guesses = {name: run(x).argmax(1) for name, run in networks.items()}
+        for name, guess in guesses.items():
+            right[name] += int((guess == labels).sum())
+        first, *_, last = guesses.values()
+        agree += int((first == last).sum())
+        images += len(labels)
+    top1 = {name: 100 * count / images for name, count in right.items()}
+    return top1, 100 * agree / images, images

@@ -1,0 +1,424 @@
+"""Reads a user's images, and says what a classifier or a detector sees in them."""
+
+import csv
+import glob
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from utils.data import coco_masks
+from utils.data.coco_eval import MASK_THRESHOLD, to_results
+from utils.data.decoding import (
+    DECODERS,
+    EXTENSIONS,
+    BrokenImageError,
+    Stored,
+    read_image,
+    to_tensor,
+)
+from utils.data.image_folder import is_passed_over
+from utils.data.loader import device_batches, leave_broken_connections_unsaid
+from utils.data.transforms import eval_transform
+from utils.inspection.drawing import draw, enlarge
+from utils.system.errors import UserError
+from utils.system.faults import is_out_of_memory
+from utils.system.files import write_atomically
+from utils.system.text import cell, printable
+
+
+@dataclass(frozen=True)
+class UserBatch:
+    """Holds some of the images, and for the others why they could not be read."""
+
+    images: torch.Tensor  # (n, 3, S, S) float32, normalised; n can be 0
+    indices: list[int]  # (n,) where in the list of paths each image is from
+    broken: list[tuple[int, str]]  # index and reason of those that cannot be read
+
+
+def find_images(names: Sequence[str]) -> list[bytes]:
+    """Returns the paths that `names` stand for, each once, in the order given.
+
+    Args:
+        names: files; folders, which stand for all images below them, sorted; glob patterns (`**`
+            crosses folders); or "-" for one path a line on standard input, there or not.
+
+    Raises:
+        UserError: a name that stands for nothing.
+    """
+    found: dict[bytes, None] = {}
+    for name in names:
+        if name == "-":
+            lines = [line.rstrip(b"\r\n") for line in sys.stdin.buffer]
+            here = [line for line in lines if line]  # one that is gone is told when it is read
+            nothing = "no path came in on standard input"
+        elif os.path.isdir(name):
+            here = _images_below(os.fsencode(name))
+            nothing = f"{printable(name)}: no image below this folder ({' '.join(EXTENSIONS)})"
+        elif os.path.exists(name):  # before patterns: names may hold brackets
+            here = [os.fsencode(name)]
+            nothing = ""
+        else:
+            paths = sorted(glob.glob(name, recursive=True))
+            here = [os.fsencode(path) for path in paths if os.path.isfile(path)]
+            nothing = f"{printable(name)}: no such file, folder or pattern that matches a file"
+        if not here:
+            raise UserError(nothing)
+        found.update(dict.fromkeys(here))
+    return list(found)
+
+
+def _images_below(folder: bytes) -> list[bytes]:
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_passed_over(os.fsdecode(name))]
+        for name in files:
+            if os.fsdecode(name).lower().endswith(EXTENSIONS) and not name.startswith(b"."):
+                found.append(os.path.join(root, name))
+    return sorted(found)
+
+
+class _Paths(Dataset):
+    def __init__(
+        self, paths: Sequence[bytes | Stored], img_size: int, crop_pct: float, decoder: str
+    ):
+        self.paths, self.decoder = paths, decoder
+        self.transform = eval_transform(img_size, crop_pct)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | str] | UserError:
+        try:
+            image = self.transform(read_image(self.paths[index], self.decoder))
+        except BrokenImageError as error:
+            return index, error.reason
+        except UserError as error:  # raised in a worker it would arrive as a traceback
+            return error
+        if not isinstance(image, torch.Tensor):
+            image = to_tensor(image)
+        return index, image
+
+
+def read_batches(
+    paths: Sequence[bytes | Stored],
+    img_size: int,
+    crop_pct: float,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    decoder: str = DECODERS[0],
+) -> Iterator[UserBatch]:
+    """Yields the images at `paths` in order, prepared as for evaluation, on `device`.
+
+    Args:
+        img_size, crop_pct: see `eval_transform`.
+        workers: loader processes; 0 reads in this one.
+        decoder: see `read_image`.
+    """
+    loader = DataLoader(
+        _Paths(paths, img_size, crop_pct, decoder),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=partial(_collate, img_size=img_size),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_interrupts_to_the_main_process,
+    )
+    for batch in device_batches(loader, device):
+        yield UserBatch(batch.images, batch.targets.tolist(), list(batch.broken))
+
+
+def _collate(items: list[tuple[int, torch.Tensor | str] | UserError], img_size: int):
+    if faults := [item for item in items if isinstance(item, UserError)]:
+        return faults[0]
+    broken = [item for item in items if isinstance(item[1], str)]
+    good = [item for item in items if not isinstance(item[1], str)]
+    images = torch.empty(len(good), img_size, img_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    for place, (_, image) in zip(images, good, strict=True):
+        place.copy_(image)
+    return images, torch.tensor([index for index, _ in good], dtype=torch.int64), broken
+
+
+def _leave_interrupts_to_the_main_process(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_broken_connections_unsaid()
+
+
+FORMATS = ("table", "csv", "json")
+WIDEST_PATH = 48  # characters of the table's first column; a longer path pushes its row aside
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Holds one class, and how sure the network is of it."""
+
+    index: int
+    name: str
+    confidence: float  # softmax, 0 to 1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Holds the most likely classes of one image, best first, or why there are none."""
+
+    file: str
+    guesses: tuple[Guess, ...] = ()
+    error: str | None = None
+    map: str | None = None  # the picture of the class-activation map
+
+    def as_dict(self) -> dict:
+        """Returns the prediction as plain values for JSON."""
+        if self.error is not None:
+            return {"file": self.file, "error": self.error}
+        drawn = {"map": self.map} if self.map else {}
+        return {"file": self.file, "guesses": [vars(guess) for guess in self.guesses], **drawn}
+
+
+class PredictionLog:
+    """Shows predictions on standard output as they come, and collects them for files.
+
+    Args:
+        form: one of `FORMATS`; JSON, being one list, is shown by `close`.
+        files: the paths to come.
+        topk: guesses of each.
+    """
+
+    def __init__(self, form: str, files: Sequence[str], topk: int):
+        self.form, self.topk = form, topk
+        self.width = path_width(files)
+        self.predictions: list[Prediction] = []
+        if form == "csv":
+            print(_csv_lines([self._titles()]), end="")
+
+    def add(self, prediction: Prediction) -> None:
+        self.predictions.append(prediction)
+        if self.form == "csv":
+            print(_csv_lines([self._cells(prediction)]), end="", flush=True)
+        elif self.form == "table" and prediction.error is None:
+            print(f"{prediction.file:<{self.width}}  {_percentages(prediction)}", flush=True)
+
+    def close(self) -> None:
+        if self.form == "json":
+            print(self._json(), end="")
+
+    def write(self, folder: Path) -> None:
+        """Writes predictions.csv and predictions.json to `folder`."""
+        rows = [self._titles(), *map(self._cells, self.predictions)]
+        write_atomically(folder / "predictions.csv", _csv_lines(rows).encode())
+        write_atomically(folder / "predictions.json", self._json().encode())
+
+    def _titles(self) -> list[str]:
+        ranks = range(1, self.topk + 1)
+        return ["file", *(t for i in ranks for t in (f"class_{i}", f"confidence_{i}")), "error"]
+
+    def _cells(self, prediction: Prediction) -> list[str]:
+        cells = [c for g in prediction.guesses for c in (cell(g.name), f"{g.confidence:.6f}")]
+        empty = [""] * (2 * self.topk - len(cells))
+        return [cell(prediction.file), *cells, *empty, cell(prediction.error or "")]
+
+    def _json(self) -> str:
+        return (
+            json.dumps([p.as_dict() for p in self.predictions], indent=2, ensure_ascii=False) + "\n"
+        )
+
+
+def path_width(files: Sequence[str]) -> int:
+    """Returns the characters of the table's first column."""
+    return min(WIDEST_PATH, max(map(len, files), default=0))
+
+
+def _percentages(prediction: Prediction) -> str:
+    return "   ".join(f"{printable(g.name)} {100 * g.confidence:.1f} %" for g in prediction.guesses)
+
+
+def _csv_lines(rows: Sequence[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+SMALLEST, LARGEST = 320, 1000  # pixels of a drawn picture's longer side
+
+
+@dataclass(frozen=True)
+class Found:
+    """Holds the detections in one image, highest score first, or why there are none.
+
+    Attributes:
+        size: height and width of the image file.
+        image: (3, H, W) uint8, smaller than the file where that is larger than the network's input.
+        objects: boxes (n, 4) as x1, y1, x2, y2 in the pixels of `image`, scores (n,), labels (n,)
+            as indices of class names, and with a mask network masks (n, 1, H, W) from 0 to 1.
+    """
+
+    file: str
+    size: tuple[int, int] = (0, 0)
+    image: Tensor | None = None
+    objects: dict[str, Tensor] | None = None
+    error: str | None = None
+
+
+@torch.inference_mode()
+def find_objects(
+    detector: nn.Module, paths: Sequence[bytes], device: torch.device, first_label: int
+) -> Iterator[Found]:
+    """Runs the detector on one image after the other, as it is evaluated: unpadded.
+
+    An image larger than the detector's input is first reduced to it: a hundred masks in the size of
+    a 12-megapixel photograph would take 5 GB.
+
+    Args:
+        detector: a list of (3, H, W) in 0…1 → one dict of boxes, labels, scores (and masks) each.
+        first_label: the label of the first class.
+    """
+    for path in paths:
+        file = printable(path)
+        try:
+            image = read_image(path)
+        except BrokenImageError as error:
+            yield Found(file, error=error.reason)
+            continue
+        size = tuple(image.shape[1:])
+        if max(size) > detector.transform.max_size:
+            image = _resized(image, detector.transform.max_size / max(size))
+        try:
+            (objects,) = detector([image.to(device).float() / 255])
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            yield Found(file, error="out of memory")
+            continue
+        objects = {name: value.cpu() for name, value in objects.items()}
+        objects["labels"] = objects["labels"] - first_label
+        if not all(objects[name].isfinite().all() for name in ("boxes", "scores")):
+            yield Found(file, error="the network's output is not finite")
+            continue
+        yield Found(file, size, image, objects)
+
+
+def sentence(found: Found, names: Sequence[str], least_score: float, width: int) -> str:
+    """Returns one line: the path, and the objects with at least this score."""
+    told = [
+        f"{names[label]} {score:.2f}"
+        for label, score in zip(
+            found.objects["labels"].tolist(), found.objects["scores"].tolist(), strict=True
+        )
+        if score >= least_score
+    ]
+    return f"{found.file:<{width}}  {'   '.join(told) or '-'}"
+
+
+def picture(found: Found, names: Sequence[str], least_score: float) -> Tensor:
+    """Returns the image with its objects drawn on it, at a size at which captions can be read."""
+    image, objects = found.image, found.objects
+    longest = max(image.shape[1:])
+    if longest > LARGEST:
+        image, objects = _shrink(image, objects, LARGEST / longest)
+    return draw(*enlarge(image, objects, max(1, SMALLEST // longest)), names, least_score)
+
+
+def _shrink(
+    image: Tensor, objects: dict[str, Tensor], scale: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    image = _resized(image, scale)
+    objects = {**objects, "boxes": objects["boxes"] * scale}
+    if "masks" in objects:
+        objects["masks"] = F.interpolate(objects["masks"], image.shape[1:], mode="bilinear")
+    return image, objects
+
+
+def _resized(image: Tensor, scale: float) -> Tensor:
+    size = [max(1, round(scale * side)) for side in image.shape[1:]]
+    return F.interpolate(image[None].float(), size, mode="area")[0].round().to(torch.uint8)
+
+
+class CocoDocument:
+    """Collects images, detections and categories in one JSON document, as COCO annotates a data
+    set.
+
+    Every detection is an annotation with a `score`; its list is COCO's result format too.
+
+    Args:
+        names: of the classes; `category_ids` are theirs in the training data.
+    """
+
+    def __init__(self, names: Sequence[str], category_ids: Sequence[int]):
+        self.names, self.category_ids = names, category_ids
+        self.images: list[dict] = []
+        self.annotations: list[dict] = []
+
+    def add(self, found: Found) -> None:
+        height, width = found.size
+        image_id = len(self.images) + 1
+        self.images.append(
+            {"id": image_id, "file_name": found.file, "width": width, "height": height}
+        )
+        across, down = width / found.image.shape[2], height / found.image.shape[1]
+        boxes = found.objects["boxes"] * torch.tensor([across, down, across, down])
+        plain = {**found.objects, "boxes": boxes}
+        masks = plain.pop("masks", None)
+        for i, result in enumerate(to_results(plain, image_id, self.category_ids, first_label=0)):
+            area = result["bbox"][2] * result["bbox"][3]
+            if masks is not None:  # one by one, for they can be large
+                mask = F.interpolate(masks[i : i + 1], found.size, mode="bilinear")[0]
+                (result["segmentation"],) = coco_masks.encode((mask > MASK_THRESHOLD).numpy())
+                area = coco_masks.area(result["segmentation"])
+            extra = {"id": len(self.annotations) + 1, "area": area, "iscrowd": 0}
+            self.annotations.append(result | extra)
+
+    def json(self) -> str:
+        categories = [
+            {"id": i, "name": name} for i, name in zip(self.category_ids, self.names, strict=True)
+        ]
+        document = {
+            "images": self.images,
+            "annotations": self.annotations,
+            "categories": categories,
+        }
+        return json.dumps(document, ensure_ascii=False) + "\n"
+
+    def csv(self) -> str:
+        """Returns one line a detection: file, class, score, and the box's corners in pixels."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["file", "class", "score", "x1", "y1", "x2", "y2"])
+        name_of = dict(zip(self.category_ids, self.names, strict=True))
+        for found in self.annotations:
+            x, y, width, height = found["bbox"]
+            corners = [f"{v:.2f}" for v in (x, y, x + width, y + height)]
+            file = self.images[found["image_id"] - 1]["file_name"]
+            writer.writerow(
+                [cell(file), cell(name_of[found["category_id"]]), f"{found['score']:.6f}", *corners]
+            )
+        return text.getvalue()
+
+    def write(self, folder: Path) -> None:
+        """Writes detections.json and detections.csv to `folder`."""
+        write_atomically(folder / "detections.json", self.json().encode())
+        write_atomically(folder / "detections.csv", self.csv().encode())
+
+
+def class_table(saved: dict, classes: int) -> tuple[list[str], list[int]]:
+    """Returns names and category ids of a detector's checkpoint.
+
+    Raises:
+        UserError: it does not name each of its classes.
+    """
+    names = [printable(name) for name in saved.get("classes") or ()]
+    ids = list(saved.get("category_ids") or range(1, len(names) + 1))
+    if not len(names) == len(ids) == classes:
+        raise UserError(
+            f"the checkpoint names {len(names)} of its detector's {classes} classes; give one that "
+            "detect_main.py wrote"
+        )
+    return names, ids

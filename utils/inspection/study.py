@@ -1,0 +1,571 @@
+"""A study by plan: what it compares, the statistics of its runs, and its tables and pictures.
+
+`tools/study.py` trains and evaluates the runs.
+"""
+
+import csv
+import hashlib
+import io
+import math
+import os
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from utils.data import image_folder
+from utils.data.image_folder import ImageFolder
+from utils.system.errors import UserError
+from utils.system.style import CURVES, GREY, MAIN
+from utils.system.text import cell, columns, did_you_mean, paragraphs, printable, short
+
+NONE = "none"  # the variant that the others are compared with
+# Name of a variant: the network's name with {} for the plain one's, and main.py's flags. K and a
+# number stand for that kernel size in every stage.
+VARIANTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    NONE: ("{}", ()),
+    "SE": ("se_{}", ()),
+    **{f"SE-Var{n}": ("eca_{}", ("--attention", f"se_var{n}")) for n in (1, 2, 3)},
+    "ECA-NS k=3": ("eca_{}", ("--attention", "eca_ns", "--ksize", "K3")),
+    **{f"ECA k={k}": ("eca_{}", ("--ksize", f"K{k}")) for k in (1, 3, 5, 7, 9)},
+    "ECA adaptive": ("eca_{}", ("--ksize", "adaptive")),
+    "ECA published": ("eca_{}", ()),
+    "ECA identity start": ("eca_{}", ("--identity-start",)),  # on weights of a plain network
+}
+STAGES = {"resnet": 4, "mobilenet": 2}  # digits of --ksize
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Seed = Annotated[int, msgspec.Meta(ge=0)]
+Seeds = Annotated[tuple[Seed, ...], msgspec.Meta(min_length=1)]
+
+
+class Runs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Says how one network is trained.
+
+    Args:
+        rates: learning rates to choose from, each tried with every variant.
+        flags: for main.py.
+    """
+
+    rates: Annotated[tuple[Annotated[float, msgspec.Meta(gt=0)], ...], msgspec.Meta(min_length=1)]
+    flags: tuple[str, ...]
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Holds a study. Each field but `digest` stands in the file under the same name.
+
+    Args:
+        question: what the study is to answer, in words.
+        data: as main.py takes it; its val/ holds the test images.
+        train_per_class: training images of each class; None for all that validation leaves.
+        validation_per_class: images of each class cut from train/, which choose rate and epoch.
+        split_seed: of the cut.
+        networks: how each is trained, by the plain network's name.
+        variants: names of `VARIANTS`, `NONE` first.
+        choosing_seeds: of the runs that choose the rates.
+        seeds: of the runs that are evaluated on the test images.
+        also_compare: pairs of variants, besides each with `NONE`.
+        level: of the intervals.
+        digest: SHA-256 of the file.
+    """
+
+    question: str
+    data: str
+    train_per_class: Count | None
+    validation_per_class: Count
+    split_seed: Seed
+    networks: Annotated[dict[str, Runs], msgspec.Meta(min_length=1)]
+    variants: Annotated[tuple[str, ...], msgspec.Meta(min_length=2)]
+    choosing_seeds: Seeds
+    seeds: Seeds
+    also_compare: tuple[tuple[str, str], ...]
+    level: Annotated[float, msgspec.Meta(gt=0, lt=1)]
+    digest: str = ""
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Returns the comparisons for each network, as (variant, the one it is compared with)."""
+        return [(name, NONE) for name in self.variants[1:]] + list(self.also_compare)
+
+
+def read_plan(file: Path) -> Plan:
+    """Reads a plan.
+
+    Raises:
+        UserError: no such file, or it is no plan; names the field.
+    """
+    try:
+        data = file.read_bytes()
+        plan = msgspec.json.decode(data, type=Plan)
+        _refuse_doubtful(plan)
+    except OSError as error:
+        raise UserError(f"{printable(file)}: {error.strerror}; give a plan's file") from None
+    except ValueError as error:  # msgspec's own are, too
+        raise UserError(
+            f"{printable(file)}: {printable(str(error))}; docs/EVIDENCE.md has a plan's fields"
+        ) from None
+    return msgspec.structs.replace(plan, digest=hashlib.sha256(data).hexdigest())
+
+
+def _refuse_doubtful(plan: Plan) -> None:
+    """Raises ValueError for a plan that would compare a network with itself, or cannot be run."""
+    for name in (*plan.variants, *(name for pair in plan.also_compare for name in pair)):
+        if name not in VARIANTS:
+            hint = did_you_mean(name, list(VARIANTS)) or f"; there is {', '.join(VARIANTS)}"
+            raise ValueError(f"no variant {name!r}{hint}")
+    for field in ("variants", "seeds", "choosing_seeds"):
+        values = getattr(plan, field)
+        if len(set(values)) < len(values):
+            raise ValueError(f"{field} is {list(values)}: give each once")
+    if plan.variants[0] != NONE:
+        raise ValueError(f"variants begin with {NONE!r}, and name at least one other")
+    if any(not {*pair} <= {*plan.variants} or len({*pair}) < 2 for pair in plan.also_compare):
+        raise ValueError("also_compare holds pairs of the plan's variants")
+    if plan.digest:
+        raise ValueError("digest is no field of a plan's file")
+    for name, runs in plan.networks.items():
+        if not name.startswith(tuple(STAGES)):
+            raise ValueError(f"network {name!r}: give a plain one, such as resnet18 or mobilenetv2")
+        if len(set(runs.rates)) < len(runs.rates):
+            raise ValueError(f"network {name}: rates is {list(runs.rates)}: give each once")
+
+
+def arch_and_flags(network: str, variant: str) -> tuple[str, list[str]]:
+    """Returns main.py's name of a network's variant, and the flags that make it."""
+    arch, flags = VARIANTS[variant]
+    stages = next(count for family, count in STAGES.items() if network.startswith(family))
+    words = [word[1] * stages if word[0] == "K" else word for word in flags]
+    return arch.format(network), words
+
+
+ALIKE = 1e-9  # differences that are closer are the same, rounded otherwise
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Holds the mean of the differences of paired runs.
+
+    Args:
+        mean: in the runs' own unit.
+        low, high: the confidence interval of this one comparison, by Student's t; nan where the
+            pairs have no spread, see `standard_error`.
+        p: the probability of such a mean or a larger one, of either sign, where there is no
+            difference; nan as the interval, but 1 where all pairs are equal.
+        pairs: how many.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    pairs: int
+
+
+def standard_error(each: Sequence[float]) -> float:
+    """Returns the standard error of the mean of paired differences; nan where they have no spread.
+
+    That is a single pair, or pairs that all differ by the same. Accuracy counts whole images, so
+    two or three seeds may do so by chance: it is no sign that another seed would, too.
+    """
+    if len(each) < 2 or max(each) - min(each) <= ALIKE:
+        return math.nan
+    return statistics.stdev(each) / math.sqrt(len(each))
+
+
+def compare(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95) -> Difference:
+    """Compares runs in pairs: the same seed gives both the same images in the same order.
+
+    Args:
+        ours, theirs: one figure a seed, in the same order of seeds.
+        level: of the interval.
+
+    Raises:
+        ValueError: the lengths differ, or there are no runs.
+    """
+    each = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean, freedom = statistics.fmean(each), len(each) - 1
+    error = standard_error(each)
+    if math.isnan(error):
+        p = 1.0 if freedom and abs(mean) <= ALIKE else math.nan
+        return Difference(mean, math.nan, math.nan, p, len(each))
+    from scipy.stats import t  # optional, see `tools.study`
+
+    reach = float(t.ppf(0.5 + level / 2, freedom)) * error
+    p = 2 * float(t.sf(abs(mean) / error, freedom))
+    return Difference(mean, mean - reach, mean + reach, p, len(each))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Returns p-values corrected for their number, in the same order (Holm, 1979).
+
+    A corrected value below 0.05 keeps the chance of even one false finding among all of them below
+    5 %. Values that are nan stay nan and still count as comparisons.
+    """
+    count, reached = len(values), 0.0
+    corrected = [math.nan] * count
+    known = [i for i in range(count) if not math.isnan(values[i])]
+    for rank, i in enumerate(sorted(known, key=lambda i: values[i])):
+        reached = max(reached, min(1.0, (count - rank) * values[i]))
+        corrected[i] = reached
+    return corrected
+
+
+def write_parts(
+    root: Path, folder: Path, train_per_class: int | None, validation_per_class: int, seed: int
+) -> None:
+    """Makes folder/train and folder/val of the images of root/train; root/val is not touched.
+
+    The images are hard links where the file system has them.
+
+    Args:
+        folder: empty.
+        train_per_class: images of each class in folder/train; None for all that are left.
+        validation_per_class: images of each class in folder/val.
+        seed: of the draw; folder/val does not depend on `train_per_class`.
+
+    Raises:
+        UserError: a class has too few images, or root/train cannot be read.
+    """
+    images = image_folder.scan(str(root / "train"))
+    chance = np.random.default_rng(seed)
+    for label, name in enumerate(images.classes):
+        drawn = chance.permutation(np.flatnonzero(images.labels == label))
+        end = None if train_per_class is None else validation_per_class + train_per_class
+        needed = validation_per_class + (train_per_class or 1)
+        if len(drawn) < needed:
+            raise UserError(
+                f"{images.where}: class {name} has {len(drawn)} images, and the plan takes "
+                f"{needed}; plan fewer"
+            )
+        _link(images, drawn[:validation_per_class], folder / "val" / name)
+        _link(images, drawn[validation_per_class:end], folder / "train" / name)
+
+
+def _link(images: ImageFolder, indices: np.ndarray, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for index in sorted(indices.tolist()):
+        source = os.fsdecode(images.path(index))
+        target = folder / f"{index:07d}{Path(source).suffix}"
+        try:
+            os.link(source, target)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, target)
+
+
+Key = tuple[str, str]  # network, variant
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Holds one run. Accuracies are top-1 in %; None where it was not evaluated on the test images.
+
+    Args:
+        rate: learning rate.
+        best_epoch: from 1, chosen by the validation part.
+        seconds_per_epoch: of training alone, the median epoch.
+        multiply_adds: of one image, forward.
+        environment: command, commit, device and versions, as args.json has them.
+    """
+
+    name: str
+    network: str
+    variant: str
+    rate: float
+    seed: int
+    epochs: int
+    best_epoch: int
+    val_top1: float
+    test_top1: float | None
+    test_images: int | None
+    train_images: int
+    seconds_per_epoch: float
+    parameters: int
+    multiply_adds: int
+    environment: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Compares a variant of a network with another, on the test images.
+
+    Args:
+        p: of the difference, corrected for the number of comparisons in the study.
+    """
+
+    network: str
+    variant: str
+    against: str
+    difference: Difference
+    p: float
+
+
+def choose_rates(plan: Plan, runs: Sequence[RunResult]) -> dict[Key, float]:
+    """Returns each variant's rate: the highest mean top-1 of validation, the lower of equal ones.
+
+    Args:
+        runs: those of the choosing seeds with every rate.
+    """
+    chosen = {}
+    for network, how in plan.networks.items():
+        for variant in plan.variants:
+            best = how.rates[0]
+            if len(how.rates) > 1:
+                means = validation_means(plan, runs, network, variant)
+                best = max(sorted(how.rates), key=means.__getitem__)
+            chosen[network, variant] = best
+    return chosen
+
+
+def validation_means(
+    plan: Plan, runs: Sequence[RunResult], network: str, variant: str
+) -> dict[float, float]:
+    """Returns {rate: mean top-1 of validation over the choosing seeds}."""
+    found: dict[float, list[float]] = {}
+    for run in runs:
+        if (run.network, run.variant) == (network, variant) and run.seed in plan.choosing_seeds:
+            found.setdefault(run.rate, []).append(run.val_top1)
+    return {rate: statistics.fmean(values) for rate, values in found.items()}
+
+
+def by_variant(runs: Sequence[RunResult]) -> dict[Key, list[RunResult]]:
+    """Returns the runs that were evaluated on the test images, in the order of their seeds."""
+    found: dict[Key, list[RunResult]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        if run.test_top1 is not None:
+            found.setdefault((run.network, run.variant), []).append(run)
+    return found
+
+
+def compare_all(plan: Plan, runs: Sequence[RunResult]) -> list[Comparison]:
+    """Makes the plan's comparisons, and corrects them together for their number."""
+    tested = by_variant(runs)
+    made = []
+    for network in plan.networks:
+        for variant, against in plan.pairs:
+            ours, theirs = ([r.test_top1 for r in tested[network, v]] for v in (variant, against))
+            made.append((network, variant, against, compare(ours, theirs, plan.level)))
+    corrected = holm([difference.p for *_, difference in made])
+    return [Comparison(*row, p) for row, p in zip(made, corrected, strict=True)]
+
+
+def runs_csv(runs: Sequence[RunResult]) -> bytes:
+    """Returns a CSV file with one row a run, and what its figures depend on."""
+    own = [f.name for f in fields(RunResult) if f.name != "environment"]
+    more = list(dict.fromkeys(name for run in runs for name in run.environment))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*own, *more])
+    for run in runs:
+        values = asdict(run)
+        row = [values[name] for name in own] + [run.environment.get(name) for name in more]
+        writer.writerow([_shown(value) for value in row])
+    return text.getvalue().encode()
+
+
+def _shown(value: object) -> object:
+    if value is None or isinstance(value, int | float):
+        return value
+    return cell(value)
+
+
+SIGNIFICANT = 0.05
+
+
+def variant_rows(
+    plan: Plan, runs: Sequence[RunResult], rates: Mapping[Key, float]
+) -> list[list[str]]:
+    """Returns one row a variant: its rate, its accuracy over the seeds, and what it costs."""
+    rows = [
+        ["network", "attention", "rate", "top-1", "± std", "runs", "parameters", "MMACs", "s/epoch"]
+    ]
+    for (network, variant), tested in in_order(plan, by_variant(runs)).items():
+        top1 = [run.test_top1 for run in tested]
+        std = f"{statistics.stdev(top1):.2f}" if len(top1) > 1 else "-"
+        seconds = statistics.median(run.seconds_per_epoch for run in tested)
+        rows.append(
+            [
+                network,
+                variant,
+                f"{rates[network, variant]:g}",
+                f"{statistics.fmean(top1):.2f}",
+                std,
+                str(len(top1)),
+                f"{tested[0].parameters:,}",
+                f"{tested[0].multiply_adds / 1e6:.2f}",
+                f"{seconds:.1f}",
+            ]
+        )
+    return rows
+
+
+def comparison_rows(plan: Plan, comparisons: Sequence[Comparison]) -> list[list[str]]:
+    """Returns one row a comparison: points of top-1, interval, corrected p, and what it says."""
+    rows = [["network", "attention", "against", "points", f"{plan.level:.0%} interval", "p", ""]]
+    for row in comparisons:
+        difference = row.difference
+        interval = f"{difference.low:+.2f} to {difference.high:+.2f}"
+        rows.append(
+            [
+                row.network,
+                row.variant,
+                row.against,
+                f"{difference.mean:+.2f}",
+                "-" if math.isnan(difference.low) else interval,
+                "-" if math.isnan(row.p) else f"{row.p:.3f}",
+                verdict(row),
+            ]
+        )
+    return rows
+
+
+def verdict(comparison: Comparison) -> str:
+    """Says in words what the corrected p allows to say."""
+    if math.isnan(comparison.p):
+        return (
+            "one seed says nothing"
+            if comparison.difference.pairs == 1
+            else "no spread: says nothing"
+        )
+    if comparison.p >= SIGNIFICANT:
+        return "no difference shown"
+    return "higher" if comparison.difference.mean > 0 else "lower"
+
+
+def choice_rows(
+    plan: Plan, runs: Sequence[RunResult], rates: Mapping[Key, float]
+) -> list[list[str]]:
+    """Returns one row a variant and rate: mean top-1 of validation, and which rate was taken."""
+    rows = [["network", "attention", "rate", "validation top-1", "chosen"]]
+    for network in plan.networks:
+        for variant in plan.variants:
+            means = validation_means(plan, runs, network, variant)
+            for rate in sorted(means):
+                chosen = "yes" if rate == rates[network, variant] else ""
+                rows.append([network, variant, f"{rate:g}", f"{means[rate]:.2f}", chosen])
+    return rows
+
+
+def report(
+    plan: Plan,
+    runs: Sequence[RunResult],
+    rates: Mapping[Key, float],
+    comparisons: Sequence[Comparison],
+) -> str:
+    """Returns the whole text: the question, the tables, and how to read them."""
+    tested = [run for run in runs if run.test_top1 is not None]
+    images = f"{tested[0].train_images:,} training images, {tested[0].test_images:,} test images"
+    reading = "\n".join(
+        (
+            "rate and epoch: chosen by validation images cut from train/; top-1: of test images",
+            "points: mean difference in top-1 of runs with the same seed; interval: of this row",
+            f"alone; p: corrected for all {len(comparisons)} rows (Holm)",
+            "MMACs: millions of multiply-adds of one image; s/epoch: training, the median run",
+        )
+    )
+    return paragraphs(
+        f"{plan.question}\n{plan.data}, {images}, plan {plan.digest[:12]}",
+        columns(variant_rows(plan, runs, rates), left=2),
+        columns(comparison_rows(plan, comparisons), left=3),
+        reading,
+    )
+
+
+def in_order(plan: Plan, tested: Mapping[Key, list[RunResult]]) -> dict[Key, list[RunResult]]:
+    """Returns `tested` in the order of the plan's networks and variants."""
+    keys = [(network, variant) for network in plan.networks for variant in plan.variants]
+    return {key: tested[key] for key in keys}
+
+
+COSTS = (  # attribute of a run, and the words under its axis
+    ("seconds_per_epoch", "Training time"),
+    ("parameters", "Parameters"),
+    ("multiply_adds", "Multiply-adds"),
+)
+
+
+def draw_accuracy(plan: Plan, runs: Sequence[RunResult], found: Sequence[Comparison]) -> bytes:
+    """Draws for each network every run, and the differences to no attention with their intervals.
+
+    Returns:
+        A PNG.
+    """
+    from utils.system.style import png, styled
+
+    tested = in_order(plan, by_variant(runs))
+    height = max(2.4, 0.36 * len(plan.variants) + 1.3)
+    with styled() as plt:
+        figure, axes = plt.subplots(
+            len(plan.networks),
+            2,
+            figsize=(9.2, height * len(plan.networks)),
+            layout="constrained",
+            squeeze=False,
+        )
+        for (left, right), network in zip(axes, plan.networks, strict=True):
+            for i, variant in enumerate(plan.variants):
+                top1 = [run.test_top1 for run in tested[network, variant]]
+                left.plot(top1, [i] * len(top1), "o", color=GREY, markersize=5, alpha=0.7)
+                left.plot(statistics.fmean(top1), i, "D", color=MAIN)
+            left.set(xlabel="Test top-1 (%)", title=f"{network}: ● one run   ◆ mean")
+            _draw_differences(right, plan, network, found)
+            right.set_title(f"difference to none, {plan.level:.0%} interval")
+            for axis in (left, right):
+                axis.set_yticks(range(len(plan.variants)), [short(v) for v in plan.variants])
+                axis.set_ylim(len(plan.variants) - 0.4, -0.6)
+        return png(figure, colours=256)
+
+
+def _draw_differences(axis: Any, plan: Plan, network: str, found: Sequence[Comparison]) -> None:
+    rows = [c for c in found if c.network == network and c.against == NONE]
+    axis.axvline(0, color=GREY, linewidth=1)
+    for comparison in rows:
+        i, difference = plan.variants.index(comparison.variant), comparison.difference
+        if math.isnan(difference.low):
+            axis.plot(difference.mean, i, "D", color=MAIN)
+        else:
+            reach = difference.high - difference.mean
+            axis.errorbar(difference.mean, i, xerr=reach, fmt="D", color=MAIN, capsize=4)
+    axis.set_xlabel("Points of test top-1")
+
+
+def draw_costs(plan: Plan, runs: Sequence[RunResult]) -> bytes:
+    """Draws for each network top-1 over what a variant costs more than no attention does.
+
+    Returns:
+        A PNG.
+    """
+    from utils.system.style import png, styled
+
+    tested = in_order(plan, by_variant(runs))
+    with styled() as plt:
+        figure, axes = plt.subplots(
+            len(plan.networks),
+            len(COSTS),
+            figsize=(9.2, 2.7 * len(plan.networks) + 0.5),
+            layout="constrained",
+            squeeze=False,
+            sharey="row",
+        )
+        for row, network in zip(axes, plan.networks, strict=True):
+            for axis, (attribute, words) in zip(row, COSTS, strict=True):
+                plain = _median(tested[network, NONE], attribute)
+                for i, variant in enumerate(plan.variants):
+                    of_variant = tested[network, variant]
+                    more = 100 * (_median(of_variant, attribute) / plain - 1)
+                    top1 = statistics.fmean(run.test_top1 for run in of_variant)
+                    colour, marker = CURVES[i % len(CURVES)], "oDs^vP"[i % 6]
+                    axis.plot(more, top1, marker, color=colour, label=short(variant), ls="")
+                axis.set_xlabel(f"{words}: % above none")
+            row[0].set_ylabel("Test top-1 (%)")
+            row[1].set_title(network)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
+        return png(figure, colours=256)
+
+
+def _median(runs: Sequence[RunResult], attribute: str) -> float:
+    return statistics.median(getattr(run, attribute) for run in runs)

@@ -1,1 +1,0 @@
-"""Training settings as frozen values, and learning rates as pure functions."""

@@ -1,1 +1,0 @@
-"""Studies over many runs: plans, parts of the data, statistics, tables, pictures."""

@@ -1,0 +1,440 @@
+"""Trains a classifier for an epoch, evaluates it, and measures both: loss, top-1, top-5."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from utils.config.classification import Config, Recipe, lr_of
+from utils.data.loader import Batch
+from utils.data.sampler import mix_seed
+from utils.runs.writer import Curve, Panel, RunFiles
+from utils.system import backends, distributed
+from utils.system.backends import AutocastFactory
+from utils.system.distributed import Context, Votes
+from utils.system.signals import StopRequest
+from utils.system.style import GREY, MAIN, SECOND
+from utils.system.text import all_epochs, counted
+from utils.training.classification_data import RealMeter, TrainingData
+from utils.training.progress import Progress
+from utils.training.state import TrainingState
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Mix = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+METRICS = ("loss", "top1", "top5")
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """Holds what every optimizer step of a run does alike.
+
+    Args:
+        recipe: gives the learning rate, the parts of a batch, and the gradient's largest norm.
+        steps_per_epoch: to turn steps into epochs.
+        seed: with the step's number it seeds everything random in it (mixing, dropout), so that a
+            resumed run needs no generator state.
+        autocast: makes the context in which forward and loss run.
+        loss_fn: (logits, targets) → mean loss.
+        mix: blends images and targets, see `make_mix`.
+    """
+
+    recipe: Recipe
+    steps_per_epoch: int
+    seed: int
+    autocast: AutocastFactory
+    loss_fn: Loss
+    mix: Mix
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        steps_per_epoch: int,
+        seed: int,
+        data: TrainingData,
+        num_classes: int,
+        context: Context,
+    ) -> "StepRule":
+        """Returns the rule of a run's configuration.
+
+        Args:
+            seed: of the run; ranks draw by seeds of their own.
+            num_classes: the network's outputs.
+        """
+        recipe, device = config.recipe, context.device
+        return cls(
+            recipe,
+            steps_per_epoch,
+            mix_seed(seed, context.rank),
+            partial(backends.autocast, device, config.network.amp),
+            make_loss(recipe, data.loss_weights(num_classes, device)),
+            make_mix(recipe.mixup, recipe.cutmix, num_classes),
+        )
+
+    @property
+    def guarded(self) -> str:
+        """Returns what has to be finite before an update, in words."""
+        return "loss or gradient" if self.recipe.clip_grad else "loss"
+
+    def lr_at(self, step: int) -> float:
+        """Returns the learning rate of the run's step of this number."""
+        return lr_of(self.recipe, step, self.steps_per_epoch)
+
+
+def train_one_epoch(
+    state: TrainingState,
+    network: nn.Module,
+    batches: Iterable[Batch],
+    rule: StepRule,
+    progress: Progress,
+    run: RunFiles,
+    votes: Votes,
+    stop: StopRequest,
+) -> bool:
+    """Trains on `batches`, the rest of the epoch in which `state` stands, saving where due.
+
+    Args:
+        network: `state.network` in its parallel wrapping; images (N, 3, S, S) → logits (N, C).
+
+    Returns:
+        Whether the epoch is done. False: the run was asked to stop, and is saved.
+
+    Raises:
+        UserError: exit code 3, when the loss is not finite (see NonFiniteGuard).
+    """
+    network.train()
+    optimizer, scaler, recipe = state.optimizer, state.scaler, rule.recipe
+    first = state.epoch * rule.steps_per_epoch  # the epoch's first step, counted over the run
+    for batch in batches:
+        torch.manual_seed(mix_seed(rule.seed, step := first + state.step))
+        state.set_lr(rule.lr_at(step))
+        images, targets = rule.mix(batch.images, batch.targets)
+        optimizer.zero_grad(set_to_none=True)
+        doubtful = torch.zeros((), device=images.device)
+        parts = zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True)
+        for number, (x, y) in enumerate(parts, 1):
+            # Ranks add up their gradients once, in the last part's backward.
+            last = number == recipe.accumulate
+            with nullcontext() if last else distributed.without_gradient_sync(network):
+                with rule.autocast():
+                    loss = rule.loss_fn(logits := network(x), y)
+                scaler.scale(loss / recipe.accumulate).backward()
+            state.meter.update(loss, logits, leading_class(y))
+            doubtful += loss.detach() / recipe.accumulate
+        if recipe.clip_grad:
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(state.trained, recipe.clip_grad)
+            # With a scaler an overflowing gradient is in order: it skips the step and scales less.
+            doubtful = doubtful if scaler.is_enabled() else doubtful + norm
+        state.guard.before_update(doubtful, step, optimizer, rule.guarded)
+        scaler.step(optimizer)
+        scaler.update()
+        state.finish_step(batch.broken)
+        if progress.advance():
+            state.guard.check()
+            means = state.meter.means(state.meter.total())
+            progress.show(step_words(means), lr=f"{rule.lr_at(step):.4g}")
+        stopping, saving = votes.cast(bool(stop), run.due(state.step))
+        if stopping or saving:
+            run.save(state.snapshot())
+        if stopping:
+            return False
+    votes.settle()
+    return True
+
+
+@torch.inference_mode()
+def evaluate(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    autocast: AutocastFactory,
+    stop: Callable[[], bool] = lambda: False,
+    meter: "ClassificationMeter | None" = None,
+    real: RealMeter | None = None,
+) -> dict[str, float] | None:
+    """Returns mean loss and top-1/top-5 (in %) of `network` over all ranks' `batches`.
+
+    Args:
+        meter: what sums; one that keeps more, for a caller who wants it; None for a plain one.
+        real: counts by other labels, too; the batches' targets are then the numbers of the images.
+
+    Returns:
+        {"loss", "top1", "top5", "images"}, or None when `stop()` said so before the end.
+    """
+    network.eval()
+    meter = ClassificationMeter(device) if meter is None else meter
+    for batch in batches:
+        if stop():
+            return None
+        with autocast():
+            logits = network(batch.images)
+        targets = batch.targets if real is None else real.count(logits, batch.targets)
+        meter.update(cross_entropy(logits, targets), logits, targets)
+    total = meter.total()
+    return {**meter.means(total), "images": int(total[3])}
+
+
+FIGURES = ("loss", "top1", "top5")
+COLUMNS = (
+    "epoch",
+    "lr",
+    *(f"train_{name}" for name in FIGURES),
+    *(f"val_{name}" for name in FIGURES),
+)
+
+
+def count_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...]) -> torch.Tensor:
+    """Counts how many of N samples have their class among the k highest logits.
+
+    Args:
+        logits: (N, C). With C < k every sample counts as correct.
+        targets: (N,) int64 class indices.
+        ks: the k's asked for.
+
+    Returns:
+        (len(ks),) float64 counts. A row that is not finite is never correct: NaN sorts first in
+        topk, which would make a ruined network look perfect for class 0.
+    """
+    _, hits = ranked(logits, targets, max(ks))
+    return torch.stack([hits[:, :k].sum() for k in ks]).to(wide(logits.device))
+
+
+def ranked(
+    logits: torch.Tensor, targets: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the `most` likely classes of N samples, or all C < most, and which is the true one.
+
+    Args:
+        logits, targets: see `count_correct`.
+
+    Returns:
+        (N, most) int64 classes, the most likely first; (N, most) bool, False in each row that is
+        not finite.
+    """
+    top = logits.topk(min(most, logits.shape[1]), dim=1).indices
+    return top, (top == targets[:, None]) & logits.isfinite().all(dim=1, keepdim=True)
+
+
+class ClassificationMeter:
+    """Sums loss, top-1 and top-5 over what `update` has seen.
+
+    State: four sums (loss, top-1 hits, top-5 hits, samples) on the device, this rank's share.
+    """
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(4, dtype=wide(device), device=device)
+
+    @torch.no_grad()
+    def update(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Adds a batch: its mean loss (scalar), logits (N, C) and targets (N,)."""
+        n = len(targets)
+        self.sums[0] += loss.detach() * n
+        self.sums[1:3] += count_correct(logits.detach(), targets, (1, 5))
+        self.sums[3] += n
+
+    def total(self) -> torch.Tensor:
+        """Returns the four sums over all ranks, on the host. Call it on every rank."""
+        return distributed.all_reduce(self.sums.clone()).cpu()
+
+    @staticmethod
+    def means(total: torch.Tensor) -> dict[str, float]:
+        """Returns {"loss", "top1", "top5"} of `total()`: mean loss, and percentages."""
+        loss, top1, top5, n = total.tolist()
+        n = n or float("nan")
+        return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    label_smoothing: float = 0.0,
+    class_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns the mean cross-entropy in float32, whatever the precision of the logits (N, C).
+
+    Args:
+        targets: (N,) class indices, or (N, C) shares of the classes.
+        label_smoothing: share of each target that is divided evenly among the classes.
+        class_weights: (C,) factors of the classes' terms; None for 1. The sum is divided by N, not
+            by the weights of the batch: so each part of a batch, on any rank, counts by its size.
+    """
+    if class_weights is None:
+        return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+    total = F.cross_entropy(
+        logits.float(), targets, class_weights, reduction="sum", label_smoothing=label_smoothing
+    )
+    return total / len(targets)
+
+
+def binary_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    label_smoothing: float = 0.0,
+    class_weights: torch.Tensor | None = None,
+    threshold: float = 0.0,
+) -> torch.Tensor:
+    """Returns the mean binary cross-entropy over images and classes, in float32, as timm's.
+
+    Args:
+        logits: (N, C); each says of one class whether it is there (Beyer et al. 2020).
+        targets, label_smoothing: as in `cross_entropy`.
+        class_weights: (C,) factors of the classes' terms; None for 1.
+        threshold: smoothed shares above it count as 1, and others as 0; 0 leaves them as they are.
+    """
+    classes = logits.shape[1]
+    shares = targets if targets.ndim == 2 else F.one_hot(targets, classes)
+    shares = (1 - label_smoothing) * shares.float() + label_smoothing / classes
+    if threshold:
+        shares = (shares > threshold).float()
+    return F.binary_cross_entropy_with_logits(logits.float(), shares, class_weights)
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """Returns the type of sums on a device: float64 where it has it."""
+    # float64 keeps counts exact past 2^24 and sums independent of their size; Apple GPUs lack it.
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def validation_columns(figures: Mapping[str, float]) -> dict[str, float]:
+    """Returns what an epoch's row records of an evaluation."""
+    return {f"val_{name}": figures[name] for name in METRICS}
+
+
+def is_better(row: Mapping[str, float], best: Mapping[str, float]) -> bool:
+    """Returns whether an epoch's top-1 is above the best one's; never where its loss is no number.
+
+    Args:
+        best: the row of the best epoch so far; empty for none.
+    """
+    if not math.isfinite(row["val_loss"]):
+        return False
+    return not best or row["val_top1"] > best["val_top1"]
+
+
+def epochs_since_best(history: Sequence[Mapping[str, float]]) -> int:
+    """Returns how many epochs have ended since the first one with the highest top-1; all of them
+    where none has a finite loss.
+    """
+    scores = [row["val_top1"] if math.isfinite(row["val_loss"]) else -1.0 for row in history]
+    return (
+        len(scores) - 1 - scores.index(max(scores))
+        if max(scores, default=-1.0) >= 0
+        else len(scores)
+    )
+
+
+def panels() -> list[Panel]:
+    """Returns the diagrams of loss, top-1, top-5 and learning rate."""
+    named = (
+        ("Loss", "cross-entropy", "loss"),
+        ("Top-1", "accuracy (%)", "top1"),
+        ("Top-5", "accuracy (%)", "top5"),
+    )
+    pairs = [
+        Panel(
+            title,
+            unit,
+            (Curve(f"train_{key}", "train", MAIN), Curve(f"val_{key}", "val", SECOND)),
+            "(last {:.2f})",
+            can_be_log=key == "loss",
+        )
+        for title, unit, key in named
+    ]
+    rate = Curve("lr", None, GREY)
+    return [*pairs, Panel("Learning rate", "at the epoch's first step", (rate,))]
+
+
+def step_words(means: Mapping[str, float]) -> str:
+    """Returns the words on an epoch under way."""
+    return f"loss {means['loss']:.4f}  top-1 {means['top1']:.2f} %"
+
+
+def epoch_line(row: Mapping[str, float], epochs: int, speed: float, improved: bool) -> str:
+    """Returns the line on a finished epoch."""
+    return (
+        f"epoch {row['epoch'] + 1}/{epochs}  train loss {row['train_loss']:.4f} "
+        f"top-1 {row['train_top1']:.2f} %  val loss {row['val_loss']:.4f} "
+        f"top-1 {row['val_top1']:.2f} % top-5 {row['val_top5']:.2f} %  {speed:,.0f} images/s"
+        + ("  (best)" if improved else "")
+    )
+
+
+def best_words(best: Mapping[str, float]) -> str:
+    """Returns the words on the best epoch for a run's closing line."""
+    if not best:
+        return "no epoch had a finite validation loss"
+    return (
+        f"best top-1 {best['val_top1']:.2f} %, top-5 {best['val_top5']:.2f} % "
+        f"(epoch {best['epoch'] + 1})"
+    )
+
+
+def make_loss(recipe: Recipe, class_weights: torch.Tensor | None) -> Loss:
+    """Returns a recipe's loss: (logits, targets) → their mean loss."""
+    smoothing = recipe.label_smoothing
+    if recipe.loss == "ce":
+        return partial(cross_entropy, label_smoothing=smoothing, class_weights=class_weights)
+    return partial(
+        binary_cross_entropy,
+        label_smoothing=smoothing,
+        class_weights=class_weights,
+        threshold=recipe.bce_threshold,
+    )
+
+
+def why_ended(state: TrainingState, recipe: Recipe) -> str | None:
+    """Returns a line on a run that has no epoch left to do: all are done, or it ended early.
+
+    None where there is one. That is no fault: a scheduler may start a finished run once more.
+    """
+    if state.epoch >= recipe.epochs:
+        return f"{all_epochs(recipe.epochs)} done: give more with --epochs"
+    waited = epochs_since_best(state.history)
+    if recipe.early_stop and waited >= recipe.early_stop:
+        return (
+            f"stopped early, after {state.epoch} of {counted(recipe.epochs, 'epoch')}: "
+            f"{waited} without a "
+            "better top-1; to go on, give more with --early-stop, or 0 for all epochs"
+        )
+    return None
+
+
+def unmixed(images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the batch as it is."""
+    return images, targets
+
+
+def make_mix(mixup: float, cutmix: float, num_classes: int) -> Mix:
+    """Returns a function (images (N, 3, S, S), targets (N,)) → (mixed images, shares (N,
+    num_classes)).
+
+    torchvision's transforms do it. They pair each image with the one before it and draw one share
+    for the whole batch, from torch's default CPU generator: seeded by the step, a batch is mixed
+    the same way whenever it comes, and nothing waits for the device.
+
+    Args:
+        mixup, cutmix: alpha of each Beta distribution; 0 leaves that one out, both at 0 all of it,
+            and with both a batch takes one of them by even chance.
+    """
+    if not mixup and not cutmix:
+        return unmixed
+    from torchvision.transforms import v2  # slow to import, and few runs need it
+
+    kinds = [
+        kind(alpha=alpha, num_classes=num_classes)
+        for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        if alpha
+    ]
+    mix: Mix = v2.RandomChoice(kinds)
+    return mix
+
+
+def leading_class(targets: torch.Tensor) -> torch.Tensor:
+    """Returns (N,) classes; of shares (N, C), as mixing makes them, those with the largest."""
+    return targets if targets.ndim == 1 else targets.argmax(dim=1)

@@ -1,0 +1,280 @@
+"""Builds the classifier of a run, with first or saved weights, and says how it runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import models
+from models import start as start_weights
+from models import weights
+from models.weights import Network
+from utils.config.classification import Config, NetworkSettings, Recipe
+from utils.config.recipes import PAPER
+from utils.data.loader import Reading
+from utils.runs.checkpoint import Checkpoint
+from utils.runs.resume import Start
+from utils.system import backends
+from utils.system.distributed import Context, device_lines
+from utils.system.errors import as_user_error
+from utils.system.text import counted
+from utils.training.classification import ClassificationMeter
+from utils.training.classification_data import TrainingData
+from utils.training.optim import make_optimizer
+from utils.training.state import NonFiniteGuard, TrainingState, WeightAverage
+
+AUGMENT_NAMES = {"trivial": "TrivialAugment", "rand": "RandAugment"}
+
+
+def network_line(network: Network) -> str:
+    """Returns one line: name, parameters, kernel sizes per stage, classes, what is frozen."""
+    parameters = sum(p.numel() for p in network.parameters())
+    ksize = f"ksize {','.join(map(str, network.ksize))}" if network.ksize else "no ECA"
+    prefix = network.arch.partition("_")[0]
+    named = prefix if prefix in ("eca", "se") else "none"
+    other = "" if network.attention == named else f" with {network.attention}"
+    line = (
+        f"network: {network.arch}{other}, {parameters:,} parameters, {ksize}, "
+        f"{counted(network.num_classes, 'class')}"
+    )
+    if network.frozen:
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        first, last = network.frozen[0], network.frozen[-1]
+        names = first if first == last else f"{first} to {last}"
+        line += f"; {names} frozen, {trained:,} parameters train"
+    return line
+
+
+def recipe_lines(recipe: Recipe, name: str) -> list[str]:
+    """Returns the numbers of training, and in a second line what is on beyond the paper's.
+
+    Args:
+        name: of the recipe that flags may have changed since.
+    """
+    how = recipe.schedule
+    if how == "step":
+        how = f"times {recipe.lr_decay:g} every {counted(recipe.lr_step, 'epoch')}"
+    elif how == "exp":
+        how = f"times {recipe.lr_decay:g} every epoch"
+    warm = ""
+    if recipe.warmup_epochs:
+        warm = f", warm-up {counted(recipe.warmup_epochs, 'epoch', 'g')}"
+    rule = f"lr {recipe.lr:g} {how}{warm}"
+    if recipe.optimizer == "sgd":
+        rule += f", momentum {recipe.momentum:g}"
+    else:
+        rule = f"{recipe.optimizer} {rule}"
+    title = "recipe" if name == PAPER else f"recipe {name}"
+    pixels = f"{recipe.img_size} pixels"
+    if recipe.crop_size != recipe.img_size:
+        pixels = f"{recipe.crop_size} pixels (evaluation {recipe.img_size})"
+    lines = [
+        f"{title}: {counted(recipe.epochs, 'epoch')}, batch {recipe.batch_size}, "
+        f"{rule}, weight decay {recipe.weight_decay:g}, {pixels}"
+    ]
+    parts = [
+        f"{words} {value:g}"
+        for words, value in (
+            ("label smoothing", recipe.label_smoothing),
+            ("target threshold", recipe.bce_threshold),
+            ("stochastic depth", recipe.drop_path),
+            ("mixup", recipe.mixup),
+            ("cutmix", recipe.cutmix),
+            ("random erasing", recipe.random_erasing),
+            ("EMA", recipe.ema),
+            ("gradient norm at most", recipe.clip_grad),
+            ("layer decay", recipe.layer_decay if recipe.layer_decay != 1 else 0),
+        )
+        if value
+    ]
+    augment = recipe.auto_augment
+    switches = (
+        (recipe.loss == "bce", "binary cross-entropy"),
+        (augment != "none", AUGMENT_NAMES.get(augment, f"timm's {augment}")),
+        (not recipe.norm_decay, "no decay on norms, biases and ECA kernels"),
+        (recipe.repeats > 1, f"each image {recipe.repeats} times a batch"),
+        (recipe.accumulate > 1, f"each batch in {recipe.accumulate} parts"),
+        (recipe.sync_bn, "SyncBatchNorm"),
+        (recipe.sampler == "balanced", "each class alike often"),
+    )
+    parts += [words for on, words in switches if on]
+    return [*lines, f"  {', '.join(parts)}"] if parts else lines
+
+
+def evaluation_lines(figures: dict[str, float], seconds: float) -> list[str]:
+    """Returns one line with the figures of an evaluation, and one for those by ReaL labels."""
+    lines = [
+        f"{counted(figures['images'], 'image', ',')}  top-1 {figures['top1']:.3f} %  "
+        f"top-5 {figures['top5']:.3f} %  loss {figures['loss']:.4f}  "
+        f"{figures['images'] / seconds:,.0f} images/s"
+    ]
+    if "real_top1" in figures:
+        lines.append(
+            f"ReaL labels: {counted(figures['real_images'], 'image', ',')} with labels  "
+            f"top-1 {figures['real_top1']:.3f} %"
+        )
+    return lines
+
+
+def first_network(
+    config: Config, pretrained: Checkpoint | None, classes: Sequence[str] | None = None
+) -> tuple[Network, list[str]]:
+    """Makes a new run's network.
+
+    Args:
+        pretrained: the file of first weights, or None.
+        classes: names of the data's classes; None where they are not known yet.
+
+    Returns:
+        The network, and lines that say what became of the weights.
+
+    Raises:
+        UserError: flags, classes and weights do not fit together.
+    """
+    flags = config.network
+    with as_user_error():
+        network, notes = start_weights.first_network(
+            config.recipe.arch,
+            flags.num_classes,
+            flags.ksize,
+            flags.attention,
+            None if pretrained is None else pretrained.contents,
+            flags.pretrained or "",
+            classes,
+            flags.identity_start,
+        )
+    return _with_trained_parts(network, config.recipe), notes
+
+
+def _with_trained_parts(network: Network, recipe: Recipe) -> Network:
+    """Returns the network with the recipe's stochastic depth and frozen layers."""
+    models.set_drop_path(network, recipe.drop_path)
+    if recipe.freeze != "none":
+        with as_user_error("--freeze: "):
+            models.freeze(network, recipe.freeze)
+    return network
+
+
+def build_network(
+    config: Config, start: Start, classes: Sequence[str], context: Context
+) -> tuple[Network, list[str]]:
+    """Makes the network that is trained, with its first or saved weights, on its device.
+
+    Returns:
+        The network, and lines about it, about how it runs, and on the recipe.
+    """
+    recipe = config.recipe
+    lines: list[str] = []
+    if start.saved is None:
+        network, lines = first_network(config, start.pretrained, classes)
+    else:
+        with as_user_error():
+            network = weights.network_from_checkpoint(start.saved.contents)
+        _with_trained_parts(network, recipe)
+    lines = [
+        network_line(network),
+        *lines,
+        *how_it_runs(network, config.network, context, recipe.sync_bn),
+        *recipe_lines(recipe, config.run.recipe or PAPER),
+    ]
+    if config.network.grad_checkpointing:
+        lines.append("  gradient checkpointing: backward computes each block again")
+        network.set_grad_checkpointing()
+    to_device(network, config.network, context)
+    return network, lines
+
+
+def how_it_runs(
+    network: nn.Module, flags: NetworkSettings, context: Context, sync_bn: bool = False
+) -> list[str]:
+    """Says on which device a network runs, in which precision, and how the ends of its blocks do.
+
+    Call it before `to_device`, which may compile the network.
+    """
+    tails = ""
+    if not flags.fast:
+        dtype = backends.DTYPES[flags.amp]
+        tails = models.describe_tails(
+            network, context.device, flags.fused, dtype, flags.compile, sync_bn
+        )
+    return device_lines(context, flags.amp, flags.channels_last, flags.compile, tails)
+
+
+def to_device(network: nn.Module, flags: NetworkSettings, context: Context) -> None:
+    """Puts the network on its device in its layout, compiled where asked for."""
+    network.to(context.device).to(memory_format=layout_of(flags))
+    models.set_fused(network, flags.fused)
+    if flags.compile and not flags.fast:
+        network.compile()
+
+
+def layout_of(flags: NetworkSettings) -> torch.memory_format:
+    """Returns the memory format of weights and batches."""
+    return torch.channels_last if flags.channels_last else torch.contiguous_format
+
+
+def loader_of(config: Config, context: Context) -> Reading:
+    """Returns how files become batches on the device."""
+    data = config.data
+    assert data.workers is not None  # the command line has chosen a number
+    layout = layout_of(config.network)
+    return Reading(context.device, data.workers, data.worker_timeout, data.decoder, layout)
+
+
+def begin_state(
+    network: Network, config: Config, saved: Checkpoint | None, context: Context
+) -> TrainingState:
+    """Makes all that changes in training, as it was saved where a run goes on.
+
+    Args:
+        network: on its device, with its first weights, without any parallel wrapping.
+    """
+    recipe, device = config.recipe, context.device
+    average = WeightAverage(network, recipe.ema) if recipe.ema else None
+    if config.network.compile and average is not None:
+        average.module.compile()  # a copy of a compiled network is not compiled
+    scales = None if recipe.layer_decay == 1 else models.layer_scales(network, recipe.layer_decay)
+    state = TrainingState(
+        network,
+        make_optimizer(
+            recipe.optimizer,
+            network,
+            recipe.lr,
+            recipe.momentum,
+            recipe.weight_decay,
+            recipe.norm_decay,
+            scales,
+        ),
+        torch.amp.GradScaler(device.type, enabled=config.network.amp == "fp16"),
+        ClassificationMeter(device),
+        NonFiniteGuard(device),
+        context.rank,
+        average=average,
+    )
+    if saved is not None:
+        state.restore(saved.contents)
+    if config.run.start_epoch is not None:
+        state.begin(config.run.start_epoch)
+    return state
+
+
+def record_of(
+    network: Network, config: Config, seed: int, data: TrainingData, start: Start
+) -> dict[str, Any]:
+    """Returns what every checkpoint of a run holds besides the state, but for the environment."""
+    first = config.network.pretrained if start.run is None else start.run.pretrained
+    return {
+        **weights.describe_network(network),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "classes": list(data.classes),
+        "img_size": config.recipe.img_size,
+        "crop_pct": config.recipe.crop_pct,
+        "recipe": config.recipe.as_dict(),
+        "args": config.saved_flags,
+        "seed": seed,
+        "train_digest": data.digest,
+        "class_weights": None if data.class_weights is None else list(data.class_weights),
+        "pretrained": first,
+        "train_images": len(data.train),
+    }

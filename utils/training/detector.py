@@ -1,0 +1,179 @@
+"""Builds the detector of a run, with first or saved weights, and says how it runs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import models
+from models.detection.detectors import (
+    FIRST_LABEL,
+    LOSSES,
+    describe_detector,
+    detector_from_checkpoint,
+    refuse_another_network,
+    start_detector,
+    start_from_detector,
+)
+from utils.config.detection import DetectionConfig, DetectorSettings
+from utils.data.loader import Reading
+from utils.runs.checkpoint import Checkpoint
+from utils.runs.resume import Start
+from utils.system import backends
+from utils.system.distributed import Context, device_lines
+from utils.system.errors import UserError, as_user_error
+from utils.training import detection
+from utils.training.detection import LossMeter
+from utils.training.detection_data import DetectionData
+from utils.training.optim import make_optimizer
+from utils.training.state import NonFiniteGuard, TrainingState
+
+WARMUP = "--warmup-steps"  # what a remedy calls it
+OF_A_NETWORK = ("arch", "backbone", "ksize", "norm", "trainable_layers", "legacy")
+
+
+def build_network(
+    config: DetectionConfig, start: Start, classes: list[str], context: Context
+) -> tuple[nn.Module, list[str]]:
+    """Makes the detector that is trained, with its first or saved weights, on its device.
+
+    Returns:
+        The network, and lines about it and how it runs.
+
+    Raises:
+        UserError: flags, classes and weights do not fit together, or not the device.
+    """
+    with as_user_error():
+        network, lines = _with_weights(config, start, classes)
+    norm = describe_detector(network)["model_kwargs"]["norm"]
+    if norm == "sync" and context.device.type != "cuda":
+        raise UserError("--norm sync runs on CUDA alone: give --norm bn")
+    lines = [
+        detection.network_line(network),
+        *lines,
+        *how_it_runs(network, config.network, context),
+    ]
+    to_device(network, config.network, context)
+    return network, lines
+
+
+def _with_weights(
+    config: DetectionConfig, start: Start, classes: list[str]
+) -> tuple[nn.Module, list[str]]:
+    recipe, flags, first = config.recipe, config.network, start.pretrained
+    sizes: dict[str, Any] = {"min_size": recipe.min_size, "max_size": recipe.max_size}
+    outputs = len(classes) + FIRST_LABEL[recipe.arch]
+    if start.saved is not None:
+        return detector_from_checkpoint(start.saved.contents, **sizes), []
+    trained: dict[str, Any] = {"norm": flags.norm, "trainable_layers": flags.trainable_layers}
+    if flags.detector_weights and first is not None:
+        with as_user_error(f"{first.file}: "):
+            network, note = start_from_detector(
+                first.contents, outputs, classes, **trained, **sizes, **recipe.settings
+            )
+        return network, [note]
+    network, note = start_detector(
+        recipe.arch,
+        recipe.backbone,
+        flags.ksize,
+        outputs,
+        None if first is None else first.contents,
+        **trained,
+        legacy=flags.legacy,
+        **sizes,
+        **recipe.settings,
+    )
+    return network, [note]
+
+
+def read_first_weights(flags: DetectorSettings, network_flags: dict[str, Any]) -> Checkpoint | None:
+    """Reads the file that --backbone-weights or --detector-weights names, if one does.
+
+    Args:
+        network_flags: those of `OF_A_NETWORK` that were typed, None for the others.
+
+    Raises:
+        UserError: the file holds another detector than the flags ask for.
+    """
+    file = flags.backbone_weights or flags.detector_weights
+    if not file:
+        return None
+    first = Checkpoint.read(Path(file))
+    if flags.detector_weights:
+        if not first.is_detector:
+            raise UserError(f"{file}: no detector's checkpoint; give one of detect_main.py")
+        # How its layers train is this run's own choice.
+        typed = {**network_flags, "norm": None, "trainable_layers": None}
+        with as_user_error(f"{file} "):
+            refuse_another_network(first.contents, typed)
+    return first
+
+
+def is_channels_last(flags: DetectorSettings, context: Context) -> bool:
+    """Returns whether the layout is NHWC: as typed, or on the CPU, where NCHW is far slower."""
+    return context.device.type == "cpu" if flags.channels_last is None else flags.channels_last
+
+
+def how_it_runs(network: nn.Module, flags: DetectorSettings, context: Context) -> list[str]:
+    """Says on which device a detector runs, in which precision, and how the ends of blocks do."""
+    dtype = backends.DTYPES[flags.amp]
+    tails = models.describe_tails(network, context.device, flags.fused, dtype)
+    last = is_channels_last(flags, context)
+    return device_lines(context, flags.amp, last, compiled=False, tails=tails)
+
+
+def to_device(network: nn.Module, flags: DetectorSettings, context: Context) -> None:
+    """Puts the network on its device in its layout."""
+    last = is_channels_last(flags, context)
+    layout = torch.channels_last if last else torch.contiguous_format
+    network.to(context.device).to(memory_format=layout)
+    models.set_fused(network, flags.fused)
+
+
+def loader_of(config: DetectionConfig, context: Context) -> Reading:
+    """Returns how files become batches on the device."""
+    assert config.data.workers is not None  # the command line has chosen a number
+    return Reading(context.device, config.data.workers, config.data.worker_timeout)
+
+
+def begin_state(
+    network: nn.Module, config: DetectionConfig, saved: Checkpoint | None, context: Context
+) -> TrainingState:
+    """Makes all that changes in training, as it was saved where a run goes on.
+
+    Args:
+        network: on its device, with its first weights, without any parallel wrapping.
+    """
+    recipe, device = config.recipe.resolved(), context.device
+    rate = float(recipe.lr)
+    state = TrainingState(
+        network,
+        make_optimizer(recipe.optimizer, network, rate, recipe.momentum, recipe.weight_decay),
+        torch.amp.GradScaler(device.type, enabled=config.network.amp == "fp16"),
+        LossMeter(device, LOSSES[recipe.arch]),
+        NonFiniteGuard(device, WARMUP),
+        context.rank,
+    )
+    if saved is not None:
+        state.restore(saved.contents)
+    return state
+
+
+def record_of(
+    network: nn.Module, config: DetectionConfig, seed: int, data: DetectionData
+) -> dict[str, Any]:
+    """Returns what every checkpoint of a run holds besides the state, but for the environment.
+
+    The recipe is as given, with lr "auto", so that a resumption may have another batch.
+    """
+    return {
+        **describe_detector(network),
+        "classes": data.train.classes,
+        "category_ids": data.train.category_ids,
+        "recipe": config.recipe.as_dict(),
+        "args": config.saved_flags,
+        "seed": seed,
+        "train_digest": data.digest,
+        "train_images": len(data.train),
+    }
