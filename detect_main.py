@@ -24,7 +24,7 @@ from utils.config.detection import AUTO, DetectionConfig, DetectionRecipe
 from utils.data import demo_shapes
 from utils.data.coco_dataset import CocoDataset
 from utils.data.coco_eval import Result, write_results
-from utils.data.loader import check_readable
+from utils.data.loader import check_readable, end_workers
 from utils.inspection.drawing import write_picture
 from utils.runs import folder as runs
 from utils.runs.checkpoint import Checkpoint
@@ -66,6 +66,7 @@ def main() -> int:
         with StopRequest() as stop:
             return train(config, start, replace(context, trains=True), stop)
     finally:
+        end_workers()
         distributed.tear_down()
 
 

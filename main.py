@@ -23,6 +23,7 @@ from models import weights
 from utils.command_line.classification import ExportedFile, read_command_line
 from utils.config.classification import Config, Recipe
 from utils.data import demo_sets
+from utils.data.loader import end_workers
 from utils.inspection import evaluation
 from utils.runs import folder as runs
 from utils.runs.checkpoint import Checkpoint
@@ -84,6 +85,7 @@ def main(
         with StopRequest() as stop:
             return train(config, start, replace(context, trains=True), stop)
     finally:
+        end_workers()
         distributed.tear_down()
 
 

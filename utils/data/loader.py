@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from utils.system.processes import PATIENCE, die_with_parent, end_children_at_ex
 
 Loaded = tuple[torch.Tensor, torch.Tensor, list[int]]  # images, targets, broken: of a `Batch`
 REPLACEMENT_TRIES = 100  # consecutive broken files after which skipping gives up
+BEGUN: weakref.WeakSet[DataLoader] = weakref.WeakSet()  # those that may have workers
 FILES = 8  # open files of this process for each worker, its queues and the batches on their way
 
 
@@ -313,6 +315,13 @@ def checked(loader: DataLoader) -> Iterator[Any]:
         raise
 
 
+def end_workers() -> None:
+    """Ends the workers of every loader: they stay alive between passes, and a run is over."""
+    for loader in list(BEGUN):
+        _end_workers(loader, loader._iterator)
+        BEGUN.discard(loader)
+
+
 def _end_workers(loader: DataLoader, batches: Any, hang: bool = False) -> None:
     """Ends the workers of a pass that a fault has ended; a later pass starts others.
 
@@ -349,6 +358,7 @@ def _begun(loader: DataLoader) -> Any:
     try:
         if loader.num_workers:
             _want_files(FILES * loader.num_workers + FILES)
+            BEGUN.add(loader)
         return iter(loader)
     except OSError as error:
         former, sys.unraisablehook = sys.unraisablehook, lambda _: None
