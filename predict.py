@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from models.inference import optimise_for_inference
@@ -30,6 +29,7 @@ from utils.command_line.prediction_and_export import (
     settle_prediction,
 )
 from utils.data.decoding import read_image
+from utils.inspection.drawing import png
 from utils.inspection.exported_network import ExportedDetector, is_exported
 from utils.inspection.exported_network import load as load_exported
 from utils.inspection.predictions import (
@@ -41,10 +41,10 @@ from utils.inspection.predictions import (
     class_table,
     find_images,
     find_objects,
+    object_line,
     path_width,
     picture,
     read_batches,
-    sentence,
 )
 from utils.runs import folder as run_folder
 from utils.runs.checkpoint import class_names, is_detector, load, preprocessing
@@ -145,22 +145,21 @@ def predict_objects(
     document, cells, broken = CocoDocument(names, ids), [], 0
     width = path_width([printable(path) for path in paths])
     network.to(device)
-    for i, found in enumerate(find_objects(network, paths, device, first_label)):
-        if found.error is not None:
-            say(f"! {found.file}: {found.error}; passed over")
+    for i, image in enumerate(find_objects(network, paths, device, first_label)):
+        if image.error is not None:
+            say(f"! {image.file}: {image.error}; passed over")
             broken += 1
             continue
-        document.add(found)
-        drawn = Image.fromarray(picture(found, names, args.min_score).permute(1, 2, 0).numpy())
-        target = folder / "pictures" / png_name(i, found.file)
+        document.add(image)
+        drawn = picture(image, names, args.min_score)
+        target = folder / "pictures" / png_name(i, image.file)
         target.parent.mkdir(exist_ok=True)
-        write_atomically(target, pictures.encoded(drawn))
+        write_atomically(target, png(drawn))
         if args.grid and len(cells) < MOST_LARGE:
-            sure = int((found.objects["scores"] >= args.min_score).sum())
-            note = f"{sure} object{'s' * (sure != 1)}"
-            cells.append(pictures.Cell(drawn, Path(found.file).name, note))
+            sure = int((image.objects["scores"] >= args.min_score).sum())
+            cells.append(pictures.Cell(drawn, Path(image.file).name, counted(sure, "object")))
         if args.format == "table":
-            print(sentence(found, names, args.min_score, width), flush=True)
+            print(object_line(image, names, args.min_score, width), flush=True)
     if args.format != "table":
         print(document.json() if args.format == "json" else document.csv(), end="")
     document.write(folder)

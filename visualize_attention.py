@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.eca_module import ECALayer
 from models.inspection import attention_layers, recorded_gates
 from models.weights import network_from_checkpoint
 from utils.command_line.parser import Parser
@@ -189,15 +188,7 @@ def gather(
             f"no readable image of class {empty[0]!r} ({len(empty)} such classes); remove or fill "
             "its folder"
         )
-    layers = [
-        statistics.layer(
-            found.name,
-            found.stage,
-            found.block,
-            found.layer.conv.weight if isinstance(found.layer, ECALayer) else None,
-        )
-        for found in attention_layers(network)
-    ]
+    layers = [statistics.layer(place) for place in attention_layers(network)]
     return layers, broken
 
 

@@ -6,10 +6,7 @@ python -m tools.run_report runs/mask_rcnn_eca_resnet50-1 --output report.html
 
 import base64
 import csv
-import io
 import json
-import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +14,6 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from PIL import Image
 
 from tools.compare_runs import RESULTS, Run, first_weights, read_run
 from utils.command_line.parser import Parser
@@ -31,9 +27,8 @@ from utils.system.text import ksize_text, printable
 NAME, REPORT = "report.html", "report.json"
 ATTENTION = "attention"  # a folder of visualize_attention.py inside the run's
 MARK = "<!-- written by python -m tools.run_report -->"  # what may be replaced by a newer page
-WEAKEST, PAIRS, WORST = 10, 20, 24  # rows that are shown of long tables
-LARGEST = 50_000_000  # bytes of a file that is read
-AP_TITLES = {"bbox": "Box AP", "segm": "Mask AP"}
+ROWS = 20  # of a long table that are shown unfolded
+TABLES = {"classes": "Each class, in %", "confused_pairs": "Most confused pairs"}
 # The page's own policy forbids scripts, and everything that is not in the file.
 TEMPLATE = """<!DOCTYPE html>
 {{ mark }}
@@ -45,87 +40,58 @@ TEMPLATE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-:root { color-scheme: light dark; --ground: #fff; --text: #1f2328; --soft: #59636e;
-  --line: #d1d9e0; --card: #f6f8fa; --link: #0060a0; }
-@media (prefers-color-scheme: dark) { :root { --ground: #0d1117; --text: #e6edf3;
-  --soft: #9198a1; --line: #30363d; --card: #161b22; --link: #4db2ec; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem; background: var(--ground);
-  color: var(--text); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; margin: 0; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; border-bottom: 1px solid var(--line);
-  column-span: all; }
-h3 { font-size: 1rem; margin: 1.25rem 0 .4rem; }
-p { max-width: 48rem; margin: .5rem 0; }
-a { color: var(--link); display: inline-block; margin-right: .75rem; }
-code { background: var(--card); padding: .1em .3em; }
-.soft, dt, th { color: var(--soft); }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .75rem; }
-dl div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: .6rem .75rem; }
-dt { font-size: .8125rem; }
-dd { margin: 0; font-size: 1.25rem; font-weight: 600; }
+:root { color-scheme: light dark; }
+body { margin: 0 auto; max-width: 64rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; }
+dl div { border: 1px solid #8886; border-radius: 8px; padding: .5rem .75rem; }
+dt { font-size: .8rem; }
+dd { margin: 0; font-size: 1.2rem; font-weight: 600; }
 .scroll { overflow-x: auto; margin: .75rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem 1rem .3rem 0; text-align: right; vertical-align: top; font-weight: 400;
-  border-bottom: 1px solid var(--line); white-space: nowrap; }
-.word { text-align: left; white-space: normal; min-width: 7rem; max-width: 24rem; }
-#Settings { columns: 2 21rem; }
+  border-bottom: 1px solid #8886; white-space: nowrap; }
+.text { text-align: left; white-space: normal; min-width: 7rem; max-width: 24rem; }
 img { display: block; max-width: 100%; background: #fff; border-radius: 8px; }
 @media (max-width: 50rem) { img { max-width: 45rem; } }
 </style>
 </head>
 <body>
-{%- macro cells(kind, row, words) %}
-<tr>{% for cell in row %}<{{ kind }}{% if loop.index <= words %} class="word"{% endif %}>
-{{- cell }}</{{ kind }}>{% endfor %}</tr>
-{%- endmacro %}
-{%- macro table(rows, titles=(), words=1) %}
+{%- macro table(rows, titles) %}
 <div class="scroll"><table>
-{%- if titles %}<thead>{{ cells("th", titles, words) }}</thead>{% endif %}<tbody>
-{%- for row in rows %}{{ cells("td", row, words) }}{% endfor %}</tbody></table></div>
+{%- if titles %}<tr>{% for title in titles %}<th>{{ title }}</th>{% endfor %}</tr>{% endif %}
+{%- for row in rows %}
+<tr>{% for cell in row %}<td{% if cell|is_text %} class="text"{% endif %}>{{ cell }}</td>
+{%- endfor %}</tr>
+{%- endfor %}
+</table></div>
 {%- endmacro %}
-{%- macro tiles(facts) %}
+<h1>{{ title }}</h1>
+<p>{{ about }}</p>
 <dl>{% for name, value in facts.items() %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
 {%- endfor %}</dl>
-{%- endmacro %}
-{%- macro picture(path) %}
-{%- set address = path|png %}
-{%- if address %}
-<div class="scroll"><img alt="{{ path.stem|replace('_', ' ') }}" src="{{ address }}"></div>
-{%- else %}
-<p class="soft">{{ path.name }} is missing, or cannot be read as a PNG picture.</p>
-{%- endif %}
-{%- endmacro %}
-<header>
-<h1>{{ title }}</h1>
-<p class="soft">{{ about }}</p>
-{{- tiles(facts) }}
-<nav>{% for name in sections %}
-<a href="#{{ name|replace(' ', '-') }}">{{ name }}</a>{% endfor %}</nav>
-</header>
-<main>
+<nav>{% for name in sections %}<a href="#{{ loop.index }}">{{ name }}</a> {% endfor %}</nav>
 {% for name, parts in sections.items() %}
-<section id="{{ name|replace(' ', '-') }}">
+<section id="{{ loop.index }}">
 <h2>{{ name }}</h2>
 {%- for part in parts %}
-{%- if part.folded %}<details><summary>{{ part.folded }}</summary>{% endif %}
-{%- if part.heading %}<h3>{{ part.heading }}</h3>{% endif %}
 {%- if part.text %}<p>{{ part.text }}</p>{% endif %}
 {%- if part.command %}<p><code>{{ part.command }}</code></p>
 <p>and then this tool again.</p>{% endif %}
-{%- if part.facts %}{{ tiles(part.facts) }}{% endif %}
-{%- if part.picture %}{{ picture(part.picture) }}{% endif %}
-{%- if part.rows %}{{ table(part.rows, part.titles, part.words or 1) }}{% endif %}
-{%- if part.folded %}</details>{% endif %}
+{%- if part.picture %}
+<div class="scroll"><img alt="{{ part.picture.stem|replace('_', ' ') }}" src="data:image/png;base64,
+{{- part.picture|encoded }}"></div>{% endif %}
+{%- if part.rows %}{{ table(part.rows[:most], part.titles) }}{% endif %}
+{%- if part.rows|length > most %}<details><summary>All {{ "{:,}".format(part.rows|length) }}
+</summary>{{ table(part.rows, part.titles) }}</details>{% endif %}
 {%- endfor %}
 </section>
 {% endfor %}
-</main>
 </body>
 </html>
 """
-Part = Mapping[str, Any]  # what the template shows: text, command, picture, rows, titles, …
+Part = Mapping[str, Any]  # what the template shows: text, command, picture, rows and titles
 
 
 def main() -> int:
@@ -136,11 +102,16 @@ def main() -> int:
     folder = Path(args.run)
     target = Path(args.output) if args.output else folder / NAME
     run = read_run(folder)
-    epochs_fit = all(0 < row["epoch"] < 1e9 for row in run.history)
-    if not epochs_fit or not all(isinstance(k, int) for k in run.ksize or ()):
-        raise UserError(f"{folder}: metrics.csv or args.json is not what a run writes")
     check_own_file(target, MARK)
-    data = page(run, json.loads((folder / "args.json").read_text()))
+    try:
+        data = page(run, json.loads((folder / "args.json").read_text()))
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; make the report anew") from None
+    except (ValueError, TypeError, KeyError, AttributeError, csv.Error):
+        raise UserError(
+            f"{folder}: holds files that a run and --report do not write; move its report away, "
+            "or make it anew"
+        ) from None
     write_atomically(target, data)
     print(f"written to {printable(target)} ({len(data) / 1e6:.1f} MB)")
     return 0
@@ -153,28 +124,25 @@ def page(run: Run, record: Mapping[str, Any]) -> bytes:
         record: the contents of the run's args.json.
     """
     environment = jinja2.Environment(autoescape=True, finalize=_legible)
-    environment.filters["png"] = png_address
-    data = _mapping(record, "args").get("data", "")
-    best = run.best
+    environment.filters["encoded"] = lambda path: base64.b64encode(path.read_bytes()).decode()
+    environment.filters["is_text"] = lambda cell: not re.fullmatch(r"[-\\d.,/]*", str(cell))
+    data, best = record.get("args", {}).get("data"), run.best
     facts: dict[str, object] = {
-        title: _figure(column, best[column])
-        + ("" if "loss" in column or best[column] < 0 else " %")
+        title if "loss" in column else f"{title}, %": _figure(best[column])
         for title, column in RESULTS[run.decides]
         if column in best
     }
     facts |= {"best epoch": f"{best['epoch']:.0f}", "epochs": f"{len(run.history)} of {run.epochs}"}
     facts |= {"parameters": record.get("parameters"), "training images": record.get("train_images")}
-    return (
-        environment.from_string(TEMPLATE)
-        .render(
-            mark=Markup(MARK),
-            title=run.folder.resolve().name,
-            about=f"{run.arch} on {data}" if data else run.arch,
-            facts={name: _thousands(v) for name, v in facts.items() if v is not None},
-            sections=_sections(run, record),
-        )
-        .encode()
-    )
+    shown = {
+        "mark": Markup(MARK),
+        "title": run.folder.resolve().name,
+        "about": f"{run.arch} on {data}" if data else run.arch,
+        "facts": dict(_set(facts)),
+        "sections": _sections(run, record),
+        "most": ROWS,
+    }
+    return environment.from_string(TEMPLATE).render(shown).encode()
 
 
 def _legible(value: object) -> object:
@@ -183,111 +151,63 @@ def _legible(value: object) -> object:
 
 
 def _sections(run: Run, record: Mapping[str, Any]) -> dict[str, list[Part]]:
-    columns = list(run.history[0])
-    epochs = [[_figure(c, row.get(c, math.nan)) for c in columns] for row in run.history]
-    curves: list[Part] = [{"picture": run.folder / "curves.png"}]
-    curves.append({"folded": f"Every epoch ({len(epochs)})", "rows": epochs, "titles": columns})
-    recipe, args = _mapping(record, "recipe"), _mapping(record, "args")
-    flags = args | {name: record.get(name) for name in ("seed", "train_digest")}
-    flags = {name: value for name, value in flags.items() if name not in recipe}
-    return {
-        "Curves": curves,
-        **_evaluation(run, record),
-        "Network": _network(run, record),
-        "Settings": [
-            {"heading": "Recipe", "rows": _settings(recipe), "words": 2},
-            {"heading": "Flags", "rows": _settings(flags), "words": 2},
-        ],
-        "Versions": [{"rows": _settings(_mapping(record, "environment")), "words": 2}],
+    titles = list(run.history[0])
+    epochs = [[_figure(row[title]) for title in titles] for row in run.history]
+    curves: list[Part] = [*_pictures(run.folder), {"rows": epochs, "titles": titles}]
+    recipe, args = record.get("recipe", {}), record.get("args", {})
+    flags = {**args, **{name: record.get(name) for name in ("seed", "train_digest")}}
+    network = {
+        "network": run.arch,
+        "attention": record.get("attention"),
+        "kernel sizes": ksize_text(run.ksize),
+        "first weights": ", ".join(first_weights(dict(record)).values()) or "random",
     }
+    settings = {**network, **recipe, **{k: v for k, v in flags.items() if k not in recipe}}
+    sections = {
+        "Curves": curves,
+        "Evaluation": _evaluation(run, record),
+        "Attention": _attention(run, record),
+        "Settings": [{"rows": _set(settings)}],
+        "Versions": [{"rows": _set(record.get("environment", {}))}],
+    }
+    return {name: parts for name, parts in sections.items() if parts}
 
 
-def _evaluation(run: Run, record: Mapping[str, Any]) -> dict[str, list[Part]]:
-    """Returns the sections on classes and images: of the newest report, or of a detector."""
-    if (report := newest_report(run.folder)) is not None:
-        return report_sections(report)
-    if describes_detector(record):
-        drawn = run.folder / "predictions.png"
-        return {"Classes": [_precisions(run.folder)], "Detections": [{"picture": drawn}]}
-    command = f"python main.py -e --resume {run.folder / checkpoint.BEST} {_data(record)} --report"
-    text = "Figures by class, confusions, calibration and the worst images: run"
-    return {"Classes": [{"text": text, "command": command}]}
-
-
-def newest_report(run: Path) -> Path | None:
-    """Returns the run's finished report with the highest number; None if there is none."""
+def _evaluation(run: Run, record: Mapping[str, Any]) -> list[Part]:
+    """Returns what the run's newest report shows, or how to make one."""
     numbered = [
         (int(number[1] or 1), folder)
-        for folder in run.glob("report*")
-        if (number := re.fullmatch(r"report(?:-(\d{1,9}))?", folder.name))
-        and not folder.is_symlink()
+        for folder in run.folder.glob("report*")
+        if (number := re.fullmatch(r"report(?:-(\d+))?", folder.name))
         and (folder / REPORT).is_file()
     ]
-    return max(numbered)[1] if numbered else None
+    if not numbered and describes_detector(record):
+        return [_precisions(run.folder)]
+    if not numbered:
+        command = f"python main.py -e --resume {run.folder / checkpoint.BEST} {_data(record)}"
+        text = "Figures by class, confusions, calibration and the worst images: run"
+        return [{"text": text, "command": f"{command} --report"}]
+    _, folder = max(numbered)
+    summary = json.loads((folder / REPORT).read_text())
+    numbers = {k: v for k, v in summary.items() if isinstance(v, int | float)}
+    figures = [[name.replace("_", " "), _figure(value)] for name, value in numbers.items()]
+    text = f"{summary['images']:,} images of {summary['data']}, by {summary['checkpoint']}."
+    parts: list[Part] = [{"text": text, "rows": figures}, *_pictures(folder)]
+    for name, heading in TABLES.items():
+        titles, *rows = csv.reader((folder / f"{name}.csv").read_text().splitlines())
+        short = [[f"{float(c):.2f}" if _is_share(c) else c for c in row] for row in rows]
+        parts.append({"text": heading, "rows": short, "titles": titles})
+    return parts
 
 
-def report_sections(folder: Path) -> dict[str, list[Part]]:
-    """Returns the sections on classes, confusions, calibration and the worst images.
-
-    Raises:
-        UserError: a file of the report is missing, or is not what main.py writes.
-    """
-    try:
-        told = json.loads(read_inside(folder / REPORT))
-        shares = ("top1", "top5", "mean_recall", "mean_precision", "mean_f1")
-        facts = {name.replace("_", " "): _percent(told[name]) for name in shares}
-        classes = _table(folder / "classes.csv")
-        pairs = _table(folder / "confused_pairs.csv", words=2)
-        worst = _table(folder / "worst_images.csv", words=4)
-        place = classes["titles"].index("f1")
-        weakest = sorted(classes["rows"], key=lambda row: float(row[place].replace("-", "inf")))
-        heading = f"The {WEAKEST} classes with the lowest F1, in %"
-        by_class: list[Part] = [{**classes, "heading": "Each class, in %"}]
-        if len(weakest) > WEAKEST:
-            by_class = [{**classes, "rows": weakest[:WEAKEST], "heading": heading}]
-            by_class.append({**classes, "folded": f"All {len(weakest):,} classes"})
-        text = f"{told['images']:,} images of {told['data']}, by {told['checkpoint']}."
-        error, sure = (_percent(told[name]) for name in ("calibration_error", "mean_confidence"))
-        sentence = (
-            f"Expected calibration error {error} over {told['calibration_bins']} bins; mean "
-            f"confidence {sure}, right answers {_percent(told['top1'])}."
-        )
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; make the report anew") from None
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, csv.Error):
-        raise UserError(
-            f"{folder}: holds files that main.py --report does not write; move it away, or make "
-            "the report anew"
-        ) from None
-    most = "Most confused pairs" if pairs["rows"] else "No image was taken for another class"
-    named = "Red: another class was predicted. Wrong labels are often among these images."
-    return {
-        "Classes": [{"text": text, "facts": facts}, *by_class],
-        "Confusions": [
-            {"picture": folder / "confusion.png"},
-            {**pairs, "heading": most, "rows": pairs["rows"][:PAIRS]},
-        ],
-        "Calibration": [{"text": sentence, "picture": folder / "calibration.png"}],
-        "Worst images": [
-            {"text": named, "picture": folder / "worst_images.png"},
-            {**worst, "rows": worst["rows"][:WORST], "folded": "The same as a table"},
-        ],
-    }
-
-
-def _table(path: Path, words: int = 1) -> dict[str, Any]:
-    """Returns the rows of a report's CSV file, numbers with two decimals, and its titles."""
-    titles, *rows = csv.reader(io.StringIO(read_inside(path).decode()))
-    shown = [i for i, title in enumerate(titles) if not title.endswith("number")]
-    named = [titles[i].replace("_", " ") for i in shown]
-    return {
-        "titles": named,
-        "rows": [
-            [row[i] if place < words else _short(row[i]) for place, i in enumerate(shown)]
-            for row in rows
-        ],
-        "words": words,
-    }
+def _attention(run: Run, record: Mapping[str, Any]) -> list[Part]:
+    """Returns the pictures of the run's attention, or how to make them."""
+    folder = run.folder / ATTENTION
+    if folder.is_dir() or describes_detector(record) or not run.ksize:
+        return _pictures(folder)
+    best = run.folder / checkpoint.BEST
+    command = f"python visualize_attention.py {best} {_data(record)} --output {folder}"
+    return [{"text": "ECA's kernels and channel weights: run", "command": command}]
 
 
 def _precisions(folder: Path) -> Part:
@@ -296,108 +216,41 @@ def _precisions(folder: Path) -> Part:
         newest = checkpoint.CheckpointFolder(folder).newest_good(best_first=True)
     except UserError as error:
         return {"text": str(error)}
-    saved = newest[1] if newest else {}
-    summaries = _mapping(_mapping(_mapping(saved, "progress"), "best"), "summaries")
-    by_class = [_mapping(_mapping(summaries, kind), "per_class") for kind in summaries]
-    names = list(dict.fromkeys(name for values in by_class for name in values))
-    if not names:
-        return {"text": f"{folder}: no checkpoint holds AP by class."}
-    titles = ["Class", *(AP_TITLES.get(kind, kind) for kind in summaries)]
-    rows = [[name, *(_share(values.get(name)) for values in by_class)] for name in names]
+    summaries = newest[1]["progress"]["best"].get("summaries", {}) if newest else {}
+    by_class = {kind: summary["per_class"] for kind, summary in summaries.items()}
+    names = dict.fromkeys(name for values in by_class.values() for name in values)
+    rows = [[name, *(_figure(100 * v.get(name, -1)) for v in by_class.values())] for name in names]
     text = "Average precision in %, at the best epoch; - where there was no object."
-    return {"text": text, "titles": titles, "rows": rows}
+    return {"text": text, "titles": ["class", *by_class], "rows": rows}
 
 
-def _network(run: Run, record: Mapping[str, Any]) -> list[Part]:
-    classes = record.get("classes")
-    facts = {
-        "network": run.arch,
-        "attention": record.get("attention", "-"),
-        "kernel sizes": ksize_text(run.ksize),
-        "parameters": record.get("parameters"),
-        "classes": len(classes) if isinstance(classes, list) else record.get("num_classes"),
-        "first weights": ", ".join(first_weights(dict(record)).values()) or "random",
-    }
-    parts: list[Part] = [{"rows": _settings(facts), "words": 2}]
-    folder = run.folder / ATTENTION
-    if folder.is_dir() and not folder.is_symlink():
-        names = ("channel_weights", "spread", "kernels")
-        return parts + [{"picture": folder / f"{name}.png"} for name in names]
-    if run.ksize and not describes_detector(record):
-        best = run.folder / checkpoint.BEST
-        command = f"python visualize_attention.py {best} {_data(record)} --output {folder}"
-        parts.append({"text": "ECA's kernels and channel weights: run", "command": command})
-    return parts
+def _pictures(folder: Path) -> list[Part]:
+    return [{"picture": path} for path in sorted(folder.glob("*.png"))]
 
 
-def png_address(path: Path) -> str:
-    """Returns a PNG file as an address that holds it all; "" for a file that is none."""
-    try:
-        data = read_inside(path)
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            image.load()
-    except Exception:  # what a damaged file makes Pillow raise is open-ended
-        return ""
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
-def read_inside(path: Path) -> bytes:
-    """Returns a file's bytes. No link is followed: the folder may be one that a stranger packed.
-
-    Raises:
-        OSError: it cannot be read, or is a link.
-        ValueError: it is too large.
-    """
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        data = file.read(LARGEST + 1)
-    if len(data) > LARGEST:
-        raise ValueError(f"{path} is too large")
-    return data
-
-
-def _mapping(record: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Returns a part of a file's contents; empty where it is missing or no mapping."""
-    value = record.get(name)
-    return value if isinstance(value, dict) else {}
-
-
-def _settings(values: Mapping[str, Any]) -> list[list[object]]:
-    """Returns the settings that were set, as a reader writes them."""
+def _set(values: Mapping[str, Any]) -> list[list[object]]:
+    """Returns names and values of what was set, as a reader writes them."""
     switches = {True: "yes", False: "no"}
+    named = [(name.replace("_", " "), v) for name, v in values.items() if v is not None and v != []]
     return [
-        [name.replace("_", " "), switches[v] if isinstance(v, bool) else _thousands(v)]
-        for name, v in values.items()
-        if v is not None and v != []
+        [name, switches[v] if isinstance(v, bool) else f"{v:,}" if isinstance(v, int) else v]
+        for name, v in named
     ]
 
 
 def _data(record: Mapping[str, Any]) -> object:
-    return _mapping(record, "args").get("data", "DATA")
+    return record.get("args", {}).get("data", "DATA")
 
 
-def _thousands(value: object) -> object:
-    return f"{value:,}" if isinstance(value, int) else value
+def _is_share(cell: str) -> bool:
+    return re.fullmatch(r"\d+\.\d{4}", cell) is not None
 
 
-def _percent(value: object) -> str:
-    return f"{value:.2f} %" if isinstance(value, int | float) else "-"
-
-
-def _share(value: object) -> str:
-    return f"{100 * value:.1f}" if isinstance(value, int | float) and value >= 0 else "-"
-
-
-def _short(value: str) -> str:
-    """Returns a number of a CSV file with two decimals; "-" for an empty cell."""
-    return f"{float(value):.2f}" if "." in value else value or "-"
-
-
-def _figure(column: str, value: float) -> str:
-    """Returns a number of metrics.csv: a whole epoch, a loss with four digits, others with two."""
-    if not math.isfinite(value) or value < 0:  # -1: there was no object to detect
+def _figure(value: float) -> str:
+    """Returns a number with four digits, or a large one whole; - for what is not defined."""
+    if not 0 <= value < float("inf"):  # -1: there was no object to detect
         return "-"
-    digits = {"epoch": ".0f", "lr": ".4g"}.get(column, ".4f" if "loss" in column else ".2f")
-    return f"{value:{digits}}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import models
 from utils.data.image_folder import ImageFolder, scan
 from utils.data.loader import IMAGENET_MEAN, IMAGENET_STD, ImageDataset
 from utils.data.transforms import eval_transform
-from utils.inspection.report import ImageOutcomes, write_report
+from utils.inspection.report import EvaluatedImages, write_report
 from utils.runs import checkpoint
 from utils.system.errors import EXIT_STOPPED
 from utils.training import classification
@@ -164,11 +164,11 @@ def test_a_report_that_is_asked_to_stop_leaves_a_saved_run(call, tree, tmp_path,
 def test_more_than_a_thousand_classes_have_pairs_and_no_matrix(tmp_path):
     n = 1001
     true, sure = np.arange(n), np.full(n, 0.5)
-    outcomes = ImageOutcomes(true, (true + 1) % n, sure > 1, sure, sure / 2, 1 - sure, n)
+    images = EvaluatedImages(true, (true + 1) % n, sure > 1, sure, sure / 2, 1 - sure, n)
     paths = np.array([f"{i}.png".encode() for i in range(n)])
-    images = ImageFolder(str(tmp_path), tuple(f"c{i}" for i in range(n)), paths, true)
+    folder = ImageFolder(str(tmp_path), tuple(f"c{i}" for i in range(n)), paths, true)
     told = {"images": n, "top1": 0.0, "top5": 0.0, "loss": 1.0, "data": "D", "checkpoint": "C"}
-    folder = write_report(tmp_path, outcomes, images, "eca_resnet18", told)
+    folder = write_report(tmp_path, images, folder, "eca_resnet18", told)
     assert {path.name for path in folder.iterdir()} == FILES - {"confusion.csv"}
     assert len(rows(folder / "confused_pairs.csv")) == n
     assert len(rows(folder / "worst_images.csv")) == 1000

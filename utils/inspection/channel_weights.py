@@ -10,8 +10,11 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from models.eca_module import ECALayer
+from models.inspection import AttentionLayer
 from utils.system.files import write_atomically
 from utils.system.style import DIFFERENCES, GREY, MAIN, SECOND, png, styled
 from utils.system.text import columns, short
@@ -91,20 +94,23 @@ class GateStatistics:
             self.sums[name][0].index_add_(0, labels, gate)
             self.sums[name][1].index_add_(0, labels, gate.square())
 
-    def layer(self, name: str, stage: int, block: int, kernel: torch.Tensor | None) -> LayerWeights:
-        """Returns the statistics of the layer `name`."""
+    def layer(self, place: AttentionLayer) -> LayerWeights:
+        """Returns the statistics of an attention layer of the network."""
         counts = self.counts[:, None]
-        mean, square = self.sums[name] / counts
+        mean, square = self.sums[place.name] / counts
         # 0 / 0 for a single image, which says nothing of a variance.
         variance = (square - mean.square()).clamp(min=0) * counts * (counts > 1) / (counts - 1)
+        kernel = None
+        if isinstance(place.layer, ECALayer):
+            kernel = place.layer.conv.weight.detach().flatten().double().cpu().numpy()
         return LayerWeights(
-            name,
-            stage,
-            block,
-            mean.numpy(),
-            variance.sqrt().numpy(),
-            self.counts.numpy(),
-            None if kernel is None else kernel.flatten().double().cpu().numpy(),
+            place.name,
+            place.stage,
+            place.block,
+            mean=mean.numpy(),
+            std=variance.sqrt().numpy(),
+            counts=self.counts.numpy(),
+            kernel=kernel,
         )
 
 
@@ -136,12 +142,13 @@ def write_npz(path: Path, layers: Sequence[LayerWeights], classes: Sequence[str]
 
 
 STEPS = matplotlib.colormaps[DIFFERENCES].resampled(21)  # so few that the palette holds them
+NARROWEST = 0.02  # that an axis of weights spans at least: less is one line
 
 
 def draw_weights(
     layers: Sequence[LayerWeights], classes: Sequence[str], shown: Sequence[int], title: str
 ) -> bytes:
-    """Draws how each layer weights its channels, for the classes in `shown`.
+    """Draws how each layer weights its channels, for the classes in `shown`. Returns a PNG.
 
     The paper's figure draws one curve a class over all channels. Where there are hundreds of
     channels, such curves hide each other. So one row is drawn for each layer, with two panels:
@@ -150,17 +157,14 @@ def draw_weights(
       classes shown span. A narrow band says that the layer treats the classes alike.
     - right: one line a class, one column a channel in the same order: how far the class's weight
       is from the mean of all classes.
-
-    Returns:
-        A PNG.
     """
     names = [short(classes[label], 16) for label in shown]
-    row = max(1.35, 0.5 + 0.16 * len(shown))  # inches
+    height = max(1.35, 0.5 + 0.16 * len(shown)) * len(layers) + 0.7  # inches
     with styled() as plt:
         figure, axes = plt.subplots(
             len(layers),
             2,
-            figsize=(9, row * len(layers) + 1.0),
+            figsize=(9, height),
             layout="constrained",
             squeeze=False,
             width_ratios=(1, 2.2),
@@ -169,33 +173,26 @@ def draw_weights(
             mean = layer.mean.mean(0)
             order = np.argsort(-mean, kind="stable")
             chosen = layer.mean[list(shown)][:, order]
-            left.fill_between(
-                range(len(order)), chosen.min(0), chosen.max(0), color=SECOND, alpha=0.35, lw=0
-            )
+            low, high = chosen.min(0), chosen.max(0)
+            left.fill_between(range(len(order)), low, high, color=SECOND, alpha=0.35, lw=0)
             left.plot(mean[order], color=MAIN)
-            left.set(ylim=(0, 1.02), xlim=(0, max(1, len(order) - 1)), ylabel="Weight s")
-            right.set_title(panel_title(layer), loc="left")
+            bottom, top = min(low.min(), mean.min()), max(high.max(), mean.max())
+            room = max(0.05 * (top - bottom), (NARROWEST - top + bottom) / 2)
+            left.set(ylim=(bottom - room, top + room), xlim=(0, max(1, len(order) - 1)))
             left.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
-            differences = chosen - mean[order]
-            reach = np.abs(differences).max() or 1.0
-            rows = right.imshow(
-                differences,
-                cmap=STEPS,
-                vmin=-reach,
-                vmax=reach,
-                aspect="auto",
-                interpolation="nearest",
-            )
+            left.yaxis.set_major_locator(MaxNLocator(nbins=4))
+            right.set_title(panel_title(layer), loc="left")
+            rows, reach = _draw_differences(right, chosen - mean[order])
             right.set_yticks(range(len(shown)), names, fontsize=8)
-            right.tick_params("y", length=0)
-            right.grid(False)
             right.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             bar = figure.colorbar(rows, ax=right, fraction=0.03, pad=0.01, ticks=(-reach, 0, reach))
             bar.ax.set_yticklabels([f"{-reach:.2g}", "0", f"+{reach:.2g}"], fontsize=8)
-        axes[-1, 0].set_xlabel("Channels, in this order")
-        axes[-1, 1].set_xlabel("Channels, in descending order of the classes' mean weight")
-        key = "left: mean of all classes (blue), span of the classes shown (orange)"
-        figure.suptitle(f"{title}\n{key}\nright: each class minus the mean of all classes")
+            left.set_ylabel("Weight s")
+        axes[-1, 0].set_xlabel("Channels: mean of all\nclasses, span of those shown")
+        axes[-1, 1].set_xlabel(
+            "Channels, in descending order of the mean:\neach class minus the mean"
+        )
+        figure.suptitle(title)
         return png(figure, colours=256)
 
 
@@ -212,43 +209,36 @@ def draw_one_image(layers: Sequence[LayerWeights]) -> bytes:
         A PNG.
     """
     with styled() as plt:
+        size = (6.0, 0.34 * len(layers) + 0.9)  # inches
         figure, axes = plt.subplots(
-            len(layers),
-            1,
-            figsize=(6.0, 0.34 * len(layers) + 0.9),
-            squeeze=False,
-            layout="constrained",
+            len(layers), 1, figsize=size, squeeze=False, layout="constrained"
         )
         for axis, layer in zip(axes[:, 0], layers, strict=True):
-            weights = layer.mean[0]
-            differences = weights - weights.mean()
-            reach = np.abs(differences).max() or 1.0
-            axis.imshow(
-                differences[None],
-                cmap=STEPS,
-                vmin=-reach,
-                vmax=reach,
-                aspect="auto",
-                interpolation="nearest",
-            )
-            name = f"{layer.stage}.{layer.block}"
-            axis.set_yticks([0], [f"{name} ({len(weights)})"], fontsize=9)
+            s = layer.mean[0]
+            _draw_differences(axis, (s - s.mean())[None])
+            axis.set_yticks([0], [f"{layer.stage}.{layer.block} ({len(s)})"], fontsize=9)
             axis.set_xticks([])
-            axis.tick_params("y", length=0)
-            axis.grid(False)
-            span = f"{weights.mean():.3f}  ({weights.min():.3f} to {weights.max():.3f})"
+            span = f"{s.mean():.3f}  ({s.min():.3f} to {s.max():.3f})"
             axis.text(1.01, 0.5, span, transform=axis.transAxes, va="center", fontsize=9)
-        words = "left: stage.block (channels); right: mean of s (its span)"
-        axes[0, 0].set_title(words, loc="left", fontsize=9)
+        text = "left: stage.block (channels); right: mean of s (its span)"
+        axes[0, 0].set_title(text, loc="left", fontsize=9)
         axes[-1, 0].set_xlabel("Channels: blue below the row's mean, red above it", fontsize=9)
         return png(figure, colours=256)
 
 
-def draw_spread(layers: Sequence[LayerWeights], title: str) -> bytes:
-    """Draws the mean weight, and its deviation between and within classes, from block to block.
+def _draw_differences(axis: Axes, differences: np.ndarray) -> tuple[AxesImage, float]:
+    """Draws rows of differences in colour; returns them and the end of their scale."""
+    reach = np.abs(differences).max() or 1.0
+    scale = {"cmap": STEPS, "vmin": -reach, "vmax": reach}
+    rows = axis.imshow(differences, aspect="auto", interpolation="nearest", **scale)
+    axis.tick_params("y", length=0)
+    axis.grid(False)
+    return rows, reach
 
-    Returns:
-        A PNG.
+
+def draw_spread(layers: Sequence[LayerWeights], title: str) -> bytes:
+    """Draws the weights' median, and their deviation between and within classes, from block to
+    block. Returns a PNG.
     """
     x = np.arange(len(layers))
     flat = [layer.mean.mean(0) for layer in layers]
@@ -268,8 +258,8 @@ def draw_spread(layers: Sequence[LayerWeights], title: str) -> bytes:
             values = [getattr(layer, name) for layer in layers]
             lower.plot(x, values, style, marker="o", ms=4, color=colour, label=label)
         lower.set_ylabel("Standard deviation of s\n(mean over channels)")
-        lower.set_ylim(0, 1.35 * lower.get_ylim()[1])  # room for the legend
-        lower.legend(loc="upper left", ncols=1)
+        lower.set_ylim(bottom=0)
+        figure.legend(*lower.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         names = [f"{layer.stage}.{layer.block}" for layer in layers]
         lower.set_xticks(x, names, rotation=90 if len(layers) > 16 else 0)
         if len(layers) > 24:
@@ -284,22 +274,13 @@ def draw_spread(layers: Sequence[LayerWeights], title: str) -> bytes:
 
 
 def draw_kernels(layers: Sequence[LayerWeights], title: str) -> bytes:
-    """Draws ECA's learned kernels: one panel a stage with a scale of its own, one curve a block.
-
-    Returns:
-        A PNG.
-    """
+    """Draws ECA's kernels: a panel a stage, on its own scale, a curve a block. Returns a PNG."""
     stages = sorted({layer.stage for layer in layers})
     across = min(4, len(stages))
     down = math.ceil(len(stages) / across)
     with styled() as plt:
-        figure, axes = plt.subplots(
-            down,
-            across,
-            figsize=(2.6 * across + 0.4, 2.7 * down + 0.4),
-            squeeze=False,
-            layout="constrained",
-        )
+        size = (2.6 * across + 0.4, 2.9 * down + 0.4)
+        figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
         for axis, stage in zip(axes.flat, stages, strict=False):
             _draw_stage(axis, [layer for layer in layers if layer.stage == stage])
         for axis in axes.flat[len(stages) :]:
@@ -323,10 +304,8 @@ def _draw_stage(axis: Axes, blocks: Sequence[LayerWeights]) -> None:
     axis.set_title(f"Stage {blocks[0].stage}, k = {len(blocks[0].kernel)}")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     axis.set_xlim(-max(1, reach) - 0.3, max(1, reach) + 0.3)
-    low, high = axis.get_ylim()
-    axis.set_ylim(low, high + 0.16 * (high - low) * min(4, len(named)))  # room for the legend
     axis.set_xlabel("Neighbour")
-    axis.legend(loc="upper left", labelspacing=0.2)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, columnspacing=1)
 
 
 def panel_title(layer: LayerWeights) -> str:

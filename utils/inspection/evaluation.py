@@ -12,7 +12,7 @@ from torch import nn
 from utils.config.classification import Config
 from utils.data.image_folder import ImageFolder
 from utils.data.loader import Batch
-from utils.inspection.report import OutcomeMeter, write_report
+from utils.inspection.report import ReportMeter, write_report
 from utils.runs import checkpoint
 from utils.runs import folder as runs
 from utils.runs.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ def evaluate_and_write(
     folder = None
     if reports:
         folder = _own_report_folder(saved.file.parent) if own_folder else Path(run.output or "")
-    meter = OutcomeMeter(context.device) if reports else None
+    meter = ReportMeter(context.device) if reports else None
     figures, seconds = evaluate_shown(network, data, config, context, meter)
     context.say(*classifier.evaluation_lines(figures, seconds))
     source = str(run.resume or config.network.pretrained)
@@ -119,7 +119,7 @@ def report_run(
         source = str(file)
         state.evaluated.load_state_dict(Checkpoint.read(file).contents["state_dict"])
     distributed.broadcast_state(state.evaluated)
-    meter = OutcomeMeter(context.device)
+    meter = ReportMeter(context.device)
     progress = evaluation_progress(
         len(images), config.recipe.batch_size, config.run.print_freq, context, "report"
     )
@@ -168,7 +168,7 @@ def _own_report_folder(folder: Path) -> Path | None:
 
 
 def _report(
-    meter: OutcomeMeter,
+    meter: ReportMeter,
     images: ImageFolder,
     config: Config,
     record: dict[str, Any],
@@ -182,12 +182,12 @@ def _report(
     """
     batch = config.recipe.batch_size
     order = validation_order(len(images), batch, context.rank, context.world_size)
-    outcomes = meter.outcomes([key[1] for keys in order for key in keys], len(images))
+    evaluated = meter.gathered([key[1] for keys in order for key in keys], len(images))
     if not context.is_main:
         return
     arch = config.recipe.arch
     if folder is None:
         folder = runs.create(runs.run_name(arch, "report"))
     record |= runs.environment(context)
-    written = write_report(folder, outcomes, images, arch, record)
+    written = write_report(folder, evaluated, images, arch, record)
     print(f"report written to {written}: {', '.join(sorted(p.name for p in written.iterdir()))}")

@@ -1,12 +1,10 @@
 """Draws predictions: an image with its class-activation map, grids of images, and what a report of
-an evaluation shows: confusions, calibration, the images with the highest loss.
+an evaluation shows: confusions and calibration.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -14,8 +12,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from utils.inspection import drawing
+from utils.inspection.drawing import fit, font
 from utils.system.style import GREY, MAIN, SECOND, drawable, png, styled
 from utils.system.text import printable, short
 
@@ -26,9 +26,7 @@ TEXT, LINE = 34, 14  # pixels of the two lines below it, and of each further one
 COLOURS = LinearSegmentedColormap.from_list("heat", ["#3b0f70", "#b73779", "#fc8961", "#fcfdbf"])
 MATRIX = 20  # classes up to which the whole matrix is drawn, with its numbers
 PAIRS = 20  # most confused pairs that are drawn
-NAME, SIDE_NAME = 30, 16  # characters of a class's name in a table, and beside a matrix
-WORST_CELL = 176  # pixels of an image in the grid of the worst
-TRUE, PATH = 12, 22  # characters of the true class and of the path below it
+NAME, SIDE_NAME = 30, 16  # characters of a class's name in a list, and beside a matrix
 RIGHT, WRONG, PLAIN = "#1a7f37", "#cf222e", "#1f2328"
 
 
@@ -51,14 +49,14 @@ def seen_square(width: int, height: int, img_size: int, crop_pct: float) -> tupl
 
 def draw_evidence(image: Image.Image, heat: np.ndarray, square: tuple[float, ...]) -> Image.Image:
     """Returns the image with its class-activation map over it; arguments as in `draw_map`."""
-    shown, scale = shown_image(image)
+    shown, scale = scaled(image, SIDE)
     overlay = _overlay(np.asarray(shown) / 255, heat, [scale * value for value in square])
     return Image.fromarray((255 * overlay).round().astype(np.uint8))
 
 
-def shown_image(image: Image.Image) -> tuple[Image.Image, float]:
-    """Returns an image with a longer side of `SIDE` pixels, and by how much it was scaled."""
-    scale = SIDE / max(image.size)
+def scaled(image: Image.Image, most: int) -> tuple[Image.Image, float]:
+    """Returns an image with a longer side of `most` pixels, and by how much it was scaled."""
+    scale = most / max(image.size)
     size = tuple(max(1, round(scale * side)) for side in image.size)
     # Few pixels are shown as pixels: smoothing would invent what the network did not have.
     how = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC
@@ -83,7 +81,7 @@ def draw_map(
         ranking: (class, confidence from 0 to 1), the most likely first; the map is for the first.
         where: the layer that the map is of.
     """
-    shown, scale = shown_image(image)
+    shown, scale = scaled(image, SIDE)
     overlay = _overlay(np.asarray(shown) / 255, heat, [scale * value for value in square])
 
     with styled():
@@ -167,168 +165,92 @@ def draw_grid(cells: Sequence[Cell], title: str, side: int = CELL) -> bytes:
     rows = math.ceil(len(cells) / columns)
     gap, head = 10, 34
     text = TEXT + LINE * max(cell.note.count("\n") for cell in cells)
-    font, small = _font("DejaVuSans-Bold.ttf", 14), _font("DejaVuSans.ttf", 11)
+    bold, small = font(14, bold=True), font(11)
     width = max(columns * (side + gap) + gap, 320)
     sheet = Image.new("RGB", (width, head + rows * (side + text + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((gap, head / 2), _fit(draw, title, small, width - 2 * gap), "#59636e", small, "lm")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((gap, head / 2), fit(pen, title, small, width - 2 * gap), "#59636e", small, "lm")
     for i, cell in enumerate(cells):
         x = gap + (i % columns) * (side + gap)
         y = head + (i // columns) * (side + text + gap)
-        picture = _thumbnail(cell.image, side)
-        at = (x + (side - picture.width) // 2, y + (side - picture.height) // 2)
-        draw.rectangle((x - 1, y - 1, x + side, y + side), "#f6f8fa")
-        sheet.paste(picture, at)
+        picture, _ = scaled(cell.image, side)
+        pen.rectangle((x - 1, y - 1, x + side, y + side), "#f6f8fa")
+        sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
         if cell.colour != PLAIN:
-            draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=cell.colour, width=2)
+            pen.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=cell.colour, width=2)
         centre = x + side / 2
-        label = _fit(draw, cell.label, font, side)
-        draw.text((centre, y + side + 4), label, cell.colour, font, "ma")
-        for line, words in enumerate(cell.note.split("\n")):
-            note = _fit(draw, words, small, side)
-            draw.text((centre, y + side + 21 + LINE * line), note, "#59636e", small, "ma")
-    return encoded(sheet)
+        pen.text((centre, y + side + 4), fit(pen, cell.label, bold, side), cell.colour, bold, "ma")
+        for i_line, line in enumerate(cell.note.split("\n")):
+            at = (centre, y + side + 21 + LINE * i_line)
+            pen.text(at, fit(pen, line, small, side), "#59636e", small, "ma")
+    return drawing.png(sheet)
 
 
-def encoded(image: Image.Image) -> bytes:
-    """Returns the image as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def _thumbnail(image: Image.Image, most: int) -> Image.Image:
-    scale = most / max(image.size)
-    size = tuple(max(1, round(scale * side)) for side in image.size)
-    return image.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC)
-
-
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
-
-
-def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Returns `text` on one line, with its end cut off if it is wider than `width` pixels."""
-    text = printable(text)
-    if draw.textlength(text, font) <= width:
-        return text
-    while text and draw.textlength(text + "…", font) > width:
-        text = text[:-1]
-    return text + "…"
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """Holds one pair of classes that the network confuses."""
-
-    true: int
-    found: int
-    images: int
-    share: float  # of the true class's images, 0 to 1
-
-
-@dataclass(frozen=True)
-class WorstImage:
-    """Holds one image and what was found in it.
-
-    Args:
-        image: None where it cannot be read any more.
-        path: below the folder, or inside the shards.
-        true, found: classes; found is below 0 where the network's output is not finite.
-        probability: of `found`, 0 to 1.
-        true_probability: of `true`.
-    """
-
-    image: Image.Image | None
-    path: str
-    true: int
-    found: int
-    probability: float
-    true_probability: float
-
-
-def class_name(names: Sequence[str], number: int, most: int = NAME) -> str:
-    """Returns a class's name as a picture shows it: cut, or its number where the font lacks it."""
-    return short(drawable(printable(names[number]), f"class {number}"), most)
+def plain_name(names: Sequence[str], number: int) -> str:
+    """Returns a class's name, or its number where the pictures' font lacks a character of it."""
+    return drawable(printable(names[number]), f"class {number}")
 
 
 def draw_matrix(matrix: np.ndarray, names: Sequence[str], title: str) -> bytes:
-    """Draws the confusion matrix with its numbers, for at most MATRIX classes.
+    """Draws the confusion matrix with its numbers, for at most MATRIX classes. Returns a PNG.
 
     Args:
-        matrix: (C, C) counts: rows are true classes, columns found ones.
-
-    Returns:
-        A PNG.
+        matrix: (C, C) counts: rows are true classes, columns predicted ones.
     """
     n = len(names)
     shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
-    diagonal = np.eye(n, dtype=bool)
-    colours = np.where(diagonal[..., None], to_rgb(MAIN), to_rgb(SECOND))
-    depth = np.sqrt(shares)[..., None]  # a share of 1 % would be white otherwise
-    picture = 1 - depth * (1 - colours)
-    labels = [class_name(names, i, SIDE_NAME) for i in range(n)]
-    digits = len(str(matrix.max(initial=0)))
-    cell = max(0.44, 0.1 * digits + 0.12)  # inches
+    colours = np.where(np.eye(n, dtype=bool)[..., None], to_rgb(MAIN), to_rgb(SECOND))
+    depth = np.sqrt(shares)  # a share of 1 % would be white otherwise
+    labels = [short(plain_name(names, i), SIDE_NAME) for i in range(n)]
+    cell = max(0.44, 0.1 * len(str(matrix.max(initial=0))) + 0.12)  # inches
+    size = (max(4.9, cell * n + 2.4), max(3.2, cell * n + 2.2))
     with styled():
-        figure, axis = plt.subplots(
-            figsize=(max(4.9, cell * n + 2.4), max(3.2, cell * n + 2.2)), layout="constrained"
-        )
-        axis.imshow(picture)
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        axis.imshow(1 - depth[..., None] * (1 - colours))
         for row, column in np.argwhere(matrix > 0):
-            dark = depth[row, column, 0] > 0.72
-            number = str(matrix[row, column])
-            colour = "white" if dark else "#1f2328"
-            axis.text(column, row, number, ha="center", va="center", fontsize=9.5, color=colour)
-        longest = max(map(len, labels))
-        turned = 0 if longest <= 6 * cell / 0.5 else 90
+            colour = "white" if depth[row, column] > 0.72 else PLAIN
+            text = str(matrix[row, column])
+            axis.text(column, row, text, ha="center", va="center", fontsize=9.5, color=colour)
+        turned = 0 if max(map(len, labels)) <= 6 * cell / 0.5 else 90
         axis.set_xticks(range(n), labels, rotation=turned)
         axis.set_yticks(range(n), labels)
-        axis.set_xticks(np.arange(n - 1) + 0.5, minor=True)
-        axis.set_yticks(np.arange(n - 1) + 0.5, minor=True)
+        for ticks in (axis.set_xticks, axis.set_yticks):
+            ticks(np.arange(n - 1) + 0.5, minor=True)
         axis.grid(False)
         axis.grid(which="minor", color="white", linewidth=1.5, alpha=1)
         axis.tick_params(which="both", length=0)
-        axis.spines[:].set_color("#d0d7de")
-        axis.spines[:].set_visible(True)
-        axis.set(xlabel="Found class", ylabel="True class")
+        axis.spines[:].set(color="#d0d7de", visible=True)
+        axis.set(xlabel="Predicted class", ylabel="True class")
         figure.suptitle(f"{title}\nblue: right, orange: confused; darker: more of the row")
         return png(figure, colours=256)
 
 
-def draw_pairs(pairs: Sequence[Confusion], names: Sequence[str], title: str) -> bytes:
-    """Draws the most confused pairs as a table with bars. Returns a PNG.
+def draw_pairs(pairs: Sequence[Sequence[float]], names: Sequence[str], title: str) -> bytes:
+    """Draws the first PAIRS of the most confused pairs of classes as bars. Returns a PNG.
 
     Args:
-        pairs: the most frequent first; the first PAIRS are drawn.
+        pairs: (true class, predicted class, images, share of the true class's images 0 to 1) each.
     """
     shown = list(pairs)[:PAIRS]
-    width, row, head = 9.2, 0.27, 0.85  # inches
-    height = head + row * max(1, len(shown)) + 0.15
     with styled():
-        figure = plt.figure(figsize=(width, height))
-        figure.suptitle(title, y=1 - 0.12 / height, va="top")
-        axis = figure.add_axes((0, 0.15 / height, 1, (height - head - 0.15) / height))
-        axis.set(xlim=(0, 1), ylim=(max(1, len(shown)) - 0.5, -0.5))
-        axis.axis("off")
+        size = (9.2, 1.3 + 0.27 * max(1, len(shown)))
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        rows = range(len(shown))
+        labels = [
+            " → ".join(short(plain_name(names, int(number)), NAME) for number in pair[:2])
+            for pair in shown
+        ]
+        axis.barh(rows, [100 * pair[3] for pair in shown], height=0.6, color=SECOND)
+        for row, (_, _, images, share) in enumerate(shown):
+            text = f" {images:,} ({100 * share:.0f} %)"
+            axis.text(100 * share, row, text, va="center", fontsize=9.5)
+        axis.set_yticks(rows, labels)
+        axis.set(xlim=(0, 130), xticks=(0, 50, 100), ylim=(max(1, len(shown)) - 0.4, -0.6))
+        axis.set_xlabel("True → predicted class: images (% of the true class)")
+        axis.grid(axis="y", visible=False)
         if not shown:
-            axis.text(0.5, 0, "no image was taken for another class", ha="center", va="center")
-            return png(figure, colours=256)
-        columns = (
-            (0.02, "True class"),
-            (0.335, "Found class"),
-            (0.65, "Images (of the true class)"),
-        )
-        for x, words in columns:
-            at = 1 - (head - 0.14) / height
-            figure.text(x, at, words, fontsize=9.5, color=GREY, va="center")
-        for place, pair in enumerate(shown):
-            for x, number in ((0.02, pair.true), (0.335, pair.found)):
-                axis.text(x, place, class_name(names, number), va="center", fontsize=9.5)
-            bar = 0.2 * min(1.0, pair.share)
-            axis.barh(place, bar, left=0.65, height=0.6, color=SECOND)
-            words = f"{pair.images:,} ({100 * pair.share:.0f} %)"
-            axis.text(0.66 + bar, place, words, va="center", fontsize=9.5)
+            axis.text(65, 0, "no image was taken for another class", ha="center", va="center")
+        figure.suptitle(title)
         return png(figure, colours=256)
 
 
@@ -345,62 +267,28 @@ def draw_calibration(
     Returns:
         A PNG.
     """
-    bins = len(images)
-    there = images > 0
+    bins, there = len(images), images > 0
     middle = 100 * (np.arange(bins) + 0.5)[there] / bins
+    right, sure = 100 * accuracy[there], 100 * confidence[there]
+    both = np.minimum(right, sure)
+    share = 100 * images[there] / max(1, images.sum())
     with styled():
         figure, (upper, lower) = plt.subplots(
             2, 1, figsize=(5.2, 6.4), sharex=True, height_ratios=(3, 1), layout="constrained"
         )
         bar = {"width": 0.94 * 100 / bins}
-        right, sure = 100 * accuracy[there], 100 * confidence[there]
-        both = np.minimum(right, sure)
-        upper.bar(middle, both, color=MAIN, **bar)
-        upper.bar(middle, np.maximum(0, right - sure), bottom=both, color="#56B4E9", **bar)
-        upper.bar(middle, np.maximum(0, sure - right), bottom=both, color="#f0b487", **bar)
-        upper.plot((0, 100), (0, 100), color=GREY, ls="--", lw=1)
-        upper.set(ylabel="Right answers (%)", ylim=(0, 100), xlim=(0, 100))
-        words = ["right answers", "underconfident", "overconfident"]
-        handles = [*upper.containers, *upper.lines]
-        words.append("perfect calibration")
-        figure.legend(handles, words, loc="outside lower center", ncols=2)
-        share = 100 * images / max(1, images.sum())
-        lower.bar(middle, share[there], color="#b6bcc4", **bar)
+        upper.bar(middle, both, color=MAIN, label="right predictions", **bar)
+        for label, colour, gap in (
+            ("underconfident", "#56B4E9", right - sure),
+            ("overconfident", "#f0b487", sure - right),
+        ):
+            upper.bar(middle, gap.clip(0), bottom=both, color=colour, label=label, **bar)
+        upper.plot((0, 100), (0, 100), "--", color=GREY, lw=1, label="perfect calibration")
+        upper.set(ylabel="Right predictions (%)", ylim=(0, 100), xlim=(0, 100))
+        figure.legend(loc="outside lower center", ncols=2)
+        lower.bar(middle, share, color="#b6bcc4", **bar)
         lower.set(xlabel="Confidence of the network (%)", ylabel="Images (%)")
-        lower.set_ylim(0, max(1.0, 1.08 * share.max(initial=0)))
-        words = f"expected calibration error {100 * error:.2f} %" if there.any() else "no image"
-        figure.suptitle(f"{title}\n{words}")
+        lower.set_ylim(0, min(100, max(1.0, 1.08 * share.max(initial=0))))
+        text = f"expected calibration error {100 * error:.2f} %" if there.any() else "no image"
+        figure.suptitle(f"{title}\n{text}")
         return png(figure, colours=256)
-
-
-def draw_worst(images: Sequence[WorstImage], names: Sequence[str], title: str) -> bytes:
-    """Draws images with path, true and found class, and the probability of each. Returns a PNG."""
-    return draw_grid(
-        [_cell(i, image, names) for i, image in enumerate(images, 1)], title, WORST_CELL
-    )
-
-
-def _cell(rank: int, worst: WorstImage, names: Sequence[str]) -> Cell:
-    """Makes a picture of the grid. Long names and paths are cut; numbers never are."""
-    found, sure = "nothing finite", ""
-    if worst.found >= 0:
-        found = _plain_name(names, worst.found)
-        sure = f"found with {_in_percent(worst.probability)}"
-    true = _plain_name(names, worst.true)
-    true = true if len(true) <= TRUE else f"{true[: TRUE - 1]}…"
-    path = drawable(worst.path, "see worst_images.csv")
-    # The end of a path tells more than its beginning, which is the class.
-    path = path if len(path) <= PATH else f"…{path[1 - PATH :]}"
-    colour = RIGHT if worst.found == worst.true else WRONG
-    image = worst.image or Image.new("RGB", (WORST_CELL, WORST_CELL), "#d0d7de")
-    lines = (sure, f"true: {true} ({_in_percent(worst.true_probability)})", f"{rank}. {path}")
-    return Cell(image, found, "\n".join(lines), colour)
-
-
-def _plain_name(names: Sequence[str], number: int) -> str:
-    """Returns a class's name for Pillow, which reads no formulas."""
-    return drawable(printable(names[number]), f"class {number}")
-
-
-def _in_percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if np.isfinite(share) else "-"

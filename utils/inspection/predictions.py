@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -47,7 +48,7 @@ class UserBatch:
 
 
 def find_images(names: Sequence[str]) -> list[bytes]:
-    """Returns the paths that `names` stand for, each once, in the order given.
+    """Returns the paths that `names` stand for, each once, in their order.
 
     Args:
         names: files; folders, which stand for all images below them, sorted; glob patterns (`**`
@@ -56,10 +57,11 @@ def find_images(names: Sequence[str]) -> list[bytes]:
     Raises:
         UserError: a name that stands for nothing.
     """
-    found: dict[bytes, None] = {}
+    paths: dict[bytes, None] = {}
     for name in names:
+        nothing = f"{printable(name)}: no such file, folder or pattern that matches a file"
         if name == "-":
-            lines = [line.rstrip(b"\r\n") for line in sys.stdin.buffer]
+            lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
             here = [line for line in lines if line]  # one that is gone is told when it is read
             nothing = "no path came in on standard input"
         elif os.path.isdir(name):
@@ -67,25 +69,23 @@ def find_images(names: Sequence[str]) -> list[bytes]:
             nothing = f"{printable(name)}: no image below this folder ({' '.join(EXTENSIONS)})"
         elif os.path.exists(name):  # before patterns: names may hold brackets
             here = [os.fsencode(name)]
-            nothing = ""
         else:
-            paths = sorted(glob.glob(name, recursive=True))
-            here = [os.fsencode(path) for path in paths if os.path.isfile(path)]
-            nothing = f"{printable(name)}: no such file, folder or pattern that matches a file"
+            matches = sorted(glob.glob(name, recursive=True))
+            here = [os.fsencode(path) for path in matches if os.path.isfile(path)]
         if not here:
             raise UserError(nothing)
-        found.update(dict.fromkeys(here))
-    return list(found)
+        paths.update(dict.fromkeys(here))
+    return list(paths)
 
 
 def _images_below(folder: bytes) -> list[bytes]:
-    found = []
+    paths = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not is_passed_over(os.fsdecode(name))]
         for name in files:
             if os.fsdecode(name).lower().endswith(EXTENSIONS) and not name.startswith(b"."):
-                found.append(os.path.join(root, name))
-    return sorted(found)
+                paths.append(os.path.join(root, name))
+    return sorted(paths)
 
 
 class _Paths(Dataset):
@@ -227,9 +227,8 @@ class PredictionLog:
         return [cell(prediction.file), *cells, *empty, cell(prediction.error or "")]
 
     def _json(self) -> str:
-        return (
-            json.dumps([p.as_dict() for p in self.predictions], indent=2, ensure_ascii=False) + "\n"
-        )
+        entries = [prediction.as_dict() for prediction in self.predictions]
+        return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
 
 
 def path_width(files: Sequence[str]) -> int:
@@ -251,8 +250,8 @@ SMALLEST, LARGEST = 320, 1000  # pixels of a drawn picture's longer side
 
 
 @dataclass(frozen=True)
-class Found:
-    """Holds the detections in one image, highest score first, or why there are none.
+class ImageObjects:
+    """Holds the objects in one image, highest score first, or why there are none.
 
     Attributes:
         size: height and width of the image file.
@@ -267,11 +266,16 @@ class Found:
     objects: dict[str, Tensor] | None = None
     error: str | None = None
 
+    def boxes_in_file(self) -> Tensor:
+        """Returns the boxes (n, 4) in the file's pixels."""
+        across, down = self.size[1] / self.image.shape[2], self.size[0] / self.image.shape[1]
+        return self.objects["boxes"] * torch.tensor([across, down, across, down])
+
 
 @torch.inference_mode()
 def find_objects(
     detector: nn.Module, paths: Sequence[bytes], device: torch.device, first_label: int
-) -> Iterator[Found]:
+) -> Iterator[ImageObjects]:
     """Runs the detector on one image after the other, as it is evaluated: unpadded.
 
     An image larger than the detector's input is first reduced to it: a hundred masks in the size of
@@ -286,7 +290,7 @@ def find_objects(
         try:
             image = read_image(path)
         except BrokenImageError as error:
-            yield Found(file, error=error.reason)
+            yield ImageObjects(file, error=error.reason)
             continue
         size = tuple(image.shape[1:])
         if max(size) > detector.transform.max_size:
@@ -296,35 +300,35 @@ def find_objects(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            yield Found(file, error="out of memory")
+            yield ImageObjects(file, error="out of memory")
             continue
         objects = {name: value.cpu() for name, value in objects.items()}
         objects["labels"] = objects["labels"] - first_label
-        if not all(objects[name].isfinite().all() for name in ("boxes", "scores")):
-            yield Found(file, error="the network's output is not finite")
-            continue
-        yield Found(file, size, image, objects)
+        if all(objects[name].isfinite().all() for name in ("boxes", "scores")):
+            yield ImageObjects(file, size, image, objects)
+        else:
+            yield ImageObjects(file, error="the network's output is not finite")
 
 
-def sentence(found: Found, names: Sequence[str], least_score: float, width: int) -> str:
+def object_line(image: ImageObjects, names: Sequence[str], least_score: float, width: int) -> str:
     """Returns one line: the path, and the objects with at least this score."""
-    told = [
+    labels, scores = (image.objects[name].tolist() for name in ("labels", "scores"))
+    objects = [
         f"{names[label]} {score:.2f}"
-        for label, score in zip(
-            found.objects["labels"].tolist(), found.objects["scores"].tolist(), strict=True
-        )
+        for label, score in zip(labels, scores, strict=True)
         if score >= least_score
     ]
-    return f"{found.file:<{width}}  {'   '.join(told) or '-'}"
+    return f"{image.file:<{width}}  {'   '.join(objects) or '-'}"
 
 
-def picture(found: Found, names: Sequence[str], least_score: float) -> Tensor:
+def picture(image: ImageObjects, names: Sequence[str], least_score: float) -> Image.Image:
     """Returns the image with its objects drawn on it, at a size at which captions can be read."""
-    image, objects = found.image, found.objects
-    longest = max(image.shape[1:])
+    pixels, objects = image.image, image.objects
+    longest = max(pixels.shape[1:])
     if longest > LARGEST:
-        image, objects = _shrink(image, objects, LARGEST / longest)
-    return draw(*enlarge(image, objects, max(1, SMALLEST // longest)), names, least_score)
+        pixels, objects = _shrink(pixels, objects, LARGEST / longest)
+    drawn = draw(*enlarge(pixels, objects, max(1, SMALLEST // longest)), names, least_score)
+    return Image.fromarray(drawn.permute(1, 2, 0).contiguous().numpy())
 
 
 def _shrink(
@@ -357,50 +361,39 @@ class CocoDocument:
         self.images: list[dict] = []
         self.annotations: list[dict] = []
 
-    def add(self, found: Found) -> None:
-        height, width = found.size
-        image_id = len(self.images) + 1
-        self.images.append(
-            {"id": image_id, "file_name": found.file, "width": width, "height": height}
-        )
-        across, down = width / found.image.shape[2], height / found.image.shape[1]
-        boxes = found.objects["boxes"] * torch.tensor([across, down, across, down])
-        plain = {**found.objects, "boxes": boxes}
+    def add(self, image: ImageObjects) -> None:
+        height, width = image.size
+        entry = {"id": len(self.images) + 1, "file_name": image.file}
+        self.images.append({**entry, "width": width, "height": height})
+        plain = {**image.objects, "boxes": image.boxes_in_file()}
         masks = plain.pop("masks", None)
-        for i, result in enumerate(to_results(plain, image_id, self.category_ids, first_label=0)):
+        results = to_results(plain, len(self.images), self.category_ids, first_label=0)
+        for i, result in enumerate(results):
             area = result["bbox"][2] * result["bbox"][3]
             if masks is not None:  # one by one, for they can be large
-                mask = F.interpolate(masks[i : i + 1], found.size, mode="bilinear")[0]
+                mask = F.interpolate(masks[i : i + 1], image.size, mode="bilinear")[0]
                 (result["segmentation"],) = coco_masks.encode((mask > MASK_THRESHOLD).numpy())
                 area = coco_masks.area(result["segmentation"])
             extra = {"id": len(self.annotations) + 1, "area": area, "iscrowd": 0}
             self.annotations.append(result | extra)
 
     def json(self) -> str:
-        categories = [
-            {"id": i, "name": name} for i, name in zip(self.category_ids, self.names, strict=True)
-        ]
-        document = {
-            "images": self.images,
-            "annotations": self.annotations,
-            "categories": categories,
-        }
-        return json.dumps(document, ensure_ascii=False) + "\n"
+        named = zip(self.category_ids, self.names, strict=True)
+        categories = [{"id": i, "name": name} for i, name in named]
+        parts = {"images": self.images, "annotations": self.annotations, "categories": categories}
+        return json.dumps(parts, ensure_ascii=False) + "\n"
 
     def csv(self) -> str:
         """Returns one line a detection: file, class, score, and the box's corners in pixels."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["file", "class", "score", "x1", "y1", "x2", "y2"])
+        rows = [["file", "class", "score", "x1", "y1", "x2", "y2"]]
         name_of = dict(zip(self.category_ids, self.names, strict=True))
-        for found in self.annotations:
-            x, y, width, height = found["bbox"]
+        for result in self.annotations:
+            x, y, width, height = result["bbox"]
             corners = [f"{v:.2f}" for v in (x, y, x + width, y + height)]
-            file = self.images[found["image_id"] - 1]["file_name"]
-            writer.writerow(
-                [cell(file), cell(name_of[found["category_id"]]), f"{found['score']:.6f}", *corners]
-            )
-        return text.getvalue()
+            file = self.images[result["image_id"] - 1]["file_name"]
+            names = [cell(file), cell(name_of[result["category_id"]])]
+            rows.append([*names, f"{result['score']:.6f}", *corners])
+        return _csv_lines(rows)
 
     def write(self, folder: Path) -> None:
         """Writes detections.json and detections.csv to `folder`."""

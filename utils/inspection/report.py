@@ -1,4 +1,4 @@
-"""What a report of an evaluation holds: figures by class, confusions, calibration, worst images.
+"""Writes the report of an evaluation: figures by class, confusions, calibration, worst images.
 
 Shares are from 0 to 1 here; the tables have accuracies and probabilities in %, as metrics.csv has,
 and an empty cell for a figure that is not defined. Tests compare the figures with scikit-learn's.
@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,47 +30,35 @@ from utils.training.classification import ClassificationMeter, ranked, wide
 
 BINS = 15  # of the calibration, as in Guo et al. 2017
 WHOLE_MATRIX = 1000  # classes up to which confusion.csv is written: beyond, it would be huge
-CLASS_COLUMNS = [
-    "number",
-    "class",
-    "support",
-    "predicted",
-    "precision",
-    "recall",
-    "f1",
-    "top1",
-    "top5",
-]
-PAIR_COLUMNS = ["true_number", "true", "found_number", "found", "images", "share_of_true"]
-CALIBRATION_COLUMNS = ["above", "up_to", "images", "confidence", "accuracy"]
-WORST_COLUMNS = [
-    "rank",
-    "path",
-    "true",
-    "found",
-    "probability_of_found",
-    "probability_of_true",
-    "loss",
-]
-NONE = -1  # the class that was found where the logits are not finite
+COLUMNS = {
+    "classes": "number class support predicted precision recall f1 top1 top5",
+    "confused_pairs": "true_number true predicted_number predicted images share_of_true",
+    "calibration": "above up_to images confidence accuracy",
+    "worst_images": "rank path true predicted probability_of_predicted probability_of_true loss",
+}
+NONE = -1  # the predicted class where the logits are not finite
+FOLDER, SUMMARY = "report", "report.json"
+LISTED, DRAWN = 1000, 24  # worst images in the table, and in the picture
+CELL = 176  # pixels of an image in that picture
+TRUE, PATH, DATA = 12, 22, 40  # characters of the true class and the path below it, and of the data
 
 
 @dataclass(frozen=True)
-class ImageOutcomes:
-    """Holds what was found in each of n images, in the order of the data set.
+class EvaluatedImages:
+    """Holds the predictions of n images, in the order of the data set.
 
     Attributes:
         true: (n,) int64 classes.
-        found: (n,) int64 classes; NONE where the network's output is not finite.
+        predicted: (n,) int64 classes; NONE where the network's output is not finite.
         in_top5: (n,) bool, the true class is among the five most likely ones.
-        confidence: (n,) float64 probability of `found`, 0 to 1; NaN where there is none.
+        confidence: (n,) float64 probability of `predicted`, 0 to 1; NaN where there is none.
         true_confidence: (n,) float64 probability of `true`.
         loss: (n,) float64 cross-entropy.
         outputs: of the network: as many as there are classes, or more.
     """
 
     true: np.ndarray
-    found: np.ndarray
+    predicted: np.ndarray
     in_top5: np.ndarray
     confidence: np.ndarray
     true_confidence: np.ndarray
@@ -88,8 +77,8 @@ class ImageOutcomes:
         return np.argsort(-loss, kind="stable")[:most]
 
 
-class OutcomeMeter(ClassificationMeter):
-    """Sums as `ClassificationMeter` does, to the last bit, and keeps each image's outcome."""
+class ReportMeter(ClassificationMeter):
+    """Sums as `ClassificationMeter` does, to the last bit, and keeps each image's prediction."""
 
     def __init__(self, device: torch.device):
         super().__init__(device)
@@ -117,8 +106,8 @@ class OutcomeMeter(ClassificationMeter):
         self.outputs = logits.shape[1]
         self.rows.append(torch.stack([column.to(kind) for column in columns], dim=1))
 
-    def outcomes(self, indices: Sequence[int], images: int) -> ImageOutcomes:
-        """Puts the outcomes of all ranks in the data set's order. Call it on every rank.
+    def gathered(self, indices: Sequence[int], images: int) -> EvaluatedImages:
+        """Puts the predictions of all ranks in the data set's order. Call it on every rank.
 
         Args:
             indices: of this rank's images in the data set, in the order of `update`.
@@ -126,15 +115,15 @@ class OutcomeMeter(ClassificationMeter):
         """
         own = torch.cat(self.rows).cpu().numpy() if self.rows else np.zeros((0, 6))
         everywhere = distributed.gather((np.asarray(indices, np.int64), own, self.outputs))
-        places = np.concatenate([places for places, _, _ in everywhere])
+        order = np.concatenate([indices for indices, _, _ in everywhere])
         rows = np.concatenate([rows for _, rows, _ in everywhere])
-        each_once = np.array_equal(np.sort(places), np.arange(images))
-        assert each_once, places
-        rows = rows[np.argsort(places)].T
-        true, found, in_top5 = (rows[i].astype(np.int64) for i in range(3))
+        each_once = np.array_equal(np.sort(order), np.arange(images))
+        assert each_once, order
+        rows = rows[np.argsort(order)].T
+        true, predicted, in_top5 = (rows[i].astype(np.int64) for i in range(3))
         outputs = max(outputs for _, _, outputs in everywhere)  # 0 on a rank without images
         shares = rows[3:].astype(np.float64)
-        return ImageOutcomes(true, found, in_top5.astype(bool), *shares, outputs)
+        return EvaluatedImages(true, predicted, in_top5.astype(bool), *shares, outputs)
 
 
 @dataclass(frozen=True)
@@ -145,7 +134,7 @@ class ClassFigures:
         support: int64, images of the class.
         predicted: int64, images that the network takes for the class.
         precision: share of `predicted` that is of the class; NaN where nothing was predicted.
-        recall: share of `support` that is found. It is the class's top-1, too.
+        recall: share of `support` that is predicted right. It is the class's top-1, too.
         f1: harmonic mean of both; NaN where neither an image nor a prediction is of the class.
         top5: share of `support` whose class is among the five most likely ones.
     """
@@ -158,23 +147,19 @@ class ClassFigures:
     top5: np.ndarray
 
     @classmethod
-    def of(cls, outcomes: ImageOutcomes, classes: int) -> "ClassFigures":
+    def of(cls, images: EvaluatedImages, classes: int) -> "ClassFigures":
         """Computes the figures of `classes` classes."""
-        hits = outcomes.found == outcomes.true
 
-        def count(labels: np.ndarray) -> np.ndarray:
+        def number(labels: np.ndarray) -> np.ndarray:
             return np.bincount(labels, minlength=classes)
 
-        support, right = count(outcomes.true), count(outcomes.true[hits])
-        predicted = count(outcomes.found[outcomes.found != NONE])
-        return cls(
-            support,
-            predicted,
-            _share(right, predicted),
-            _share(right, support),
-            _share(2 * right, support + predicted),
-            _share(count(outcomes.true[outcomes.in_top5]), support),
-        )
+        support = number(images.true)
+        right = number(images.true[images.predicted == images.true])
+        predicted = number(images.predicted[images.predicted != NONE])
+        precision, recall = _share(right, predicted), _share(right, support)
+        f1 = _share(2 * right, support + predicted)
+        top5 = _share(number(images.true[images.in_top5]), support)
+        return cls(support, predicted, precision, recall, f1, top5)
 
     def means(self) -> dict[str, float]:
         """Returns the means of precision, recall and F1 over the classes that have images.
@@ -186,43 +171,35 @@ class ClassFigures:
         return {name: float(np.nan_to_num(values[there]).mean()) for name, values in named}
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Holds which class was found in images of which, for the pairs that occur, each (p,) int64.
-
-    Images in which no class was found (see NONE) are in none of them.
+def class_pairs(images: EvaluatedImages, classes: int) -> np.ndarray:
+    """Returns (p, 3) int64: true class, predicted class and images of each pair that occurs, in
+    this order. With many classes most never do. Images without a prediction are in none.
     """
+    finite = images.predicted != NONE
+    codes = images.true[finite] * classes + images.predicted[finite]
+    pairs, numbers = np.unique(codes, return_counts=True)
+    return np.stack([pairs // classes, pairs % classes, numbers], axis=1)
 
-    true: np.ndarray
-    found: np.ndarray
-    images: np.ndarray
 
-    @classmethod
-    def of(cls, outcomes: ImageOutcomes, classes: int) -> "Pairs":
-        """Counts the pairs of (true, found), sorted by both. With many classes most never occur."""
-        judged = outcomes.found != NONE
-        codes = outcomes.true[judged] * classes + outcomes.found[judged]
-        pairs, images = np.unique(codes, return_counts=True)
-        return cls(pairs // classes, pairs % classes, images)
+def confused(pairs: np.ndarray) -> np.ndarray:
+    """Returns those of `class_pairs` whose classes differ, the most frequent first."""
+    wrong = pairs[pairs[:, 0] != pairs[:, 1]]
+    return wrong[np.argsort(-wrong[:, 2], kind="stable")]
 
-    def confused(self) -> "Pairs":
-        """Returns the pairs of different classes, the most frequent first."""
-        wrong = np.flatnonzero(self.true != self.found)
-        order = wrong[np.argsort(-self.images[wrong], kind="stable")]
-        return Pairs(self.true[order], self.found[order], self.images[order])
 
-    def matrix(self, classes: int) -> np.ndarray:
-        """Returns (classes, classes) counts: rows are true classes, columns found ones."""
-        matrix = np.zeros((classes, classes), np.int64)
-        matrix[self.true, self.found] = self.images
-        return matrix
+def matrix(pairs: np.ndarray, classes: int) -> np.ndarray:
+    """Returns (classes, classes) counts of `class_pairs`: rows are true classes."""
+    counts = np.zeros((classes, classes), np.int64)
+    counts[pairs[:, 0], pairs[:, 1]] = pairs[:, 2]
+    return counts
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Holds how often the network is right where it says how sure it is, in bins of confidence.
 
-    Bin i holds the confidences above i / bins, up to (i + 1) / bins.
+    Bin i holds the confidences above i / bins, up to (i + 1) / bins. Images without a prediction
+    are in none.
 
     Attributes:
         images: (bins,) int64.
@@ -235,33 +212,26 @@ class Calibration:
     accuracy: np.ndarray
 
     @classmethod
-    def of(cls, outcomes: ImageOutcomes, bins: int = BINS) -> "Calibration":
-        """Sorts the images by confidence; those in which no class was found are left out."""
-        judged = outcomes.found != NONE
-        confidence = outcomes.confidence[judged]
-        right = (outcomes.found == outcomes.true)[judged]
+    def of(cls, images: EvaluatedImages, bins: int = BINS) -> "Calibration":
+        """Sorts the images by confidence."""
+        finite = images.predicted != NONE
+        confidence = images.confidence[finite]
+        right = (images.predicted == images.true)[finite]
         edges = np.linspace(0, 1, bins + 1)
-        places = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-
-        def total(values: np.ndarray | None = None) -> np.ndarray:
-            return np.bincount(places, values, minlength=bins)
-
-        images = total().astype(np.int64)
-        return cls(images, _share(total(confidence), images), _share(total(right), images))
+        numbers = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+        sums = [np.bincount(numbers, v, minlength=bins) for v in (None, confidence, right)]
+        return cls(sums[0].astype(np.int64), _share(sums[1], sums[0]), _share(sums[2], sums[0]))
 
     @property
     def error(self) -> float:
         """Returns the expected calibration error: Σ images · |accuracy − confidence| / Σ images.
 
-        NaN where no image was judged.
+        NaN where there is no prediction.
         """
-        gaps = np.abs(self.accuracy - self.confidence)
-        there = self.images > 0
-        n = self.images.sum()
-        return float((self.images * gaps)[there].sum() / n) if n else float("nan")
+        return self.mean(np.abs(self.accuracy - self.confidence))
 
     def mean(self, values: np.ndarray) -> float:
-        """Returns the mean over the images of `confidence` or `accuracy`."""
+        """Returns the mean of (bins,) values over the images."""
         there, n = self.images > 0, self.images.sum()
         return float((self.images * values)[there].sum() / n) if n else float("nan")
 
@@ -272,214 +242,191 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=empty, where=whole > 0)
 
 
-def tables(
-    outcomes: ImageOutcomes,
-    figures: ClassFigures,
-    pairs: Pairs,
-    calibration: Calibration,
-    names: Sequence[str],
-    paths: Sequence[str],
-) -> dict[str, bytes]:
-    """Returns the report's tables as CSV files: by class, pair and confidence, the worst images.
+@dataclass(frozen=True)
+class Report:
+    """Holds what a report shows.
 
-    Args:
+    Attributes:
+        images: the predictions.
         names: of all classes.
         paths: of the worst images, the worst first, below the folder or inside the shards.
+        title: of the pictures.
     """
-    safe = [cell(name) for name in names]
-    shares = (figures.precision, figures.recall, figures.f1, figures.recall, figures.top5)
-    counts = zip(safe, figures.support, figures.predicted, strict=True)
-    classes = ([i, *row, *(percent(s[i]) for s in shares)] for i, row in enumerate(counts))
-    confused = pairs.confused()
-    listed = (
-        [true, safe[true], found, safe[found], n, percent(n / figures.support[true])]
-        for true, found, n in zip(confused.true, confused.found, confused.images, strict=True)
-    )
-    bins = len(calibration.images)
-    edges = [percent(i / bins) for i in range(bins + 1)]
-    measured = ([percent(v) for v in s] for s in (calibration.confidence, calibration.accuracy))
-    confidences = zip(edges[:-1], edges[1:], calibration.images, *measured, strict=True)
-    worst = (
-        [
-            rank,
-            cell(path),
-            safe[outcomes.true[i]],
-            "" if outcomes.found[i] == NONE else safe[outcomes.found[i]],
-            percent(outcomes.confidence[i]),
-            percent(outcomes.true_confidence[i]),
-            number(outcomes.loss[i]),
+
+    images: EvaluatedImages
+    names: Sequence[str]
+    paths: Sequence[str]
+    title: str = ""
+
+    @cached_property
+    def figures(self) -> ClassFigures:
+        return ClassFigures.of(self.images, len(self.names))
+
+    @cached_property
+    def pairs(self) -> np.ndarray:
+        return class_pairs(self.images, len(self.names))
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        return Calibration.of(self.images)
+
+    def tables(self) -> dict[str, bytes]:
+        """Returns CSV files: by class, pair and confidence, and the worst images."""
+        names, images, by_class = [cell(name) for name in self.names], self.images, self.figures
+        shares = (by_class.precision, by_class.recall, by_class.f1, by_class.recall, by_class.top5)
+        counts = zip(names, by_class.support, by_class.predicted, strict=True)
+        bins = self.calibration
+        edges = [_percent(i / len(bins.images)) for i in range(len(bins.images) + 1)]
+        measured = [[_percent(v) for v in share] for share in (bins.confidence, bins.accuracy)]
+        worst = zip(images.worst(len(self.paths)), self.paths, strict=True)
+        rows: dict[str, Iterable[Iterable[object]]] = {
+            "classes": (
+                [i, *row, *(_percent(s[i]) for s in shares)] for i, row in enumerate(counts)
+            ),
+            "confused_pairs": (
+                [true, names[true], other, names[other], n, _percent(n / by_class.support[true])]
+                for true, other, n in confused(self.pairs)
+            ),
+            "calibration": zip(edges[:-1], edges[1:], bins.images, *measured, strict=True),
+            "worst_images": (
+                [
+                    rank,
+                    cell(path),
+                    names[images.true[i]],
+                    "" if images.predicted[i] == NONE else names[images.predicted[i]],
+                    _percent(images.confidence[i]),
+                    _percent(images.true_confidence[i]),
+                    _number(images.loss[i]),
+                ]
+                for rank, (i, path) in enumerate(worst, start=1)
+            ),
+        }
+        files = {name: csv_file(COLUMNS[name].split(), lines) for name, lines in rows.items()}
+        if len(names) <= WHOLE_MATRIX:
+            lines = zip(names, matrix(self.pairs, len(names)).tolist(), strict=True)
+            titles = ["true \\ predicted", *names]
+            files["confusion"] = csv_file(titles, ([name, *line] for name, line in lines))
+        return {f"{name}.csv": data for name, data in files.items()}
+
+    def pictures(self, folder: ImageFolder) -> dict[str, bytes]:
+        """Draws confusions, calibration and the worst images, which are read from `folder`."""
+        from utils.inspection import pictures  # matplotlib is slow to import
+
+        names, bins = self.names, self.calibration
+        if len(names) <= pictures.MATRIX:
+            drawn = pictures.draw_matrix(matrix(self.pairs, len(names)), names, self.title)
+        else:
+            wrong = int((self.images.predicted != self.images.true).sum())
+            title = f"{self.title}, {wrong:,} of them wrong\nthe most confused of {len(names):,} "
+            support = self.figures.support
+            top = [(*pair, pair[2] / support[pair[0]]) for pair in confused(self.pairs)]
+            drawn = pictures.draw_pairs(top, names, f"{title}classes")
+        cells = [
+            self._cell(rank, int(i), _reread(folder, int(i)))
+            for rank, i in enumerate(self.images.worst(DRAWN), start=1)
         ]
-        for rank, (i, path) in enumerate(
-            zip(outcomes.worst(len(paths)), paths, strict=True), start=1
-        )
-    )
-    files = {
-        "classes": csv_file(CLASS_COLUMNS, classes),
-        "confused_pairs": csv_file(PAIR_COLUMNS, listed),
-        "calibration": csv_file(CALIBRATION_COLUMNS, confidences),
-        "worst_images": csv_file(WORST_COLUMNS, worst),
-    }
-    if len(names) <= WHOLE_MATRIX:
-        matrix = zip(safe, pairs.matrix(len(names)).tolist(), strict=True)
-        files["confusion"] = csv_file(["true \\ found", *safe], ([n, *row] for n, row in matrix))
-    return {f"{name}.csv": data for name, data in files.items()}
+        title = f"the images with the highest loss: {self.title}"
+        return {
+            "confusion.png": drawn,
+            "calibration.png": pictures.draw_calibration(
+                bins.images, bins.confidence, bins.accuracy, bins.error, self.title
+            ),
+            "worst_images.png": pictures.draw_grid(cells, title, CELL),
+        }
+
+    def _cell(self, rank: int, i: int, image: Image.Image) -> Any:
+        """Makes a picture of the worst images. Long names and paths are cut; numbers never are."""
+        from utils.inspection.pictures import RIGHT, WRONG, Cell, plain_name
+        from utils.system.style import drawable
+
+        images = self.images
+        label, sure = "nothing finite", ""
+        if images.predicted[i] != NONE:
+            label = plain_name(self.names, images.predicted[i])
+            sure = f"predicted with {100 * images.confidence[i]:.1f} %"
+        true = plain_name(self.names, images.true[i])
+        true = true if len(true) <= TRUE else f"{true[: TRUE - 1]}…"
+        share = images.true_confidence[i]
+        share = f"{100 * share:.1f} %" if np.isfinite(share) else "-"
+        path = _end(drawable(self.paths[rank - 1], "see worst_images.csv"), PATH)
+        colour = RIGHT if images.predicted[i] == images.true[i] else WRONG
+        return Cell(image, label, f"{sure}\ntrue: {true} ({share})\n{rank}. {path}", colour)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the figures of report.json, in %."""
+        return {
+            **{f"mean_{name}": 100 * value for name, value in self.figures.means().items()},
+            "calibration_error": 100 * self.calibration.error,
+            "mean_confidence": 100 * self.calibration.mean(self.calibration.confidence),
+            "classes": len(self.names),
+            "classes_with_images": int((self.figures.support > 0).sum()),
+            "images_without_finite_output": int((self.images.predicted == NONE).sum()),
+            "calibration_bins": len(self.calibration.images),
+            "class_names": self.names,
+        }
 
 
 def csv_file(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> bytes:
     """Returns a CSV file. Cells of a user's text have been through `cell`."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(titles)
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([titles, *rows])
     return text.getvalue().encode()
 
 
-def percent(share: float) -> str:
+def _percent(share: float) -> str:
     """Returns a share from 0 to 1 in %; "" for one that is not defined."""
-    return number(100 * share)
+    return _number(100 * share)
 
 
-def number(value: float) -> str:
+def _number(value: float) -> str:
     """Returns a number with four decimals; "" for one that is not finite."""
     return f"{value:.4f}" if math.isfinite(value) else ""
 
 
-FOLDER, SUMMARY = "report", "report.json"
-LISTED, DRAWN = 1000, 24  # worst images in the table, and in the picture
-THUMBNAIL = 512  # pixels of the longer side that are kept for the picture
-
-
 def write_report(
     parent: Path,
-    outcomes: ImageOutcomes,
-    images: ImageFolder,
+    images: EvaluatedImages,
+    folder: ImageFolder,
     arch: str,
-    told: Mapping[str, Any],
+    record: Mapping[str, Any],
 ) -> Path:
     """Writes a report into `parent`/report, or report-2 and so on where there is one already.
 
     Args:
-        outcomes: of all images.
-        images: that were judged.
+        images: the predictions of all images in `folder`.
         arch: the network's name.
-        told: "images", "top1", "top5" and "loss" as printed, "checkpoint", "data", and the
+        record: "images", "top1", "top5" and "loss" as printed, "checkpoint", "data", and the
             environment.
 
     Returns:
         The report's folder. report.json is its last file: one without it was interrupted.
     """
-    names = [printable(name) for name in images.classes]
-    names += [f"class {i}" for i in range(len(names), outcomes.outputs)]
-    figures = ClassFigures.of(outcomes, len(names))
-    pairs = Pairs.of(outcomes, len(names))
-    calibration = Calibration.of(outcomes)
-    worst = outcomes.worst(LISTED)
-    paths = [printable(images.paths[i]) for i in worst]
-    files = tables(outcomes, figures, pairs, calibration, names, paths)
-    title = f"{arch} on {_end(printable(told['data']))}, {len(outcomes):,} images"
-    files |= _pictures(outcomes, figures, pairs, calibration, names, title)
-    shown = worst[:DRAWN]
-    files["worst_images.png"] = _worst_picture(outcomes, shown, images, paths, names, title)
-    summary = _summary(outcomes, figures, calibration, names, told)
-    folder = _new_folder(parent)
+    names = [printable(name) for name in folder.classes]
+    names += [f"class {i}" for i in range(len(names), images.outputs)]
+    paths = [printable(folder.paths[i]) for i in images.worst(LISTED)]
+    title = f"{arch} on {_end(printable(record['data']), DATA)}, {len(images):,} images"
+    report = Report(images, names, paths, title)
+    files = report.tables() | report.pictures(folder)
+    summary = {**record, **report.summary(), "images_root": folder.where, "arch": arch}
+    target = new_folder(parent)
     for name, data in files.items():
-        write_atomically(folder / name, data)
-    runs.write_json(folder / SUMMARY, {**summary, "images_root": images.where, "arch": arch})
-    return folder
+        write_atomically(target / name, data)
+    runs.write_json(target / SUMMARY, summary)
+    return target
 
 
-def _summary(
-    outcomes: ImageOutcomes,
-    figures: ClassFigures,
-    calibration: Calibration,
-    names: list[str],
-    told: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Returns the figures of report.json, in %; those that are not defined are null."""
-    means = {f"mean_{name}": 100 * value for name, value in figures.means().items()}
-    found = {
-        **means,
-        "calibration_error": 100 * calibration.error,
-        "mean_confidence": 100 * calibration.mean(calibration.confidence),
-        "loss": told["loss"],
-    }
-    finite = {name: value if np.isfinite(value) else None for name, value in found.items()}
-    return {
-        **told,
-        **finite,
-        "classes": len(names),
-        "classes_with_images": int((figures.support > 0).sum()),
-        "images_without_finite_output": int((outcomes.found == NONE).sum()),
-        "calibration_bins": len(calibration.images),
-        "class_names": names,
-    }
-
-
-def _pictures(
-    outcomes: ImageOutcomes,
-    figures: ClassFigures,
-    pairs: Pairs,
-    calibration: Calibration,
-    names: list[str],
-    title: str,
-) -> dict[str, bytes]:
-    """Draws confusion.png and calibration.png."""
-    from utils.inspection import pictures  # matplotlib is slow to import
-
-    if len(names) <= pictures.MATRIX:
-        confusion = pictures.draw_matrix(pairs.matrix(len(names)), names, title)
-    else:
-        confused = pairs.confused()
-        top = [
-            pictures.Confusion(true, found, n, n / figures.support[true])
-            for true, found, n in zip(confused.true, confused.found, confused.images, strict=True)
-        ]
-        wrong = int((outcomes.found != outcomes.true).sum())
-        words = f"{title}, {wrong:,} of them wrong\nthe most confused of {len(names):,} classes"
-        confusion = pictures.draw_pairs(top, names, words)
-    drawn = pictures.draw_calibration(
-        calibration.images, calibration.confidence, calibration.accuracy, calibration.error, title
-    )
-    return {"confusion.png": confusion, "calibration.png": drawn}
-
-
-def _worst_picture(
-    outcomes: ImageOutcomes,
-    shown: np.ndarray,
-    images: ImageFolder,
-    paths: list[str],
-    names: list[str],
-    title: str,
-) -> bytes:
-    """Draws the images of the numbers `shown`, which have the highest loss."""
-    from utils.inspection import pictures  # matplotlib is slow to import
-
-    cells = [
-        pictures.WorstImage(
-            _reread(images, i),
-            path,
-            int(outcomes.true[i]),
-            int(outcomes.found[i]),
-            float(outcomes.confidence[i]),
-            float(outcomes.true_confidence[i]),
-        )
-        for i, path in zip(shown, paths, strict=False)
-    ]
-    return pictures.draw_worst(cells, names, f"the images with the highest loss: {title}")
-
-
-def _reread(images: ImageFolder, index: int) -> Image.Image | None:
-    """Reads an image for the picture; None where it can no longer be read."""
+def _reread(images: ImageFolder, index: int) -> Image.Image:
+    """Reads an image for the picture; a grey square where it can no longer be read."""
     try:
         image = read_image(images.path(index), "pil")
     except (BrokenImageError, UserError):
-        return None
+        return Image.new("RGB", (CELL, CELL), "#d0d7de")
     assert isinstance(image, Image.Image)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))  # two dozen photographs are gigabytes
+    image.thumbnail((3 * CELL, 3 * CELL))  # two dozen photographs are gigabytes
     return image
 
 
-def _new_folder(parent: Path) -> Path:
+def new_folder(parent: Path) -> Path:
     """Makes `parent`/report, or the first of report-2, report-3, … that nobody has made yet.
 
     Raises:
@@ -499,6 +446,6 @@ def _new_folder(parent: Path) -> Path:
     raise AssertionError  # `count` never ends
 
 
-def _end(text: str, most: int = 40) -> str:
+def _end(text: str, most: int) -> str:
     """Returns a path's last characters: they tell more than the first."""
     return text if len(text) <= most else f"…{text[1 - most :]}"

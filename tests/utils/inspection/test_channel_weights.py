@@ -9,7 +9,8 @@ from torch import nn
 
 from models import create_model
 from models.attention import ATTENTIONS
-from models.inspection import attention_layers, feature_maps, gate, recorded_gates
+from models.eca_module import ECALayer
+from models.inspection import AttentionLayer, attention_layers, feature_maps, gate, recorded_gates
 from utils.inspection.channel_weights import GateStatistics, LayerWeights, table
 
 
@@ -69,15 +70,16 @@ def test_statistics_over_batches_are_those_over_all():
     for begin in range(0, 23, 5):
         part = slice(begin, begin + 5)
         statistics.update({"a": s[part], "b": 1 - s[part]}, labels[part])
-    layer = statistics.layer("a", 1, 2, torch.tensor([[[1.0, 2.0, 3.0]]]))
+    eca = ECALayer(3)
+    eca.conv.weight.data = torch.tensor([[[1.0, 2.0, 3.0]]])
+    layer = statistics.layer(AttentionLayer("a", 1, 2, eca))
     groups = [s[labels == i].double().numpy() for i in range(3)]
     np.testing.assert_allclose(layer.mean, [g.mean(0) for g in groups], atol=1e-12)
     np.testing.assert_allclose(layer.std, [g.std(0, ddof=1) for g in groups], atol=1e-7)
     assert layer.counts.tolist() == [len(g) for g in groups]
     assert layer.kernel.tolist() == [1, 2, 3]
-    np.testing.assert_allclose(
-        statistics.layer("b", 1, 1, None).mean, 1 - np.array(layer.mean), atol=1e-7
-    )
+    other = statistics.layer(AttentionLayer("b", 1, 1, nn.Identity()))
+    np.testing.assert_allclose(other.mean, 1 - layer.mean, atol=1e-7)
 
 
 def test_spreads_tell_classes_from_chance():
@@ -105,7 +107,7 @@ def test_a_single_image_says_nothing_of_a_spread():
     s = torch.rand(5, 4)
     statistics = GateStatistics(3)
     statistics.update({"a": s}, torch.tensor([0, 0, 1, 2, 2]))
-    layer = statistics.layer("a", 1, 1, None)
+    layer = statistics.layer(AttentionLayer("a", 1, 1, nn.Identity()))
     assert np.isnan(layer.std).all(1).tolist() == [False, True, False]
     variances = [s[part].double().var(0) for part in (slice(0, 2), slice(3, 5))]
     pooled = sum(variances) / 2
@@ -115,7 +117,7 @@ def test_a_single_image_says_nothing_of_a_spread():
 
     statistics = GateStatistics(2)
     statistics.update({"a": s[:2]}, torch.tensor([0, 1]))
-    layer = statistics.layer("a", 1, 1, None)
+    layer = statistics.layer(AttentionLayer("a", 1, 1, nn.Identity()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.isnan([layer.within, layer.noise]).all()

@@ -2,11 +2,18 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from utils.inspection.predictions import CocoDocument, Found, find_images, find_objects, picture
+from utils.inspection.predictions import (
+    CocoDocument,
+    ImageObjects,
+    find_images,
+    find_objects,
+    picture,
+)
 
 
 def test_large_pictures_are_shrunk_with_their_objects():
@@ -17,15 +24,12 @@ def test_large_pictures_are_shrunk_with_their_objects():
         "scores": torch.tensor([0.9]),
         "masks": torch.zeros(1, 1, 500, 2000),
     }
-    drawn = picture(Found("x", (500, 2000), image, objects), ["ant"], 0.5)
-    assert drawn.shape == (3, 250, 1000)
-    ys, xs = drawn.amax(0).nonzero(as_tuple=True)
+    drawn = picture(ImageObjects("x", (500, 2000), image, objects), ["ant"], 0.5)
+    assert drawn.size == (1000, 250)
+    ys, xs = np.asarray(drawn).max(2).nonzero()
     assert (xs.min(), xs.max(), ys.max()) == (100, 500, 200)  # the caption stands above the box
-    assert picture(Found("x", (8, 40), image[:, :8, :40], objects), ["ant"], 0.95).shape == (
-        3,
-        64,
-        320,
-    )
+    small = ImageObjects("x", (8, 40), image[:, :8, :40], objects)
+    assert picture(small, ["ant"], 0.95).size == (320, 64)
 
 
 def test_photographs_larger_than_the_input(tmp_path):
@@ -43,14 +47,14 @@ def test_photographs_larger_than_the_input(tmp_path):
 
     detector.transform = SimpleNamespace(max_size=100)
     paths = [str(tmp_path / "a.png").encode()]
-    (found,) = find_objects(detector, paths, torch.device("cpu"), first_label=1)
+    (image,) = find_objects(detector, paths, torch.device("cpu"), first_label=1)
     assert seen[0].shape == (3, 50, 100)
     assert seen[0].eq(1).all()
-    assert found.size == (240, 480)
+    assert image.size == (240, 480)
     document = CocoDocument(["ant"], [7])
-    document.add(found)
-    (image,), (annotation,) = document.images, document.annotations
-    assert (image["height"], image["width"]) == (240, 480)
+    document.add(image)
+    (entry,), (annotation,) = document.images, document.annotations
+    assert (entry["height"], entry["width"]) == (240, 480)
     assert annotation["bbox"] == pytest.approx([96, 48, 192, 96])
     assert annotation["segmentation"]["size"] == [240, 480]
     assert annotation["area"] == pytest.approx(192 * 96, rel=0.02)
@@ -71,5 +75,5 @@ def test_an_image_that_does_not_fit_into_memory_is_passed_over(photos, fault):
         with pytest.raises(RuntimeError, match="size mismatch"):
             list(find_objects(detector, paths, torch.device("cpu"), first_label=1))
         return
-    found = list(find_objects(detector, paths, torch.device("cpu"), first_label=1))
-    assert [one.error for one in found] == ["out of memory", "not an image"]
+    images = list(find_objects(detector, paths, torch.device("cpu"), first_label=1))
+    assert [image.error for image in images] == ["out of memory", "not an image"]
