@@ -5,7 +5,7 @@ examples:
   export.py CKPT --to onnx openvino --output deploy
   export.py CKPT --to hf                        a folder best-hf for models.from_pretrained
   export.py DETECTOR                            best.onnx: boxes, labels, scores (and masks)
-  export.py CKPT --int8 DATA                    best.int8.onnx, judged on the images in DATA/val
+  export.py CKPT --int8 DATA                    best.int8.onnx, evaluated on the images in DATA/val
 """
 
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
@@ -31,26 +31,22 @@ from utils.command_line.prediction_and_export import (
 from utils.data.decoding import DECODERS
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.inspection import export as formats
-from utils.inspection import exported_network, int8
+from utils.inspection import int8
+from utils.inspection.exported_network import run_onnx, run_openvino
 from utils.inspection.predictions import class_table
 from utils.runs import checkpoint as checkpoints
 from utils.runs import foreign_files
-from utils.runs.checkpoint import load
 from utils.system.errors import EXIT_FAILED, UserError, as_user_error
 from utils.system.faults import run_script
 from utils.system.files import check_writable, write_atomically
 from utils.training.classifier import network_line
 
-RUN = {
-    "onnx": exported_network.run_onnx,
-    "pt2": formats.run_pt2,
-    "openvino": exported_network.run_openvino,
-}
 # What is added to the checkpoint's name; for the others it is a point and the format's name.
 ENDINGS = {
     "openvino": (".xml", ".bin"),
     "hf": tuple(f"-hf/{name}" for name in formats.HF_FILES),
 }
+Contents = tuple[bytes, ...]  # of each file of a format
 
 
 def main() -> None:
@@ -58,7 +54,7 @@ def main() -> None:
     args = settle_export(Namespace(**vars(typed)))
     formats.check_packages(args.to, int8=args.int8 is not None)
     source = Path(args.checkpoint)
-    checkpoint = load(source)
+    checkpoint = checkpoints.load(source)
     if checkpoints.is_detector(checkpoint):
         refuse_for_detector(typed)
         write_detector(source, checkpoint, args.output)
@@ -79,37 +75,32 @@ def main() -> None:
     data = None
     if args.int8 is not None:  # before the minutes of tracing
         data = int8.open_data(args.int8, metadata["classes"], network.num_classes)
-    # Only a graph is judged again without its checkpoint (main.py -e), which would know this.
+    # Only a graph is evaluated again without its checkpoint (main.py -e), which would know this.
     decoder = (checkpoint.get("args") or {}).get("decoder")
-    traced = {**metadata, "decoder": decoder if decoder in DECODERS else DECODERS[0]}
+    graphs = {**metadata, "decoder": decoder if decoder in DECODERS else DECODERS[0]}
     print(network_line(network), flush=True)
     form = network
     if not args.no_fold and TRACED & set(args.to):
         form = optimise_for_inference(network, torch.float32).network
     if data is not None:
-        onnx_file, _ = traced_file("onnx", form, network, traced, "float32")
+        (onnx_file,), _ = graph_file("onnx", form, network, graphs, "float32")
         made = int8.quantised_files(
-            onnx_file[0],
-            traced,
-            data,
-            args.to,
-            args.calibration_images,
-            args.max_drop,
+            onnx_file, graphs, data, args.to, args.calibration_images, args.max_drop
         )
-        for name, (parts, note) in made.items():
-            write(targets[name], parts, note)
+        for name, (contents, note) in made.items():
+            write(targets[name], contents, note)
         return
     for name, files in targets.items():
-        if name == "safetensors":
-            parts = (foreign_files.to_safetensors(network.state_dict(), metadata),)
-            foreign_files.check_safetensors(parts[0], network.state_dict(), files[0].name)
+        if name in TRACED:
+            contents, note = graph_file(name, form, network, graphs, files[0].name)
+        elif name == "safetensors":
+            contents = (tensors(network, metadata, files[0].name),)
             note = "the tensors of the checkpoint"
-        elif name == "hf":
-            parts = hugging_face_parts(network, checkpoint, metadata, files)
-            note = "for models.from_pretrained; read README.md before you upload the folder"
         else:
-            parts, note = traced_file(name, form, network, traced, files[0].name)
-        write(files, parts, note)
+            contents = formats.hugging_face_texts(network, checkpoint, metadata)
+            contents = (contents[0], tensors(network, metadata, files[1].name), contents[1])
+            note = "for models.from_pretrained; read README.md before you upload the folder"
+        write(files, contents, note)
 
 
 def write_detector(source: Path, checkpoint: Mapping[str, object], output: str | None) -> None:
@@ -127,8 +118,8 @@ def write_detector(source: Path, checkpoint: Mapping[str, object], output: str |
     files = target_files(source, output, ("onnx",), in_int8=False)["onnx"]
     with as_user_error(f"{source}: "):
         network = detector_from_checkpoint(checkpoint)
-    described = describe_detector(network)
-    if described["model_kwargs"]["legacy"]:
+    description = describe_detector(network)
+    if description["model_kwargs"]["legacy"]:
         raise UserError(
             f"{source}: has mmdetection v1's geometry (--legacy), whose resizing and RoIAlign "
             "count in Python, which a graph does not follow: it cannot be exported"
@@ -136,7 +127,7 @@ def write_detector(source: Path, checkpoint: Mapping[str, object], output: str |
     first_label = FIRST_LABEL[network.arch]
     names, ids = class_table(checkpoint, network.num_classes - first_label)
     metadata = {
-        **described,
+        **description,
         "classes": names,
         "category_ids": ids,
         "first_label": first_label,
@@ -148,10 +139,9 @@ def write_detector(source: Path, checkpoint: Mapping[str, object], output: str |
     detector = formats.prepared_detector(network)
     data = formats.detector_to_onnx(detector, metadata)
     same = formats.check_detector(data, detector, files[0].name)
-    masks = f", IoU of masks {100 * same.overlap:.1f} %" if network.arch == "mask_rcnn" else ""
-    tied = f", {same.tied} of a tie" if same.tied else ""
     note = f"one image of any size; {same.objects} objects within {same.pixels:.0e} pixels"
-    note += masks + tied
+    note += f", IoU of masks {100 * same.overlap:.1f} %" * (network.arch == "mask_rcnn")
+    note += f", {same.others} of a tie" * (same.others > 0)
     write(files, (data,), note)
 
 
@@ -184,25 +174,18 @@ def target_files(
     return targets
 
 
-def hugging_face_parts(
-    network: Network,
-    checkpoint: Mapping[str, object],
-    metadata: Mapping[str, object],
-    files: Sequence[Path],
-) -> tuple[bytes, ...]:
-    """Makes the contents of a Hugging Face folder's files."""
+def tensors(network: Network, metadata: Mapping[str, object], shown: str) -> bytes:
+    """Returns a .safetensors file, read back and compared bit for bit; `shown` is its name."""
     state_dict = network.state_dict()
-    weights = foreign_files.to_safetensors(state_dict, metadata)
-    foreign_files.check_safetensors(weights, state_dict, files[1].name)
-    fields = {**metadata, "parameters": sum(p.numel() for p in network.parameters())}
-    card = formats.model_card(fields, formats.own_figures(checkpoint))
-    return formats.hf_config(metadata), weights, card
+    data = foreign_files.to_safetensors(state_dict, metadata)
+    foreign_files.check_safetensors(data, state_dict, shown)
+    return data
 
 
-def traced_file(
+def graph_file(
     name: str, form: nn.Module, network: nn.Module, metadata: Mapping[str, object], shown: str
-) -> tuple[tuple[bytes, ...], str]:
-    """Makes the contents of a format's files from the network's graph, and compares the results.
+) -> tuple[Contents, str]:
+    """Makes a format's files from the network's graph, and compares their logits.
 
     Args:
         name: onnx, pt2 or openvino.
@@ -211,31 +194,35 @@ def traced_file(
         shown: the file's name, for messages.
 
     Returns:
-        The contents of each file, and what there is to say of them.
+        The contents of each file, and a note on them.
 
     Raises:
-        UserError: its results are not the network's.
+        UserError: its logits are not the network's.
     """
-    img_size = metadata["img_size"]
+    size = metadata["img_size"]
     # A .pt2 is for one position of the last feature map, or for more: not for both.
-    any_size = name != "pt2" or img_size > COARSEST
-    graph = formats.to_exported(form, example_size(img_size, any_size), any_size)
+    any_size = name != "pt2" or size > COARSEST
+    side = max(size, 2 * COARSEST)
+    example = (side, side + COARSEST) if any_size else (size, size)  # no rule is read into these
+    graph = formats.to_exported(form, example, any_size)
+    contents: Contents
     if name == "pt2":
-        parts = (formats.to_pt2(graph, metadata),)
+        contents = (formats.to_pt2(graph, metadata),)
+        run = formats.run_pt2(*contents)
     else:
-        parts = (formats.to_onnx(graph, metadata),)
+        contents = (formats.to_onnx(graph, metadata),)
         if name == "openvino":
-            parts = formats.to_openvino(parts[0], metadata)
-    run = RUN[name](*parts)
-    shapes = trial_shapes(img_size, any_size)
+            contents = formats.to_openvino(*contents, metadata)
+        run = run_onnx(*contents) if name == "onnx" else run_openvino(*contents)
+    shapes = [(1, size, size), (4, size, size), (2, size + 9, size + 40)][: 2 + any_size]
     worst = formats.largest_difference(run, network, shapes, shown)
-    sizes = "any size" if any_size else f"{img_size} x {img_size} pixels"
+    sizes = "any size" if any_size else f"{size} x {size} pixels"
     if name == "pt2" and any_size:
         sizes = f"sizes above {COARSEST}"
-    return parts, f"any batch, {sizes}; logits within {worst:.0e} of the network's"
+    return contents, f"any batch, {sizes}; logits within {worst:.0e} of the network's"
 
 
-def write(files: Sequence[Path], parts: Sequence[bytes], note: str) -> None:
+def write(files: Sequence[Path], contents: Contents, note: str) -> None:
     """Writes each file whole or not at all; the first, which readers open, as the last.
 
     Raises:
@@ -247,23 +234,11 @@ def write(files: Sequence[Path], parts: Sequence[bytes], note: str) -> None:
         raise UserError(
             f"{files[0].parent}: {error.strerror}; choose another --output", EXIT_FAILED
         ) from None
-    for target, data in reversed(list(zip(files, parts, strict=True))):
+    for target, data in reversed(list(zip(files, contents, strict=True))):
         write_atomically(target, data)
     same = all(file.stem == files[0].stem for file in files)
     names = " and ".join([str(files[0]), *(f.suffix if same else f.name for f in files[1:])])
-    print(f"{names}: {sum(map(len, parts)) / 1e6:.1f} MB, {note}", flush=True)
-
-
-def example_size(img_size: int, any_size: bool) -> tuple[int, int]:
-    """Returns height and width to trace with, such that no rule can be read into them."""
-    side = max(img_size, 2 * COARSEST)
-    return (side, side + COARSEST) if any_size else (img_size, img_size)
-
-
-def trial_shapes(img_size: int, any_size: bool) -> list[tuple[int, int, int]]:
-    """Returns batch size, height and width of the images that a file is checked with."""
-    square = [(1, img_size, img_size), (4, img_size, img_size)]
-    return [*square, (2, img_size + 9, img_size + 40)] if any_size else square
+    print(f"{names}: {sum(map(len, contents)) / 1e6:.1f} MB, {note}", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def written(tmp_path_factory):
         "mean": (0.5, 0.5, 0.5),
         "std": (0.2, 0.2, 0.2),
     }
-    (folder / "config.json").write_bytes(export.hf_config(metadata))
+    (folder / "config.json").write_bytes(export.hugging_face_texts(network, {}, metadata)[0])
     data = foreign_files.to_safetensors(network.state_dict(), metadata)
     (folder / "model.safetensors").write_bytes(data)
     return folder, network.state_dict()

@@ -157,7 +157,7 @@ def test_output_may_be_the_file_of_one_format(export_cli, tmp_path):
 def test_nothing_is_left_where_an_export_fails(export_cli, tmp_path, monkeypatch):
     """No empty folder: one that lies there would be taken for a network's."""
     write_checkpoint(tmp_path / "best.pth")
-    monkeypatch.setattr(formats, "model_card", lambda *_: 1 / 0)
+    monkeypatch.setattr(formats, "hugging_face_texts", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_cli("best.pth", "--to", "hf", "--output", "new")
     assert {path.name for path in tmp_path.iterdir()} == {"best.pth"}

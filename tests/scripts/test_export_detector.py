@@ -1,6 +1,7 @@
 """export.py of a detector: the ONNX file finds what the network finds, and predict.py runs it."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from models.detection.detectors import FIRST_LABEL, create_detector, describe_de
 from utils.inspection import export as formats
 from utils.inspection import exported_network
 from utils.runs import checkpoint
-from utils.system.errors import UserError
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -126,46 +126,59 @@ def test_what_does_not_go_is_one_line(call, tmp_path):
     assert not list(tmp_path.glob("*.onnx"))
 
 
-def test_a_file_that_finds_something_else_is_refused():
+def test_objects_that_differ_are_counted():
     boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 20, 30]])
     masks = torch.zeros(2, 1, 40, 40)
     masks[:, :, 5:9, 5:9] = 1
     network = {"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks}
     network["scores"] = torch.tensor([0.9, 0.6])
 
-    def compare(**changed):
-        return formats.compare_objects(network, {**network, **changed}, 0.5, "x.onnx")
+    def compare(expected=network, lowest=0.5, **changed):
+        return formats.compare_objects(expected, {**network, **changed}, lowest)
 
     turned = {name: value.flip(0) for name, value in network.items()}
-    same = formats.compare_objects(network, turned, 0.5, "x.onnx")
-    assert (same.objects, same.pixels, same.overlap) == (2, 0.0, 1.0)
+    assert compare(**turned) == (2, 0.0, 1.0, 0)
     assert compare(boxes=boxes + 0.01).pixels == pytest.approx(0.01, abs=1e-5)
-    # Another box with the same score: a tie, of which `check` allows a few.
-    assert compare(boxes=boxes + 1).tied == 2
-    fewer = {name: value[:1] for name, value in network.items()}
-    for changed, message in [
-        ({"labels": torch.tensor([1, 1])}, r"lacks an object .*label 2, score 0\.6000"),
-        ({"scores": torch.tensor([0.9, 0.601])}, "lacks an object"),
-        ({"masks": masks.roll(2, -1)}, "a mask shares 33 % with the network's"),
-        (fewer, "lacks an object"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            compare(**changed)
-    with pytest.raises(UserError, match="finds an object that the network does not"):
-        formats.compare_objects(fewer, network, 0.5, "x.onnx")
-    # The same one twice is one too many.
+    assert compare(masks=masks.roll(2, -1)).overlap == pytest.approx(1 / 3)
+    fewer, none = ({name: v[:n] for name, v in network.items()} for n in (1, 0))
     twice = {name: value[[0, 1, 1]] for name, value in network.items()}
-    with pytest.raises(UserError, match="finds an object that the network does not"):
-        formats.compare_objects(network, twice, 0.5, "x.onnx")
-    # Nothing at all, and what is no number.
-    none = {name: value[:0] for name, value in network.items()}
-    assert formats.compare_objects(none, none, 0.5, "x.onnx") == (0, 0.0, 1.0, 0)
-    for nothing in (none, {**network, "scores": torch.full((2,), torch.nan)}):
-        with pytest.raises(UserError, match="lacks an object"):
-            formats.compare_objects(network, nothing, 0.5, "x.onnx")
-    assert compare(boxes=boxes * torch.nan).tied == 2
-    # What scores too little may be on one side alone.
-    assert formats.compare_objects(fewer, network, 0.7, "x.onnx").objects == 1
+    for changed, others in [
+        ({"boxes": boxes + 1}, 2),
+        ({"boxes": boxes * torch.nan}, 2),
+        ({"labels": torch.tensor([1, 1])}, 1),
+        ({"scores": torch.tensor([0.9, 0.601])}, 1),
+        ({"scores": torch.full((2,), torch.nan)}, 2),
+        (fewer, 1),
+        (none, 2),
+        (twice, 1),
+    ]:
+        assert compare(**changed).others == others, changed
+    assert compare(fewer).others == 1
+    assert formats.compare_objects(none, none, 0.5) == (0, 0.0, 1.0, 0)
+    assert compare(fewer, 0.7) == (1, 0.0, 1.0, 0)  # what scores too little may be on one side
+
+
+@pytest.mark.parametrize(
+    ("planted", "message"),
+    [
+        (lambda found: {**found, "boxes": found["boxes"] + 1}, "best.onnx: finds .* others than"),
+        (
+            lambda found: {**found, "masks": found["masks"].roll(9, -1)},
+            "best.onnx: has a mask that",
+        ),
+        (lambda found: 1 / 0, r"best.onnx does not run at \(3, .*division by zero; not written"),
+    ],
+)
+def test_a_file_that_finds_something_else_is_refused(call, tmp_path, monkeypatch, planted, message):
+    write_detector(tmp_path / "best.pth", "mask_rcnn")
+    run = formats.objects_by_onnxruntime
+    monkeypatch.setattr(
+        formats, "objects_by_onnxruntime", lambda session: lambda x: planted(run(session)(x))
+    )
+    code, _, (error,) = call("best.pth", entry=export.main)
+    assert code == 1
+    assert re.search(message, error), error
+    assert not (tmp_path / "best.onnx").exists()
 
 
 def test_the_least_score_is_the_files(call, tmp_path):

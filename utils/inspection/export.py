@@ -13,7 +13,8 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ CONFIG_FORMAT = 1
 THRESHOLD = "score_thresh"  # how the name of the file's tensor with the least score ends
 OPSET = 18
 PIXELS, SCORE, OVERLAP = 0.1, 1e-4, 0.9  # that boxes and scores may be off; masks' least IoU
-TIED = 0.02  # share of objects in whose place another one of the same score may be
+OTHERS = 0.02  # share of objects that may be on one side alone, see `Agreement`
 TRIAL_OBJECTS = 10  # so many at least in each image, by a lower least score where needed
 
 CARD = """---
@@ -142,9 +143,7 @@ def to_pt2(exported: torch.export.ExportedProgram, metadata: Mapping[str, object
 
 def to_onnx(exported: torch.export.ExportedProgram, metadata: Mapping[str, object]) -> bytes:
     """Returns an ONNX file, input "images" and output "logits"; the metadata are its properties."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on the exporter's own future
+    with _quiet_exporter():
         program = torch.onnx.export(
             exported, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
         )
@@ -152,10 +151,45 @@ def to_onnx(exported: torch.export.ExportedProgram, metadata: Mapping[str, objec
     for dimension, name in ((0, "batch"), (2, "height"), (3, "width")):
         model.graph.input[0].type.tensor_type.shape.dim[dimension].dim_param = name
     model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    return _with_properties(model, metadata)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Hides what the exporter says of its future and of constants: the trial shows what counts."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _with_properties(model: Any, metadata: Mapping[str, object]) -> bytes:
+    """Returns an onnx.ModelProto as bytes, the metadata in it: strings as they are, others as
+    JSON.
+    """
     for key, value in metadata.items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
+        text = value if isinstance(value, str) else json.dumps(value)
+        model.metadata_props.add(key=key, value=text)
     return model.SerializeToString()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _run(written: Callable[[Tensor], Any], images: Tensor, name: str) -> Any:
+    """Runs a file that was just made.
+
+    Raises:
+        UserError: it cannot be run.
+    """
+    try:
+        return written(images)
+    except Exception as error:  # what a runtime raises is open-ended
+        raise UserError(
+            f"{name} does not run at {tuple(images.shape)}: {_first_line(error)}; not written",
+            EXIT_FAILED,
+        ) from None
 
 
 def to_openvino(onnx_file: bytes, metadata: Mapping[str, object]) -> tuple[bytes, bytes]:
@@ -199,14 +233,8 @@ def largest_difference(
     for n, height, width in shapes:
         images = torch.randn(n, 3, height, width, generator=chance)
         expected = network(images)
-        try:
-            found = written(images)
-        except Exception as error:  # what a runtime raises is open-ended
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(
-                f"{name} does not run at {tuple(images.shape)}: {reason}; not written", EXIT_FAILED
-            ) from None
-        difference = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+        apart = (_run(written, images, name) - expected).abs().max()
+        difference = apart / expected.abs().max().clamp(min=1e-12)
         worst = max(worst, float(difference.nan_to_num(float("inf"))))
     if worst > TOLERANCE:
         raise UserError(
@@ -217,52 +245,36 @@ def largest_difference(
     return worst
 
 
-def hf_config(metadata: Mapping[str, Any]) -> bytes:
-    """Returns config.json: the fields that build the network, and its images' preprocessing."""
+def hugging_face_texts(
+    network: nn.Module, checkpoint: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> tuple[bytes, bytes]:
+    """Returns config.json, the fields that build the network and prepare its images, and README.md.
+
+    The README's figures are those of exactly these weights: of the epoch at whose end the
+    checkpoint was saved. One that was saved within an epoch has none.
+    """
     fields = {"format": CONFIG_FORMAT, "library_name": "eca_net", **metadata}
     # In ASCII: the name of a class folder may be bytes that are no text, and comes back as it is.
-    return (json.dumps(fields, indent=2) + "\n").encode()
-
-
-def own_figures(checkpoint: Mapping[str, Any]) -> Mapping[str, float] | None:
-    """Finds the validation figures of exactly the weights that a checkpoint of a run holds.
-
-    Returns:
-        The row of the epoch at whose end it was saved; None if it was saved within an epoch, or
-        holds no figures.
-    """
-    progress, history = checkpoint.get("progress") or {}, checkpoint.get("history") or ()
-    if not history or progress.get("step") != 0:
-        return None
-    row = history[-1]
-    whole = row["epoch"] + 1 == progress.get("epoch") and {"val_top1", "val_top5"} <= row.keys()
-    return row if whole else None
-
-
-def model_card(fields: Mapping[str, Any], own: Mapping[str, float] | None) -> bytes:
-    """Returns README.md.
-
-    Args:
-        fields: those of config.json, and `parameters`.
-        own: a row of a run's history; None if these weights were not evaluated.
-    """
+    config = (json.dumps(fields, indent=2) + "\n").encode()
     figures = "The file that this folder was made from holds no figures of these weights."
-    if own is not None:
+    progress, history = checkpoint.get("progress") or {}, checkpoint.get("history") or ()
+    row = history[-1] if history and progress.get("step") == 0 else {}
+    if {"val_top1", "val_top5"} <= row.keys() and row["epoch"] + 1 == progress.get("epoch"):
         figures = (
-            f"Top-1 {own['val_top1']:.2f} %, top-5 {own['val_top5']:.2f} % on the run's own "
-            f"validation images, after epoch {own['epoch'] + 1:g}. The checkpoint does not say "
+            f"Top-1 {row['val_top1']:.2f} %, top-5 {row['val_top5']:.2f} % on the run's own "
+            f"validation images, after epoch {row['epoch'] + 1:g}. The checkpoint does not say "
             "whose images those are."
         )
-    text = CARD.format(
-        **{name: fields[name] for name in ("arch", "attention", "parameters", "num_classes")},
+    card = CARD.format(
+        **{name: fields[name] for name in ("arch", "attention", "num_classes", "img_size")},
+        parameters=sum(p.numel() for p in network.parameters()),
         ksize=", ".join(map(str, fields["ksize"] or ["none"])),
-        img_size=fields["img_size"],
         resized=round(fields["img_size"] / fields["crop_pct"]),
         mean=", ".join(map(str, fields["mean"])),
         std=", ".join(map(str, fields["std"])),
         figures=figures,
     )
-    return text.encode()
+    return config, card.encode()
 
 
 class Agreement(NamedTuple):
@@ -272,14 +284,14 @@ class Agreement(NamedTuple):
         objects: that were compared.
         pixels: the largest difference of a box's corner.
         overlap: the smallest IoU of two masks; 1 without masks.
-        tied: objects in whose place the file has another one of the same label and score. Of two
-            boxes that overlap, rounding then decides which one stays.
+        others: objects that are on one side alone. Of two boxes that overlap and score the same,
+            rounding decides which one stays.
     """
 
     objects: int
     pixels: float
     overlap: float
-    tied: int
+    others: int
 
 
 class _OneImage(nn.Module):
@@ -316,47 +328,28 @@ def detector_to_onnx(detector: nn.Module, metadata: Mapping[str, object]) -> byt
     Args:
         detector: from `prepared_detector`.
         metadata: become the file's properties.
-
-    Raises:
-        UserError: the exporter does not know an operation; names it.
     """
     import onnx
 
-    names = [name for name in OBJECTS if name != "masks" or _has_masks(detector)]
+    masks = getattr(_head(detector), "mask_predictor", None) is not None
+    names = OBJECTS if masks else OBJECTS[:-1]
     axes = {IMAGE: {1: "height", 2: "width"}, **{name: {0: "objects"} for name in names}}
-    buffer = io.BytesIO()
-    least = detector.transform.min_size[-1]
-    traced = torch.rand(3, least + 5, int(1.4 * least) + 3)  # none of the trial's sizes
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # on what a trace takes for a constant: the trial shows it
-        try:
-            torch.onnx.export(
-                _OneImage(detector).eval(),
-                (traced,),
-                buffer,
-                dynamo=False,
-                opset_version=OPSET,
-                input_names=[IMAGE],
-                output_names=names,
-                dynamic_axes=axes,
-            )
-        except Exception as error:  # what the exporter raises is open-ended
-            reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(f"ONNX cannot hold this detector: {reason}", EXIT_FAILED) from None
-    model = onnx.load_from_string(buffer.getvalue())
-    for output in model.graph.output:
-        if output.name == "masks":
-            sides = output.type.tensor_type.shape.dim
-            sides[1].dim_value, sides[2].dim_param, sides[3].dim_param = 1, "height", "width"
-    for key, value in metadata.items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
-    return model.SerializeToString()
-
-
-def _has_masks(detector: nn.Module) -> bool:
-    return getattr(_head(detector), "mask_predictor", None) is not None
+    if masks:
+        axes["masks"] |= {2: "height", 3: "width"}
+    least, buffer = detector.transform.min_size[-1], io.BytesIO()
+    example = torch.rand(3, least + 5, int(1.4 * least) + 3)  # none of the trial's sizes
+    with _quiet_exporter(), torch.no_grad():
+        torch.onnx.export(
+            _OneImage(detector).eval(),
+            (example,),
+            buffer,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=[IMAGE],
+            output_names=list(names),
+            dynamic_axes=axes,
+        )
+    return _with_properties(onnx.load_from_string(buffer.getvalue()), metadata)
 
 
 def trial_images(detector: nn.Module) -> list[Tensor]:
@@ -398,72 +391,49 @@ def check_detector(data: bytes, detector: nn.Module, name: str) -> Agreement:
     head.score_thresh.fill_(own)
     tops = [objects["scores"][:TRIAL_OBJECTS] for objects in expected]
     least = min([own, *(0.999 * float(scores[-1]) for scores in tops if len(scores))])
-    find = objects_by_onnxruntime(onnx_session(with_threshold(data, least)))
+    run = objects_by_onnxruntime(onnx_session(with_threshold(data, least)))
     results = []
     for image, objects in zip(images, expected, strict=True):
-        try:
-            found = find(image)
-        except Exception as error:  # what a runtime raises is open-ended
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(
-                f"{name} does not run at {tuple(image.shape)}: {reason}; not written", EXIT_FAILED
-            ) from None
         # A full list's last objects, of about the same score, may be others.
         full = len(objects["scores"]) >= head.detections_per_img
         lowest = max(least, float(objects["scores"].min())) if full else least
-        size = f"{image.shape[1]} x {image.shape[2]} pixels"
-        results.append(compare_objects(objects, found, lowest + SCORE, f"{name}, {size}"))
-    objects, tied = (sum(result[i] for result in results) for i in (0, 3))
-    wrong = None
-    if not objects:
-        wrong = "the network finds nothing in the trial images, so that nothing can be compared"
-    elif tied > max(1, TIED * objects):
-        wrong = f"has others of the same score in the place of {tied} of {objects} objects"
-    if wrong:
-        raise UserError(f"{name}: {wrong}; not written", EXIT_FAILED)
-    pixels, overlap = max(r.pixels for r in results), min(r.overlap for r in results)
-    return Agreement(objects, pixels, overlap, tied)
+        results.append(compare_objects(objects, _run(run, image, name), lowest + SCORE))
+    counts, pixels, overlaps, others = zip(*results, strict=True)
+    total = Agreement(sum(counts), max(pixels), min(overlaps), sum(others))
+    if not total.objects or total.others > max(1, OTHERS * total.objects):
+        wrong = f"finds {total.others} others than the {total.objects} objects of the network"
+    elif total.overlap < OVERLAP:
+        wrong = f"has a mask that shares {100 * total.overlap:.0f} % with the network's"
+    else:
+        return total
+    raise UserError(f"{name}: {wrong} in the trial images; not written", EXIT_FAILED)
 
 
-def compare_objects(expected: Objects, found: Objects, lowest: float, where: str) -> Agreement:
+def compare_objects(expected: Objects, written: Objects, lowest: float) -> Agreement:
     """Looks for each of the network's objects among the file's, whose order may differ in ties.
 
     Args:
         expected: the network's.
-        found: the file's.
+        written: the file's.
         lowest: objects that do not score more may be on one side alone.
-        where: for messages.
-
-    Raises:
-        UserError: one is missing, or another one is there.
     """
-    scores = (expected["scores"][:, None] - found["scores"]).abs()
-    alike = (expected["labels"][:, None] == found["labels"]) & (scores <= SCORE)
-    apart = (expected["boxes"][:, None] - found["boxes"]).abs().amax(2).nan_to_num(torch.inf)
-    apart = F.pad(apart.where(alike, torch.inf), (0, 1, 0, 1), value=torch.inf)
-    nearest, partner = apart[:-1].min(1)
+    scores = (expected["scores"][:, None] - written["scores"]).abs()
+    alike = (expected["labels"][:, None] == written["labels"]) & (scores <= SCORE)
+    apart = (expected["boxes"][:, None] - written["boxes"]).abs().amax(2).nan_to_num(torch.inf)
+    nearest, partner = F.pad(apart.where(alike, torch.inf), (0, 1), value=torch.inf).min(1)
     compared = expected["scores"] > lowest
     same = compared & (nearest <= PIXELS)
-    wrong = None
-    for i in torch.where(compared & ~alike.any(1))[0][:1].tolist():
-        wrong = (
-            f"the file lacks an object that the network finds (label {int(expected['labels'][i])}, "
-            f"score {expected['scores'][i]:.4f})"
-        )
-    more = found["scores"] > lowest + SCORE
-    if not wrong and ((more & ~alike.any(0)).any() or more.sum() > compared.sum()):
-        wrong = "the file finds an object that the network does not"
-    overlap = 1.0
-    if "masks" in expected and same.any():
-        a, b = expected["masks"][same] > 0.5, found["masks"][partner[same]] > 0.5
-        both, either = ((x.flatten(1).sum(1)).double() for x in (a & b, a | b))
-        overlap = float((both / either).nan_to_num(1.0).min())  # of two empty ones
-        if overlap < OVERLAP and not wrong:
-            wrong = f"a mask shares {100 * overlap:.0f} % with the network's"
-    if wrong:
-        raise UserError(f"{where}: {wrong}; not written", EXIT_FAILED)
-    pixels = float(nearest[same].max()) if same.any() else 0.0
-    return Agreement(int(compared.sum()), pixels, overlap, int((compared & ~same).sum()))
+    objects = int(compared.sum())
+    more = int((written["scores"] > lowest + SCORE).sum()) - objects
+    pixels, overlap = 0.0, 1.0
+    if same.any():
+        pixels = float(nearest[same].max())
+        if "masks" in expected:
+            theirs = written["masks"][partner[same]]
+            a, b = (masks.flatten(1) > 0.5 for masks in (expected["masks"][same], theirs))
+            shared = (a & b).sum(1).double() / (a | b).sum(1)
+            overlap = float(shared.nan_to_num(1.0).min())  # of two empty ones
+    return Agreement(objects, pixels, overlap, objects - int(same.sum()) + max(0, more))
 
 
 def with_threshold(data: bytes, least: float) -> bytes:
@@ -471,7 +441,6 @@ def with_threshold(data: bytes, least: float) -> bytes:
     import onnx
 
     model = onnx.load_from_string(data)
-    (held,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith(THRESHOLD)]
-    value = torch.tensor(least).numpy()
-    held.CopyFrom(onnx.numpy_helper.from_array(value, held.name))
+    (tensor,) = [entry for entry in model.graph.initializer if entry.name.endswith(THRESHOLD)]
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.float32(least), tensor.name))
     return model.SerializeToString()

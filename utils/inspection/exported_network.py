@@ -1,14 +1,12 @@
 """Loads a file of export.py as a network: .onnx by onnxruntime, .xml by OpenVINO.
 
-predict.py takes such a file in the place of a checkpoint, of a classifier or of a detector;
-main.py -e takes a classifier's, so that its figures can be compared with those of the checkpoint
-that it came from. What a file says of itself (classes, image size, crop) is in its metadata; one
-without them is refused, because images prepared in another way would give wrong figures without a
-word.
+predict.py takes such a file in the place of a checkpoint; main.py -e takes a classifier's. Classes,
+image size and crop are in its metadata; a file without them is refused, because images prepared in
+another way would silently give wrong figures.
 
-A .pt2 is written but not read: to open it is to run what it holds. No other file of this machine is
-read for what a file names: a tensor in an .onnx may say that its values lie elsewhere, and such a
-file is refused. An .xml has its weights in the .bin of its own name, and in nothing else.
+A .pt2 is written but not read: to open it is to run its code. No other file of this machine is read
+because a file names it: an .onnx whose weights lie elsewhere is refused, and an .xml has its
+weights in the .bin of its own name.
 """
 
 import functools
@@ -17,16 +15,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 from xml.etree import ElementTree
 
+import msgspec
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.system.errors import UserError, require
-from utils.system.text import counted
+from utils.system.text import counted, printable
 
 ENDINGS = {".onnx": "onnxruntime", ".xml": "OpenVINO"}
 INSTALL = "-r requirements-export.txt"
@@ -34,22 +32,45 @@ INSTALL = "-r requirements-export.txt"
 # What export.py writes, and this file reads.
 INPUT, OUTPUT = "images", "logits"
 IMAGE, OBJECTS = "image", ("boxes", "labels", "scores", "masks")  # of a detector
-OPENVINO_INFO = ["eca_net", "metadata"]  # where an .xml keeps them
-TEXT_METADATA = ("arch", "attention", "backbone", "decoder", "precision")  # in ONNX as they are
-MEAN_AND_STD = (IMAGENET_MEAN, IMAGENET_STD)  # what the images of all networks here are made with
-NEEDED = ("arch", "num_classes", "classes", "img_size", "crop_pct", "mean", "std")
-OF_DETECTOR = {
-    **dict.fromkeys(("arch", "backbone"), str),
-    **dict.fromkeys(("num_classes", "first_label", "max_size"), int),
-    **dict.fromkeys(("classes", "category_ids"), list),
-}
-
+OPENVINO_INFO = ["eca_net", "metadata"]  # where an .xml has them
+MEAN_AND_STD = (IMAGENET_MEAN, IMAGENET_STD)
 LARGEST_SIZE = 8192  # pixels of a side
 
-Shape = tuple[int | None, ...]  # of the input; None where any number will do
 Objects = dict[str, Tensor]
 Run = Callable[[Tensor], Tensor]
 Finder = Callable[[Tensor], Objects]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Channels = tuple[float, float, float]
+
+
+class ClassifierMetadata(msgspec.Struct):
+    """Lists what a classifier's file must say of itself; it may say more."""
+
+    arch: str
+    num_classes: Positive
+    classes: tuple[str, ...]  # empty where they have no names
+    img_size: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_SIZE)]
+    crop_pct: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    mean: Channels
+    std: Channels
+
+    def __post_init__(self) -> None:
+        if len(self.classes) > self.num_classes:
+            raise ValueError(f"{len(self.classes)} names for {self.num_classes} classes")
+        if (self.mean, self.std) != MEAN_AND_STD:
+            raise ValueError(f"mean and deviation other than {MEAN_AND_STD}")
+
+
+class DetectorMetadata(msgspec.Struct):
+    """Lists what a detector's file must say of itself; it may say more."""
+
+    arch: str
+    backbone: str
+    num_classes: Positive
+    first_label: int
+    max_size: Positive
+    classes: tuple[str, ...]
+    category_ids: tuple[int | None, ...]
 
 
 class ExportedNetwork(nn.Module):
@@ -59,45 +80,24 @@ class ExportedNetwork(nn.Module):
         metadata: what the file says of itself; has the keys of a checkpoint that describe the
             network, the class names and the preprocessing.
         engine: what runs it.
-        fixed_size: (height, width) where the file takes images of one size alone, else None.
-        fixed_batch: so many images the file takes at once, no more and no fewer; None: any number.
     """
 
-    def __init__(
-        self,
-        run: Callable[[Tensor], Tensor],
-        path: Path,
-        metadata: Mapping[str, object],
-        shape: Shape,
-    ):
+    def __init__(self, run: Run, path: Path, metadata: Mapping[str, Any]):
         super().__init__()
-        self.run, self.path = run, path
-        self.metadata: dict[str, Any] = dict(metadata)
+        self.run, self.path, self.metadata = run, path, dict(metadata)
         self.engine = ENDINGS[path.suffix]
-        self.fixed_batch, _, height, width = shape
-        self.fixed_size = None if height is None or width is None else (height, width)
-        self.arch = str(metadata["arch"])
-        self.num_classes = int(metadata["num_classes"])
+        self.arch, self.num_classes = metadata["arch"], metadata["num_classes"]
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Computes the logits, on the images' device.
 
-        A file for a fixed number of images gets them in such parts.
-
         Raises:
-            UserError: the file is for another image size, or its engine fails.
+            UserError: the engine fails, or gives another number of classes.
         """
-        self.check_size(*images.shape[2:])
         device, images = images.device, images.detach().to("cpu", torch.float32).contiguous()
-        try:
-            if self.fixed_batch is None:
-                logits = self.run(images)
-            else:
-                parts = [self._run_padded(part) for part in images.split(self.fixed_batch)]
-                logits = torch.cat(parts)
-        except Exception as error:  # what an engine raises is open-ended
-            raise UserError(f"{self.path}: {self.engine} fails: {_first_line(error)}") from None
+        with _one_line(f"{self.path}: {self.engine} fails: {{}}"):
+            logits = self.run(images)
         if logits.shape != (len(images), self.num_classes):
             raise UserError(
                 f"{self.path}: gives an output of shape {tuple(logits.shape)} for {len(images)} "
@@ -105,32 +105,12 @@ class ExportedNetwork(nn.Module):
             )
         return logits.to(device)
 
-    def _run_padded(self, images: Tensor) -> Tensor:
-        """Fills up with black images, whose logits are left out: each image has its own."""
-        assert self.fixed_batch is not None
-        lacking = self.fixed_batch - len(images)
-        return self.run(F.pad(images, (0, 0) * 3 + (0, lacking)))[: len(images)]
-
-    def check_size(self, height: int, width: int) -> None:
-        """Refuses images of a size that the file does not take.
-
-        Raises:
-            UserError: says which it takes.
-        """
-        if self.fixed_size and (height, width) != self.fixed_size:
-            raise UserError(
-                f"{self.path}: made for images of {self.fixed_size[0]} x {self.fixed_size[1]} "
-                f"pixels, not {height} x {width}: leave --img-size out, or export it again with "
-                "that size"
-            )
-
     def describe(self) -> str:
-        """Gives the line that stands in the place of a checkpoint's network line."""
+        """Returns the line that stands in the place of a checkpoint's network line."""
         precision = self.metadata.get("precision", "float32")
         return (
             f"network: {self.arch} from {self.path.name}, {precision}, run by {self.engine}, "
             f"{counted(self.num_classes, 'class')}"
-            + (f", {counted(self.fixed_batch, 'image')} at a time" if self.fixed_batch else "")
         )
 
 
@@ -147,7 +127,7 @@ class ExportedDetector(nn.Module):
     def __init__(self, find: Finder, path: Path, metadata: dict[str, Any]):
         super().__init__()
         self.find, self.path, self.metadata = find, path, metadata
-        self.arch, self.backbone_arch = str(metadata["arch"]), str(metadata["backbone"])
+        self.arch, self.backbone_arch = metadata["arch"], metadata["backbone"]
         self.num_classes, self.first_label = metadata["num_classes"], metadata["first_label"]
         self.transform = SimpleNamespace(max_size=metadata["max_size"])
 
@@ -158,15 +138,12 @@ class ExportedDetector(nn.Module):
         Raises:
             UserError: onnxruntime fails.
         """
-        try:
+        with _one_line(f"{self.path}: onnxruntime fails: {{}}"):
             return [self.find(image.to("cpu", torch.float32).contiguous()) for image in images]
-        except Exception as error:  # what onnxruntime raises is open-ended
-            reason = _first_line(error)
-            raise UserError(f"{self.path}: onnxruntime fails: {reason}") from None
 
 
 def is_exported(path: str | Path) -> bool:
-    """Tells by its name whether a file is one that this module reads."""
+    """Returns whether a file is, by its name, one that this module reads."""
     return Path(path).suffix in ENDINGS
 
 
@@ -175,29 +152,30 @@ def load(path: str | Path) -> ExportedNetwork | ExportedDetector:
 
     Raises:
         UserError: no such file, damaged, without export.py's metadata, prepared in another way,
-            with weights in other files, or its engine is not installed.
+            with weights in other files, for images of one size alone, or its engine is missing.
     """
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}; give a file of export.py")
-    with _damage_in_one_line(path):
+    with _one_line(f"{path}: damaged, or not a file of export.py ({{}})"):
+        session: Any = None
         if path.suffix == ".xml":
             run, metadata, shape = _read_openvino(path)
         else:
             session, metadata = _open_onnx(path)
-            if "backbone" in metadata:
-                return _detector(session, path, metadata)
-            run, shape = by_onnxruntime(session), _whole_numbers(session.get_inputs()[0].shape)
-    metadata = _checked(metadata, path)
-    if len(shape) != 4 or shape[1] not in (3, None):
-        shown = ", ".join("any" if side is None else str(side) for side in shape)
+            run, shape = by_onnxruntime(session), _sides(session.get_inputs()[0].shape)
+    if session is not None and "backbone" in metadata:
+        _check(metadata, DetectorMetadata, path)
+        return ExportedDetector(objects_by_onnxruntime(session), path, metadata)
+    _check(metadata, ClassifierMetadata, path)
+    if shape not in (("any", 3, "any", "any"), ("any",) * 4):
         raise UserError(
-            f"{path}: takes an input of shape ({shown}), not (images, 3, height, width); make it "
-            "with export.py"
+            f"{path}: takes an input of shape ({', '.join(map(str, shape))}), not (any, 3, any, "
+            "any); make it with export.py"
         )
-    network = ExportedNetwork(run, path, metadata, shape)
-    side = int(network.metadata["img_size"])
+    network = ExportedNetwork(run, path, metadata)
+    side = metadata["img_size"]
     network(torch.zeros(1, 3, side, side))  # that it runs is known here, not after reading images
     return network
 
@@ -214,50 +192,26 @@ def load_classifier(path: str | Path) -> ExportedNetwork:
     return network
 
 
-def _detector(session: Any, path: Path, metadata: dict[str, Any]) -> ExportedDetector:
-    fits = all(isinstance(metadata.get(key), kind) for key, kind in OF_DETECTOR.items())
-    outputs = {output.name for output in session.get_outputs()}
-    if not fits or not {*OBJECTS[:3]} <= outputs:
-        raise UserError(f"{path}: its metadata are not those of export.py; make it again")
-    return ExportedDetector(objects_by_onnxruntime(session), path, metadata)
-
-
 @contextmanager
-def _damage_in_one_line(path: Path) -> Iterator[None]:
-    """Turns what a file makes its engine raise into one line with the file's name."""
+def _one_line(text: str) -> Iterator[None]:
+    """Turns whatever an engine raises, which is open-ended, into one line: `text` with it in {}."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # what a damaged file makes an engine raise is open-ended
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(text.format(printable(reason))) from None
+
+
+def _check(metadata: Mapping[str, Any], kind: type[msgspec.Struct], path: Path) -> None:
+    try:
+        msgspec.convert(metadata, kind)
+    except msgspec.ValidationError as error:
         raise UserError(
-            f"{path}: damaged, or not a file of export.py ({_first_line(error)})"
+            f"{path}: its metadata are not those of export.py ({printable(str(error))}); make it "
+            "with export.py"
         ) from None
-
-
-def _checked(metadata: Mapping[str, object], path: Path) -> Mapping[str, object]:
-    lacking = [key for key in NEEDED if key not in metadata]
-    if lacking:
-        raise UserError(
-            f"{path}: does not say {', '.join(lacking)}, so its images cannot be prepared as it "
-            "needs them; make it with export.py"
-        )
-    classes, size, crop = (metadata[key] for key in ("classes", "img_size", "crop_pct"))
-    fits = (
-        isinstance(classes, list)
-        and all(isinstance(name, str) for name in classes)
-        and isinstance(metadata["num_classes"], int)
-        and len(classes) <= metadata["num_classes"]
-        and isinstance(size, int)
-        and 0 < size <= LARGEST_SIZE
-        and isinstance(crop, int | float)
-        and 0 < crop <= 1
-    )
-    if not fits:
-        raise UserError(f"{path}: its metadata are not those of export.py; make it again")
-    if [metadata["mean"], metadata["std"]] != [list(values) for values in MEAN_AND_STD]:
-        raise UserError(f"{path}: made for images of mean and deviation other than {MEAN_AND_STD}")
-    return metadata
 
 
 def onnx_session(data: bytes) -> Any:
@@ -282,14 +236,14 @@ def objects_by_onnxruntime(session: Any) -> Finder:
     names = [output.name for output in session.get_outputs()]
 
     def find(image: Tensor) -> Objects:
-        found = session.run(names, {IMAGE: image.numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+        values = session.run(names, {IMAGE: image.numpy()})
+        return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
 
     return find
 
 
 def run_onnx(data: bytes) -> Run:
-    """Runs the network in an ONNX file, see `by_onnxruntime`."""
+    """Returns a function images → logits of an ONNX file."""
     return by_onnxruntime(onnx_session(data))
 
 
@@ -297,8 +251,8 @@ def _open_onnx(path: Path) -> tuple[Any, dict[str, Any]]:
     """Opens an ONNX file: an onnxruntime.InferenceSession, and the metadata."""
     require(("onnx", "onnxruntime"), str(path), INSTALL)
     session = onnx_session(_self_contained(path))
-    held = session.get_modelmeta().custom_metadata_map
-    return session, {key: _value(key, text) for key, text in held.items()}
+    properties = session.get_modelmeta().custom_metadata_map
+    return session, {key: _value(text) for key, text in properties.items()}
 
 
 def _self_contained(path: Path) -> bytes:
@@ -364,13 +318,13 @@ def run_openvino(xml: bytes, weights: bytes) -> Run:
     return by_openvino(openvino_core().read_model(xml, weights))
 
 
-def _read_openvino(path: Path) -> tuple[Run, dict[str, Any], Shape]:
+def _read_openvino(path: Path) -> tuple[Run, dict[str, Any], tuple]:
     require(("openvino",), str(path), INSTALL)
     model = openvino_core().read_model(*_with_its_weights(path))
     metadata = json.loads(str(model.get_rt_info(OPENVINO_INFO).value))
-    sides = model.inputs[0].partial_shape
-    shape = tuple(side.get_length() if side.is_static else None for side in sides)
-    return by_openvino(model), metadata, shape
+    shape = model.inputs[0].partial_shape
+    sides = _sides(side.get_length() if side.is_static else None for side in shape)
+    return by_openvino(model), metadata, sides
 
 
 def _with_its_weights(path: Path) -> tuple[bytes, bytes]:
@@ -386,34 +340,27 @@ def _with_its_weights(path: Path) -> tuple[bytes, bytes]:
             f"{path}: {weights.name} must lie beside it, as a file and not as a link; export.py "
             "writes the two"
         )
-    xml, held = path.read_bytes(), weights.read_bytes()
+    xml, content = path.read_bytes(), weights.read_bytes()
     if not xml.startswith(b"<"):
         raise ValueError("no XML")
     parts = [part.attrib for part in ElementTree.fromstring(xml).iter("data")]
     ends = [int(part["offset"]) + int(part["size"]) for part in parts if "offset" in part]
-    if max(ends, default=0) != len(held):
+    if max(ends, default=0) != len(content):
         raise UserError(
             f"{path}: needs {max(ends, default=0):,} bytes of weights, and {weights.name} has "
-            f"{len(held):,}: it was not written with it; give both of one export"
+            f"{len(content):,}: it was not written with it; give both of one export"
         )
-    return xml, held
+    return xml, content
 
 
-def _whole_numbers(shape: Iterable[object]) -> Shape:
-    """Puts None in the place of sides that have a name or a symbol, which stand for any number."""
-    return tuple(side if isinstance(side, int) else None for side in shape)
+def _sides(shape: Iterable[object]) -> tuple[object, ...]:
+    """Returns a shape with "any" for a side of any length, which has a name or None here."""
+    return tuple(side if isinstance(side, int) else "any" for side in shape)
 
 
-def _value(key: str, text: str) -> object:
+def _value(text: str) -> object:
     """Undoes what `to_onnx` does to a value: strings as they are, others as JSON."""
-    if key in TEXT_METADATA:
-        return text
     try:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _first_line(error: Exception) -> str:
-    """Returns the beginning of what an engine says, or the name of its error."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

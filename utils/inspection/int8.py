@@ -10,9 +10,11 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 from utils.data import demo_sets, shards
 from utils.data.image_folder import ImageFolder
 from utils.inspection import export
-from utils.inspection.exported_network import INPUT, run_onnx, run_openvino
+from utils.inspection.exported_network import INPUT, Run, run_onnx, run_openvino
 from utils.inspection.predictions import read_batches
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.text import printable
@@ -40,10 +42,10 @@ def quantised_files(
     calibration_images: int,
     max_drop: float,
 ) -> dict[str, Contents]:
-    """Makes int8 files and judges each on all validation images.
+    """Makes int8 files and evaluates each on all validation images.
 
     Args:
-        onnx_file: the network in float32, BatchNorm folded; its figures are what int8 is held to.
+        onnx_file: the network in float32, BatchNorm folded, which int8 is compared with.
         metadata: of the network: classes, img_size, crop_pct.
         data: images of train and of val, from `open_data`.
         formats: onnx, openvino, or both.
@@ -51,7 +53,7 @@ def quantised_files(
         max_drop: points of top-1 that may be lost.
 
     Returns:
-        For each format the contents of its files, and what there is to say of them.
+        For each format the contents of its files, and a note on them.
 
     Raises:
         UserError: an image cannot be read, or top-1 falls by more.
@@ -61,42 +63,30 @@ def quantised_files(
     chosen = np.sort(np.random.default_rng(0).choice(len(train), count, replace=False))
     size = metadata["img_size"], metadata["crop_pct"]
     print(f"int8: calibrated on {count} of {len(train)} training images", flush=True)
-    images = (x for x, _ in _batches(train.take(chosen), *size))
-    int8 = quantise(onnx_file, images)
-    metadata = {**metadata, "precision": "int8"}
-    made = {"onnx": (int8,)}
-    if "openvino" in formats:
-        made["openvino"] = export.to_openvino(int8, metadata)
-    run = {"onnx": run_onnx, "openvino": run_openvino}
-    floats = {
-        "onnx": lambda: (onnx_file,),
-        "openvino": lambda: export.to_openvino(onnx_file, metadata),
-    }
-    found = {}
+    int8 = quantise(onnx_file, (images for images, _ in _batches(train.take(chosen), *size)))
+    made = {}
     for name in formats:
-        before = floats[name]()
-        pair = {"float32": run[name](*before), "int8": run[name](*made[name])}
-        top1, agreement, judged = judge(pair, _batches(val, *size))
-        drop = top1["float32"] - top1["int8"]
+        before, after, run = (onnx_file,), (int8,), run_onnx
+        if name == "openvino":
+            before = export.to_openvino(onnx_file, metadata)
+            after = export.to_openvino(int8, {**metadata, "precision": "int8"})
+            run = run_openvino
+        pair = {"float32": run(*before), "int8": run(*after)}
+        top1, agreement, images = evaluate(pair, _batches(val, *size))
         print(
             f"{name}: top-1 {top1['float32']:.2f} % in float32, {top1['int8']:.2f} % in int8; the "
-            f"same class for {agreement:.2f} % of {judged} validation images",
+            f"same class for {agreement:.2f} % of {images} validation images",
             flush=True,
         )
-        _refuse_loss(name, drop, max_drop)
-        share = sum(map(len, made[name])) / sum(map(len, before))
-        note = f"{100 * share:.0f} % of float32's size; {_speeds(pair, size[0])}"
-        found[name] = made[name], note
-    return found
-
-
-def _refuse_loss(name: str, drop: float, max_drop: float) -> None:
-    if drop > max_drop:
-        raise UserError(
-            f"{name} in int8 loses {drop:.2f} points of top-1, more than --max-drop "
-            f"{max_drop:g}: not written; more --calibration-images may help",
-            EXIT_FAILED,
-        )
+        if (drop := top1["float32"] - top1["int8"]) > max_drop:
+            raise UserError(
+                f"{name} in int8 loses {drop:.2f} points of top-1, more than --max-drop "
+                f"{max_drop:g}: not written; more --calibration-images may help",
+                EXIT_FAILED,
+            )
+        share = sum(map(len, after)) / sum(map(len, before))
+        made[name] = after, f"{100 * share:.0f} % of float32's size; {_speeds(pair, size[0])}"
+    return made
 
 
 def open_data(
@@ -138,9 +128,9 @@ def _batches(
         yield batch.images, labels[batch.indices]
 
 
-def _speeds(pair: Mapping[str, Callable[[Tensor], Tensor]], img_size: int) -> str:
+def _speeds(pair: Mapping[str, Run], img_size: int) -> str:
     """Times both on random images, in turn, and tells the ratio at batch 1 and at `BATCH`."""
-    told = []
+    texts = []
     for batch in (1, BATCH):
         images = torch.randn(batch, 3, img_size, img_size)
         seconds: dict[str, list[float]] = {name: [] for name in pair}
@@ -150,8 +140,8 @@ def _speeds(pair: Mapping[str, Callable[[Tensor], Tensor]], img_size: int) -> st
                 network(images)
                 seconds[name].append(time.perf_counter() - began)
         ratios = [f / i for f, i in zip(seconds["float32"], seconds["int8"], strict=True)]
-        told.append(f"{statistics.median(ratios):.2f} at batch {batch}")
-    return f"speed over float32's {', '.join(told)}"
+        texts.append(f"{statistics.median(ratios):.2f} at batch {batch}")
+    return f"speed over float32's {', '.join(texts)}"
 
 
 def quantise(onnx_file: bytes, batches: Iterable[Tensor]) -> bytes:
@@ -168,6 +158,7 @@ def quantise(onnx_file: bytes, batches: Iterable[Tensor]) -> bytes:
     import onnx
     from onnxruntime import quantization
 
+    feeds = ({INPUT: batch.numpy()} for batch in batches)
     with tempfile.TemporaryDirectory() as folder, _without_warnings():
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         model = onnx.shape_inference.infer_shapes(onnx.load_from_string(onnx_file))
@@ -175,7 +166,7 @@ def quantise(onnx_file: bytes, batches: Iterable[Tensor]) -> bytes:
         quantization.quantize_static(
             str(source),
             str(target),
-            _Reader(batches),
+            SimpleNamespace(get_next=lambda: next(feeds, None)),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "Relu", "Clip", "Mul", "Add"],
             per_channel=True,
@@ -192,12 +183,9 @@ def quantise(onnx_file: bytes, batches: Iterable[Tensor]) -> bytes:
             },
         )
         result = onnx.load(target)
-        del result.metadata_props[:]
-        result.metadata_props.extend(onnx.load_from_string(onnx_file).metadata_props)
-        for entry in result.metadata_props:
-            if entry.key == "precision":
-                entry.value = "int8"
-        return result.SerializeToString()
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(result, {**properties, "precision": "int8"})
+    return result.SerializeToString()
 
 
 @contextmanager
@@ -212,63 +200,41 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _Reader:
-    """Gives calibration images as onnxruntime asks for them: one batch a call, None at the end."""
-
-    def __init__(self, batches: Iterable[Tensor]):
-        self.batches = iter(batches)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        batch = next(self.batches, None)
-        return None if batch is None else {INPUT: batch.numpy()}
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return iter(self.get_next, None)
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        found = self.get_next()
-        if found is None:
-            raise StopIteration
-        return found
-
-
-def _float_nodes(model) -> list[str]:
+def _float_nodes(model: Any) -> list[str]:
     """Returns the names of nodes that stay in float: the first convolution, and the gates."""
     made_by = {output: node for node in model.graph.node for output in node.output}
-    first = next(node for node in model.graph.node if node.op_type == "Conv")
-    kept = [first.name]
+    names = [next(node.name for node in model.graph.node if node.op_type == "Conv")]
     for node in model.graph.node:
         if node.op_type == "Sigmoid":
             before = made_by.get(node.input[0])
             while before is not None and before.op_type not in ("ReduceMean", "GlobalAveragePool"):
-                kept.append(before.name)
+                names.append(before.name)
                 before = made_by.get(before.input[0])
-    return kept
+    return names
 
 
 @torch.no_grad()
-def judge(
-    networks: dict[str, Callable[[Tensor], Tensor]], batches: Iterable[tuple[Tensor, Tensor]]
+def evaluate(
+    networks: Mapping[str, Run], batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[dict[str, float], float, int]:
-    """Evaluates networks on the same images, batch by batch.
+    """Evaluates two networks on the same images.
 
     Args:
-        networks: name -> images (N, 3, S, S) to logits (N, C). Agreement is that of the first with
-            the last.
+        networks: name -> images (N, 3, S, S) to logits (N, C).
         batches: normalised images and labels (N,).
 
     Returns:
-        Top-1 in % of each network, the share of images in % for which the first and the last name
-        the same class, and the number of images.
+        Top-1 in % of each network, the share of images in % for which the two name the same class,
+        and the number of images.
     """
-    right = dict.fromkeys(networks, 0)
+    correct = dict.fromkeys(networks, 0)
     agree = images = 0
     for x, labels in batches:
-        guesses = {name: run(x).argmax(1) for name, run in networks.items()}
-        for name, guess in guesses.items():
-            right[name] += int((guess == labels).sum())
-        first, *_, last = guesses.values()
-        agree += int((first == last).sum())
+        classes = {name: run(x).argmax(1) for name, run in networks.items()}
+        for name, predicted in classes.items():
+            correct[name] += int((predicted == labels).sum())
+        first, second = classes.values()
+        agree += int((first == second).sum())
         images += len(labels)
-    top1 = {name: 100 * count / images for name, count in right.items()}
+    top1 = {name: 100 * count / images for name, count in correct.items()}
     return top1, 100 * agree / images, images
