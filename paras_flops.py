@@ -25,12 +25,14 @@ from utils.inspection.cost import (
     count_cost,
     count_parameters,
     detection_macs,
+    format_flops,
+    format_params,
     published_detection_flops,
     trainable_parameters,
 )
 from utils.inspection.cost_tables import (
+    ClassifierReport,
     DetectorReport,
-    Report,
     classification_table,
     detection_table,
     detector_fields,
@@ -42,7 +44,7 @@ from utils.inspection.cost_tables import (
 )
 from utils.system.errors import UserError, as_flags
 from utils.system.faults import run_script
-from utils.system.text import did_you_mean
+from utils.system.text import did_you_mean, paragraphs
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
 ATTENTION_LAYERS = tuple({type(a.build(16, 3)) for a in attention.ATTENTIONS.values() if a})
@@ -133,21 +135,23 @@ def build(create: Callable[..., torch.nn.Module], *settings) -> torch.nn.Module:
 
 def count_classifier(
     arch: str, ksize: str | None, num_classes: int, size: tuple[int, int]
-) -> Report:
+) -> ClassifierReport:
     network = build(create_model, arch, ksize, num_classes)
     cost = count_cost(network, (1, 3, *size))
     printed = published.IMAGENET.get(network.arch)
     usual = (1000, published.IMAGENET_SIZE)
     if printed and (printed.ksize, *usual) != (network.ksize, num_classes, size):
         printed = None
-    return Report(
+    return ClassifierReport(
         network=network.arch,
         ksize=network.ksize,
         num_classes=num_classes,
         size=size,
+        params=format_params(cost.params),
+        flops=format_flops(cost.mid_2019),
+        published=printed,
         cost=cost,
         attention=cost.share(network, ATTENTION_LAYERS),
-        published=printed,
     )
 
 
@@ -161,19 +165,23 @@ def count_detector(
     usual = (80 + FIRST_LABEL[arch], published.COCO_SIZE)
     if printed and (printed.ksize, *usual) != (network.ksize, network.num_classes, size):
         printed = None
+    trainable, flops = trainable_parameters(network), published_detection_flops(network, size)
     layers = [m for m in network.modules() if isinstance(m, ATTENTION_LAYERS)]
     return DetectorReport(
-        detector=arch,
-        backbone=backbone,
+        network=f"{arch} {backbone}",
         ksize=network.ksize,
         num_classes=network.num_classes,
         size=size,
-        trainable=trainable_parameters(network),
+        params=format_params(trainable, base=1000),
+        flops=format_flops(flops, base=1000),
+        published=printed,
+        detector=arch,
+        backbone=backbone,
+        trainable=trainable,
         all_params=count_parameters(network),
         attention_params=sum(map(count_parameters, layers)),
-        published_rule=published_detection_flops(network, size),
+        published_rule=flops,
         multiply_adds=detection_macs(network, size),
-        published=printed,
     )
 
 
@@ -198,27 +206,27 @@ def main() -> None:
         if flags.all:
             show_progress(f"counting {arch} ({i + 1} of {len(targets)})")
         if detection:
-            report = count_detector(arch, backbone, flags.ksize, flags.num_classes, size)
+            reports.append(count_detector(arch, backbone, flags.ksize, flags.num_classes, size))
         else:
-            report = count_classifier(arch, flags.ksize, flags.num_classes or 1000, size)
-        reports.append(report)
+            reports.append(count_classifier(arch, flags.ksize, flags.num_classes or 1000, size))
     if flags.all:
         show_progress("")
+    print(text_of(reports, detection, flags))
 
+
+def text_of(reports: list, detection: bool, flags: argparse.Namespace) -> str:
+    """Returns what is printed of the reports."""
     if flags.json:
-        if detection:
-            fields = [detector_fields(report) for report in reports]
-        else:
-            fields = [report_fields(report, flags.per_layer) for report in reports]
-        print(json.dumps(fields if flags.all else fields[0], indent=2))
-    elif flags.all:
-        print(detection_table(reports) if detection else classification_table(reports))
-    elif detection:
-        print(detector_table(reports[0]))
-    else:
-        if flags.per_layer:
-            print(layer_table(reports[0]), end="\n\n")
-        print(network_table(reports[0]))
+        fields = [
+            detector_fields(r) if detection else report_fields(r, flags.per_layer) for r in reports
+        ]
+        return json.dumps(fields if flags.all else fields[0], indent=2)
+    if flags.all:
+        return detection_table(reports) if detection else classification_table(reports)
+    if detection:
+        return detector_table(reports[0])
+    layers = layer_table(reports[0]) if flags.per_layer else ""
+    return paragraphs(layers, network_table(reports[0]))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
+from utils.inspection.published import COCO_SIZE
 from utils.system.errors import UserError
 
 Shape = tuple[int, ...]
@@ -200,7 +200,14 @@ def thop_today(network: nn.Module, image: Tensor) -> dict[str, int]:
     Raises:
         UserError: thop, or setuptools, which it needs from Python 3.12 on, is not installed.
     """
-    with _quiet_thop() as thop:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # on distutils, which thop needs
+        try:
+            import thop  # here, because nothing else needs distutils
+        except ImportError as error:
+            raise UserError(
+                f"thop cannot be imported ({error}): pip install thop setuptools"
+            ) from error
         total, _, tree = thop.profile(network, (image,), verbose=False, ret_layer_info=True)
     by_name = {"": int(total)}
 
@@ -223,20 +230,6 @@ def titles() -> list[str]:
     return [title.format(version=thop_version()) for title, _ in CONVENTIONS.values()]
 
 
-@contextmanager
-def _quiet_thop() -> Iterator:
-    """Imports thop here, because it alone needs distutils, and without its warnings about that."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            import thop
-        except ImportError as error:
-            raise UserError(
-                f"thop cannot be imported ({error}): pip install thop setuptools"
-            ) from error
-        yield thop
-
-
 def format_params(params: int, base: int = 1024) -> str:
     """Formats as published: 25557112 → 24.37M, M = 2^20; with base 1000 → 25.56M, M = 10^6."""
     return f"{params / base**2:.2f}M"
@@ -251,19 +244,15 @@ def format_flops(flops: int, base: int = 1024) -> str:
     return f"{flops / base**3:.2f}G" if flops >= base**3 else f"{flops / base**2:.1f}M"
 
 
-SIZE = (800, 1280)  # of the published table: height, width
-BOX_REGIONS = 1000
-MASK_REGIONS = 100
-
-Rule = Callable[[str, nn.Module, Tensor, Tensor], int]  # (name, leaf, its input, its output)
+BOX_REGIONS, MASK_REGIONS = 1000, 100  # of the published COCO table
 
 
 def trainable_parameters(network: nn.Module) -> int:
-    """Counts the elements of parameters that a gradient reaches: the published `Param.`."""
+    """Returns the number of parameters that a gradient reaches: the published `Param.`."""
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
-def detection_macs(network: nn.Module, size: tuple[int, int] = SIZE) -> int:
+def detection_macs(network: nn.Module, size: tuple[int, int] = COCO_SIZE) -> int:
     """Counts multiply-adds of convolutions and linear layers, bias left out.
 
     Args:
@@ -274,11 +263,13 @@ def detection_macs(network: nn.Module, size: tuple[int, int] = SIZE) -> int:
     Raises:
         ValueError: for a network of another kind.
     """
-    return _count(network, size, _macs)
+    with FlopCounterMode(display=False) as counter:
+        _run_detector(_on_meta(network), size)
+    return counter.get_total_flops() // 2
 
 
-def published_detection_flops(network: nn.Module, size: tuple[int, int] = SIZE) -> int:
-    """Counts FLOPs by the rule of the published COCO table; at `SIZE` all its digits agree.
+def published_detection_flops(network: nn.Module, size: tuple[int, int] = COCO_SIZE) -> int:
+    """Counts FLOPs by the rule of the published COCO table; at `COCO_SIZE` all its digits agree.
 
     A multiply-add counts 1. On top of `detection_macs` come 1 for each output with a convolution's
     bias (not a linear layer's), 2 for each element into BatchNorm, 1 for each out of a ReLU (not
@@ -287,29 +278,31 @@ def published_detection_flops(network: nn.Module, size: tuple[int, int] = SIZE) 
     many here. RoIAlign, NMS, interpolation, sigmoids and the attention's product count nothing.
     The arguments and errors are those of `detection_macs`.
     """
-    return _count(network, size, _published)
+    network = _on_meta(network)
+    counts: list[int] = []
+
+    def count(name: str, leaf: nn.Module) -> None:
+        leaf.register_forward_hook(
+            lambda _, inputs, output: counts.append(_published_ops(name, leaf, inputs[0], output))
+        )
+
+    for name, module in network.named_modules():
+        if not any(module.children()):
+            count(name, module)
+    _run_detector(network, size)
+    return sum(counts)
 
 
-def _macs(name: str, leaf: nn.Module, x: Tensor, y: Tensor) -> int:
-    if isinstance(leaf, _ConvTransposeNd):
-        return x.numel() * leaf.weight[0].numel()
+def _published_ops(name: str, leaf: nn.Module, x: Tensor, y: Tensor) -> int:
     if isinstance(leaf, _ConvNd):
-        return y.numel() * leaf.weight[0].numel()
-    if isinstance(leaf, nn.Linear):
-        return y.numel() * leaf.in_features
-    return 0
-
-
-def _published(name: str, leaf: nn.Module, x: Tensor, y: Tensor) -> int:
-    if isinstance(leaf, _ConvNd):
+        bias = 0 if leaf.bias is None else y.numel()
         if isinstance(leaf, _ConvTransposeNd):  # over output positions: the table's slip
-            positions = y.numel() // leaf.out_channels
-            return positions * leaf.weight.numel() + _bias(leaf, y)
-        return _macs(name, leaf, x, y) + _bias(leaf, y)
+            return y.numel() // leaf.out_channels * leaf.weight.numel() + bias
+        return y.numel() * leaf.weight[0].numel() + bias
     if isinstance(leaf, nn.Linear):
         # torchvision calls ReLU as a function after its box head's two linear layers; the authors'
         # were modules.
-        return _macs(name, leaf, x, y) + (y.numel() if "box_head" in name else 0)
+        return y.numel() * (leaf.in_features + ("box_head" in name))
     if isinstance(leaf, _BatchNorm):
         return 2 * x.numel()
     if isinstance(leaf, nn.ReLU):
@@ -319,48 +312,27 @@ def _published(name: str, leaf: nn.Module, x: Tensor, y: Tensor) -> int:
     return 0
 
 
-def _bias(leaf: nn.Module, y: Tensor) -> int:
-    return 0 if leaf.bias is None else y.numel()
-
-
-def _count(network: nn.Module, size: tuple[int, int], rule: Rule) -> int:
-    missing = [name for name in ("backbone", "transform") if not hasattr(network, name)]
-    if missing or not (hasattr(network, "rpn") or hasattr(network, "head")):
+def _on_meta(network: nn.Module) -> nn.Module:
+    if not hasattr(network, "backbone") or not (
+        hasattr(network, "rpn") or hasattr(network, "head")
+    ):
         raise ValueError(f"{type(network).__name__} is not a detector such as mask_rcnn")
-    network = copy.deepcopy(network).to("meta").eval()
-    with torch.no_grad(), _watched(network, rule) as counts:
-        features = network.backbone(torch.empty(1, 3, *size, device="meta"))
-        levels = list(features.values())
-        if hasattr(network, "head"):
-            network.head(levels)
-            return sum(counts)
-        heads, channels = network.roi_heads, network.backbone.out_channels
-        network.rpn.head(levels)
-        regions = _regions(BOX_REGIONS, channels, heads.box_roi_pool.output_size)
-        heads.box_predictor(heads.box_head(regions))
-        if heads.has_mask():
-            regions = _regions(MASK_REGIONS, channels, heads.mask_roi_pool.output_size)
-            heads.mask_predictor(heads.mask_head(regions))
-    return sum(counts)
+    return copy.deepcopy(network).to("meta").eval()
 
 
-def _regions(number: int, channels: int, size: tuple[int, int]) -> Tensor:
-    return torch.empty(number, channels, *size, device="meta")
+@torch.no_grad()
+def _run_detector(network: Any, size: tuple[int, int]) -> None:
+    """Runs a detector on `meta`: backbone and heads, with as many regions as the table counts."""
+    levels = list(network.backbone(torch.empty(1, 3, *size, device="meta")).values())
+    if hasattr(network, "head"):
+        network.head(levels)
+        return
+    heads = network.roi_heads
 
+    def regions(number: int, pool: Any) -> Tensor:
+        return torch.empty(number, network.backbone.out_channels, *pool.output_size, device="meta")
 
-@contextmanager
-def _watched(network: nn.Module, rule: Rule) -> Iterator[list[int]]:
-    """Collects `rule` over every call of a module without children."""
-    counts: list[int] = []
-
-    def watch(name: str, leaf: nn.Module):
-        return leaf.register_forward_hook(
-            lambda _, inputs, output: counts.append(rule(name, leaf, inputs[0], output))
-        )
-
-    hooks = [watch(name, m) for name, m in network.named_modules() if not any(m.children())]
-    try:
-        yield counts
-    finally:
-        for hook in hooks:
-            hook.remove()
+    network.rpn.head(levels)
+    heads.box_predictor(heads.box_head(regions(BOX_REGIONS, heads.box_roi_pool)))
+    if heads.has_mask():
+        heads.mask_predictor(heads.mask_head(regions(MASK_REGIONS, heads.mask_roi_pool)))

@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
 from utils.inspection.cost import (
     CONVENTIONS,
@@ -18,46 +17,98 @@ from utils.system.text import columns, ksize_text, paragraphs
 
 WIDTH = 120  # of running text; the tables are as wide as their numbers
 MARK = {True: "yes", False: "no", None: "-"}
+Legend = Sequence[tuple[str, str]]
 
 
-class Counted(Protocol):
-    """Describes a report on one network."""
+@dataclass(kw_only=True)
+class Report:
+    """Holds one network's counts, and what was printed of it.
 
-    published: Published | None  # None: nothing for these settings
+    Args:
+        network: its name; a detector's with its backbone's.
+        size: height, width of the image.
+        params, flops: as counted, in the units and the rounding of `published`.
+        published: None: nothing was printed for these settings.
+    """
+
+    network: str
+    ksize: tuple[int, ...] | None
+    num_classes: int
+    size: tuple[int, int]
+    params: str
+    flops: str
+    published: Published | None
 
     @property
-    def network(self) -> str: ...
+    def agrees(self) -> bool | None:
+        """Returns whether our figures, rounded, are the published ones; None without those."""
+        printed = self.published
+        if printed is None:
+            return None
+        return printed.params == self.params and printed.flops in (None, self.flops)
 
     @property
-    def params(self) -> str: ...  # counted, in the units and the rounding of `published`
+    def theirs(self) -> list[str]:
+        """Returns the published parameters and FLOPs, - where there are none."""
+        printed = self.published
+        return [printed.params, printed.flops or "-"] if printed else ["-", "-"]
 
     @property
-    def flops(self) -> str: ...
+    def setting(self) -> str:
+        """Returns a sentence on the image and the classes."""
+        return f"One image of 3x{size_text(self.size)}, {self.num_classes} classes."
+
+    @property
+    def verdict(self) -> str:
+        """Returns a sentence on whether the counts are the published ones."""
+        if self.agrees and self.published:
+            return f"Agrees with {self.published.source}."
+        return disagreements([self])
+
+    @property
+    def plain(self) -> dict:
+        """Returns what both kinds of network have in JSON."""
+        return {
+            "ksize": self.ksize,
+            "num_classes": self.num_classes,
+            "input": [1, 3, *self.size],
+            "in_published_units": {"parameters": self.params, "flops": self.flops},
+            "published": self.published and asdict(self.published),
+            "agrees": self.agrees,
+        }
 
 
-def agrees(report: Counted) -> bool | None:
-    """Returns whether our figures, rounded, are the published ones; None where there are none."""
-    printed = report.published
-    if printed is None:
-        return None
-    return printed.params == report.params and printed.flops in (None, report.flops)
+@dataclass(kw_only=True)
+class ClassifierReport(Report):
+    """Holds a classifier's costs: all, and the share of its attention layers, without their
+    sigmoid and product.
+    """
+
+    cost: Cost
+    attention: Cost
 
 
-def beside(report: Counted) -> list[str]:
-    """Returns five cells: published parameters and FLOPs, ours, and whether they agree."""
-    printed = report.published
-    theirs = [printed.params, printed.flops or "-"] if printed else ["-", "-"]
-    return [*theirs, report.params, report.flops, MARK[agrees(report)]]
+@dataclass(kw_only=True)
+class DetectorReport(Report):
+    """Holds a detector's counts by the rule of the COCO table; `trainable` are its `Param.`."""
+
+    detector: str
+    backbone: str
+    trainable: int
+    all_params: int
+    attention_params: int
+    published_rule: int
+    multiply_adds: int
 
 
-def disagreements(reports: Sequence[Counted]) -> str:
+def disagreements(reports: Sequence[Report]) -> str:
     """Returns a paragraph on reports that differ from the published figures, or an empty string."""
     lines = []
     for report in reports:
-        if agrees(report) is not False:
-            continue
         printed = report.published
-        said = "; ".join(
+        if printed is None or report.agrees:
+            continue
+        differences = "; ".join(
             f"published {theirs} {what}, counted {ours}"
             for what, theirs, ours in (
                 ("parameters", printed.params, report.params),
@@ -65,7 +116,7 @@ def disagreements(reports: Sequence[Counted]) -> str:
             )
             if theirs not in (None, ours)
         )
-        note = f"{report.network}: {said}" + (f": {printed.remark}" if printed.remark else "")
+        note = f"{report.network}: {differences}" + f": {printed.remark}" * bool(printed.remark)
         lines.append(textwrap.fill(f"  {note}.", WIDTH, subsequent_indent="    "))
     return "\n".join(["Where published and counted do not agree:", *lines]) if lines else ""
 
@@ -75,7 +126,7 @@ def size_text(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def legend(entries: Sequence[tuple[str, str]]) -> str:
+def legend(entries: Legend) -> str:
     """Returns what each column is: the titles flush left, the text wrapped beside them."""
     margin = max(len(title) for title, _ in entries) + 2
     return "\n".join(
@@ -86,78 +137,72 @@ def legend(entries: Sequence[tuple[str, str]]) -> str:
     )
 
 
-@dataclass
-class Report:
-    """Holds one classification network's counts, and what was printed of it."""
+def _table(reports: Sequence[Report], rows: list[list[str]], entries: Legend, **style: int) -> str:
+    """Returns a table of networks with the columns of what was published and what is counted.
 
-    network: str
-    ksize: tuple[int, ...] | None
-    num_classes: int
-    size: tuple[int, int]  # height, width
-    cost: Cost
-    attention: Cost  # the share of the attention layers, without their sigmoid and product
-    published: Published | None  # None: nothing for these settings
-
-    @property
-    def params(self) -> str:
-        return format_params(self.cost.params)
-
-    @property
-    def flops(self) -> str:
-        return format_flops(self.cost.mid_2019)
+    Args:
+        rows: two headings and a row a network, without these columns, which come behind `ksize`.
+    """
+    head = ["params", "FLOPs", "params", "FLOPs", "agree"]
+    middle = [["published", "", "counted", "", ""], head]
+    middle += [[*r.theirs, r.params, r.flops, MARK[r.agrees]] for r in reports]
+    at = rows[1].index("ksize") + 1
+    rows = [[*row[:at], *five, *row[at:]] for row, five in zip(rows, middle, strict=True)]
+    return paragraphs(columns(rows, **style), legend(entries), disagreements(reports))
 
 
-def classification_table(reports: Sequence[Report]) -> str:
-    """Returns one line per network; counts are exact, but for what thop of mid-2019 printed."""
-    rows = [
-        ["", "", "published", "", "counted", "", "", "parameters", "", "FLOPs", "", "", ""],
-        ["network", "ksize", "params", "FLOPs", "params", "FLOPs", "agree", "all", "attention"],
-    ]
-    rows[1] += _titles()
-    for report in reports:
-        row = [report.network, ksize_text(report.ksize), *beside(report)]
-        row += [f"{report.cost.params:,}", f"{report.attention.params:,}", *_counts(report.cost)]
-        rows.append(row)
-    entries = [
+def _published_legend(units: str, network: str, counted: str) -> Legend:
+    return (
         (
             "published",
-            "as printed by the authors, M = 2^20, G = 2^30; - where nothing is at hand for the"
-            " network at this ksize, image size and number of classes",
+            f"as printed by the authors, {units}; - where nothing is at hand for the {network} at"
+            " this ksize, image size and number of classes",
         ),
-        ("counted", "parameters, and FLOPs by the rule of thop mid-2019, in the same units"),
+        ("counted", counted),
         ("agree", "whether the counted figures, rounded, are the published ones"),
-        ("attention", "parameters of the ECA or SE layers, part of all"),
-        *_conventions(),
-    ]
-    return paragraphs(
-        _setting(reports[0]), columns(rows, gap=1), legend(entries), disagreements(reports)
     )
 
 
-def network_table(report: Report) -> str:
+def classification_table(reports: Sequence[ClassifierReport]) -> str:
+    """Returns one line per network; counts are exact, but for what thop of mid-2019 printed."""
+    rows = [
+        ["", "", "parameters", "", "FLOPs", "", "", ""],
+        ["network", "ksize", "all", "attention", *_titles()],
+    ]
+    for report in reports:
+        row = [report.network, ksize_text(report.ksize), f"{report.cost.params:,}"]
+        rows.append([*row, f"{report.attention.params:,}", *_counts(report.cost)])
+    counted = "parameters, and FLOPs by the rule of thop mid-2019, in the same units"
+    entries = [
+        *_published_legend("M = 2^20, G = 2^30", "network", counted),
+        ("attention", "parameters of the ECA or SE layers, part of all"),
+        *_conventions(),
+    ]
+    return paragraphs(reports[0].setting, _table(reports, rows, entries, gap=1))
+
+
+def network_table(report: ClassifierReport) -> str:
     """Returns the table of one network, one line per convention."""
-    cost, share, printed = report.cost, report.attention, report.published
-    params = [f"{cost.params:,}", f"{share.params:,}", report.params]
-    params += [format_params(cost.params, base=1000), printed.params if printed else "-"]
+    cost, share, (params, flops) = report.cost, report.attention, report.theirs
+    in_millions = format_params(cost.params, base=1000)
     rows = [
         ["", "count", "of it attention", "2^20, 2^30", "10^6, 10^9", "published"],
-        ["parameters", *params],
+        ["parameters", f"{cost.params:,}", f"{share.params:,}", report.params, in_millions, params],
     ]
     for title, name, text in zip(_titles(), _NAMES, _counts(cost), strict=True):
         if name is None:
             rows.append([title, text, "", "", "", ""])
             continue
         total = getattr(cost, name)
-        published_flops = (printed and printed.flops) or "-" if name == "mid_2019" else ""
         units = [format_flops(total), format_flops(total, base=1000)]
-        rows.append([title, text, f"{getattr(share, name):,}", *units, published_flops])
+        printed = flops if name == "mid_2019" else ""
+        rows.append([title, text, f"{getattr(share, name):,}", *units, printed])
     ksize = f", ksize {ksize_text(report.ksize)}" if report.ksize else ""
-    heading = f"{report.network}{ksize}. {_setting(report)}"
-    verdict = f"Agrees with {printed.source}." if agrees(report) else disagreements([report])
-    return paragraphs(heading, columns(rows), verdict, legend(_conventions()))
+    heading = f"{report.network}{ksize}. {report.setting}"
+    return paragraphs(heading, columns(rows), report.verdict, legend(_conventions()))
 
 
-def layer_table(report: Report) -> str:
+def layer_table(report: ClassifierReport) -> str:
     """Returns every layer in the order of its first call, and the exact sums, none as thop printed
     it.
     """
@@ -171,22 +216,16 @@ def layer_table(report: Report) -> str:
     return columns(rows, left=2)
 
 
-def report_fields(report: Report, layers: bool = False) -> dict:
+def report_fields(report: ClassifierReport, layers: bool = False) -> dict:
     """Returns the report as plain values for JSON; `layers` adds a list of every layer."""
     cost, share = report.cost, report.attention
+    counts, of_attention = ({n: getattr(c, n) for n in CONVENTIONS} for c in (cost, share))
     fields = {
         "network": report.network,
-        "ksize": report.ksize,
-        "num_classes": report.num_classes,
-        "input": [1, 3, *report.size],
+        **report.plain,
         "parameters": cost.params,
-        "flops": {"mid_2019_printed": cost.mid_2019_printed}
-        | {name: getattr(cost, name) for name in CONVENTIONS},
-        "attention": {"parameters": share.params}
-        | {name: getattr(share, name) for name in CONVENTIONS},
-        "in_published_units": {"parameters": report.params, "flops": report.flops},
-        "published": report.published and asdict(report.published),
-        "agrees": agrees(report),
+        "flops": {"mid_2019_printed": cost.mid_2019_printed, **counts},
+        "attention": {"parameters": share.params, **of_attention},
         "thop_version": thop_version(),
     }
     if layers:
@@ -194,11 +233,7 @@ def report_fields(report: Report, layers: bool = False) -> dict:
     return fields
 
 
-def _setting(report: Report) -> str:
-    return f"One image of 3x{size_text(report.size)}, {report.num_classes} classes."
-
-
-def _conventions() -> list[tuple[str, str]]:
+def _conventions() -> Legend:
     texts = [text for _, text in CONVENTIONS.values()]
     exact = "the same before it was rounded to single precision: 24 binary digits."
     return list(zip(_titles(), [texts[0], exact, *texts[1:]], strict=True))
@@ -218,7 +253,7 @@ def _counts(cost: Cost) -> list[str]:
     return [f"{n:,}" for n in counts]
 
 
-LEGEND = (
+OF_DETECTORS = (
     (
         "trainable",
         "parameters, the affine part of BatchNorm among them, without the frozen stem and layer1",
@@ -234,102 +269,48 @@ LEGEND = (
 )
 
 
-@dataclass
-class DetectorReport:
-    """Holds one detector's counts by the rule of the COCO table, and what was printed of it."""
-
-    detector: str
-    backbone: str
-    ksize: tuple[int, ...] | None
-    num_classes: int
-    size: tuple[int, int]
-    trainable: int  # parameters that a gradient reaches: the published Param.
-    all_params: int
-    attention_params: int
-    published_rule: int
-    multiply_adds: int
-    published: Published | None
-
-    @property
-    def network(self) -> str:
-        return f"{self.detector} {self.backbone}"
-
-    @property
-    def params(self) -> str:
-        return format_params(self.trainable, base=1000)
-
-    @property
-    def flops(self) -> str:
-        return format_flops(self.published_rule, base=1000)
-
-
 def detection_table(reports: Sequence[DetectorReport]) -> str:
     """Returns one line per detector, all counts exact."""
     rows = [
-        ["", "", "", "published", "", "counted", "", "", "parameters", "", "FLOPs", ""],
-        ["detector", "backbone", "ksize", "params", "FLOPs", "params", "FLOPs", "agree"],
+        ["", "", "", "parameters", "", "FLOPs", ""],
+        ["detector", "backbone", "ksize", "trainable", "attention", "published rule", "MACs"],
     ]
-    rows[1] += ["trainable", "attention", "published rule", "MACs"]
-    for report in reports:
-        row = [report.detector, report.backbone, ksize_text(report.ksize), *beside(report)]
-        row += [f"{report.trainable:,}", f"{report.attention_params:,}"]
-        row += [f"{report.published_rule:,}", f"{report.multiply_adds:,}"]
-        rows.append(row)
-    entries = [
-        (
-            "published",
-            "as printed by the authors, M = 10^6, G = 10^9; - where nothing is at hand for the"
-            " detector at this ksize, image size and number of classes",
-        ),
-        ("counted", "trainable parameters, and FLOPs by the published rule, in the same units"),
-        ("agree", "whether the counted figures, rounded, are the published ones"),
-        *LEGEND,
-    ]
+    for r in reports:
+        counts = (r.trainable, r.attention_params, r.published_rule, r.multiply_adds)
+        rows.append([r.detector, r.backbone, ksize_text(r.ksize), *(f"{n:,}" for n in counts)])
+    counted = "trainable parameters, and FLOPs by the published rule, in the same units"
+    entries = (*_published_legend("M = 10^6, G = 10^9", "detector", counted), *OF_DETECTORS)
     setting = f"One image of 3x{size_text(reports[0].size)}."
-    return paragraphs(setting, columns(rows, left=2), legend(entries), disagreements(reports))
+    return paragraphs(setting, _table(reports, rows, entries, left=2))
 
 
 def detector_table(report: DetectorReport) -> str:
     """Returns the table of one detector, one line per count."""
-    printed = report.published
+    params, flops = report.theirs
+    in_millions = format_params(report.all_params, base=1000)
+    in_billions = format_flops(report.multiply_adds, base=1000)
     rows = [
         ["", "count", "10^6, 10^9", "published"],
-        ["parameters", f"{report.all_params:,}", format_params(report.all_params, base=1000), ""],
-        ["trainable", f"{report.trainable:,}", report.params, printed.params if printed else "-"],
+        ["parameters", f"{report.all_params:,}", in_millions, ""],
+        ["trainable", f"{report.trainable:,}", report.params, params],
         ["attention", f"{report.attention_params:,}", "", ""],
-        [
-            "published rule",
-            f"{report.published_rule:,}",
-            report.flops,
-            (printed and printed.flops) or "-",
-        ],
-        ["MACs", f"{report.multiply_adds:,}", format_flops(report.multiply_adds, base=1000), ""],
+        ["published rule", f"{report.published_rule:,}", report.flops, flops],
+        ["MACs", f"{report.multiply_adds:,}", in_billions, ""],
     ]
     ksize = f", ksize {ksize_text(report.ksize)}" if report.ksize else ""
-    heading = (
-        f"{report.detector} on {report.backbone}{ksize}."
-        f" One image of 3x{size_text(report.size)}, {report.num_classes} classes."
-    )
-    verdict = f"Agrees with {printed.source}." if agrees(report) else disagreements([report])
-    return paragraphs(heading, columns(rows), verdict, legend(LEGEND))
+    heading = f"{report.detector} on {report.backbone}{ksize}. {report.setting}"
+    return paragraphs(heading, columns(rows), report.verdict, legend(OF_DETECTORS))
 
 
 def detector_fields(report: DetectorReport) -> dict:
     """Returns the report as plain values for JSON."""
+    rule, macs = report.published_rule, report.multiply_adds
     return {
         "detector": report.detector,
         "backbone": report.backbone,
-        "ksize": report.ksize,
-        "num_classes": report.num_classes,
-        "input": [1, 3, *report.size],
+        **report.plain,
         "parameters": report.all_params,
         "trainable_parameters": report.trainable,
         "attention": {"parameters": report.attention_params},
-        "flops": {
-            "published_rule": report.published_rule,
-            "multiply_adds": report.multiply_adds,
-        },
-        "in_published_units": {"parameters": report.params, "flops": report.flops},
-        "published": report.published and asdict(report.published),
-        "agrees": agrees(report),
+        "flops": {"published_rule": rule, "multiply_adds": macs},
     }
