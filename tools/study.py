@@ -10,9 +10,6 @@ again with the same --output DIR, and refuses a plan that was changed since.
 """
 
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
-import csv
-import io
-import itertools
 import json
 import os
 import re
@@ -25,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -47,7 +45,7 @@ from utils.system.files import check_free, write_atomically
 from utils.system.processes import die_with_parent, processors
 from utils.system.text import columns
 
-MAIN = Path(main_script.__file__)
+MAIN = (sys.executable, main_script.__file__)
 # What a plan's flags may set besides a recipe's fields. The study itself gives all else, such as
 # network, attention, seed, folder and device, or runs of one plan would differ in more than these.
 MAY_SET = {"amp", "channels_last", "fused", "compile", "pretrained", "decoder", "class_weights"}
@@ -109,15 +107,12 @@ def train(
     for spec in specs:
         network, variant, rate, seed = spec
         target = folder / "runs" / run_name(spec)
-        if is_finished(target):
-            continue
-        arch, flags = arch_and_flags(network, variant)
-        commands[target] = [sys.executable, str(MAIN), str(folder / "data"), "-a", arch, *flags]
-        commands[target] += ["--lr", str(rate), "--seed", str(seed), *plan.networks[network].flags]
-        commands[target] += ["--output", str(target), "--resume", "auto", *machine]
+        if not is_finished(target):
+            arch, flags = arch_and_flags(network, variant)
+            commands[target] = [folder / "data", "-a", arch, *flags, "--lr", rate, "--seed", seed]
+            commands[target] += [*plan.networks[network].flags, "--resume", "auto", *machine]
     print(f"training: {len(commands)} of {len(specs)} runs are to be done", flush=True)
-    (folder / "runs").mkdir(exist_ok=True)
-    run_all(commands, jobs, threads(jobs))
+    run_all(commands, jobs)
 
 
 def evaluate(
@@ -129,31 +124,37 @@ def evaluate(
         target = folder / "tested" / name
         if not (target / "evaluation.json").exists():
             best = folder / "runs" / name / "best.pth"
-            commands[target] = [sys.executable, str(MAIN), str(root), "-e", "--resume", str(best)]
-            commands[target] += ["--output", str(target), *machine]
+            commands[target] = [root, "-e", "--resume", best, *machine]
     print(f"evaluating: {len(commands)} of {len(specs)} runs are to be done", flush=True)
-    (folder / "tested").mkdir(exist_ok=True)
-    run_all(commands, jobs, threads(jobs))
+    run_all(commands, jobs)
 
 
 def run_all(
-    commands: Mapping[Path, Sequence[str]], jobs: int, environment: Mapping[str, str]
+    commands: Mapping[Path, Sequence[object]], jobs: int, program: Sequence[str] = MAIN
 ) -> None:
-    """Runs the commands, `jobs` at a time, and says which has ended; each writes to FOLDER.log.
+    """Runs the program into each folder, `jobs` at a time, and says which has ended.
 
-    They end with this process, however that ends.
+    What one prints goes to FOLDER.log. They end with this process, however that ends.
+
+    Args:
+        commands: folder of the run -> arguments, without --output.
 
     Raises:
         UserError: one of them failed; the others under way are asked to stop, and save.
     """
+    environment = dict(os.environ)
+    if jobs > 1:  # each has its share of the CPU
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, processors() // jobs)))
     waiting, running, done = deque(commands.items()), {}, 0
     on_terminal = sys.stderr.isatty()
     bar = tqdm(total=len(commands), unit="run", disable=not on_terminal)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                folder, command = waiting.popleft()
-                with open(folder.with_name(folder.name + ".log"), "ab") as log:
+                folder, arguments = waiting.popleft()
+                folder.parent.mkdir(exist_ok=True)
+                command = [*program, *map(str, arguments), "--output", str(folder)]
+                with open(log_of(folder), "ab") as log:
                     running[folder] = subprocess.Popen(
                         command,
                         stdout=log,
@@ -166,8 +167,11 @@ def run_all(
                 time.sleep(0.5)
             for folder in ended:
                 if running.pop(folder).returncode:
-                    log = folder.with_name(folder.name + ".log")
-                    raise UserError(f"{folder.name} failed ({log}): {_reason(log)}", EXIT_FAILED)
+                    lines = log_of(folder).read_text(errors="replace").split("\n")
+                    reason = next((x for x in reversed(lines) if "error" in x), "see there")
+                    raise UserError(
+                        f"{folder.name} failed ({log_of(folder)}): {reason}", EXIT_FAILED
+                    )
                 done += 1
                 bar.update()
                 if not on_terminal:
@@ -180,17 +184,9 @@ def run_all(
         bar.close()
 
 
-def _reason(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-    return next((line for line in reversed(lines) if "error" in line), lines[-1])
-
-
-def threads(jobs: int) -> dict[str, str]:
-    """Returns the environment of a run that shares the CPU with jobs - 1 others."""
-    environment = dict(os.environ)
-    if jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, processors() // jobs)))
-    return environment
+def log_of(folder: Path) -> Path:
+    """Returns the file of what a run prints."""
+    return folder.with_name(f"{folder.name}.log")
 
 
 def is_finished(target: Path) -> bool:
@@ -215,13 +211,14 @@ def _result(spec: Spec, folder: Path) -> RunResult:
     name = run_name(spec)
     target = folder / "runs" / name
     run, saved = read_run(target), json.loads((target / "args.json").read_text())
-    speeds = SPEED.findall(target.with_name(f"{name}.log").read_text(errors="replace"))
+    speeds = SPEED.findall(log_of(target).read_text(errors="replace"))
     if not speeds:
-        raise UserError(f"{target}.log: tells no speed; remove {target} to train anew", EXIT_FAILED)
+        raise UserError(
+            f"{log_of(target)}: tells no speed; remove {target} to train anew", EXIT_FAILED
+        )
     speed = statistics.median(float(text.replace(",", "")) for text in speeds)
-    test, file = {}, folder / "tested" / name / "evaluation.json"
-    if file.exists():
-        test = json.loads(file.read_text())
+    file = folder / "tested" / name / "evaluation.json"
+    test = json.loads(file.read_text()) if file.exists() else {}
     return RunResult(
         name=name,
         network=network,
@@ -236,22 +233,19 @@ def _result(spec: Spec, folder: Path) -> RunResult:
         train_images=saved["train_images"],
         seconds_per_epoch=round(saved["train_images"] / max(speed, 1), 3),
         parameters=saved["parameters"],
-        multiply_adds=_multiply_adds(spec, len(saved["classes"]), saved["img_size"]),
+        multiply_adds=_multiply_adds(saved),
         environment=saved["environment"],
     )
 
 
-def _multiply_adds(spec: Spec, classes: int, img_size: int) -> int:
-    arch, flags = arch_and_flags(*spec[:2])
-    values = dict(itertools.pairwise(flags))
+def _multiply_adds(saved: Mapping[str, Any]) -> int:
+    """Counts those of one image, for the network that a run's args.json describes."""
+    fields = {"ksize": saved["ksize"], "attention": saved["attention"]}
+    fields |= {"num_classes": len(saved["classes"]), **saved["model_kwargs"]}
     with torch.device("meta"):
-        network = models.create_model(
-            arch,
-            ksize=values.get("--ksize"),
-            num_classes=classes,
-            **({"attention": values["--attention"]} if "--attention" in values else {}),
-        )
-        return multiply_adds(network.eval(), torch.empty(1, 3, img_size, img_size))[""]
+        network = models.create_model(saved["arch"], **fields).eval()
+        images = torch.empty(1, 3, saved["img_size"], saved["img_size"])
+        return multiply_adds(network, images)[""]
 
 
 def write_results(
@@ -261,10 +255,15 @@ def write_results(
     comparisons = study.compare_all(plan, runs)
     text = study.report(plan, runs, rates, comparisons)
     choices = columns(study.choice_rows(plan, runs, rates), left=2)
+    epochs = [
+        {"run": run.name, **row}
+        for run in runs
+        for row in read_run(folder / "runs" / run.name).history
+    ]
     files = {
         PLAN: (folder / PLAN).read_bytes(),
         "runs.csv": study.runs_csv(runs),
-        "epochs.csv": _epochs_csv(runs, folder),
+        "epochs.csv": study.csv_of(epochs),
         "choices.txt": f"{choices}\n".encode(),
         "table.txt": f"{text}\n".encode(),
         "accuracy.png": study.draw_accuracy(plan, runs, comparisons),
@@ -275,18 +274,6 @@ def write_results(
         write_atomically(target / name, data)
     print(text)
     print(f"written to {target}: {', '.join(files)}")
-
-
-def _epochs_csv(runs: Sequence[RunResult], folder: Path) -> bytes:
-    text = io.StringIO()
-    writer = None
-    for run in runs:
-        for row in read_run(folder / "runs" / run.name).history:
-            writer = writer or csv.DictWriter(text, ["run", *row], lineterminator="\n")
-            if not text.tell():
-                writer.writeheader()
-            writer.writerow({"run": run.name, **row})
-    return text.getvalue().encode()
 
 
 def open_study(file: Path, output: str | None) -> tuple[Plan, Path]:

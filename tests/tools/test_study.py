@@ -86,12 +86,9 @@ def test_every_rate_is_tried_with_every_variant(tmp_path):
 
 def test_a_failed_run_ends_the_rest_with_its_last_line(tmp_path):
     say = "import sys; print('first'); sys.exit('error: no such data')"
-    commands = {
-        tmp_path / "bad": [sys.executable, "-c", say],
-        tmp_path / "long": [sys.executable, "-c", "import time; time.sleep(600)"],
-    }
+    commands = {tmp_path / "bad": [say], tmp_path / "long": ["import time; time.sleep(600)"]}
     with pytest.raises(UserError, match=r"bad failed \(.*bad.log\): error: no such data"):
-        study.run_all(commands, jobs=2, environment={})
+        study.run_all(commands, 2, (sys.executable, "-c"))
 
 
 def test_runs_end_with_a_study_that_is_killed(tmp_path):
@@ -99,7 +96,7 @@ def test_runs_end_with_a_study_that_is_killed(tmp_path):
     sleep = "import time; print('on', flush=True); time.sleep(600)"
     code = (
         "import sys; from pathlib import Path; from tools.study import run_all\n"
-        f"run_all({{Path({str(tmp_path / 'run')!r}): [sys.executable, '-c', {sleep!r}]}}, 1, {{}})"
+        f"run_all({{Path({str(tmp_path / 'run')!r}): [{sleep!r}]}}, 1, (sys.executable, '-c'))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     log, end = tmp_path / "run.log", time.monotonic() + 600

@@ -10,8 +10,9 @@ import math
 import os
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from utils.data import image_folder
 from utils.data.image_folder import ImageFolder
 from utils.system.errors import UserError
-from utils.system.style import CURVES, GREY, MAIN
+from utils.system.style import CURVES, GREY, MAIN, png, styled
 from utils.system.text import cell, columns, did_you_mean, paragraphs, printable, short
 
 NONE = "none"  # the variant that the others are compared with
@@ -138,8 +139,7 @@ def arch_and_flags(network: str, variant: str) -> tuple[str, list[str]]:
     """Returns main.py's name of a network's variant, and the flags that make it."""
     arch, flags = VARIANTS[variant]
     stages = next(count for family, count in STAGES.items() if network.startswith(family))
-    words = [word[1] * stages if word[0] == "K" else word for word in flags]
-    return arch.format(network), words
+    return arch.format(network), [f[1] * stages if f[0] == "K" else f for f in flags]
 
 
 ALIKE = 1e-9  # differences that are closer are the same, rounded otherwise
@@ -152,7 +152,9 @@ class Difference:
     Args:
         mean: in the runs' own unit.
         low, high: the confidence interval of this one comparison, by Student's t; nan where the
-            pairs have no spread, see `standard_error`.
+            pairs have no spread: a single pair, or pairs that all differ by the same. Accuracy
+            counts whole images, so that two or three seeds may do so by chance: it is no sign that
+            another seed would, too.
         p: the probability of such a mean or a larger one, of either sign, where there is no
             difference; nan as the interval, but 1 where all pairs are equal.
         pairs: how many.
@@ -163,17 +165,6 @@ class Difference:
     high: float
     p: float
     pairs: int
-
-
-def standard_error(each: Sequence[float]) -> float:
-    """Returns the standard error of the mean of paired differences; nan where they have no spread.
-
-    That is a single pair, or pairs that all differ by the same. Accuracy counts whole images, so
-    two or three seeds may do so by chance: it is no sign that another seed would, too.
-    """
-    if len(each) < 2 or max(each) - min(each) <= ALIKE:
-        return math.nan
-    return statistics.stdev(each) / math.sqrt(len(each))
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95) -> Difference:
@@ -187,30 +178,29 @@ def compare(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95)
         ValueError: the lengths differ, or there are no runs.
     """
     each = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean, freedom = statistics.fmean(each), len(each) - 1
-    error = standard_error(each)
-    if math.isnan(error):
-        p = 1.0 if freedom and abs(mean) <= ALIKE else math.nan
-        return Difference(mean, math.nan, math.nan, p, len(each))
+    mean, pairs = statistics.fmean(each), len(each)
+    if max(each) - min(each) <= ALIKE:
+        p = 1.0 if pairs > 1 and abs(mean) <= ALIKE else math.nan
+        return Difference(mean, math.nan, math.nan, p, pairs)
     from scipy.stats import t  # optional, see `tools.study`
 
-    reach = float(t.ppf(0.5 + level / 2, freedom)) * error
-    p = 2 * float(t.sf(abs(mean) / error, freedom))
-    return Difference(mean, mean - reach, mean + reach, p, len(each))
+    error = statistics.stdev(each) / math.sqrt(pairs)
+    reach = float(t.ppf(0.5 + level / 2, pairs - 1)) * error
+    p = 2 * float(t.sf(abs(mean) / error, pairs - 1))
+    return Difference(mean, mean - reach, mean + reach, p, pairs)
 
 
 def holm(values: Sequence[float]) -> list[float]:
     """Returns p-values corrected for their number, in the same order (Holm, 1979).
 
-    A corrected value below 0.05 keeps the chance of even one false finding among all of them below
+    A corrected value below 0.05 keeps the chance of even one false positive among all of them below
     5 %. Values that are nan stay nan and still count as comparisons.
     """
-    count, reached = len(values), 0.0
-    corrected = [math.nan] * count
-    known = [i for i in range(count) if not math.isnan(values[i])]
-    for rank, i in enumerate(sorted(known, key=lambda i: values[i])):
-        reached = max(reached, min(1.0, (count - rank) * values[i]))
-        corrected[i] = reached
+    corrected, highest = list(values), 0.0
+    known = [i for i, p in enumerate(values) if not math.isnan(p)]
+    for rank, i in enumerate(sorted(known, key=values.__getitem__)):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[i]))
+        corrected[i] = highest
     return corrected
 
 
@@ -324,25 +314,28 @@ def validation_means(
     plan: Plan, runs: Sequence[RunResult], network: str, variant: str
 ) -> dict[float, float]:
     """Returns {rate: mean top-1 of validation over the choosing seeds}."""
-    found: dict[float, list[float]] = {}
+    by_rate: dict[float, list[float]] = {}
     for run in runs:
         if (run.network, run.variant) == (network, variant) and run.seed in plan.choosing_seeds:
-            found.setdefault(run.rate, []).append(run.val_top1)
-    return {rate: statistics.fmean(values) for rate, values in found.items()}
+            by_rate.setdefault(run.rate, []).append(run.val_top1)
+    return {rate: statistics.fmean(values) for rate, values in by_rate.items()}
 
 
-def by_variant(runs: Sequence[RunResult]) -> dict[Key, list[RunResult]]:
-    """Returns the runs that were evaluated on the test images, in the order of their seeds."""
-    found: dict[Key, list[RunResult]] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
-        if run.test_top1 is not None:
-            found.setdefault((run.network, run.variant), []).append(run)
-    return found
+def by_variant(plan: Plan, runs: Sequence[RunResult]) -> dict[Key, list[RunResult]]:
+    """Returns the runs that were evaluated on the test images, in the order of the plan's networks
+    and variants and of the seeds.
+    """
+    tested = sorted((run for run in runs if run.test_top1 is not None), key=lambda run: run.seed)
+    return {
+        (network, variant): [r for r in tested if (r.network, r.variant) == (network, variant)]
+        for network in plan.networks
+        for variant in plan.variants
+    }
 
 
 def compare_all(plan: Plan, runs: Sequence[RunResult]) -> list[Comparison]:
     """Makes the plan's comparisons, and corrects them together for their number."""
-    tested = by_variant(runs)
+    tested = by_variant(plan, runs)
     made = []
     for network in plan.networks:
         for variant, against in plan.pairs:
@@ -354,22 +347,22 @@ def compare_all(plan: Plan, runs: Sequence[RunResult]) -> list[Comparison]:
 
 def runs_csv(runs: Sequence[RunResult]) -> bytes:
     """Returns a CSV file with one row a run, and what its figures depend on."""
-    own = [f.name for f in fields(RunResult) if f.name != "environment"]
-    more = list(dict.fromkeys(name for run in runs for name in run.environment))
+    rows = [{**asdict(run), **run.environment} for run in runs]
+    for row in rows:
+        del row["environment"]
+    return csv_of(rows)
+
+
+def csv_of(rows: Sequence[Mapping[str, object]]) -> bytes:
+    """Returns a CSV file; what a row lacks is left empty, and text is never a formula."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*own, *more])
-    for run in runs:
-        values = asdict(run)
-        row = [values[name] for name in own] + [run.environment.get(name) for name in more]
-        writer.writerow([_shown(value) for value in row])
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    numbers = (int, float, type(None))
+    for row in rows:
+        writer.writerow({k: v if isinstance(v, numbers) else cell(v) for k, v in row.items()})
     return text.getvalue().encode()
-
-
-def _shown(value: object) -> object:
-    if value is None or isinstance(value, int | float):
-        return value
-    return cell(value)
 
 
 SIGNIFICANT = 0.05
@@ -379,57 +372,33 @@ def variant_rows(
     plan: Plan, runs: Sequence[RunResult], rates: Mapping[Key, float]
 ) -> list[list[str]]:
     """Returns one row a variant: its rate, its accuracy over the seeds, and what it costs."""
-    rows = [
-        ["network", "attention", "rate", "top-1", "± std", "runs", "parameters", "MMACs", "s/epoch"]
-    ]
-    for (network, variant), tested in in_order(plan, by_variant(runs)).items():
+    head = "network,attention,rate,top-1,± std,runs,parameters,MMACs,s/epoch"
+    rows = [head.split(",")]
+    for key, tested in by_variant(plan, runs).items():
         top1 = [run.test_top1 for run in tested]
         std = f"{statistics.stdev(top1):.2f}" if len(top1) > 1 else "-"
-        seconds = statistics.median(run.seconds_per_epoch for run in tested)
-        rows.append(
-            [
-                network,
-                variant,
-                f"{rates[network, variant]:g}",
-                f"{statistics.fmean(top1):.2f}",
-                std,
-                str(len(top1)),
-                f"{tested[0].parameters:,}",
-                f"{tested[0].multiply_adds / 1e6:.2f}",
-                f"{seconds:.1f}",
-            ]
-        )
+        row = [*key, f"{rates[key]:g}", f"{statistics.fmean(top1):.2f}", std, str(len(top1))]
+        row += [f"{tested[0].parameters:,}", f"{tested[0].multiply_adds / 1e6:.2f}"]
+        rows.append([*row, f"{_median(tested, 'seconds_per_epoch'):.1f}"])
     return rows
 
 
 def comparison_rows(plan: Plan, comparisons: Sequence[Comparison]) -> list[list[str]]:
     """Returns one row a comparison: points of top-1, interval, corrected p, and what it says."""
     rows = [["network", "attention", "against", "points", f"{plan.level:.0%} interval", "p", ""]]
-    for row in comparisons:
-        difference = row.difference
-        interval = f"{difference.low:+.2f} to {difference.high:+.2f}"
-        rows.append(
-            [
-                row.network,
-                row.variant,
-                row.against,
-                f"{difference.mean:+.2f}",
-                "-" if math.isnan(difference.low) else interval,
-                "-" if math.isnan(row.p) else f"{row.p:.3f}",
-                verdict(row),
-            ]
-        )
+    for c in comparisons:
+        mean, low, high = c.difference.mean, c.difference.low, c.difference.high
+        interval = "-" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
+        p = "-" if math.isnan(c.p) else f"{c.p:.3f}"
+        rows.append([c.network, c.variant, c.against, f"{mean:+.2f}", interval, p, verdict(c)])
     return rows
 
 
 def verdict(comparison: Comparison) -> str:
-    """Says in words what the corrected p allows to say."""
+    """Returns in words what the corrected p allows to say."""
     if math.isnan(comparison.p):
-        return (
-            "one seed says nothing"
-            if comparison.difference.pairs == 1
-            else "no spread: says nothing"
-        )
+        alone = comparison.difference.pairs == 1
+        return "one seed says nothing" if alone else "no spread: says nothing"
     if comparison.p >= SIGNIFICANT:
         return "no difference shown"
     return "higher" if comparison.difference.mean > 0 else "lower"
@@ -458,26 +427,18 @@ def report(
     """Returns the whole text: the question, the tables, and how to read them."""
     tested = [run for run in runs if run.test_top1 is not None]
     images = f"{tested[0].train_images:,} training images, {tested[0].test_images:,} test images"
-    reading = "\n".join(
-        (
-            "rate and epoch: chosen by validation images cut from train/; top-1: of test images",
-            "points: mean difference in top-1 of runs with the same seed; interval: of this row",
-            f"alone; p: corrected for all {len(comparisons)} rows (Holm)",
-            "MMACs: millions of multiply-adds of one image; s/epoch: training, the median run",
-        )
+    notes = (
+        "rate and epoch: chosen by validation images cut from train/; top-1: of test images\n"
+        "points: mean difference in top-1 of runs with the same seed; interval: of this row\n"
+        f"alone; p: corrected for all {len(comparisons)} rows (Holm)\n"
+        "MMACs: millions of multiply-adds of one image; s/epoch: training, the median run"
     )
     return paragraphs(
         f"{plan.question}\n{plan.data}, {images}, plan {plan.digest[:12]}",
         columns(variant_rows(plan, runs, rates), left=2),
         columns(comparison_rows(plan, comparisons), left=3),
-        reading,
+        notes,
     )
-
-
-def in_order(plan: Plan, tested: Mapping[Key, list[RunResult]]) -> dict[Key, list[RunResult]]:
-    """Returns `tested` in the order of the plan's networks and variants."""
-    keys = [(network, variant) for network in plan.networks for variant in plan.variants]
-    return {key: tested[key] for key in keys}
 
 
 COSTS = (  # attribute of a run, and the words under its axis
@@ -487,49 +448,34 @@ COSTS = (  # attribute of a run, and the words under its axis
 )
 
 
-def draw_accuracy(plan: Plan, runs: Sequence[RunResult], found: Sequence[Comparison]) -> bytes:
+def draw_accuracy(plan: Plan, runs: Sequence[RunResult], made: Sequence[Comparison]) -> bytes:
     """Draws for each network every run, and the differences to no attention with their intervals.
 
     Returns:
         A PNG.
     """
-    from utils.system.style import png, styled
-
-    tested = in_order(plan, by_variant(runs))
-    height = max(2.4, 0.36 * len(plan.variants) + 1.3)
-    with styled() as plt:
-        figure, axes = plt.subplots(
-            len(plan.networks),
-            2,
-            figsize=(9.2, height * len(plan.networks)),
-            layout="constrained",
-            squeeze=False,
-        )
+    tested = by_variant(plan, runs)
+    height = max(2.4, 0.36 * len(plan.variants) + 1.3) * len(plan.networks)
+    with _panels(plan, 2, height) as (figure, axes):
         for (left, right), network in zip(axes, plan.networks, strict=True):
             for i, variant in enumerate(plan.variants):
                 top1 = [run.test_top1 for run in tested[network, variant]]
                 left.plot(top1, [i] * len(top1), "o", color=GREY, markersize=5, alpha=0.7)
                 left.plot(statistics.fmean(top1), i, "D", color=MAIN)
             left.set(xlabel="Test top-1 (%)", title=f"{network}: ● one run   ◆ mean")
-            _draw_differences(right, plan, network, found)
-            right.set_title(f"difference to none, {plan.level:.0%} interval")
+            right.axvline(0, color=GREY, linewidth=1)
+            for c in made:
+                if (c.network, c.against) != (network, NONE):
+                    continue
+                i, mean = plan.variants.index(c.variant), c.difference.mean
+                reach = None if math.isnan(c.difference.low) else c.difference.high - mean
+                right.errorbar(mean, i, xerr=reach, fmt="D", color=MAIN, capsize=4)
+            title = f"difference to none, {plan.level:.0%} interval"
+            right.set(xlabel="Points of test top-1", title=title)
             for axis in (left, right):
                 axis.set_yticks(range(len(plan.variants)), [short(v) for v in plan.variants])
                 axis.set_ylim(len(plan.variants) - 0.4, -0.6)
         return png(figure, colours=256)
-
-
-def _draw_differences(axis: Any, plan: Plan, network: str, found: Sequence[Comparison]) -> None:
-    rows = [c for c in found if c.network == network and c.against == NONE]
-    axis.axvline(0, color=GREY, linewidth=1)
-    for comparison in rows:
-        i, difference = plan.variants.index(comparison.variant), comparison.difference
-        if math.isnan(difference.low):
-            axis.plot(difference.mean, i, "D", color=MAIN)
-        else:
-            reach = difference.high - difference.mean
-            axis.errorbar(difference.mean, i, xerr=reach, fmt="D", color=MAIN, capsize=4)
-    axis.set_xlabel("Points of test top-1")
 
 
 def draw_costs(plan: Plan, runs: Sequence[RunResult]) -> bytes:
@@ -538,20 +484,11 @@ def draw_costs(plan: Plan, runs: Sequence[RunResult]) -> bytes:
     Returns:
         A PNG.
     """
-    from utils.system.style import png, styled
-
-    tested = in_order(plan, by_variant(runs))
-    with styled() as plt:
-        figure, axes = plt.subplots(
-            len(plan.networks),
-            len(COSTS),
-            figsize=(9.2, 2.7 * len(plan.networks) + 0.5),
-            layout="constrained",
-            squeeze=False,
-            sharey="row",
-        )
+    tested = by_variant(plan, runs)
+    height = 2.7 * len(plan.networks) + 0.5
+    with _panels(plan, len(COSTS), height, sharey="row") as (figure, axes):
         for row, network in zip(axes, plan.networks, strict=True):
-            for axis, (attribute, words) in zip(row, COSTS, strict=True):
+            for axis, (attribute, label) in zip(row, COSTS, strict=True):
                 plain = _median(tested[network, NONE], attribute)
                 for i, variant in enumerate(plan.variants):
                     of_variant = tested[network, variant]
@@ -559,12 +496,20 @@ def draw_costs(plan: Plan, runs: Sequence[RunResult]) -> bytes:
                     top1 = statistics.fmean(run.test_top1 for run in of_variant)
                     colour, marker = CURVES[i % len(CURVES)], "oDs^vP"[i % 6]
                     axis.plot(more, top1, marker, color=colour, label=short(variant), ls="")
-                axis.set_xlabel(f"{words}: % above none")
+                axis.set_xlabel(f"{label}: % above none")
             row[0].set_ylabel("Test top-1 (%)")
             row[1].set_title(network)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
         return png(figure, colours=256)
+
+
+@contextmanager
+def _panels(plan: Plan, across: int, height: float, **shared: str) -> Iterator[tuple[Any, Any]]:
+    """Opens a figure with a row of `across` axes for each network."""
+    size = {"figsize": (9.2, height), "layout": "constrained", "squeeze": False}
+    with styled() as plt:
+        yield plt.subplots(len(plan.networks), across, **size, **shared)
 
 
 def _median(runs: Sequence[RunResult], attribute: str) -> float:
