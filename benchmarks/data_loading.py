@@ -55,34 +55,25 @@ def write_images(folder: Path, count: int) -> None:
         noise_photo(i).save(folder / "train" / "a" / f"{i:04d}.jpg", quality=88)
 
 
-class Textbook:
+def textbook_batches(folder: ImageFolder, size: int, keys: list) -> Callable[[], torch.Tensor]:
     """What torchvision's and the original's ImageNet scripts do for each image."""
+    transform = v1.Compose(
+        [
+            v1.RandomResizedCrop(size),
+            v1.RandomHorizontalFlip(),
+            v1.ToTensor(),
+            v1.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
 
-    def __init__(self, folder, size: int):
-        self.folder, self.transform = (
-            folder,
-            v1.Compose(
-                [
-                    v1.RandomResizedCrop(size),
-                    v1.RandomHorizontalFlip(),
-                    v1.ToTensor(),
-                    v1.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-                ]
-            ),
-        )
-
-    def batch(self, keys: list[tuple[int, int]]) -> torch.Tensor:
+    def batch() -> torch.Tensor:
         images = []
         for epoch, index in keys:
             torch.manual_seed(mix_seed(0, epoch, index))
-            image = Image.open(self.folder.path(index)).convert("RGB")
-            images.append(self.transform(image))
+            images.append(transform(Image.open(folder.path(index)).convert("RGB")))
         return torch.stack(images)
 
-
-def textbook_batches(folder: ImageFolder, size: int, keys: list) -> Callable[[], torch.Tensor]:
-    textbook = Textbook(folder, size)
-    return lambda: textbook.batch(keys)
+    return batch
 
 
 def main() -> None:
@@ -109,13 +100,8 @@ def main() -> None:
         times = side.interleave(variants, args.rounds, args.device)
 
     common = side.settings(args) | {"kilobytes_per_image": kilobytes}
-    pairs = [
-        (name, base)
-        for base in (BASE, AS_IT_IS)
-        if base in variants
-        for name in outputs
-        if name != base
-    ]
+    bases = [base for base in (BASE, AS_IT_IS) if base in variants]
+    pairs = [(name, base) for base in bases for name in outputs if name != base]
     rows = side.compare("data_loading", times, pairs, dict.fromkeys(variants, "uint8"), common)
     std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
     for row in rows:

@@ -13,6 +13,7 @@ a process of its own for each engine. The plain network by OpenVINO stands besid
 import side_by_side as side  # first: it puts the repository on the path
 
 # isort: split
+import copy
 import json
 import statistics
 import subprocess
@@ -21,23 +22,134 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import one_engine
+import textbook
 import torch
-from engine_files import PLAIN, Variant, base_name, prepare
 
 import models
-from models.weights import Network, network_from_checkpoint
+from models.inference import optimise_for_inference
+from models.weights import Network, describe_network, network_from_checkpoint
+from utils.inspection import export, int8
+from utils.inspection.predictions import find_images, read_batches
 from utils.runs import checkpoint as checkpoints
 from utils.runs.checkpoint import load
 from utils.system.errors import EXIT_FAILED, UserError, as_user_error
 from utils.system.faults import run_script
 from utils.system.text import columns
 
+NEEDS = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime")}
+NEEDS["openvino"] = (*NEEDS["onnxruntime"], "openvino")  # its int8 is onnxruntime's
+CALIBRATION = 64
+PLAIN = "plain network, OpenVINO float32"
+BASES = {"textbook": "textbook, eager", "eager": "ours, module by module"}  # by engine
 PAUSE = 0.02  # seconds
 OFF = 1e-3  # of the largest logit: float32 that is further off computes something else
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One engine with its file."""
+
+    engine: str
+    file: Path
+    dtype: str = "float32"
+
+
+def calibration_images(args: Namespace, size: int, crop: float) -> list[torch.Tensor]:
+    """Batches of one size, and a line on what they are.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    batch, count = (2, 4) if args.smoke else (16, CALIBRATION)
+    if not args.images:
+        print(f"int8: calibrated on {count} random images", flush=True)
+        return [torch.randn(batch, 3, size, size) for _ in range(count // batch)]
+    paths = find_images([args.images])[:count]
+    batch = min(batch, len(paths))
+    paths = paths[: len(paths) // batch * batch]
+    found = []
+    for read in read_batches(paths, size, crop, batch, torch.device("cpu"), 0):
+        if read.broken:
+            index, reason = read.broken[0]
+            raise UserError(f"{paths[index].decode(errors='replace')}: {reason}", EXIT_FAILED)
+        found.append(read.images)
+    print(f"int8: calibrated on {len(paths)} images of {args.images}", flush=True)
+    return found
+
+
+def exported(network: Network, size: int) -> bytes:
+    """An ONNX file as export.py writes it."""
+    network = copy.deepcopy(network).requires_grad_(False)
+    form = optimise_for_inference(network, torch.float32).network
+    side_length = max(size, 64)
+    graph = export.to_exported(form, (side_length, side_length + 32))
+    return export.to_onnx(graph, {"arch": network.arch, "precision": "float32"})
+
+
+def write(folder: Path, name: str, onnx_file: bytes, openvino: bool) -> None:
+    (folder / f"{name}.onnx").write_bytes(onnx_file)
+    if openvino:
+        xml, weights = export.to_openvino(onnx_file, {})
+        (folder / f"{name}.xml").write_bytes(xml)
+        (folder / f"{name}.bin").write_bytes(weights)
+
+
+def prepare(
+    network: Network, size: int, crop: float, args: Namespace, folder: Path
+) -> dict[str, Variant]:
+    """Writes the files of each engine, and says which engines are left out."""
+    ours = folder / "ours.pth"
+    torch.save({"format": 1, **describe_network(network), "state_dict": network.state_dict()}, ours)
+    base = base_engine(network)
+    made = {BASES[base]: Variant(base, ours)}
+    made["ours, --fast"] = Variant("fast", ours)
+    if not (args.no_compile or args.smoke):
+        made["ours, compiled"] = Variant("compiled", ours)
+    there = []
+    for engine, packages in NEEDS.items():
+        if lacking := [package for package in packages if find_spec(package) is None]:
+            print(
+                f"{engine} is left out: {', '.join(lacking)} not installed "
+                "(pip install -r requirements-export.txt)",
+                flush=True,
+            )
+        else:
+            there.append(engine)
+    if not there:
+        return made
+    float_file = exported(network, size)
+    write(folder, "float32", float_file, "openvino" in there)
+    int8_file = int8.quantise(float_file, calibration_images(args, size, crop))
+    write(folder, "int8", int8_file, "openvino" in there)
+    for engine, shown, ending in (
+        ("onnxruntime", "onnxruntime", "onnx"),
+        ("openvino", "OpenVINO", "xml"),
+    ):
+        for dtype in ("float32", "int8") if engine in there else ():
+            made[f"{shown} {dtype}"] = Variant(engine, folder / f"{dtype}.{ending}", dtype)
+    plain = network.arch.removeprefix("eca_")
+    if "openvino" in there and plain != network.arch and plain in models.MODELS:
+        other = models.create_model(plain, num_classes=network.num_classes).eval()
+        write(folder, "plain", exported(other, size), openvino=True)
+        made[PLAIN] = Variant("openvino", folder / "plain.xml")
+    return made
+
+
+def base_engine(network: Network) -> str:
+    """The textbook form, where the network has one: the released kernel sizes, and ECA."""
+    build = textbook.OF_OURS.get(network.arch)
+    if build is None or network.attention != "eca":
+        return "eager"
+    with torch.device("meta"):
+        theirs = build(num_classes=network.num_classes)
+    shapes = [[tuple(v.shape) for v in n.state_dict().values()] for n in (theirs, network)]
+    return "textbook" if shapes[0] == shapes[1] else "eager"
 
 
 def networks(args: Namespace) -> Iterator[tuple[Network, int, float]]:
@@ -91,7 +203,7 @@ def pairs_of(variants: Mapping[str, Variant], base: str) -> list[tuple[str, str]
 
 def measure(network: Network, size: int, crop: float, args: Namespace, batches: list[int]):
     """The rows of one network, and tables of them."""
-    rows, base = [], base_name(network)
+    rows, base = [], BASES[base_engine(network)]
     with tempfile.TemporaryDirectory() as folder:
         variants = prepare(network, size, crop, args, Path(folder))
         own = {name: alone(v, size, batches) for name, v in variants.items()}

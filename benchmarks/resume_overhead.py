@@ -8,25 +8,21 @@ Orders are those of ImageNet's 1,281,167 training images. Checkpoints are writte
 would write them (--folder, by default the temporary folder), flushed to the disk.
 """
 
+import side_by_side as side  # first: it puts the repository on the path
+
+# isort: split
 import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' own packages
-
 import torch
 from torch.utils.data import BatchSampler, RandomSampler
 
 import models
-from utils.command_line.parser import Parser
 from utils.config.classification import lr_at
-from utils.config.flags import positive_int
 from utils.data.sampler import SeededBatches, mix_seed
 from utils.runs import checkpoint
 from utils.runs.checkpoint import CheckpointFolder
@@ -42,18 +38,14 @@ IMAGES = 1_281_167
 CPU = torch.device("cpu")
 
 
-def main() -> int:
-    parser = Parser(description=__doc__)
+def main() -> None:
+    parser = side.make_parser(__doc__, batch=(16, 16), rounds=7)
     parser.add_argument("--arch", default="eca_resnet50")
-    parser.add_argument("--batch", type=positive_int, default=16)
-    parser.add_argument("--img-size", type=positive_int, default=224)
-    parser.add_argument("--rounds", type=positive_int, default=7)
     parser.add_argument("--folder", type=Path, help="where checkpoints are written")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--smoke", action="store_true", help="tiny and short: does it run?")
-    args = parser.parse_args()
+    parser.set_defaults(device="cpu")
+    args = side.settle(parser.parse_args())
     if args.smoke:
-        args.arch, args.batch, args.img_size, args.rounds = "mobilenetv2", 2, 64, 1
+        args.arch = "mobilenetv2"
     images = 1000 if args.smoke else IMAGES
     torch.manual_seed(0)
     state = new_state(args.arch)
@@ -73,7 +65,7 @@ def main() -> int:
         "arch": args.arch,
         "batch": args.batch,
         "img_size": args.img_size,
-        "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "device": side.device_name(CPU),
         "torch": str(torch.__version__),
         "step_s": step,
         "parts_s": parts,
@@ -87,9 +79,7 @@ def main() -> int:
     }
     show(report)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
 
 
 def median(function: Callable[[], object], rounds: int, repeat: int) -> float:
@@ -173,14 +163,6 @@ def checkpoints(state: TrainingState, folder: Path, rounds: int) -> tuple[float,
     if not checkpoint.is_whole(files.last):
         raise UserError(f"{files.last}: is not whole")
     return seconds, files.last.stat().st_size
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or f"{os.cpu_count()} cores"
 
 
 def show(report: dict[str, object]) -> None:

@@ -23,6 +23,11 @@ sys.path.insert(0, str(ROOT))  # the scripts' own packages
 import torch  # noqa: E402
 import torchvision  # noqa: E402
 
+try:
+    import timm
+except ImportError:
+    timm = None
+
 from utils.command_line.parser import Parser  # noqa: E402
 from utils.config.flags import positive_int  # noqa: E402
 from utils.system import distributed  # noqa: E402
@@ -57,27 +62,19 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not cpu or cuda")
     args.device = distributed.setup(name).device
-    if args.json:
-        _see_to(args.json)
+    if args.json:  # not after minutes of measuring
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.open("a").close()
+        except OSError as error:
+            raise UserError(
+                f"--json {args.json}: {error.strerror}; give another file", EXIT_FAILED
+            ) from None
     if args.smoke:
         args.rounds, args.img_size, args.batch = 1, 32, 2
     args.batch = args.batch or args.batch_of_device[args.device.type == "cuda"]
     configure(False, args.device)  # as a training run, for every variant
     return args
-
-
-def _see_to(file: Path) -> None:
-    """Not after minutes of measuring."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not file.exists()
-        file.open("a").close()
-        if is_new:
-            file.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--json {file}: {error.strerror}; give another file", EXIT_FAILED
-        ) from None
 
 
 def bfloat16_is_native(device: torch.device) -> bool:
@@ -146,34 +143,25 @@ def device_name(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def settings(args: argparse.Namespace) -> dict[str, object]:
     """What every row carries about where it was measured."""
-    found = {
+    try:
+        command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
         "device": device_name(args.device),
         "batch": args.batch,
         "img_size": args.img_size,
         "rounds": args.rounds,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
+        "timm": timm.__version__ if timm else None,
         "python": platform.python_version(),
         "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit,
     }
-    try:
-        import timm
-
-        found["timm"] = timm.__version__
-    except ImportError:
-        found["timm"] = None
-    return found
 
 
 def compare(

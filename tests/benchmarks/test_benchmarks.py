@@ -209,12 +209,12 @@ def test_deployment_leaves_out_what_is_not_installed(monkeypatch, tmp_path, caps
     import models
 
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import engine_files
+    import deployment
 
-    monkeypatch.setattr(engine_files, "find_spec", lambda name: None)
+    monkeypatch.setattr(deployment, "find_spec", lambda name: None)
     args = Namespace(no_compile=False, smoke=True, images=None)
     network = models.create_model("eca_mobilenetv2", num_classes=3).eval()
-    made = engine_files.prepare(network, 32, 0.875, args, tmp_path)
+    made = deployment.prepare(network, 32, 0.875, args, tmp_path)
     assert list(made) == ["textbook, eager", "ours, --fast"]
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith(
@@ -224,22 +224,22 @@ def test_deployment_leaves_out_what_is_not_installed(monkeypatch, tmp_path, caps
     # No textbook form of other kernel sizes, or of another attention.
     for arch, others in (("eca_resnet18", {"ksize": "3333"}), ("se_resnet18", {})):
         network = models.create_model(arch, num_classes=3, **others)
-        assert engine_files.base_name(network) == "ours, module by module"
+        assert deployment.base_engine(network) == "eager"
 
 
 def test_deployment_calibrates_on_a_users_images(monkeypatch, photos, capsys):
     from argparse import Namespace
 
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import engine_files
+    import deployment
 
     args = Namespace(smoke=True, images=str(photos / "cat"))
-    (batch,) = engine_files.calibration_images(args, 32, 0.875)
+    (batch,) = deployment.calibration_images(args, 32, 0.875)
     assert batch.shape == (2, 3, 32, 32)
     assert capsys.readouterr().out.startswith("int8: calibrated on 2 images of ")
     args.images = str(photos)
     with pytest.raises(UserError, match=r"bad\.png: not an image"):
-        engine_files.calibration_images(args, 32, 0.875)
+        deployment.calibration_images(args, 32, 0.875)
 
 
 def test_deployment_runs_on_the_cpu_alone():
