@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from models.detection.detectors import FIRST_LABEL, detector_from_checkpoint
+from models.detection.detectors import FIRST_LABEL
 from utils.command_line.detection import notes_on, read_command_line
 from utils.config.detection import AUTO, DetectionConfig, DetectionRecipe
 from utils.data import demo_shapes
@@ -32,7 +32,6 @@ from utils.runs.resume import Start
 from utils.runs.writer import RunFiles
 from utils.system import backends, distributed
 from utils.system.distributed import Context, Votes
-from utils.system.errors import as_user_error
 from utils.system.faults import run_script
 from utils.system.files import check_new_file
 from utils.system.signals import StopRequest
@@ -81,7 +80,7 @@ def train(config: DetectionConfig, start: Start, context: Context, stop: StopReq
     lines.append(detection.recipe_line(recipe, auto=config.recipe.lr == AUTO))
     lines += notes_on(recipe, len(data.train) // recipe.batch_size)
     context.say(*data.lines, *lines)
-    state = detector.begin_state(network, config, start.saved, context)
+    state = detector.begin_state(network, config, start.run, context)
     if state.epoch >= recipe.epochs:  # no fault: a scheduler may start a finished run once more
         context.say(f"{all_epochs(recipe.epochs)} done: give more with --epochs")
         return 0
@@ -156,8 +155,7 @@ def evaluate_checkpoint(config: DetectionConfig, saved: Checkpoint, context: Con
     check_new_file(config.run.results_json)
     check_new_file(config.run.picture)
     sizes = {name: config.typed[name] for name in ("min_size", "max_size") if name in config.typed}
-    with as_user_error(f"{saved.file}: "):
-        network = detector_from_checkpoint(saved.contents, **sizes)
+    network = saved.detector(**sizes)
     paths = paths_of("val", config.data, demo_shapes.find_root(str(config.data.data), context))
     masks = network.arch == "mask_rcnn"
     val = ValidationSet(paths, masks, list(saved.classes or ()), str(saved.file))

@@ -20,7 +20,7 @@ from torch import nn
 
 from models.inference import optimise_for_inference
 from models.inspection import COARSEST
-from models.weights import Network, describe_network, network_from_checkpoint
+from models.weights import Network, describe_network
 from utils.command_line.prediction_and_export import (
     TRACED,
     export_parser,
@@ -34,9 +34,9 @@ from utils.inspection import export as formats
 from utils.inspection import int8
 from utils.inspection.exported_network import run_onnx, run_openvino
 from utils.inspection.predictions import class_table
-from utils.runs import checkpoint as checkpoints
 from utils.runs import foreign_files
-from utils.system.errors import EXIT_FAILED, UserError, as_user_error
+from utils.runs.checkpoint import Checkpoint
+from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.faults import run_script
 from utils.system.files import check_writable, write_atomically
 from utils.training.classifier import network_line
@@ -54,18 +54,17 @@ def main() -> None:
     args = settle_export(Namespace(**vars(typed)))
     formats.check_packages(args.to, int8=args.int8 is not None)
     source = Path(args.checkpoint)
-    checkpoint = checkpoints.load(source)
-    if checkpoints.is_detector(checkpoint):
+    checkpoint = Checkpoint.read(source)
+    if checkpoint.is_detector:
         refuse_for_detector(typed)
         write_detector(source, checkpoint, args.output)
         return
     targets = target_files(source, args.output, args.to, args.int8 is not None)
-    with as_user_error(f"{source}: "):
-        network = network_from_checkpoint(checkpoint).eval().requires_grad_(False)
-    img_size, crop_pct = checkpoints.preprocessing(checkpoint, args.img_size)
+    network = checkpoint.network().eval().requires_grad_(False)
+    img_size, crop_pct = checkpoint.preprocessing(args.img_size)
     metadata = {
         **describe_network(network),
-        "classes": list(checkpoint.get("classes") or ()),
+        "classes": list(checkpoint.classes or ()),
         "img_size": img_size,
         "crop_pct": crop_pct,
         "mean": IMAGENET_MEAN,
@@ -76,7 +75,7 @@ def main() -> None:
     if args.int8 is not None:  # before the minutes of tracing
         data = int8.open_data(args.int8, metadata["classes"], network.num_classes)
     # Only a graph is evaluated again without its checkpoint (main.py -e), which would know this.
-    decoder = (checkpoint.get("args") or {}).get("decoder")
+    decoder = checkpoint.flags.get("decoder")
     graphs = {**metadata, "decoder": decoder if decoder in DECODERS else DECODERS[0]}
     print(network_line(network), flush=True)
     form = network
@@ -103,7 +102,7 @@ def main() -> None:
         write(files, contents, note)
 
 
-def write_detector(source: Path, checkpoint: Mapping[str, object], output: str | None) -> None:
+def write_detector(source: Path, checkpoint: Checkpoint, output: str | None) -> None:
     """Writes a detector as ONNX, compared with the network on images of several sizes.
 
     Raises:
@@ -112,12 +111,10 @@ def write_detector(source: Path, checkpoint: Mapping[str, object], output: str |
     from models.detection.detectors import (  # torchvision is slow to import
         FIRST_LABEL,
         describe_detector,
-        detector_from_checkpoint,
     )
 
     files = target_files(source, output, ("onnx",), in_int8=False)["onnx"]
-    with as_user_error(f"{source}: "):
-        network = detector_from_checkpoint(checkpoint)
+    network = checkpoint.detector()
     description = describe_detector(network)
     if description["model_kwargs"]["legacy"]:
         raise UserError(

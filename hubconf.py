@@ -24,7 +24,7 @@ from models import create_model as _create_model
 from models.start import first_network as _first_network
 from models.weights import describe_weights as _describe_weights
 from models.weights import find_state_dict as _find_state_dict
-from utils.runs import checkpoint as _checkpoint
+from utils.runs.checkpoint import Checkpoint as _Checkpoint
 from utils.system.errors import UserError as _UserError
 
 dependencies = ["torch"]
@@ -64,7 +64,7 @@ def _entry(name: str) -> _Callable[..., _torch.nn.Module]:
         is_url = _urlsplit(str(weights)).scheme in _SCHEMES
         path = _downloaded(str(weights)) if is_url else _Path(weights)
         try:
-            saved = _checkpoint.load(path)
+            saved = _Checkpoint.read(path).contents
         except _UserError as error:
             raise ValueError(str(error)) from None
         try:

@@ -19,7 +19,6 @@ from functools import partial
 import torch
 
 import models
-from models import weights
 from utils.command_line.classification import ExportedFile, read_command_line
 from utils.config.classification import Config, Recipe
 from utils.data import demo_sets
@@ -31,7 +30,6 @@ from utils.runs.resume import Start
 from utils.runs.writer import RunFiles
 from utils.system import backends, distributed
 from utils.system.distributed import Context, Votes
-from utils.system.errors import as_user_error
 from utils.system.faults import run_script
 from utils.system.signals import StopRequest
 from utils.training import classification, classifier
@@ -98,7 +96,7 @@ def train(config: Config, start: Start, context: Context, stop: StopRequest) -> 
     torch.manual_seed(seed)
     network, lines = classifier.build_network(config, start, data.classes, context)
     context.say(*data.lines(), *lines, *start.notes)
-    state = classifier.begin_state(network, config, start.saved, context)
+    state = classifier.begin_state(network, config, start.run, context)
     if reason := classification.why_ended(state, recipe):
         context.say(reason, *evaluation.how_to_report(config, start))
         return 0
@@ -166,10 +164,9 @@ def evaluate_checkpoint(config: Config, saved: Checkpoint, context: Context) -> 
     flags = config.network
     backends.configure(False, context.device)
     if isinstance(saved, ExportedFile):
-        network, lines = saved.network, [saved.network.describe(), *saved.how_it_runs(context)]
+        network, lines = saved.engine, [saved.engine.describe(), *saved.how_it_runs(context)]
     else:
-        with as_user_error(f"{saved.file}: "):
-            network = weights.network_from_checkpoint(saved.contents)
+        network = saved.network()
         lines = [
             classifier.network_line(network),
             *classifier.how_it_runs(network, flags, context),

@@ -22,7 +22,6 @@ from torch import nn
 
 from models.inference import optimise_for_inference
 from models.inspection import COARSEST, feature_maps, grad_cam
-from models.weights import network_from_checkpoint
 from utils.command_line.prediction_and_export import (
     prediction_parser,
     refuse_for_exported,
@@ -47,10 +46,10 @@ from utils.inspection.predictions import (
     read_batches,
 )
 from utils.runs import folder as run_folder
-from utils.runs.checkpoint import class_names, is_detector, load, preprocessing
+from utils.runs.checkpoint import Checkpoint
 from utils.system import backends, distributed
 from utils.system.backends import DTYPES
-from utils.system.errors import EXIT_FAILED, UserError, as_user_error
+from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.faults import run_script
 from utils.system.files import check_free, write_atomically
 from utils.system.processes import default_workers
@@ -72,18 +71,17 @@ def main() -> int:
     if exported:
         refuse_for_exported(vars(args))
         network = load_exported(args.checkpoint)
-        saved, args.device = network.metadata, "cpu"
+        saved = Checkpoint.of_fields(Path(args.checkpoint), network.metadata)
+        args.device = "cpu"
     else:
-        network, saved = None, load(args.checkpoint)
-    finds_objects = isinstance(network, ExportedDetector) or is_detector(saved)
-    args = Namespace(**settle_prediction(vars(args), finds_objects))
-    if finds_objects:
+        network, saved = None, Checkpoint.read(Path(args.checkpoint))
+    args = Namespace(**settle_prediction(vars(args), saved.is_detector))
+    if saved.is_detector:
         return predict_objects(args, saved, paths, network)
     if not exported:
-        with as_user_error(f"{args.checkpoint}: "):
-            network = network_from_checkpoint(saved)
-    names = class_names(saved, network.num_classes, args.names)
-    img_size, crop_pct = preprocessing(saved, args.img_size, args.crop_pct)
+        network = saved.network()
+    names = saved.class_names(network.num_classes, args.names)
+    img_size, crop_pct = saved.preprocessing(args.img_size, args.crop_pct)
     stage = map_stage(network, img_size, args.map_stage) if args.maps else None
     device = distributed.setup(args.device).device
     backends.configure(False, device)
@@ -124,17 +122,16 @@ def main() -> int:
 
 
 def predict_objects(
-    args: Namespace, saved: dict, paths: Sequence[bytes], exported: ExportedDetector | None
+    args: Namespace, saved: Checkpoint, paths: Sequence[bytes], exported: ExportedDetector | None
 ) -> int:
     """Runs a detector over the images, and draws on each what was found in it."""
-    from models.detection.detectors import FIRST_LABEL, detector_from_checkpoint
+    from models.detection.detectors import FIRST_LABEL
     from utils.inspection import pictures  # matplotlib is slow to import
 
     if exported is not None:
         network, first_label = exported, exported.first_label
     else:
-        with as_user_error(f"{args.checkpoint}: "):
-            network = detector_from_checkpoint(saved).eval()
+        network = saved.detector().eval()
         first_label = FIRST_LABEL[network.arch]
     names, ids = class_table(saved, network.num_classes - first_label)
     device = distributed.setup(args.device).device

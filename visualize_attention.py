@@ -9,13 +9,13 @@ examples:
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from models.inspection import attention_layers, recorded_gates
-from models.weights import network_from_checkpoint
 from utils.command_line.parser import Parser
 from utils.config.flags import count, crop, positive_int
 from utils.data import demo_sets, image_folder, shards
@@ -25,9 +25,9 @@ from utils.inspection import channel_weights
 from utils.inspection.channel_weights import GateStatistics, LayerWeights, table, write_npz
 from utils.inspection.predictions import read_batches
 from utils.runs import folder as run_folder
-from utils.runs.checkpoint import load, preprocessing, refuse_detector
+from utils.runs.checkpoint import Checkpoint
 from utils.system import distributed
-from utils.system.errors import EXIT_FAILED, UserError, as_user_error
+from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.faults import run_script
 from utils.system.files import check_free, write_atomically
 from utils.system.processes import default_workers
@@ -91,10 +91,9 @@ def build_parser() -> Parser:
 def main() -> int:
     args = build_parser().parse_args()
     check_free(args.output)
-    saved = load(args.checkpoint)
-    refuse_detector(saved, args.checkpoint)
-    with as_user_error(f"{args.checkpoint}: "):
-        network = network_from_checkpoint(saved)
+    saved = Checkpoint.read(Path(args.checkpoint))
+    saved.refuse_detector()
+    network = saved.network()
     if not attention_layers(network):
         raise UserError(
             f"{args.checkpoint}: {network.arch} has no attention layers to look at; give a "
@@ -103,7 +102,7 @@ def main() -> int:
     on_demo = demo_sets.is_demo(args.data)
     images = only(open_images(args.data, on_demo), args.per_class)
     shown = chosen_classes(images.classes, args.curves)
-    img_size, crop_pct = preprocessing(saved, args.img_size, args.crop_pct)
+    img_size, crop_pct = saved.preprocessing(args.img_size, args.crop_pct)
     device = distributed.setup(args.device).device
     network.to(device).eval().requires_grad_(False)
     print(network_line(network), *image_folder.describe(images, "images"), sep="\n", flush=True)

@@ -33,12 +33,11 @@ import torch
 
 import models
 from models.inference import optimise_for_inference
-from models.weights import Network, describe_network, network_from_checkpoint
+from models.weights import Network, describe_network
 from utils.inspection import export, int8
 from utils.inspection.predictions import find_images, read_batches
-from utils.runs import checkpoint as checkpoints
-from utils.runs.checkpoint import load
-from utils.system.errors import EXIT_FAILED, UserError, as_user_error
+from utils.runs.checkpoint import Checkpoint
+from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.faults import run_script
 from utils.system.text import columns
 
@@ -155,11 +154,10 @@ def base_engine(network: Network) -> str:
 def networks(args: Namespace) -> Iterator[tuple[Network, int, float]]:
     """Each network with its image size and crop."""
     if args.checkpoint:
-        saved = load(args.checkpoint)
-        checkpoints.refuse_detector(saved, args.checkpoint)
-        with as_user_error(f"{args.checkpoint}: "):
-            network = network_from_checkpoint(saved)
-        size, crop = checkpoints.preprocessing(saved)
+        saved = Checkpoint.read(Path(args.checkpoint))
+        saved.refuse_detector()
+        network = saved.network()
+        size, crop = saved.preprocessing()
         yield network.eval(), args.img_size if args.smoke else size, crop
         return
     for name in ("resnet50", "mobilenetv2"):

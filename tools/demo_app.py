@@ -23,16 +23,15 @@ import torch
 from PIL import Image
 
 from models.inspection import attention_layers, recorded_gates
-from models.weights import network_from_checkpoint
 from predict import classify, map_stage
 from utils.command_line.parser import Parser
 from utils.config.flags import number
 from utils.data.decoding import read_image
 from utils.inspection.channel_weights import GateStatistics, draw_one_image
 from utils.inspection.predictions import class_table, find_objects, picture, read_batches
-from utils.runs.checkpoint import class_names, is_detector, load, preprocessing
+from utils.runs.checkpoint import Checkpoint
 from utils.system import backends, distributed
-from utils.system.errors import EXIT_FAILED, EXIT_STOPPED, UserError, as_user_error, require
+from utils.system.errors import EXIT_FAILED, EXIT_STOPPED, UserError, require
 from utils.system.faults import run_script
 from utils.system.text import printable
 from utils.training.classifier import network_line
@@ -79,25 +78,24 @@ def open_checkpoint(
     Raises:
         UserError: no such file, or no network in it. `show` raises it where the file is no image.
     """
-    saved, where = load(file), distributed.setup(device).device
-    with as_user_error(f"{file}: "):
-        if is_detector(saved):
-            from models.detection.detectors import FIRST_LABEL, detector_from_checkpoint
+    saved, where = Checkpoint.read(Path(file)), distributed.setup(device).device
+    if saved.is_detector:
+        from models.detection.detectors import FIRST_LABEL
 
-            if names is not None:
-                raise UserError(f"--names is for classifiers, and {file} holds a detector")
-            backends.configure(False, where, one_shape=False)
-            detector = detector_from_checkpoint(saved).to(where).eval()
-            first = FIRST_LABEL[detector.arch]
-            classes, _ = class_table(saved, detector.num_classes - first)
-            about = f"{detector.arch} on {detector.backbone_arch}, {len(classes)} classes"
-            return about, partial(_show_objects, detector, classes, first, where), True
-        backends.configure(False, where)
-        network = network_from_checkpoint(saved).to(where).eval().requires_grad_(False)
-    known = class_names(saved, network.num_classes, names)
+        if names is not None:
+            raise UserError(f"--names is for classifiers, and {file} holds a detector")
+        backends.configure(False, where, one_shape=False)
+        detector = saved.detector().to(where).eval()
+        first = FIRST_LABEL[detector.arch]
+        classes, _ = class_table(saved, detector.num_classes - first)
+        about = f"{detector.arch} on {detector.backbone_arch}, {len(classes)} classes"
+        return about, partial(_show_objects, detector, classes, first, where), True
+    backends.configure(False, where)
+    network = saved.network().to(where).eval().requires_grad_(False)
+    known = saved.class_names(network.num_classes, names)
     times = Counter(known)
     known = [f"{n} (class {i})" if times[n] > 1 else n for i, n in enumerate(known)]
-    size = preprocessing(saved)
+    size = saved.preprocessing()
     stage = map_stage(network, size[0], None)
     about = f"{network_line(network)}; {size[0]} pixels, evidence by Grad-CAM on {stage}"
     return about, partial(_show_classes, network, known, size, stage, where), False

@@ -216,7 +216,8 @@ def _precisions(folder: Path) -> Part:
         newest = checkpoint.CheckpointFolder(folder).newest_good(best_first=True)
     except UserError as error:
         return {"text": str(error)}
-    summaries = newest[1]["progress"]["best"].get("summaries", {}) if newest else {}
+    run = newest[0].run if newest else None
+    summaries = run.progress.best.get("summaries", {}) if run else {}
     by_class = {kind: summary["per_class"] for kind, summary in summaries.items()}
     names = dict.fromkeys(name for values in by_class.values() for name in values)
     rows = [[name, *(_figure(100 * v.get(name, -1)) for v in by_class.values())] for name in names]

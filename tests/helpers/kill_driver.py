@@ -118,9 +118,8 @@ def steps_done(folder: Path, in_all: int) -> int | None:
     newest = checkpoint.CheckpointFolder(folder).newest_good()
     if newest is None:
         return None
-    saved = newest[1]
-    place = saved["progress"]
-    return place["epoch"] * (in_all // saved["recipe"]["epochs"]) + place["step"]
+    run = newest[0].run
+    return run.epoch * (in_all // run.recipe["epochs"]) + run.step
 
 
 def run() -> None:

@@ -1,9 +1,12 @@
 """A run's checkpoint with tensors of a few numbers: whole in form, of no network."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from utils.runs.checkpoint import Checkpoint, SavedRun
 
 RECIPE = {
     "arch": "mobilenetv2",
@@ -54,3 +57,11 @@ RUN = {
 def tiny_run(**changes: Any) -> dict[str, Any]:
     """The contents of a classifier's run with some fields replaced."""
     return {**copy.deepcopy(RUN), **changes}
+
+
+def run_of(snapshot: dict[str, Any]) -> SavedRun:
+    """The run that a state's snapshot is saved as, as whoever goes on with it reads it."""
+    around = {name: RUN[name] for name in ("format", "recipe", "args", "seed", "train_images")}
+    run = Checkpoint.of(Path("last.pth"), {**around, "classes": [], **snapshot}).run
+    assert run is not None
+    return run

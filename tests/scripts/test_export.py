@@ -9,9 +9,9 @@ from helpers.classifier_checkpoints import write_checkpoint
 from torch import nn
 
 import predict
-from models import weights
 from utils.inspection import export as formats
-from utils.runs import checkpoint, foreign_files
+from utils.runs import foreign_files
+from utils.runs.checkpoint import Checkpoint
 from utils.system.errors import UserError
 
 
@@ -51,10 +51,10 @@ def test_all_formats(export_cli, tmp_path, monkeypatch):
         torch.testing.assert_close(program.module()(x), y, rtol=1e-4, atol=1e-4)
 
     # safetensors hold the checkpoint's own tensors, and make a checkpoint again.
-    loaded = checkpoint.load(tmp_path / "best.safetensors")
-    again = weights.network_from_checkpoint(loaded)
+    loaded = Checkpoint.read(tmp_path / "best.safetensors")
+    again = loaded.network()
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items())
-    assert checkpoint.preprocessing(loaded) == (48, 0.9)
+    assert loaded.preprocessing() == (48, 0.9)
     (tmp_path / "x.ppm").write_bytes(b"P6 2 2 255 " + bytes(range(12)))
     one, two = (
         export_cli(ckpt, "x.ppm", main=predict.main) for ckpt in ("best.pth", "best.safetensors")

@@ -6,7 +6,6 @@ that goes on, the flag itself.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,32 +119,23 @@ def make_config(recipe: Recipe, values: Mapping[str, Any], typed: Mapping[str, A
     return Config(recipe, data, network, run, typed)
 
 
-@dataclass(frozen=True)
-class ExportedFile(Checkpoint):
+class ExportedFile(Checkpoint, frozen=True, kw_only=True):
     """Holds a file of export.py, as a checkpoint without a run whose network is made already.
 
     Args:
-        network: runs the file by its engine.
+        engine: what runs the file.
     """
 
-    network: ExportedNetwork
+    engine: ExportedNetwork
 
     @classmethod
     def load(cls, file: Path) -> "ExportedFile":
         """Reads a file; see `load_classifier` for what it refuses."""
-        network = load_classifier(file)
-        fields: dict[str, Any] = network.metadata
-        return cls(
-            file=file,
-            # What `models.start.refuse_another` compares the flags with.
-            contents={"format": 1, "ksize": None, "attention": None, **fields},
-            classes=tuple(fields["classes"]) or None,
-            img_size=fields["img_size"],
-            crop_pct=fields["crop_pct"],
-            is_detector=False,
-            run=None,
-            network=network,
-        )
+        engine = load_classifier(file)
+        # `models.start.refuse_another` compares the flags with the first two.
+        fields = {"ksize": None, "attention": None, **engine.metadata}
+        fields["classes"] = fields["classes"] or None
+        return cls.of_fields(file, fields, engine=engine)
 
     def how_it_runs(self, context: Context) -> list[str]:
         """Says on which device the file runs, and in which precision."""

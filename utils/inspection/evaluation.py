@@ -117,7 +117,7 @@ def report_run(
     if run.folder is not None:
         file = run.checkpoints.last if run.lacks_best() else run.checkpoints.best
         source = str(file)
-        state.evaluated.load_state_dict(Checkpoint.read(file).contents["state_dict"])
+        state.evaluated.load_state_dict(Checkpoint.read(file).state_dict)
     distributed.broadcast_state(state.evaluated)
     meter = ReportMeter(context.device)
     progress = evaluation_progress(

@@ -36,6 +36,7 @@ from utils.inspection.exported_network import (
     onnx_session,
     openvino_core,
 )
+from utils.runs.checkpoint import Checkpoint
 from utils.system.errors import EXIT_FAILED, UserError, require
 
 NEEDS = {
@@ -246,7 +247,7 @@ def largest_difference(
 
 
 def hugging_face_texts(
-    network: nn.Module, checkpoint: Mapping[str, Any], metadata: Mapping[str, Any]
+    network: nn.Module, checkpoint: Checkpoint, metadata: Mapping[str, Any]
 ) -> tuple[bytes, bytes]:
     """Returns config.json, the fields that build the network and prepare its images, and README.md.
 
@@ -257,9 +258,9 @@ def hugging_face_texts(
     # In ASCII: the name of a class folder may be bytes that are no text, and comes back as it is.
     config = (json.dumps(fields, indent=2) + "\n").encode()
     figures = "The file that this folder was made from holds no figures of these weights."
-    progress, history = checkpoint.get("progress") or {}, checkpoint.get("history") or ()
-    row = history[-1] if history and progress.get("step") == 0 else {}
-    if {"val_top1", "val_top5"} <= row.keys() and row["epoch"] + 1 == progress.get("epoch"):
+    run = checkpoint.run
+    row = run.history[-1] if run and run.history and run.step == 0 else {}
+    if run and {"val_top1", "val_top5"} <= row.keys() and row["epoch"] + 1 == run.epoch:
         figures = (
             f"Top-1 {row['val_top1']:.2f} %, top-5 {row['val_top5']:.2f} % on the run's own "
             f"validation images, after epoch {row['epoch'] + 1:g}. The checkpoint does not say "

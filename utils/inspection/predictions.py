@@ -32,6 +32,7 @@ from utils.data.image_folder import is_passed_over
 from utils.data.loader import device_batches, leave_broken_connections_unsaid
 from utils.data.transforms import eval_transform
 from utils.inspection.drawing import draw, enlarge
+from utils.runs.checkpoint import Checkpoint
 from utils.system.errors import UserError
 from utils.system.faults import is_out_of_memory
 from utils.system.files import write_atomically
@@ -401,14 +402,14 @@ class CocoDocument:
         write_atomically(folder / "detections.csv", self.csv().encode())
 
 
-def class_table(saved: dict, classes: int) -> tuple[list[str], list[int]]:
+def class_table(saved: Checkpoint, classes: int) -> tuple[list[str], list[int]]:
     """Returns names and category ids of a detector's checkpoint.
 
     Raises:
         UserError: it does not name each of its classes.
     """
-    names = [printable(name) for name in saved.get("classes") or ()]
-    ids = list(saved.get("category_ids") or range(1, len(names) + 1))
+    names = [printable(name) for name in saved.classes or ()]
+    ids = list(saved.category_ids or range(1, len(names) + 1))
     if not len(names) == len(ids) == classes:
         raise UserError(
             f"the checkpoint names {len(names)} of its detector's {classes} classes; give one that "

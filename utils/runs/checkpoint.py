@@ -12,7 +12,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,9 +20,9 @@ import torch
 from msgspec import Meta, Struct
 from torch import Tensor
 
+from models.weights import FORMAT, Network, network_from_checkpoint
 from utils.runs import foreign_files
-from utils.runs.foreign_files import FORMAT
-from utils.system.errors import UserError
+from utils.system.errors import UserError, as_user_error
 from utils.system.files import read_text, remove_leftovers, write_atomically
 from utils.system.text import printable
 
@@ -44,7 +43,7 @@ Scalar = bool | Whole | float | str | None
 Plain1 = Scalar | list[Scalar] | dict[str, Scalar]
 Plain2 = Scalar | list[Plain1] | dict[str, Plain1]
 Plains = dict[str, Scalar | list[Plain2] | dict[str, Plain2]]
-Kind = TypeVar("Kind", bound=Struct)
+Kind = TypeVar("Kind", bound="Checkpoint")
 
 
 class CorruptCheckpointError(UserError):
@@ -56,11 +55,13 @@ class Group(Struct, frozen=True):
 
     lr: Rate
     params: list[Count]
-    step: Any = 0  # LAMB's, a number or a tensor
+    step: Any = None  # LAMB's, a number or a tensor
 
     def __post_init__(self) -> None:
         step = self.step
-        if not (isinstance(step, int) or (isinstance(step, Tensor) and step.numel() == 1)):
+        if not isinstance(step, int | None) and not (
+            isinstance(step, Tensor) and step.numel() == 1
+        ):
             raise ValueError("its step is no number")
 
 
@@ -95,19 +96,40 @@ class Progress(Struct, frozen=True):
 
 
 class Row(Struct, frozen=True):
-    """Holds the number of a finished epoch; its columns are numbers, see `Saved`."""
+    """Holds the number of a finished epoch; its other columns are numbers, see `Checkpoint`."""
 
     epoch: Count
 
 
-class Saved(Struct, frozen=True, kw_only=True):
-    """Describes the fields of our checkpoints, as whoever uses the network reads them.
+class Rows(Struct, frozen=True):
+    """Holds the rows of a run, to check that each has its number."""
 
-    Fields that are not known here, as of a later version, are not looked at.
+    history: list[Row]
+
+
+class Checkpoint(Struct, frozen=True, kw_only=True):
+    """Holds a file of weights, read and checked once; the `SavedRun` of a run is one, too.
+
+    It is the schema of our files as well. Fields that are not known here, as of a later version,
+    are not looked at; a file of another program has none of ours.
+
+    Args:
+        file: where it was read.
+        contents: the whole file, as `models` takes it: ours, a released one, or a state dict.
+        format: 0 in files of other programs.
+        backbone: of a detector; empty in a classifier's file.
+        classes: names in the order of the network's outputs; None where the file has none.
+        img_size: pixels of a side at evaluation; None where the file does not say.
+        crop_pct: part of the image that evaluation keeps; None where the file does not say.
+        recipe: its fields, as the recipe's `as_dict` returned them.
+        flags: of its command line, those that a checkpoint keeps.
+        history: a row a finished epoch.
     """
 
-    format: Count
-    state_dict: dict[str, Tensor]
+    file: Path
+    contents: Any
+    format: Count = 0
+    state_dict: dict[str, Tensor] = {}
     raw_state_dict: dict[str, Tensor] = {}
     averaged_steps: Count = 0
     arch: str = ""
@@ -117,7 +139,7 @@ class Saved(Struct, frozen=True, kw_only=True):
     num_classes: Positive = 1
     model_kwargs: Plains = {}
     parameters: Count = 0
-    classes: list[str] | None = None
+    classes: tuple[str, ...] | None = None
     category_ids: list[Whole] | None = None
     img_size: Annotated[int, Meta(ge=1, le=2**15)] | None = None
     crop_pct: Annotated[float, Meta(ge=1e-6, le=1)] | None = None
@@ -127,13 +149,118 @@ class Saved(Struct, frozen=True, kw_only=True):
     environment: Plains = {}
     history: list[dict[str, Number]] = []
 
+    @staticmethod
+    def read(file: Path) -> "Checkpoint":
+        """Reads a file; see `load` and `of` for what it refuses."""
+        return Checkpoint.of(file, load(file))
 
-class SavedRun(Struct, frozen=True, kw_only=True):
-    """Holds what a saved run says of itself, for the start that continues it.
+    @staticmethod
+    def of(file: Path, contents: dict[str, Any]) -> "Checkpoint":
+        """Returns the typed value of what `load` returned: a `SavedRun` where training can go on.
+
+        Raises:
+            UserError: one line with the field of ours that is missing, not of its type, or out of
+                range.
+        """
+        if not is_ours(contents):
+            return Checkpoint(file=file, contents=contents)
+        kind = SavedRun if contents.keys() >= RUN else Checkpoint
+        return kind.of_fields(file, contents)
+
+    @classmethod
+    def of_fields(cls: type[Kind], file: Path, fields: Mapping[str, Any], **more: Any) -> Kind:
+        """Returns the typed value of our fields, as of an exported file; `more` are a subclass's.
+
+        Raises:
+            UserError: as `of`.
+        """
+        contents = {"format": FORMAT, "state_dict": {}, **fields}
+        try:
+            return msgspec.convert({**contents, "file": file, "contents": contents, **more}, cls)
+        except msgspec.ValidationError as error:
+            what, _, where = str(error).partition(" - at ")
+            found = re.search(r"\$\.(.*)`", where)
+            field = f"the field {printable(found[1])} " if found else ""
+            raise UserError(
+                f"{printable(file)}: {field}cannot be used ({what}); give a checkpoint as the "
+                "scripts write it"
+            ) from None
+
+    @property
+    def run(self) -> "SavedRun | None":
+        """Returns the run that can go on; None for weights alone."""
+        return None
+
+    @property
+    def is_detector(self) -> bool:
+        """Returns whether it holds a detector."""
+        return bool(self.backbone)
+
+    def refuse_detector(self) -> None:
+        """Refuses a detector, for tools that take classifiers alone.
+
+        Raises:
+            UserError: it holds a detector.
+        """
+        if self.is_detector:
+            raise UserError(f"{self.file}: holds a detector; give the checkpoint of a classifier")
+
+    def network(self) -> Network:
+        """Builds the classifier, with its weights.
+
+        Raises:
+            UserError: the file holds none, or its weights do not fit.
+        """
+        with as_user_error(f"{self.file}: "):
+            return network_from_checkpoint(self.contents)
+
+    def detector(self, **sizes: Any) -> Any:
+        """Builds the detector, with its weights.
+
+        Args:
+            sizes: min_size and max_size of its images, where they are not the file's own.
+
+        Raises:
+            UserError: the file holds none, or its weights do not fit.
+        """
+        from models.detection.detectors import detector_from_checkpoint  # torchvision is slow
+
+        with as_user_error(f"{self.file}: "):
+            return detector_from_checkpoint(self.contents, **sizes)
+
+    def class_names(self, num_classes: int, file: str | None = None) -> list[str]:
+        """Returns a name for each of the network's outputs, fit for a terminal.
+
+        Args:
+            num_classes: outputs. Those without a name are called by their number.
+            file: one name a line, instead of the checkpoint's.
+
+        Raises:
+            UserError: the file cannot be read or has another number of names.
+        """
+        names = list(self.classes or ())
+        if file is not None:
+            lines = read_text(file, "a text file, one name a line").splitlines()
+            names = [line.strip() for line in lines if line.strip()]
+            if len(names) != num_classes:
+                raise UserError(
+                    f"--names {file}: {len(names)} names for {num_classes} classes; give one a "
+                    "line, in the order of the class numbers"
+                )
+        names = [printable(name) for name in names[:num_classes]]
+        return names + [f"class {i}" for i in range(len(names), num_classes)]
+
+    def preprocessing(
+        self, img_size: int | None = None, crop_pct: float | None = None
+    ) -> tuple[int, float]:
+        """Returns image size and crop, the arguments' or else the file's, see `eval_transform`."""
+        return img_size or self.img_size or IMG_SIZE, crop_pct or self.crop_pct or CROP_PCT
+
+
+class SavedRun(Checkpoint, frozen=True, kw_only=True):
+    """Holds a run that can go on.
 
     Args:
-        recipe: its fields, as the recipe's `as_dict` returned them.
-        flags: of its command line, those that a checkpoint keeps.
         seed: of all its random choices.
         train_images: how many there were; None in old files.
         train_digest: of names and labels of the training images; None in old files.
@@ -146,15 +273,19 @@ class SavedRun(Struct, frozen=True, kw_only=True):
     optimizer: Optimizer
     scaler: dict[str, Number]
     progress: Progress
-    history: list[Row]
+    history: list[dict[str, Number]]
     train_images: Count | None = None
     train_digest: str | None = None
     pretrained: str | None = None
-    environment: Plains = {}
 
     def __post_init__(self) -> None:
+        msgspec.convert({"history": self.history}, Rows)
         if self.step and self.train_images is None:  # compared inside an epoch
             raise ValueError("it stopped inside an epoch, and lacks train_images")
+
+    @property
+    def run(self) -> "SavedRun":
+        return self
 
     @property
     def epoch(self) -> int:
@@ -176,53 +307,6 @@ class SavedRun(Struct, frozen=True, kw_only=True):
         """Returns with how many threads it ran; None in old files."""
         threads = self.environment.get("cpu_threads")
         return threads if isinstance(threads, int) else None
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Holds a file of weights or of a run, read and checked once.
-
-    Args:
-        file: where it was read.
-        contents: the whole file, as `models` and `RunState.restore` take it.
-        classes: names in the order of the network's outputs; None where the file has none.
-        img_size: pixels of a side at evaluation; None where the file does not say.
-        crop_pct: part of the image that evaluation keeps; None where the file does not say.
-        is_detector: it holds a detector.
-        run: None in a file of weights alone.
-    """
-
-    file: Path
-    contents: dict[str, Any]
-    classes: tuple[str, ...] | None
-    img_size: int | None
-    crop_pct: float | None
-    is_detector: bool
-    run: SavedRun | None
-
-    @classmethod
-    def of(cls, file: Path, contents: dict[str, Any]) -> "Checkpoint":
-        """Makes the value of what `load` returned.
-
-        Raises:
-            UserError: it is a run, and lacks what training needs to go on.
-        """
-        ours = contents if is_ours(contents) else {}
-        classes = ours.get("classes")
-        return cls(
-            file,
-            contents,
-            None if classes is None else tuple(classes),
-            ours.get("img_size"),
-            ours.get("crop_pct"),
-            is_detector(contents),
-            _checked(contents, SavedRun, file) if is_run(contents) else None,
-        )
-
-    @classmethod
-    def read(cls, file: Path) -> "Checkpoint":
-        """Reads a file; see `load` and `of` for what it refuses."""
-        return cls.of(file, load(file))
 
 
 def save(path: str | Path, state: dict, retire_to: str | Path | None = None) -> int:
@@ -263,8 +347,6 @@ def load(path: str | Path) -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     _refuse_claims(state, path)
-    if is_ours(state):
-        _checked(state, Saved, path)
     return state
 
 
@@ -330,25 +412,6 @@ def _refuse_claims(contents: Any, path: Path) -> None:
         waiting += [(key, part) for key, part in named if isinstance(part, HOLDERS)]
 
 
-def _checked(contents: Mapping[str, Any], kind: type[Kind], path: Path) -> Kind:
-    """Returns the typed value of a checkpoint's fields.
-
-    Raises:
-        UserError: one line with the file and the field that is missing, not of its type, or out of
-            range.
-    """
-    try:
-        return msgspec.convert(contents, kind)
-    except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at ")
-        found = re.search(r"\$\.(.*)`", where)
-        field = f"the field {printable(found[1])} " if found else ""
-        raise UserError(
-            f"{printable(path)}: {field}cannot be used ({what}); give a checkpoint as the scripts "
-            "write it"
-        ) from None
-
-
 def is_whole(path: Path) -> bool:
     """Returns whether every byte of one of our own checkpoints is as it was written."""
     try:
@@ -360,11 +423,6 @@ def is_whole(path: Path) -> bool:
 def is_ours(state: dict) -> bool:
     """Returns whether `load` returned a checkpoint that this project's scripts wrote."""
     return "format" in state and "state_dict" in state
-
-
-def is_run(state: dict) -> bool:
-    """Returns whether training can continue from it: ours, with all that the scripts save."""
-    return is_ours(state) and state.keys() >= RUN
 
 
 class CheckpointFolder:
@@ -388,10 +446,9 @@ class CheckpointFolder:
     def save_best(self, state: dict) -> None:
         save(self.best, state)
 
-    def newest_good(self, best_first: bool = False) -> tuple[Path, dict, list[str]] | None:
-        """Returns the newest checkpoint that can be read: (path, contents, lines on damaged ones).
-
-        Returns None where no checkpoint was written yet.
+    def newest_good(self, best_first: bool = False) -> tuple[Checkpoint, list[str]] | None:
+        """Returns the newest checkpoint that can be read, and lines on damaged ones; None where no
+        checkpoint was written yet.
 
         Raises:
             UserError: there are some, all of them damaged.
@@ -404,7 +461,7 @@ class CheckpointFolder:
             if not path.exists():
                 continue
             try:
-                return path, load(path), notes
+                return Checkpoint.read(path), notes
             except CorruptCheckpointError as error:
                 notes.append(f"! {error}; taking the one before it")
         if notes:
@@ -427,56 +484,6 @@ def _damaged_part(path: Path) -> str | None:
         return archive.testzip()
 
 
-def class_names(saved: dict, num_classes: int, file: str | None = None) -> list[str]:
-    """Returns a name for each of the network's outputs.
-
-    Args:
-        saved: a checkpoint; ours hold the names of the class folders.
-        num_classes: outputs. Those without a name are called by their number.
-        file: one name a line, instead of the checkpoint's.
-
-    Raises:
-        UserError: the file cannot be read or has another number of names.
-    """
-    if file is None:
-        names = list(saved.get("classes") or ())
-    else:
-        lines = read_text(file, "a text file, one name a line").splitlines()
-        names = [line.strip() for line in lines if line.strip()]
-        if len(names) != num_classes:
-            raise UserError(
-                f"--names {file}: {len(names)} names for {num_classes} classes; give one a line, "
-                "in the order of the class numbers"
-            )
-    names = [printable(name) for name in names[:num_classes]]
-    return names + [f"class {i}" for i in range(len(names), num_classes)]
-
-
-def preprocessing(
-    saved: Mapping[str, Any], img_size: int | None = None, crop_pct: float | None = None
-) -> tuple[int, float]:
-    """Returns image size and crop, as given or else the checkpoint's, see `eval_transform`."""
-    return (
-        img_size or saved.get("img_size") or IMG_SIZE,
-        crop_pct or saved.get("crop_pct") or CROP_PCT,
-    )
-
-
-def is_detector(saved: dict) -> bool:
-    """Returns whether a checkpoint of ours holds a detector."""
-    return is_ours(saved) and describes_detector(saved)
-
-
 def describes_detector(fields: Mapping[str, Any]) -> bool:
     """Returns whether a run's fields, in our checkpoint or its args.json, are a detector's."""
     return "backbone" in fields
-
-
-def refuse_detector(saved: dict, path: str | Path) -> None:
-    """Refuses a detector's checkpoint, for tools that take classifiers alone.
-
-    Raises:
-        UserError: `saved` is a detector's checkpoint.
-    """
-    if is_detector(saved):
-        raise UserError(f"{path}: holds a detector; give the checkpoint of a classifier")

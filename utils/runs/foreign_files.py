@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.weights import FORMAT
 from utils.system.errors import EXIT_FAILED, UserError, require
 
-FORMAT = 1  # of our checkpoints
 VERSION = "checkpoint_format"  # in the header of .safetensors, where "format" is "pt" by custom
 SAVE_WEIGHTS = (
     "in the program that made it, where you trust that, "

@@ -110,7 +110,8 @@ def read(
                 f"{resume}: holds weights, not a run of this program; start from them with "
                 f"--pretrained {resume}"
             )
-        began_with = saved.contents.get("pretrained", pretrained)  # old files do not say
+        # Old files do not say.
+        began_with = saved.run.pretrained if "pretrained" in saved.contents else pretrained
         if pretrained is not None and began_with != pretrained:
             raise UserError(
                 f"the run in {folder} began with {began_with or 'fresh weights'}: leave "
@@ -226,7 +227,7 @@ def find(
             raise UserError(f"no checkpoint in {place} to evaluate: name one with --resume CKPT")
         note = f"no checkpoint in {place} yet: starting from the beginning"
         return Found(folder=folder, notes=(note,))
-    path, contents, notes = found
+    saved, notes = found
     if folder is not None and not output and name is None:
         notes = [
             *notes,
@@ -237,7 +238,7 @@ def find(
             ),
         ]
     verb = "evaluating" if evaluate else "resuming"
-    return Found(Checkpoint.of(path, contents), folder, (*notes, f"{verb} {path}"))
+    return Found(saved, folder, (*notes, f"{verb} {saved.file}"))
 
 
 def _named(path: Path, evaluate: bool) -> Found:

@@ -326,7 +326,7 @@ def _class_weights(
     """
     if saved is None or saved.run is None:
         return None if asked is None else class_weights(asked, train)
-    held = saved.contents.get("class_weights")
+    held = saved.class_weights
     name = saved.run.flags.get("class_weights")
     if asked is not None:
         if asked != name:

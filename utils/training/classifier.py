@@ -13,7 +13,7 @@ from models.weights import Network
 from utils.config.classification import Config, NetworkSettings, Recipe
 from utils.config.recipes import PAPER
 from utils.data.loader import Reading
-from utils.runs.checkpoint import Checkpoint
+from utils.runs.checkpoint import Checkpoint, SavedRun
 from utils.runs.resume import Start
 from utils.system import backends
 from utils.system.distributed import Context, device_lines
@@ -169,8 +169,7 @@ def build_network(
     if start.saved is None:
         network, lines = first_network(config, start.pretrained, classes)
     else:
-        with as_user_error():
-            network = weights.network_from_checkpoint(start.saved.contents)
+        network = start.saved.network()
         _with_trained_parts(network, recipe)
     lines = [
         network_line(network),
@@ -223,7 +222,7 @@ def loader_of(config: Config, context: Context) -> Reading:
 
 
 def begin_state(
-    network: Network, config: Config, saved: Checkpoint | None, context: Context
+    network: Network, config: Config, saved: SavedRun | None, context: Context
 ) -> TrainingState:
     """Makes all that changes in training, as it was saved where a run goes on.
 
@@ -253,7 +252,7 @@ def begin_state(
         average=average,
     )
     if saved is not None:
-        state.restore(saved.contents)
+        state.restore(saved)
     if config.run.start_epoch is not None:
         state.begin(config.run.start_epoch)
     return state

@@ -11,14 +11,13 @@ from models.detection.detectors import (
     FIRST_LABEL,
     LOSSES,
     describe_detector,
-    detector_from_checkpoint,
     refuse_another_network,
     start_detector,
     start_from_detector,
 )
 from utils.config.detection import DetectionConfig, DetectorSettings
 from utils.data.loader import Reading
-from utils.runs.checkpoint import Checkpoint
+from utils.runs.checkpoint import Checkpoint, SavedRun
 from utils.runs.resume import Start
 from utils.system import backends
 from utils.system.distributed import Context, device_lines
@@ -65,7 +64,7 @@ def _with_weights(
     sizes: dict[str, Any] = {"min_size": recipe.min_size, "max_size": recipe.max_size}
     outputs = len(classes) + FIRST_LABEL[recipe.arch]
     if start.saved is not None:
-        return detector_from_checkpoint(start.saved.contents, **sizes), []
+        return start.saved.detector(**sizes), []
     trained: dict[str, Any] = {"norm": flags.norm, "trainable_layers": flags.trainable_layers}
     if flags.detector_weights and first is not None:
         with as_user_error(f"{first.file}: "):
@@ -138,7 +137,7 @@ def loader_of(config: DetectionConfig, context: Context) -> Reading:
 
 
 def begin_state(
-    network: nn.Module, config: DetectionConfig, saved: Checkpoint | None, context: Context
+    network: nn.Module, config: DetectionConfig, saved: SavedRun | None, context: Context
 ) -> TrainingState:
     """Makes all that changes in training, as it was saved where a run goes on.
 
@@ -156,7 +155,7 @@ def begin_state(
         context.rank,
     )
     if saved is not None:
-        state.restore(saved.contents)
+        state.restore(saved)
     return state
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from utils.runs.checkpoint import SavedRun
 from utils.system import distributed
 from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.training.optim import load_optimizer_state
@@ -262,32 +263,33 @@ class TrainingState:
         """Returns the replaced images of all ranks, once for each time. Call on every rank."""
         return sorted(index for broken in distributed.gather(self.broken) for index in broken)
 
-    def restore(self, saved: dict) -> None:
+    def restore(self, saved: SavedRun) -> None:
         """Loads what `snapshot` returned; the caller has loaded `state_dict` into the network.
 
         The optimizer's settings (momentum, weight decay, …) stay as this run's flags made them, and
         its learning rate is that of the last step done.
         An average that the saved run did not keep begins here, at its weights.
         """
-        if "raw_state_dict" in saved:
-            self.network.load_state_dict(saved["raw_state_dict"])
+        if saved.raw_state_dict:
+            self.network.load_state_dict(saved.raw_state_dict)
         if self.average is not None:
-            self.average.module.load_state_dict(saved["state_dict"])
-            self.average.n_averaged.fill_(saved.get("averaged_steps", 0))
+            self.average.module.load_state_dict(saved.state_dict)
+            self.average.n_averaged.fill_(saved.averaged_steps)
         own = self.optimizer.state_dict()["param_groups"]
-        for group, before in zip(own, saved["optimizer"]["param_groups"], strict=False):
-            group["lr"] = before["lr"]  # a step sets it, and there may be none to come
-            if "step" in before:  # LAMB counts its steps in the group
-                group["step"] = before["step"]
-        load_optimizer_state(self.optimizer, {**saved["optimizer"], "param_groups": own})
-        if self.scaler.is_enabled() and saved["scaler"]:
-            self.scaler.load_state_dict(saved["scaler"])
-        progress = saved["progress"]
-        self.epoch, self.step = progress["epoch"], progress["step"]
-        if len(progress["sums"]) == distributed.ranks():
-            self.meter.sums.copy_(progress["sums"][self.rank])
+        for group, before in zip(own, saved.optimizer.param_groups, strict=False):
+            group["lr"] = before.lr  # a step sets it, and there may be none to come
+            if before.step is not None:  # LAMB counts its steps in the group
+                group["step"] = before.step
+        state = {"state": saved.optimizer.state, "param_groups": own}
+        load_optimizer_state(self.optimizer, state)
+        if self.scaler.is_enabled() and saved.scaler:
+            self.scaler.load_state_dict(saved.scaler)
+        progress = saved.progress
+        self.epoch, self.step = progress.epoch, progress.step
+        if len(progress.sums) == distributed.ranks():
+            self.meter.sums.copy_(progress.sums[self.rank])
         elif self.rank == 0:  # another number of ranks: one takes all, the others begin at zero
-            self.meter.sums.copy_(progress["sums"].sum(dim=0))
-        self.best = dict(progress["best"])
-        self.broken = list(progress["broken"]) if self.rank == 0 else []
-        self.history = [dict(row) for row in saved["history"]]
+            self.meter.sums.copy_(progress.sums.sum(dim=0))
+        self.best = dict(progress.best)
+        self.broken = list(progress.broken) if self.rank == 0 else []
+        self.history = [dict(row) for row in saved.history]

@@ -146,9 +146,9 @@ def test_two_are_kept_and_best_stays(tmp_path):
         folder.save_last(state(step))
     steps = {p.name: checkpoint.load(p)["progress"]["step"] for p in tmp_path.glob("*.pth")}
     assert steps == {"last.pth": 3, "previous.pth": 2, "best.pth": 0}
-    path, saved, notes = folder.newest_good()
-    assert (path.name, saved["progress"]["step"], notes) == ("last.pth", 3, [])
-    assert folder.newest_good(best_first=True)[0].name == "best.pth"
+    saved, notes = folder.newest_good()
+    assert (saved.file.name, saved.contents["progress"]["step"], notes) == ("last.pth", 3, [])
+    assert folder.newest_good(best_first=True)[0].file.name == "best.pth"
 
 
 def damage(path):
@@ -165,12 +165,12 @@ def test_a_damaged_one_is_stepped_over_with_a_line(tmp_path):
     folder.save_last(state(1))
     folder.save_last(state(2))
     damage(folder.last)
-    path, saved, notes = folder.newest_good()
-    assert (path.name, saved["progress"]["step"]) == ("previous.pth", 1)
+    saved, notes = folder.newest_good()
+    assert (saved.file.name, saved.contents["progress"]["step"]) == ("previous.pth", 1)
     assert len(notes) == 1
     assert "last.pth: damaged" in notes[0]
     damage(folder.previous)
-    assert folder.newest_good()[0].name == "best.pth"
+    assert folder.newest_good()[0].file.name == "best.pth"
     damage(folder.best)
     with pytest.raises(UserError, match="only damaged checkpoints"):
         folder.newest_good()
@@ -229,7 +229,7 @@ def test_a_crash_between_the_two_renames_leaves_the_previous(tmp_path):
     folder.save_last(state(1))
     folder.last.rename(folder.previous)
     (tmp_path / ".last.pth.tmp-1").write_bytes(b"half")
-    assert folder.newest_good()[1]["progress"]["step"] == 1
+    assert folder.newest_good()[0].contents["progress"]["step"] == 1
     folder.save_last(state(2))
     assert {p.name for p in tmp_path.iterdir()} == {"last.pth", "previous.pth"}
 

@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+from helpers.tiny_runs import run_of
 from PIL import Image
 from torch import nn
 
@@ -94,7 +95,7 @@ def test_a_state_goes_on_where_it_was_saved():
     state.step = 1
     saved = state.snapshot()
     again = new_state()
-    again.restore(saved)
+    again.restore(run_of(saved))
     assert (again.epoch, again.step, again.best) == (1, 1, state.best)
     assert torch.equal(again.meter.sums, state.meter.sums)
     assert finish(again, 0.4)

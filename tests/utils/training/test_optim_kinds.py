@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.kill_driver import same
 from helpers.small_epochs import config_of, train
+from helpers.tiny_runs import run_of
 from torch import nn
 
 from utils.config.classification import OPTIMIZERS, Recipe
@@ -77,7 +78,7 @@ def test_every_optimizer_is_taken_up_bit_for_bit(kind, fp16, tmp_path):
     checkpoint.save(tmp_path / "a.pth", first.snapshot())
     saved, second = checkpoint.load(tmp_path / "a.pth"), begin()
     second.network.load_state_dict(saved["state_dict"])
-    second.restore(saved)
+    second.restore(run_of(saved))
     assert same(second.snapshot()["optimizer"], first.snapshot()["optimizer"])
     go_on(second, 3, 6)
     assert same(second.snapshot(), through.snapshot())

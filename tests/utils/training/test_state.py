@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers.small_epochs import config_of
+from helpers.tiny_runs import run_of
 from torch import nn
 
 from utils.config.classification import Recipe
@@ -71,7 +72,7 @@ def taken_up(path, state, **kwargs):
     saved = checkpoint.load(path)
     other = fresh(**kwargs)
     other.network.load_state_dict(saved["state_dict"])
-    other.restore(saved)
+    other.restore(run_of(saved))
     return other
 
 
@@ -164,7 +165,7 @@ def test_momentum_is_taken_up_in_this_run_s_memory_format():
     second = begin(torch.contiguous_format)
     saved = first.snapshot()
     second.network.load_state_dict(saved["state_dict"])
-    second.restore(saved)
+    second.restore(run_of(saved))
     for state in (second, through):
         step(state)
     torch.testing.assert_close(second.network.weight, through.network.weight)
@@ -240,7 +241,7 @@ def test_each_rank_goes_on_with_its_own_sums(monkeypatch, ranks, own):
     monkeypatch.setattr(distributed, "ranks", lambda: ranks)
     states = [fresh(rank=rank) for rank in range(ranks)]
     for state in states:
-        state.restore(saved)
+        state.restore(run_of(saved))
     assert [s.meter.sums.tolist() for s in states] == own
     assert [s.broken for s in states] == [[3, 3, 9]] + [[]] * (ranks - 1)
 
