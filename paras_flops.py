@@ -42,7 +42,7 @@ from utils.inspection.cost_tables import (
     report_fields,
     size_text,
 )
-from utils.system.errors import UserError, as_flags
+from utils.system.errors import UserError, as_user_error
 from utils.system.faults import run_script
 from utils.system.text import did_you_mean, paragraphs
 
@@ -126,11 +126,8 @@ def check_flags(flags: argparse.Namespace) -> None:
 
 def build(create: Callable[..., torch.nn.Module], *settings) -> torch.nn.Module:
     """Returns the network on `meta`, without memory: counting needs shapes only."""
-    try:
-        with torch.device("meta"):
-            return create(*settings)
-    except ValueError as error:  # the networks' own words: one line, with a remedy
-        raise UserError(as_flags(str(error))) from error
+    with as_user_error(), torch.device("meta"):
+        return create(*settings)
 
 
 def count_classifier(

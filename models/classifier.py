@@ -20,6 +20,17 @@ from .eca_module import parse_ksize
 Ksize = str | Sequence[int] | None
 
 
+class ArgumentError(ValueError):
+    """Means arguments that do not fit, and carries their names and values.
+
+    The message has each as `name=value`, between backticks: a script shows its flag instead.
+    """
+
+    def __init__(self, message: str, **arguments: object):
+        super().__init__(message)
+        self.arguments = arguments
+
+
 def check_num_classes(num_classes: int) -> int:
     """Returns `num_classes`; a ValueError if it is no integer of 0 (no last layer) or more."""
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
@@ -41,8 +52,9 @@ def check_ksize(
     if takes_ksize(attention):
         return parse_ksize(ksize, stages)
     if ksize is not None:
-        raise ValueError(
-            f"{arch} (attention {attention!r}) has no ECA layer: leave `ksize={ksize}` out"
+        raise ArgumentError(
+            f"{arch} (attention {attention!r}) has no ECA layer: leave `ksize={ksize}` out",
+            ksize=ksize,
         )
     return None
 

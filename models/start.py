@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .attention import attention_parameters
-from .classifier import Ksize
+from .classifier import ArgumentError, Ksize
 from .eca_module import ECALayer
 from .registry import MODELS, create_model
 from .weights import (
@@ -70,7 +70,8 @@ def first_network(
     try:
         notes = load_weights(network, tensors, True, others, add_attention=True)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        error.args = (f"{file}: {error}",)  # an ArgumentError stays one
+        raise
     notes += renamed
     if identity_start:
         _refuse_trained(network, tensors, file)
@@ -80,20 +81,24 @@ def first_network(
 
 def _count_classes(num_classes: int | None, names: Sequence[str] | None) -> int:
     if num_classes == 0:
-        raise ValueError("`num_classes=0`: a run trains a last layer; leave it out for the data's")
+        raise ArgumentError(
+            "`num_classes=0`: a run trains a last layer; leave it out for the data's", num_classes=0
+        )
     if names and num_classes and num_classes < len(names):
-        raise ValueError(
+        raise ArgumentError(
             f"`num_classes={num_classes}`: the data has {len(names)} classes; give at least as "
-            "many, or leave it out"
+            "many, or leave it out",
+            num_classes=num_classes,
         )
     return num_classes or len(names or range(1000))
 
 
 def _refuse_trained(network: Network, tensors: Mapping[str, Any], file: str) -> None:
     if attention_parameters(network).keys() & tensors.keys():
-        raise ValueError(
+        raise ArgumentError(
             f"{file}: holds trained attention kernels, which `identity_start=True` would "
-            "delete: leave it out"
+            "delete: leave it out",
+            identity_start=True,
         )
 
 
@@ -112,9 +117,10 @@ def start_as_identity(network: Network) -> str:
         ValueError: the network's attention is not ECA.
     """
     if network.attention != "eca":
-        raise ValueError(
+        raise ArgumentError(
             f"`identity_start=True` is for eca, and {network.arch}'s attention is "
-            f"{network.attention}: leave it out"
+            f"{network.attention}: leave it out",
+            identity_start=True,
         )
     count = 0
     with torch.no_grad():
@@ -170,11 +176,13 @@ def refuse_another(
             held.get("num_classes") if num_classes is None else num_classes,
         )
     wanted = describe_network(network)
-    if differing := [k for k, v in given.items() if v is not None and wanted[k] != held[k]]:
-        others = ", ".join(f"`{k}={given[k]}`" for k in differing)
-        raise ValueError(
+    differing = {k: v for k, v in given.items() if v is not None and wanted[k] != held[k]}
+    if differing:
+        others = ", ".join(f"`{k}={v}`" for k, v in differing.items())
+        raise ArgumentError(
             f"{file} holds {held['arch']}, ksize {held['ksize']}, {held['num_classes']} classes: "
-            f"leave {others} out, or start a new run from these weights"
+            f"leave {others} out, or start a new run from these weights",
+            **differing,
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from .attention import attention_parameters
+from .classifier import ArgumentError
 from .eca_mobilenetv2 import LAST, STAGE_OF_BLOCK, STAGES, STEM, MobileNetV2, shorten_ksize
 from .eca_resnet import DEPTHS, Bottleneck, ResNet
 from .registry import create_model
@@ -378,9 +379,10 @@ def _refuse_misfits(network: Network, own: StateDict, weights: StateDict) -> Non
         return
     ksize, built = read_ksize(weights), network.ksize
     if ksize and built and ksize != built and not (faults["missing"] or faults["unexpected"]):
-        raise ValueError(
+        raise ArgumentError(
             f"the weights have kernel sizes {_join(ksize)} and {network.arch} was built with"
-            f" {_join(built)}: give `ksize={_join(ksize)}`"
+            f" {_join(built)}: give `ksize={_join(ksize)}`",
+            ksize=_join(ksize),
         )
     report = "; ".join(f"{len(v)} {fault}: {_first(v)}" for fault, v in faults.items() if v)
     raise ValueError(f"the weights do not fit {network.arch}: {report}")

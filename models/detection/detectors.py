@@ -20,7 +20,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from ..classifier import Ksize
+from ..classifier import ArgumentError, Ksize
 from ..eca_resnet import ResNet
 from ..registry import create_model
 from ..weights import FORMAT, find_state_dict, load_weights, strip_prefixes
@@ -154,8 +154,9 @@ def _make_backbone(
     arch: str, backbone: str, ksize: Ksize, num_classes: int, attention: str | None
 ) -> ResNet:
     if num_classes <= FIRST_LABEL[arch]:
-        raise ValueError(
-            f"{arch} has no category to find with `num_classes={num_classes}`: 81 is COCO"
+        raise ArgumentError(
+            f"{arch} has no category to find with `num_classes={num_classes}`: 81 is COCO",
+            num_classes=num_classes,
         )
     if ksize is None and attention in (None, "eca"):
         ksize = DETECTOR_KSIZE.get((arch, backbone))
@@ -538,11 +539,12 @@ def refuse_another_network(checkpoint: Mapping[str, Any], asked: Mapping[str, An
             network = create_model(asked["backbone"] or held["backbone"], asked["ksize"], 1, **own)
         if network.ksize != tuple(held["ksize"] or ()):
             differing.append("ksize")
-    others = [f"`{name}={asked[name]}`" for name in differing]
     if asked["legacy"] and not held["legacy"]:
-        others.append("`legacy=True`")
-    if others:
-        raise ValueError(
+        differing.append("legacy")
+    if differing:
+        others = ", ".join(f"`{name}={asked[name]}`" for name in differing)
+        raise ArgumentError(
             f"holds {held['arch']} on {held['backbone']}, ksize {held['ksize']}, norm "
-            f"{held['norm']}: leave {', '.join(others)} out, or start a new run"
+            f"{held['norm']}: leave {others} out, or start a new run",
+            **{name: asked[name] for name in differing},
         )

@@ -2,7 +2,6 @@
 
 import errno
 import importlib.util
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,8 +13,6 @@ EXIT_STOPPED = 143  # SIGTERM, SIGUSR1 or SIGHUP: saved and stopped on request
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 FEWER_FILES = "use fewer workers (-j), or raise the limit (ulimit -n)"
-_FLAGS = "arch|attention|backbone|identity_start|ksize|legacy|norm|num_classes|trainable_layers"
-ARGUMENT = re.compile(rf"`({_FLAGS})=([^`]*)`")  # marked, as a file's name may look like one
 
 
 class UserError(Exception):
@@ -30,26 +27,17 @@ class UserError(Exception):
 def as_user_error(prefix: str = "") -> Iterator[None]:
     """Turns the ValueErrors of `models`, which are one line each, into UserErrors.
 
-    `models` names arguments, and whoever types a command reads the flags: see `as_flags`.
+    An ArgumentError of theirs carries the arguments in its message: `num_classes=4` becomes
+    --num-classes 4, and `legacy=True` becomes --legacy.
     """
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{prefix}{as_flags(str(error))}") from None
-
-
-def as_flags(message: str) -> str:
-    """Returns a message of `models` with its arguments written as flags.
-
-    What stands between backticks is meant: num_classes=4 becomes --num-classes 4, and legacy=True
-    becomes --legacy.
-    """
-
-    def flag(argument: re.Match[str]) -> str:
-        value = "" if argument[2] == "True" else f" {argument[2]}"
-        return f"--{argument[1].replace('_', '-')}{value}"
-
-    return ARGUMENT.sub(flag, message)
+        message = str(error)
+        for name, value in getattr(error, "arguments", {}).items():
+            flag = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            message = message.replace(f"`{name}={value}`", flag)
+        raise UserError(f"{prefix}{message}") from None
 
 
 def require(packages: Sequence[str], purpose: str, install: str) -> None:

@@ -2,21 +2,31 @@
 
 import pytest
 
+from models.classifier import ArgumentError
 from utils.system.errors import UserError, as_user_error
 
 
 @pytest.mark.parametrize(
-    ("said", "read"),
+    ("error", "read"),
     [
         (
-            "leave `ksize=3557`, `num_classes=4` out",
+            ArgumentError("leave `ksize=3557`, `num_classes=4` out", ksize="3557", num_classes=4),
             "a.pth: leave --ksize 3557, --num-classes 4 out",
         ),
-        ("`legacy=True`: leave it out", "a.pth: --legacy: leave it out"),
-        ("ksize=3.pth: no `classes`, no norm=2", "a.pth: ksize=3.pth: no `classes`, no norm=2"),
+        (
+            ArgumentError("`legacy=True`: leave it out", legacy=True),
+            "a.pth: --legacy: leave it out",
+        ),
+        (
+            ArgumentError(
+                "`ksize=3`.pth: no `ksize=5`", ksize=5
+            ),  # a file's name that looks like one
+            "a.pth: `ksize=3`.pth: no --ksize 5",
+        ),
+        (ValueError("`norm=2`"), "a.pth: `norm=2`"),
     ],
 )
-def test_arguments_become_flags(said, read):
-    with pytest.raises(UserError) as error, as_user_error("a.pth: "):
-        raise ValueError(said)
-    assert str(error.value) == read
+def test_arguments_become_flags(error, read):
+    with pytest.raises(UserError) as caught, as_user_error("a.pth: "):
+        raise error
+    assert str(caught.value) == read
