@@ -70,8 +70,8 @@ def first_network(
     try:
         notes = load_weights(network, tensors, True, others, add_attention=True)
     except ValueError as error:
-        error.args = (f"{file}: {error}",)  # an ArgumentError stays one
-        raise
+        arguments = getattr(error, "arguments", {})
+        raise ArgumentError(f"{file}: {error}", **arguments) from None
     notes += renamed
     if identity_start:
         _refuse_trained(network, tensors, file)
