@@ -52,18 +52,18 @@ def random_case(root, images=12, seed=0, crowds=True):
     return locate(write_tree(root, annotations, images), "val"), results
 
 
-def by_hand(place, results, kind):
+def by_hand(paths, results, kind):
     """pycocotools, fed as its own examples do: from files."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     drop = "segmentation" if kind == "bbox" else "bbox"
-    path = place.annotations.with_name("results.json")
+    path = paths.annotations.with_name("results.json")
     path.write_text(json.dumps([{k: v for k, v in r.items() if k != drop} for r in results]))
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(place.annotations))
-        judged = COCOeval(truth, truth.loadRes(str(path)), kind)
-        judged.evaluate()
-        judged.accumulate()
-        judged.summarize()
-    return judged
+        truth = COCO(str(paths.annotations))
+        evaluation = COCOeval(truth, truth.loadRes(str(path)), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation

@@ -16,16 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from utils.data import coco_masks
-from utils.data.coco import (
-    CROWD,
-    Annotation,
-    CocoFile,
-    CocoPaths,
-    Image,
-    ObjectNotes,
-    clip_box,
-    shown,
-)
+from utils.data.coco import CocoFile, CocoPaths, ObjectNotes, shown, usable_box
 from utils.data.decoding import BrokenImageError, read_image
 from utils.data.sampler import Key, mix_seed
 from utils.system.errors import UserError
@@ -117,10 +108,7 @@ class CocoSplit:
 
 
 def load_split(
-    paths: CocoPaths,
-    masks: bool = False,
-    drop_crowds: bool = True,
-    drop_empty: bool = False,
+    paths: CocoPaths, masks: bool = False, drop_crowds: bool = True, drop_empty: bool = False
 ) -> CocoSplit:
     """Reads and checks one split.
 
@@ -135,17 +123,18 @@ def load_split(
             to train on.
     """
     file = CocoFile(paths)
-    names = [image.file_name for image in file.images]
+    listed = list(file.images.values())
+    names = [image.file_name for image in listed]
     refuse_missing(paths, names)
-    index_of = {image.id: index for index, image in enumerate(file.images)}
+    index_of = {key: index for index, key in enumerate(file.images)}
     label_of = {key: label for label, key in enumerate(file.categories)}
     notes = ObjectNotes()
     images, labels, boxes = array("q"), array("q"), array("f")
     texts, ends = bytearray(), array("q")
     for entry, image in file.objects():
-        box = _trainable_box(entry, image, masks, drop_crowds)
+        box = usable_box(entry, image, masks, not drop_crowds)
         if isinstance(box, str):
-            notes.drop(box, index_of[image.id], image)
+            notes.drop(box, image)
             continue
         notes.use(entry.bbox, image)
         images.append(index_of[image.id])
@@ -159,75 +148,49 @@ def load_split(
     of_image = np.array(images, dtype=np.int64)
     order = np.argsort(of_image, kind="stable")
     counts = np.bincount(of_image, minlength=len(names))
-    cut = notes.cut_line(" and are cut")
     split = CocoSplit(
         paths.images,
-        [image.id for image in file.images],
+        list(file.images),
         names,
-        np.array([(image.height, image.width) for image in file.images]),
+        np.array([(image.height, image.width) for image in listed]),
         list(file.categories),
         list(file.categories.values()),
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         np.array(boxes, dtype=np.float32).reshape(-1, 4)[order],
         np.array(labels, dtype=np.int64)[order],
         TextArray(texts, ends).select(order) if masks else None,
-        [*notes.dropped_lines(), *([f"  ! {cut}"] if cut else [])],
+        notes.lines("  dropped {} objects", " and are cut"),
     )
     return split.select(np.flatnonzero(counts)) if drop_empty else split
-
-
-def _trainable_box(
-    entry: Annotation, image: Image, masks: bool, drop_crowds: bool
-) -> tuple[float, float, float, float] | str:
-    """Returns an object's box as x1, y1, x2, y2 inside the image, or why it is left out."""
-    if drop_crowds and entry.iscrowd:
-        return CROWD
-    box = clip_box(entry.bbox, image.height, image.width)
-    if isinstance(box, str) or not masks:
-        return box
-    return coco_masks.mask_fault(entry.segmentation, image.height, image.width, box) or box
 
 
 def refuse_missing(paths: CocoPaths, names: Sequence[str]) -> None:
     """Looks for each file name of a split in the folder of images.
 
+    A link that leaves the folder may be a stranger's; the folder itself may be a link: that is the
+    user's own arrangement.
+
     Raises:
         UserError: some are missing, or a link leads out of the folder; it names one.
     """
     missing = [name for name in names if not os.path.isfile(os.path.join(paths.images, name))]
-    if not missing:
-        _refuse_outside(paths, names)
-        return
-    name = missing[0]
-    if "://" in name:
-        remedy = "download the images, and write their names instead of addresses"
-    elif "\\" in name:
-        remedy = "file_name has \\ between folders: write / there"
-    else:
-        remedy = f"name the folder with --{paths.part}-images"
-    raise UserError(
-        f"{paths.images}: {len(missing):,} of {len(names):,} images are missing, such as "
-        f"{shown(name)}; {remedy}"
-    )
-
-
-def _refuse_outside(paths: CocoPaths, names: Sequence[str]) -> None:
-    """Refuses images to which a link leads that leaves their folder: a stranger may have made it.
-
-    The folder itself may be a link: that is the user's own arrangement.
-    """
+    if missing:
+        raise UserError(
+            f"{paths.images}: {len(missing):,} of {len(names):,} images are missing, such as "
+            f"{shown(missing[0])}; name the folder with --{paths.part}-images, or mend file_name "
+            "(folder/name, below that folder)"
+        )
     if paths.anywhere:
         return
-    home = os.path.realpath(paths.images) + os.sep
-    real: dict[str, str] = {}  # folder -> where it is without links
+    home = os.path.realpath(paths.images)
+    folders = {os.path.dirname(name) for name in names}
+    real = {folder: os.path.realpath(os.path.join(home, folder)) for folder in folders}
     for name in names:
-        folder, file = os.path.split(os.path.join(paths.images, name))
-        if folder not in real:
-            real[folder] = os.path.realpath(folder)
+        folder, file = os.path.split(name)
         target = os.path.join(real[folder], file)
         if os.path.islink(target):
             target = os.path.realpath(target)
-        if not target.startswith(home):
+        if not target.startswith(home + os.sep):
             raise UserError(
                 f"{paths.images}: {shown(name)} is a link to {shown(target)}, outside of that "
                 "folder; give --images-anywhere if it is yours"

@@ -18,33 +18,21 @@ import torch.distributed as dist
 
 from utils.data import coco_masks
 from utils.data.coco import (
+    CROWD,
     Annotation,
     CocoFile,
     CocoPaths,
     Image,
     ObjectNotes,
     box_fault,
-    clip_box,
     shown,
+    usable_box,
 )
 from utils.system.distributed import Context, share
 from utils.system.errors import UserError
 from utils.system.files import write_atomically
 
-FIGURES = (
-    "AP",
-    "AP50",
-    "AP75",
-    "APs",
-    "APm",
-    "APl",
-    "AR1",
-    "AR10",
-    "AR100",
-    "ARs",
-    "ARm",
-    "ARl",
-)
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 BACKENDS = ("faster-coco-eval", "pycocotools")
 MASK_THRESHOLD = 0.5
 MOST_DETECTIONS = 100  # of an image, in COCO's figures
@@ -68,7 +56,7 @@ class Summary:
 
 
 def to_results(
-    found: dict[str, torch.Tensor],
+    detections: dict[str, torch.Tensor],
     image_id: int,
     category_ids: Sequence[int | None],
     first_label: int,
@@ -76,44 +64,30 @@ def to_results(
     """Returns one image's detections in COCO's result format.
 
     Args:
-        found: boxes (n, 4) as x1, y1, x2, y2, labels (n,), scores (n,), and with masks (n, 1, H, W)
-            from 0 to 1, all in the pixels of the image file.
+        detections: boxes (n, 4) as x1, y1, x2, y2, labels (n,), scores (n,), and with masks
+            (n, 1, H, W) from 0 to 1, all in the pixels of the image file.
         category_ids: id of the class that has the label `first_label`, of the next one, and so on.
             None for a class that the file does not know; its detections are left out.
 
     Raises:
         UserError: a box or score is not finite.
     """
-    known = [
-        i
-        for i, k in enumerate(found["labels"].tolist())
-        if category_ids[k - first_label] is not None
-    ]
-    if len(known) < len(found["labels"]):
-        found = {name: value[known] for name, value in found.items()}
-    boxes, scores = found["boxes"].float().cpu(), found["scores"].float().cpu()
+    boxes, scores = (detections[name].float().cpu() for name in ("boxes", "scores"))
     if not (boxes.isfinite().all() and scores.isfinite().all()):
         raise UserError(
             f"image {image_id}: a detection is not finite; the weights are ruined, or --amp fp16 "
             "overflows"
         )
-    corners, sizes = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    ids = [category_ids[label - first_label] for label in detections["labels"].tolist()]
+    known = [i for i, category_id in enumerate(ids) if category_id is not None]
+    scores = scores.tolist()
+    rectangles = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
     results: list[Result] = [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[label - first_label],
-            "bbox": box,
-            "score": score,
-        }
-        for box, label, score in zip(
-            torch.cat([corners, sizes], 1).tolist(),
-            found["labels"].tolist(),
-            scores.tolist(),
-            strict=True,
-        )
+        {"image_id": image_id, "category_id": ids[i], "bbox": rectangles[i], "score": scores[i]}
+        for i in known
     ]
-    if "masks" in found:
-        masks = (found["masks"][:, 0] > MASK_THRESHOLD).cpu().numpy()
+    if "masks" in detections:
+        masks = (detections["masks"][known, 0] > MASK_THRESHOLD).cpu().numpy()
         for result, mask in zip(results, coco_masks.encode(masks), strict=True):
             result["segmentation"] = mask
     return results
@@ -162,60 +136,46 @@ class GroundTruth:
     def __init__(self, paths: CocoPaths, masks: bool, classes: Sequence[str] = ()):
         find_backend()  # now, and not after an epoch of training
         file = CocoFile(paths)
-        images = {image.id: image for image in file.images}
-        self.image_numbers = {key: number for number, key in enumerate(sorted(images), 1)}
+        self.image_numbers = {key: number for number, key in enumerate(sorted(file.images), 1)}
         self.class_numbers = {key: number for number, key in enumerate(file.categories, 1)}
-        self.sizes = [(images[key].height, images[key].width) for key in self.image_numbers]
+        self.images = [file.images[key] for key in self.image_numbers]
         self.names = list(file.categories.values())
         self.other_names = [name for name in classes if name not in self.names]
         self.kinds = ("bbox", "segm") if masks else ("bbox",)
         self.annotations: dict[str, list[dict]] = {kind: [] for kind in self.kinds}
-        self.without_box = self.without_mask = 0
-        self.odd = ObjectNotes()
+        self.notes = ObjectNotes()
         for entry, image in file.objects():
             self._add(entry, image)
 
     def _add(self, entry: Annotation, image: Image) -> None:
-        """Adds an object to the kinds in which it can be evaluated."""
+        """Adds an object to the kinds in which it can be evaluated, and notes what it lacks."""
         size = image.height, image.width
+        masks = "segm" in self.kinds
+        usable = usable_box(entry, image, masks, crowds=False)
+        if not isinstance(usable, str):
+            self.notes.use(entry.bbox, image)
+        elif usable != CROWD:
+            self.notes.drop(usable, image)
         box = None if box_fault(entry.bbox) else [float(value) for value in entry.bbox]
-        segm = "segm" in self.kinds
         area = entry.area
         has_area = coco_masks.is_finite(area) and area >= 0
         mask = None
-        if segm or not has_area:
+        if masks or not has_area:
             mask = coco_masks.to_rle(entry.segmentation, *size)
-        self.without_box += box is None
-        self.without_mask += segm and mask is None
         if not has_area:  # COCO's area is the mask's, also where boxes are evaluated
             area = coco_masks.area(mask) if mask else box[2] * box[3] if box else 0
         common = {
             "image_id": self.image_numbers[entry.image_id],
             "category_id": self.class_numbers[entry.category_id],
-            "iscrowd": entry.iscrowd,
+            "iscrowd": int(entry.iscrowd or 0),
             "area": float(area),
         }
         if box:
             self._append("bbox", {**common, "bbox": box})
-        if segm and mask:
+        if masks and mask:
             self._append("segm", {**common, "segmentation": mask})
-        elif segm and box and (mask := coco_masks.of_box(box, *size)):
+        elif masks and box and (mask := coco_masks.of_box(box, *size)):
             self._append("segm", {**common, "segmentation": mask, "iscrowd": 1})
-        if box and not entry.iscrowd:
-            self._look_at(box, mask if segm else None, image)
-
-    def _look_at(self, box: list[float], mask: dict[str, Any] | None, image: Image) -> None:
-        """Counts an object that no detection can match, though it is evaluated as COCO does."""
-        index = self.image_numbers[image.id]
-        inside = clip_box(box, image.height, image.width)
-        if isinstance(inside, str):
-            self.odd.drop(inside, index, image)
-            return
-        self.odd.use(box, image)
-        if mask and not coco_masks.area(mask):
-            self.odd.drop(coco_masks.NO_PIXEL, index, image)
-        elif mask and coco_masks.are_apart(coco_masks.bounds(mask), inside):
-            self.odd.drop(coco_masks.ELSEWHERE, index, image)
 
     def _append(self, kind: str, annotation: dict) -> None:
         """Adds an annotation with an id of its own: COCO's may repeat, or be 0, which means "no
@@ -224,26 +184,21 @@ class GroundTruth:
         annotations = self.annotations[kind]
         annotations.append({**annotation, "id": len(annotations) + 1})
 
-    @property
-    def lines(self) -> list[str]:
-        """Returns lines on what is not evaluated, and on what can only be missed."""
-        lines = []
-        if self.without_box:
-            lines.append(
-                f"  not evaluated: {self.without_box:,} objects without a finite box of four "
-                "numbers"
-            )
-        if self.without_mask:
-            lines.append(
-                f"  ignored for masks: {self.without_mask:,} objects without a usable mask"
-            )
-        lines += [
-            f"  ! {n:,} objects are evaluated that no detection can match: {reason} (first in "
-            f"{name})"
-            for n, reason, name in self.odd.counts()
+    def report(self, name: str) -> list[str]:
+        """Returns lines on what is evaluated, and on what can only be missed or is left out."""
+        counts = Counter(a["image_id"] for a in self.annotations["bbox"] if not a["iscrowd"])
+        empty = len(self.images) - len(counts)
+        note = f", {empty:,} of them without objects" if empty else ""
+        lines = [
+            f"{name}: {len(self.images):,} images{note}, {counts.total():,} objects of "
+            f"{len(self.names)} classes"
         ]
-        if cut := self.odd.cut_line():
-            lines.append(f"  ! {cut}")
+        if many := sum(n > MOST_DETECTIONS for n in counts.values()):
+            lines.append(
+                f"  ! {many:,} images have more than {MOST_DETECTIONS} objects: COCO counts the "
+                f"{MOST_DETECTIONS} surest detections of an image, so AP cannot reach 100"
+            )
+        lines += self.notes.lines("  ! {} objects that no detection can match")
         for kind in self.kinds:
             if all(annotation["iscrowd"] for annotation in self.annotations[kind]):
                 lines.append(f"  ! no object has a {KINDS[kind]}: {KINDS[kind]} AP will be -")
@@ -254,41 +209,13 @@ class GroundTruth:
             )
         return lines
 
-    def report(self, name: str) -> list[str]:
-        """Returns lines that say what is evaluated and what is not."""
-        objects = [a for a in self.annotations["bbox"] if not a["iscrowd"]]
-        empty = len(self.image_numbers) - len({a["image_id"] for a in objects})
-        note = f", {empty:,} of them without objects" if empty else ""
-        head = (
-            f"{name}: {len(self.image_numbers):,} images{note}, {len(objects):,} objects of "
-            f"{len(self.names)} classes"
-        )
-        many = sum(n > MOST_DETECTIONS for n in Counter(a["image_id"] for a in objects).values())
-        if not many:
-            return [head, *self.lines]
-        return [
-            head,
-            f"  ! {many:,} images have more than {MOST_DETECTIONS} objects: COCO counts the "
-            f"{MOST_DETECTIONS} surest detections of an image, so AP cannot reach 100",
-            *self.lines,
-        ]
-
     def evaluate(self, results: list[Result], backend: str | None = None) -> dict[str, Summary]:
         """Returns COCO's figures of `results`: {"bbox": Summary} and, with masks, "segm".
 
         Args:
             results: of all ranks, with the file's own ids; they stay as they are.
             backend: one of `BACKENDS`; None for the first that is installed.
-
-        Raises:
-            UserError: no backend is installed, or a result is of an unknown image or category.
         """
-        for key, known in (("image", self.image_numbers), ("category", self.class_numbers)):
-            foreign = {result[f"{key}_id"] for result in results} - known.keys()
-            if foreign:
-                raise UserError(
-                    f"detections of {key} {min(foreign)}, which is not in the annotations"
-                )
         coco, evaluator = find_backend(backend)
         with contextlib.redirect_stdout(io.StringIO()):  # both narrate
             return {kind: self._summary(coco, evaluator, results, kind) for kind in self.kinds}
@@ -323,18 +250,15 @@ class GroundTruth:
 
     def _indexed(self, coco: type, annotations: Sequence[dict]) -> Any:
         """Returns a backend's COCO with copies of these annotations, as its code changes them."""
-        images = [
-            {"id": number, "height": height, "width": width}
-            for number, (height, width) in enumerate(self.sizes, 1)
-        ]
-        categories = [{"id": number, "name": name} for number, name in enumerate(self.names, 1)]
-        copies = [dict(annotation) for annotation in annotations]
         indexed = coco()
         indexed.dataset = {
             "info": {},
-            "images": images,
-            "categories": categories,
-            "annotations": copies,
+            "images": [
+                {"id": number, "height": image.height, "width": image.width}
+                for number, image in enumerate(self.images, 1)
+            ],
+            "categories": [{"id": n, "name": name} for n, name in enumerate(self.names, 1)],
+            "annotations": [dict(annotation) for annotation in annotations],
         }
         indexed.createIndex()
         return indexed

@@ -3,8 +3,6 @@
 faster-coco-eval's routines where installed, else pycocotools'; both give the same bytes.
 """
 
-import math
-import operator
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,15 +14,12 @@ from utils.system.errors import UserError
 NUMBERS = (int, float)  # as JSON gives them; by type() no bool is one
 LARGEST = sys.float_info.max
 FARTHEST = 1e6  # pixels from the corner of the image that a polygon may reach
-LONGEST = 1e6  # pixels of outline that an object may have: the rasteriser takes 100 bytes for each
-MARGIN = 100  # of the image's sides, which an outline may be longer than around its pixels
 DIGITS = 12  # characters that a run length may have in COCO's text: 60 bits
 NO_POLYGON = "mask is no polygon"
 NO_RUNS = "mask is no run-length code of the image's size"
 BARE_RUNS = "mask is a plain list of run lengths, without their size"
 NO_PIXEL = "mask without a pixel"
 ELSEWHERE = "mask lies elsewhere than its box"
-PARTS = 64  # polygons that are merged at a time: one by one each would cost all before it
 
 try:
     from faster_coco_eval import mask as api
@@ -61,8 +56,7 @@ def as_masks(segmentation: Any) -> Any:
         if len(segmentation) == 1 and isinstance(segmentation[0], dict):
             segmentation = segmentation[0]
     if isinstance(segmentation, dict):
-        whole = {key: _as_integers(segmentation.get(key)) for key in ("size", "counts")}
-        return {**segmentation, **whole}
+        return {key: _as_integers(segmentation.get(key)) for key in ("size", "counts")}
     return segmentation
 
 
@@ -95,45 +89,25 @@ def mask_fault(
     """
     if are_bare_runs(segmentation, height, width):
         return BARE_RUNS
-    segmentation = as_masks(segmentation)
-    if isinstance(segmentation, dict):
-        rle = to_rle(segmentation, height, width)
-        if rle is None:
-            return NO_RUNS
-        if not area(rle):
-            return NO_PIXEL
-        extent = bounds(rle)
-    else:
-        polygons = usable_polygons(segmentation, height, width)
-        if not polygons:
-            return NO_POLYGON
-        if not covers_a_pixel(polygons, height, width):
-            return NO_PIXEL
-        extent = _extent(polygons, height, width)
-    return ELSEWHERE if box is not None and are_apart(extent, box) else None
+    rle = to_rle(segmentation, height, width)
+    if rle is None:
+        return NO_RUNS if isinstance(as_masks(segmentation), dict) else NO_POLYGON
+    if not area(rle):
+        return NO_PIXEL
+    return ELSEWHERE if box is not None and are_apart(bounds(rle), box) else None
 
 
 def are_apart(mask: Sequence[float], box: Sequence[float]) -> bool:
-    """Returns whether a mask's rectangle and a box, both x1, y1, x2, y2, are of different places.
+    """Returns whether a mask's rectangle and a box, both x1, y1, x2, y2, lie apart.
 
-    They are where less than half of the smaller one lies in the other: a mask may be a part of its
+    They do where less than half of the smaller one lies in the other: a mask may be a part of its
     box, or reach out of it.
     """
-    x1, y1, x2, y2 = (float(v) for v in box)
-    left, top = min(mask[0], mask[2] - 1), min(mask[1], mask[3] - 1)  # a pixel at least
-    across = max(0.0, min(x2, mask[2]) - max(x1, left))
-    down = max(0.0, min(y2, mask[3]) - max(y1, top))
-    smaller = min((x2 - x1) * (y2 - y1), (mask[2] - left) * (mask[3] - top))
+    x1, y1, x2, y2 = map(float, box)
+    across = max(0.0, min(x2, mask[2]) - max(x1, mask[0]))
+    down = max(0.0, min(y2, mask[3]) - max(y1, mask[1]))
+    smaller = min((x2 - x1) * (y2 - y1), (mask[2] - mask[0]) * (mask[3] - mask[1]))
     return across * down < smaller / 2
-
-
-def _extent(
-    polygons: Sequence[Sequence[float]], height: int, width: int
-) -> tuple[float, float, float, float]:
-    """Returns the rectangle around polygons, as far as it is inside the image."""
-    x = [value for part in polygons for value in part[::2]]
-    y = [value for part in polygons for value in part[1::2]]
-    return max(min(x), 0), max(min(y), 0), min(max(x), width), min(max(y), height)
 
 
 def bounds(rle: dict[str, Any]) -> tuple[float, float, float, float]:
@@ -142,24 +116,8 @@ def bounds(rle: dict[str, Any]) -> tuple[float, float, float, float]:
     return x, y, x + w, y + h
 
 
-def usable_polygons(segmentation: Any, height: int, width: int) -> list[list[float]]:
-    """Returns the parts of a COCO segmentation that are polygons: 3 or more corners.
-
-    None at all where their outlines are together longer than those of any mask of this size: the
-    rasteriser takes time and memory for each pixel of an outline, also far outside the image.
-    """
-    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
-        return []
-    polygons = [part for part in segmentation if _is_polygon(part)]
-    longest = min(LONGEST, 2 * height * width + MARGIN * (height + width))
-    # COCO has a million polygons of a few corners each, of which none has to be measured for this.
-    if sum(1.5 * len(part) * (max(part) - min(part)) for part in polygons) <= longest:
-        return polygons
-    return polygons if sum(_area_and_length(part)[1] for part in polygons) <= longest else []
-
-
 def _is_polygon(part: Any) -> bool:
-    if not isinstance(part, Sequence) or len(part) < 6 or len(part) % 2:
+    if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
         return False
     if not set(map(type, part)) <= {*NUMBERS}:
         return False
@@ -167,45 +125,14 @@ def _is_polygon(part: Any) -> bool:
     return min(part) >= -FARTHEST and max(part) <= FARTHEST and sum(part) == sum(part)
 
 
-def _area_and_length(polygon: Sequence[float]) -> tuple[float, float]:
-    """Returns a polygon's area, 0 where it crosses itself evenly, and its outline's length."""
-    x, y = polygon[::2], polygon[1::2]
-    # numpy's calls would take most of the time for a few corners
-    across = list(map(operator.sub, [*x[1:], x[0]], x))
-    down = list(map(operator.sub, [*y[1:], y[0]], y))
-    twice = sum(map(operator.mul, x, down)) - sum(map(operator.mul, y, across))
-    return abs(twice) / 2, sum(map(math.hypot, across, down))
-
-
-def covers_a_pixel(polygons: Sequence[Sequence[float]], height: int, width: int) -> bool:
-    """Returns whether the mask of polygons, from `usable_polygons`, has a pixel.
-
-    Drawing all of COCO's would take minutes. A polygon that does not cross itself holds a circle of
-    radius area / outline (Bonnesen's inequality), and one of radius 1 holds a pixel's centre; so
-    only what is tiny or thin, reaches outside the image, or comes to a corner twice is drawn.
-    """
-    for polygon in polygons:
-        x, y = polygon[::2], polygon[1::2]
-        inside = min(polygon) >= 0 and max(x) <= width and max(y) <= height
-        if inside and len(set(zip(x, y, strict=True))) == len(x):
-            size, length = _area_and_length(polygon)
-            if size > length:
-                return True
-    return area(_draw(polygons, height, width)) > 0
-
-
 def _draw(polygons: Sequence[Sequence[float]], height: int, width: int) -> dict[str, Any]:
-    parts = _api().frPyObjects(polygons, height, width)
-    while len(parts) > 1:
-        parts = [_api().merge(parts[i : i + PARTS]) for i in range(0, len(parts), PARTS)]
-    return parts[0]
+    return _api().merge(_api().frPyObjects(polygons, height, width))
 
 
 def of_box(box: Sequence[float], height: int, width: int) -> dict[str, Any] | None:
     """Returns run lengths of the part of [x, y, w, h] in the image; None where there is none."""
     x, y, w, h = box
-    x1, x2 = max(x, 0), min(x + w, width)
-    y1, y2 = max(y, 0), min(y + h, height)
+    x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
     if x2 <= x1 or y2 <= y1:
         return None
     return _draw([[x1, y1, x2, y1, x2, y2, x1, y2]], height, width)
@@ -221,21 +148,20 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
         return None
     segmentation = as_masks(segmentation)
     if not isinstance(segmentation, dict):
-        polygons = usable_polygons(segmentation, height, width)
+        parts = segmentation if isinstance(segmentation, list) else ()
+        polygons = [part for part in parts if _is_polygon(part)]
         return _draw(polygons, height, width) if polygons else None
     size, counts = segmentation["size"], segmentation["counts"]
-    if not isinstance(size, Sequence) or list(size) != [height, width]:
+    text = counts.encode("ascii", "replace") if isinstance(counts, str) else None
+    runs = counts if text is None else _runs(text)
+    if size != [height, width] or not isinstance(runs, list):
         return None
-    if isinstance(counts, str):
-        counts = counts.encode("ascii", "replace")
-    runs = _runs(counts) if isinstance(counts, bytes) else counts
-    if not isinstance(runs, list) or not all(type(n) is int and n >= 0 for n in runs):
+    # pycocotools would read memory that is not its own
+    if not all(type(n) is int and n >= 0 for n in runs) or sum(runs) != height * width:
         return None
-    if sum(runs) != height * width:  # pycocotools would read memory that is not its own
-        return None
-    if isinstance(counts, bytes):
-        return {"size": [height, width], "counts": counts}
-    return _api().frPyObjects({"size": size, "counts": counts}, height, width)
+    if text is not None:
+        return {"size": size, "counts": text}
+    return _api().frPyObjects({"size": size, "counts": runs}, height, width)
 
 
 def _runs(text: bytes) -> list[int] | None:

@@ -24,8 +24,7 @@ NAN = float("nan")
         ({"bbox": (10, 10, 0.5, 30)}, "under 1 pixel"),
         ({"bbox": (0.1, 0.1, 0.5, 0.3)}, "under 1 pixel, with all its numbers from 0 to 1"),
         ({"bbox": (1, 2, 3, 4, 0.5), "area": 1}, "not four numbers"),
-        ({"iscrowd": "true"}, "crowd"),
-        ({"iscrowd": [1]}, "crowd"),
+        ({"iscrowd": True}, "crowd"),
         ({"bbox": (10, 10, -5, 30)}, "under 1 pixel"),
         ({"bbox": (64, 10, 20, 30)}, "outside the image"),
         ({"bbox": (-30, 10, 30.5, 30)}, "outside the image"),
@@ -41,7 +40,6 @@ NAN = float("nan")
         ({"segmentation": [[]]}, "no polygon"),
         ({"segmentation": [1.0, 2.0, 3.0, 4.0]}, "no polygon"),
         ({"segmentation": [[1, 1], [20, 1], [20, 20]]}, "no polygon"),
-        ({"segmentation": [[1, 1, 1e5, 1, 1e5, 1e5]]}, "no polygon"),
         ({"segmentation": {"size": [48, 64], "counts": [0.5, 48 * 64 - 0.5]}}, "run-length"),
         ({"segmentation": {"size": [48, 64], "counts": [True, 48 * 64 - 1]}}, "run-length"),
         ({"segmentation": {"size": [48, 64]}}, "run-length"),
@@ -68,17 +66,15 @@ def test_what_cannot_be_trained_on_is_dropped_and_said(tmp_path, changes, reason
     assert "picture-2.png" in line
 
 
-@pytest.mark.parametrize("value", ["0", "false", "False", [0], 0.0, False, None])
-def test_iscrowd_of_other_kinds_is_no_crowd(tmp_path, value):
+@pytest.mark.parametrize("value", [0, 0.0, False, None])
+def test_what_is_no_crowd(tmp_path, value):
     entry = {**annotation(), "iscrowd": value}
     assert len(split_of(tmp_path, [entry]).labels) == 1
 
 
-@pytest.mark.parametrize("value", ["no", "", 2, [0, 0], [], {}, [[0]], NAN, "\x1b[31m"])
+@pytest.mark.parametrize("value", ["no", "0", 2, 0.5, [0], {}, NAN, "\x1b[31m"])
 def test_iscrowd_that_says_nothing_is_refused(tmp_path, value):
-    with pytest.raises(
-        UserError, match=r"picture-1.png: annotation 5: iscrowd .*; write 0"
-    ) as error:
+    with pytest.raises(UserError, match=r"annotations\[0\].iscrowd: .*; mend it") as error:
         split_of(tmp_path, [annotation(5, iscrowd=value)])
     assert str(error.value).isprintable()
 
@@ -86,20 +82,19 @@ def test_iscrowd_that_says_nothing_is_refused(tmp_path, value):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"iscrowd": 1}, "2 a crowd under one box; write iscrowd 0"),
-        ({"bbox": (0.1, 0.1, 0.5, 0.3)}, "2 box under 1 pixel, .* in pixels"),
-        ({"bbox": (1, 1, 5, 5, 0.5)}, "2 box is not four numbers; .* x, y, width, height in pix"),
-        ({"segmentation": None}, "2 mask is no polygon; add polygons, or train faster_rcnn or"),
-        ({"bbox": (70, 1, 5, 5)}, "2 box under 1 pixel, or outside the image; write bbox"),
+        ({"iscrowd": 1}, "2 a crowd under one box; python -m tools.check_i"),
+        ({"bbox": (0.1, 0.1, 0.5, 0.3)}, "2 box under 1 pixel, .* from 0 to 1; python"),
+        ({"bbox": (1, 1, 5, 5, 0.5)}, "2 box is not four numbers; python"),
+        ({"segmentation": None}, "2 mask is no polygon; mend them, or train faster_rcnn or"),
     ],
 )
 def test_a_split_without_an_object_is_not_trained_on(tmp_path, changes, message):
     entries = [annotation(1), annotation(2, 2)]
     for entry in entries:
         entry.update(changes)
-    place = locate(write_tree(tmp_path, entries, part="train"), "train")
+    paths = locate(write_tree(tmp_path, entries, part="train"), "train")
     with pytest.raises(UserError, match=f"json: no object to train on: {message}") as error:
-        load_split(place, masks=True)
+        load_split(paths, masks=True)
     assert "\n" not in str(error.value)
 
 
@@ -114,7 +109,7 @@ def test_a_split_without_annotations(tmp_path):
         content = json.loads(path.read_text())
         del content["annotations"]
         path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="the list 'annotations' is missing"):
+    with pytest.raises(UserError, match="'annotations' is empty; add"):
         load_split(locate(root, "train"))
     assert len(load_split(locate(root, "val"), drop_crowds=False)) == 3
 
@@ -133,11 +128,8 @@ def test_many_boxes_that_had_to_be_cut_are_said(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_id": 99}, "annotation 5: unknown image_id 99; mend or remove it"),
-        (
-            {"category_id": 3},
-            "picture-1.png: annotation 5: unknown category_id 3; mend or remove it",
-        ),
+        ({"image_id": 99}, "annotation 5: unknown image_id 99; mend it"),
+        ({"category_id": 3}, "picture-1.png: annotation 5: unknown category_id 3; mend it"),
     ],
 )
 def test_wrong_ids_are_errors(tmp_path, changes, message):
@@ -150,22 +142,10 @@ def test_wrong_ids_are_errors(tmp_path, changes, message):
     [
         (lambda c: c.pop("images"), "no COCO annotations: .* missing required field `images`"),
         (lambda c: c["images"].clear(), "the list 'images' is empty"),
-        (
-            lambda c: c["images"][1].pop("width"),
-            r"images\[1\]: .*field `width`; mend",
-        ),
-        (
-            lambda c: c["images"][1].pop("file_name"),
-            r"images\[1\]: .*field `file_name`",
-        ),
-        (
-            lambda c: c["annotations"][0].pop("bbox"),
-            r"annotations\[0\]: .*field `bbox`",
-        ),
-        (
-            lambda c: c["annotations"][0].pop("image_id"),
-            r"annotations\[0\]: .*field `image_id`",
-        ),
+        (lambda c: c["images"][1].pop("width"), r"images\[1\]: .*field `width`; mend"),
+        (lambda c: c["images"][1].pop("file_name"), r"images\[1\]: .*field `file_name`"),
+        (lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\]: .*field `bbox`"),
+        (lambda c: c["annotations"][0].pop("image_id"), r"annotations\[0\]: .*field `image_id`"),
         (lambda c: c["annotations"].append(7), r"annotations\[1\]: Expected `object`, got `int`"),
         (lambda c: c["images"][1].update(id="2"), r"images\[1\].id: Expected `int`, got `str`"),
         (lambda c: c["images"][1].update(height="48"), r"images\[1\].height: Expected `int`, got"),
@@ -189,8 +169,6 @@ def test_wrong_ids_are_errors(tmp_path, changes, message):
             "two categories are named cat; rename one",
         ),
         (lambda c: c["images"][2].update(file_name="gone.png"), "1 of 3 images are missing.*gone"),
-        (lambda c: c["images"][2].update(file_name="a\\b.png"), "1 of 3 .*write / there"),
-        (lambda c: c["images"][2].update(file_name="http://a/b.png"), "1 of 3 .*download"),
         (lambda c: c["images"][2].update(file_name="x" * 300), r"1 of 3 .*x{119}…; name the fold"),
         (lambda c: c["images"][2].update(file_name="a\0b"), r"1 of 3 .*a\\x00b; name"),
         (lambda c: c["images"][2].update(file_name="\ud800"), r"1 of 3 .*\\ud800; name"),
@@ -213,10 +191,7 @@ def test_no_json(tmp_path):
     with pytest.raises(UserError, match="cannot be read as JSON"):
         load_split(locate(root, "val"))
     path.write_text('{"images": ' + "[" * 200_000 + "]" * 200_000 + "}")
-    with pytest.raises(UserError, match=r"cannot be read as JSON .lists in lists, too deep"):
-        load_split(locate(root, "val"))
-    path.write_text('{"images": [], "info": ' + '{"a":' * 200_000 + "1" + "}" * 200_001)
-    with pytest.raises(UserError, match=r"cannot be read as JSON .lists in lists, too deep"):
+    with pytest.raises(UserError, match=r"cannot be read as JSON .*recursion"):
         load_split(locate(root, "val"))
     path.write_text("[]")
     with pytest.raises(UserError, match="no COCO annotations"):
@@ -238,7 +213,7 @@ def test_places(tmp_path):
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_messages_name_flags_that_exist(tmp_path, part):
     parser = parser_of(PARTS, DetectionRecipe(), "")
-    place = locate(write_tree(tmp_path, [], part=part), part)
+    paths = locate(write_tree(tmp_path, [], part=part), part)
 
     def flags_of(function, *arguments):
         with pytest.raises(UserError) as error:
@@ -249,17 +224,8 @@ def test_messages_name_flags_that_exist(tmp_path, part):
     assert {*images, *annotations} <= parser._option_string_actions.keys()
     assert flags_of(locate, tmp_path, part, "gone") == images
     assert flags_of(locate, tmp_path, part, None, "gone") == annotations
-    (place.images / "picture-2.png").unlink()
-    assert flags_of(load_split, place) == images
-    place.annotations.unlink()
-    assert flags_of(load_split, place) == annotations
-
-
-def change(root, edit):
-    path = root / "annotations" / "instances_val2017.json"
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
+    (paths.images / "picture-2.png").unlink()
+    assert flags_of(load_split, paths) == images
 
 
 def faults(root):
@@ -268,8 +234,8 @@ def faults(root):
 
 def test_a_right_file_has_no_fault(tmp_path):
     root = write_tree(tmp_path / "coco", [annotation(1), annotation(2, segmentation=None)])
-    sizes, found = check_file(locate(root, "val"))
-    assert found == []
+    sizes, listed = check_file(locate(root, "val"))
+    assert listed == []
     assert sizes == {f"picture-{n}.png": (48, 64) for n in (1, 2, 3)}
 
 
@@ -285,7 +251,7 @@ def test_all_faults_are_told_at_once(tmp_path):
         ],
     )
 
-    def edit(content):
+    def spoil(content):
         content["images"].append({**content["images"][0], "file_name": "picture-2.png"})
         content["images"].append({"id": 50, "height": 3})
         content["images"].append({**content["images"][0], "id": 51, "height": -1})
@@ -293,23 +259,22 @@ def test_all_faults_are_told_at_once(tmp_path):
         content["annotations"].append({"id": 7})
         content["annotations"][2]["bbox"] = [1, 2, 3]
 
-    change(root, edit)
+    edit(root, spoil)
     where = str(root / "annotations" / "instances_val2017.json")
     first, second = (str(root / "val2017" / f"picture-{n}.png") for n in (1, 2))
-    found = faults(root)
-    assert (second, "id 1, which picture-1.png has, too") in found
-    assert (second, "images 2 and 1 are of one file") in found
-    assert (where, "images[4]: Object missing required field `file_name`") in found
-    assert (where, "images[5].height: Expected `int` >= 1") in found
-    assert any(reason.startswith("two categories are named ") for _, reason in found)
-    assert (where, "annotation 1: unknown image_id 99") in found
-    assert (first, "annotation 2: unknown category_id 5") in found
-    assert (first, "annotation 3: box is not four numbers") in found
-    assert (first, "annotation 3: mask is no polygon") in found
-    assert (first, "annotation 4: iscrowd 'perhaps', not 0 or 1") in found
-    assert (first, "annotation 5: box under 1 pixel, or outside the image") in found
-    assert (where, "annotations[5]: Object missing required field `image_id`") in found
-    assert len(found) == 12
+    listed = faults(root)
+    assert (second, "id 1, which picture-1.png has, too") in listed
+    assert (second, "images 2 and 1 are of one file") in listed
+    assert (where, "images[4]: Object missing required field `file_name`") in listed
+    assert (where, "images[5].height: Expected `int` >= 1") in listed
+    assert any(reason.startswith("two categories are named ") for _, reason in listed)
+    assert (where, "annotation 1: unknown image_id 99") in listed
+    assert (first, "annotation 2: unknown category_id 5") in listed
+    assert (first, "annotation 3: box is not four numbers") in listed
+    assert any(reason.startswith("annotations[3].iscrowd: Expected") for _, reason in listed)
+    assert (first, "annotation 5: box under 1 pixel, or outside the image") in listed
+    assert (where, "annotations[5]: Object missing required field `image_id`") in listed
+    assert len(listed) == 11
 
 
 def test_an_object_without_an_id_is_named_by_its_position(tmp_path):
@@ -343,11 +308,11 @@ def test_links_out_of_the_folder_are_followed_if_asked(tmp_path):
     assert len(load_split(locate(root, "val", anywhere=True))) == 3
     (images / "picture-3.png").unlink()
     (images / "sub").symlink_to(outside)
-    change(root, lambda content: content["images"][2].update(file_name="sub/picture-3.png"))
+    edit(root, lambda content: content["images"][2].update(file_name="sub/picture-3.png"))
     with pytest.raises(UserError, match=r"sub/picture-3\.png is a link to"):
         load_split(locate(root, "val"))
-    change(root, lambda c: c["images"][2].update(file_name="../outside/picture-3.png"))
+    edit(root, lambda c: c["images"][2].update(file_name="../outside/picture-3.png"))
     with pytest.raises(UserError, match="must lie in the folder"):
         load_split(locate(root, "val", anywhere=False))
-    change(root, lambda c: c["images"][2].update(file_name=str(outside / "picture-3.png")))
+    edit(root, lambda c: c["images"][2].update(file_name=str(outside / "picture-3.png")))
     assert len(load_split(locate(root, "val", anywhere=True))) == 3

@@ -36,22 +36,6 @@ def test_bad_polygons_beside_a_good_one(tmp_path):
     assert CocoDataset(split, 1)[(0, 0)][1]["masks"].sum() == 600
 
 
-def test_polygons_that_are_not_drawn_have_a_pixel(monkeypatch):
-    chance = np.random.default_rng(0)
-    draw, drawn = coco_masks._draw, []
-    monkeypatch.setattr(coco_masks, "_draw", lambda *a: drawn.append(0) or draw(*a))
-    seen = {True: 0, False: 0}
-    for _ in range(300):
-        angle = np.sort(chance.uniform(0, 2 * np.pi, 7))
-        spread = chance.uniform(0.1, 12) * chance.uniform(0.3, 1, (7, 1))
-        corners = chance.uniform(-2, 48, 2) + spread * np.stack([np.cos(angle), np.sin(angle)], 1)
-        polygons, before = [corners.flatten().tolist()], len(drawn)
-        covers = coco_masks.covers_a_pixel(polygons, 48, 64)
-        seen[len(drawn) > before] += 1
-        assert covers == (coco_masks.area(draw(polygons, 48, 64)) > 0)
-    assert min(seen.values()) > 50
-
-
 def test_run_lengths_are_cocos():
     chance = np.random.default_rng(0)
     for share in (0.0, 0.01, 0.3, 1.0):
@@ -63,29 +47,9 @@ def test_run_lengths_are_cocos():
         assert np.array_equal(coco_masks.decode(coco_masks.to_rle(text, 70, 50)), mask)
 
 
-@pytest.mark.parametrize(
-    ("segmentation", "usable"),
-    [
-        ({"size": [48, 64], "counts": "o" * 3_000_000}, False),  # a number that never ends
-        ({"size": [48, 64], "counts": "0" * 3_000_000}, False),
-        ([[float(n) for i in range(250_000) for n in (0, i % 48, 64, i % 47)]], False),
-        ([[-9e5, -9e5, 9e5, -9e5, 9e5, 9e5]] * 1000, False),
-        ([[x, y, x + 1, y, x + 1, y + 1] for x in range(64) for y in range(48)], True),
-        ([(24 + 9 * np.exp(1j * np.linspace(0, 6.283, 1_000_000))).view(float).tolist()], True),
-    ],
-)
-def test_masks_made_to_take_for_ever(segmentation, usable):
-    """Each ends in seconds; without their bounds some would take hours, or all memory."""
-    found = coco_masks.to_rle(segmentation, 48, 64)
-    assert (found is not None) == usable
-
-
-def test_many_parts_are_merged_as_a_few(tmp_path):
-    chance = np.random.default_rng(0)
-    starts = chance.uniform(0, 44, (300, 2))
-    polygons = [[x, y, x + 3, y, x + 3, y + 3, x, y + 3] for x, y in starts.tolist()]
-    parts = coco_masks._api().frPyObjects(polygons, 48, 64)
-    assert coco_masks.to_rle(polygons, 48, 64) == coco_masks._api().merge(parts)
+@pytest.mark.parametrize("counts", ["o" * 1_000_000, "0" * 1_000_000])
+def test_run_lengths_that_never_end(counts):
+    assert coco_masks.to_rle({"size": [48, 64], "counts": counts}, 48, 64) is None
 
 
 def random_polygon(chance, kind):
@@ -141,9 +105,8 @@ def test_a_mask_that_is_not_where_its_box_is(tmp_path, segmentation, reason):
     assert "picture-2.png" in line
     faults = check_file(locate(tmp_path, "val"))[1]
     assert [reason in said for _, said in faults] == [True]
-    lines = GroundTruth(locate(tmp_path, "val"), masks=True).lines
-    ignored = ["  ignored for masks: 1 objects without a usable mask"]
-    assert lines == ignored if reason == coco_masks.BARE_RUNS else reason in lines[0]
+    (line,) = GroundTruth(locate(tmp_path, "val"), masks=True).report("val")[1:]
+    assert line == f"  ! 1 objects that no detection can match: {reason} (first in picture-2.png)"
 
 
 @pytest.mark.parametrize(
@@ -157,4 +120,4 @@ def test_a_mask_that_is_not_where_its_box_is(tmp_path, segmentation, reason):
 )
 def test_a_mask_that_is_where_its_box_is(tmp_path, segmentation):
     assert len(split_of(tmp_path, [annotation(segmentation=segmentation)]).labels) == 1
-    assert GroundTruth(locate(tmp_path, "val"), masks=True).lines == []
+    assert GroundTruth(locate(tmp_path, "val"), masks=True).report("val")[1:] == []
