@@ -1,11 +1,11 @@
 """Opens DATA, and reads tar shards as class folders: same classes, labels and order of images.
 
 The shards are webdataset's: tar files in which `KEY.jpg` (or another image ending) has its class
-number beside it, in `KEY.cls`. An index of the images' places, made once and stored with the
+number beside it, in `KEY.cls`. An index of the images' positions, made once and stored with the
 shards, lets them be read like files: any image at any time. (webdataset itself streams them through
-a shuffle buffer, whose contents an interrupted run cannot find again.) The order is by class name
-and then by name, as in class folders, whatever shards the images lie in: a run on shards is bit for
-bit the run on the folder that they were made from.
+a shuffle buffer, whose contents an interrupted run cannot restore.) The order is by class name and
+then by name, as in class folders, whatever shards the images lie in: a run on shards is bit for bit
+the run on the folder that they were made from.
 
 With their index, shards may lie in a store that fsspec knows (s3://, https://, …). fsspec comes
 with torch; the package for a particular store (s3fs, gcsfs, aiohttp) is the user's to install.
@@ -13,17 +13,16 @@ with torch; the package for a particular store (s3fs, gcsfs, aiohttp) is the use
 
 import contextlib
 import functools
-import hashlib
 import io
 import json
 import os
 import re
 import tarfile
-import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,76 +50,42 @@ MEMBER = np.dtype(
         ("header", np.uint32),  # CRC-32 of the block in front of them, which names them
     ]
 )
-# Of a file in a shard: name, class number of a .cls, offset, size, CRC-32 of its header.
-Entry = tuple[str, int | None, int, int, int]
-OPEN_FILES = 256  # kept open by each process, well below the usual limit of 1,024
-PAUSES = (1, 4, 16)  # seconds before a store is asked again; fsspec's http:// never does so itself
+OPEN_FILES = 256  # of each process, well below the usual limit of 1,024
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Holds the places of the images of some shards, in the order of the shards."""
+    """Holds the positions of the images of some shards, in the order of the shards."""
 
-    shards: tuple[str, ...]  # file names
-    sizes: tuple[int, ...]  # of the shards, in bytes
+    shards: Mapping[str, int]  # file name → bytes
     names: np.ndarray  # (n,) bytes, of the images inside of the shards
     labels: np.ndarray  # (n,) int64, as in their .cls
     members: np.ndarray  # (n,) MEMBER
     ignored: dict[str, int]  # what was passed over, and how often
 
-    def is_sound(self) -> bool:
-        """Returns whether each image has a class and lies inside a shard."""
-        shard, offset, size = (self.members[part] for part in ("shard", "offset", "size"))
-        of_shards = np.array(self.sizes, np.int64)
-        return bool(
-            {self.names.shape, self.labels.shape, shard.shape} == {(len(self.names),)}
-            and self.names.dtype.kind == "S"
-            and self.labels.dtype == np.int64
-            and 0 <= self.labels.min() <= self.labels.max() < MOST_CLASSES
-            and 0 <= shard.min() <= shard.max() < len(self.shards) == len(of_shards)
-            and offset.min() >= BLOCK
-            and size.min() >= 0
-            and (of_shards[shard] - offset >= size).all()  # no sum, which could overflow
-        )
-
     def to_bytes(self) -> bytes:
-        about = {
-            "version": VERSION,
-            "shards": self.shards,
-            "sizes": self.sizes,
-            "ignored": self.ignored,
-        }
+        about = {"version": VERSION, "shards": self.shards, "ignored": self.ignored}
         text = np.frombuffer(json.dumps(about).encode(), np.uint8)
         file = io.BytesIO()
         np.savez(file, about=text, names=self.names, labels=self.labels, members=self.members)
         return file.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "ShardIndex | None":
-        """Reads an index; returns None for one of an earlier version.
+    def from_bytes(cls, data: bytes) -> "ShardIndex":
+        """Reads an index.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: it is damaged, or of another version.
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 about = json.loads(arrays["about"].tobytes())
-                if about["version"] < VERSION:
-                    return None
-                index = cls(
-                    tuple(about["shards"]),
-                    tuple(about["sizes"]),
-                    arrays["names"],
-                    arrays["labels"],
-                    arrays["members"],
-                    about["ignored"],
-                )
-                is_sound = about["version"] == VERSION and index.is_sound()
+                names, labels, members = (arrays[n] for n in ("names", "labels", "members"))
         except Exception:  # numpy, zipfile and json each have several
-            is_sound = False
-        if not is_sound:
-            raise ValueError("damaged, cut short, or of a later version")
-        return index
+            about = {}
+        if about.get("version") != VERSION:
+            raise ValueError("damaged, cut short, or of another version")
+        return cls(about["shards"], names, labels, members, about["ignored"])
 
 
 @dataclass(frozen=True)
@@ -141,22 +106,21 @@ class Member:
 
         Raises:
             UserError: other bytes lie there than when the index was made, the shard cannot be read,
-                or a store does not answer. No fault of the image's: it is not to be replaced by
-                another.
+                or a store does not answer. No fault of the image's: no other is to replace it.
         """
         try:
             data = read_range(self.shard, self.offset - BLOCK, BLOCK + self.size)
         except OSError as error:
             raise UserError(
-                f"{printable(self.shard)}: {error.strerror or error}; see to it, and go on with "
-                "--resume auto",
+                f"{printable(self.shard)}: {error.strerror}; see to it, and go on with --resume "
+                "auto",
                 EXIT_FAILED,
             ) from None
         if zlib.crc32(data[:BLOCK]) != self.header or len(data) != BLOCK + self.size:
             index = f"{os.path.dirname(self.shard)}/{NAME}"
             raise UserError(
-                f"{printable(str(self))}: the shard has changed since its index was made; put it "
-                f"back, or remove {printable(index)} and start again",
+                f"{printable(str(self))}: the shard has changed since its index was made, or the "
+                f"server ignores ranges; put it back, or remove {printable(index)} and start again",
                 EXIT_FAILED,
             )
         return data[BLOCK:]
@@ -226,13 +190,13 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ShardFolder:
             f"{printable(root)}: an image has the class number {highest} (they count from 0), and "
             f"{CLASSES} has {len(names)} names; give it a line for every class"
         )
-    wanted = list(names if classes is None else classes)
-    label_of = {name: label for label, name in enumerate(wanted)}
+    classes = tuple(names if classes is None else classes)
+    label_of = {name: label for label, name in enumerate(classes)}
     present = [names[number] for number in np.unique(index.labels).tolist()]
     if unknown := [name for name in present if name not in label_of]:
         remedy = "" if named else f"; write the names of the numbers into a {CLASSES} beside it"
         raise UserError(
-            f"{printable(root)}: {count_names(unknown)} not among the {len(wanted)} known classes"
+            f"{printable(root)}: {count_names(unknown)} not among the {len(classes)} known classes"
             f"{remedy or '; labels go by name'}"
         )
     ranks = {name: rank for rank, name in enumerate(sorted(names))}
@@ -241,12 +205,12 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ShardFolder:
     labels = np.array([label_of.get(name, -1) for name in names], np.int64)[index.labels]
     return ShardFolder(
         root=root,
-        classes=tuple(wanted),
+        classes=classes,
         paths=index.names[order],
         labels=labels[order],
         ignored=index.ignored,
         notes=() if named else (f"no {CLASSES}: classes go by their numbers",),
-        shards=index.shards,
+        shards=tuple(index.shards),
         members=index.members[order],
     )
 
@@ -272,7 +236,7 @@ def open_images(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
     """Opens the images below one folder: class folders or tar shards.
 
     Args:
-        classes: the names in label order; by default those found.
+        classes: the names in label order; by default those of the data.
 
     Raises:
         UserError: see `image_folder.scan` and `scan`.
@@ -302,61 +266,37 @@ def find_index(root: str) -> ShardIndex | None:
     """Returns the index of a folder's shards, made if there is none; None where there are no
     shards.
 
-    It is stored beside the shards, or, where that cannot be written, in the user's cache folder.
-    In a store it has to be there: to make it, every byte of the shards would have to come.
+    It is stored beside the shards. In a store it has to be there: to make it, every byte of the
+    shards would have to come. There each image is compared with its header when it is read.
 
     Raises:
         UserError: a shard that is damaged, or no webdataset; an index that is damaged, or of other
             shards.
     """
     _opened.cache_clear()  # an open file would still show contents that have been replaced since
-    listed = list_shards(root)
-    index = None
-    if is_remote(root):
-        index = _stored(f"{root}/{NAME}", None)
-    elif listed:
-        name = f"{hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]}.npz"
-        cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "eca-net", name)
-        index = _stored(f"{root}/{NAME}", listed) or _stored(str(cached), listed)
-        if index is None:
-            index = make_index(root, listed)
-            try:
-                write_atomically(Path(root, NAME), index.to_bytes())
-            except UserError:  # and where the cache cannot be written, the next run makes it again
-                with contextlib.suppress(UserError, OSError):
-                    cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    write_atomically(cached, index.to_bytes())
-    return index
-
-
-def _stored(path: str, listed: dict[str, int] | None) -> ShardIndex | None:
-    """Returns a stored index; None where there is none, or one that is to be made again.
-
-    Args:
-        listed: the shards that lie there, and their sizes; None for those of a store, whose index
-            is trusted: each image is compared with its header when it is read.
-    """
-    if (data := read_whole(path)) is None:
-        return None
-    again = "make it where the shards lie, and upload it" if listed is None else "remove it"
-    try:
-        index = ShardIndex.from_bytes(data)
-    except ValueError as error:
-        raise UserError(f"{printable(path)}: {error}; {again}, and start again") from None
-    if index is None and listed is None:
-        raise UserError(f"{printable(path)}: of an earlier version; {again}, and start again")
-    if index is not None and listed is not None:
-        made_of = zip(index.shards, index.sizes, strict=True)
-        if other := sorted({*made_of} ^ listed.items()):
+    listed, path, remote = list_shards(root), f"{root}/{NAME}", is_remote(root)
+    if (data := read_whole(path)) is not None:
+        try:
+            index = ShardIndex.from_bytes(data)
+        except ValueError as error:
+            again = "make it where the shards lie, and upload it" if remote else "remove it"
+            raise UserError(f"{printable(path)}: {error}; {again}, and start again") from None
+        if not remote and (other := sorted(index.shards.items() ^ listed.items())):
             raise UserError(
                 f"{printable(path)}: {printable(other[0][0])} is missing, new, or of another size "
                 "than when the index was made; copy that shard again, or remove the index, and "
                 "start again"
             )
+        return index
+    if not listed:
+        return None
+    index = make_index(root, listed)
+    with contextlib.suppress(UserError):  # where it cannot be written, the next run makes it again
+        write_atomically(Path(path), index.to_bytes())
     return index
 
 
-def make_index(root: str, listed: dict[str, int]) -> ShardIndex:
+def make_index(root: str, listed: Mapping[str, int]) -> ShardIndex:
     """Reads the headers of all shards.
 
     Args:
@@ -371,9 +311,8 @@ def make_index(root: str, listed: dict[str, int]) -> ShardIndex:
         path = f"{root}/{shard}"
         try:
             with open(path, "rb") as file:
-                for sample in _samples(file, path, ignored):
-                    for name, label, *position in _pairs(sample, path, ignored):
-                        images.append((name, label, (number, *position)))
+                for name, label, *position in _images(file, path, ignored):
+                    images.append((name, label, (number, *position)))
         except OSError as error:
             raise UserError(f"{printable(path)}: {error.strerror or error}") from None
     if not images:
@@ -383,8 +322,7 @@ def make_index(root: str, listed: dict[str, int]) -> ShardIndex:
         )
     names, labels, members = zip(*images, strict=True)
     return ShardIndex(
-        tuple(listed),
-        tuple(listed.values()),
+        dict(listed),
         np.array([os.fsencode(name) for name in names]),
         np.array(labels, np.int64),
         np.array([*members], MEMBER),
@@ -392,62 +330,62 @@ def make_index(root: str, listed: dict[str, int]) -> ShardIndex:
     )
 
 
-def _pairs(
-    sample: Mapping[str, Entry], path: str, ignored: Counter[str]
+def _images(
+    file: BinaryIO, path: str, ignored: Counter[str]
 ) -> Iterator[tuple[str, int, int, int, int]]:
-    """Yields name, class number, offset, size and header of each image among neighbours."""
-    labelled = {}
-    for ending, (name, _, *position) in sample.items():
-        stem, dot, kind = ending.rpartition(".")
-        if kind == "cls":
-            continue
-        if f".{kind}" not in EXTENSIONS:
-            ignored[f".{kind}" if kind else "no ending"] += 1
-        elif (label := sample.get(f"{stem}{dot}cls")) is None:
-            ignored["image without .cls"] += 1
-        elif (other := labelled.setdefault(stem, name)) is not name:
-            raise UserError(
-                f"{printable(path)}: {printable(other)} and {printable(name)} have one key, and "
-                "one .cls for both; leave one image to a key"
-            )
-        else:
-            yield (name, label[1], *position)
+    """Yields name, class number, offset, size and header of each image of a shard.
 
-
-def _samples(file: BinaryIO, path: str, ignored: Counter[str]) -> Iterator[dict[str, Entry]]:
-    """Yields neighbours that have one key, as the webdataset package groups them, by their endings:
-    what follows the key, in lower case.
+    Neighbours of one key belong together, as the webdataset package groups them: a key may come
+    again elsewhere, as where each class counts anew.
     """
-    key, sample = None, {}
+    for key, neighbours in groupby(_files(file, path, ignored), lambda entry: entry[0]):
+        sample: dict[str, tuple] = {}
+        for _, ending, *entry in neighbours:
+            if sample.setdefault(ending, entry) is not entry:
+                raise UserError(
+                    f"{printable(path)}: {printable(key)} has two .{printable(ending)} behind one "
+                    "another; give each image a key of its own"
+                )
+        labelled: dict[str, str] = {}
+        for ending, (name, _, *position) in sample.items():
+            stem, dot, kind = ending.rpartition(".")
+            if kind == "cls":
+                continue
+            label = sample.get(f"{stem}{dot}cls")
+            if f".{kind}" not in EXTENSIONS:
+                ignored[f".{kind}" if kind else "no ending"] += 1
+            elif label is None:
+                ignored["image without .cls"] += 1
+            elif (other := labelled.setdefault(stem, name)) is not name:
+                raise UserError(
+                    f"{printable(path)}: {printable(other)} and {printable(name)} have one key, "
+                    "and one .cls for both; leave one image to a key"
+                )
+            else:
+                yield (name, label[1], *position)
+
+
+def _files(file: BinaryIO, path: str, ignored: Counter[str]) -> Iterator[tuple]:
+    """Yields key, ending in lower case, name, class number (of a .cls), offset, size and CRC-32 of
+    the header of each file in a shard."""
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (`file` is the caller's)
         for member in tar:
             name = member.name.removeprefix("./")
+            parts = KEY.fullmatch(name)
             if member.issparse() or not member.isfile():  # a sparse file lies there in pieces
                 if name.lower().endswith(EXTENSIONS):
-                    ignored["sparse" if member.issparse() else "link"] += 1
-                continue
-            if os.path.basename(name).startswith("."):
+                    ignored["link or sparse"] += 1
+            elif os.path.basename(name).startswith("."):
                 ignored["hidden"] += 1
-                continue
-            if (parts := KEY.fullmatch(name)) is None:
+            elif parts is None:
                 ignored["no ending"] += 1
-                continue
-            if parts[1] != key:
-                yield sample
-                key, sample = parts[1], {}
-            if (ending := parts[2].lower()) in sample:
-                raise UserError(
-                    f"{printable(path)}: {printable(key)} has two .{printable(ending)} behind one "
-                    "another; neighbours with one key are one image and its class, so give each "
-                    "image a key of its own"
-                )
-            file.seek(member.offset_data - BLOCK)
-            header, number = zlib.crc32(file.read(BLOCK)), None
-            if ending.rpartition(".")[2] == "cls":
-                number = _class_number(file.read(min(member.size, BLOCK)), f"{path}:{name}")
-            sample[ending] = (name, number, member.offset_data, member.size, header)
-        yield sample
+            else:
+                file.seek(member.offset_data - BLOCK)
+                header, ending, number = zlib.crc32(file.read(BLOCK)), parts[2].lower(), -1
+                if ending.rpartition(".")[2] == "cls":
+                    number = _class_number(file.read(min(member.size, BLOCK)), f"{path}:{name}")
+                yield parts[1], ending, name, number, member.offset_data, member.size, header
         file.seek(tar.offset)
         if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end, too
             raise tarfile.ReadError(f"no end mark behind {len(tar.members)} files")
@@ -465,9 +403,8 @@ def _class_number(text: bytes, name: str) -> int:
         number = -1
     if not 0 <= number < MOST_CLASSES:
         raise UserError(
-            f"{printable(name)}: holds {text[:20]!r}, not the number of a class "
-            f"(0 to {MOST_CLASSES - 1:,}); "
-            "python -m tools.make_shards writes such numbers"
+            f"{printable(name)}: holds {text[:20]!r}, not the number of a class (0 to "
+            f"{MOST_CLASSES - 1:,}); python -m tools.make_shards writes such numbers"
         )
     return number
 
@@ -503,22 +440,15 @@ def read_whole(path: str) -> bytes | None:
 
 
 def read_range(path: str, start: int, size: int) -> bytes:
-    """Returns `size` bytes from `start` on; of a local file fewer where it ends.
+    """Returns `size` bytes from `start` on; fewer where the file ends.
 
     Raises:
         OSError: the file cannot be read.
-        UserError: a store that does not answer, or answers with another number of bytes.
+        UserError: the store does not answer.
     """
-    if not is_remote(path):
-        return os.pread(_opened(path).fileno(), size, start)  # which moves no shared file position
-    data = _cat(path, start, start + size)
-    if len(data) != size:  # a plain server that knows no ranges sends all of it
-        raise UserError(
-            f"{path}: sent {len(data):,} bytes for {size:,}: the server ignores ranges or breaks "
-            "off; copy the shards to a disk, or serve them otherwise",
-            EXIT_FAILED,
-        )
-    return data
+    if is_remote(path):
+        return _cat(path, start, start + size)
+    return os.pread(_opened(path).fileno(), size, start)  # which moves no shared file position
 
 
 @functools.lru_cache(OPEN_FILES)
@@ -529,28 +459,23 @@ def _opened(path: str) -> BinaryIO:
 
 
 def _cat(url: str, start: int | None = None, end: int | None = None) -> bytes:
-    """Returns a file of a store, or bytes of it; a store that fails is asked again.
+    """Returns a file of a store, or bytes of it; how often a store is tried is its package's.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it failed every time, or needs a package.
+        UserError: it cannot be read, or needs a package.
     """
     import fsspec  # here: it is of no use to local runs
 
-    for pause in (*PAUSES, None):
-        try:
-            store, path = fsspec.core.url_to_fs(url)  # each process has its own
-            return store.cat_file(path, start=start, end=end)
-        except FileNotFoundError:
-            raise FileNotFoundError(2, "no such file") from None
-        except (ImportError, ValueError) as error:  # the first: "Install s3fs to access S3"
-            raise UserError(f"{url}: {error}".splitlines()[0]) from None
-        except Exception as error:  # every store has errors of its own
-            if pause is None:
-                reason = f"{type(error).__name__} {error}".splitlines()[0].rstrip()
-                raise UserError(
-                    f"{url}: {reason} ({len(PAUSES) + 1} tries); check the address, the rights "
-                    "and the network, and go on with --resume auto",
-                    EXIT_FAILED,
-                ) from None
-            time.sleep(pause)
+    try:
+        store, path = fsspec.core.url_to_fs(url)  # each process has its own
+        return store.cat_file(path, start=start, end=end)
+    except FileNotFoundError:
+        raise FileNotFoundError(2, "no such file") from None
+    except Exception as error:  # every store has errors of its own
+        reason = f"{type(error).__name__} {error}".splitlines()[0].rstrip()
+        raise UserError(
+            f"{url}: {reason}; check the address, the rights, the network and the store's package, "
+            "and go on with --resume auto",
+            EXIT_FAILED,
+        ) from None

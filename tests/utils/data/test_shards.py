@@ -1,6 +1,5 @@
 """Tar shards are read as the class folders they were made from, pairs as webdataset has them."""
 
-import dataclasses
 import io
 import os
 import shutil
@@ -220,7 +219,7 @@ def test_faults_in_shards_end_in_one_line(run, sharded, tmp_path):
     done = run("main.py", *flags, "-j", 1, "data")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "the shard has changed since its index was made; put it back, or remove" in line
+    assert "the shard has changed since its index was made, or the server ignores" in line
     assert f"data/train/{NAME}" in line
 
     place.write_bytes(whole[:-20000])
@@ -231,8 +230,7 @@ def test_faults_in_shards_end_in_one_line(run, sharded, tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def folder(tmp_path):
     write_tar(tmp_path / "shards" / "0.tar", PAIR)
     write_tar(tmp_path / "shards" / "1.tar", [("b/0.jpg", b"other image"), ("b/0.cls", b"3")])
     return tmp_path / "shards"
@@ -251,14 +249,13 @@ def made(monkeypatch):
     return calls
 
 
-def test_places_and_labels(folder):
+def test_positions_and_labels(folder):
     index = find_index(str(folder))
-    assert index.shards == ("0.tar", "1.tar")
+    assert [*index.shards] == ["0.tar", "1.tar"]
     assert index.names.tolist() == [b"a/0.png", b"b/0.jpg"]
     assert index.labels.tolist() == [0, 3]
-    for name, content in zip(index.shards, (b"image", b"other image"), strict=True):
-        member = index.members[index.shards.index(name)]
-        data = (folder / name).read_bytes()
+    for member, content in zip(index.members, (b"image", b"other image"), strict=True):
+        data = (folder / [*index.shards][member["shard"]]).read_bytes()
         assert data[member["offset"] : member["offset"] + member["size"]] == content
 
 
@@ -289,37 +286,29 @@ def test_an_index_of_other_shards_is_refused_by_name(folder):
 def test_a_damaged_index_is_refused_by_name(folder, damage):
     whole = find_index(str(folder)).to_bytes()
     (folder / NAME).write_bytes(damage(whole))
-    with pytest.raises(UserError, match=rf"^{folder}/{NAME}: damaged, cut short, or of a later"):
+    with pytest.raises(UserError, match=rf"^{folder}/{NAME}: damaged, cut short, or of another"):
         find_index(str(folder))
     assert (folder / NAME).read_bytes() == damage(whole)
 
 
-def test_a_folder_that_cannot_be_written_leaves_it_to_the_cache(folder, made, monkeypatch):
-    def refuse(path, data):
-        if path.parent == folder:
-            raise UserError("read-only")
-        path.write_bytes(data)
-
-    monkeypatch.setattr(shards, "write_atomically", refuse)
-    for _ in range(2):
-        assert len(find_index(str(folder)).names) == 2
-    assert len(made) == 1
-    assert not (folder / NAME).exists()
-
-    # And a cache that cannot be written either costs time alone.
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
-    assert len(find_index(str(folder)).names) == 2
-    assert len(made) == 2
-
-
-def test_an_index_of_an_earlier_version_is_made_again(folder, monkeypatch, made):
+def test_an_index_of_another_version_is_refused_by_name(folder, monkeypatch):
     """Version 1 had paired images and classes otherwise."""
     with monkeypatch.context() as patch:
         patch.setattr(shards, "VERSION", 1)
         find_index(str(folder))
-    assert find_index(str(folder)).labels.tolist() == [0, 3]
-    find_index(str(folder))
+    with pytest.raises(UserError, match=rf"^{folder}/{NAME}: .* another version; remove it"):
+        find_index(str(folder))
+
+
+def test_a_folder_that_cannot_be_written(folder, made, monkeypatch):
+    def refuse(path, data):
+        raise UserError("read-only")
+
+    monkeypatch.setattr(shards, "write_atomically", refuse)
+    for _ in range(2):
+        assert len(find_index(str(folder)).names) == 2
     assert len(made) == 2
+    assert not (folder / NAME).exists()
 
 
 def test_no_shards_no_index(tmp_path):
@@ -368,7 +357,7 @@ def test_what_is_passed_over_is_counted(folder):
         "image without .cls": 1,
         ".json": 1,
         "no ending": 1,
-        "link": 1,
+        "link or sparse": 1,
     }
 
 
@@ -380,54 +369,9 @@ def test_a_sparse_file_is_no_image(folder):
     start = data.index(b"s.png")
     sparse = info.tobuf(tarfile.GNU_FORMAT)
     (folder / "0.tar").write_bytes(data[:start] + sparse + data[start + len(sparse) :])
-    found = find_index(str(folder))
-    assert found.names.tolist() == [b"a/0.png", b"b/0.jpg"]
-    assert found.ignored == {"sparse": 1}
-
-
-@pytest.mark.parametrize("text", ["x", "1", "9" * 30 + ",1", ""])
-def test_a_sparse_header_without_numbers_is_one_line(folder, text):
-    info = tarfile.TarInfo("s.png")
-    info.pax_headers = {"GNU.sparse.map": text, "GNU.sparse.size": text or "x"}
-    with tarfile.open(folder / "0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-        tar.addfile(info)
-        image = tarfile.TarInfo("a.png")
-        tar.addfile(image)
-    (folder / "1.tar").unlink()
-    with pytest.raises(UserError, match=r"0\.tar: damaged or cut short|no image with its class"):
-        find_index(str(folder))
-
-
-PARTS = ("names", "labels", "members")
-WRONG = {
-    "labels of 2^62": lambda index: {"labels": np.full(2, 2**62)},
-    "negative labels": lambda index: {"labels": np.array([0, -1])},
-    "too few labels": lambda index: {"labels": index.labels[:1]},
-    "float labels": lambda index: {"labels": index.labels / 1},
-    "names of numbers": lambda index: {"names": np.arange(2)},
-    "two axes": lambda index: {"members": index.members[:, None]},
-    "no images": lambda index: {part: getattr(index, part)[:0] for part in PARTS},
-    "a shard that is not there": lambda index: {"members": changed(index, "shard", 2)},
-    "a negative shard": lambda index: {"members": changed(index, "shard", -1)},
-    "an offset beyond the end": lambda index: {"members": changed(index, "offset", 2**62)},
-    "a size of 2^63 - 1": lambda index: {"members": changed(index, "size", 2**63 - 1)},
-    "a negative size": lambda index: {"members": changed(index, "size", -5)},
-}
-
-
-def changed(index, part, value):
-    members = index.members.copy()
-    members[part][1] = value
-    return members
-
-
-@pytest.mark.parametrize("fault", WRONG)
-def test_an_index_with_wrong_arrays_is_refused_by_name(folder, fault):
-    good = find_index(str(folder))
-    bad = dataclasses.replace(good, **WRONG[fault](good))
-    (folder / NAME).write_bytes(bad.to_bytes())
-    with pytest.raises(UserError, match=rf"{NAME}: damaged, cut short, or of a later version; rem"):
-        find_index(str(folder))
+    index = find_index(str(folder))
+    assert index.names.tolist() == [b"a/0.png", b"b/0.jpg"]
+    assert index.ignored == {"link or sparse": 1}
 
 
 def read_as_webdataset(path) -> list[tuple[bytes, int]] | None:
@@ -475,7 +419,7 @@ def test_keys_that_begin_anew_are_paired_as_webdataset_does(tmp_path):
     assert [image for image, _ in pairs[12:]] == [b"a as jpg", b"b", b"a as png"]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_any_order_of_members_is_paired_as_webdataset_does(tmp_path, seed):
     """Or refused, where webdataset refuses it, or gives two images one class."""
     chance = np.random.default_rng(seed)
