@@ -14,16 +14,8 @@ from torchvision import datasets
 from utils.data import demo_sets
 
 CIFAR10_NAMES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
 )
 Pixels = dict[str, tuple[np.ndarray, np.ndarray]]  # (N, …) uint8 and labels (N,) of train and val
 

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,36 +55,15 @@ DIGITS_RECIPE = {
 }
 
 FASHION_CLASSES = (  # in label order, as the folders are named
-    "t-shirt_top",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle_boot",
+    *("t-shirt_top", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle_boot"),
 )
 
 # The photographs have 28 or 32 pixels a side and are enlarged to 64: of 32 pixels the last stage of
 # a network would keep one position, and there would be nothing to pool. They fill their frame, so
 # crops stay large. It holds for every --recipe, as with the digits.
-PHOTOS_RECIPE = {
-    "epochs": 5,
-    "batch_size": 128,
-    "lr": 0.05,
-    "weight_decay": 1e-4,
-    "schedule": "cosine",
-    "warmup_epochs": 1.0,
-    "img_size": 64,
-    "crop_pct": 1.0,
-    "min_scale": 0.7,
-    "hflip": 0.5,
-    "auto_augment": "none",
-    "repeats": 1,
-    "train_size": 0,
-}
+PHOTOS = {"epochs": 5, "batch_size": 128, "img_size": 64, "hflip": 0.5}
+PHOTOS_RECIPE = {**DIGITS_RECIPE, **PHOTOS}
 
 FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # of Debian and Ubuntu
 FASHION_SHA256 = {  # unpacked: packages compress the same files anew
@@ -93,7 +72,6 @@ FASHION_SHA256 = {  # unpacked: packages compress the same files anew
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-LARGEST = 50_000_000  # bytes, more than any of the four: nothing is unpacked beyond it
 
 
 @dataclass(frozen=True)
@@ -130,129 +108,97 @@ def write_digits(folder: Path, _: Origin | None = None) -> None:
         members = chance.permutation(np.flatnonzero(digits.target == label))
         first_train = round(len(members) * VAL_SHARE)
         for part, indices in (("val", members[:first_train]), ("train", members[first_train:])):
-            place = folder / part / str(label)
-            place.mkdir(parents=True)
+            of_class = folder / part / str(label)
+            of_class.mkdir(parents=True)
             for index in indices:
                 pixels = (digits.images[index] * (255 / 16)).astype(np.uint8)
-                image = Image.fromarray(pixels).resize(
-                    (DIGIT_PIXELS, DIGIT_PIXELS), Image.Resampling.BICUBIC
-                )
-                image.save(place / f"{index:04d}.png")
+                size = (DIGIT_PIXELS, DIGIT_PIXELS)
+                image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+                image.save(of_class / f"{index:04d}.png")
 
 
-def write_fashion(folder: Path, origin: Origin) -> None:
-    """Writes Fashion-MNIST's 70,000 images of garments, 28 × 28 grey pixels.
+def write_photos(folder: Path, origin: Origin, name: str) -> None:
+    """Writes folder/{train,val}/CLASS/NNNNN.png, numbered as in the original files.
 
-    Raises:
-        UserError: files are missing or are not those that were published; or the download failed.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        raw = Path(temporary) / "FashionMNIST" / "raw"  # where torchvision has them
-        raw.mkdir(parents=True)
-        source = origin.folder or FASHION_PACKAGE
-        if origin.download:
-            source = raw
-            _fetch("FashionMNIST", temporary)
-        elif (source / "FashionMNIST" / "raw").is_dir():
-            source = source / "FashionMNIST" / "raw"
-        for name, digest in FASHION_SHA256.items():
-            (raw / name).write_bytes(_unpacked(source / name, digest))
-        from torchvision.datasets import FashionMNIST  # slow to import
-
-        sides = {"train": FashionMNIST(temporary), "val": FashionMNIST(temporary, train=False)}
-    parts = {part: (side.data.numpy(), side.targets.numpy()) for part, side in sides.items()}
-    write_parts(folder, FASHION_CLASSES, parts)
-
-
-def write_cifar(folder: Path, origin: Origin, name: str) -> None:
-    """Writes the 60,000 images of CIFAR-10, or those of CIFAR-100 by their 100 fine classes.
-
-    `origin.folder` holds the Python version, as its archive or unpacked.
+    They are Fashion-MNIST's 70,000 garments, 28 × 28 grey pixels, or the 60,000 images of CIFAR-10
+    or CIFAR-100 (by its 100 fine classes), 32 × 32 pixels in colour.
 
     Args:
-        name: of torchvision's reader, "CIFAR10" or "CIFAR100".
+        name: of torchvision's reader: "FashionMNIST", "CIFAR10" or "CIFAR100".
 
     Raises:
         UserError: files are missing or are not those that were published; or the download failed.
     """
     from torchvision import datasets  # slow to import
-    from torchvision.datasets.utils import check_integrity, extract_archive
 
     reader = getattr(datasets, name)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         if origin.download:
-            _fetch(name, temporary)
-        elif origin.folder is None:
-            raise _missing(name.lower(), reader.filename, None)
-        elif (origin.folder / reader.base_folder).is_dir():
-            root = origin.folder
-        elif (archive := origin.folder / reader.filename).is_file():
-            if not check_integrity(archive, reader.tgz_md5):
-                raise _bad(archive, "its MD5 is another than the published")
-            extract_archive(archive, temporary)
+            try:
+                reader(root, download=True)
+            except (OSError, RuntimeError) as error:
+                raise UserError(
+                    f"--download: {printable(str(error))}; fetch the files elsewhere, and give "
+                    "their folder with --data-files",
+                    EXIT_FAILED,
+                ) from None
+        elif name == "FashionMNIST":
+            _unpack_fashion(origin.folder or FASHION_PACKAGE, root / name / "raw")
         else:
-            raise _missing(name.lower(), reader.filename, origin.folder)
-        try:  # each file's MD5 is compared before the first pickle is opened
-            sides = {"train": reader(root), "val": reader(root, train=False)}
+            root = _cifar_root(reader, origin.folder, root)
+        try:  # of CIFAR each file's MD5 is compared before the first pickle is opened
+            parts = {"train": reader(root), "val": reader(root, train=False)}
         except (OSError, RuntimeError):
             raise _bad(root / reader.base_folder, "a file is missing or has another MD5") from None
-    parts = {part: (side.data, side.targets) for part, side in sides.items()}
-    write_parts(folder, sides["train"].classes, parts)
-
-
-def write_parts(
-    folder: Path, classes: Sequence[str], parts: Mapping[str, tuple[np.ndarray, Sequence[int]]]
-) -> None:
-    """Writes folder/{train,val}/CLASS/NNNNN.png, numbered as in the original files.
-
-    Args:
-        classes: names, in label order.
-        parts: pixels (N, H, W) or (N, H, W, 3) uint8, and labels (N,), of train and val.
-    """
-    for part, (images, labels) in parts.items():
-        folders = [folder / part / name for name in classes]
+    classes = FASHION_CLASSES if name == "FashionMNIST" else parts["train"].classes
+    for part, images in parts.items():
+        folders = [folder / part / of_class for of_class in classes]
         for of_class in folders:
             of_class.mkdir(parents=True)
-        pairs = zip(images, labels, strict=True)
-        bar = tqdm(pairs, part, len(labels), disable=not sys.stderr.isatty(), unit="image")
+        pairs = zip(np.asarray(images.data), np.asarray(images.targets), strict=True)
+        bar = tqdm(pairs, part, len(images), disable=not sys.stderr.isatty(), unit="image")
         for i, (pixels, label) in enumerate(bar):
-            Image.fromarray(np.ascontiguousarray(pixels)).save(folders[label] / f"{i:05d}.png")
+            Image.fromarray(pixels).save(folders[label] / f"{i:05d}.png")
 
 
-def _unpacked(file: Path, digest: str) -> bytes:
-    """Returns the contents of `file`, or of `file`.gz unpacked.
+def _cifar_root(reader: Any, folder: Path | None, temporary: Path) -> Path:
+    """Returns where torchvision's reader finds CIFAR's Python version: unpacked where needed."""
+    from torchvision.datasets.utils import check_integrity, extract_archive
+
+    if folder is not None and (folder / reader.base_folder).is_dir():
+        return folder
+    archive = (folder or temporary) / reader.filename
+    if not archive.is_file():
+        raise _missing(reader.__name__.lower(), reader.filename, folder)
+    if not check_integrity(archive, reader.tgz_md5):
+        raise _bad(archive, "its MD5 is another than the published")
+    extract_archive(archive, temporary)
+    return temporary
+
+
+def _unpack_fashion(source: Path, raw: Path) -> None:
+    """Writes Fashion-MNIST's files, or what is in their .gz, to `raw`, for torchvision.
 
     Raises:
-        UserError: there is neither, or the SHA-256 of the contents is not `digest`.
+        UserError: one is missing, or the SHA-256 of its contents is not the published one.
     """
-    packed = file.with_name(f"{file.name}.gz")
-    source = file if file.is_file() else packed
-    if not source.is_file():
-        package = "; on Debian and Ubuntu: apt-get install dataset-fashion-mnist"
-        raise _missing("fashion", packed.name, file.parent, package)
-    try:
-        with gzip.open(source) if source is packed else open(source, "rb") as opened:
-            data = opened.read(LARGEST)
-    except (OSError, EOFError, zlib.error) as error:
-        raise _bad(source, error) from None
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise _bad(source, "its SHA-256 is another than the published")
-    return data
-
-
-def _fetch(name: str, folder: str) -> None:
-    """Lets torchvision's reader of this name fetch the original files."""
-    from torchvision import datasets
-
-    try:
-        getattr(datasets, name)(folder, download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"--download: {printable(str(error))}; fetch the files elsewhere, and give their "
-            "folder with --data-files",
-            EXIT_FAILED,
-        ) from None
+    raw.mkdir(parents=True)
+    if (source / "FashionMNIST" / "raw").is_dir():
+        source = source / "FashionMNIST" / "raw"
+    for name, digest in FASHION_SHA256.items():
+        file = source / name if (source / name).is_file() else source / f"{name}.gz"
+        if not file.is_file():
+            package = "; on Debian and Ubuntu: apt-get install dataset-fashion-mnist"
+            raise _missing("fashion", file.name, source, package)
+        try:
+            with (gzip.open if file.suffix else open)(file, "rb") as opened:
+                data = opened.read()
+        except (OSError, EOFError, zlib.error) as error:
+            raise _bad(file, error) from None
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise _bad(file, "its SHA-256 is another than the published")
+        (raw / name).write_bytes(data)
 
 
 def _missing(name: str, file: str, folder: Path | None, more: str = "") -> UserError:
@@ -298,9 +244,9 @@ DEMO_SETS: Mapping[str, DemoSet] = MappingProxyType(
             {"img_size": 64, "epochs": 10, "lr": 0.03},
             needs_files=False,
         ),
-        "fashion": DemoSet(write_fashion, PHOTOS_RECIPE, {}),
-        "cifar10": DemoSet(partial(write_cifar, name="CIFAR10"), PHOTOS_RECIPE, {}),
-        "cifar100": DemoSet(partial(write_cifar, name="CIFAR100"), PHOTOS_RECIPE, {}),
+        "fashion": DemoSet(partial(write_photos, name="FashionMNIST"), PHOTOS_RECIPE, {}),
+        "cifar10": DemoSet(partial(write_photos, name="CIFAR10"), PHOTOS_RECIPE, {}),
+        "cifar100": DemoSet(partial(write_photos, name="CIFAR100"), PHOTOS_RECIPE, {}),
     }
 )
 
@@ -314,9 +260,8 @@ def is_demo(data: str | None) -> bool:
 
 def takes_files(data: str | None) -> bool:
     """Whether DATA names a demo that is made of original files."""
-    return is_demo(data) and any(
-        data == PREFIX + name and demo.needs_files for name, demo in DEMO_SETS.items()
-    )
+    demo = DEMO_SETS.get(data.removeprefix(PREFIX)) if data and is_demo(data) else None
+    return demo is not None and demo.needs_files
 
 
 def recipes(arch: str, light: bool = False) -> dict[str, dict[str, Any]]:
@@ -388,8 +333,9 @@ def write_once(target: Path, write: Callable[[Path], None]) -> Path:
     except OSError as error:
         if not target.is_dir():  # else another process was first, with the same files
             why = error.strerror or error
-            reason = f"cannot write there ({why}); make room, or mend its rights"
-            raise UserError(f"{target}: {reason}", EXIT_FAILED) from None
+            raise UserError(
+                f"{target}: cannot write there ({why}); make room, or mend its rights", EXIT_FAILED
+            ) from None
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
