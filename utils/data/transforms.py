@@ -1,15 +1,15 @@
 """Transforms images between decoding and the network, up to 8-bit pixels.
 
-Crops, flips and sizes are torchvision.transforms.v2's, bit for bit and by the same draws, without
-its import, which takes half as long as torch's: whoever asks for the class of one picture would
-wait for that longer than for the answer. What is rarer is torchvision's and timm's own.
+Training images go through torchvision.transforms.v2, and timm's RandAugment. Sizes and crops of
+evaluated ones are torchvision's bit for bit without its import, which takes half as long as
+torch's: whoever wants the class of one picture would wait for that longer than for the answer.
 """
 
 import math
 import platform
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,6 @@ Transform = Callable[[Picture], Picture]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MEAN_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
-RATIO = (3 / 4, 4 / 3)  # of a random crop's sides
-CROP_TRIES = 10  # draws of a random crop that may not fit into the image
 
 # Photographic operations of one strength or another, as published for ImageNet: torchvision's by
 # name, besides timm's RandAugment, whose name holds its magnitude and that one's deviation.
@@ -105,44 +103,6 @@ def _resizes_8_bits() -> bool:
     return quick or platform.machine() in ("aarch64", "arm64")
 
 
-def random_crop(image: Picture, side: int, min_scale: float) -> Picture:
-    """Cuts out a random rectangle and resizes it, as torchvision's RandomResizedCrop.
-
-    Args:
-        image: as for `resize`.
-        side: S; the crop becomes S x S.
-        min_scale: the smallest crop's share of the area; the largest is all of it.
-    """
-    top, left, height, width = _random_box(*size_of(image), min_scale)
-    if isinstance(image, torch.Tensor):
-        return resize(image[:, top : top + height, left : left + width], (side, side))
-    return resize(image.crop((left, top, left + width, top + height)), (side, side))
-
-
-def _random_box(height: int, width: int, min_scale: float) -> tuple[int, int, int, int]:
-    """Draws (top, left, height, width) of a crop; the central one where none fits."""
-    lowest, highest = torch.tensor(RATIO).log().tolist()
-    for _ in range(CROP_TRIES):
-        area = height * width * torch.empty(1).uniform_(min_scale, 1.0).item()
-        ratio = torch.empty(1).uniform_(lowest, highest).exp().item()
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            top = torch.randint(0, height - h + 1, (1,)).item()
-            return int(top), int(torch.randint(0, width - w + 1, (1,)).item()), h, w
-    w = min(width, round(height * RATIO[1]))
-    h = min(height, round(width / RATIO[0]))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def random_flip(image: Picture, probability: float) -> Picture:
-    """Mirrors an image left to right, or does not, as torchvision's RandomHorizontalFlip."""
-    if torch.rand(1) >= probability:
-        return image
-    if isinstance(image, torch.Tensor):
-        return image.flip(-1)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-
-
 class TimmRandAugment:
     """Applies timm's RandAugment; its chance is torch's default generator's.
 
@@ -188,25 +148,18 @@ def train_transform(
         random_erasing: probability that a rectangle takes the mean colour, which is what
             torchvision's 0 after the normalisation is.
     """
+    v2 = transforms_v2()
     steps: list[Callable[[Any], Any]] = [
-        partial(random_crop, side=img_size, min_scale=min_scale),
-        partial(random_flip, probability=hflip),
+        v2.RandomResizedCrop(img_size, scale=(min_scale, 1.0), antialias=True),
+        v2.RandomHorizontalFlip(hflip),
     ]
     if is_timm_augment(auto_augment):
         steps.append(TimmRandAugment(auto_augment))
     elif (augment := AUTO_AUGMENTS[auto_augment]) is not None:
-        v2 = transforms_v2()
         steps.append(getattr(v2, augment)(interpolation=v2.InterpolationMode.BILINEAR))
     if random_erasing:
-        v2 = transforms_v2()
         steps += [v2.PILToTensor(), v2.RandomErasing(random_erasing, value=list(MEAN_COLOUR))]
-    return partial(_in_turn, steps)
-
-
-def _in_turn(steps: Sequence[Callable[[Any], Any]], image: Picture) -> Picture:
-    for step in steps:
-        image = step(image)
-    return image
+    return v2.Compose(steps)
 
 
 def transforms_v2() -> Any:
