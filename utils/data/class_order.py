@@ -1,4 +1,4 @@
-"""Finds which output of a network each class folder belongs to, and never guesses.
+"""Matches class folders with the outputs of a network, and never guesses.
 
 Folders go by name. Two kinds of data do not have the names of the network's classes: ImageNet-V2,
 whose folders are the numbers of the outputs, and any data for weights that hold no names.
@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from utils.data import image_folder, shards
 from utils.data.image_folder import OTHER_NAMES
@@ -15,7 +16,6 @@ from utils.system.errors import UserError
 from utils.system.text import printable
 
 WNID = re.compile(r"n\d{8}")  # WordNet's number of a class of ImageNet
-LONGEST = 1 << 24  # bytes of a file of names
 
 
 @dataclass(frozen=True)
@@ -66,29 +66,32 @@ def match(root: str, names: Sequence[str] | None, outputs: int, source: str) -> 
         UserError: without names, the folders are not one for each output, or their order is not
             known. Folders that `names` does not have are for the opening of the data to refuse.
     """
-    found, are_names = _found(root)
-    numbers = [str(number) for number in range(outputs)]
-    by_name = names is not None and (not are_names or set(found) <= set(names))
-    if set(found) == set(numbers) and not by_name:
-        return _by_number(numbers, names)
+    folders, are_names = _folders(root)
+    numbers = tuple(str(number) for number in range(outputs))
+    by_name = names is not None and (not are_names or set(folders) <= set(names))
+    if set(folders) == set(numbers) and not by_name:  # as in ImageNet-V2
+        note = f"the class folders are numbers, 0 to {outputs - 1}: taken as the outputs' numbers"
+        if names is not None:
+            note += f" (0 is {printable(names[0])}, {outputs - 1} is {printable(names[-1])})"
+        return Order(numbers, tuple(names or numbers), (note,))
     if names is not None:
         return Order(tuple(names), tuple(names))
-    if len(found) != outputs:
+    if len(folders) != outputs:
         raise UserError(
-            f"{printable(root)} has {len(found)} class folders, {source} {outputs} classes without "
-            "names: the numbers must agree, or --class-names must say what the outputs are"
+            f"{printable(root)} has {len(folders)} class folders, {source} {outputs} classes "
+            "without names: the numbers must agree, or --class-names must say what the outputs are"
         )
-    if all(name.isdecimal() for name in found) and found != sorted(found, key=int):
+    if all(name.isdecimal() for name in folders) and folders != sorted(folders, key=int):
         raise UserError(
             f"{printable(root)}: the class folders are numbers, but not 0 to {outputs - 1}, and "
             f"{source} has no class names: give the folder of each output with --class-names FILE"
         )
-    first, last = printable(found[0]), printable(found[-1])
+    first, last = printable(folders[0]), printable(folders[-1])
     note = f"the weights have no class names: {first} is taken as output 0, {last} as the last one"
-    return Order(tuple(found), tuple(found), (note,))
+    return Order(tuple(folders), tuple(folders), (note,))
 
 
-def _found(root: str) -> tuple[list[str], bool]:
+def _folders(root: str) -> tuple[list[str], bool]:
     """Returns the names of classes below `root`, and whether they are more than shards' numbers."""
     if not shards.in_shards(root):
         return image_folder.list_classes(root), True
@@ -96,19 +99,11 @@ def _found(root: str) -> tuple[list[str], bool]:
     return list(folder.classes), not folder.notes
 
 
-def _by_number(numbers: Sequence[str], names: Sequence[str] | None) -> Order:
-    """Returns the order of folders that are the numbers of the outputs, as in ImageNet-V2."""
-    note = f"the class folders are numbers, 0 to {len(numbers) - 1}: taken as the outputs' numbers"
-    if names is not None:
-        note += f" (0 is {printable(names[0])}, {len(names) - 1} is {printable(names[-1])})"
-    return Order(tuple(numbers), tuple(names or numbers), (note,))
-
-
-def read_names(place: str, outputs: int) -> tuple[str, ...]:
+def read_names(source: str, outputs: int) -> tuple[str, ...]:
     """Reads the names of a network's outputs, in their order.
 
     Args:
-        place: a text file with one name a line (where each line begins with a WordNet number, as
+        source: a text file with one name a line (where each line begins with a WordNet number, as
             in ImageNet's LOC_synset_mapping.txt, that is the name); or a folder of class folders,
             or with such a val/, whose sorted names are taken.
         outputs: how many the network has.
@@ -116,11 +111,11 @@ def read_names(place: str, outputs: int) -> tuple[str, ...]:
     Raises:
         UserError: it cannot be read, has another number of names, or one twice.
     """
-    where = f"--class-names {printable(place)}"
-    if os.path.isdir(place):
-        names = image_folder.list_classes(evaluation_folder(place))
+    where = f"--class-names {printable(source)}"
+    if os.path.isdir(source):
+        names = image_folder.list_classes(evaluation_folder(source))
     else:
-        names = _lines(place, where)
+        names = _lines(source, where)
     if len(names) != outputs:
         raise UserError(
             f"{where}: {len(names)} names for {outputs} outputs; give one a line, in the order of "
@@ -131,18 +126,13 @@ def read_names(place: str, outputs: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _lines(place: str, where: str) -> list[str]:
+def _lines(file: str, where: str) -> list[str]:
     """Returns the names in a text file."""
     try:
-        if not os.path.isfile(place):
-            raise FileNotFoundError(2, "no such file or folder")
-        if os.path.getsize(place) > LONGEST:
-            raise UserError(f"{where}: larger than any list of names; give a text file")
-        with open(place, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file.read().splitlines()]
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{where}: {reason}; give a text file, one name a line") from None
-    lines = [line for line in lines if line]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = [re.split(r"[\s,]", line, maxsplit=1)[0] for line in lines]
     return first if all(WNID.fullmatch(word) for word in first) else lines

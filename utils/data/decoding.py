@@ -43,17 +43,10 @@ TURNS = {  # its value -> what makes the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 # Of an image's file these tell what is wrong with it; any other OSError tells of the machine.
-OF_THE_FILE = (
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENXIO,
-    errno.ENODEV,
-)
+OF_THE_FILE = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV),
+}
 MAX_RATIO = 100  # of the sides: resized, a longer picture would take gigabytes
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow itself turns from warning to refusing
 
@@ -128,7 +121,7 @@ def read_image(
     Raises:
         BrokenImageError: empty, truncated, not an image, more than `MAX_PIXELS` pixels, or sides
             of more than `MAX_RATIO` to one.
-        UserError: the place where it is stored is at fault, not the image.
+        UserError: where it is stored is at fault, not the image.
     """
     try:
         is_file = isinstance(path, str | bytes | os.PathLike)
@@ -138,16 +131,11 @@ def read_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # bombs are refused below; EXIF chatter helps nobody
             image = Image.open(io.BytesIO(data))
+            size = f"{image.width}x{image.height} pixels"
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}: "
-                    "taken for a decompression bomb"
-                )
+                raise ValueError(f"{size}, more than {MAX_PIXELS:,}: a decompression bomb?")
             if max(image.size) > MAX_RATIO * min(image.size):
-                raise ValueError(
-                    f"{image.width}x{image.height} pixels: one side is more than {MAX_RATIO} times "
-                    "the other"
-                )
+                raise ValueError(f"{size}: one side is more than {MAX_RATIO} times the other")
             if decoder == "pil":
                 return _pil_rgb(image)
             # libjpeg without Pillow is the quick road for what nearly every photo is.

@@ -5,7 +5,6 @@ keep their labels. (Numbering the folders of each side by itself shifts them wit
 validation accuracy sticks near chance.)
 """
 
-import errno
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -19,13 +18,7 @@ from utils.system.text import counted, did_you_mean, printable
 
 # What systems put beside and into folders of images: archivers, storage boxes, file systems.
 SYSTEM_FOLDERS = {
-    "__macosx",
-    "@eadir",
-    "@tmp",
-    "#recycle",
-    "#snapshot",
-    "$recycle.bin",
-    "lost+found",
+    *("__macosx", "@eadir", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "lost+found"),
     "system volume information",
 }
 OTHER_NAMES = {  # of the folders of DATA, as other programs have them
@@ -82,9 +75,12 @@ def list_classes(root: str) -> list[str]:
     """
     if not os.path.isdir(root):
         parent = os.path.dirname(os.path.abspath(root))
-        siblings = os.listdir(parent) if os.path.isdir(parent) else []
+        siblings = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
         name = os.path.basename(os.path.normpath(root))
-        hint = _by_another_name(name, parent) or did_you_mean(name, siblings)
+        known = (name, *OTHER_NAMES.get(name, ()))
+        hint = did_you_mean(name, siblings)
+        if other := [sibling for sibling in siblings if sibling.lower() in known]:
+            hint = f"; there is {printable(other[0])}: rename it to {name}"
         layout = "; DATA holds train/ and val/, each with one folder per class"
         raise UserError(f"{printable(root)}: no such folder{hint or layout}")
     with _scandir(root) as entries:
@@ -105,24 +101,20 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
         UserError: a missing folder, a folder that `classes` does not name, a link that leads back
             into itself, or no image at all.
     """
-    found = list_classes(root)
-    classes = list(found if classes is None else classes)
-    unknown = sorted(set(found) - set(classes))
-    if unknown:
-        known = {name.lower(): name for name in classes}
-        cases = [f"{n} is {known[n.lower()]} there" for n in unknown if n.lower() in known]
-        but = f" ({printable(', '.join(cases[:5]))}: only the case differs)" if cases else ""
+    folders = list_classes(root)
+    classes = tuple(folders if classes is None else classes)
+    label_of = {name: label for label, name in enumerate(classes)}
+    if unknown := [name for name in folders if name not in label_of]:
         raise UserError(
             f"{printable(root)}: {count_names(unknown)} not among the {len(classes)} known "
-            f"classes{but}; rename or move these folders (labels go by folder name)"
+            "classes; rename or move these folders (labels go by folder name)"
         )
-    label_of = {name: label for label, name in enumerate(classes)}
     paths: list[bytes] = []
     labels: list[int] = []
     ignored: Counter[str] = Counter()
     beside = os.listdir(root)
     hidden = sum(map(is_passed_over, beside))
-    for name in found:
+    for name in folders:
         before = len(paths)
         hidden += _collect(root, name, paths, ignored, (os.path.realpath(root),))
         paths[before:] = sorted(paths[before:])
@@ -130,29 +122,18 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
     if not paths:
         passed = f" ({_counts(ignored)} passed over)" if ignored else ""
         raise UserError(
-            f"{printable(root)}: no image in {len(found)} class folders{passed}; "
+            f"{printable(root)}: no image in {len(folders)} class folders{passed}; "
             f"known endings are {' '.join(EXTENSIONS)}"
         )
     return ImageFolder(
         root=root,
-        classes=tuple(classes),
+        classes=classes,
         paths=np.array(paths),
         labels=np.array(labels, dtype=np.int64),
         ignored=dict(ignored),
         hidden=hidden,
-        notes=tuple(_notes(root, found, beside)),
+        notes=tuple(_notes(root, folders, beside)),
     )
-
-
-def find_images(root: str) -> list[bytes]:
-    """Returns the paths, relative to `root`, of all images below it, found as `scan` finds them.
-
-    Raises:
-        UserError: a folder that cannot be read, or a link that leads back into itself.
-    """
-    paths: list[bytes] = []
-    _collect(root, "", paths, Counter(), ())
-    return sorted(paths)
 
 
 def describe(folder: ImageFolder, title: str) -> list[str]:
@@ -173,40 +154,23 @@ def describe(folder: ImageFolder, title: str) -> list[str]:
     return lines + [f"  ! {note}" for note in folder.notes]
 
 
-def _by_another_name(name: str, parent: str) -> str:
-    """Returns a remedy where `name` is missing and another folder clearly plays its part."""
-    if not os.path.isdir(parent):
-        return ""
-    folders = sorted(n for n in os.listdir(parent) if os.path.isdir(os.path.join(parent, n)))
-    cases = [n for n in folders if n.lower() == name.lower()]
-    others = [n for n in folders if n.lower() in OTHER_NAMES.get(name, ())]
-    if not cases + others:
-        return ""
-    found = (cases + others)[0]
-    why = ", which differs in case" if cases else ""
-    return f"; there is {printable(found)}{why}: rename it to {name}, or make a link of that name"
-
-
-def _notes(root: str, found: Sequence[str], beside: Sequence[str]) -> list[str]:
-    """Returns what a user should check in a folder whose class folders are `found`."""
-    notes, classes = [], set(found)
-    stray = [name for name in beside if name not in classes and name.lower().endswith(EXTENSIONS)]
-    if stray := [name for name in stray if not is_passed_over(name)]:
+def _notes(root: str, folders: Sequence[str], beside: Sequence[str]) -> list[str]:
+    """Returns what a user should check in a folder whose class folders are `folders`."""
+    notes = []
+    stray = [name for name in sorted(beside) if name.lower().endswith(EXTENSIONS)]
+    if stray := [name for name in stray if not is_passed_over(name) and name not in folders]:
         notes.append(
-            f"passed over: {len(stray)} image{'s' * (len(stray) > 1)} directly in "
-            f"{printable(root)} ({printable(sorted(stray)[0])}), in no class folder"
+            f"passed over: {counted(len(stray), 'image')} directly in {printable(root)} "
+            f"({printable(stray[0])}), in no class folder"
         )
-    lower = Counter(name.lower() for name in found)
-    if twins := [name for name in found if lower[name.lower()] > 1]:
-        notes.append(f"{count_names(twins)} differ in case only, and are different classes here")
-    if len(found) == 1:
-        with _scandir(os.path.join(root, found[0])) as entries:
+    if len(folders) == 1:
+        where = os.path.join(root, folders[0])
+        with _scandir(where) as entries:
             inner = sorted(e.name for e in entries if _is_folder(e) and not is_passed_over(e.name))
         if inner:
-            where = printable(os.path.join(root, found[0]))
             notes.append(
-                f"the folders in {where} look like classes: {count_names(inner)}; move them up, "
-                f"into {printable(root)}"
+                f"the folders in {printable(where)} look like classes: {count_names(inner)}; move "
+                f"them up, into {printable(root)}"
             )
     return notes
 
@@ -222,16 +186,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:  # of a link that leads nowhere it is False; of one to itself, this
-        if error.errno == errno.ELOOP:
-            raise _leads_back(entry.path) from None
         raise UserError(f"{printable(entry.path)}: {error.strerror}; see to it") from None
-
-
-def _leads_back(path: str | bytes) -> UserError:
-    return UserError(
-        f"{printable(path)}: a link that leads back to a folder above it, or to itself; remove the "
-        "link"
-    )
 
 
 def _collect(
@@ -240,7 +195,10 @@ def _collect(
     """Adds the images below root/folder to `paths`; returns the number of hidden entries."""
     here = os.path.realpath(os.path.join(root, folder))
     if here in above:
-        raise _leads_back(os.path.join(root, folder))
+        raise UserError(
+            f"{printable(os.path.join(root, folder))}: a link that leads back to a folder above "
+            "it; remove the link"
+        )
     hidden = 0
     with _scandir(os.path.join(root, folder)) as entries:
         for entry in entries:
@@ -258,9 +216,8 @@ def _collect(
 
 def count_names(names: Sequence[str], most: int = 5) -> str:
     """Returns how many classes there are, and the first of their names, as text."""
-    shown = ", ".join(printable(n) for n in names[:most])
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} class{'es' if len(names) > 1 else ''} ({shown}{more})"
+    return f"{counted(len(names), 'class')} ({printable(', '.join(names[:most]))}{more})"
 
 
 def _counts(ignored: dict[str, int]) -> str:

@@ -63,13 +63,6 @@ def test_grey_palette_and_cmyk_become_rgb(tmp_path):
     assert np.abs(quick.astype(int) - np.asarray(SMOOTH)).mean() < 6
 
 
-def test_16_bits_are_scaled_not_saturated(tmp_path):
-    ramp = np.linspace(0, 65535, 60 * 80).reshape(60, 80).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "deep.png")
-    for found in both(tmp_path / "deep.png"):
-        np.testing.assert_array_equal(found[..., 0], ramp >> 8)
-
-
 GREY = np.linspace(0, 1, 60 * 80).reshape(60, 80)  # what a picture shows: 0 black, 1 white
 
 

@@ -79,7 +79,7 @@ def test_links(tmp_path):
 def test_a_link_to_itself(tmp_path, place):
     make(tmp_path, "root/a/1.jpg")
     (tmp_path / place).symlink_to(Path(place).name)
-    with pytest.raises(UserError, match=f"{place}: a link that leads back .* or to itself"):
+    with pytest.raises(UserError, match=f"{place}: Too many levels of symbolic links; see to it"):
         scan(str(tmp_path / "root"))
 
 
@@ -189,23 +189,11 @@ def test_images_in_no_class_folder_are_said(tmp_path):
     assert "(other.JPG), in no class folder" in said(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "there", ["validation", "valid", "test", "Val", "VAL", "Validation", "dev", "eval"]
-)
+@pytest.mark.parametrize("there", ["validation", "valid", "test", "Val", "VAL", "dev", "eval"])
 def test_another_name_of_val_is_named_in_the_refusal(tmp_path, there):
     make(tmp_path, "train/a/1.jpg", f"{there}/a/1.jpg")
-    differs = ", which differs in case" if there.lower() == "val" else ""
     with pytest.raises(UserError) as caught:
         open_split(str(tmp_path))
     assert str(caught.value) == (
-        f"{tmp_path}/val: no such folder; there is {there}{differs}: rename it to val, or make a "
-        "link of that name"
+        f"{tmp_path}/val: no such folder; there is {there}: rename it to val"
     )
-
-
-def test_classes_that_differ_in_case_only_are_named(tmp_path):
-    make(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/Cat/1.jpg", "val/dog/1.jpg")
-    with pytest.raises(UserError, match=r"\(Cat\) .*\(Cat is cat there: only the case differs"):
-        open_split(str(tmp_path))
-    make(tmp_path, "both/Cat/1.jpg", "both/cat/1.jpg")
-    assert "! 2 classes (Cat, cat) differ in case only" in said(tmp_path / "both")
