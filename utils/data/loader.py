@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import sys
-import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,20 +76,8 @@ class ImageDataset(Dataset):
         return len(self.folder)
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int] | BrokenImageError | UserError:
-        item = self.read(key)
-        if isinstance(item, Exception):
-            return item
-        image, label, broken = item
-        return self.view(image, key), label, broken
-
-    def read(
-        self, key: Key
-    ) -> tuple[torch.Tensor | Image.Image, int, int] | BrokenImageError | UserError:
-        """Returns what the decoder gives for a key, label, and broken index or -1; or a fault."""
-        wanted = key[1]
-        tries = REPLACEMENT_TRIES if self.skip_broken else 1
-        for attempt in range(tries):
-            index = (wanted + attempt) % len(self.folder)
+        for attempt in range(REPLACEMENT_TRIES if self.skip_broken else 1):
+            index = (key[1] + attempt) % len(self.folder)
             try:
                 image = read_image(self.folder.path(index), self.decoder)
             except UserError as error:
@@ -98,7 +85,8 @@ class ImageDataset(Dataset):
             except BrokenImageError as error:
                 failure = error
             else:
-                return image, int(self.folder.labels[index]), -1 if index == wanted else wanted
+                label, broken = int(self.folder.labels[index]), key[1] if attempt else -1
+                return self.view(image, key), label, broken
         failure.can_be_skipped = self.seed is not None and not self.skip_broken  # in training
         return failure
 
@@ -278,41 +266,33 @@ def checked(loader: DataLoader) -> Iterator[Any]:
         UserError: for a fault that came as a value, or where workers hang.
         RuntimeError: in torch's words, for a worker that died: see `faults.of_outside`.
     """
-    if loader.num_workers:
-        end_children_at_exit()
     batches = None
     try:
-        batches = _begun(loader)  # which waits for the workers, too
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        if loader.num_workers:
+            end_children_at_exit()
+            _allow_files(FILES * (loader.num_workers + 1))
+            BEGUN.add(loader)
+        batches = iter(loader)  # which waits for the workers, too
+        for batch in batches:
             if isinstance(batch, BrokenImageError | UserError):
                 raise as_raised(batch)
             yield batch
-    except (ConnectionError, EOFError) as error:
-        # Those of a worker that is killed break before it counts as dead. What a worker raised
-        # itself is marked as caught there.
-        if loader.num_workers and not str(error).startswith("Caught "):
-            error = _death(batches, error)
-        _end_workers(loader, batches)
-        raise error from None
-    except RuntimeError as error:
-        hang = "DataLoader timed out" in str(error)
-        if "exited unexpectedly" in str(error):
-            error = _death(batches, error)
+    except Exception as error:
+        text = str(error)
+        hang = "DataLoader timed out" in text
+        # Connections of a worker that is killed break before it counts as dead. What a worker
+        # raised itself is marked as caught there.
+        broken = isinstance(error, ConnectionError | EOFError) and not text.startswith("Caught ")
+        died = "exited unexpectedly" in text or (broken and loader.num_workers)
+        fault = _death(batches, error) if died else error
         _end_workers(loader, batches, hang)
         if hang:
-            raise UserError(
+            fault = UserError(
                 f"no batch from the loader workers for {loader.timeout:g} s: they hang (slow or "
                 "stuck storage?); raise --worker-timeout or use fewer workers (-j)",
                 EXIT_FAILED,
-            ) from None
-        raise error from None
-    except Exception:
-        _end_workers(loader, batches)
-        raise
+            )
+        raise fault from None
 
 
 def end_workers() -> None:
@@ -350,41 +330,19 @@ def _end_workers(loader: DataLoader, batches: Any, hang: bool = False) -> None:
         signal.signal(signal.SIGCHLD, former)
 
 
-def _begun(loader: DataLoader) -> Any:
-    """Returns an iterator over the loader; one that could not be made leaves no traceback.
-
-    torch's iterator fails once more when it is deleted half made: that is done here, unsaid.
-    """
-    try:
-        if loader.num_workers:
-            _want_files(FILES * loader.num_workers + FILES)
-            BEGUN.add(loader)
-        return iter(loader)
-    except OSError as error:
-        former, sys.unraisablehook = sys.unraisablehook, lambda _: None
-        try:
-            traceback.clear_frames(error.__traceback__)
-        finally:
-            sys.unraisablehook = former
-        raise
-
-
-def _want_files(number: int) -> None:
+def _allow_files(number: int) -> None:
     """Raises the limit of open files where so many more would not be allowed.
 
     Raises:
         OSError: it cannot be raised so far. Workers that have begun would fail in many tracebacks.
     """
-    try:
-        wanted = len(os.listdir("/proc/self/fd")) + number
-    except FileNotFoundError:  # another system than Linux
-        return
+    needed = len(os.listdir("/dev/fd")) + number
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or wanted <= soft:
+    if soft == resource.RLIM_INFINITY or needed <= soft:
         return
-    if hard != resource.RLIM_INFINITY and wanted > hard:
+    if hard != resource.RLIM_INFINITY and needed > hard:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _death(batches: Any, error: Exception) -> Exception:
