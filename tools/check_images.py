@@ -12,7 +12,7 @@ Ends with 0 when all can be read, with 1 when some cannot.
 """
 
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
-import argparse
+import contextlib
 import csv
 import os
 import sys
@@ -59,11 +59,18 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
         UserError: no such folder, or one that cannot be listed; shards that are damaged.
     """
     parts = [os.path.join(root, part) for part in PARTS]
-    if shards.is_remote(root):
-        is_part = root.rsplit("/", 1)[-1] in PARTS
-        return _in_shards([root] if is_part else parts)
-    sharded = [folder for folder in (root, *parts) if shards.in_shards(folder)]
-    members, others = _in_shards(sharded)
+    remote = shards.is_remote(root)
+    if remote:
+        sharded = [root] if root.rsplit("/", 1)[-1] in PARTS else parts
+    else:
+        sharded = [folder for folder in (root, *parts) if shards.in_shards(folder)]
+    members: list[Member] = []
+    others: Counter[str] = Counter()
+    for images in map(shards.scan, sharded):
+        members += map(images.path, range(len(images)))
+        others.update(images.ignored)
+    if remote:
+        return members, others
     if not os.path.isdir(root):
         raise UserError(f"{printable(root)}: no such folder; give the folder that holds the images")
 
@@ -71,26 +78,22 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
         where = printable(error.filename or root)
         raise UserError(f"{where}: {error.strerror}; check its permissions")
 
-    found = []
+    paths = []
     seen = {os.path.realpath(os.fsencode(root))}
     for folder, folders, files in os.walk(os.fsencode(root), onerror=refuse, followlinks=True):
-        if os.fsdecode(folder) in sharded:
-            files = []
         inside, folders[:] = sorted(folders), []
         for name in inside:
             target = os.path.realpath(os.path.join(folder, name))
             if not is_passed_over(os.fsdecode(name)) and target not in seen:
                 seen.add(target)
                 folders.append(name)
-        for name in files:
+        for name in () if os.fsdecode(folder) in sharded else files:
             ending = os.fsdecode(os.path.splitext(name)[1]).lower()
-            if name.startswith(b"."):
-                continue
-            if ending in EXTENSIONS:
-                found.append(os.path.join(folder, name))
-            else:
+            if ending in EXTENSIONS and not name.startswith(b"."):
+                paths.append(os.path.join(folder, name))
+            elif not name.startswith(b"."):
                 others[ending or "no ending"] += 1
-    return members + sorted(found), others
+    return members + sorted(paths), others
 
 
 def part_of(root: str, part: str) -> str:
@@ -111,43 +114,34 @@ def part_of(root: str, part: str) -> str:
 
 
 def check_annotations(
-    root: str, only: str | None = None
+    root: str, parts: Iterable[str] = PARTS
 ) -> tuple[dict[bytes, tuple[int, int]], list[BrokenImageError]]:
-    """Looks through COCO's annotations in `root`, if there are any: of all parts, or of `only` one.
+    """Looks through COCO's annotations in `root`, if there are any.
 
     Returns:
-        Height and width of each image by its path, and all that is wrong with images' entries,
-        categories and objects.
+        Height and width of each image by its path, and all that is wrong: images that are missing,
+        and images' entries, categories and objects.
 
     Raises:
         UserError: a file of annotations is no JSON with COCO's lists.
     """
     sizes, faults = {}, []
-    for part in PARTS if only is None else (only,):
-        images = os.path.join(root, f"{part}2017")
-        annotations = os.path.join(root, "annotations", f"instances_{part}2017.json")
-        if not os.path.isfile(annotations) or not os.path.isdir(images):
+    for part in parts:
+        images = Path(root, f"{part}2017")
+        annotations = Path(root, "annotations", f"instances_{part}2017.json")
+        if not annotations.is_file() or not images.is_dir():
             continue
         # Where an image lies is no fault here: the user has named the folder to look at.
-        paths = CocoPaths(part, Path(images), Path(annotations), anywhere=True)
-        sizes_of_part, faults_of_part = check_file(paths)
-        faults += [BrokenImageError(path, reason) for path, reason in faults_of_part]
+        sizes_of_part, faults_of_part = check_file(CocoPaths(part, images, annotations, True))
         for file_name, size in sizes_of_part.items():
             name = os.path.normpath(file_name.encode("utf-8", "surrogatepass"))
-            sizes[os.path.join(os.fsencode(images), name)] = size
+            path = os.path.join(os.fsencode(images), name)
+            sizes[path] = size
+            if not os.path.isfile(path):
+                missing = "missing, but in the annotations"
+                faults.append(BrokenImageError(shown(os.fsdecode(path)), missing))
+        faults += [BrokenImageError(path, reason) for path, reason in faults_of_part]
     return sizes, faults
-
-
-def find_missing(
-    paths: Iterable[bytes | Member], sizes: Mapping[bytes, tuple[int, int]]
-) -> list[BrokenImageError]:
-    """Returns those of COCO's images that are not among the files."""
-    there = set(paths)
-    return [
-        BrokenImageError(shown(os.fsdecode(path)), "missing, but in the annotations")
-        for path in sizes
-        if path not in there and not os.path.isfile(path)
-    ]
 
 
 def find_broken(
@@ -164,16 +158,8 @@ def find_broken(
     Raises:
         UserError: a process that read them was killed.
     """
-    sizes = sizes or {}
-    items = [(path, sizes.get(path)) for path in paths]
+    items = [(path, (sizes or {}).get(path)) for path in paths]
     return shared(partial(_read, decoder=decoder), items, processes=processes, chunk=CHUNK)
-
-
-def write_csv(file, broken: Iterable[BrokenImageError]) -> None:
-    """Writes a CSV file with the columns path and reason."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("path", "reason"))
-    writer.writerows((cell(error.path), cell(error.reason)) for error in broken)
 
 
 def main() -> int:
@@ -200,17 +186,17 @@ def main() -> int:
         default=DECODERS[0],
         help=f"{', '.join(DECODERS)}: as training will read",
     )
-    args: argparse.Namespace = parser.parse_args()
+    args = parser.parse_args()
     if args.output and os.path.lexists(args.output):
         raise UserError(f"{args.output}: exists already; choose a new --output")
 
     root = args.data if args.split is None else part_of(args.data, args.split)
     paths, others = find_images(root)
-    remote = shards.is_remote(args.data)
-    sizes, faults = ({}, []) if remote else check_annotations(args.data, args.split)
+    parts = PARTS if args.split is None else (args.split,)
+    sizes, faults = check_annotations(args.data, parts)
     results = find_broken(paths, args.decoder, args.processes, sizes)
     bar = tqdm(results, total=len(paths), unit="image", disable=not sys.stderr.isatty())
-    broken = [error for error in bar if error is not None] + find_missing(paths, sizes) + faults
+    broken = [error for error in bar if error is not None] + faults
 
     passed = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
     print(
@@ -218,26 +204,14 @@ def main() -> int:
         + (f"; passed over: {passed}" if passed else ""),
         file=sys.stderr,
     )
-    if args.output:
-        with open(Path(args.output), "x", newline="", encoding="utf-8") as file:
-            write_csv(file, broken)
-    else:
-        write_csv(sys.stdout, broken)
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout
+        if args.output:
+            file = stack.enter_context(open(args.output, "x", newline="", encoding="utf-8"))
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("path", "reason"))
+        writer.writerows((cell(error.path), cell(error.reason)) for error in broken)
     return EXIT_FAILED if broken else 0
-
-
-def _in_shards(folders: list[str]) -> tuple[list[Member], dict[str, int]]:
-    members, others = [], Counter()
-    for images in map(shards.scan, folders):
-        members += map(images.path, range(len(images)))
-        others.update(images.ignored)
-    return members, others
-
-
-def is_turned(path: bytes) -> bool:
-    """Whether an image's EXIF orientation swaps its sides."""
-    with Image.open(os.fsdecode(path)) as image:
-        return orientation(image) >= 5
 
 
 def _read(
@@ -249,7 +223,9 @@ def _read(
         width, height = image.size if isinstance(image, Image.Image) else image.shape[:-3:-1]
         if size is not None and size != (height, width):
             reason = f"{width}x{height} pixels, but {size[1]}x{size[0]} in the annotations"
-            if size == (width, height) and is_turned(path):
+            with Image.open(os.fsdecode(path)) as stored:
+                turned = orientation(stored) >= 5
+            if size == (width, height) and turned:
                 reason += ": its EXIF orientation turns it, which the annotations leave out"
             return BrokenImageError(printable(path), reason)
     except BrokenImageError as error:

@@ -11,10 +11,10 @@ again, so the same command goes on where an interrupted one stopped.
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import io
 import os
-import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -40,13 +40,7 @@ def file_sizes(images: ImageFolder) -> np.ndarray:
     Raises:
         UserError: a link that leads nowhere.
     """
-    sizes = []
-    for path in map(images.path, range(len(images))):
-        try:
-            sizes.append(os.stat(path).st_size)
-        except OSError as error:
-            raise _unreadable(path, error) from None
-    return np.array(sizes, np.int64)
+    return np.array([_try(os.stat, images.path(i)).st_size for i in range(len(images))], np.int64)
 
 
 def plan_shards(sizes: np.ndarray, most: int) -> Iterator[np.ndarray]:
@@ -77,29 +71,13 @@ def write_shard(images: ImageFolder, target: Path) -> None:
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for index in range(len(images)):
             name = os.fsdecode(images.paths[index])
-            path = images.path(index)
-            try:
-                data = read_file(path)
-            except (OSError, ValueError) as error:
-                raise _unreadable(path, error) from None
+            data = _try(read_file, images.path(index))
             key, _ = os.path.splitext(name)
             for member, content in ((name, data), (f"{key}.cls", b"%d" % images.labels[index])):
                 header = tarfile.TarInfo(member)
                 header.size = len(content)
                 tar.addfile(header, io.BytesIO(content))
     write_atomically(target, buffer.getbuffer())
-
-
-def refuse_strangers(folder: Path) -> None:
-    """Refuses a `folder` that holds files which this program did not write.
-
-    Raises:
-        UserError: names the first such file or folder.
-    """
-    pattern = re.compile(rf"\.?({folder.name}-\d{{5}}\.tar|{shards.NAME})(\.tmp-\d+)?")
-    held = sorted(os.listdir(folder)) if folder.is_dir() else []
-    if strange := [name for name in held if not pattern.fullmatch(name)]:
-        raise UserError(f"{folder}: holds {printable(strange[0])}; give a new DST")
 
 
 def write_split(images: ImageFolder, folder: Path, most: int, processes: int) -> ShardFolder:
@@ -148,12 +126,6 @@ def refuse_twins(images: ImageFolder) -> None:
             )
 
 
-def split_names(images: ImageFolder) -> int:
-    """How many names webdataset's own reader would cut at another place: it takes the first dot of
-    a file's name for the beginning of its ending."""
-    return sum(os.path.basename(path).count(b".") > 1 for path in images.paths)
-
-
 def main() -> int:
     parser = Parser(prog="python -m tools.make_shards", description=__doc__)
     parser.add_argument("source", metavar="SRC")
@@ -180,7 +152,9 @@ def main() -> int:
     names = os.fsencode("".join(f"{name}\n" for name in train.classes))
     for part, images in (("train", train), ("val", val)):
         refuse_twins(images)
-        refuse_strangers(Path(args.target, part))
+        folder = Path(args.target, part)
+        if folder.is_dir() and (inside := sorted(e.name for e in folder.iterdir() if e.is_dir())):
+            raise UserError(f"{folder}: holds {printable(inside[0])}; give a new DST")
     listed = Path(args.target, shards.CLASSES)
     if not os.path.lexists(listed):
         listed.parent.mkdir(parents=True, exist_ok=True)
@@ -188,17 +162,22 @@ def main() -> int:
     elif not listed.is_file() or listed.read_bytes() != names:
         raise UserError(f"{listed}: holds other classes than SRC; give a new DST")
     for part, images in (("train", train), ("val", val)):
-        target = Path(args.target, part)
-        written = write_split(images, target, args.shard_mb * 1_000_000, args.processes)
+        most = args.shard_mb * 1_000_000
+        written = write_split(images, Path(args.target, part), most, args.processes)
         print(f"{part}: {counted(len(images), 'image', ',')} ({written.where})")
-        if dots := split_names(images):
+        # webdataset's own reader takes the first dot of a name for the beginning of its ending
+        if dots := sum(os.path.basename(path).count(b".") > 1 for path in images.paths):
             print(f"  ! {dots:,} names with a second dot, which the webdataset package cuts there")
     return 0
 
 
-def _unreadable(path: bytes, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or error
-    return UserError(f"{printable(path)}: {reason}; mend or remove the file", EXIT_FAILED)
+def _try(read: Callable[[bytes], Any], path: bytes) -> Any:
+    try:
+        return read(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        text = f"{printable(path)}: {reason}; mend or remove the file"
+        raise UserError(text, EXIT_FAILED) from None
 
 
 if __name__ == "__main__":
