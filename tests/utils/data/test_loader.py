@@ -7,13 +7,7 @@ from PIL import Image
 from torchvision import transforms as v1
 
 from utils.data.decoding import BrokenImageError
-from utils.data.loader import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageDataset,
-    Reading,
-    check_readable,
-)
+from utils.data.loader import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Reading, check_readable
 from utils.data.sampler import SeededBatches
 from utils.data.transforms import eval_transform, train_transform
 from utils.system.distributed import Context
