@@ -125,7 +125,7 @@ def test_what_cannot_be_matched_is_refused(call, nameless, named, numbered, five
     [
         ("a\nb\n", "2 names for 12 outputs"),
         ("\n".join(["a", *WNIDS[1:-1], "a"]), "a is there twice"),
-        (None, "no such file or folder"),
+        (None, "No such file or directory"),
         (b"\xff\xfe\x00", "not UTF-8 text"),
     ],
 )
