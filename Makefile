@@ -48,7 +48,10 @@ evidence-smoke: $(READY)
 	$(RUN) -m tools.study tools/study_plans/smoke.json --jobs 2
 
 benchmarks: $(READY)
-	$(RUN) benchmarks/all.py --out runs/benchmarks
+	mkdir -p runs/benchmarks
+	for name in memory tail train_step inference deployment data_loading resume_overhead; do \
+	    $(RUN) benchmarks/$$name.py --json runs/benchmarks/$$name.json || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal

@@ -13,7 +13,7 @@ import side_by_side as side  # first: it puts the repository on the path
 
 # isort: split
 import copy
-import statistics
+from functools import partial
 
 import as_it_is
 import textbook
@@ -54,43 +54,32 @@ class Optimised:
 
 
 def textbook_form(network: str, smoke: bool, size: tuple[int, ...]) -> Eager:
-    if network == "mobilenetv2":
-        built = textbook.eca_mobilenetv2()
-    else:
-        built = textbook.eca_resnet(18 if smoke else 50)
+    resnet = partial(textbook.eca_resnet, 18 if smoke else 50)
+    built = textbook.eca_mobilenetv2() if network == "mobilenetv2" else resnet()
     return Eager(built, torch.randn(size), torch.float32, torch.contiguous_format)
 
 
 def families(smoke: bool) -> dict[str, dict[str, nn.Module | None]]:
     depth = 18 if smoke else 50
-    ours = {kind: f"{kind}_" if kind else "" for kind in ("", "eca", "se")}
+
+    def ours(arch: str) -> dict[str, nn.Module]:
+        prefixes = {"our plain": "", "our eca": "eca_", "our se": "se_"}
+        return {name: models.create_model(prefix + arch) for name, prefix in prefixes.items()}
+
     return {
         "resnet50": {
             "textbook ECA": textbook.eca_resnet(depth),
             "torchvision's plain": textbook.plain_resnet(depth),
             "textbook SE": textbook.se_resnet(depth),
             "timm's ECA": textbook.timm_eca_resnet(depth),
-            **{
-                f"our {k or 'plain'}": models.create_model(f"{p}resnet{depth}")
-                for k, p in ours.items()
-            },
+            **ours(f"resnet{depth}"),
         },
         "mobilenetv2": {
             "textbook ECA": textbook.eca_mobilenetv2(),
             "torchvision's plain": textbook.plain_mobilenetv2(),
-            **{
-                f"our {k or 'plain'}": models.create_model(f"{p}mobilenetv2")
-                for k, p in ours.items()
-            },
+            **ours("mobilenetv2"),
         },
     }
-
-
-def matrix_product(dtype: torch.dtype, device: torch.device, side_length: int) -> float:
-    """10⁹ multiplications and additions a second, to hold the convolutions' beside it."""
-    a, b = (torch.randn(side_length, side_length, device=device).to(dtype) for _ in range(2))
-    (times,) = side.interleave({"product": lambda: a @ b}, 15, device).values()
-    return 2 * side_length**3 / statistics.median(times) / 1e9
 
 
 def measure(network: str, built: dict, args, compile: bool) -> list[dict[str, object]]:
@@ -142,17 +131,8 @@ def main() -> None:
     for network, built in families(args.smoke).items():
         if args.network in (network, "both"):
             rows += measure(network, built, args, not (args.no_compile or args.smoke))
-    length = 64 if args.smoke else 4096
-    products = {
-        name: matrix_product(side.DTYPES[name], args.device, length)
-        for name in side.dtypes_for(args.device)
-    }
-    for row in rows:
-        row["matrix_product_gflops"] = products[row["dtype"]]
     shown = [{**row, "variant": f"{row['network']}: {row['variant']}"} for row in rows]
     side.report(args, rows, "the variant's speed over the other's; NHWC unless said", shown)
-    rates = ", ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in products.items())
-    print(f"products of {length} x {length} matrices: {rates}")
 
 
 if __name__ == "__main__":

@@ -38,51 +38,7 @@ IMAGES = 1_281_167
 CPU = torch.device("cpu")
 
 
-def main() -> None:
-    parser = side.make_parser(__doc__, batch=(16, 16), rounds=7)
-    parser.add_argument("--arch", default="eca_resnet50")
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written")
-    parser.set_defaults(device="cpu")
-    args = side.settle(parser.parse_args())
-    if args.smoke:
-        args.arch = "mobilenetv2"
-    images = 1000 if args.smoke else IMAGES
-    torch.manual_seed(0)
-    state = new_state(args.arch)
-    step = median(training_step(state, args.batch, args.img_size), args.rounds, 1)
-    parts = {
-        "order of the images, seeded": seeded_order(images, args.batch, args.rounds),
-        "seeds of augmentation": median(lambda: seed_samples(args.batch), args.rounds, 20),
-        "seed of the step": median(lambda: torch.manual_seed(mix_seed(1, 12345)), args.rounds, 100),
-        "learning rate": median(learning_rate, args.rounds, 1000),
-        "guard against non-finite losses": guard(args.rounds),
-        "questions: stop? save?": questions(args.rounds),
-    }
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        saving, size = checkpoints(state, Path(folder), args.rounds)
-    report = {
-        "benchmark": "resume_overhead",
-        "arch": args.arch,
-        "batch": args.batch,
-        "img_size": args.img_size,
-        "device": side.device_name(CPU),
-        "torch": str(torch.__version__),
-        "step_s": step,
-        "parts_s": parts,
-        "parts_share": sum(parts.values()) / step,
-        "usual_order_s": usual_order(images, args.batch, args.rounds),
-        "checkpoint_s": saving,
-        "checkpoint_mb": size / 1e6,
-        "checkpoint_share_per_epoch": saving / (step * (images // args.batch)),
-        "checkpoint_share_every_10_minutes": saving / 600,
-        "steps_between_checkpoints_for_1_percent": round(saving / (0.01 * step)),
-    }
-    show(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def median(function: Callable[[], object], rounds: int, repeat: int) -> float:
+def median(function: Callable[[], object], rounds: int, repeat: int = 1) -> float:
     """Seconds of one call: the median of `rounds`, each the mean of `repeat`."""
     function()
     times = []
@@ -118,18 +74,6 @@ def training_step(state: TrainingState, batch: int, img_size: int) -> Callable[[
     return step
 
 
-def seeded_order(images: int, batch: int, rounds: int) -> float:
-    """Of a batch, with the epoch's shuffle spread over its batches."""
-    order = SeededBatches(images, batch, seed=1)
-    return median(lambda: sum(1 for _ in order), rounds, 1) / order.steps
-
-
-def usual_order(images: int, batch: int, rounds: int) -> float:
-    """The same of torch's own samplers, which cannot be taken up again in an epoch."""
-    order = BatchSampler(RandomSampler(range(images)), batch, drop_last=True)
-    return median(lambda: sum(1 for _ in order), rounds, 1) / len(order)
-
-
 def seed_samples(batch: int) -> None:
     """As `ImageDataset` does around the transforms of each image."""
     for index in range(batch):
@@ -137,48 +81,70 @@ def seed_samples(batch: int) -> None:
             torch.default_generator.manual_seed(mix_seed(1, 2, index))
 
 
-def learning_rate() -> float:
-    return lr_at(12345, 80072, lr=0.1, epochs=100, schedule="cosine", warmup_epochs=5)
+def parts_of_a_step(images: int, batch: int, rounds: int) -> dict[str, float]:
+    """Seconds of each part for one batch; saving is not due."""
+    order, loss = SeededBatches(images, batch, seed=1), torch.tensor(1.0)
+    guard, files = NonFiniteGuard(CPU), RunFiles(None, {}, saving=Saving(10**9, 10**9))
+    votes, stop = Votes(None), StopRequest()
+    recipe = {"lr": 0.1, "epochs": 100, "schedule": "cosine", "warmup_epochs": 5}
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "seeds of augmentation": (lambda: seed_samples(batch), 20),
+        "seed of the step": (lambda: torch.manual_seed(mix_seed(1, 12345)), 100),
+        "learning rate": (lambda: lr_at(12345, 80072, **recipe), 1000),
+        "guard against non-finite losses": (
+            lambda: guard.before_update(loss, 1, None, "loss"),
+            100,
+        ),
+        "questions: stop? save?": (lambda: votes.cast(bool(stop), files.due(12345)), 100),
+    }
+    parts = {"order of the images, seeded": median(lambda: sum(1 for _ in order), rounds)}
+    parts["order of the images, seeded"] /= order.steps
+    return parts | {name: median(call, rounds, repeat) for name, (call, repeat) in calls.items()}
 
 
-def guard(rounds: int) -> float:
-    guard, loss = NonFiniteGuard(CPU), torch.tensor(1.0)
-    return median(lambda: guard.before_update(loss, 1, None, "loss"), rounds, 100)
-
-
-def questions(rounds: int) -> float:
-    """What the loop asks after each step; saving is not due."""
-    files, votes, stop = (
-        RunFiles(None, {}, saving=Saving(10**9, 10**9)),
-        Votes(None),
-        StopRequest(),
-    )
-    return median(lambda: votes.cast(bool(stop), files.due(12345)), rounds, 100)
+def usual_order(images: int, batch: int, rounds: int) -> float:
+    """The same of torch's own samplers, which cannot be taken up again in an epoch."""
+    order = BatchSampler(RandomSampler(range(images)), batch, drop_last=True)
+    return median(lambda: sum(1 for _ in order), rounds) / len(order)
 
 
 def checkpoints(state: TrainingState, folder: Path, rounds: int) -> tuple[float, int]:
     """Seconds to snapshot and write one, the former one kept, and its size in bytes."""
     files = CheckpointFolder(folder)
-    seconds = median(lambda: files.save_last(state.snapshot()), rounds, 1)
+    seconds = median(lambda: files.save_last(state.snapshot()), rounds)
     if not checkpoint.is_whole(files.last):
         raise UserError(f"{files.last}: is not whole")
     return seconds, files.last.stat().st_size
 
 
-def show(report: dict[str, object]) -> None:
-    step = report["step_s"]
-    print(f"{report['device']}, torch {report['torch']}")
-    print(f"step of {report['arch']} at batch {report['batch']}: {step:.3f} s")
-    for name, seconds in report["parts_s"].items():
-        print(f"  {name:<34} {1e6 * seconds:10.1f} µs  {100 * seconds / step:8.4f} %")
-    print(f"  {'all of them':<34} {'':13} {100 * report['parts_share']:8.4f} %")
-    print(f"  (torch's own order of the images   {1e6 * report['usual_order_s']:10.1f} µs)")
-    print(
-        f"checkpoint: {report['checkpoint_s']:.2f} s for {report['checkpoint_mb']:.0f} MB; "
-        f"{100 * report['checkpoint_share_per_epoch']:.4f} % once an epoch, "
-        f"{100 * report['checkpoint_share_every_10_minutes']:.2f} % every 10 minutes; "
-        f"1 % is one in {report['steps_between_checkpoints_for_1_percent']} steps"
-    )
+def main() -> None:
+    parser = side.make_parser(__doc__, batch=(16, 16), rounds=7)
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written")
+    parser.set_defaults(device="cpu")
+    args = side.settle(parser.parse_args())
+    arch, images = ("mobilenetv2", 1000) if args.smoke else ("eca_resnet50", IMAGES)
+    torch.manual_seed(0)
+    state = new_state(arch)
+    step = median(training_step(state, args.batch, args.img_size), args.rounds)
+    parts = parts_of_a_step(images, args.batch, args.rounds)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        saving, size = checkpoints(state, Path(folder), args.rounds)
+    report = side.settings(args) | {
+        "benchmark": "resume_overhead",
+        "arch": arch,
+        "step_s": step,
+        "parts_s": parts,
+        "parts_share": sum(parts.values()) / step,
+        "usual_order_s": usual_order(images, args.batch, args.rounds),
+        "checkpoint_s": saving,
+        "checkpoint_mb": size / 1e6,
+        "checkpoint_share_per_epoch": saving / (step * (images // args.batch)),
+        "checkpoint_share_every_10_minutes": saving / 600,
+        "steps_between_checkpoints_for_1_percent": round(saving / (0.01 * step)),
+    }
+    print(json.dumps(report, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -64,48 +64,6 @@ def test_what_cannot_be_is_said_before_anything_is_measured(monkeypatch, flags, 
         side.settle(parser.parse_args(flags))
 
 
-def test_all_refuses_a_folder_that_is_none(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import all as every
-
-    monkeypatch.setattr(sys, "argv", ["all.py", "--out", __file__])
-    with pytest.raises(SystemExit):
-        every.main()
-    assert "test_benchmarks.py: File exists; give another folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("gpu", [False, True])
-def test_all_goes_on_after_one_that_fails_and_names_it(tmp_path, monkeypatch, capsys, gpu):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import all as every
-
-    ran = []
-
-    def call(command):
-        ran.append(command)
-        return subprocess.CompletedProcess(command, returncode="tail.py" in command[1])
-
-    monkeypatch.setattr(every.subprocess, "run", call)
-    monkeypatch.setattr(every.torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(sys, "argv", ["all.py", "--out", str(tmp_path / "to"), "--smoke"])
-    assert every.main() == 1
-    assert "failed: tail" in capsys.readouterr().err
-    if gpu:
-        *ran, last = ran
-        assert last[1:] == [
-            str(BENCHMARKS / "data_loading.py"),
-            "--json",
-            str(tmp_path / "to" / "data_loading_cuda.json"),
-            "--device",
-            "cuda",
-            "--smoke",
-        ]
-    assert [Path(c[1]).stem for c in ran] == list(every.BENCHMARKS)
-    for name, command in zip(every.BENCHMARKS, ran, strict=True):
-        assert Path(command[1]).exists()
-        assert command[2:] == ["--json", str(tmp_path / "to" / f"{name}.json"), "--smoke"]
-
-
 FAULTS = """
 import resource, sys
 from pathlib import Path
