@@ -19,27 +19,19 @@ import torch
 
 from models import MODELS, attention, create_model
 from utils.command_line.parser import Parser
-from utils.config.flags import number
+from utils.config.classification import ClassificationRun
+from utils.config.flags import flags_of, number
 from utils.inspection import published
-from utils.inspection.cost import (
-    count_cost,
-    count_parameters,
-    detection_macs,
-    format_flops,
-    format_params,
-    published_detection_flops,
-    trainable_parameters,
-)
 from utils.inspection.cost_tables import (
-    ClassifierReport,
-    DetectorReport,
+    Report,
     classification_table,
+    classifier_report,
     detection_table,
-    detector_fields,
+    detector_report,
     detector_table,
     layer_table,
+    list_text,
     network_table,
-    report_fields,
     size_text,
 )
 from utils.system.errors import UserError, as_user_error
@@ -84,6 +76,7 @@ def build_parser() -> Parser:
         help="outputs of the last layer (default: 1000; detectors: COCO's, 81 with background,"
         " 80 for retinanet)",
     )
+    flags_of(ClassificationRun)["list_models"].add_to(parser, "list_models", None)
     parser.add_argument("--per-layer", action="store_true", help="list every layer (with -a)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
@@ -130,56 +123,19 @@ def build(create: Callable[..., torch.nn.Module], *settings) -> torch.nn.Module:
         return create(*settings)
 
 
-def count_classifier(
-    arch: str, ksize: str | None, num_classes: int, size: tuple[int, int]
-) -> ClassifierReport:
-    network = build(create_model, arch, ksize, num_classes)
-    cost = count_cost(network, (1, 3, *size))
-    printed = published.IMAGENET.get(network.arch)
-    usual = (1000, published.IMAGENET_SIZE)
-    if printed and (printed.ksize, *usual) != (network.ksize, num_classes, size):
-        printed = None
-    return ClassifierReport(
-        network=network.arch,
-        ksize=network.ksize,
-        num_classes=num_classes,
-        size=size,
-        params=format_params(cost.params),
-        flops=format_flops(cost.mid_2019),
-        published=printed,
-        cost=cost,
-        attention=cost.share(network, ATTENTION_LAYERS),
-    )
-
-
-def count_detector(
-    arch: str, backbone: str, ksize: str | None, num_classes: int | None, size: tuple[int, int]
-) -> DetectorReport:
+def count(
+    arch: str, backbone: str | None, size: tuple[int, int], flags: argparse.Namespace
+) -> Report:
+    """Counts a classifier, or a detector on a backbone."""
+    if arch not in DETECTORS:
+        network = build(create_model, arch, flags.ksize, flags.num_classes or 1000)
+        printed = published.IMAGENET.get(network.arch)
+        return classifier_report(network, size, ATTENTION_LAYERS, printed)
     from models.detection.detectors import FIRST_LABEL, create_detector  # torchvision, only here
 
-    network = build(create_detector, arch, backbone, ksize, num_classes)
+    network = build(create_detector, arch, backbone, flags.ksize, flags.num_classes)
     printed = published.COCO.get((arch, backbone))
-    usual = (80 + FIRST_LABEL[arch], published.COCO_SIZE)
-    if printed and (printed.ksize, *usual) != (network.ksize, network.num_classes, size):
-        printed = None
-    trainable, flops = trainable_parameters(network), published_detection_flops(network, size)
-    layers = [m for m in network.modules() if isinstance(m, ATTENTION_LAYERS)]
-    return DetectorReport(
-        network=f"{arch} {backbone}",
-        ksize=network.ksize,
-        num_classes=network.num_classes,
-        size=size,
-        params=format_params(trainable, base=1000),
-        flops=format_flops(flops, base=1000),
-        published=printed,
-        detector=arch,
-        backbone=backbone,
-        trainable=trainable,
-        all_params=count_parameters(network),
-        attention_params=sum(map(count_parameters, layers)),
-        published_rule=flops,
-        multiply_adds=detection_macs(network, size),
-    )
+    return detector_report(network, size, ATTENTION_LAYERS, printed, FIRST_LABEL[arch])
 
 
 def show_progress(text: str) -> None:
@@ -190,6 +146,9 @@ def show_progress(text: str) -> None:
 
 def main() -> None:
     flags = build_parser().parse_args()
+    if "list_models" in flags:
+        print(list_text(flags.list_models))
+        return
     check_flags(flags)
     detection = flags.detectors or flags.arch in DETECTORS
     size = flags.img_size or (published.COCO_SIZE if detection else published.IMAGENET_SIZE)
@@ -202,22 +161,18 @@ def main() -> None:
     for i, (arch, backbone) in enumerate(targets):
         if flags.all:
             show_progress(f"counting {arch} ({i + 1} of {len(targets)})")
-        if detection:
-            reports.append(count_detector(arch, backbone, flags.ksize, flags.num_classes, size))
-        else:
-            reports.append(count_classifier(arch, flags.ksize, flags.num_classes or 1000, size))
+        reports.append(count(arch, backbone, size, flags))
     if flags.all:
         show_progress("")
     print(text_of(reports, detection, flags))
 
 
-def text_of(reports: list, detection: bool, flags: argparse.Namespace) -> str:
+def text_of(reports: list[Report], detection: bool, flags: argparse.Namespace) -> str:
     """Returns what is printed of the reports."""
     if flags.json:
-        fields = [
-            detector_fields(r) if detection else report_fields(r, flags.per_layer) for r in reports
-        ]
-        return json.dumps(fields if flags.all else fields[0], indent=2)
+        if not flags.per_layer:
+            reports = [{k: v for k, v in report.items() if k != "layers"} for report in reports]
+        return json.dumps(reports if flags.all else reports[0], indent=2)
     if flags.all:
         return detection_table(reports) if detection else classification_table(reports)
     if detection:

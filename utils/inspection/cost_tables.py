@@ -1,129 +1,114 @@
-"""Makes the tables of parameters and FLOPs, beside the published figures."""
+"""Reports parameters and FLOPs beside the published figures: as plain values, and as tables."""
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import Any
 
+import torch
+from torch import nn
+
+from models import create_model, list_models
 from utils.inspection.cost import (
     CONVENTIONS,
-    Cost,
+    count_cost,
+    count_parameters,
+    detection_macs,
     format_flops,
     format_params,
+    mid_2019_flops,
+    published_detection_flops,
     thop_version,
     titles,
+    trainable_parameters,
 )
-from utils.inspection.published import Published
+from utils.inspection.published import COCO_SIZE, IMAGENET, IMAGENET_SIZE, Published
+from utils.system.errors import UserError
 from utils.system.text import columns, ksize_text, paragraphs
 
 WIDTH = 120  # of running text; the tables are as wide as their numbers
 MARK = {True: "yes", False: "no", None: "-"}
+# Columns and lines of FLOPs: what thop of mid-2019 printed, its exact sum, and the others.
+COUNTS = ("mid_2019_printed", *CONVENTIONS)
+Report = dict[str, Any]  # plain values, as they are printed as JSON
 Legend = Sequence[tuple[str, str]]
+Size = tuple[int, int]  # height, width
 
 
-@dataclass(kw_only=True)
-class Report:
-    """Holds one network's counts, and what was printed of it.
+def classifier_report(
+    network: Any, size: Size, attention: tuple[type[nn.Module], ...], printed: Published | None
+) -> Report:
+    """Counts a classifier on one image.
 
     Args:
-        network: its name; a detector's with its backbone's.
-        size: height, width of the image.
-        params, flops: as counted, in the units and the rounding of `published`.
-        published: None: nothing was printed for these settings.
+        network: on `meta`.
+        attention: its layers are reported as a share, without their sigmoid and product.
+        printed: the published figures of an `arch` by that name. They stand beside ours where they
+            are for the same kernel sizes, image and classes.
     """
-
-    network: str
-    ksize: tuple[int, ...] | None
-    num_classes: int
-    size: tuple[int, int]
-    params: str
-    flops: str
-    published: Published | None
-
-    @property
-    def agrees(self) -> bool | None:
-        """Returns whether our figures, rounded, are the published ones; None without those."""
-        printed = self.published
-        if printed is None:
-            return None
-        return printed.params == self.params and printed.flops in (None, self.flops)
-
-    @property
-    def theirs(self) -> list[str]:
-        """Returns the published parameters and FLOPs, - where there are none."""
-        printed = self.published
-        return [printed.params, printed.flops or "-"] if printed else ["-", "-"]
-
-    @property
-    def setting(self) -> str:
-        """Returns a sentence on the image and the classes."""
-        return f"One image of 3x{size_text(self.size)}, {self.num_classes} classes."
-
-    @property
-    def verdict(self) -> str:
-        """Returns a sentence on whether the counts are the published ones."""
-        if self.agrees and self.published:
-            return f"Agrees with {self.published.source}."
-        return disagreements([self])
-
-    @property
-    def plain(self) -> dict:
-        """Returns what both kinds of network have in JSON."""
-        return {
-            "ksize": self.ksize,
-            "num_classes": self.num_classes,
-            "input": [1, 3, *self.size],
-            "in_published_units": {"parameters": self.params, "flops": self.flops},
-            "published": self.published and asdict(self.published),
-            "agrees": self.agrees,
-        }
+    cost = count_cost(network, (1, 3, *size))
+    share = cost.share(network, attention)
+    if (network.num_classes, size) != (1000, IMAGENET_SIZE):
+        printed = None
+    return {
+        "network": network.arch,
+        **_beside(network, size, format_params(cost.params), format_flops(cost.mid_2019), printed),
+        "parameters": cost.params,
+        "flops": {name: getattr(cost, name) for name in COUNTS},
+        "attention": {"parameters": share.params}
+        | {name: getattr(share, name) for name in CONVENTIONS},
+        "thop_version": thop_version(),
+        "layers": [asdict(layer) for layer in cost.layers],
+    }
 
 
-@dataclass(kw_only=True)
-class ClassifierReport(Report):
-    """Holds a classifier's costs: all, and the share of its attention layers, without their
-    sigmoid and product.
-    """
-
-    cost: Cost
-    attention: Cost
-
-
-@dataclass(kw_only=True)
-class DetectorReport(Report):
-    """Holds a detector's counts by the rule of the COCO table; `trainable` are its `Param.`."""
-
-    detector: str
-    backbone: str
-    trainable: int
-    all_params: int
-    attention_params: int
-    published_rule: int
-    multiply_adds: int
-
-
-def disagreements(reports: Sequence[Report]) -> str:
-    """Returns a paragraph on reports that differ from the published figures, or an empty string."""
-    lines = []
-    for report in reports:
-        printed = report.published
-        if printed is None or report.agrees:
-            continue
-        differences = "; ".join(
-            f"published {theirs} {what}, counted {ours}"
-            for what, theirs, ours in (
-                ("parameters", printed.params, report.params),
-                ("FLOPs", printed.flops, report.flops),
-            )
-            if theirs not in (None, ours)
-        )
-        note = f"{report.network}: {differences}" + f": {printed.remark}" * bool(printed.remark)
-        lines.append(textwrap.fill(f"  {note}.", WIDTH, subsequent_indent="    "))
-    return "\n".join(["Where published and counted do not agree:", *lines]) if lines else ""
+def detector_report(
+    network: Any,
+    size: Size,
+    attention: tuple[type[nn.Module], ...],
+    printed: Published | None,
+    first_label: int,
+) -> Report:
+    """Counts a detector on one image, by the rule of the COCO table; see `classifier_report`."""
+    trainable, flops = trainable_parameters(network), published_detection_flops(network, size)
+    if (network.num_classes - first_label, size) != (80, COCO_SIZE):
+        printed = None
+    units = format_params(trainable, base=1000), format_flops(flops, base=1000)
+    layers = [module for module in network.modules() if isinstance(module, attention)]
+    return {
+        "network": f"{network.arch} {network.backbone_arch}",
+        "detector": network.arch,
+        "backbone": network.backbone_arch,
+        **_beside(network, size, *units, printed),
+        "parameters": count_parameters(network),
+        "trainable_parameters": trainable,
+        "attention": {"parameters": sum(map(count_parameters, layers))},
+        "flops": {"published_rule": flops, "multiply_adds": detection_macs(network, size)},
+    }
 
 
-def size_text(size: tuple[int, int]) -> str:
+def _beside(
+    network: Any, size: Size, params: str, flops: str, printed: Published | None
+) -> dict[str, Any]:
+    """Returns the settings, and our figures, in the published units and rounding, beside those."""
+    agrees = None
+    if printed and printed.ksize != network.ksize:
+        printed = None
+    if printed:
+        agrees = printed.params == params and printed.flops in (None, flops)
+    return {
+        "ksize": network.ksize,
+        "num_classes": network.num_classes,
+        "input": [1, 3, *size],
+        "in_published_units": {"parameters": params, "flops": flops},
+        "published": printed and asdict(printed),
+        "agrees": agrees,
+    }
+
+
+def size_text(size: Sequence[int]) -> str:
     """Returns height and width, such as 800x1280."""
-    return f"{size[0]}x{size[1]}"
+    return f"{size[-2]}x{size[-1]}"
 
 
 def legend(entries: Legend) -> str:
@@ -137,6 +122,54 @@ def legend(entries: Legend) -> str:
     )
 
 
+def list_text(pattern: str) -> str:
+    """Returns a table of the networks whose names match a pattern, as in a shell: `*50`.
+
+    Raises:
+        UserError: none does.
+    """
+    rows = [["network", "ksize", "parameters", "FLOPs", "top-1 / top-5"]]
+    for name in list_models(pattern):
+        with torch.device("meta"):
+            network = create_model(name)
+        printed = IMAGENET.get(network.arch)
+        flops = format_flops(mid_2019_flops(network, (1, 3, *IMAGENET_SIZE)))
+        params, accuracy = f"{count_parameters(network):,}", (printed and printed.accuracy) or "-"
+        rows.append([name, ksize_text(network.ksize), params, flops, accuracy])
+    if len(rows) == 1:
+        raise UserError(f"no network matches {pattern}; leave the pattern out to see all")
+    notes = (
+        "1000 classes, 224x224 pixels; FLOPs as published, G = 2^30, M = 2^20; accuracy in %: of "
+        "the released weights, as published; - where none was. docs/ECA_ANYWHERE.md: ECA in other "
+        "networks"
+    )
+    return paragraphs(columns(rows), textwrap.fill(notes, WIDTH))
+
+
+def disagreements(reports: Sequence[Report]) -> str:
+    """Returns a paragraph on reports that differ from the published figures, or an empty string."""
+    lines = []
+    for report in reports:
+        if report["agrees"] is not False:
+            continue
+        printed, ours = report["published"], report["in_published_units"]
+        pairs = (printed["params"], ours["parameters"]), (printed["flops"], ours["flops"])
+        differences = "; ".join(
+            f"published {theirs} {name}, counted {own}"
+            for name, (theirs, own) in zip(("parameters", "FLOPs"), pairs, strict=True)
+            if theirs not in (None, own)
+        )
+        remark = f": {printed['remark']}" * bool(printed["remark"])
+        note = f"  {report['network']}: {differences}{remark}."
+        lines.append(textwrap.fill(note, WIDTH, subsequent_indent="    "))
+    return "\n".join(["Where published and counted do not agree:", *lines]) if lines else ""
+
+
+def _theirs(report: Report) -> list[str]:
+    """Returns the published parameters and FLOPs, - where there are none."""
+    return [(report["published"] or {}).get(name) or "-" for name in ("params", "flops")]
+
+
 def _table(reports: Sequence[Report], rows: list[list[str]], entries: Legend, **style: int) -> str:
     """Returns a table of networks with the columns of what was published and what is counted.
 
@@ -145,10 +178,20 @@ def _table(reports: Sequence[Report], rows: list[list[str]], entries: Legend, **
     """
     head = ["params", "FLOPs", "params", "FLOPs", "agree"]
     middle = [["published", "", "counted", "", ""], head]
-    middle += [[*r.theirs, r.params, r.flops, MARK[r.agrees]] for r in reports]
+    middle += [[*_theirs(r), *r["in_published_units"].values(), MARK[r["agrees"]]] for r in reports]
     at = rows[1].index("ksize") + 1
     rows = [[*row[:at], *five, *row[at:]] for row, five in zip(rows, middle, strict=True)]
     return paragraphs(columns(rows, **style), legend(entries), disagreements(reports))
+
+
+def _one(report: Report, name: str, rows: list[list[str]], entries: Legend) -> str:
+    """Returns the text of a single network: heading, table, whether it agrees, and the legend."""
+    ksize = f", ksize {ksize_text(report['ksize'])}" if report["ksize"] else ""
+    setting = f"One image of 3x{size_text(report['input'])}, {report['num_classes']} classes."
+    verdict = disagreements([report])
+    if report["agrees"]:
+        verdict = f"Agrees with {report['published']['source']}."
+    return paragraphs(f"{name}{ksize}. {setting}", columns(rows), verdict, legend(entries))
 
 
 def _published_legend(units: str, network: str, counted: str) -> Legend:
@@ -163,84 +206,59 @@ def _published_legend(units: str, network: str, counted: str) -> Legend:
     )
 
 
-def classification_table(reports: Sequence[ClassifierReport]) -> str:
+def classification_table(reports: Sequence[Report]) -> str:
     """Returns one line per network; counts are exact, but for what thop of mid-2019 printed."""
     rows = [
         ["", "", "parameters", "", "FLOPs", "", "", ""],
         ["network", "ksize", "all", "attention", *_titles()],
     ]
-    for report in reports:
-        row = [report.network, ksize_text(report.ksize), f"{report.cost.params:,}"]
-        rows.append([*row, f"{report.attention.params:,}", *_counts(report.cost)])
+    for r in reports:
+        counts = (r["parameters"], r["attention"]["parameters"], *r["flops"].values())
+        rows.append([r["network"], ksize_text(r["ksize"]), *(f"{n:,}" for n in counts)])
     counted = "parameters, and FLOPs by the rule of thop mid-2019, in the same units"
     entries = [
         *_published_legend("M = 2^20, G = 2^30", "network", counted),
         ("attention", "parameters of the ECA or SE layers, part of all"),
         *_conventions(),
     ]
-    return paragraphs(reports[0].setting, _table(reports, rows, entries, gap=1))
+    size, classes = size_text(reports[0]["input"]), reports[0]["num_classes"]
+    setting = f"One image of 3x{size}, {classes} classes."
+    return paragraphs(setting, _table(reports, rows, entries, gap=1))
 
 
-def network_table(report: ClassifierReport) -> str:
+def network_table(report: Report) -> str:
     """Returns the table of one network, one line per convention."""
-    cost, share, (params, flops) = report.cost, report.attention, report.theirs
-    in_millions = format_params(cost.params, base=1000)
+    share, (params, flops), count = report["attention"], _theirs(report), report["parameters"]
+    units = [report["in_published_units"]["parameters"], format_params(count, base=1000)]
     rows = [
         ["", "count", "of it attention", "2^20, 2^30", "10^6, 10^9", "published"],
-        ["parameters", f"{cost.params:,}", f"{share.params:,}", report.params, in_millions, params],
+        ["parameters", f"{count:,}", f"{share['parameters']:,}", *units, params],
     ]
-    for title, name, text in zip(_titles(), _NAMES, _counts(cost), strict=True):
-        if name is None:
-            rows.append([title, text, "", "", "", ""])
-            continue
-        total = getattr(cost, name)
-        units = [format_flops(total), format_flops(total, base=1000)]
-        printed = flops if name == "mid_2019" else ""
-        rows.append([title, text, f"{getattr(share, name):,}", *units, printed])
-    ksize = f", ksize {ksize_text(report.ksize)}" if report.ksize else ""
-    heading = f"{report.network}{ksize}. {report.setting}"
-    return paragraphs(heading, columns(rows), report.verdict, legend(_conventions()))
+    for title, (name, total) in zip(_titles(), report["flops"].items(), strict=True):
+        row = [title, f"{total:,}", "", "", "", ""]
+        if name != "mid_2019":  # the exact sum of the line above it
+            part = share[name.removesuffix("_printed")]
+            exact = report["flops"][name.removesuffix("_printed")]
+            row[2:5] = f"{part:,}", format_flops(exact), format_flops(exact, base=1000)
+        if name == "mid_2019_printed":
+            row[5] = flops
+        rows.append(row)
+    return _one(report, report["network"], rows, _conventions())
 
 
-def layer_table(report: ClassifierReport) -> str:
+def layer_table(report: Report) -> str:
     """Returns every layer in the order of its first call, and the exact sums, none as thop printed
     it.
     """
     rows = [["layer", "kind", "output", "calls", "parameters", *titles()]]
-    for layer in report.cost.layers:
-        row = [layer.name, layer.kind, "x".join(map(str, layer.output)), str(layer.calls)]
-        numbers = [layer.params, *(getattr(layer, name) for name in CONVENTIONS)]
-        rows.append(row + [f"{n:,}" for n in numbers])
-    sums = [report.cost.params, *(getattr(report.cost, name) for name in CONVENTIONS)]
+    for layer in report["layers"]:
+        output = "x".join(map(str, layer["output"]))
+        numbers = (layer[name] for name in ("params", *CONVENTIONS))
+        rows.append([layer["name"], layer["kind"], output, str(layer["calls"])])
+        rows[-1] += [f"{n:,}" for n in numbers]
+    sums = [report["parameters"], *(report["flops"][name] for name in CONVENTIONS)]
     rows.append(["exact sum", "", "", "", *(f"{n:,}" for n in sums)])
     return columns(rows, left=2)
-
-
-def report_fields(report: ClassifierReport, layers: bool = False) -> dict:
-    """Returns the report as plain values for JSON; `layers` adds a list of every layer."""
-    cost, share = report.cost, report.attention
-    counts, of_attention = ({n: getattr(c, n) for n in CONVENTIONS} for c in (cost, share))
-    fields = {
-        "network": report.network,
-        **report.plain,
-        "parameters": cost.params,
-        "flops": {"mid_2019_printed": cost.mid_2019_printed, **counts},
-        "attention": {"parameters": share.params, **of_attention},
-        "thop_version": thop_version(),
-    }
-    if layers:
-        fields["layers"] = [asdict(layer) for layer in cost.layers]
-    return fields
-
-
-def _conventions() -> Legend:
-    texts = [text for _, text in CONVENTIONS.values()]
-    exact = "the same before it was rounded to single precision: 24 binary digits."
-    return list(zip(_titles(), [texts[0], exact, *texts[1:]], strict=True))
-
-
-# The columns and lines of counts: what thop of mid-2019 printed, its exact sum, and the others.
-_NAMES = ("mid_2019", None, "thop_today", "multiply_adds")
 
 
 def _titles() -> list[str]:
@@ -248,9 +266,10 @@ def _titles() -> list[str]:
     return [first, "exact sum", *rest]
 
 
-def _counts(cost: Cost) -> list[str]:
-    counts = (cost.mid_2019_printed, cost.mid_2019, cost.thop_today, cost.multiply_adds)
-    return [f"{n:,}" for n in counts]
+def _conventions() -> Legend:
+    texts = [text for _, text in CONVENTIONS.values()]
+    exact = "the same before it was rounded to single precision: 24 binary digits."
+    return list(zip(_titles(), [texts[0], exact, *texts[1:]], strict=True))
 
 
 OF_DETECTORS = (
@@ -269,48 +288,32 @@ OF_DETECTORS = (
 )
 
 
-def detection_table(reports: Sequence[DetectorReport]) -> str:
+def detection_table(reports: Sequence[Report]) -> str:
     """Returns one line per detector, all counts exact."""
     rows = [
         ["", "", "", "parameters", "", "FLOPs", ""],
         ["detector", "backbone", "ksize", "trainable", "attention", "published rule", "MACs"],
     ]
     for r in reports:
-        counts = (r.trainable, r.attention_params, r.published_rule, r.multiply_adds)
-        rows.append([r.detector, r.backbone, ksize_text(r.ksize), *(f"{n:,}" for n in counts)])
+        counts = (r["trainable_parameters"], r["attention"]["parameters"], *r["flops"].values())
+        rows.append([*r["network"].split(), ksize_text(r["ksize"]), *(f"{n:,}" for n in counts)])
     counted = "trainable parameters, and FLOPs by the published rule, in the same units"
     entries = (*_published_legend("M = 10^6, G = 10^9", "detector", counted), *OF_DETECTORS)
-    setting = f"One image of 3x{size_text(reports[0].size)}."
+    setting = f"One image of 3x{size_text(reports[0]['input'])}."
     return paragraphs(setting, _table(reports, rows, entries, left=2))
 
 
-def detector_table(report: DetectorReport) -> str:
+def detector_table(report: Report) -> str:
     """Returns the table of one detector, one line per count."""
-    params, flops = report.theirs
-    in_millions = format_params(report.all_params, base=1000)
-    in_billions = format_flops(report.multiply_adds, base=1000)
+    (params, flops), flop_counts = _theirs(report), report["flops"]
+    ours, count = report["in_published_units"], report["parameters"]
+    macs = flop_counts["multiply_adds"]
     rows = [
         ["", "count", "10^6, 10^9", "published"],
-        ["parameters", f"{report.all_params:,}", in_millions, ""],
-        ["trainable", f"{report.trainable:,}", report.params, params],
-        ["attention", f"{report.attention_params:,}", "", ""],
-        ["published rule", f"{report.published_rule:,}", report.flops, flops],
-        ["MACs", f"{report.multiply_adds:,}", in_billions, ""],
+        ["parameters", f"{count:,}", format_params(count, base=1000), ""],
+        ["trainable", f"{report['trainable_parameters']:,}", ours["parameters"], params],
+        ["attention", f"{report['attention']['parameters']:,}", "", ""],
+        ["published rule", f"{flop_counts['published_rule']:,}", ours["flops"], flops],
+        ["MACs", f"{macs:,}", format_flops(macs, base=1000), ""],
     ]
-    ksize = f", ksize {ksize_text(report.ksize)}" if report.ksize else ""
-    heading = f"{report.detector} on {report.backbone}{ksize}. {report.setting}"
-    return paragraphs(heading, columns(rows), report.verdict, legend(OF_DETECTORS))
-
-
-def detector_fields(report: DetectorReport) -> dict:
-    """Returns the report as plain values for JSON."""
-    rule, macs = report.published_rule, report.multiply_adds
-    return {
-        "detector": report.detector,
-        "backbone": report.backbone,
-        **report.plain,
-        "parameters": report.all_params,
-        "trainable_parameters": report.trainable,
-        "attention": {"parameters": report.attention_params},
-        "flops": {"published_rule": rule, "multiply_adds": macs},
-    }
+    return _one(report, report["network"].replace(" ", " on "), rows, OF_DETECTORS)
