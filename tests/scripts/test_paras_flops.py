@@ -93,6 +93,26 @@ def test_all_networks_beside_the_published_figures():
     assert len(table) == len(PAPER)
 
 
+def test_networks_are_listed_with_the_published_accuracy(call):
+    """README.md's table says the same; main.py has the flag, too."""
+    code, lines, errors = call("--list-models", "eca_*[0-9]", entry=paras_flops.main)
+    assert (code, errors) == (0, [])
+    rows = {row.split()[0]: row.split() for row in lines[1 : lines.index("")]}
+    table = [line for line in (ROOT / "README.md").read_text().splitlines() if "| eca_" in line]
+    accuracy = {cells[1]: cells[5] for cells in ([c.strip() for c in x.split("|")] for x in table)}
+    assert set(rows) == {*PAPER, "eca_mobilenet_v2"}
+    for name, (ksize, _, flops, exact) in PAPER.items():
+        assert rows[name][1:4] == [ksize, exact, flops]
+        assert " ".join(rows[name][4:]) == accuracy[name]
+    code, lines, _ = call("--list-models", "resnet50")
+    assert (code, lines[1].split()) == (0, ["resnet50", "-", "25,557,032", "3.86G", "-"])
+    assert len(lines[2:]) > 1
+    for words in (["--list-models", "vgg*"], ["--list-models", "vgg*", "DATA"]):
+        assert call(*words)[2] == [
+            "error: no network matches vgg*; leave the pattern out to see all"
+        ]
+
+
 def test_one_network_as_the_original_was_called(run):
     code, out, err = run("-a", "eca_mobilenetv2")
     assert (code, err) == (0, "")

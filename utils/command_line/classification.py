@@ -60,6 +60,11 @@ def read_command_line(
         UserError: one line with the flag or file, and the remedy.
     """
     paper, typed = recipe, make_parser(recipe, description).typed()
+    if "list_models" in typed:
+        from utils.inspection.cost_tables import list_text  # no run counts
+
+        print(list_text(typed["list_models"]))
+        raise SystemExit(0)
     name = typed.get("recipe")
     recipe = named_recipe(recipe, name, demos.get(typed.get("data", ""), {}))
     saved, folder = find_checkpoint(typed, recipe)

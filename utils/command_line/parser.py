@@ -63,6 +63,9 @@ class Parser(argparse.ArgumentParser):
             flags = [word for action in self._actions for word in action.option_strings]
             word = next((u for u in unknown if u.startswith("-")), unknown[0])
             hint = did_you_mean(word.split("=")[0], flags)
+            files = [w for w in (word, getattr(parsed, "data", None)) if w and Path(w).is_file()]
+            if files and not word.startswith("-"):
+                hint = f"; a checkpoint goes behind a flag: --resume {files[0]}"
             self.error(f"unknown argument {word}{hint or f' (see {self.prog} -h)'}")
         return parsed
 

@@ -309,6 +309,12 @@ class ClassificationRun(RunSettings):
         help="begin after this many epochs (default: 0, or where the resumed run stopped; going "
         "back makes a new folder)"
     )
+    list_models: str | None = run_flag(
+        "--list-models", default=None, nargs="?", const="*", metavar="PATTERN", first=True,
+        saved=False,
+        help="show the networks, all or those of a pattern such as '*50', with parameters, FLOPs "
+        "and published accuracy, and exit"
+    )
     report: bool = run_flag(
         "--report", default=False, kind=YES_NO,
         help="write figures by class, confusions, calibration and the worst images to a folder "

@@ -38,6 +38,7 @@ class Flag:
         choices: the values, where they are few.
         metavar: of the value in the help; by default N or F, as `kind` is of whole numbers or not.
         nargs: as in argparse.
+        const: the value of a flag that is typed without one, with nargs "?".
         first: shown by `-h`; the others by `-h all`.
         saved: a checkpoint keeps it, and a resumed run takes it from there.
         resume: when a resumed run may have another value of a recipe's field: ANY_TIME, where it
@@ -55,6 +56,7 @@ class Flag:
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
     nargs: str | None = None
+    const: str | None = None
     first: bool = False
     saved: bool = True
     resume: str = BETWEEN_EPOCHS
@@ -113,7 +115,8 @@ class Flag:
             kind = None if self.kind is str else self.kind
             metavar = self.metavar or getattr(self.kind, "metavar", None)
             value: dict[str, Any] = {"type": kind, "choices": self.choices, "metavar": metavar}
-            group.add_argument(*self.names, dest=dest, nargs=self.nargs, **value, **words)
+            value |= {"nargs": self.nargs, "const": self.const}
+            group.add_argument(*self.names, dest=dest, **value, **words)
 
 
 def flag(*names: str, default: Any = MISSING, **words: Any) -> Any:
