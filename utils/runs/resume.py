@@ -27,21 +27,6 @@ OTHER_DATA = (
 
 
 @dataclass(frozen=True)
-class Found:
-    """Holds what --resume led to.
-
-    Args:
-        saved: the checkpoint; None where "auto" finds none yet.
-        folder: the run folder to go on in; None for a new one.
-        notes: lines to print.
-    """
-
-    saved: Checkpoint | None = None
-    folder: Path | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Start:
     """Holds what a run begins with.
 
@@ -52,9 +37,9 @@ class Start:
         notes: lines to say before training.
     """
 
-    saved: Checkpoint | None
-    pretrained: Checkpoint | None
-    folder: Path | None
+    saved: Checkpoint | None = None
+    pretrained: Checkpoint | None = None
+    folder: Path | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -62,15 +47,13 @@ class Start:
         """Returns the run that training continues; None for a new one."""
         return None if self.saved is None else self.saved.run
 
-    def seed(self, asked: int | None, context: Context) -> int:
-        """Returns the seed of the run: the saved one, the one asked for, or a fresh one.
+    def seed(self, typed: int | None, context: Context) -> int:
+        """Returns the seed of the run: the saved one, that of --seed, or a fresh one.
 
         Call it on every rank; all get rank 0's.
         """
-        held = asked if self.run is None else self.run.seed
-        value = distributed.share(run_folder.fresh_seed() if held is None else held, context)
-        assert isinstance(value, int)
-        return value
+        seed = typed if self.run is None else self.run.seed
+        return int(distributed.share(run_folder.fresh_seed() if seed is None else seed, context))
 
 
 def read(
@@ -102,8 +85,7 @@ def read(
     if evaluate and resume is None and pretrained is not None:
         check_output(output, None, evaluate, resume)
         return Checkpoint.read(Path(pretrained)), None
-    found = _find_and_say(resume, name, output, evaluate)
-    saved, folder = found.saved, found.folder
+    saved, folder = _find_and_say(resume, name, output, evaluate)
     if saved is not None and not evaluate:
         if saved.run is None:
             raise UserError(
@@ -130,8 +112,7 @@ def read_detector(
     Raises:
         UserError: nothing to evaluate, another kind of checkpoint, or as in `find`.
     """
-    found = _find_and_say(resume, name, output, evaluate, detector=True)
-    saved, folder = found.saved, found.folder
+    saved, folder = _find_and_say(resume, name, output, evaluate, detector=True)
     if saved is not None and not saved.is_detector:
         raise UserError(f"{resume}: no detector's checkpoint; give one of detect_main.py")
     if saved is not None and not evaluate and saved.run is None:
@@ -149,16 +130,16 @@ def _find_and_say(
     output: str | None,
     evaluate: bool,
     detector: bool = False,
-) -> Found:
+) -> tuple[Checkpoint | None, Path | None]:
     if resume is None:
         if evaluate:
             raise UserError("-e needs weights to evaluate: add --resume CKPT")
-        return Found()
-    found = find(resume, name, output, evaluate, detector)
+        return None, None
+    start = find(resume, name, output, evaluate, detector)
     if distributed.is_first():
-        for note in found.notes:
+        for note in start.notes:
             print(note, flush=True)
-    return found
+    return start.saved, start.folder
 
 
 def _folder_from(
@@ -205,7 +186,7 @@ def find(
     output: str | None,
     evaluate: bool = False,
     detector: bool = False,
-) -> Found:
+) -> Start:
     """Reads the checkpoint that `--resume` names.
 
     Args:
@@ -220,28 +201,25 @@ def find(
     if resume != AUTO:
         return _named(Path(resume), evaluate)
     folder = Path(output) if output else run_folder.newest(name, detector)
-    found = checkpoint.CheckpointFolder(folder).newest_good(evaluate) if folder else None
-    if found is None:
-        place = folder or f"{run_folder.RUNS}/{name or '*'}-*"
+    newest = checkpoint.CheckpointFolder(folder).newest_good(evaluate) if folder else None
+    if newest is None:
+        where = folder or f"{run_folder.RUNS}/{name or '*'}-*"
         if evaluate:
-            raise UserError(f"no checkpoint in {place} to evaluate: name one with --resume CKPT")
-        note = f"no checkpoint in {place} yet: starting from the beginning"
-        return Found(folder=folder, notes=(note,))
-    saved, notes = found
+            raise UserError(f"no checkpoint in {where} to evaluate: name one with --resume CKPT")
+        note = f"no checkpoint in {where} yet: starting from the beginning"
+        return Start(folder=folder, notes=(note,))
+    saved, notes = newest
     if folder is not None and not output and name is None:
-        notes = [
-            *notes,
-            *(
-                f"! {later} was saved after {folder}, but started before it: to take it, give "
-                f"--resume {AUTO} --output {later}"
-                for later in run_folder.saved_later(folder)[:1]
-            ),
+        notes += [
+            f"! {later} was saved after {folder}, but started before it: to take it, give "
+            f"--resume {AUTO} --output {later}"
+            for later in run_folder.saved_later(folder)[:1]
         ]
     verb = "evaluating" if evaluate else "resuming"
-    return Found(saved, folder, (*notes, f"{verb} {saved.file}"))
+    return Start(saved, folder=folder, notes=(*notes, f"{verb} {saved.file}"))
 
 
-def _named(path: Path, evaluate: bool) -> Found:
+def _named(path: Path, evaluate: bool) -> Start:
     folder = checkpoint.CheckpointFolder(path.parent)
     try:
         saved = Checkpoint.read(path)
@@ -252,8 +230,8 @@ def _named(path: Path, evaluate: bool) -> Found:
     # From an older checkpoint the run takes another course: not over what followed the first time.
     if not evaluate and path.name != checkpoint.LAST and checkpoint.is_whole(folder.last):
         note = f"{path} is not its run's newest checkpoint: going on in a new folder"
-        return Found(saved, None, (note,))
-    return Found(saved, path.parent)
+        return Start(saved, notes=(note,))
+    return Start(saved, folder=path.parent)
 
 
 def refuse_changes(
@@ -287,10 +265,13 @@ def refuse_changes(
         raise UserError(f"the run's seed is {run.seed}: leave --seed {seed} out")
     before, now = type(recipe).from_dict(run.recipe).as_dict(), recipe.as_dict()
     flags = {name: Flag((name,), "", "") for name in now} | flags_of(type(recipe))  # some are none
-    changed = [name for name in now if now[name] != before[name]]
-    for name in changed:
+    changed = {
+        name: [flags[name].typed(values[name]) for values in (before, now)]
+        for name in now
+        if now[name] != before[name]
+    }
+    for name, (old, new) in changed.items():
         if flags[name].resume == NEVER:
-            old, new = (flags[name].typed(values[name]) for values in (before, now))
             raise UserError(
                 f"the run trains with {old}: leave {new} out, or begin a new run at its weights"
             )
@@ -299,9 +280,8 @@ def refuse_changes(
         return [OTHER_DATA] if other_data else []
     stopped = "the run stopped inside an epoch"
     remedy = ", or begin at an epoch's start with --start-epoch" if can_begin else ""
-    for name in changed:
+    for name, (old, new) in changed.items():
         if flags[name].resume != ANY_TIME:
-            old, new = (flags[name].typed(values[name]) for values in (before, now))
             raise UserError(
                 f"{stopped}, after {run.step} batches with {old}: leave {new} out{remedy}"
             )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -260,7 +261,7 @@ def broadcast_state(network: nn.Module) -> None:
             dist.broadcast(tensor, 0)
 
 
-def share(value: object, context: Context) -> object:
+def share(value: Any, context: Context) -> Any:
     """Returns rank 0's `value` (plain Python objects) on every rank."""
     if context.world_size == 1:
         return value

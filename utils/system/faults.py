@@ -36,13 +36,13 @@ FAILURES = {  # what holds a path gave way
     errno.ESTALE: "see to the storage, and start again",
     errno.EAGAIN: "use fewer workers (-j), or raise the limit of processes (ulimit -u)",
 }
-# The CPU's allocator has no exception type of its own; these are its words, and its backends'.
-OUT_OF_MEMORY = (
+# Of the CPU's allocator and its backends, which have no exception type of their own.
+OUT_OF_MEMORY = [
     "can't allocate memory",
     "not enough memory",
     "bad_alloc",
     "Cannot allocate memory",
-)
+]
 NO_FILES_LEFT = ("Too many open files", "ancdata")  # as errors from a worker put it
 LOST_PEER = ("peer", "gloo", "NCCL", "Broken pipe", "Timed out waiting", "process group")
 AGAIN = "start again (a run: with --resume auto)"
@@ -131,7 +131,12 @@ def of_outside(error: BaseException, smaller: str) -> UserError | None:
     if getattr(error, "errno", None) in TOO_MANY_FILES or any(s in text for s in NO_FILES_LEFT):
         return UserError(f"too many open files: {FEWER_FILES}", EXIT_FAILED)
     if isinstance(error, OSError):
-        return _of_system(error)
+        if error.errno not in BAD_PATHS | FAILURES:
+            return None
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        code = EXIT_BAD_INPUT if error.errno in BAD_PATHS else EXIT_FAILED
+        remedy = (BAD_PATHS | FAILURES)[error.errno]
+        return UserError(f"{where}{error.strerror}; {remedy}", code)
     if "DataLoader worker" in text:
         return _dead_worker(text)
     if "RANK" in os.environ and any(sign in text for sign in LOST_PEER):
@@ -148,16 +153,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
-
-
-def _of_system(error: OSError) -> UserError | None:
-    """Returns a fault of the file system, with the path that it names; None for another fault."""
-    known = {**BAD_PATHS, **FAILURES}
-    if error.errno not in known:
-        return None
-    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-    code = EXIT_BAD_INPUT if error.errno in BAD_PATHS else EXIT_FAILED
-    return UserError(f"{where}{error.strerror}; {known[error.errno]}", code)
 
 
 def _dead_worker(text: str) -> UserError:

@@ -42,8 +42,10 @@ def write_atomically(
             file.flush()
             os.fsync(file.fileno())
         if retire_to is not None and path.exists():
-            linked = _link(path, kept)
-            if not linked:
+            try:
+                os.link(path, kept)
+                linked = True
+            except OSError:  # file systems without hard links
                 os.replace(path, retire_to)
                 moved = True
         os.replace(temporary, path)
@@ -106,14 +108,6 @@ def _new_file(path: Path) -> BinaryIO:
         path.unlink()
         handle = os.open(path, flags, 0o666)
     return os.fdopen(handle, "wb")
-
-
-def _link(path: Path, other: Path) -> bool:
-    try:
-        os.link(path, other)
-    except OSError:  # file systems without hard links
-        return False
-    return True
 
 
 def _fsync_folder(folder: Path) -> None:
