@@ -12,6 +12,10 @@ from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.text import printable
 
 STORAGE = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT)  # it gave way
+STORAGE_REMEDY = (
+    "what was written before it is whole. See to the storage, and start again (a run: with "
+    "--resume auto)"
+)
 LARGEST = 16_000_000  # bytes of a file that a person writes: a thousandfold of what is usual
 
 
@@ -70,12 +74,8 @@ def write_atomically(
                 "resume",
                 EXIT_FAILED,
             ) from None
-        remedy = "choose another place, or mend its rights"
-        if error.errno in STORAGE:
-            remedy = (
-                "what was written before it is whole. See to the storage, and start again (a run: "
-                "with --resume auto)"
-            )
+        gave_way = error.errno in STORAGE
+        remedy = STORAGE_REMEDY if gave_way else "choose another place, or mend its rights"
         raise UserError(f"cannot write {path}: {error.strerror}; {remedy}", EXIT_FAILED) from None
 
 
