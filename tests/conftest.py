@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 
+# First, for the loaders' sake: what it keeps of its import holds every frame above that import, and
+# a frame of training holds loaders, whose workers hear of their end when they are freed in order.
+import matplotlib.pyplot  # noqa: F401
 import numpy as np
 import pytest
 import torch
 from helpers.children import BEFORE, own_children
-from helpers.small_runs import SMALL, Running
+from helpers.small_runs import SMALL, Running, draw_nothing, thin_networks
 from helpers.trees import ROOT, write_tree
 from PIL import Image
 
@@ -152,9 +155,11 @@ def call(
 ) -> Iterator[Callable[..., tuple[int, list[str], list[str]]]]:
     """main.py's main in this process: (exit code, lines on stdout, lines on stderr)."""
     import main as script
+    from utils.runs import writer
     from utils.system import faults
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(writer, "draw_curves", draw_nothing)
     monkeypatch.setattr(faults, "end_children", lambda: True)
 
     def start(*arguments, entry=script.main):
@@ -187,18 +192,22 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
         running.process.wait()
 
 
+@pytest.fixture
+def thin() -> Iterator[None]:
+    """`thin_networks` during a test: what it trains in this process."""
+    with thin_networks():
+        yield
+
+
 @pytest.fixture(scope="session")
 def two_epochs(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of main.py over two epochs. Read only: copy it."""
     import main as script
 
     folder = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sys,
-            "argv",
-            list(map(str, ["main.py", *SMALL, "--epochs", 2, "--output", folder, tree])),
-        )
+    with pytest.MonkeyPatch.context() as patch, thin_networks():
+        words = ("main.py", *SMALL, "--epochs", 2, "--output", folder, tree)
+        patch.setattr(sys, "argv", list(map(str, words)))
         assert script.main() == 0
     torch.use_deterministic_algorithms(False)
     return folder
@@ -226,8 +235,10 @@ def detect(
 ) -> Iterator[Callable[..., list[str]]]:
     """detect_main.py's main in this process, in an empty folder: lines on stdout."""
     from detect_main import main
+    from utils.runs import writer
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(writer, "draw_curves", draw_nothing)
 
     def start(*arguments: object, code: int = 0) -> list[str]:
         monkeypatch.setattr(sys, "argv", ["detect_main.py", *map(str, arguments)])

@@ -1,18 +1,42 @@
 """Runs of main.py so small that they take a second: under way, and what they leave behind."""
 
+import contextlib
+import functools
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from PIL import Image
+
+from models import eca_resnet, registry
 from utils.runs import checkpoint
 
 SMALL = ("-a", "mobilenetv2", "--img-size", 32, "-b", 6, "--lr", 0.01, "-j", 0, "--seed", 1)
 LONG = (*SMALL, "--epochs", 500, "-p", 1)
 PATIENCE = 1200  # seconds: for a hang alone, ten times what a loaded machine needs
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # an activated environment
+
+
+@contextlib.contextmanager
+def thin_networks() -> Iterator[None]:
+    """ResNets and MobileNetV2s of few channels: enough for what is not about their size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eca_resnet, "WIDTHS", (8, 8, 16, 16))
+        for name, constructor in registry.MODELS.items():
+            if "mobilenet" in name:
+                narrow = functools.partial(constructor, width_mult=0.25)
+                patch.setitem(registry.MODELS, name, narrow)
+        yield
+
+
+def draw_nothing(history, panels, path: Path, *_) -> None:
+    """In the place of `draw_curves`, which takes longer than a small run's epoch."""
+    Image.new("1", (8, 8)).save(path)
 
 
 class Running:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.cut_runs import cut_twice
 from helpers.kill_driver import STATE, same
+from helpers.small_runs import thin_networks
 from helpers.trees import ROOT
 
 import main as script
@@ -21,6 +22,8 @@ from utils.config.classification import Recipe
 from utils.config.recipes import MODERN, MODERN_100, RECIPES
 from utils.runs import checkpoint
 from utils.training.classifier import recipe_lines
+
+pytestmark = pytest.mark.usefixtures("thin")
 
 SMALL = ("-a", "eca_mobilenetv2", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j", 0, "--seed", 1)
 PARTS = (
@@ -171,12 +174,9 @@ def test_killed_and_stopped_with_all_parts_a_run_ends_bit_for_bit(
 def finished(tree, tmp_path_factory):
     """The folder of a run of one epoch with every part. Read only: copy its files."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sys,
-            "argv",
-            list(map(str, ["main.py", *SMALL, *PARTS, "--epochs", 1, "--output", folder, tree])),
-        )
+    with pytest.MonkeyPatch.context() as patch, thin_networks():
+        words = ("main.py", *SMALL, *PARTS, "--epochs", 1, "--output", folder, tree)
+        patch.setattr(sys, "argv", list(map(str, words)))
         assert script.main() == 0
     torch.use_deterministic_algorithms(False)
     return folder

@@ -9,6 +9,8 @@ from main import DEMOS, RECIPE
 from utils.command_line.classification import named_recipe
 from utils.runs import checkpoint
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 SMALL = ("-a", "eca_resnet18", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j", 0, "--seed", 1)
 
 
