@@ -129,24 +129,14 @@ def test_one_process_over_two_gpus(call, tree, tmp_path, monkeypatch):
     assert "--compile does not go with DataParallel" in err[0]
 
 
+@pytest.mark.usefixtures("thin")
 def test_a_seed_gives_equal_runs_on_two_threads_too(call, tree, tmp_path):
+    flags = ("-a", "eca_resnet18", *SMALL[2:], "--epochs", 1, "--img-size", 64)
     former = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         for name in ("one", "two"):
-            code, *_ = call(
-                "-a",
-                "eca_resnet18",
-                *SMALL[2:],
-                "--epochs",
-                1,
-                "--img-size",
-                64,
-                "--output",
-                tmp_path / name,
-                tree,
-            )
-            assert code == 0
+            assert call(*flags, "--output", tmp_path / name, tree)[0] == 0
     finally:
         torch.set_num_threads(former)
     one, two = (checkpoint.load(tmp_path / name / "last.pth") for name in ("one", "two"))

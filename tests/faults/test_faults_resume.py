@@ -20,6 +20,8 @@ from utils.runs.resume import refuse_changes
 from utils.runs.writer import RunFiles, command
 from utils.system.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("thin")  # as the networks of `run_folder`
+
 
 def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())

@@ -26,7 +26,7 @@ PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # an ac
 def thin_networks() -> Iterator[None]:
     """ResNets and MobileNetV2s of few channels: enough for what is not about their size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eca_resnet, "WIDTHS", (8, 8, 16, 16))
+        patch.setattr(eca_resnet, "WIDTHS", (8, 16, 32, 64))
         for name, constructor in registry.MODELS.items():
             if "mobilenet" in name:
                 narrow = functools.partial(constructor, width_mult=0.25)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import pytest
 import torch
 from helpers.coco_trees import NETWORK
 from helpers.small_runs import SMALL, place
@@ -46,6 +47,7 @@ def test_a_folder_that_was_made_and_no_more_is_begun_in(call, tree, tmp_path):
     assert json.loads((tmp_path / "cut" / "args.json").read_text())["seed"] == 1
 
 
+@pytest.mark.usefixtures("thin")
 def test_a_detector_that_is_stopped_at_once_comes_back(detect, shapes, tmp_path, monkeypatch):
     import detect_main
 
@@ -102,29 +104,17 @@ def test_a_warm_up_longer_than_the_run_is_said(call, tree):
     assert any(line.startswith("! the warm-up takes 3 epochs and the run has 1") for line in out)
 
 
+@pytest.mark.usefixtures("thin")
 def test_a_detector_s_warm_up_longer_than_the_run_is_said(detect, shapes):
     flags = (*NETWORK, "-a", "retinanet", "--batch-size", 4, "--epochs", 1)
     lines = detect(*flags, "--warmup-steps", 4, shapes)  # of three steps
     assert any(line.startswith("! the warm-up takes 4 steps and the run has 3") for line in lines)
 
 
+@pytest.mark.usefixtures("thin")
 def test_a_detector_begins_from_one_of_other_classes(detect, shapes, tmp_path):
-    flags = (
-        "--min-size",
-        64,
-        "--max-size",
-        64,
-        "-j",
-        0,
-        "--batch-size",
-        4,
-        "--warmup-steps",
-        2,
-        "--epochs",
-        1,
-        "--seed",
-        1,
-    )
+    flags = ("--min-size", 64, "--max-size", 64, "-j", 0, "--batch-size", 4, "--warmup-steps", 2)
+    flags += ("--epochs", 1, "--seed", 1)
     detect(*NETWORK, "-a", "retinanet", *flags, "--output", "one", shapes)
     annotations = shapes / "annotations" / "instances_train2017.json"
     content = json.loads(annotations.read_text())
