@@ -31,6 +31,7 @@ from utils.inspection.exported_network import ExportedNetwork, is_exported, load
 from utils.runs import folder as runs
 from utils.runs import resume
 from utils.runs.checkpoint import Checkpoint
+from utils.runs.named_weights import read_weights
 from utils.runs.resume import AUTO, Start
 from utils.system.distributed import Context, device_lines
 from utils.system.errors import UserError, as_user_error, require
@@ -89,7 +90,7 @@ def read_command_line(
     pretrained = None
     if saved is None:
         file = config.network.pretrained
-        pretrained = Checkpoint.read(Path(file)) if file else None
+        pretrained = read_weights(file, config.recipe.arch) if file else None
         with torch.device("meta"):  # costs nothing, and finds what does not fit
             classifier.first_network(config, pretrained)
     refuse_no_work(config)
@@ -175,7 +176,8 @@ def find_checkpoint(
     exported = [file for file in files if is_exported(file)]
     if not exported:
         at_epoch = typed.get("start_epoch")
-        return resume.read(wanted, pretrained, name, output, evaluates, at_epoch)
+        arch = recipe.override(arch=typed.get("arch")).arch
+        return resume.read(wanted, pretrained, name, output, evaluates, at_epoch, arch)
     refuse_for_exported(typed, exported[0])
     if len(files) > 1:
         raise UserError(

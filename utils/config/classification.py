@@ -266,7 +266,8 @@ class NetworkSettings(ComputeSettings):
     )
     pretrained: str | None = network_flag(
         "--pretrained", default=None, metavar="CKPT", first=True, saved=False,
-        help="start from these weights"
+        help="start from these weights: of a file; torchvision, those that it has published of the "
+        "same network without attention; or timm:NAME. A name is downloaded, once"
     )
     identity_start: bool = network_flag(
         "--identity-start", default=False, kind=SWITCH, saved=False, trains=True,

@@ -14,6 +14,7 @@ from utils.config.recipes import PAPER
 from utils.runs import checkpoint
 from utils.runs import folder as run_folder
 from utils.runs.checkpoint import Checkpoint, SavedRun
+from utils.runs.named_weights import read_weights
 from utils.system import distributed
 from utils.system.distributed import Context
 from utils.system.errors import UserError
@@ -63,6 +64,7 @@ def read(
     output: str | None,
     evaluate: bool,
     start_epoch: int | None,
+    arch: str = "",
 ) -> tuple[Checkpoint | None, Path | None]:
     """Finds the checkpoint that a classifier's run goes on from, or that is to be evaluated.
 
@@ -70,6 +72,7 @@ def read(
         resume, name, output, evaluate: as in `find`; `resume` may be None.
         pretrained: what -e takes in its place, and what "auto" begins with where it finds nothing.
         start_epoch: --start-epoch.
+        arch: the network, by which `pretrained` may name published weights.
 
     Returns:
         It and the run folder to go on in; each may be None.
@@ -84,7 +87,7 @@ def read(
         )
     if evaluate and resume is None and pretrained is not None:
         check_output(output, None, evaluate, resume)
-        return Checkpoint.read(Path(pretrained)), None
+        return read_weights(pretrained, arch), None
     saved, folder = _find_and_say(resume, name, output, evaluate)
     if saved is not None and not evaluate:
         if saved.run is None:

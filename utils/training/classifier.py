@@ -14,6 +14,7 @@ from utils.config.classification import Config, NetworkSettings, Recipe
 from utils.config.recipes import PAPER
 from utils.data.loader import Reading
 from utils.runs.checkpoint import Checkpoint, SavedRun
+from utils.runs.named_weights import is_name
 from utils.runs.resume import Start
 from utils.system import backends
 from utils.system.distributed import Context, device_lines
@@ -133,6 +134,9 @@ def first_network(
         UserError: flags, classes and weights do not fit together.
     """
     flags = config.network
+    file = flags.pretrained or ""
+    if pretrained is not None and is_name(file):
+        file = str(pretrained.file)
     with as_user_error():
         network, notes = start_weights.first_network(
             config.recipe.arch,
@@ -140,7 +144,7 @@ def first_network(
             flags.ksize,
             flags.attention,
             None if pretrained is None else pretrained.contents,
-            flags.pretrained or "",
+            file,
             classes,
             flags.identity_start,
         )
