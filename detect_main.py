@@ -20,7 +20,7 @@ import torch
 
 from models.detection.detectors import FIRST_LABEL
 from utils.command_line.detection import notes_on, read_command_line
-from utils.config.detection import AUTO, DetectionConfig, DetectionRecipe
+from utils.config.detection import DetectionConfig, DetectionRecipe
 from utils.data import demo_shapes
 from utils.data.coco_dataset import CocoDataset
 from utils.data.coco_eval import Result, write_results
@@ -37,7 +37,7 @@ from utils.system.files import check_new_file
 from utils.system.signals import StopRequest
 from utils.system.text import all_epochs, counted, printable_lines
 from utils.training import detection, detector
-from utils.training.detection import IMAGES, StepRule, Summaries, evaluate, train_one_epoch
+from utils.training.detection import IMAGES, Summaries, evaluate, train_one_epoch
 from utils.training.detection_data import (
     DetectionData,
     GroupedBatches,
@@ -47,6 +47,7 @@ from utils.training.detection_data import (
     paths_of,
     training_batches,
 )
+from utils.training.optim import StepRule
 from utils.training.progress import Pace, epoch_progress, evaluation_progress, watched
 from utils.training.state import TrainingState
 
@@ -71,30 +72,31 @@ def main() -> int:
 
 def train(config: DetectionConfig, start: Start, context: Context, stop: StopRequest) -> int:
     """Trains from the start, or on from a checkpoint, to the last epoch or until asked to stop."""
-    recipe, seed = config.recipe.resolved(), start.seed(config.run.seed, context)
+    recipe, flags, seed = config.recipe, config.network, start.seed(context)
     context.say(*backends.configure(config.run.seed is not None, context.device, False))
     # Data first: what a user can have wrong is said before anything heavy.
-    data = open_detection_data(config, start.saved, context)
+    data = open_detection_data(config.data, recipe, start, context)
+    images, device = len(data.train), context.device
+    context.say(*start.refuse_changes(recipe, images, data.digest, device, can_begin=False))
     torch.manual_seed(seed)
-    network, lines = detector.build_network(config, start, data.train.classes, context)
-    lines.append(detection.recipe_line(recipe, auto=config.recipe.lr == AUTO))
-    lines += notes_on(recipe, len(data.train) // recipe.batch_size)
+    network, lines = detector.build_network(recipe, flags, start, data.train.classes, context)
+    lines += [detector.recipe_line(recipe), *notes_on(recipe, images // recipe.batch_size)]
     context.say(*data.lines, *lines)
-    state = detector.begin_state(network, config, start.run, context)
+    state = detector.begin_state(network, recipe, flags, start, context)
     if state.epoch >= recipe.epochs:  # no fault: a scheduler may start a finished run once more
         context.say(f"{all_epochs(recipe.epochs)} done: give more with --epochs")
         return 0
 
-    loader, first_label = detector.loader_of(config, context), FIRST_LABEL[recipe.arch]
+    loader, first_label = detector.loader_of(config.data, context), FIRST_LABEL[recipe.arch]
     rank, ranks, results = context.rank, context.world_size, []
     order = GroupedBatches(data.train.sizes, recipe.batch_size, seed, rank, ranks)
     train_pass = training_batches(data.train, order, first_label, recipe.hflip, seed, loader)
     val_pass = evaluation_batches(data.val.split, first_label, loader, rank, ranks)
     if config.data.check_val:
         check_readable(CocoDataset(data.val.split, first_label), context)
-    rule = StepRule.of(config, order.steps, seed, context)
+    rule = StepRule.of(recipe, order.steps, seed, flags.amp, context)
     record = detector.record_of(network, config, seed, data)
-    name = runs.run_name(recipe.arch, recipe.backbone, config.run.action)
+    name = f"{recipe.arch}_{recipe.backbone}"
     run = RunFiles.open(name, config.run, start, record, state, context)
     wrapped, every = distributed.wrap(network, context), config.run.print_freq
     votes, pace = Votes(context.votes), Pace()
@@ -112,16 +114,15 @@ def train(config: DetectionConfig, start: Start, context: Context, stop: StopReq
 
         title, images = f"epoch {state.epoch + 1}/{recipe.epochs} val", len(data.val.split)
         progress = evaluation_progress(images, ranks, IMAGES * every, context, title)
-        asked, batches = partial(stop.on_main, context.is_main), watched(val_pass(), progress)
-        evaluated = evaluate(network, batches, data.val, first_label, rule.autocast, context, asked)
+        ends, batches = partial(stop.on_main, context.is_main), watched(val_pass(), progress)
+        evaluated = evaluate(network, batches, data.val, first_label, rule.autocast, context, ends)
         if evaluated is None:
             return run.stopped(state.epoch, state.step, stop.exit_code)
         results, summaries = evaluated
-        row = state.row(lr, detection.val_columns(summaries))
+        row = state.row(lr, detection.validation_columns(summaries))
         improved = detection.is_better(row, state.best)
         state.finish_epoch(row, improved, detection.best_details(summaries))
-        panels = detection.panels(state.history)
-        run.finish_epoch(state.snapshot(), panels, speed, improved)
+        run.finish_epoch(state.snapshot(), detection.panels(state.history), speed, improved)
         pace.note_between(time.perf_counter() - ended)
         context.say(detection.epoch_line(row, recipe.epochs, speed, improved))
 
@@ -162,12 +163,12 @@ def evaluate_checkpoint(config: DetectionConfig, saved: Checkpoint, context: Con
     distributed.refuse_differences(validation_images=len(val.split))
     context.say(
         *val.lines,
-        detection.network_line(network),
+        detector.network_line(network),
         *detector.how_it_runs(network, config.network, context),
     )
     detector.to_device(network, config.network, context)
     first_label, ranks = FIRST_LABEL[network.arch], context.world_size
-    loader = detector.loader_of(config, context)
+    loader = detector.loader_of(config.data, context)
     batches = evaluation_batches(val.split, first_label, loader, context.rank, ranks)()
     progress = evaluation_progress(len(val.split), ranks, IMAGES * config.run.print_freq, context)
     autocast = partial(backends.autocast, context.device, config.network.amp)

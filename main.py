@@ -24,7 +24,6 @@ from utils.config.classification import Config, Recipe
 from utils.data import demo_sets
 from utils.data.loader import end_workers
 from utils.inspection import evaluation
-from utils.runs import folder as runs
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.resume import Start
 from utils.runs.writer import RunFiles
@@ -33,7 +32,12 @@ from utils.system.distributed import Context, Votes
 from utils.system.faults import run_script
 from utils.system.signals import StopRequest
 from utils.training import classification, classifier
-from utils.training.classification import StepRule, evaluate, train_one_epoch
+from utils.training.classification import (
+    ClassificationMeter,
+    Objective,
+    evaluate,
+    train_one_epoch,
+)
 from utils.training.classification_data import (
     TrainingData,
     check_validation,
@@ -43,6 +47,7 @@ from utils.training.classification_data import (
     training_batches,
     validation_batches,
 )
+from utils.training.optim import StepRule
 from utils.training.progress import Pace, epoch_progress, evaluation_progress, watched
 from utils.training.state import TrainingState
 
@@ -89,37 +94,40 @@ def main(
 
 def train(config: Config, start: Start, context: Context, stop: StopRequest) -> int:
     """Trains from the start, or on from a checkpoint, to the last epoch or until asked to stop."""
-    recipe, seed = config.recipe, start.seed(config.run.seed, context)
+    recipe, flags, seed = config.recipe, config.network, start.seed(context)
     context.say(*backends.configure(config.run.seed is not None, context.device))
     # Data first: what a user can have wrong is said before anything heavy.
-    data = open_training_data(config, start.saved, context)
+    weights, device = config.typed.get("class_weights"), context.device
+    data = open_training_data(config.data, recipe, weights, start, context)
+    context.say(*start.refuse_changes(recipe, len(data.train), data.digest, device))
     torch.manual_seed(seed)
-    network, lines = classifier.build_network(config, start, data.classes, context)
+    network, lines = classifier.build_network(recipe, flags, start, data.classes, context)
+    lines += classifier.recipe_lines(recipe, config.run.recipe, flags.grad_checkpointing)
     context.say(*data.lines(), *lines, *start.notes)
-    state = classifier.begin_state(network, config, start.run, context)
+    state = classifier.begin_state(network, recipe, flags, start, context)
     if reason := classification.why_ended(state, recipe):
         context.say(reason, *evaluation.how_to_report(config, start))
         return 0
 
-    loader, skip = classifier.loader_of(config, context), config.data.skip_bad_images
+    loader, skip = classifier.loader_of(config.data, flags, context), config.data.skip_bad_images
     order = data.order(recipe, seed, context)
     train_pass = training_batches(data.train, order, recipe, seed, loader, skip)
     val_pass = validation_batches(data.val, recipe, loader, context.rank, context.world_size)
     if config.data.check_val:
         check_validation(data.val, recipe, config.data.decoder, context)
-    rule = StepRule.of(config, order.steps, seed, data, network.num_classes, context)
+    rule = StepRule.of(recipe, order.steps, seed, flags.amp, context)
+    aim = Objective.of(recipe, network.num_classes, data.class_weights, device)
     record = classifier.record_of(network, config, seed, data, start)
-    name = runs.run_name(recipe.arch, config.run.action)
-    run = RunFiles.open(name, config.run, start, record, state, context)
+    run = RunFiles.open(recipe.arch, config.run, start, record, state, context)
     wrapped = distributed.wrap(network, context, recipe.sync_bn)
     evaluated = distributed.data_parallel(state.evaluated, context)
     votes, pace, every = Votes(context.votes), Pace(), config.run.print_freq
 
-    while state.epoch < recipe.epochs:
+    while classification.why_ended(state, recipe) is None:
         lr = rule.lr_at(state.epoch * order.steps)  # of the epoch's first step
         progress = epoch_progress(state, recipe, order.steps, every, pace, context)
         order.seek(state.epoch, state.step)
-        if not train_one_epoch(state, wrapped, train_pass(), rule, progress, run, votes, stop):
+        if not train_one_epoch(state, wrapped, train_pass(), rule, aim, progress, run, votes, stop):
             distributed.gather(0)  # torchrun ends the others as soon as one has ended
             return run.stopped(state.epoch, state.step, stop.exit_code)
         speed, ended = progress.close(), time.perf_counter()
@@ -128,8 +136,9 @@ def train(config: Config, start: Start, context: Context, stop: StopRequest) -> 
 
         title = f"epoch {state.epoch + 1}/{recipe.epochs} val"
         progress = evaluation_progress(len(data.val), recipe.batch_size, every, context, title)
-        asked, batches = partial(stop.on_main, context.is_main), watched(val_pass(), progress)
-        figures = evaluate(evaluated, batches, context.device, rule.autocast, asked)
+        ends, batches = partial(stop.on_main, context.is_main), watched(val_pass(), progress)
+        meter = ClassificationMeter(device, network.num_classes)
+        figures = evaluate(evaluated, batches, meter, rule.autocast, ends)
         if figures is None:
             return run.stopped(state.epoch, state.step, stop.exit_code)
         row = state.row(lr, classification.validation_columns(figures))
@@ -138,11 +147,7 @@ def train(config: Config, start: Start, context: Context, stop: StopRequest) -> 
         run.finish_epoch(state.snapshot(), classification.panels(), speed, improved)
         pace.note_between(time.perf_counter() - ended)
         context.say(classification.epoch_line(row, recipe.epochs, speed, improved))
-        if state.epoch < recipe.epochs and (reason := classification.why_ended(state, recipe)):
-            context.say(reason)
-            break
 
-    run.close()
     say_farewell(state, run, data, config, context)
     if config.run.report:
         return evaluation.report_run(state, run, data.val, val_pass, config, context, stop)
@@ -152,10 +157,13 @@ def train(config: Config, start: Start, context: Context, stop: StopRequest) -> 
 def say_farewell(
     state: TrainingState, run: RunFiles, data: TrainingData, config: Config, context: Context
 ) -> None:
-    """Says what came of a run, and the commands that a user wants next. Call on every rank."""
+    """Closes a run, and says what came of it and what a user wants next. Call on every rank."""
+    run.close()
+    early = state.epoch < config.recipe.epochs
+    if early:
+        context.say(str(classification.why_ended(state, config.recipe)))
     context.say(*replaced_lines(data.train, state.all_broken()))
     result = classification.best_words(state.best)
-    early = state.epoch < config.recipe.epochs
     context.say(*run.farewell(result, bool(state.best), str(config.data.data), early))
 
 
@@ -171,7 +179,7 @@ def evaluate_checkpoint(config: Config, saved: Checkpoint, context: Context) -> 
             classifier.network_line(network),
             *classifier.how_it_runs(network, flags, context),
         ]
-    data = open_evaluation_data(config, saved, network.num_classes, context)
+    data = open_evaluation_data(config.data, config.run, saved, network.num_classes, context)
     context.say(*data.lines(), *lines)
     classifier.to_device(network, flags, context)
     if flags.fast:

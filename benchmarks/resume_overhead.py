@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import BatchSampler, RandomSampler
 
 import models
-from utils.config.classification import lr_at
+from utils.config.classification import Recipe
 from utils.data.sampler import SeededBatches, mix_seed
 from utils.runs import checkpoint
 from utils.runs.checkpoint import CheckpointFolder
@@ -56,7 +56,7 @@ def new_state(arch: str) -> TrainingState:
         network,
         torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9, weight_decay=1e-4, fused=True),
         torch.amp.GradScaler("cpu", enabled=False),
-        ClassificationMeter(CPU),
+        ClassificationMeter(CPU, 1000),
         NonFiniteGuard(CPU),
     )
 
@@ -86,13 +86,13 @@ def parts_of_a_step(images: int, batch: int, rounds: int) -> dict[str, float]:
     order, loss = SeededBatches(images, batch, seed=1), torch.tensor(1.0)
     guard, files = NonFiniteGuard(CPU), RunFiles(None, {}, saving=Saving(10**9, 10**9))
     votes, stop = Votes(None), StopRequest()
-    recipe = {"lr": 0.1, "epochs": 100, "schedule": "cosine", "warmup_epochs": 5}
+    recipe = Recipe("eca_resnet50", 100, 256, 0.1, 0.9, 1e-4, "cosine", warmup_epochs=5)
     calls: dict[str, tuple[Callable[[], object], int]] = {
         "seeds of augmentation": (lambda: seed_samples(batch), 20),
         "seed of the step": (lambda: torch.manual_seed(mix_seed(1, 12345)), 100),
-        "learning rate": (lambda: lr_at(12345, 80072, **recipe), 1000),
+        "learning rate": (lambda: recipe.lr_at(12345, 80072), 1000),
         "guard against non-finite losses": (
-            lambda: guard.before_update(loss, 1, None, "loss"),
+            lambda: guard.before_update(loss, 1, None),
             100,
         ),
         "questions: stop? save?": (lambda: votes.cast(bool(stop), files.due(12345)), 100),

@@ -5,23 +5,26 @@ import contextlib
 import torch
 from torch import nn
 
-from utils.command_line.classification import make_config
-from utils.config.classification import Config, Recipe
+from utils.config.classification import NetworkSettings, Recipe
 from utils.data.loader import Batch
+from utils.runs.resume import Start
 from utils.runs.writer import RunFiles
-from utils.system.distributed import Votes
+from utils.system.distributed import Context, Votes
 from utils.system.signals import StopRequest
+from utils.training import classifier
 from utils.training.classification import (
     ClassificationMeter,
-    StepRule,
+    Objective,
     cross_entropy,
     train_one_epoch,
     unmixed,
 )
+from utils.training.optim import StepRule
 from utils.training.progress import Progress
 from utils.training.state import NonFiniteGuard, TrainingState
 
 CPU = torch.device("cpu")
+ALONE = Context(CPU)
 PLAIN = contextlib.nullcontext
 STEPS = 8  # of an epoch
 RECIPE = Recipe("eca_resnet18", 100, 6, 0.1, 0.9, 0.0, "step")  # lr 0.1 for 30 epochs
@@ -44,9 +47,11 @@ def sgd(net, **kwargs):
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
-def config_of(recipe=RECIPE, **flags) -> Config:
-    """Returns the configuration that no flag but these was typed for."""
-    return make_config(recipe, flags, {})
+def begin_state(net, recipe, amp="off", context=ALONE) -> TrainingState:
+    """Returns the state in which a new run begins."""
+    net.num_classes = getattr(net, "num_classes", 3)
+    flags, start = NetworkSettings(amp=amp), Start(None, None, None)
+    return classifier.begin_state(net, recipe, flags, start, context)
 
 
 def train(
@@ -65,11 +70,13 @@ def train(
     run=None,
     stop=None,
     rule=None,
+    aim=None,
     **recipe,
 ):
     """Trains by batches of an epoch, from the run's step `first_step` on.
 
-    A `state` brings its own step, and what else it holds; a `rule` what the recipe's values give.
+    A `state` brings its own step, and what else it holds; `rule` and `aim` what the recipe's
+    values give.
     Without `progress` no step is shown, and without `run` nothing is written.
 
     Returns:
@@ -80,12 +87,13 @@ def train(
             net,
             optimizer or sgd(net),
             scaler,
-            ClassificationMeter(CPU),
-            guard or NonFiniteGuard(CPU),
+            ClassificationMeter(CPU, 3),
+            guard or NonFiniteGuard(CPU, "loss or gradient" if "clip_grad" in recipe else "loss"),
         )
         state.epoch, state.step = divmod(first_step, STEPS)
-    rule = rule or StepRule(RECIPE.override(**recipe), STEPS, seed, autocast, loss_fn, mix)
+    rule = rule or StepRule(RECIPE.override(**recipe), STEPS, seed, autocast)
+    aim = aim or Objective(loss_fn, mix)
     progress = progress or Progress("epoch", 10**6, 6, 10**6)
     run, stop = run or RunFiles(None, {}), StopRequest() if stop is None else stop
-    done = train_one_epoch(state, net, given, rule, progress, run, Votes(None), stop)
+    done = train_one_epoch(state, net, given, rule, aim, progress, run, Votes(None), stop)
     return state, done

@@ -106,10 +106,10 @@ def test_recipes_are_frozen():
 def test_the_paper_s_recipe_has_nothing_of_the_others():
     for recipe in (RECIPE, LIGHT):
         assert recipe.override(**RECIPES["paper"]) == recipe
-        assert len(recipe_lines(recipe, "paper")) == 1
+        assert len(recipe_lines(recipe, "paper", False)) == 1
         modern = recipe.override(**MODERN)
         assert modern.arch == recipe.arch
-        first, second = recipe_lines(modern, "modern")
+        first, second = recipe_lines(modern, "modern", False)
         assert first.startswith("recipe modern: 600 epochs, batch 1024, lr 0.5 cosine, warm-up 5 e")
         assert first.endswith("176 pixels (evaluation 224)")
         assert second == (
@@ -141,7 +141,7 @@ def test_a_recipe_saved_before_there_were_such_parts_has_none():
 
 
 def test_a1_is_named_by_its_numbers():
-    first, second = recipe_lines(RECIPE.override(**RECIPES["a1"]), "a1")
+    first, second = recipe_lines(RECIPE.override(**RECIPES["a1"]), "a1", False)
     assert first == (
         "recipe a1: 600 epochs, batch 2048, lamb lr 0.005 cosine, warm-up 5 epochs, "
         "weight decay 0.01, 224 pixels"

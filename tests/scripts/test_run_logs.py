@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from utils.data.coco_eval import FIGURES
 from utils.runs.writer import RunLogger
 from utils.training import classification, detection
-from utils.training.classification import METRICS
+from utils.training.classification import FIGURES as METRICS
 
 CLASSIFICATION = ("lr", *(f"{part}_{name}" for part in ("train", "val") for name in METRICS))
 DETECTION = ("lr", "train_loss", *(f"box_{name}" for name in FIGURES))

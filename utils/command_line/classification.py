@@ -13,15 +13,8 @@ import torch
 
 from models import start as start_weights
 from utils.command_line.parser import Parser, parser_of, saved_flags, saved_recipe, without_effect
-from utils.config.classification import (
-    PARTS,
-    ClassificationRun,
-    Config,
-    DataSettings,
-    NetworkSettings,
-    Recipe,
-)
-from utils.config.flags import flags_of, made_of
+from utils.config.classification import Config, NetworkSettings, Recipe
+from utils.config.flags import flags_of
 from utils.config.recipes import PAPER, RECIPES
 from utils.data import demo_sets
 from utils.data.decoding import DECODERS, GONE_DECODERS
@@ -44,7 +37,7 @@ FAMILIES = {"resnet": "ResNets", "mobilenet": "MobileNetV2"}
 SCRIPTS = {"resnet": "main.py", "mobilenet": "light_main.py"}
 USUAL = {"adamw": 1e-3, "lamb": 5e-3}  # learning rates of published recipes
 RECIPE_FILE = "a JSON object of a recipe's fields, as args.json of each run holds one"
-FLAGS = flags_of(*PARTS)
+FLAGS = flags_of(*Config.parts)
 
 
 def read_command_line(
@@ -92,20 +85,21 @@ def read_command_line(
         file = config.network.pretrained
         pretrained = read_weights(file, config.recipe.arch) if file else None
         with torch.device("meta"):  # costs nothing, and finds what does not fit
-            classifier.first_network(config, pretrained)
+            classifier.first_network(recipe, config.network, pretrained)
     refuse_no_work(config)
     other_numbers = demo_sets.is_demo(config.data.data) or config.run.recipe not in (None, PAPER)
     notes = (*notes, *notes_on(recipe, paper, other_numbers))
     if saved is not None and saved.run is not None:
         resume.refuse_another_recipe(saved.run, name)
         notes += tuple(other_values(name, recipe, typed))
-    return config, Start(saved, pretrained, folder, notes)
+    run = config.run
+    return config, Start(saved, pretrained, folder, notes, run.seed, run.start_epoch)
 
 
 def make_parser(recipe: Recipe, description: str) -> Parser:
     """Returns the parser; a recipe's values are the defaults that the help shows."""
     return parser_of(
-        PARTS,
+        Config.parts,
         recipe,
         description,
         epilog="DATA is a folder with train/ and val/, each of one folder per class or of tar "
@@ -120,9 +114,7 @@ def make_config(recipe: Recipe, values: Mapping[str, Any], typed: Mapping[str, A
         values["workers"] = 0 if demo_sets.is_demo(values.get("data")) else default_workers()
     if values.get("fast"):
         values["channels_last"] = True  # how --fast rebuilds
-    parts = [made_of(kind, values) for kind in (DataSettings, NetworkSettings, ClassificationRun)]
-    data, network, run = parts
-    return Config(recipe, data, network, run, typed)
+    return Config.of(recipe, values, typed)
 
 
 class ExportedFile(Checkpoint, frozen=True, kw_only=True):

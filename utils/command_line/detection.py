@@ -1,19 +1,13 @@
 """Reads the command line of detect_main.py: flags, the checkpoint, and what does not fit."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from models.detection.detectors import refuse_another_network
 from utils.command_line.parser import parser_of, saved_flags, saved_recipe, without_effect
-from utils.config.detection import (
-    PARTS,
-    DetectionConfig,
-    DetectionDataSettings,
-    DetectionRecipe,
-    DetectionRun,
-    DetectorSettings,
-)
-from utils.config.flags import flags_of, made_of
+from utils.config.detection import DetectionConfig, DetectionRecipe
+from utils.config.flags import flags_of
 from utils.data import demo_shapes
 from utils.runs import folder as runs
 from utils.runs import resume
@@ -23,7 +17,7 @@ from utils.system.errors import UserError, as_user_error
 from utils.system.processes import default_workers
 from utils.training import detector
 
-FLAGS = flags_of(*PARTS)
+FLAGS = flags_of(*DetectionConfig.parts)
 EPILOG = (
     "DATA is a folder in COCO's layout (train2017/, val2017/, annotations/instances_*.json), or "
     "demo:shapes."
@@ -40,7 +34,7 @@ def read_command_line(recipe: DetectionRecipe, description: str) -> tuple[Detect
     Raises:
         UserError: one line with the flag or file, and the remedy.
     """
-    typed = parser_of(PARTS, recipe, description, EPILOG).typed()
+    typed = parser_of(DetectionConfig.parts, recipe, description, EPILOG).typed()
     on_demo = typed.get("data") == demo_shapes.SHAPES
     recipe = recipe.override(**demo_shapes.recipe_of(typed.get("arch")) if on_demo else {})
     saved, folder = _find_checkpoint(typed, recipe)
@@ -55,15 +49,16 @@ def read_command_line(recipe: DetectionRecipe, description: str) -> tuple[Detect
     values |= {name: value for name, value in typed.items() if name not in recipe.as_dict()}
     if values.get("workers") is None:  # the demo's images are so small that processes cost more
         values["workers"] = 0 if values.get("data") == demo_shapes.SHAPES else default_workers()
-    parts = [made_of(k, values) for k in (DetectionDataSettings, DetectorSettings, DetectionRun)]
-    data, network, run = parts
-    own = recipe.override(**{k: v for k, v in typed.items() if k in recipe.as_dict()})
-    refuse_flags(DetectionConfig(own, data, network, run, typed))
-    pretrained = None if saved else detector.read_first_weights(network, network_flags)
-    if network.detector_weights and pretrained is not None:
+    recipe = recipe.override(**{k: v for k, v in typed.items() if k in recipe.as_dict()})
+    config = DetectionConfig.of(recipe, values, typed)
+    refuse_flags(config)
+    pretrained = None if saved else detector.read_first_weights(config.network, network_flags)
+    if config.network.detector_weights and pretrained is not None:
         first = pretrained.contents
-        own = own.override(arch=first["arch"], backbone=first["backbone"])
-    return DetectionConfig(own, data, network, run, typed), Start(saved, pretrained, folder)
+        config = replace(
+            config, recipe=recipe.override(arch=first["arch"], backbone=first["backbone"])
+        )
+    return config, Start(saved, pretrained, folder, seed_flag=config.run.seed)
 
 
 def _find_checkpoint(

@@ -7,9 +7,7 @@ other frozen values hold where data, weights and files are, and what this machin
 import argparse
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import models
 from utils.config.flags import (
@@ -17,6 +15,7 @@ from utils.config.flags import (
     NEVER,
     SWITCH,
     YES_NO,
+    BaseConfig,
     BaseRecipe,
     ComputeSettings,
     LoaderSettings,
@@ -34,7 +33,6 @@ from utils.config.flags import (
     positive_float,
     positive_int,
     run_flag,
-    saved_values,
     share,
     training_flag,
 )
@@ -213,6 +211,26 @@ class Recipe(BaseRecipe):
     )
     # fmt: on
 
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """Returns the learning rate of one optimizer step; see `BaseRecipe.lr_at`.
+
+        After a warm-up, a linear rise to `lr` step by step, "step" multiplies by `lr_decay` every
+        `lr_step` epochs (the paper's ResNets: 0.1 every 30); "exp" by `lr_decay` every epoch (its
+        MobileNetV2: 0.98); "cosine" goes to zero along half a period, moving at every step.
+        """
+        epoch = step // steps_per_epoch
+        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        if step < warmup_steps:
+            return self.lr * (step + 1) / warmup_steps
+        if self.schedule == "step":
+            return self.lr * self.lr_decay ** (epoch // self.lr_step)
+        if self.schedule == "exp":
+            return self.lr * self.lr_decay**epoch
+        assert self.schedule == "cosine", self.schedule
+        total = max(1, self.epochs * steps_per_epoch - warmup_steps)
+        done = min(1.0, (step - warmup_steps) / total)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
     @property
     def crop_size(self) -> int:
         """Returns the side of a training image in pixels; `img_size` is that of evaluation."""
@@ -340,79 +358,7 @@ class ClassificationRun(RunSettings):
     # fmt: on
 
 
-@dataclass(frozen=True)
-class Config:
-    """Holds a start of main.py: the recipe, and how it is run.
+class Config(BaseConfig[Recipe, DataSettings, NetworkSettings, ClassificationRun]):
+    """Holds a start of main.py: the recipe, and how it is run; see `BaseConfig`."""
 
-    Args:
-        typed: the fields that the command line named, with their values.
-    """
-
-    recipe: Recipe
-    data: DataSettings
-    network: NetworkSettings
-    run: ClassificationRun
-    typed: Mapping[str, Any]
-
-    @property
-    def saved_flags(self) -> dict[str, Any]:
-        """Returns the flags that a checkpoint keeps beside the recipe."""
-        return saved_values(self.data, self.network, self.run)
-
-    def values(self) -> dict[str, Any]:
-        """Returns every flag with its value in this start, by the fields' names."""
-        return {**vars(self.recipe), **vars(self.data), **vars(self.network), **vars(self.run)}
-
-
-PARTS = (Recipe, DataSettings, NetworkSettings, ClassificationRun)
-
-
-def lr_at(
-    step: int,
-    steps_per_epoch: int,
-    *,
-    lr: float,
-    epochs: int,
-    schedule: str = "step",
-    warmup_epochs: float = 0,
-    lr_step: int = 30,
-    lr_decay: float = 0.1,
-) -> float:
-    """Returns the learning rate of one optimizer step.
-
-    Args:
-        step: steps done so far in the whole run.
-        steps_per_epoch: to turn steps into epochs.
-        lr: the peak.
-        epochs: length of the run, which "cosine" spans.
-        schedule: "step" multiplies by `lr_decay` every `lr_step` epochs (the paper's ResNets, with
-            30 and 0.1); "exp" by `lr_decay` every epoch (its MobileNetV2, with 0.98); "cosine"
-            goes to zero along half a period, after the warm-up, moving at every step.
-        warmup_epochs: a linear rise to the peak, step by step, before anything else.
-    """
-    epoch = step // steps_per_epoch
-    warmup_steps = round(warmup_epochs * steps_per_epoch)
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    if schedule == "step":
-        return lr * lr_decay ** (epoch // lr_step)
-    if schedule == "exp":
-        return lr * lr_decay**epoch
-    assert schedule == "cosine", schedule
-    total = max(1, epochs * steps_per_epoch - warmup_steps)
-    done = min(1.0, (step - warmup_steps) / total)
-    return lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def lr_of(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Returns a recipe's learning rate at the run's step of this number."""
-    return lr_at(
-        step,
-        steps_per_epoch,
-        lr=recipe.lr,
-        epochs=recipe.epochs,
-        schedule=recipe.schedule,
-        warmup_epochs=recipe.warmup_epochs,
-        lr_step=recipe.lr_step,
-        lr_decay=recipe.lr_decay,
-    )
+    parts = (Recipe, DataSettings, NetworkSettings, ClassificationRun)

@@ -15,6 +15,7 @@ from utils.config.flags import (
     NEVER,
     SWITCH,
     YES_NO,
+    BaseConfig,
     BaseRecipe,
     ComputeSettings,
     LoaderSettings,
@@ -30,7 +31,6 @@ from utils.config.flags import (
     positive_float,
     positive_int,
     run_flag,
-    saved_values,
     share,
     training_flag,
 )
@@ -121,6 +121,18 @@ class DetectionRecipe(BaseRecipe):
         8.
         """
         return replace(self, lr=0.01 * self.batch_size / 8) if self.lr == AUTO else self
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """Returns the learning rate of one optimizer step; see `BaseRecipe.lr_at`.
+
+        The warm-up is a factor on top of the schedule, rising in equal parts from `warmup_factor`
+        at the first step to 1 at step `warmup_steps`.
+        """
+        rate = float(self.resolved().lr)
+        if step < self.warmup_steps:
+            rate *= 1 - (1 - self.warmup_factor) * (1 - step / self.warmup_steps)
+        decays = sum(step >= epoch * steps_per_epoch for epoch in self.lr_steps)
+        return rate * self.lr_decay**decays
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DetectionRecipe":
@@ -219,41 +231,9 @@ class DetectionRun(RunSettings):
     # fmt: on
 
 
-@dataclass(frozen=True)
-class DetectionConfig:
-    """Holds a start of detect_main.py: the recipe, and how it is run.
+class DetectionConfig(
+    BaseConfig[DetectionRecipe, DetectionDataSettings, DetectorSettings, DetectionRun]
+):
+    """Holds a start of detect_main.py: the recipe, and how it is run; see `BaseConfig`."""
 
-    Args:
-        typed: the fields that the command line named, with their values.
-    """
-
-    recipe: DetectionRecipe
-    data: DetectionDataSettings
-    network: DetectorSettings
-    run: DetectionRun
-    typed: Mapping[str, Any]
-
-    @property
-    def saved_flags(self) -> dict[str, Any]:
-        """Returns the flags that a checkpoint keeps beside the recipe."""
-        return saved_values(self.data, self.network, self.run)
-
-    def values(self) -> dict[str, Any]:
-        """Returns every flag with its value in this start, by the fields' names."""
-        return {**vars(self.recipe), **vars(self.data), **vars(self.network), **vars(self.run)}
-
-
-PARTS = (DetectionRecipe, DetectionDataSettings, DetectorSettings, DetectionRun)
-
-
-def lr_of(recipe: DetectionRecipe, step: int, steps_per_epoch: int) -> float:
-    """Returns a recipe's learning rate at the run's step of this number.
-
-    The warm-up is a factor on top of the schedule, rising in equal parts from `warmup_factor` at
-    the first step to 1 at step `warmup_steps`.
-    """
-    rate = float(recipe.resolved().lr)
-    if step < recipe.warmup_steps:
-        rate *= 1 - (1 - recipe.warmup_factor) * (1 - step / recipe.warmup_steps)
-    decays = sum(step >= epoch * steps_per_epoch for epoch in recipe.lr_steps)
-    return rate * recipe.lr_decay**decays
+    parts = (DetectionRecipe, DetectionDataSettings, DetectorSettings, DetectionRun)

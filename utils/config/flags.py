@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from utils.system.text import did_you_mean
 
@@ -137,9 +137,9 @@ def flag_of(item: Field[Any]) -> Flag | None:
     return item.metadata.get("flag")
 
 
-def flags_of(*kinds: type) -> dict[str, Flag]:
+def flags_of(*parts: type) -> dict[str, Flag]:
     """Returns the flags that frozen values declare, by the names of their fields."""
-    found = {item.name: flag_of(item) for kind in kinds for item in fields(kind)}
+    found = {item.name: flag_of(item) for kind in parts for item in fields(kind)}
     return {name: its for name, its in found.items() if its is not None}
 
 
@@ -236,6 +236,15 @@ class BaseRecipe:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """Returns the learning rate of one optimizer step.
+
+        Args:
+            step: steps done so far in the whole run.
+            steps_per_epoch: to turn steps into epochs.
+        """
+        raise NotImplementedError
 
     @classmethod
     def from_dict(cls: type[Own], values: Mapping[str, Any]) -> Own:
@@ -338,16 +347,55 @@ class RunSettings:
     # fmt: on
 
 
-def saved_values(*parts: Any) -> dict[str, Any]:
-    """Returns the flags that a checkpoint keeps, of frozen settings, by their fields' names."""
-    return {
-        item.name: getattr(part, item.name)
-        for part in parts
-        for item in fields(part)
-        if (its := flag_of(item)) is not None and its.saved
-    }
+AnyRecipe = TypeVar("AnyRecipe", bound=BaseRecipe)
+AnyData = TypeVar("AnyData", bound=LoaderSettings)
+AnyNetwork = TypeVar("AnyNetwork", bound=ComputeSettings)
+AnyRun = TypeVar("AnyRun", bound=RunSettings)
+AnyConfig = TypeVar("AnyConfig", bound="BaseConfig[Any, Any, Any, Any]")
 
 
-def made_of(kind: type, values: Mapping[str, Any]) -> Any:
-    """Returns the frozen settings of a kind; what `values` lacks takes its default."""
-    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+@dataclass(frozen=True)
+class BaseConfig(Generic[AnyRecipe, AnyData, AnyNetwork, AnyRun]):
+    """Holds a start of a training script: the recipe, and how it is run.
+
+    Args:
+        typed: the fields that the command line named, with their values.
+    """
+
+    recipe: AnyRecipe
+    data: AnyData
+    network: AnyNetwork
+    run: AnyRun
+    typed: Mapping[str, Any]
+    parts: ClassVar[tuple[type, ...]]  # of the four parts, whose fields are the script's flags
+
+    @classmethod
+    def of(
+        cls: type[AnyConfig], recipe: AnyRecipe, values: Mapping[str, Any], typed: Mapping[str, Any]
+    ) -> AnyConfig:
+        """Returns the configuration of a start; what `values` lacks takes its default."""
+        data, network, run = (
+            kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+            for kind in cls.parts[1:]
+        )
+        return cls(recipe, data, network, run, typed)
+
+    @property
+    def saved_flags(self) -> dict[str, Any]:
+        """Returns the flags that a checkpoint keeps beside the recipe."""
+        saved = [name for name, its in flags_of(*self.parts[1:]).items() if its.saved]
+        return {name: value for name, value in self.values().items() if name in saved}
+
+    def record(self, seed: int, train_images: int, train_digest: str) -> dict[str, Any]:
+        """Returns what a checkpoint holds of it, beside what the run began with."""
+        return {
+            "recipe": self.recipe.as_dict(),
+            "args": self.saved_flags,
+            "seed": seed,
+            "train_digest": train_digest,
+            "train_images": train_images,
+        }
+
+    def values(self) -> dict[str, Any]:
+        """Returns every flag with its value in this start, by the fields' names."""
+        return {**vars(self.recipe), **vars(self.data), **vars(self.network), **vars(self.run)}

@@ -44,14 +44,15 @@ def evaluate_and_write(
     folder = None
     if reports:
         folder = _own_report_folder(saved.file.parent) if own_folder else Path(run.output or "")
-    meter = ReportMeter(context.device) if reports else None
+    kind = ReportMeter if reports else ClassificationMeter
+    meter = kind(context.device, len(data.images.classes))
     figures, seconds = evaluate_shown(network, data, config, context, meter)
-    context.say(*classifier.evaluation_lines(figures, seconds))
+    context.say(*classification.evaluation_lines(figures, seconds))
     source = str(run.resume or config.network.pretrained)
     record: dict[str, Any] = {**figures, "checkpoint": source, "data": config.data.data}
     if run.output and run.resume != AUTO and context.is_main:
         print(f"written to {runs.write_evaluation(run.output, record, context)}")
-    if meter is not None:
+    if isinstance(meter, ReportMeter):
         record["checkpoint"] = str(saved.file)
         _report(meter, data.images, config, record, folder, context)
 
@@ -61,7 +62,7 @@ def evaluate_shown(
     data: EvaluationData,
     config: Config,
     context: Context,
-    meter: ClassificationMeter | None = None,
+    meter: ClassificationMeter,
 ) -> tuple[dict[str, float], float]:
     """Evaluates a network on images, each once over all ranks, and shows how far it is.
 
@@ -73,7 +74,7 @@ def evaluate_shown(
         meter; and the seconds that it took.
     """
     recipe, images = config.recipe, data.as_read()
-    loader = classifier.loader_of(config, context)
+    loader = classifier.loader_of(config.data, config.network, context)
     batches = validation_batches(images, recipe, loader, context.rank, context.world_size)
     amp = "off" if config.network.fast else config.network.amp
     autocast = partial(backends.autocast, context.device, amp)
@@ -82,7 +83,7 @@ def evaluate_shown(
     spread = distributed.data_parallel(data.compared(network, context.device), context)
     real = data.meter(context.device)
     figures = classification.evaluate(
-        spread, watched(batches(), progress), context.device, autocast, meter=meter, real=real
+        spread, watched(batches(), progress), meter, autocast, real=real
     )
     assert figures is not None  # nothing asks it to stop
     seconds = time.perf_counter() - began
@@ -119,7 +120,7 @@ def report_run(
         source = str(file)
         state.evaluated.load_state_dict(Checkpoint.read(file).state_dict)
     distributed.broadcast_state(state.evaluated)
-    meter = ReportMeter(context.device)
+    meter = ReportMeter(context.device, state.meter.classes)
     progress = evaluation_progress(
         len(images), config.recipe.batch_size, config.run.print_freq, context, "report"
     )
@@ -127,17 +128,16 @@ def report_run(
     figures = classification.evaluate(
         distributed.data_parallel(state.evaluated, context),
         watched(batches(), progress),
-        context.device,
+        meter,
         partial(backends.autocast, context.device, config.network.amp),
         partial(stop.on_main, context.is_main),
-        meter,
     )
     if figures is None:
         context.say("asked to stop: the run is saved, and its report is not written; for one:")
         context.say(f"  {command('-e', '--resume', source, config.data.data, '--report')}")
         return stop.exit_code
     context.say(f"report of {source}")
-    context.say(*classifier.evaluation_lines(figures, time.perf_counter() - began))
+    context.say(*classification.evaluation_lines(figures, time.perf_counter() - began))
     record = {**figures, "checkpoint": source, "data": config.data.data}
     _report(meter, images, config, record, run.folder, context)
     return 0

@@ -26,7 +26,8 @@ from utils.system import distributed
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically
 from utils.system.text import cell, printable
-from utils.training.classification import ClassificationMeter, ranked, wide
+from utils.training.classification import ClassificationMeter, ranked
+from utils.training.state import wide
 
 BINS = 15  # of the calibration, as in Guo et al. 2017
 WHOLE_MATRIX = 1000  # classes up to which confusion.csv is written: beyond, it would be huge
@@ -80,8 +81,8 @@ class EvaluatedImages:
 class ReportMeter(ClassificationMeter):
     """Sums as `ClassificationMeter` does, to the last bit, and keeps each image's prediction."""
 
-    def __init__(self, device: torch.device):
-        super().__init__(device)
+    def __init__(self, device: torch.device, classes: int):
+        super().__init__(device, classes)
         self.rows: list[torch.Tensor] = []  # (N, 6) a batch, on the device
         self.outputs = 0  # of the network
 

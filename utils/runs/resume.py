@@ -36,25 +36,47 @@ class Start:
         pretrained: the file of first weights, for a new run.
         folder: where to go on, None for a new folder.
         notes: lines to say before training.
+        seed_flag: --seed, or None.
+        at_epoch: --start-epoch, or None.
     """
 
     saved: Checkpoint | None = None
     pretrained: Checkpoint | None = None
     folder: Path | None = None
     notes: tuple[str, ...] = ()
+    seed_flag: int | None = None
+    at_epoch: int | None = None
 
     @property
     def run(self) -> SavedRun | None:
         """Returns the run that training continues; None for a new one."""
         return None if self.saved is None else self.saved.run
 
-    def seed(self, typed: int | None, context: Context) -> int:
+    def seed(self, context: Context) -> int:
         """Returns the seed of the run: the saved one, that of --seed, or a fresh one.
 
         Call it on every rank; all get rank 0's.
         """
-        seed = typed if self.run is None else self.run.seed
+        seed = self.seed_flag if self.run is None else self.run.seed
         return int(distributed.share(run_folder.fresh_seed() if seed is None else seed, context))
+
+    def refuse_changes(
+        self,
+        recipe: BaseRecipe,
+        images: int,
+        digest: str,
+        device: torch.device,
+        can_begin: bool = True,
+    ) -> list[str]:
+        """Refuses what a run cannot go on with; see `refuse_changes` for it and for the lines."""
+        if self.run is None:
+            return []
+        return [
+            *refuse_changes(
+                self.run, recipe, self.seed_flag, images, digest, self.at_epoch, can_begin
+            ),
+            *other_threads(self.run, device),
+        ]
 
 
 def read(

@@ -111,7 +111,7 @@ class RunFiles:
     @classmethod
     def open(
         cls,
-        name: str,
+        network: str,
         flags: RunSettings,
         start: Start,
         record: Mapping[str, Any],
@@ -121,12 +121,12 @@ class RunFiles:
         """Opens the run folder, which rank 0 alone writes. Call it on every rank.
 
         Args:
-            name: of the run, and of its folder without the number.
-            flags: the folder, and when checkpoints are due.
+            network: its name, with which that of the run begins.
+            flags: the folder, a word for its name, and when checkpoints are due.
             record: what every checkpoint holds besides the state, but for the environment.
             state: as training begins; without a best epoch from here on where the folder has none.
         """
-        folder = None
+        folder, name = None, run_folder.run_name(network, flags.action)
         if context.is_main:
             folder = run_folder.open_folder(name, flags.output, start.folder)
             context.say(f"run folder: {folder}")

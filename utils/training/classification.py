@@ -5,92 +5,79 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils.config.classification import Config, Recipe, lr_of
+from utils.config.classification import Recipe
 from utils.data.loader import Batch
 from utils.data.sampler import mix_seed
 from utils.runs.writer import Curve, Panel, RunFiles
-from utils.system import backends, distributed
+from utils.system import distributed
 from utils.system.backends import AutocastFactory
-from utils.system.distributed import Context, Votes
+from utils.system.distributed import Votes
 from utils.system.signals import StopRequest
 from utils.system.style import GREY, MAIN, SECOND
 from utils.system.text import all_epochs, counted
-from utils.training.classification_data import RealMeter, TrainingData
+from utils.training.classification_data import RealMeter
+from utils.training.optim import StepRule
 from utils.training.progress import Progress
-from utils.training.state import TrainingState
+from utils.training.state import TrainingState, summed, wide
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Mix = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-METRICS = ("loss", "top1", "top5")
+FIGURES = ("loss", "top1", "top5")
 
 
 @dataclass(frozen=True)
-class StepRule:
-    """Holds what every optimizer step of a run does alike.
+class Objective:
+    """Holds what a classifier is trained for.
 
     Args:
-        recipe: gives the learning rate, the parts of a batch, and the gradient's largest norm.
-        steps_per_epoch: to turn steps into epochs.
-        seed: with the step's number it seeds everything random in it (mixing, dropout), so that a
-            resumed run needs no generator state.
-        autocast: makes the context in which forward and loss run.
-        loss_fn: (logits, targets) → mean loss.
+        loss: (logits, targets) → mean loss.
         mix: blends images and targets, see `make_mix`.
     """
 
-    recipe: Recipe
-    steps_per_epoch: int
-    seed: int
-    autocast: AutocastFactory
-    loss_fn: Loss
+    loss: Loss
     mix: Mix
 
     @classmethod
     def of(
         cls,
-        config: Config,
-        steps_per_epoch: int,
-        seed: int,
-        data: TrainingData,
+        recipe: Recipe,
         num_classes: int,
-        context: Context,
-    ) -> "StepRule":
-        """Returns the rule of a run's configuration.
+        class_weights: Sequence[float] | None,
+        device: torch.device,
+    ) -> "Objective":
+        """Returns a recipe's objective.
 
         Args:
-            seed: of the run; ranks draw by seeds of their own.
             num_classes: the network's outputs.
+            class_weights: factors of the data's classes; None for 1. --num-classes may give outputs
+                that no image is of: theirs are 1.
         """
-        recipe, device = config.recipe, context.device
-        return cls(
-            recipe,
-            steps_per_epoch,
-            mix_seed(seed, context.rank),
-            partial(backends.autocast, device, config.network.amp),
-            make_loss(recipe, data.loss_weights(num_classes, device)),
-            make_mix(recipe.mixup, recipe.cutmix, num_classes),
-        )
-
-    @property
-    def guarded(self) -> str:
-        """Returns what has to be finite before an update, in words."""
-        return "loss or gradient" if self.recipe.clip_grad else "loss"
-
-    def lr_at(self, step: int) -> float:
-        """Returns the learning rate of the run's step of this number."""
-        return lr_of(self.recipe, step, self.steps_per_epoch)
+        weights = None
+        if class_weights is not None:
+            rest = (1.0,) * (num_classes - len(class_weights))
+            weights = torch.tensor((*class_weights, *rest), device=device)
+        shared: dict[str, Any] = {
+            "label_smoothing": recipe.label_smoothing,
+            "class_weights": weights,
+        }
+        loss = partial(cross_entropy, **shared)
+        if recipe.loss == "bce":
+            loss = partial(binary_cross_entropy, **shared, threshold=recipe.bce_threshold)
+        return cls(loss, make_mix(recipe.mixup, recipe.cutmix, num_classes))
 
 
 def train_one_epoch(
     state: TrainingState,
     network: nn.Module,
     batches: Iterable[Batch],
-    rule: StepRule,
+    rule: StepRule[Recipe],
+    aim: Objective,
     progress: Progress,
     run: RunFiles,
     votes: Votes,
@@ -113,7 +100,7 @@ def train_one_epoch(
     for batch in batches:
         torch.manual_seed(mix_seed(rule.seed, step := first + state.step))
         state.set_lr(rule.lr_at(step))
-        images, targets = rule.mix(batch.images, batch.targets)
+        images, targets = aim.mix(batch.images, batch.targets)
         optimizer.zero_grad(set_to_none=True)
         doubtful = torch.zeros((), device=images.device)
         parts = zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True)
@@ -122,7 +109,7 @@ def train_one_epoch(
             last = number == recipe.accumulate
             with nullcontext() if last else distributed.without_gradient_sync(network):
                 with rule.autocast():
-                    loss = rule.loss_fn(logits := network(x), y)
+                    loss = aim.loss(logits := network(x), y)
                 scaler.scale(loss / recipe.accumulate).backward()
             state.meter.update(loss, logits, leading_class(y))
             doubtful += loss.detach() / recipe.accumulate
@@ -131,14 +118,13 @@ def train_one_epoch(
             norm = nn.utils.clip_grad_norm_(state.trained, recipe.clip_grad)
             # With a scaler an overflowing gradient is in order: it skips the step and scales less.
             doubtful = doubtful if scaler.is_enabled() else doubtful + norm
-        state.guard.before_update(doubtful, step, optimizer, rule.guarded)
+        state.guard.before_update(doubtful, step, optimizer)
         scaler.step(optimizer)
         scaler.update()
         state.finish_step(batch.broken)
         if progress.advance():
             state.guard.check()
-            means = state.meter.means(state.meter.total())
-            progress.show(step_words(means), lr=f"{rule.lr_at(step):.4g}")
+            progress.show(step_words(state.meter.means()), lr=f"{rule.lr_at(step):.4g}")
         stopping, saving = votes.cast(bool(stop), run.due(state.step))
         if stopping or saving:
             run.save(state.snapshot())
@@ -152,23 +138,21 @@ def train_one_epoch(
 def evaluate(
     network: nn.Module,
     batches: Iterable[Batch],
-    device: torch.device,
+    meter: "ClassificationMeter",
     autocast: AutocastFactory,
     stop: Callable[[], bool] = lambda: False,
-    meter: "ClassificationMeter | None" = None,
     real: RealMeter | None = None,
 ) -> dict[str, float] | None:
     """Returns mean loss and top-1/top-5 (in %) of `network` over all ranks' `batches`.
 
     Args:
-        meter: what sums; one that keeps more, for a caller who wants it; None for a plain one.
+        meter: an empty one, which may hold more than the figures for its caller.
         real: counts by other labels, too; the batches' targets are then the numbers of the images.
 
     Returns:
         {"loss", "top1", "top5", "images"}, or None when `stop()` said so before the end.
     """
     network.eval()
-    meter = ClassificationMeter(device) if meter is None else meter
     for batch in batches:
         if stop():
             return None
@@ -176,17 +160,7 @@ def evaluate(
             logits = network(batch.images)
         targets = batch.targets if real is None else real.count(logits, batch.targets)
         meter.update(cross_entropy(logits, targets), logits, targets)
-    total = meter.total()
-    return {**meter.means(total), "images": int(total[3])}
-
-
-FIGURES = ("loss", "top1", "top5")
-COLUMNS = (
-    "epoch",
-    "lr",
-    *(f"train_{name}" for name in FIGURES),
-    *(f"val_{name}" for name in FIGURES),
-)
+    return {**meter.means(), "images": meter.samples()}
 
 
 def count_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...]) -> torch.Tensor:
@@ -224,10 +198,15 @@ def ranked(
 class ClassificationMeter:
     """Sums loss, top-1 and top-5 over what `update` has seen.
 
-    State: four sums (loss, top-1 hits, top-5 hits, samples) on the device, this rank's share.
+    State: four sums (loss, top-1 hits, top-5 hits, samples) on the device, this rank's share. A
+    further figure appends its own: earlier checkpoints hold those of their time.
+
+    Args:
+        classes: the network's outputs.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, classes: int):
+        self.classes = classes
         self.sums = torch.zeros(4, dtype=wide(device), device=device)
 
     @torch.no_grad()
@@ -238,16 +217,15 @@ class ClassificationMeter:
         self.sums[1:3] += count_correct(logits.detach(), targets, (1, 5))
         self.sums[3] += n
 
-    def total(self) -> torch.Tensor:
-        """Returns the four sums over all ranks, on the host. Call it on every rank."""
-        return distributed.all_reduce(self.sums.clone()).cpu()
-
-    @staticmethod
-    def means(total: torch.Tensor) -> dict[str, float]:
-        """Returns {"loss", "top1", "top5"} of `total()`: mean loss, and percentages."""
-        loss, top1, top5, n = total.tolist()
-        n = n or float("nan")
+    def means(self) -> dict[str, float]:
+        """Returns FIGURES over all ranks: mean loss, and percentages. Call it on every rank."""
+        loss, top1, top5, n = summed(self.sums).tolist()
+        n = n or math.nan
         return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}
+
+    def samples(self) -> int:
+        """Returns how many samples all ranks have seen. Call it on every rank."""
+        return int(summed(self.sums)[3])
 
 
 def cross_entropy(
@@ -295,15 +273,9 @@ def binary_cross_entropy(
     return F.binary_cross_entropy_with_logits(logits.float(), shares, class_weights)
 
 
-def wide(device: torch.device) -> torch.dtype:
-    """Returns the type of sums on a device: float64 where it has it."""
-    # float64 keeps counts exact past 2^24 and sums independent of their size; Apple GPUs lack it.
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def validation_columns(figures: Mapping[str, float]) -> dict[str, float]:
     """Returns what an epoch's row records of an evaluation."""
-    return {f"val_{name}": figures[name] for name in METRICS}
+    return {f"val_{name}": figures[name] for name in FIGURES}
 
 
 def is_better(row: Mapping[str, float], best: Mapping[str, float]) -> bool:
@@ -375,17 +347,19 @@ def best_words(best: Mapping[str, float]) -> str:
     )
 
 
-def make_loss(recipe: Recipe, class_weights: torch.Tensor | None) -> Loss:
-    """Returns a recipe's loss: (logits, targets) → their mean loss."""
-    smoothing = recipe.label_smoothing
-    if recipe.loss == "ce":
-        return partial(cross_entropy, label_smoothing=smoothing, class_weights=class_weights)
-    return partial(
-        binary_cross_entropy,
-        label_smoothing=smoothing,
-        class_weights=class_weights,
-        threshold=recipe.bce_threshold,
-    )
+def evaluation_lines(figures: dict[str, float], seconds: float) -> list[str]:
+    """Returns one line with the figures of an evaluation, and one for those by ReaL labels."""
+    lines = [
+        f"{counted(figures['images'], 'image', ',')}  top-1 {figures['top1']:.3f} %  "
+        f"top-5 {figures['top5']:.3f} %  loss {figures['loss']:.4f}  "
+        f"{figures['images'] / seconds:,.0f} images/s"
+    ]
+    if "real_top1" in figures:
+        lines.append(
+            f"ReaL labels: {counted(figures['real_images'], 'image', ',')} with labels  "
+            f"top-1 {figures['real_top1']:.3f} %"
+        )
+    return lines
 
 
 def why_ended(state: TrainingState, recipe: Recipe) -> str | None:

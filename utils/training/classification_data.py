@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.config.classification import Config, Recipe
+from utils.config.classification import ClassificationRun, DataSettings, Recipe
 from utils.data import class_order, demo_sets, shards
 from utils.data.class_order import WNID
 from utils.data.image_folder import ImageFolder, describe
@@ -23,6 +23,7 @@ from utils.data.sampler import SeededBatches, ShardedBatches, check_batch
 from utils.data.transforms import eval_transform, train_transform
 from utils.runs import resume
 from utils.runs.checkpoint import Checkpoint
+from utils.runs.resume import Start
 from utils.system import distributed
 from utils.system.distributed import Context
 from utils.system.errors import UserError
@@ -252,16 +253,6 @@ class TrainingData:
             lines.append(describe_weights(self.class_weights, self.val.classes))
         return lines
 
-    def loss_weights(self, outputs: int, device: torch.device) -> torch.Tensor | None:
-        """Returns the class weights (outputs,) of the loss on a device; None for 1.
-
-        --num-classes may give outputs that no image is of: theirs are 1.
-        """
-        if self.class_weights is None:
-            return None
-        rest = (1.0,) * (outputs - len(self.class_weights))
-        return torch.tensor((*self.class_weights, *rest), device=device)
-
     def order(self, recipe: Recipe, seed: int, context: Context) -> SeededBatches:
         """Returns the order of this rank's training batches, a function of the epoch."""
         labels = self.train.labels if recipe.sampler == "balanced" else None
@@ -276,17 +267,19 @@ class TrainingData:
         )
 
 
-def open_training_data(config: Config, saved: Checkpoint | None, context: Context) -> TrainingData:
+def open_training_data(
+    where: DataSettings, recipe: Recipe, weights: str | None, start: Start, context: Context
+) -> TrainingData:
     """Opens the data and refuses what cannot be trained on, or gone on with.
 
     Args:
-        saved: the checkpoint that the run goes on from, or None.
+        weights: --class-weights as it was typed; None for those of the run that goes on, if any.
+        start: the run that goes on, or a new one.
 
     Raises:
         UserError: one line, see `find_root`, `open_split`, `check_batch` and `utils.runs.resume`.
     """
-    recipe, where, typed = config.recipe, config.data, config.typed
-    run = None if saved is None else saved.run
+    saved, run = start.saved, start.run
     root = demo_sets.find_root(str(where.data), context, where.data_files, where.download)
     train, val = shards.open_split(str(root), None if saved is None else saved.classes)
     assert train is not None  # unless it were left out
@@ -306,45 +299,38 @@ def open_training_data(config: Config, saved: Checkpoint | None, context: Contex
     digest = resume.digest(train.paths, train.labels)
     if recipe.sync_bn:
         distributed.refuse_sync_bn(context)
-    if run is not None:
-        seed, at = typed.get("seed"), typed.get("start_epoch")
-        context.say(
-            *resume.refuse_changes(run, recipe, seed, len(train), digest, at),
-            *resume.other_threads(run, context.device),
-        )
-    weights = _class_weights(typed.get("class_weights"), saved, train)
-    return TrainingData(train, val, digest, weights)
+    return TrainingData(train, val, digest, _loss_weights(weights, saved, train))
 
 
-def _class_weights(
-    asked: str | None, saved: Checkpoint | None, train: ImageFolder
+def _loss_weights(
+    typed: str | None, saved: Checkpoint | None, train: ImageFolder
 ) -> tuple[float, ...] | None:
     """Returns the loss's weights by label: those that the run was saved with, where it goes on.
 
     Raises:
-        UserError: other weights are asked for than the run's, or as in `class_weights`.
+        UserError: other weights are typed than the run's, or as in `class_weights`.
     """
     if saved is None or saved.run is None:
-        return None if asked is None else class_weights(asked, train)
-    held = saved.class_weights
-    name = saved.run.flags.get("class_weights")
-    if asked is not None:
-        if asked != name:
-            raise UserError(
-                f"the run's class weights are {printable(name or 'none')}: leave --class-weights "
-                f"{printable(asked)} out"
-            )
-        if asked != BALANCED and held is not None and class_weights(asked, train) != tuple(held):
-            raise UserError(
-                f"{printable(asked)} holds other weights than the run began with: leave "
-                "--class-weights out to go on with those"
-            )
-    if held is not None and len(held) != len(train.classes):
+        return None if typed is None else class_weights(typed, train)
+    weights, name = saved.class_weights, saved.run.flags.get("class_weights")
+    if typed not in (None, name):
         raise UserError(
-            f"{saved.file}: holds {len(held)} class weights for {len(train.classes)} classes; give "
-            "a checkpoint as the scripts write it"
+            f"the run's class weights are {printable(name or 'none')}: leave --class-weights "
+            f"{printable(typed)} out"
         )
-    return None if held is None else tuple(held)
+    if weights is None:
+        return None
+    if typed not in (None, BALANCED) and class_weights(str(typed), train) != tuple(weights):
+        raise UserError(
+            f"{printable(typed)} holds other weights than the run began with: leave "
+            "--class-weights out to go on with those"
+        )
+    if len(weights) != len(train.classes):
+        raise UserError(
+            f"{saved.file}: holds {len(weights)} class weights for {len(train.classes)} classes; "
+            "give a checkpoint as the scripts write it"
+        )
+    return tuple(weights)
 
 
 class ChosenOutputs(nn.Module):
@@ -398,7 +384,7 @@ class EvaluationData:
 
 
 def open_evaluation_data(
-    config: Config, saved: Checkpoint, outputs: int, context: Context
+    where: DataSettings, run: ClassificationRun, saved: Checkpoint, outputs: int, context: Context
 ) -> EvaluationData:
     """Opens the images on which a checkpoint is evaluated.
 
@@ -412,7 +398,7 @@ def open_evaluation_data(
         UserError: one line; see `shards.open_images`, `class_order` and `read_real_labels`; or a
             flag that does nothing with this checkpoint and these data.
     """
-    where, run, names = config.data, config.run, saved.classes
+    names = saved.classes
     data = str(demo_sets.find_root(str(where.data), context, where.data_files, where.download))
     if run.class_names is not None:
         if names is not None:

@@ -10,10 +10,10 @@ import models
 from models import start as start_weights
 from models import weights
 from models.weights import Network
-from utils.config.classification import Config, NetworkSettings, Recipe
+from utils.config.classification import Config, DataSettings, NetworkSettings, Recipe
 from utils.config.recipes import PAPER
 from utils.data.loader import Reading
-from utils.runs.checkpoint import Checkpoint, SavedRun
+from utils.runs.checkpoint import Checkpoint
 from utils.runs.named_weights import is_name
 from utils.runs.resume import Start
 from utils.system import backends
@@ -47,11 +47,12 @@ def network_line(network: Network) -> str:
     return line
 
 
-def recipe_lines(recipe: Recipe, name: str) -> list[str]:
-    """Returns the numbers of training, and in a second line what is on beyond the paper's.
+def recipe_lines(recipe: Recipe, name: str | None, grad_checkpointing: bool) -> list[str]:
+    """Returns the numbers of training, and in further lines what is on beyond the paper's.
 
     Args:
-        name: of the recipe that flags may have changed since.
+        name: of the recipe that flags may have changed since; None for the paper's.
+        grad_checkpointing: backward computes each block again.
     """
     how = recipe.schedule
     if how == "step":
@@ -66,7 +67,7 @@ def recipe_lines(recipe: Recipe, name: str) -> list[str]:
         rule += f", momentum {recipe.momentum:g}"
     else:
         rule = f"{recipe.optimizer} {rule}"
-    title = "recipe" if name == PAPER else f"recipe {name}"
+    title = "recipe" if name in (None, PAPER) else f"recipe {name}"
     pixels = f"{recipe.img_size} pixels"
     if recipe.crop_size != recipe.img_size:
         pixels = f"{recipe.crop_size} pixels (evaluation {recipe.img_size})"
@@ -100,26 +101,18 @@ def recipe_lines(recipe: Recipe, name: str) -> list[str]:
         (recipe.sampler == "balanced", "each class alike often"),
     )
     parts += [words for on, words in switches if on]
-    return [*lines, f"  {', '.join(parts)}"] if parts else lines
-
-
-def evaluation_lines(figures: dict[str, float], seconds: float) -> list[str]:
-    """Returns one line with the figures of an evaluation, and one for those by ReaL labels."""
-    lines = [
-        f"{counted(figures['images'], 'image', ',')}  top-1 {figures['top1']:.3f} %  "
-        f"top-5 {figures['top5']:.3f} %  loss {figures['loss']:.4f}  "
-        f"{figures['images'] / seconds:,.0f} images/s"
-    ]
-    if "real_top1" in figures:
-        lines.append(
-            f"ReaL labels: {counted(figures['real_images'], 'image', ',')} with labels  "
-            f"top-1 {figures['real_top1']:.3f} %"
-        )
+    if parts:
+        lines.append(f"  {', '.join(parts)}")
+    if grad_checkpointing:
+        lines.append("  gradient checkpointing: backward computes each block again")
     return lines
 
 
 def first_network(
-    config: Config, pretrained: Checkpoint | None, classes: Sequence[str] | None = None
+    recipe: Recipe,
+    flags: NetworkSettings,
+    pretrained: Checkpoint | None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[Network, list[str]]:
     """Makes a new run's network.
 
@@ -133,13 +126,12 @@ def first_network(
     Raises:
         UserError: flags, classes and weights do not fit together.
     """
-    flags = config.network
     file = flags.pretrained or ""
     if pretrained is not None and is_name(file):
         file = str(pretrained.file)
     with as_user_error():
         network, notes = start_weights.first_network(
-            config.recipe.arch,
+            recipe.arch,
             flags.num_classes,
             flags.ksize,
             flags.attention,
@@ -148,7 +140,7 @@ def first_network(
             classes,
             flags.identity_start,
         )
-    return _with_trained_parts(network, config.recipe), notes
+    return _with_trained_parts(network, recipe), notes
 
 
 def _with_trained_parts(network: Network, recipe: Recipe) -> Network:
@@ -161,30 +153,23 @@ def _with_trained_parts(network: Network, recipe: Recipe) -> Network:
 
 
 def build_network(
-    config: Config, start: Start, classes: Sequence[str], context: Context
+    recipe: Recipe, flags: NetworkSettings, start: Start, classes: Sequence[str], context: Context
 ) -> tuple[Network, list[str]]:
     """Makes the network that is trained, with its first or saved weights, on its device.
 
     Returns:
-        The network, and lines about it, about how it runs, and on the recipe.
+        The network, and lines about it and how it runs.
     """
-    recipe = config.recipe
-    lines: list[str] = []
+    notes: list[str] = []
     if start.saved is None:
-        network, lines = first_network(config, start.pretrained, classes)
+        network, notes = first_network(recipe, flags, start.pretrained, classes)
     else:
         network = start.saved.network()
         _with_trained_parts(network, recipe)
-    lines = [
-        network_line(network),
-        *lines,
-        *how_it_runs(network, config.network, context, recipe.sync_bn),
-        *recipe_lines(recipe, config.run.recipe or PAPER),
-    ]
-    if config.network.grad_checkpointing:
-        lines.append("  gradient checkpointing: backward computes each block again")
+    lines = [network_line(network), *notes, *how_it_runs(network, flags, context, recipe.sync_bn)]
+    if flags.grad_checkpointing:
         network.set_grad_checkpointing()
-    to_device(network, config.network, context)
+    to_device(network, flags, context)
     return network, lines
 
 
@@ -204,61 +189,56 @@ def how_it_runs(
     return device_lines(context, flags.amp, flags.channels_last, flags.compile, tails)
 
 
+def layout_of(flags: NetworkSettings) -> torch.memory_format:
+    """Returns the memory format of weights and batches."""
+    return torch.channels_last if flags.channels_last else torch.contiguous_format
+
+
 def to_device(network: nn.Module, flags: NetworkSettings, context: Context) -> None:
-    """Puts the network on its device in its layout, compiled where asked for."""
+    """Puts the network on its device in its layout, compiled where the flags say so."""
     network.to(context.device).to(memory_format=layout_of(flags))
     models.set_fused(network, flags.fused)
     if flags.compile and not flags.fast:
         network.compile()
 
 
-def layout_of(flags: NetworkSettings) -> torch.memory_format:
-    """Returns the memory format of weights and batches."""
-    return torch.channels_last if flags.channels_last else torch.contiguous_format
-
-
-def loader_of(config: Config, context: Context) -> Reading:
+def loader_of(data: DataSettings, flags: NetworkSettings, context: Context) -> Reading:
     """Returns how files become batches on the device."""
-    data = config.data
     assert data.workers is not None  # the command line has chosen a number
-    layout = layout_of(config.network)
+    layout = layout_of(flags)
     return Reading(context.device, data.workers, data.worker_timeout, data.decoder, layout)
 
 
 def begin_state(
-    network: Network, config: Config, saved: SavedRun | None, context: Context
+    network: Network, recipe: Recipe, flags: NetworkSettings, start: Start, context: Context
 ) -> TrainingState:
     """Makes all that changes in training, as it was saved where a run goes on.
 
     Args:
         network: on its device, with its first weights, without any parallel wrapping.
     """
-    recipe, device = config.recipe, context.device
+    device = context.device
     average = WeightAverage(network, recipe.ema) if recipe.ema else None
-    if config.network.compile and average is not None:
+    if flags.compile and average is not None:
         average.module.compile()  # a copy of a compiled network is not compiled
     scales = None if recipe.layer_decay == 1 else models.layer_scales(network, recipe.layer_decay)
-    state = TrainingState(
+    optimizer = make_optimizer(
+        recipe.optimizer,
         network,
-        make_optimizer(
-            recipe.optimizer,
-            network,
-            recipe.lr,
-            recipe.momentum,
-            recipe.weight_decay,
-            recipe.norm_decay,
-            scales,
-        ),
-        torch.amp.GradScaler(device.type, enabled=config.network.amp == "fp16"),
-        ClassificationMeter(device),
-        NonFiniteGuard(device),
-        context.rank,
-        average=average,
+        recipe.lr,
+        recipe.momentum,
+        recipe.weight_decay,
+        recipe.norm_decay,
+        scales,
     )
-    if saved is not None:
-        state.restore(saved)
-    if config.run.start_epoch is not None:
-        state.begin(config.run.start_epoch)
+    scaler = torch.amp.GradScaler(device.type, enabled=flags.amp == "fp16")
+    meter = ClassificationMeter(device, network.num_classes)
+    guard = NonFiniteGuard(device, "loss or gradient" if recipe.clip_grad else "loss")
+    state = TrainingState(network, optimizer, scaler, meter, guard, context.rank, average=average)
+    if start.run is not None:
+        state.restore(start.run)
+    if start.at_epoch is not None:
+        state.begin(start.at_epoch)
     return state
 
 
@@ -273,11 +253,7 @@ def record_of(
         "classes": list(data.classes),
         "img_size": config.recipe.img_size,
         "crop_pct": config.recipe.crop_pct,
-        "recipe": config.recipe.as_dict(),
-        "args": config.saved_flags,
-        "seed": seed,
-        "train_digest": data.digest,
+        **config.record(seed, len(data.train), data.digest),
         "class_weights": None if data.class_weights is None else list(data.class_weights),
         "pretrained": first,
-        "train_images": len(data.train),
     }

@@ -5,68 +5,34 @@ clipped gradient, images of several sizes.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
-from utils.config.detection import DetectionConfig, DetectionRecipe, lr_of
+from utils.config.detection import DetectionRecipe
 from utils.data.coco_eval import FIGURES, KINDS, Result, Summary, evaluate_ranks, to_results
 from utils.data.sampler import mix_seed
 from utils.runs.writer import Curve, Panel, Row, RunFiles
-from utils.system import backends, distributed
 from utils.system.backends import AutocastFactory
 from utils.system.distributed import Context, Votes
 from utils.system.signals import StopRequest
-from utils.system.text import counted
 from utils.training.detection_data import DetectionBatch, ValidationSet
+from utils.training.optim import StepRule
 from utils.training.progress import Progress
-from utils.training.state import TrainingState
+from utils.training.state import TrainingState, summed, wide
 
 TITLES = {"box": "Boxes", "mask": "Masks"}
 IMAGES = 10  # steps of an evaluation, of one image each, for one of training
 Summaries = dict[str, Summary]  # of "bbox", and of "segm" where masks are evaluated
 
 
-@dataclass(frozen=True)
-class StepRule:
-    """Holds what every optimizer step of a run does alike.
-
-    Args:
-        recipe: gives the learning rate and the gradient's largest norm.
-        steps_per_epoch: to turn steps into epochs.
-        seed: with the step's number it seeds the sampling of anchors and regions, so that a resumed
-            run needs no generator state.
-        autocast: makes the context of forward and losses.
-    """
-
-    recipe: DetectionRecipe
-    steps_per_epoch: int
-    seed: int
-    autocast: AutocastFactory
-
-    @classmethod
-    def of(
-        cls, config: DetectionConfig, steps_per_epoch: int, seed: int, context: Context
-    ) -> "StepRule":
-        """Returns the rule of a run's configuration; ranks draw by seeds of their own."""
-        autocast = partial(backends.autocast, context.device, config.network.amp)
-        return cls(
-            config.recipe.resolved(), steps_per_epoch, mix_seed(seed, context.rank), autocast
-        )
-
-    def lr_at(self, step: int) -> float:
-        """Returns the learning rate of the run's step of this number."""
-        return lr_of(self.recipe, step, self.steps_per_epoch)
-
-
 def train_one_epoch(
     state: TrainingState,
     network: nn.Module,
     batches: Iterable[DetectionBatch],
-    rule: StepRule,
+    rule: StepRule[DetectionRecipe],
     progress: Progress,
     run: RunFiles,
     votes: Votes,
@@ -87,8 +53,7 @@ def train_one_epoch(
     optimizer, scaler = state.optimizer, state.scaler
     first = state.epoch * rule.steps_per_epoch  # the epoch's first step, counted over the run
     for batch in batches:
-        step = first + state.step
-        torch.manual_seed(mix_seed(rule.seed, step))
+        torch.manual_seed(mix_seed(rule.seed, step := first + state.step))
         state.set_lr(rule.lr_at(step))
         with rule.autocast():
             losses = network(batch.images, batch.targets)
@@ -99,17 +64,15 @@ def train_one_epoch(
         norm = nn.utils.clip_grad_norm_(state.trained, rule.recipe.clip)
         # With a scaler an overflowing gradient is in order: it skips the step and scales less.
         doubtful = loss.detach() if scaler.is_enabled() else loss.detach() + norm
-        state.guard.before_update(doubtful, step, optimizer, "loss or gradient")
+        state.guard.before_update(doubtful, step, optimizer)
         scaler.step(optimizer)
         scaler.update()
         state.meter.update(losses)
         state.finish_step(batch.broken)
         if progress.advance():
             state.guard.check()
-            means = state.meter.means(state.meter.total())
-            progress.show(
-                f"loss {means['loss']:.3f}", step_details(means), f"{rule.lr_at(step):.3g}"
-            )
+            means = state.meter.means()
+            progress.show(step_words(means), step_details(means), f"{rule.lr_at(step):.3g}")
         stopping, saving = votes.cast(bool(stop), run.due(state.step))
         if stopping or saving:
             run.save(state.snapshot())
@@ -178,27 +141,25 @@ class LossMeter:
     """
 
     def __init__(self, device: torch.device, names: Sequence[str]):
-        wide = torch.float32 if device.type == "mps" else torch.float64
         self.names = tuple(names)
-        self.sums = torch.zeros(len(self.names) + 1, dtype=wide, device=device)
+        self.sums = torch.zeros(len(self.names) + 1, dtype=wide(device), device=device)
 
     @torch.no_grad()
     def update(self, losses: dict[str, torch.Tensor]) -> None:
         values = [losses[name].detach().to(self.sums.dtype) for name in self.names]
         self.sums += torch.stack([*values, torch.ones_like(values[0])])
 
-    def total(self) -> torch.Tensor:
-        """Returns the sums over all ranks, on the host. Synchronises; call it on every rank."""
-        return distributed.all_reduce(self.sums.clone()).cpu()
+    def means(self) -> dict[str, float]:
+        """Returns the mean of each loss, and of their sum as "loss", over all ranks' steps.
 
-    def means(self, total: torch.Tensor) -> dict[str, float]:
-        """Returns the mean of each loss, and of their sum as "loss"."""
-        *sums, steps = total.tolist()
+        Call it on every rank.
+        """
+        *sums, steps = summed(self.sums).tolist()
         means = [value / (steps or float("nan")) for value in sums]
         return {"loss": sum(means), **dict(zip(self.names, means, strict=True))}
 
 
-def val_columns(summaries: Mapping[str, Summary]) -> dict[str, float]:
+def validation_columns(summaries: Mapping[str, Summary]) -> dict[str, float]:
     """Returns {"box_AP": …, "mask_AP": …} and the eleven others of each, in %; -1 stays."""
     return {
         f"{KINDS[kind]}_{name}": 100 * value if value >= 0 else value
@@ -245,6 +206,11 @@ def panels(history: Sequence[Row]) -> list[Panel]:
     return [*found, Panel("Learning rate", "at the epoch's last step", (Curve("lr", "lr"),))]
 
 
+def step_words(means: Mapping[str, float]) -> str:
+    """Returns the words on an epoch under way."""
+    return f"loss {means['loss']:.3f}"
+
+
 def step_details(means: Mapping[str, float]) -> str:
     """Returns the parts of the loss, in brackets."""
     parts = [f"{k.removeprefix('loss_')} {v:.3f}" for k, v in means.items() if k != "loss"]
@@ -276,32 +242,6 @@ def epoch_line(row: Row, epochs: int, speed: float, improved: bool) -> str:
 def best_words(best: Mapping[str, Any]) -> str:
     """Returns the words on the best epoch for a run's closing line."""
     return f"best {precision_words(best)} (epoch {best['epoch'] + 1})"
-
-
-def network_line(network: Any) -> str:
-    """Returns one line: detector, backbone, parameters, kernel sizes, what trains."""
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    ksize = f"ksize {','.join(map(str, network.ksize))}" if network.ksize else "no ECA"
-    legacy = ", mmdetection v1's geometry" if network.model_kwargs["legacy"] else ""
-    return (
-        f"network: {network.arch} on {network.backbone_arch}, {ksize}, {trained:,} trained "
-        f"parameters, norm {network.model_kwargs['norm']}{legacy}"
-    )
-
-
-def recipe_line(recipe: DetectionRecipe, auto: bool) -> str:
-    """Returns the numbers of training; `auto` says that the learning rate was scaled."""
-    scaled = " (auto: 0.01 for 8 images)" if auto else ""
-    decays = ", ".join(map(str, recipe.lr_steps))
-    momentum = f", momentum {recipe.momentum:g}" if recipe.optimizer == "sgd" else ""
-    return (
-        f"recipe: {counted(recipe.epochs, 'epoch')}, batch {recipe.batch_size}, "
-        f"{recipe.optimizer} lr "
-        f"{recipe.lr:g}{scaled} times {recipe.lr_decay:g} after epochs {decays}, warm-up "
-        f"{counted(recipe.warmup_steps, 'step')}{momentum}, "
-        f"weight decay {recipe.weight_decay:g}, clip "
-        f"{recipe.clip:g}, sides {recipe.min_size} to {recipe.max_size}"
-    )
 
 
 def summary_lines(summaries: dict[str, Summary]) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from utils.config.detection import DetectionConfig, DetectionDataSettings
+from utils.config.detection import DetectionDataSettings, DetectionRecipe
 from utils.data import demo_shapes
 from utils.data.coco import CocoPaths, locate, shown
 from utils.data.coco_dataset import CocoDataset, CocoSplit, Target, load_split
@@ -18,7 +18,7 @@ from utils.data.decoding import BrokenImageError
 from utils.data.loader import Reading, checked, init_worker
 from utils.data.sampler import Key, SeededBatches, ShardedBatches, mix_seed
 from utils.runs import resume
-from utils.runs.checkpoint import Checkpoint
+from utils.runs.resume import Start
 from utils.system import distributed
 from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
@@ -144,19 +144,18 @@ def paths_of(part: str, where: DetectionDataSettings, root: str | Path) -> CocoP
 
 
 def open_detection_data(
-    config: DetectionConfig, saved: Checkpoint | None, context: Context
+    where: DetectionDataSettings, recipe: DetectionRecipe, start: Start, context: Context
 ) -> DetectionData:
     """Opens the data and refuses what cannot be trained on, or gone on with.
 
     Args:
-        saved: the checkpoint that the run goes on from, or None.
+        start: the run that goes on, or a new one.
 
     Raises:
         UserError: one line, see `load_split`, `ValidationSet`, `check_batch` and
             `utils.runs.resume`.
     """
-    recipe, where = config.recipe, config.data
-    run = None if saved is None else saved.run
+    saved, run = start.saved, start.run
     root = demo_shapes.find_root(str(where.data), context)
     masks = recipe.arch == "mask_rcnn"
     paths = paths_of("train", where, root)
@@ -172,15 +171,9 @@ def open_detection_data(
     check_batch(recipe.batch_size, len(train), context.world_size)
     names = "\0".join(train.file_names).encode("utf-8", "backslashreplace")
     digest = resume.digest(names, train.boxes, train.labels)
-    if saved is not None and run is not None:
-        if list(saved.classes or ()) != list(train.classes):
-            raise UserError(
-                f"{paths.annotations} has other classes than the run: resume it with its data"
-            )
-        seed, images = config.typed.get("seed"), len(train)
-        context.say(
-            *resume.refuse_changes(run, recipe, seed, images, digest, can_begin=False),
-            *resume.other_threads(run, context.device),
+    if saved is not None and list(saved.classes or ()) != list(train.classes):
+        raise UserError(
+            f"{paths.annotations} has other classes than the run: resume it with its data"
         )
     return DetectionData(train, val, digest)
 

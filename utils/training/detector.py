@@ -15,25 +15,61 @@ from models.detection.detectors import (
     start_detector,
     start_from_detector,
 )
-from utils.config.detection import DetectionConfig, DetectorSettings
+from utils.config.detection import (
+    AUTO,
+    DetectionConfig,
+    DetectionDataSettings,
+    DetectionRecipe,
+    DetectorSettings,
+)
 from utils.data.loader import Reading
-from utils.runs.checkpoint import Checkpoint, SavedRun
+from utils.runs.checkpoint import Checkpoint
 from utils.runs.resume import Start
 from utils.system import backends
 from utils.system.distributed import Context, device_lines
 from utils.system.errors import UserError, as_user_error
-from utils.training import detection
+from utils.system.text import counted
 from utils.training.detection import LossMeter
 from utils.training.detection_data import DetectionData
 from utils.training.optim import make_optimizer
 from utils.training.state import NonFiniteGuard, TrainingState
 
+CHECKED = "loss or gradient"
 WARMUP = "--warmup-steps"  # what a remedy calls it
 OF_A_NETWORK = ("arch", "backbone", "ksize", "norm", "trainable_layers", "legacy")
 
 
+def network_line(network: Any) -> str:
+    """Returns one line: detector, backbone, parameters, kernel sizes, what trains."""
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    ksize = f"ksize {','.join(map(str, network.ksize))}" if network.ksize else "no ECA"
+    legacy = ", mmdetection v1's geometry" if network.model_kwargs["legacy"] else ""
+    return (
+        f"network: {network.arch} on {network.backbone_arch}, {ksize}, {trained:,} trained "
+        f"parameters, norm {network.model_kwargs['norm']}{legacy}"
+    )
+
+
+def recipe_line(recipe: DetectionRecipe) -> str:
+    """Returns the numbers of training."""
+    scaled = " (auto: 0.01 for 8 images)" if recipe.lr == AUTO else ""
+    decays = ", ".join(map(str, recipe.lr_steps))
+    momentum = f", momentum {recipe.momentum:g}" if recipe.optimizer == "sgd" else ""
+    return (
+        f"recipe: {counted(recipe.epochs, 'epoch')}, batch {recipe.batch_size}, "
+        f"{recipe.optimizer} lr {recipe.resolved().lr:g}{scaled} times {recipe.lr_decay:g} after "
+        f"epochs {decays}, warm-up {counted(recipe.warmup_steps, 'step')}{momentum}, weight decay "
+        f"{recipe.weight_decay:g}, clip {recipe.clip:g}, sides {recipe.min_size} to "
+        f"{recipe.max_size}"
+    )
+
+
 def build_network(
-    config: DetectionConfig, start: Start, classes: list[str], context: Context
+    recipe: DetectionRecipe,
+    flags: DetectorSettings,
+    start: Start,
+    classes: list[str],
+    context: Context,
 ) -> tuple[nn.Module, list[str]]:
     """Makes the detector that is trained, with its first or saved weights, on its device.
 
@@ -44,23 +80,19 @@ def build_network(
         UserError: flags, classes and weights do not fit together, or not the device.
     """
     with as_user_error():
-        network, lines = _with_weights(config, start, classes)
+        network, notes = _with_weights(recipe, flags, start, classes)
     norm = describe_detector(network)["model_kwargs"]["norm"]
     if norm == "sync" and context.device.type != "cuda":
         raise UserError("--norm sync runs on CUDA alone: give --norm bn")
-    lines = [
-        detection.network_line(network),
-        *lines,
-        *how_it_runs(network, config.network, context),
-    ]
-    to_device(network, config.network, context)
+    lines = [network_line(network), *notes, *how_it_runs(network, flags, context)]
+    to_device(network, flags, context)
     return network, lines
 
 
 def _with_weights(
-    config: DetectionConfig, start: Start, classes: list[str]
+    recipe: DetectionRecipe, flags: DetectorSettings, start: Start, classes: list[str]
 ) -> tuple[nn.Module, list[str]]:
-    recipe, flags, first = config.recipe, config.network, start.pretrained
+    first = start.pretrained
     sizes: dict[str, Any] = {"min_size": recipe.min_size, "max_size": recipe.max_size}
     outputs = len(classes) + FIRST_LABEL[recipe.arch]
     if start.saved is not None:
@@ -130,32 +162,33 @@ def to_device(network: nn.Module, flags: DetectorSettings, context: Context) -> 
     models.set_fused(network, flags.fused)
 
 
-def loader_of(config: DetectionConfig, context: Context) -> Reading:
+def loader_of(data: DetectionDataSettings, context: Context) -> Reading:
     """Returns how files become batches on the device."""
-    assert config.data.workers is not None  # the command line has chosen a number
-    return Reading(context.device, config.data.workers, config.data.worker_timeout)
+    assert data.workers is not None  # the command line has chosen a number
+    return Reading(context.device, data.workers, data.worker_timeout)
 
 
 def begin_state(
-    network: nn.Module, config: DetectionConfig, saved: SavedRun | None, context: Context
+    network: nn.Module,
+    recipe: DetectionRecipe,
+    flags: DetectorSettings,
+    start: Start,
+    context: Context,
 ) -> TrainingState:
     """Makes all that changes in training, as it was saved where a run goes on.
 
     Args:
         network: on its device, with its first weights, without any parallel wrapping.
     """
-    recipe, device = config.recipe.resolved(), context.device
-    rate = float(recipe.lr)
-    state = TrainingState(
-        network,
-        make_optimizer(recipe.optimizer, network, rate, recipe.momentum, recipe.weight_decay),
-        torch.amp.GradScaler(device.type, enabled=config.network.amp == "fp16"),
-        LossMeter(device, LOSSES[recipe.arch]),
-        NonFiniteGuard(device, WARMUP),
-        context.rank,
+    device, rate = context.device, float(recipe.resolved().lr)
+    optimizer = make_optimizer(
+        recipe.optimizer, network, rate, recipe.momentum, recipe.weight_decay
     )
-    if saved is not None:
-        state.restore(saved)
+    scaler = torch.amp.GradScaler(device.type, enabled=flags.amp == "fp16")
+    meter, guard = LossMeter(device, LOSSES[recipe.arch]), NonFiniteGuard(device, CHECKED, WARMUP)
+    state = TrainingState(network, optimizer, scaler, meter, guard, context.rank)
+    if start.run is not None:
+        state.restore(start.run)
     return state
 
 
@@ -170,9 +203,5 @@ def record_of(
         **describe_detector(network),
         "classes": data.train.classes,
         "category_ids": data.train.category_ids,
-        "recipe": config.recipe.as_dict(),
-        "args": config.saved_flags,
-        "seed": seed,
-        "train_digest": data.digest,
-        "train_images": len(data.train),
+        **config.record(seed, len(data.train), data.digest),
     }

@@ -30,24 +30,21 @@ class NonFiniteGuard:
     optimizer without such a kernel (LAMB) has to wait.
 
     Args:
+        what: names what is checked.
         warmup_flag: what the remedy calls the length of the warm-up.
     """
 
-    def __init__(self, device: torch.device, warmup_flag: str = "--warmup-epochs"):
-        self.warmup_flag = warmup_flag
+    def __init__(
+        self, device: torch.device, what: str = "loss", warmup_flag: str = "--warmup-epochs"
+    ):
+        self.what, self.warmup_flag = what, warmup_flag
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.wait = device.type != "cuda"
-        self.what = "loss"
 
     def before_update(
-        self, value: torch.Tensor, step: int, optimizer: torch.optim.Optimizer, what: str
+        self, value: torch.Tensor, step: int, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Checks the loss (or gradient norm); to be called between backward and `optimizer.step()`.
-
-        Args:
-            what: names the value, the same at each step.
-        """
-        self.what = what
+        """Checks loss or gradient norm; to be called between backward and `optimizer.step()`."""
         bad = distributed.all_reduce((~value.detach().isfinite()).float())
         fresh = (bad > 0) & (self.first_bad < 0)
         self.first_bad = torch.where(fresh, step, self.first_bad)
@@ -129,6 +126,17 @@ def _tensors(network: nn.Module) -> list[torch.Tensor]:
     return [*network.parameters(), *network.buffers()]
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """Returns the type of sums on a device: float64 where it has it."""
+    # float64 keeps counts exact past 2^24 and sums independent of their size; Apple GPUs lack it.
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def summed(sums: torch.Tensor) -> torch.Tensor:
+    """Returns a meter's sums over all ranks, on the host. Synchronises; call it on every rank."""
+    return distributed.all_reduce(sums.clone()).cpu()
+
+
 @dataclass
 class TrainingState:
     """Holds where a run stands. `snapshot` saves it and `restore` loads it, bit for bit.
@@ -193,8 +201,7 @@ class TrainingState:
             lr: of the epoch.
             evaluated: the columns of its evaluation.
         """
-        means = self.meter.means(self.meter.total())
-        trained = {f"train_{name}": value for name, value in means.items()}
+        trained = {f"train_{name}": value for name, value in self.meter.means().items()}
         return {"epoch": self.epoch, "lr": lr, **trained, **evaluated}
 
     def finish_epoch(
@@ -286,10 +293,11 @@ class TrainingState:
             self.scaler.load_state_dict(saved.scaler)
         progress = saved.progress
         self.epoch, self.step = progress.epoch, progress.step
-        if len(progress.sums) == distributed.ranks():
-            self.meter.sums.copy_(progress.sums[self.rank])
+        sums = progress.sums  # an earlier version's may lack those of a later figure
+        if len(sums) == distributed.ranks():
+            self.meter.sums[: sums.shape[1]] = sums[self.rank]
         elif self.rank == 0:  # another number of ranks: one takes all, the others begin at zero
-            self.meter.sums.copy_(progress.sums.sum(dim=0))
+            self.meter.sums[: sums.shape[1]] = sums.sum(dim=0)
         self.best = dict(progress.best)
         self.broken = list(progress.broken) if self.rank == 0 else []
         self.history = [dict(row) for row in saved.history]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.small_epochs import config_of, train
+from helpers.small_epochs import begin_state, train
 from helpers.tiny_runs import tiny_run
 from torch import nn
 
@@ -20,7 +20,7 @@ import models
 from utils.command_line import classification, detection
 from utils.command_line.parser import Parser, parser_of
 from utils.config.classification import NetworkSettings
-from utils.config.detection import PARTS, DetectionRecipe, DetectorSettings
+from utils.config.detection import DetectionConfig, DetectionRecipe, DetectorSettings
 from utils.data.loader import Batch
 from utils.runs import resume
 from utils.runs.checkpoint import Checkpoint
@@ -28,7 +28,6 @@ from utils.system import backends, distributed
 from utils.system.errors import UserError
 from utils.system.faults import of_outside
 from utils.training import classifier, detector
-from utils.training.classifier import begin_state
 from utils.training.detector import WARMUP
 from utils.training.state import NonFiniteGuard
 
@@ -40,7 +39,7 @@ def classifiers() -> Parser:
 
 
 def detectors() -> Parser:
-    return parser_of(PARTS, detect_main.RECIPE, "")
+    return parser_of(DetectionConfig.parts, detect_main.RECIPE, "")
 
 
 def going_on_with(monkeypatch, contents):
@@ -220,12 +219,12 @@ def test_the_report_of_block_tails_is_for_the_run_s_precision(monkeypatch, amp):
 
 def test_fp16_scales_the_loss_and_steps_as_float32_does(monkeypatch):
     """On the CPU, whose convolutions in fp16 are too slow to train a whole network here."""
-    stepped, context = [], distributed.Context(CPU)
+    stepped = []
     for flags in ([], ["--amp", "fp16"]):
         amp = settings_of(monkeypatch, main, *flags, "DATA")["amp"]
         torch.manual_seed(0)
         network = nn.Linear(5, 3)
-        state = begin_state(network, config_of(main.RECIPE, amp=amp), None, context)
+        state = begin_state(network, main.RECIPE, amp)
         batch = Batch(torch.randn(6, 5), torch.arange(6) % 3, ())
         autocast = partial(backends.autocast, CPU, amp)
         train(network, [batch], state=state, autocast=autocast)
@@ -255,7 +254,7 @@ def test_remedies_are_flags_of_the_script(script, parser):
 def test_the_remedy_for_a_loss_that_is_not_finite(monkeypatch):
     for guard, parser in (
         (NonFiniteGuard(CPU), classifiers()),
-        (NonFiniteGuard(CPU, WARMUP), detectors()),
+        (NonFiniteGuard(CPU, warmup_flag=WARMUP), detectors()),
     ):
         guard.first_bad = torch.tensor(3)
         with pytest.raises(UserError) as caught:

@@ -4,25 +4,25 @@ import json
 
 import pytest
 
-from utils.config.detection import DetectionRecipe, lr_of
+from utils.config.detection import DetectionRecipe
 
 
 def test_the_papers_schedule():
     recipe = DetectionRecipe().resolved()
     assert recipe.lr == 0.01
     steps = 1000
-    assert lr_of(recipe, 0, steps) == pytest.approx(0.01 / 3)
-    assert lr_of(recipe, 250, steps) == pytest.approx(0.01 * 2 / 3)
-    assert lr_of(recipe, 500, steps) == 0.01
-    assert lr_of(recipe, 8 * steps - 1, steps) == 0.01
-    assert lr_of(recipe, 8 * steps, steps) == pytest.approx(0.001)
-    assert lr_of(recipe, 11 * steps, steps) == pytest.approx(0.0001)
+    assert recipe.lr_at(0, steps) == pytest.approx(0.01 / 3)
+    assert recipe.lr_at(250, steps) == pytest.approx(0.01 * 2 / 3)
+    assert recipe.lr_at(500, steps) == 0.01
+    assert recipe.lr_at(8 * steps - 1, steps) == 0.01
+    assert recipe.lr_at(8 * steps, steps) == pytest.approx(0.001)
+    assert recipe.lr_at(11 * steps, steps) == pytest.approx(0.0001)
 
 
 def test_a_warm_up_reaches_over_a_decay():
     recipe = DetectionRecipe(lr=1.0, lr_steps=(1,), warmup_steps=20, warmup_factor=0.0)
-    assert lr_of(recipe, 5, 10) == pytest.approx(0.25)
-    assert lr_of(recipe, 10, 10) == pytest.approx(0.05)
+    assert recipe.lr_at(5, 10) == pytest.approx(0.25)
+    assert recipe.lr_at(10, 10) == pytest.approx(0.05)
 
 
 def test_auto_scales_with_the_batch():

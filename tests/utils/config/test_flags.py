@@ -15,9 +15,9 @@ from utils.config import classification, detection
 from utils.config.flags import SWITCH, YES_NO, flag_of, flags_of
 
 SCRIPTS = {
-    "main.py": (classification.PARTS, main.RECIPE),
-    "light_main.py": (classification.PARTS, light_main.RECIPE),
-    "detect_main.py": (detection.PARTS, detect_main.RECIPE),
+    "main.py": (classification.Config.parts, main.RECIPE),
+    "light_main.py": (classification.Config.parts, light_main.RECIPE),
+    "detect_main.py": (detection.DetectionConfig.parts, detect_main.RECIPE),
 }
 FLAGS = [
     pytest.param(script, name, id=f"{script.removesuffix('.py')}-{name}")

@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from utils.config.classification import SCHEDULES, Recipe, lr_at, lr_of
+from utils.config.classification import SCHEDULES, Recipe
+
+
+def lr_at(step: int, steps_per_epoch: int, **values) -> float:
+    recipe = Recipe(
+        "x", batch_size=4, momentum=0.9, weight_decay=0, **{"schedule": "step", **values}
+    )
+    return recipe.lr_at(step, steps_per_epoch)
 
 
 def test_step_divides_by_ten_every_thirty_epochs():
@@ -57,17 +64,9 @@ def test_a_run_that_is_all_warm_up():
         assert rate == pytest.approx(last)
 
 
-def test_a_recipe_s_rate():
-    recipe = Recipe(
-        arch="x",
-        epochs=5,
-        batch_size=4,
-        lr=0.2,
-        momentum=0.9,
-        weight_decay=0,
-        schedule="cosine",
-        warmup_epochs=1,
-    )
-    assert [lr_of(recipe, s, 10) for s in (0, 10, 30)] == pytest.approx([0.02, 0.2, 0.1])
-    step = recipe.override(schedule="step", warmup_epochs=0.0, lr_step=2, lr_decay=0.5)
-    assert [lr_of(step, s, 10) for s in (0, 19, 20, 49)] == [0.2, 0.2, 0.1, 0.05]
+def test_steps_of_a_recipe():
+    rates = [
+        lr_at(s, 10, lr=0.2, epochs=5, schedule="step", lr_step=2, lr_decay=0.5)
+        for s in (0, 19, 20, 49)
+    ]
+    assert rates == [0.2, 0.2, 0.1, 0.05]

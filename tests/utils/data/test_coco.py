@@ -8,7 +8,7 @@ from helpers.coco_splits import edit, split_of
 from helpers.coco_trees import annotation, write_tree
 
 from utils.command_line.parser import parser_of
-from utils.config.detection import PARTS, DetectionRecipe
+from utils.config.detection import DetectionConfig, DetectionRecipe
 from utils.data.coco import check_file, locate
 from utils.data.coco_dataset import load_split
 from utils.system.errors import UserError
@@ -212,7 +212,7 @@ def test_places(tmp_path):
 
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_messages_name_flags_that_exist(tmp_path, part):
-    parser = parser_of(PARTS, DetectionRecipe(), "")
+    parser = parser_of(DetectionConfig.parts, DetectionRecipe(), "")
     paths = locate(write_tree(tmp_path, [], part=part), part)
 
     def flags_of(function, *arguments):

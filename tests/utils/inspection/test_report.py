@@ -151,12 +151,12 @@ def chance_batches(classes: int, sizes=(5, 4, 1)):
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 20])
 def test_sums_are_those_of_the_plain_meter_to_the_bit(classes):
-    plain = fed(ClassificationMeter(CPU), chance_batches(classes))
-    meter = fed(ReportMeter(CPU), chance_batches(classes))
-    assert meter.total().tolist() == plain.total().tolist()
+    plain = fed(ClassificationMeter(CPU, 3), chance_batches(classes))
+    meter = fed(ReportMeter(CPU, 3), chance_batches(classes))
+    assert meter.sums.tolist() == plain.sums.tolist()
     images = meter.gathered(range(10), 10)
     n = len(images)
-    figures = meter.means(meter.total())
+    figures = meter.means()
     assert 100 * int((images.predicted == images.true).sum()) / n == figures["top1"]
     assert 100 * int(images.in_top5.sum()) / n == figures["top5"]
     assert images.loss.mean() == pytest.approx(figures["loss"], rel=1e-6)
@@ -165,7 +165,7 @@ def test_sums_are_those_of_the_plain_meter_to_the_bit(classes):
 
 def test_probabilities_are_those_of_softmax_in_float64():
     batches = list(chance_batches(7))
-    images = fed(ReportMeter(CPU), batches).gathered(range(10), 10)
+    images = fed(ReportMeter(CPU, 3), batches).gathered(range(10), 10)
     rows, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     for i, (logits, true) in enumerate(zip(rows, targets, strict=True)):
         shares = np.exp(logits.double().numpy())
@@ -178,7 +178,7 @@ def test_probabilities_are_those_of_softmax_in_float64():
 
 def test_predictions_come_in_the_data_s_order():
     logits, targets = torch.eye(3)[[2, 0, 1]], torch.tensor([2, 0, 0])
-    meter = fed(ReportMeter(CPU), [(logits, targets)])
+    meter = fed(ReportMeter(CPU, 3), [(logits, targets)])
     images = meter.gathered([2, 0, 1], 3)
     assert images.true.tolist() == [0, 0, 2]
     assert images.predicted.tolist() == [0, 1, 2]
@@ -187,14 +187,14 @@ def test_predictions_come_in_the_data_s_order():
 def test_an_image_that_is_evaluated_twice_or_never_is_noticed():
     batches = list(chance_batches(3))
     with pytest.raises(AssertionError):
-        fed(ReportMeter(CPU), batches).gathered([0, *range(9)], 10)
+        fed(ReportMeter(CPU, 3), batches).gathered([0, *range(9)], 10)
     with pytest.raises(AssertionError):
-        fed(ReportMeter(CPU), batches).gathered(range(10), 11)
+        fed(ReportMeter(CPU, 3), batches).gathered(range(10), 11)
 
 
 def test_an_output_that_is_not_finite_has_no_class():
     logits = torch.tensor([[float("nan"), 0.0], [0.0, float("inf")], [1.0, 0.0]])
-    images = fed(ReportMeter(CPU), [(logits, torch.tensor([0, 1, 0]))]).gathered(range(3), 3)
+    images = fed(ReportMeter(CPU, 3), [(logits, torch.tensor([0, 1, 0]))]).gathered(range(3), 3)
     assert images.predicted.tolist() == [NONE, NONE, 0]
     assert images.in_top5.tolist() == [False, False, True]
     assert np.isnan(images.confidence).tolist() == [True, True, False]

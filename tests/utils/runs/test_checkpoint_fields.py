@@ -8,7 +8,7 @@ import torch
 from helpers.tiny_runs import RECIPE, ROW, RUN, tiny_run
 
 from utils.command_line.parser import saved_flags, saved_recipe
-from utils.config.classification import PARTS, Recipe
+from utils.config.classification import Config, Recipe
 from utils.config.flags import flags_of
 from utils.runs import checkpoint, resume
 from utils.runs.checkpoint import Checkpoint
@@ -158,7 +158,7 @@ def test_with_resume_auto_the_message_names_the_file(tmp_path):
 )
 def test_saved_flags_are_checked_as_flags_are(name, value):
     with pytest.raises(UserError, match=rf"c.pth: the saved {name.replace('_', '-')} "):
-        saved_flags({name: value}, flags_of(*PARTS), "c.pth")
+        saved_flags({name: value}, flags_of(*Config.parts), "c.pth")
 
 
 def test_a_file_sets_no_flag_of_one_start():
@@ -177,7 +177,7 @@ def test_a_file_sets_no_flag_of_one_start():
         "help": "x",
         "no_flag": 1,
     }
-    taken = saved_flags(values, flags_of(*PARTS), "c.pth")
+    taken = saved_flags(values, flags_of(*Config.parts), "c.pth")
     assert taken == {"data": "tree", "lr": 0.5}  # None: not set, so the default
 
 

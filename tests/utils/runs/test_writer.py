@@ -10,7 +10,7 @@ from utils.runs import writer
 from utils.runs.folder import FolderLock
 from utils.runs.writer import command, look_line
 from utils.system.errors import UserError
-from utils.training.classification import COLUMNS, best_words, panels
+from utils.training.classification import FIGURES, best_words, panels
 
 
 @pytest.fixture
@@ -67,7 +67,8 @@ def a_run_writes(folder):
     files = writer.RunFiles(folder, fixed, title="net")
     try:
         files.begin(snapshot)
-        row = {**dict.fromkeys(COLUMNS, 0.5), "epoch": 0}
+        columns = [f"{part}_{name}" for part in ("train", "val") for name in FIGURES]
+        row = {"epoch": 0, **dict.fromkeys(["lr", *columns], 0.5)}
         files.finish_epoch({**snapshot, "history": [row]}, panels(), 7.0, improved=True)
         files.path("predictions.png").touch()
     finally:

@@ -12,7 +12,7 @@ from utils.runs.checkpoint import CheckpointFolder
 from utils.runs.writer import RunFiles, Saving
 from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.system.signals import StopRequest
-from utils.training.classification import cross_entropy, evaluate
+from utils.training.classification import ClassificationMeter, cross_entropy, evaluate
 from utils.training.progress import Progress
 from utils.training.state import NonFiniteGuard
 
@@ -35,7 +35,7 @@ def test_an_epoch_equals_the_loop_written_out():
         losses.append(loss.item())
     for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    means = state.meter.means(state.meter.total())
+    means = state.meter.means()
     assert means["loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
 
 
@@ -106,7 +106,7 @@ def test_images_that_were_replaced_are_noted():
 def test_the_line_of_progress_has_the_means_so_far_and_the_rate(capsys):
     given = batches()
     state, _ = train(network(), given[:2])
-    means = state.meter.means(state.meter.total())
+    means = state.meter.means()
     train(network(), given, progress=Progress("epoch 3/8", 4, 6, 2))
     first, second = capsys.readouterr().out.splitlines()
     figures = f"loss {means['loss']:.4f}  top-1 {means['top1']:.2f} %"
@@ -169,11 +169,11 @@ def test_where_asking_would_wait_the_optimizer_skips_by_itself():
 
 
 def test_the_first_bad_step_is_the_one_named():
-    guard = NonFiniteGuard(CPU)
+    guard = NonFiniteGuard(CPU, "gradient norm")
     guard.wait = False
     optimizer = sgd(network(), fused=True)
     for step, value in enumerate([1.0, math.inf, 2.0, math.nan]):
-        guard.before_update(torch.tensor(value), step, optimizer, "gradient norm")
+        guard.before_update(torch.tensor(value), step, optimizer)
         assert float(optimizer.found_inf) == (0.0 if math.isfinite(value) else 1.0)
     with pytest.raises(UserError, match="the gradient norm of step 2"):
         guard.check()
@@ -182,7 +182,7 @@ def test_the_first_bad_step_is_the_one_named():
 def test_evaluation_counts_every_image_and_changes_nothing():
     net, given = network(0.5), [*batches(3), *batches(1, size=2)]
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    figures = evaluate(net, given, CPU, PLAIN)
+    figures = evaluate(net, given, ClassificationMeter(CPU, 3), PLAIN)
     net.eval()
     images = torch.cat([b.images for b in given])
     targets = torch.cat([b.targets for b in given])
@@ -202,7 +202,7 @@ def test_evaluation_leaves_when_asked_to_stop():
         seen.append(1)
         return len(seen) > 2
 
-    assert evaluate(network(), batches(), CPU, PLAIN, stop) is None
+    assert evaluate(network(), batches(), ClassificationMeter(CPU, 3), PLAIN, stop) is None
     assert len(seen) == 3
 
 
@@ -222,6 +222,6 @@ def test_loss_and_forward_run_in_the_given_context():
     def autocast():
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
-    evaluate(Notes(), batches(1), CPU, autocast)
+    evaluate(Notes(), batches(1), ClassificationMeter(CPU, 3), autocast)
     train(Notes(), batches(1), autocast=autocast)
     assert dtypes == [torch.bfloat16] * 2

@@ -10,8 +10,10 @@ from utils.runs.writer import RunFiles, Saving
 from utils.system.distributed import Votes
 from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.system.signals import StopRequest
-from utils.training.detection import LossMeter, StepRule, detect, train_one_epoch
+from utils.training.detection import LossMeter, detect, train_one_epoch
 from utils.training.detection_data import DetectionBatch
+from utils.training.detector import CHECKED
+from utils.training.optim import StepRule
 from utils.training.progress import Progress
 from utils.training.state import NonFiniteGuard, TrainingState
 
@@ -42,7 +44,7 @@ def batch_of(value):
 def run(network, values, scaler=NO_SCALER, saving=None, stop=None, progress=None, **recipe):
     """Trains from the third step of the second epoch on, which is the run's step 7."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
-    meter, guard = LossMeter(CPU, ("loss_a", "loss_b")), NonFiniteGuard(CPU)
+    meter, guard = LossMeter(CPU, ("loss_a", "loss_b")), NonFiniteGuard(CPU, CHECKED)
     state = TrainingState(network, optimizer, scaler, meter, guard, epoch=1, step=2)
     done = train_one_epoch(
         state,
@@ -64,7 +66,7 @@ def test_a_step_sums_the_losses_and_takes_the_steps_rate():
     assert done
     assert (state.epoch, state.step) == (1, 4)
     assert network.weight.item() == pytest.approx(-(3 * 1.0 * 7 + 3 * 2.0 * 8))
-    means = state.meter.means(state.meter.total())  # the second step's losses are of weight -21
+    means = state.meter.means()  # the second step's losses are of weight -21
     assert means == pytest.approx({"loss_a": -21.0, "loss_b": -42.0, "loss": -63.0})
 
 

@@ -20,7 +20,7 @@ from utils.training.detection import (
     is_better,
     panels,
     score,
-    val_columns,
+    validation_columns,
 )
 from utils.training.state import NonFiniteGuard, TrainingState
 
@@ -45,14 +45,14 @@ def new_state():
 def finish(state, ap, masks=True):
     state.meter.update({"a": torch.tensor(1.0), "b": torch.tensor(2.0)})
     evaluated = summaries(ap, masks)
-    row = state.row(0.1, val_columns(evaluated))
+    row = state.row(0.1, validation_columns(evaluated))
     improved = is_better(row, state.best)
     state.finish_epoch(row, improved, best_details(evaluated))
     return improved
 
 
 def test_columns_are_percent_and_minus_one_stays():
-    columns = val_columns(summaries(0.25))
+    columns = validation_columns(summaries(0.25))
     assert len(columns) == 24
     assert (columns["box_AP"], columns["mask_AP50"], columns["box_APl"]) == (25, 25, -1)
 

@@ -8,19 +8,26 @@ import torch
 from torch import nn
 
 import models
-from utils.config.detection import (
-    DetectionConfig,
-    DetectionDataSettings,
-    DetectionRecipe,
-    DetectionRun,
-    DetectorSettings,
-)
+from utils.config.detection import DetectionRecipe, DetectorSettings
+from utils.runs.resume import Start
 from utils.system.distributed import Context
 from utils.training import detector
-from utils.training.optim import load_optimizer_state, make_sgd, split
+from utils.training.optim import load_optimizer_state
+from utils.training.optim import make_optimizer as make
 
 CPU = torch.device("cpu")
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
+
+
+def make_sgd(network, lr, momentum, weight_decay, norm_decay=True):
+    return make("sgd", network, lr, momentum, weight_decay, norm_decay)
+
+
+def split(network):
+    """The parameters that decay, and those that do not."""
+    groups = make_sgd(network, 0.1, 0.9, 1e-4, norm_decay=False).param_groups
+    assert [group["weight_decay"] for group in groups] == [1e-4, 0.0]
+    return [group["params"] for group in groups]
 
 
 def names(network, parameters):
@@ -91,9 +98,8 @@ def uninitialised_is_nan():
 
 def make_optimizer(network, recipe):
     """Of a detector's run."""
-    parts = (DetectionDataSettings(), DetectorSettings(), DetectionRun())
-    config = DetectionConfig(recipe, *parts, typed={})
-    return detector.begin_state(network, config, None, Context(CPU)).optimizer
+    start = Start(None, None, None)
+    return detector.begin_state(network, recipe, DetectorSettings(), start, Context(CPU)).optimizer
 
 
 SGDS = {
@@ -122,13 +128,13 @@ def test_a_first_step_that_overflows_leaves_no_trace(kind, uninitialised_is_nan)
 
 def test_the_first_step_is_the_same_as_without_a_momentum_to_begin_with():
     after = []
-    for make in (
+    for begin in (
         SGDS["classification"],
         lambda n: torch.optim.SGD(n.parameters(), 0.02, 0.9, weight_decay=1e-4),
     ):
         torch.manual_seed(0)
         network = nn.Linear(5, 3)
-        optimizer = make(network)
+        optimizer = begin(network)
         for _ in range(3):
             optimizer.zero_grad()
             network(torch.ones(4, 5)).square().mean().backward()

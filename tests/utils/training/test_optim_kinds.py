@@ -6,16 +6,14 @@ import math
 import pytest
 import torch
 from helpers.kill_driver import same
-from helpers.small_epochs import config_of, train
+from helpers.small_epochs import begin_state, train
 from helpers.tiny_runs import run_of
 from torch import nn
 
 from utils.config.classification import OPTIMIZERS, Recipe
 from utils.data.loader import Batch
 from utils.runs import checkpoint
-from utils.system.distributed import Context
 from utils.system.errors import EXIT_NON_FINITE, UserError
-from utils.training.classifier import begin_state
 from utils.training.optim import make_optimizer
 from utils.training.state import NonFiniteGuard, TrainingState
 
@@ -58,8 +56,7 @@ def test_every_optimizer_is_taken_up_bit_for_bit(kind, fp16, tmp_path):
 
     def begin() -> TrainingState:
         recipe = Recipe("x", 1, 4, 0.01, 0.9, 1e-2, "step", norm_decay=False, optimizer=kind)
-        config = config_of(recipe, amp="fp16" if fp16 else "off")
-        return begin_state(small_network(), config, None, Context(torch.device("cpu")))
+        return begin_state(small_network(), recipe, "fp16" if fp16 else "off")
 
     def go_on(state: TrainingState, first: int, last: int) -> None:
         for step in range(first, last):
@@ -90,10 +87,7 @@ def test_a_loss_that_is_not_finite_reaches_no_weight(kind, clip_grad):
     recipe = Recipe("x", 1, 4, 0.01, 0.9, 1e-2, "step", optimizer=kind, clip_grad=clip_grad)
     good = Batch(torch.randn(6, 4), torch.arange(6) % 3, ())
     bad = Batch(torch.full((6, 4), math.nan), torch.arange(6) % 3, ())
-    states = [
-        begin_state(small_network(), config_of(recipe), None, Context(torch.device("cpu")))
-        for _ in range(2)
-    ]
+    states = [begin_state(small_network(), recipe) for _ in range(2)]
     for state in states:
         train(state.network, [good], state=state, clip_grad=clip_grad)
     with pytest.raises(UserError, match="of step 2 is not a finite number") as caught:
@@ -111,5 +105,5 @@ def test_on_a_gpu_an_optimizer_without_a_fused_kernel_waits(kind, waits):
     guard = NonFiniteGuard(torch.device("cpu"))
     guard.wait = False  # as on a GPU
     with pytest.raises(UserError) if waits else contextlib.nullcontext():
-        guard.before_update(torch.tensor(math.nan), 0, optimizer, "loss")
+        guard.before_update(torch.tensor(math.nan), 0, optimizer)
     assert getattr(optimizer, "found_inf", 0) == (not waits)

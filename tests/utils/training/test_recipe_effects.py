@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from helpers.small_epochs import config_of, train
+from helpers.small_epochs import begin_state, train
 
 import models
 from models.eca_resnet import BasicBlock, ResNet
@@ -15,9 +15,9 @@ from utils.data.image_folder import ImageFolder
 from utils.data.loader import Batch
 from utils.data.transforms import eval_transform, train_transform
 from utils.system.distributed import Context
-from utils.training.classification import StepRule, binary_cross_entropy
+from utils.training.classification import Objective, binary_cross_entropy
 from utils.training.classification_data import TrainingData
-from utils.training.classifier import begin_state
+from utils.training.optim import StepRule
 
 CONTEXT = Context(torch.device("cpu"))
 IMAGES = ImageFolder("x", ("a", "b"), np.array([b"x"] * 20_000), np.arange(20_000) % 2)
@@ -34,8 +34,8 @@ def picture() -> torch.Tensor:
     return torch.randint(256, (3, 120, 160), dtype=torch.uint8)
 
 
-def rule_of(recipe: Recipe, steps: int, outputs: int) -> StepRule:
-    return StepRule.of(config_of(recipe), steps, 1, DATA, outputs, CONTEXT)
+def aim_of(recipe: Recipe, outputs: int) -> Objective:
+    return Objective.of(recipe, outputs, None, CONTEXT.device)
 
 
 def what_a_run_sees(recipe: Recipe) -> list[torch.Tensor]:
@@ -53,8 +53,7 @@ def what_a_run_sees(recipe: Recipe) -> list[torch.Tensor]:
     torch.manual_seed(6)
     images = [torch.as_tensor(augment(image)) for _ in range(4)]
     evaluated = eval_transform(recipe.img_size, recipe.crop_pct)(image)
-    rule = rule_of(recipe, order.steps, 5)
-    rates = [rule.lr_at(step) for step in range(0, 90 * order.steps, 7)]
+    rates = [recipe.lr_at(step, order.steps) for step in range(0, 90 * order.steps, 7)]
     return [*keys, *images, torch.as_tensor(evaluated), torch.tensor(rates)]
 
 
@@ -65,12 +64,18 @@ def what_three_steps_do(recipe: Recipe) -> list[torch.Tensor]:
     network.layer3, network.layer4 = torch.nn.Identity(), torch.nn.Identity()
     network.fc = torch.nn.Linear(128, 5)
     models.set_drop_path(network, recipe.drop_path)
-    state = begin_state(network, config_of(recipe), None, CONTEXT)
+    state = begin_state(network, recipe)
     state.begin(5)
     torch.manual_seed(1)
     images = torch.randn(3, 4, 3, 16, 16)
     batches = [Batch(x, torch.randint(5, (4,)), ()) for x in images]
-    train(network, batches, state=state, rule=rule_of(recipe, 2, 5))
+    train(
+        network,
+        batches,
+        state=state,
+        rule=StepRule.of(recipe, 2, 1, "off", CONTEXT),
+        aim=aim_of(recipe, 5),
+    )
     state.evaluated.eval()
     with torch.inference_mode():
         return [*(p.clone() for p in network.parameters()), state.evaluated(images[0])]
@@ -109,7 +114,7 @@ def test_what_a1_s_smoothing_does():
     """It moves the threshold from 0.2 to 0.2 / 0.9, and so two shares of a mixed image apart."""
     a1 = PAPER.override(**RECIPES["a1"])
     smoothed, plain = (
-        rule_of(recipe, 1, 1000).loss_fn for recipe in (a1, a1.override(label_smoothing=0.0))
+        aim_of(recipe, 1000).loss for recipe in (a1, a1.override(label_smoothing=0.0))
     )
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 1000), torch.arange(4)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.small_epochs import config_of
+from helpers.small_epochs import begin_state
 from helpers.tiny_runs import run_of
 from torch import nn
 
@@ -19,7 +19,6 @@ from utils.training.classification import (
     is_better,
     validation_columns,
 )
-from utils.training.classifier import begin_state
 from utils.training.state import NonFiniteGuard, TrainingState, WeightAverage
 
 CPU = torch.device("cpu")
@@ -36,7 +35,7 @@ def fresh(momentum=0.9, weight_decay=1e-4, rank=0, fp16=False, ema=0.0):
         network,
         optimizer,
         scaler,
-        ClassificationMeter(CPU),
+        ClassificationMeter(CPU, 2),
         NonFiniteGuard(CPU),
         rank,
         average=WeightAverage(network, ema) if ema else None,
@@ -151,7 +150,7 @@ def test_momentum_is_taken_up_in_this_run_s_memory_format():
         torch.manual_seed(0)
         network = nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
         recipe = Recipe("x", 1, 4, lr=0.1, momentum=0.9, weight_decay=0.0, schedule="step")
-        return begin_state(network, config_of(recipe), None, Context(CPU))
+        return begin_state(network, recipe)
 
     def step(state):
         state.optimizer.zero_grad()
@@ -207,7 +206,7 @@ def test_a_ruined_state_is_never_written():
     state = fresh()
     state.guard.wait = False  # as on a GPU, where the flag is looked at later
     state.optimizer.defaults["fused"] = True
-    state.guard.before_update(torch.tensor(math.nan), 3, state.optimizer, "loss")
+    state.guard.before_update(torch.tensor(math.nan), 3, state.optimizer)
     with pytest.raises(UserError) as caught:
         state.snapshot()
     assert caught.value.exit_code == EXIT_NON_FINITE
@@ -278,12 +277,12 @@ def test_a_fresh_state_is_the_recipe_s():
         arch="x", epochs=1, batch_size=4, lr=0.3, momentum=0.8, weight_decay=0.01, schedule="step"
     )
     network = nn.Linear(3, 2)
-    state = begin_state(network, config_of(recipe), None, Context(CPU))
+    state = begin_state(network, recipe)
     assert state.evaluated is network
     assert len(state.optimizer.param_groups) == 1
     assert not state.scaler.is_enabled()
     modern = recipe.override(ema=0.9, norm_decay=False)
-    state = begin_state(network, config_of(modern, amp="fp16"), None, Context(CPU, 1, 2))
+    state = begin_state(network, modern, "fp16", Context(CPU, 1, 2))
     assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.01, 0]
     assert [group["momentum"] for group in state.optimizer.param_groups] == [0.8, 0.8]
     assert state.average.decay == 0.9

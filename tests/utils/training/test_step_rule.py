@@ -26,7 +26,7 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole(parts):
     states = [train(whole, batches())[0], train(accumulated, batches(), accumulate=parts)[0]]
     for a, b in zip(whole.parameters(), accumulated.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    one, other = (state.meter.means(state.meter.total()) for state in states)
+    one, other = (state.meter.means() for state in states)
     assert one == pytest.approx(other, rel=1e-6)
     assert states[0].meter.sums[3] == states[1].meter.sums[3] == 24
 
@@ -121,7 +121,7 @@ def test_of_mixed_images_the_class_with_the_larger_share_counts():
         logits = net(given[0].images)
     state, _ = train(net, given, mix=halves, loss_fn=partial(cross_entropy, label_smoothing=0.1))
     soft = 0.9 * halves(None, given[0].targets)[1] + 0.1 / 3
-    figures = state.meter.means(state.meter.total())
+    figures = state.meter.means()
     assert figures["loss"] == pytest.approx(
         -(soft * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-6
     )
