@@ -327,7 +327,7 @@ class RunLogger:
                 begins = SessionLog(status=SessionLog.START)
                 events.append(Event(wall_time=now, step=self.purge, session_log=begins))
         for row in history[self.in_events :]:
-            values = {name.replace("_", "/", 1): row[name] for name in columns}
+            values = {name.replace("_", "/", 1): row[name] for name in columns if name in row}
             if row is history[-1]:
                 values["train/images_per_second"] = speed
             summary = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
@@ -377,7 +377,7 @@ def draw_curves(
     title: str,
     best: int | None = None,
 ) -> None:
-    """Draws up to four panels over epochs, as one PNG. Values below 0 stand for "none".
+    """Draws the panels over epochs, as one PNG. Values below 0 stand for "none".
 
     Args:
         best: the epoch, from 0, that is marked as the best.
@@ -387,7 +387,8 @@ def draw_curves(
     from utils.system.style import png, styled
 
     with styled() as plt:
-        figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
+        rows = -(-len(panels) // 2)
+        figure, axes = plt.subplots(rows, 2, figsize=(9, 3.3 * rows), layout="constrained")
         for axis, panel in zip(axes.flat, panels, strict=False):
             shown = [
                 value
@@ -411,8 +412,9 @@ def draw_curves(
 
 def _draw_curve(axis: Any, panel: Panel, curve: Curve, history: Sequence[Row]) -> list[float]:
     """Draws one column of the history, and returns its finite values."""
-    points = [(row["epoch"] + 1, row[curve.column]) for row in history]
-    points = [point for point in points if not point[1] < 0]  # keeps what is no number
+    # Epochs of an earlier version lack later columns; what is no number stays.
+    own = [row for row in history if curve.column in row and not row[curve.column] < 0]
+    points = [(row["epoch"] + 1, row[curve.column]) for row in own]
     if points:
         label = curve.label and f"{curve.label} {panel.last.format(points[-1][1])}"
         axis.plot(*zip(*points, strict=True), "o-", ms=3, color=curve.colour, label=label)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers.tiny_runs import tiny_run
+from PIL import Image
 
 from utils.runs import writer
 from utils.runs.folder import FolderLock
@@ -118,3 +119,17 @@ def test_without_a_best_epoch_there_is_no_checkpoint_to_evaluate(place):
     assert lines[0] == "done: best top-1 50.00 %, top-5 99.00 % (epoch 3)"
     assert lines[1].endswith(f"main.py -e --resume {place}/best.pth DATA")
     files.close()
+
+
+def test_a_later_figure_is_drawn_beside_epochs_that_lack_it(place):
+    """A run that an earlier version began, and a fifth panel."""
+    early = {"epoch": 0, "lr": 0.1, "val_top1": 3.0}
+    curves = tuple(writer.Curve(name, name) for name in ("val_top1", "val_f1"))
+    diagrams = [writer.Panel("x", "y", curves)] * 5
+    logger = writer.RunLogger(place, "net")
+    logger.log([early], diagrams, 1.0)
+    logger.log([early, {**early, "epoch": 1, "val_f1": 2.0}], diagrams, 1.0)
+    assert (place / "metrics.csv").read_text().splitlines()[1:] == ["1,0.1,3.0,", "2,0.1,3.0,2.0"]
+    with Image.open(place / "curves.png") as picture:
+        assert picture.size == (990, 1089)
+    assert not logger.warned
