@@ -49,7 +49,10 @@ def feature_maps(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def attention_layers(network: nn.Module) -> list[AttentionLayer]:
-    """Returns a network's attention layers, first to last; an empty list if it has none."""
+    """Returns the layers that weigh whole channels, see `gate`, first to last.
+
+    An attention of another kind, with weights for positions, is not among them.
+    """
     found = []
     if isinstance(network, ResNet):
         for stage, name in enumerate(feature_maps(network), 1):
@@ -57,7 +60,7 @@ def attention_layers(network: nn.Module) -> list[AttentionLayer]:
                 if block.slot:
                     layer = getattr(block, block.slot)
                     found.append(AttentionLayer(f"{name}.{i}.{block.slot}", stage, i + 1, layer))
-        return found
+        return [entry for entry in found if isinstance(entry.layer, ECALayer | _Gate)]
     features = _mobilenet(network).features
     for i, stage in enumerate(STAGE_OF_BLOCK):
         inside = cast(InvertedResidual, features[i + 1]).conv
@@ -66,7 +69,7 @@ def attention_layers(network: nn.Module) -> list[AttentionLayer]:
             block = i - STAGE_OF_BLOCK.index(stage) + 1
             name = f"features.{i + 1}.conv.{last}"
             found.append(AttentionLayer(name, stage + 1, block, inside[last]))
-    return found
+    return [entry for entry in found if isinstance(entry.layer, ECALayer | _Gate)]
 
 
 def gate(layer: nn.Module, x: Tensor) -> Tensor:

@@ -57,6 +57,10 @@ def test_layers_are_found_where_they_stand(name):
 def test_a_plain_network_has_none():
     for name in ("resnet18", "mobilenetv2"):
         assert attention_layers(create_model(name, num_classes=2)) == []
+    network = create_model("eca_resnet18", num_classes=2)
+    for block in (*network.layer1, *network.layer3):
+        block.eca = nn.Identity()  # as one that weighs positions, not channels
+    assert {entry.stage for entry in attention_layers(network)} == {2, 4}
     for function in (attention_layers, feature_maps):
         with pytest.raises(ValueError, match=r"a network of models\.MODELS is wanted"):
             function(nn.Linear(2, 2))
