@@ -11,17 +11,19 @@ Examples:
 
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
 
 import torch
 
-from models import MODELS, attention, create_model
+from models import MODELS, create_model
 from utils.command_line.parser import Parser
-from utils.config.classification import ClassificationRun
+from utils.config.classification import ClassificationRun, NetworkSettings
 from utils.config.flags import flags_of, number
 from utils.inspection import published
+from utils.inspection.cost import Cost, count_cost
 from utils.inspection.cost_tables import (
     Report,
     classification_table,
@@ -32,6 +34,7 @@ from utils.inspection.cost_tables import (
     layer_table,
     list_text,
     network_table,
+    plain_name,
     size_text,
 )
 from utils.system.errors import UserError, as_user_error
@@ -39,7 +42,6 @@ from utils.system.faults import run_script
 from utils.system.text import did_you_mean, paragraphs
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
-ATTENTION_LAYERS = tuple({type(a.build(16, 3)) for a in attention.ATTENTIONS.values() if a})
 PIXELS = number(int, 1, 8192)
 
 
@@ -76,6 +78,7 @@ def build_parser() -> Parser:
         help="outputs of the last layer (default: 1000; detectors: COCO's, 81 with background,"
         " 80 for retinanet)",
     )
+    flags_of(NetworkSettings)["attention"].add_to(parser, "attention", None)
     flags_of(ClassificationRun)["list_models"].add_to(parser, "list_models", None)
     parser.add_argument("--per-layer", action="store_true", help="list every layer (with -a)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -104,6 +107,7 @@ def check_flags(flags: argparse.Namespace) -> None:
     if not (flags.all or flags.arch):
         raise UserError("give a network, such as -a eca_resnet50, or --all for a table")
     single = [("--ksize", flags.ksize), ("--per-layer", flags.per_layer), ("-b", flags.backbone)]
+    single += [("--attention", "attention" in flags)]
     for flag, given in single:
         if flags.all and given:
             raise UserError(f"{flag} is for one network: give -a NAME instead of --all")
@@ -117,25 +121,32 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UserError("--per-layer is for a classification network: give a detector without it")
 
 
-def build(create: Callable[..., torch.nn.Module], *settings) -> torch.nn.Module:
+def build(create: Callable[..., torch.nn.Module], *settings, **more) -> torch.nn.Module:
     """Returns the network on `meta`, without memory: counting needs shapes only."""
     with as_user_error(), torch.device("meta"):
-        return create(*settings)
+        return create(*settings, **more)
 
 
 def count(
     arch: str, backbone: str | None, size: tuple[int, int], flags: argparse.Namespace
 ) -> Report:
     """Counts a classifier, or a detector on a backbone."""
+    kind = {"attention": flags.attention} if "attention" in flags else {}
     if arch not in DETECTORS:
-        network = build(create_model, arch, flags.ksize, flags.num_classes or 1000)
-        printed = published.IMAGENET.get(network.arch)
-        return classifier_report(network, size, ATTENTION_LAYERS, printed)
+        classes = flags.num_classes or 1000
+        network = build(create_model, arch, flags.ksize, classes, **kind)
+        return classifier_report(network, size, plain_cost(plain_name(network.arch), classes, size))
     from models.detection.detectors import FIRST_LABEL, create_detector  # torchvision, only here
 
-    network = build(create_detector, arch, backbone, flags.ksize, flags.num_classes)
-    printed = published.COCO.get((arch, backbone))
-    return detector_report(network, size, ATTENTION_LAYERS, printed, FIRST_LABEL[arch])
+    network = build(create_detector, arch, backbone, flags.ksize, flags.num_classes, **kind)
+    plain = build(create_detector, arch, backbone, None, flags.num_classes, attention="none")
+    return detector_report(network, size, plain, FIRST_LABEL[arch])
+
+
+@functools.cache
+def plain_cost(arch: str, num_classes: int, size: tuple[int, int]) -> Cost:
+    """Counts a network without attention, once for all that have one."""
+    return count_cost(build(create_model, arch, None, num_classes), (1, 3, *size))
 
 
 def show_progress(text: str) -> None:

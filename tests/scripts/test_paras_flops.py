@@ -140,6 +140,31 @@ def test_options_change_what_is_counted(run):
     assert "layers" not in report
 
 
+# attention of ResNet-50: parameters by its formula for C channels, and those published
+BY_FORMULA = {
+    "se": (lambda c: 2 * c * (c // 16), "26.77M"),
+    "se_var2": (lambda c: c, None),
+    "se_var3": (lambda c: c * c, None),
+    "eca_ns": (lambda c: 3 * c, None),
+}
+
+
+@pytest.mark.parametrize("kind", BY_FORMULA)
+def test_another_attention(run, kind):
+    formula, theirs = BY_FORMULA[kind]
+    ksize = ["--ksize", "3333"] if kind == "eca_ns" else []
+    code, out, _ = run("-a", "eca_resnet50", "--attention", kind, "--json", *ksize)
+    report = json.loads(out)
+    expected = sum(n * formula(c) for c, n in ((256, 3), (512, 4), (1024, 6), (2048, 3)))
+    assert (code, report["attention"]["name"]) == (0, kind)
+    assert report["attention"]["parameters"] == expected == report["parameters"] - 25_557_032
+    assert (report["published"] or {}).get("params") == theirs
+    assert report["agrees"] is (theirs and True)
+    _, out, _ = run("-a", "mask_rcnn", "--attention", kind, *ksize)
+    assert out.startswith(f"mask_rcnn on eca_resnet50 with attention {kind}")
+    assert f"{expected:,}" in out
+
+
 @pytest.mark.parametrize(
     "words", [["--ksize", "3333"], ["--img-size", "192"], ["--num-classes", "999"]]
 )
@@ -229,6 +254,8 @@ def test_the_script_knows_every_detector():
         ("-a resnet50 --imgsize 32", "did you mean --img-size"),
         ("--all --ksize 3333", "give -a NAME instead of --all"),
         ("--all --per-layer", "give -a NAME instead of --all"),
+        ("--all --attention se", "give -a NAME instead of --all"),
+        ("-a resnet18 --attention sa", "unknown attention 'sa'"),
         ("--detectors", "goes with --all"),
         ("-a resnet18 -b resnet50", "-b is for a detector"),
         ("-a mask_rcnn -b mobilenetv2", "such as eca_resnet50"),

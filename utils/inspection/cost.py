@@ -69,21 +69,6 @@ class Cost:
         """Returns what thop of mid-2019 showed: the sum in single precision, 24 bits."""
         return int(torch.tensor(self.mid_2019, dtype=torch.float32).item())
 
-    def share(self, network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> "Cost":
-        """Returns the part of this cost that lies in the modules of `kinds` and in what they
-        contain.
-        """
-        parts = {name: m for name, m in network.named_modules() if isinstance(m, kinds)}
-        inside = tuple(f"{name}." for name in parts)
-        layers = [layer for layer in self.layers if f"{layer.name}.".startswith(inside)]
-        return Cost(
-            params=sum(count_parameters(m) for m in parts.values()),
-            mid_2019=sum(layer.mid_2019 for layer in layers),
-            thop_today=sum(layer.thop_today for layer in layers),
-            multiply_adds=sum(layer.multiply_adds for layer in layers),
-            layers=layers,
-        )
-
 
 def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())

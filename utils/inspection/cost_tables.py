@@ -11,6 +11,7 @@ from torch import nn
 from models import create_model, list_models
 from utils.inspection.cost import (
     CONVENTIONS,
+    Cost,
     count_cost,
     count_parameters,
     detection_macs,
@@ -22,7 +23,14 @@ from utils.inspection.cost import (
     titles,
     trainable_parameters,
 )
-from utils.inspection.published import COCO_SIZE, IMAGENET, IMAGENET_SIZE, Published
+from utils.inspection.published import (
+    COCO,
+    COCO_SIZE,
+    IMAGENET,
+    IMAGENET_SIZE,
+    WITH_ATTENTION,
+    Published,
+)
 from utils.system.errors import UserError
 from utils.system.text import columns, ksize_text, paragraphs
 
@@ -35,19 +43,21 @@ Legend = Sequence[tuple[str, str]]
 Size = tuple[int, int]  # height, width
 
 
-def classifier_report(
-    network: Any, size: Size, attention: tuple[type[nn.Module], ...], printed: Published | None
-) -> Report:
+def classifier_report(network: Any, size: Size, plain: Cost) -> Report:
     """Counts a classifier on one image.
+
+    Published figures stand beside ours where they are for the same attention, kernel sizes, image
+    and classes.
 
     Args:
         network: on `meta`.
-        attention: its layers are reported as a share, without their sigmoid and product.
-        printed: the published figures of an `arch` by that name. They stand beside ours where they
-            are for the same kernel sizes, image and classes.
+        plain: of the same network without attention; what it lacks is the attention's share, but
+            for products and other functions, which most conventions leave out.
     """
-    cost = count_cost(network, (1, 3, *size))
-    share = cost.share(network, attention)
+    cost = plain if network.attention == "none" else count_cost(network, (1, 3, *size))
+    printed = IMAGENET.get(network.arch)
+    if network.attention != own_attention(network.arch):
+        printed = WITH_ATTENTION.get((plain_name(network.arch), network.attention))
     if (network.num_classes, size) != (1000, IMAGENET_SIZE):
         printed = None
     return {
@@ -55,34 +65,45 @@ def classifier_report(
         **_beside(network, size, format_params(cost.params), format_flops(cost.mid_2019), printed),
         "parameters": cost.params,
         "flops": {name: getattr(cost, name) for name in COUNTS},
-        "attention": {"parameters": share.params}
-        | {name: getattr(share, name) for name in CONVENTIONS},
+        "attention": {"name": network.attention, "parameters": cost.params - plain.params}
+        | {name: getattr(cost, name) - getattr(plain, name) for name in CONVENTIONS},
         "thop_version": thop_version(),
         "layers": [asdict(layer) for layer in cost.layers],
     }
 
 
-def detector_report(
-    network: Any,
-    size: Size,
-    attention: tuple[type[nn.Module], ...],
-    printed: Published | None,
-    first_label: int,
-) -> Report:
-    """Counts a detector on one image, by the rule of the COCO table; see `classifier_report`."""
+def own_attention(arch: str) -> str:
+    """Returns the attention that a network's name says."""
+    return next((kind for kind in ("eca", "se") if arch.startswith(f"{kind}_")), "none")
+
+
+def plain_name(arch: str) -> str:
+    """Returns the name of the same network without attention: resnet50 of eca_resnet50."""
+    return arch.removeprefix("eca_").removeprefix("se_")
+
+
+def detector_report(network: Any, size: Size, plain: nn.Module, first_label: int) -> Report:
+    """Counts a detector on one image, by the rule of the COCO table.
+
+    Args:
+        network: on `meta`.
+        plain: the same one without attention.
+    """
+    printed = COCO.get((network.arch, network.backbone_arch))
     trainable, flops = trainable_parameters(network), published_detection_flops(network, size)
-    if (network.num_classes - first_label, size) != (80, COCO_SIZE):
+    theirs = (80, COCO_SIZE, "eca")
+    if (network.num_classes - first_label, size, network.attention) != theirs:
         printed = None
     units = format_params(trainable, base=1000), format_flops(flops, base=1000)
-    layers = [module for module in network.modules() if isinstance(module, attention)]
+    total = count_parameters(network)
     return {
         "network": f"{network.arch} {network.backbone_arch}",
         "detector": network.arch,
         "backbone": network.backbone_arch,
         **_beside(network, size, *units, printed),
-        "parameters": count_parameters(network),
+        "parameters": total,
         "trainable_parameters": trainable,
-        "attention": {"parameters": sum(map(count_parameters, layers))},
+        "attention": {"name": network.attention, "parameters": total - count_parameters(plain)},
         "flops": {"published_rule": flops, "multiply_adds": detection_macs(network, size)},
     }
 
@@ -186,6 +207,9 @@ def _table(reports: Sequence[Report], rows: list[list[str]], entries: Legend, **
 
 def _one(report: Report, name: str, rows: list[list[str]], entries: Legend) -> str:
     """Returns the text of a single network: heading, table, whether it agrees, and the legend."""
+    kind = report["attention"]["name"]
+    if kind != own_attention(report["network"].split()[-1]):
+        name += f" with attention {kind}"
     ksize = f", ksize {ksize_text(report['ksize'])}" if report["ksize"] else ""
     setting = f"One image of 3x{size_text(report['input'])}, {report['num_classes']} classes."
     verdict = disagreements([report])
@@ -218,7 +242,7 @@ def classification_table(reports: Sequence[Report]) -> str:
     counted = "parameters, and FLOPs by the rule of thop mid-2019, in the same units"
     entries = [
         *_published_legend("M = 2^20, G = 2^30", "network", counted),
-        ("attention", "parameters of the ECA or SE layers, part of all"),
+        ("attention", "parameters of the attention layers, part of all"),
         *_conventions(),
     ]
     size, classes = size_text(reports[0]["input"]), reports[0]["num_classes"]
@@ -277,7 +301,7 @@ OF_DETECTORS = (
         "trainable",
         "parameters, the affine part of BatchNorm among them, without the frozen stem and layer1",
     ),
-    ("attention", "parameters of the ECA or SE layers, frozen ones too"),
+    ("attention", "parameters of the attention layers, frozen ones too"),
     (
         "published rule",
         "FLOPs: MACs, 1 per output for a bias of a convolution, 2 per element of a BatchNorm, 1 of"

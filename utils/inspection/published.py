@@ -59,6 +59,19 @@ IMAGENET = {
     "mobilenetv2": Published("3.34M", None, None, PAPER),
 }
 
+WITH_ATTENTION = {  # Table 3 of the paper: (plain network, --attention)
+    ("resnet50", "se"): IMAGENET["se_resnet50"],
+    ("resnet50", "timm:cbam"): Published("26.77M", None, None, PAPER),
+    ("resnet50", "timm:gc"): Published(
+        "28.08M",
+        None,
+        None,
+        PAPER,
+        "published is 10^6, of blocks that add, reduce 16 times and stand in the last three stages;"
+        " timm's multiplies, reduces 8 times and stands here in every block",
+    ),
+}
+
 COCO = {  # (detector, backbone): parameters are the trainable ones
     ("faster_rcnn", "eca_resnet50"): Published("41.53M", "207.18G", (5, 5, 5, 5), AUTHORS),
     ("faster_rcnn", "eca_resnet101"): Published("60.52M", "283.32G", (3, 3, 5, 7), AUTHORS),

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from models import create_model
-from models.eca_module import ECALayer
 from utils.inspection.cost import (
     count_cost,
     count_parameters,
@@ -18,6 +17,7 @@ from utils.inspection.cost import (
     multiply_adds,
     thop_today,
 )
+from utils.inspection.cost_tables import classifier_report
 from utils.system.errors import UserError
 
 # Network, ksize: thop of mid-2019 as it printed, thop 0.1.1. Published digits follow from these.
@@ -139,26 +139,20 @@ def test_a_count_does_not_depend_on_the_mode():
 
 
 def test_the_share_of_the_eca_layers():
-    network = on_meta("eca_resnet50", ksize="3557")
-    cost = count_cost(network, (1, 3, 224, 224))
-    share = cost.share(network, (ECALayer,))
+    bare = count_cost(on_meta("resnet50"), (1, 3, 224, 224))
+    report = classifier_report(on_meta("eca_resnet50", ksize="3557"), (224, 224), bare)
+    share = report["attention"]
     blocks = ((256, 56, 3, 3), (512, 28, 5, 4), (1024, 14, 5, 6), (2048, 7, 7, 3))
     convolutions = sum(c * k * n for c, _, k, n in blocks)
     pools = sum(c * (side * side + 1) * n for c, side, _, n in blocks)
-    assert share.params == 80
-    assert share.multiply_adds == convolutions
-    assert share.mid_2019 == share.thop_today == convolutions + pools
-    bare = count_cost(on_meta("resnet50"), (1, 3, 224, 224))
-    assert cost.params - bare.params == share.params
-    assert cost.mid_2019 - bare.mid_2019 == share.mid_2019
-    assert cost.thop_today - bare.thop_today == share.thop_today
-    assert cost.multiply_adds - bare.multiply_adds == share.multiply_adds
+    assert (share["name"], share["parameters"]) == ("eca", 80)
+    assert share["multiply_adds"] == convolutions
+    assert share["mid_2019"] == share["thop_today"] == convolutions + pools
 
 
 def test_a_network_without_parameters():
     cost = count_cost(nn.Sequential(nn.ReLU()), (1, 3, 4, 4))
     assert (cost.params, cost.mid_2019, cost.thop_today, cost.multiply_adds) == (0, 48, 0, 0)
-    assert cost.share(nn.Sequential(), (ECALayer,)).params == 0
 
 
 def test_frozen_parameters_are_counted():
