@@ -234,6 +234,8 @@ def refuse_flags(config: Config) -> None:
     """
     recipe, run, network = config.recipe, config.run, config.network
     without_effect(config.typed, config.values(), FLAGS)
+    if config.run.log and not config.run.evaluate:
+        require((config.run.log,), f"--log {config.run.log}", config.run.log)
     if network.fast and config.typed.get("fused") is False:
         raise UserError("--no-fused does nothing with --fast: leave it out")
     if network.identity_start and run.resume not in (None, AUTO):

@@ -13,7 +13,7 @@ from utils.runs import folder as runs
 from utils.runs import resume
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.resume import Start
-from utils.system.errors import UserError, as_user_error
+from utils.system.errors import UserError, as_user_error, require
 from utils.system.processes import default_workers
 from utils.training import detector
 
@@ -79,6 +79,8 @@ def refuse_flags(config: DetectionConfig) -> None:
         UserError: one line with the flags.
     """
     without_effect(config.typed, config.values(), FLAGS)
+    if config.run.log and not config.run.evaluate:
+        require((config.run.log,), f"--log {config.run.log}", config.run.log)
     if config.network.backbone_weights and config.network.detector_weights:
         raise UserError(
             "--detector-weights holds a backbone's weights, too: leave --backbone-weights out"

@@ -223,6 +223,7 @@ def one_of(names: Sequence[str], what: str) -> Callable[[str], str]:
 
 
 AMP = ("off", "bf16", "fp16")
+TRACKERS = ("wandb", "mlflow")
 Own = TypeVar("Own", bound="BaseRecipe")
 
 
@@ -337,6 +338,11 @@ class RunSettings:
     save_minutes: float | None = run_flag(
         "--save-minutes", default=None, kind=positive_float, metavar="M", trains=True,
         help="the same, by the clock"
+    )
+    log: str | None = run_flag(
+        "--log", default=None, choices=TRACKERS, trains=True,
+        help="send the columns of metrics.csv there, too; offline, into the run folder, where "
+        "WANDB_MODE or MLFLOW_TRACKING_URI does not say otherwise"
     )
     seed: int | None = run_flag(
         "--seed", default=None, kind=number(int, 0, 2**63 - 1), first=True, trains=True,

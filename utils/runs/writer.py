@@ -23,6 +23,7 @@ from utils.runs import folder as run_folder
 from utils.runs.checkpoint import Checkpoint, CheckpointFolder, SavedRun
 from utils.runs.folder import FolderLock
 from utils.runs.resume import Start
+from utils.runs.trackers import Tracker
 from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically
@@ -83,6 +84,7 @@ class RunFiles:
         first_epoch: that this process will finish.
         saving: when checkpoints are due.
         saved: the run that this process goes on from, or None.
+        log: where else the figures go, see `Tracker`; None for nowhere.
 
     Raises:
         UserError: another process is writing to the folder, or has written to it since `saved` was
@@ -98,6 +100,7 @@ class RunFiles:
         first_epoch: int = 0,
         saving: Saving = Saving(),
         saved: SavedRun | None = None,
+        log: str | None = None,
     ):
         self.folder, self.fixed, self.saving = folder, fixed, saving
         self.saved_at = time.monotonic()
@@ -105,7 +108,7 @@ class RunFiles:
             self.lock = run_folder.FolderLock(folder)
             self.checkpoints = CheckpointFolder(folder)
             self._refuse_newer(saved)
-            self.title, self.first_epoch = title, first_epoch
+            self.title, self.first_epoch, self.log = title, first_epoch, log
             self.logger: RunLogger | None = None
 
     @classmethod
@@ -137,6 +140,7 @@ class RunFiles:
             first_epoch=state.epoch,
             saving=Saving(flags.save_every, flags.save_minutes),
             saved=start.run,
+            log=flags.log,
         )
         if run.lacks_best():
             state.best = {}
@@ -153,7 +157,11 @@ class RunFiles:
             if not self.checkpoints.last.exists():
                 self.save(snapshot)
             run_folder.write_json(self.path("args.json"), self.fixed)
-            self.logger = RunLogger(self.folder, self.title, self.first_epoch, self.lock)
+            tracker = None
+            if self.log is not None:
+                settings = {**self.fixed["args"], **self.fixed["recipe"]}
+                tracker = Tracker(self.log, self.folder, settings)
+            self.logger = RunLogger(self.folder, self.title, self.first_epoch, self.lock, tracker)
 
     def _refuse_newer(self, saved: SavedRun | None) -> None:
         """Refuses a folder to which another process has written since `saved` was read."""
@@ -248,6 +256,8 @@ class RunFiles:
     def close(self) -> None:
         """Lets another process write to the folder."""
         if self.folder is not None:
+            if self.logger is not None and self.logger.tracker is not None:
+                self.logger.tracker.close()
             self.lock.close()
 
 
@@ -263,6 +273,7 @@ class RunLogger:
     Args:
         first_epoch: of this process; from 0; TensorBoard forgets older events from there on.
         lock: of the folder, checked before each file; None for a folder without one.
+        tracker: gets the same values as TensorBoard, or None.
     """
 
     def __init__(
@@ -271,15 +282,16 @@ class RunLogger:
         title: str,
         first_epoch: int = 0,
         lock: FolderLock | None = None,
+        tracker: Tracker | None = None,
     ):
-        self.folder, self.title, self.lock = folder, title, lock
+        self.folder, self.title, self.lock, self.tracker = folder, title, lock, tracker
         self.warned: set[str] = set()  # files that could not be written, as has been said
         name = f"events.out.tfevents.{time.time():010.0f}.{os.uname().nodename}.{os.getpid()}"
         self.events = folder / name
         self.purge = first_epoch + 1 if first_epoch else 0
         # Also of a run that goes on elsewhere: the first file of a folder gets all epochs.
         is_new = not any(folder.glob("events.out.tfevents.*"))
-        self.in_events = 0 if is_new else first_epoch  # rows of the history
+        self.in_events = self.sent = 0 if is_new else first_epoch  # rows of the history
 
     def log(
         self,
@@ -306,11 +318,16 @@ class RunLogger:
             writer.writerows({**row, "epoch": int(row["epoch"]) + 1} for row in history)
             write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
         with self._said_once("TensorBoard's events"):
-            self._add_events(history, columns[1:], images_per_second)
+            self._add_events(history, images_per_second)
+        if self.tracker is not None:
+            with self._said_once(f"the log for {self.tracker.library}"):
+                for row in history[self.sent :]:
+                    self.tracker.send(*_scalars(row, images_per_second, row is history[-1]))
+                    self.sent += 1
         with self._said_once("curves.png"):
             draw_curves(history, panels, self.folder / "curves.png", self.title, best)
 
-    def _add_events(self, history: list[Row], columns: Sequence[str], speed: float) -> None:
+    def _add_events(self, history: list[Row], speed: float) -> None:
         """Adds epochs that TensorBoard's file lacks, and the images per second of the last one.
 
         In one write, without the thread of torch's SummaryWriter, which prints a traceback where a
@@ -327,11 +344,8 @@ class RunLogger:
                 begins = SessionLog(status=SessionLog.START)
                 events.append(Event(wall_time=now, step=self.purge, session_log=begins))
         for row in history[self.in_events :]:
-            values = {name.replace("_", "/", 1): row[name] for name in columns if name in row}
-            if row is history[-1]:
-                values["train/images_per_second"] = speed
+            step, values = _scalars(row, speed, row is history[-1])
             summary = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-            step = int(row["epoch"]) + 1
             events.append(Event(wall_time=now, step=step, summary=Summary(value=summary)))
         records = io.BytesIO()
         writer = RecordWriter(records)
@@ -368,6 +382,16 @@ class RunLogger:
                     file=sys.stderr,
                     flush=True,
                 )
+
+
+def _scalars(row: Row, speed: float, is_last: bool) -> tuple[int, dict[str, float]]:
+    """Returns an epoch's number, from 1, and its values by tag: train/loss, val/top1, lr, …
+
+    Args:
+        speed: images per second, which belongs to the last row alone.
+    """
+    values = {name.replace("_", "/", 1): row[name] for name in row if name != "epoch"}
+    return int(row["epoch"]) + 1, values | ({"train/images_per_second": speed} if is_last else {})
 
 
 def draw_curves(
