@@ -7,10 +7,10 @@ python -m tools.compare_runs runs/* --output results/digits
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import csv
 import io
-import itertools
 import json
 import math
-import shlex
+import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,9 +61,7 @@ class Run:
         With a validation loss that is not finite no epoch is the best.
         """
         deciding = (self.decides, "val_loss")
-        finite = [
-            row for row in self.history if all(math.isfinite(row.get(k, 0.0)) for k in deciding)
-        ]
+        finite = [r for r in self.history if all(math.isfinite(r.get(k, 0.0)) for k in deciding)]
         return max(finite or self.history, key=lambda row: row[self.decides])
 
 
@@ -85,15 +83,10 @@ def read_run(folder: Path) -> Run:
         settings |= {k: saved[k] for k in ("attention", "seed", "train_images") if k in saved}
         settings |= saved.get("model_kwargs") or {}
         settings |= first_weights(saved)
+        arch = "/".join(filter(None, (saved["arch"], saved.get("backbone"))))
         ksize = tuple(saved["ksize"]) if saved.get("ksize") else None
-        run = Run(
-            folder,
-            "/".join(filter(None, (saved["arch"], saved.get("backbone")))),
-            ksize,
-            saved["recipe"]["epochs"],
-            history,
-            {k: str(v) for k, v in settings.items() if k not in UNTOLD},
-        )
+        told = {k: str(v) for k, v in settings.items() if k not in UNTOLD}
+        run = Run(folder, arch, ksize, saved["recipe"]["epochs"], history, told)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; give folders of runs") from None
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -106,18 +99,14 @@ def read_run(folder: Path) -> Run:
 
 
 def first_weights(saved: dict) -> dict[str, str]:
-    """Returns where a run's first weights came from, as saved or as its command says."""
+    """Returns where a run's first weights came from, as saved or, of a detector, as its command
+    says.
+    """
     if saved.get("pretrained"):
         return {"pretrained": saved["pretrained"]}
     command = saved.get("environment", {}).get("command", "")
-    try:
-        words = shlex.split(command)
-    except ValueError:  # of a run from before commands were quoted
-        words = command.split()
-    pairs = [tuple(word.split("=", 1)) for word in words if "=" in word]
-    pairs += itertools.pairwise(words)
-    flags = {"--pretrained": "pretrained", "--backbone-weights": "backbone_weights"}
-    return {flags[flag]: value for flag, value in pairs if flag in flags}
+    pattern = r"--(pretrained|backbone-weights|detector-weights)[ =]('[^']*'|\S+)"
+    return {flag.replace("-", "_"): file for flag, file in re.findall(pattern, command)}
 
 
 def short_names(runs: Sequence[Run]) -> list[str]:
@@ -128,9 +117,9 @@ def short_names(runs: Sequence[Run]) -> list[str]:
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Returns {setting: its value in each run} for those that are not the same in all of them."""
-    known = dict.fromkeys(name for run in runs for name in run.settings)
-    values = {name: [run.settings.get(name, "-") for run in runs] for name in known}
-    return {name: found for name, found in values.items() if len(set(found)) > 1}
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    values = {name: [run.settings.get(name, "-") for run in runs] for name in names}
+    return {name: each for name, each in values.items() if len(set(each)) > 1}
 
 
 def result_rows(runs: Sequence[Run]) -> list[list[str]]:
@@ -153,18 +142,8 @@ def result_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 def csv_rows(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     """Returns the table as cells of a CSV file; what is no number is made safe for spreadsheets."""
-    return [
-        [value if value == "-" or is_number(value) else cell(value) for value in row]
-        for row in rows
-    ]
-
-
-def is_number(value: str) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
+    number = re.compile(r"-|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|-?inf")
+    return [[v if number.fullmatch(v) else cell(v) for v in row] for row in rows]
 
 
 def repeat_lines(runs: Sequence[Run]) -> list[str]:
@@ -174,17 +153,15 @@ def repeat_lines(runs: Sequence[Run]) -> list[str]:
         rest = tuple(sorted((k, v) for k, v in run.settings.items() if k != "seed"))
         groups.setdefault((run.arch, run.ksize, run.epochs, rest), []).append(run)
     lines = []
-    for (arch, ksize, *_), members in groups.items():
+    for members in groups.values():
         if len(members) > 1:
-            values = [run.best[run.decides] for run in members]
-            mean = sum(values) / len(values)
-            std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-            title = RESULTS[members[0].decides][0][0]
+            run, values = members[0], [run.best[run.decides] for run in members]
             seeds = {run.settings.get("seed") for run in members}
+            mean, std = statistics.mean(values), statistics.stdev(values)
             what = "seeds" if len(seeds) == len(members) else "runs"
             lines.append(
-                f"{arch} {ksize_text(ksize)}: {title} {mean:.2f} ± {std:.2f} over "
-                f"{len(values)} {what} ({', '.join(short_names(members))})"
+                f"{run.arch} {ksize_text(run.ksize)}: {RESULTS[run.decides][0][0]} {mean:.2f} ± "
+                f"{std:.2f} over {len(values)} {what} ({', '.join(short_names(members))})"
             )
     return lines
 
