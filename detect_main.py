@@ -25,7 +25,7 @@ from utils.data import demo_shapes
 from utils.data.coco_dataset import CocoDataset
 from utils.data.coco_eval import Result, write_results
 from utils.data.loader import check_readable, end_workers
-from utils.inspection.drawing import write_picture
+from utils.inspection.drawing import draw_first_batch, write_picture
 from utils.runs import folder as runs
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.resume import Start
@@ -98,6 +98,7 @@ def train(config: DetectionConfig, start: Start, context: Context, stop: StopReq
     record = detector.record_of(network, config, seed, data)
     name = f"{recipe.arch}_{recipe.backbone}"
     run = RunFiles.open(name, config.run, start, record, state, context)
+    run.draw("batch.png", partial(draw_first_batch, data.train, order, recipe.hflip))
     wrapped, every = distributed.wrap(network, context), config.run.print_freq
     votes, pace = Votes(context.votes), Pace()
 
@@ -127,8 +128,7 @@ def train(config: DetectionConfig, start: Start, context: Context, stop: StopReq
         context.say(detection.epoch_line(row, recipe.epochs, speed, improved))
 
     run.close()
-    if context.is_main:
-        say_farewell(state, run, data, results, config)
+    say_farewell(state, run, data, results, config)
     return 0
 
 
@@ -140,6 +140,8 @@ def say_farewell(
     config: DetectionConfig,
 ) -> None:
     """Says what came of a run, with a picture and the commands that a user wants next."""
+    if run.folder is None:  # not the main process
+        return
     picture = run.path("predictions.png")
     write_picture(picture, data.val.paths, data.val.masks, results)
     lines = [

@@ -35,6 +35,7 @@ from utils.training import classification, classifier
 from utils.training.classification import (
     ClassificationMeter,
     Objective,
+    draw_first_batch,
     evaluate,
     train_one_epoch,
 )
@@ -119,6 +120,7 @@ def train(config: Config, start: Start, context: Context, stop: StopRequest) -> 
     aim = Objective.of(recipe, network.num_classes, data.class_weights, device)
     record = classifier.record_of(network, config, seed, data, start)
     run = RunFiles.open(recipe.arch, config.run, start, record, state, context)
+    run.draw("batch.png", partial(draw_first_batch, data, order, rule, aim, loader, skip))
     wrapped = distributed.wrap(network, context, recipe.sync_bn)
     evaluated = distributed.data_parallel(state.evaluated, context)
     votes, pace, every = Votes(context.votes), Pace(), config.run.print_freq
@@ -133,7 +135,6 @@ def train(config: Config, start: Start, context: Context, stop: StopRequest) -> 
         speed, ended = progress.close(), time.perf_counter()
         state.share_buffers()
         run.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
-
         title = f"epoch {state.epoch + 1}/{recipe.epochs} val"
         progress = evaluation_progress(len(data.val), recipe.batch_size, every, context, title)
         ends, batches = partial(stop.on_main, context.is_main), watched(val_pass(), progress)
@@ -158,6 +159,12 @@ def say_farewell(
     state: TrainingState, run: RunFiles, data: TrainingData, config: Config, context: Context
 ) -> None:
     """Closes a run, and says what came of it and what a user wants next. Call on every rank."""
+    loader = classifier.loader_of(config.data, config.network, context)
+    amp, network = config.network.amp, state.evaluated
+    run.draw(
+        "predictions.png",
+        partial(classification.draw_predictions, network, data.val, config.recipe, amp, loader),
+    )
     run.close()
     early = state.epoch < config.recipe.epochs
     if early:

@@ -28,7 +28,6 @@ from utils.command_line.prediction_and_export import (
     settle_prediction,
 )
 from utils.data.decoding import read_image
-from utils.inspection.drawing import png
 from utils.inspection.exported_network import ExportedDetector, is_exported
 from utils.inspection.exported_network import load as load_exported
 from utils.inspection.predictions import (
@@ -47,7 +46,7 @@ from utils.inspection.predictions import (
 )
 from utils.runs import folder as run_folder
 from utils.runs.checkpoint import Checkpoint
-from utils.system import backends, distributed
+from utils.system import backends, distributed, style
 from utils.system.backends import DTYPES
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.faults import run_script
@@ -126,7 +125,6 @@ def predict_objects(
 ) -> int:
     """Runs a detector over the images, and draws on each what was found in it."""
     from models.detection.detectors import FIRST_LABEL
-    from utils.inspection import pictures  # matplotlib is slow to import
 
     if exported is not None:
         network, first_label = exported, exported.first_label
@@ -151,10 +149,10 @@ def predict_objects(
         drawn = picture(image, names, args.min_score)
         target = folder / "pictures" / png_name(i, image.file)
         target.parent.mkdir(exist_ok=True)
-        write_atomically(target, png(drawn))
+        write_atomically(target, style.encoded(drawn))
         if args.grid and len(cells) < MOST_LARGE:
             sure = int((image.objects["scores"] >= args.min_score).sum())
-            cells.append(pictures.Cell(drawn, Path(image.file).name, counted(sure, "object")))
+            cells.append(style.Cell(drawn, Path(image.file).name, counted(sure, "object")))
         if args.format == "table":
             print(object_line(image, names, args.min_score, width), flush=True)
     if args.format != "table":
@@ -163,7 +161,7 @@ def predict_objects(
     if cells:
         if len(cells) == MOST_LARGE:
             say(f"grid.png holds the first {MOST_LARGE} images")
-        grid = pictures.draw_grid(cells, args.checkpoint, pictures.LARGE_CELL)
+        grid = style.draw_grid(cells, args.checkpoint, style.LARGE_CELL)
         write_atomically(folder / "grid.png", grid)
     return finish(folder, broken, len(paths))
 
@@ -267,8 +265,6 @@ def write_grid(
     title: str,
 ) -> None:
     """One picture of the readable images; in folders named like a class, right ones are green."""
-    from utils.inspection import pictures  # matplotlib is slow to import
-
     cells, checked, right = [], 0, 0
     for path, prediction in zip(paths, predictions, strict=True):
         if prediction.error is not None:
@@ -277,18 +273,18 @@ def write_grid(
             say(f"grid.png holds the first {MOST_IN_GRID} images")
             break
         guess, file = prediction.guesses[0], Path(prediction.file)
-        colour, note = pictures.PLAIN, file.name
+        colour, note = style.PLAIN, file.name
         if file.parent.name in names:
             agrees = file.parent.name == guess.name
             checked, right = checked + 1, right + agrees
-            colour = pictures.RIGHT if agrees else pictures.WRONG
+            colour = style.RIGHT if agrees else style.WRONG
             note = f"{file.parent.name}/{file.name}"
         image = read_image(path, "pil")
         note = f"{100 * guess.confidence:.0f} %  {note}"
-        cells.append(pictures.Cell(image, guess.name, note, colour))
+        cells.append(style.Cell(image, guess.name, note, colour))
     if checked:
         title += f": {right} of {checked} as the folder says"
-    write_atomically(target, pictures.draw_grid(cells, title))
+    write_atomically(target, style.draw_grid(cells, title))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from helpers.trees import ROOT
 pytestmark = pytest.mark.faults
 
 TRAIN = f"$PY main.py {' '.join(map(str, SMALL))} --epochs 1 --output run"
-RUN = {"args.json", "best.pth", "curves.png", "last.pth", "metrics.csv", "previous.pth"}
+RUN = {"args.json", "batch.png", "best.pth", "curves.png", "last.pth", "metrics.csv"}
+RUN |= {"predictions.png", "previous.pth"}
 
 
 def assert_whole(folder: Path, epochs: int = 1) -> None:

@@ -115,7 +115,7 @@ class Reading:
     memory_format: torch.memory_format = torch.contiguous_format
 
     def batches(
-        self, dataset: ImageDataset, keys: Sampler[list[Key]]
+        self, dataset: ImageDataset, keys: Sampler[list[Key]] | list[list[Key]]
     ) -> Callable[[], Iterator[Batch]]:
         """Returns a function that begins a pass over `dataset` in the order of `keys`.
 

@@ -1,30 +1,32 @@
 """Draws boxes, masks, classes and scores on images, and ground truth beside predictions."""
 
-import io
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
 from utils.data import coco_masks
 from utils.data.coco import CocoPaths
-from utils.data.coco_dataset import CocoDataset, load_split
+from utils.data.coco_dataset import CocoDataset, CocoSplit, load_split
 from utils.data.coco_eval import Result
 from utils.data.decoding import BrokenImageError
+from utils.data.sampler import SeededBatches
 from utils.system.files import write_atomically
-from utils.system.text import printable
+from utils.system.style import LARGE_CELL, Cell, draw_grid, encoded, fit, font
+from utils.system.text import counted, printable
 
 # Of Okabe and Ito, for people with any form of colour blindness, each with black text on it.
 COLOURS = ("#E69F00", "#56B4E9", "#F0E442", "#2fbf8f", "#ff7f50", "#e69ac4", "#b3b3ff", "#c8e06c")
 BORDER, TITLE = 4, 24  # pixels between pictures, and of the line above them
 TEXT = 12  # pixels of a label's letters
 SHARE = 0.45  # of a mask's colour in its pixels
-PICTURED = 8  # images in a run's picture
+PICTURED, SHOWN = 4, 16  # images in a run's predictions.png, and in its batch.png
+LARGEST = 1000  # pixels of a drawn picture's longer side
 
 
 def draw(
@@ -62,7 +64,7 @@ def draw(
         image = draw_segmentation_masks(image, masks, SHARE, colours)
     boxes = objects["boxes"].round()
     image = draw_bounding_boxes(image, boxes.flip(0), colors=colours[::-1])
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    picture = as_image(image)
     pen, small = ImageDraw.Draw(picture), font(TEXT)
     captions = [fit(pen, caption, small, picture.width - 4) for caption in captions]
     sizes = [(round(pen.textlength(text, small)) + 4, TEXT + 4) for text in captions]
@@ -111,37 +113,32 @@ def _covered(x: int, y: int, width: int, height: int, taken: Sequence[Sequence[i
     )
 
 
-def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Returns matplotlib's font, which has more alphabets than Pillow's."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
-
-
-def fit(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Returns `text` on one line, with its end cut off where it is wider than `width` pixels."""
-    text = printable(text)
-    if pen.textlength(text, font) <= width:
-        return text
-    while text and pen.textlength(text + "…", font) > width:
-        text = text[:-1]
-    return text + "…"
-
-
-def enlarge(
-    image: Tensor, objects: dict[str, Tensor], factor: int
+def resized(
+    image: Tensor, objects: dict[str, Tensor], least: int, most: int = LARGEST
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns image and targets or predictions `factor` times as large, to have room for labels."""
-    if factor == 1:
+    """Returns image and objects at a size at which labels can be read.
+
+    Args:
+        least: pixels that the longer side gets about, by a whole factor.
+        most: pixels to which a longer one is reduced.
+    """
+    longest = max(image.shape[1:])
+    scale = most / longest if longest > most else max(1, round(least / longest))
+    if scale == 1:
         return image, objects
-    size = [factor * n for n in image.shape[1:]]
-    image = F.interpolate(image[None], size, mode="nearest")[0]
-    objects = {**objects, "boxes": objects["boxes"] * factor}
+    size = [max(1, round(scale * n)) for n in image.shape[1:]]
+    pixels, soft = ("nearest", "nearest") if scale > 1 else ("area", "bilinear")
+    image = F.interpolate(image[None].float(), size, mode=pixels)[0].round().to(torch.uint8)
+    objects = {**objects, "boxes": objects["boxes"] * scale}
     if "masks" in objects:
         masks = objects["masks"].reshape(len(objects["boxes"]), 1, *objects["masks"].shape[-2:])
-        objects["masks"] = F.interpolate(masks.float(), size, mode="nearest")[:, 0]
+        objects["masks"] = F.interpolate(masks.float(), size, mode=soft)[:, 0]
     return image, objects
+
+
+def as_image(picture: Tensor) -> Image.Image:
+    """Returns a (3, H, W) uint8 picture for Pillow."""
+    return Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()))
 
 
 def side_by_side(
@@ -159,13 +156,12 @@ def side_by_side(
         images: (3, H, W) uint8 each.
         targets, predictions: as `draw` takes them.
         columns: pairs in a row.
-        side: pixels that an image's longer side gets at least.
+        side: pixels that an image's longer side gets about, see `resized`.
     """
     pictures = []
     for image, target, predicted in zip(images, targets, predictions, strict=True):
-        factor = -(-side // max(image.shape[1:]))
-        pictures.append(draw(*enlarge(image, target, factor), names))
-        pictures.append(draw(*enlarge(image, predicted, factor), names, least_score))
+        pictures.append(draw(*resized(image, target, side), names))
+        pictures.append(draw(*resized(image, predicted, side), names, least_score))
     step_y, step_x = (
         max((picture.shape[axis] for picture in pictures), default=side) + BORDER for axis in (1, 2)
     )
@@ -179,15 +175,8 @@ def side_by_side(
         pen.text(at, fit(pen, title, small, step_x - BORDER), "black", small, anchor="mm")
     for i, picture in enumerate(pictures):
         at = (BORDER + i % across * step_x, TITLE + BORDER + i // across * step_y)
-        page.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()), at)
+        page.paste(as_image(picture), at)
     return page
-
-
-def png(image: Image.Image) -> bytes:
-    """Returns the image as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def write_picture(
@@ -209,7 +198,31 @@ def write_picture(
         own = [result for result in results if result["image_id"] == image_id]
         predictions.append(as_tensors(own, split.category_ids))
     images, targets = [sample[0] for sample in readable], [sample[1] for sample in readable]
-    write_atomically(path, png(side_by_side(images, targets, predictions, split.classes)))
+    write_atomically(path, encoded(side_by_side(images, targets, predictions, split.classes)))
+
+
+def draw_first_batch(split: CocoSplit, order: SeededBatches, hflip: float) -> bytes | None:
+    """Draws the images of a run's first batch with their objects, before the network resizes them.
+
+    Args:
+        order: of the batches; it seeks the first one.
+        hflip: see `CocoDataset`.
+
+    Returns:
+        A PNG; None where an image cannot be read, which training will say.
+    """
+    order.seek(0)
+    dataset, keys = CocoDataset(split, 0, hflip, order.seed), next(iter(order))
+    cells = []
+    for key in keys[:SHOWN]:
+        sample = dataset[key]
+        if isinstance(sample, Exception):
+            return None
+        image, target, _ = sample
+        drawn = draw(*resized(image, target, LARGE_CELL, LARGE_CELL), split.classes)
+        note = f"{counted(len(target['labels']), 'object')}, {image.shape[2]} x {image.shape[1]}"
+        cells.append(Cell(as_image(drawn), Path(split.file_names[key[1]]).name, note))
+    return draw_grid(cells, f"first batch, {len(cells)} of {len(keys)} images", LARGE_CELL)
 
 
 def as_tensors(results: Sequence[Result], category_ids: Sequence[int]) -> dict[str, Tensor]:

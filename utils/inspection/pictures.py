@@ -1,10 +1,6 @@
-"""Draws predictions: an image with its class-activation map, grids of images, and what a report of
-an evaluation shows: confusions and calibration.
-"""
+"""Draws an image with its class-activation map, and a report's confusions and calibration."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -12,32 +8,16 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from utils.inspection import drawing
-from utils.inspection.drawing import fit, font
-from utils.system.style import GREY, MAIN, SECOND, drawable, png, styled
-from utils.system.text import printable, short
+from utils.system.style import GREY, MAIN, PLAIN, SECOND, plain_name, png, scaled, styled
+from utils.system.text import short
 
 SIDE = 448  # pixels of a picture's longer side beside its map
-CELL = 132  # pixels of a picture in the grid ...
-LARGE_CELL = 288  # ... where there are captions in it to be read
-TEXT, LINE = 34, 14  # pixels of the two lines below it, and of each further one
 COLOURS = LinearSegmentedColormap.from_list("heat", ["#3b0f70", "#b73779", "#fc8961", "#fcfdbf"])
 MATRIX = 20  # classes up to which the whole matrix is drawn, with its numbers
 PAIRS = 20  # most confused pairs that are drawn
 NAME, SIDE_NAME = 30, 16  # characters of a class's name in a list, and beside a matrix
-RIGHT, WRONG, PLAIN = "#1a7f37", "#cf222e", "#1f2328"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Holds one picture of the grid."""
-
-    image: Image.Image
-    label: str
-    note: str  # the smaller lines below it, one or more
-    colour: str = PLAIN
 
 
 def seen_square(width: int, height: int, img_size: int, crop_pct: float) -> tuple[float, ...]:
@@ -52,15 +32,6 @@ def draw_evidence(image: Image.Image, heat: np.ndarray, square: tuple[float, ...
     shown, scale = scaled(image, SIDE)
     overlay = _overlay(np.asarray(shown) / 255, heat, [scale * value for value in square])
     return Image.fromarray((255 * overlay).round().astype(np.uint8))
-
-
-def scaled(image: Image.Image, most: int) -> tuple[Image.Image, float]:
-    """Returns an image with a longer side of `most` pixels, and by how much it was scaled."""
-    scale = most / max(image.size)
-    size = tuple(max(1, round(scale * side)) for side in image.size)
-    # Few pixels are shown as pixels: smoothing would invent what the network did not have.
-    how = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC
-    return image.resize(size, how), scale
 
 
 def draw_map(
@@ -156,39 +127,6 @@ def _overlay(picture: np.ndarray, heat: np.ndarray, square: Sequence[float]) -> 
     colour = COLOURS(warmth)[..., :3]
     share = (0.75 * warmth)[..., None]
     return np.where(seen[..., None], grey * (1 - share) + colour * share, 0.3 * grey)
-
-
-def draw_grid(cells: Sequence[Cell], title: str, side: int = CELL) -> bytes:
-    """Returns a PNG of all `cells`, row by row, `side` pixels each, the text below each picture."""
-    least = max(1, 4 * CELL // side)  # columns
-    columns = min(len(cells), max(least, math.ceil(math.sqrt(1.25 * len(cells)))))
-    rows = math.ceil(len(cells) / columns)
-    gap, head = 10, 34
-    text = TEXT + LINE * max(cell.note.count("\n") for cell in cells)
-    bold, small = font(14, bold=True), font(11)
-    width = max(columns * (side + gap) + gap, 320)
-    sheet = Image.new("RGB", (width, head + rows * (side + text + gap) + gap), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((gap, head / 2), fit(pen, title, small, width - 2 * gap), "#59636e", small, "lm")
-    for i, cell in enumerate(cells):
-        x = gap + (i % columns) * (side + gap)
-        y = head + (i // columns) * (side + text + gap)
-        picture, _ = scaled(cell.image, side)
-        pen.rectangle((x - 1, y - 1, x + side, y + side), "#f6f8fa")
-        sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
-        if cell.colour != PLAIN:
-            pen.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=cell.colour, width=2)
-        centre = x + side / 2
-        pen.text((centre, y + side + 4), fit(pen, cell.label, bold, side), cell.colour, bold, "ma")
-        for i_line, line in enumerate(cell.note.split("\n")):
-            at = (centre, y + side + 21 + LINE * i_line)
-            pen.text(at, fit(pen, line, small, side), "#59636e", small, "ma")
-    return drawing.png(sheet)
-
-
-def plain_name(names: Sequence[str], number: int) -> str:
-    """Returns a class's name, or its number where the pictures' font lacks a character of it."""
-    return drawable(printable(names[number]), f"class {number}")
 
 
 def draw_matrix(matrix: np.ndarray, names: Sequence[str], title: str) -> bytes:

@@ -31,7 +31,7 @@ from utils.data.decoding import (
 from utils.data.image_folder import is_passed_over
 from utils.data.loader import device_batches, leave_broken_connections_unsaid
 from utils.data.transforms import eval_transform
-from utils.inspection.drawing import draw, enlarge
+from utils.inspection.drawing import as_image, draw, resized
 from utils.runs.checkpoint import Checkpoint
 from utils.system.errors import UserError
 from utils.system.faults import is_out_of_memory
@@ -247,7 +247,7 @@ def _csv_lines(rows: Sequence[Sequence[str]]) -> str:
     return text.getvalue()
 
 
-SMALLEST, LARGEST = 320, 1000  # pixels of a drawn picture's longer side
+SMALLEST = 320  # pixels of a drawn picture's longer side
 
 
 @dataclass(frozen=True)
@@ -324,22 +324,8 @@ def object_line(image: ImageObjects, names: Sequence[str], least_score: float, w
 
 def picture(image: ImageObjects, names: Sequence[str], least_score: float) -> Image.Image:
     """Returns the image with its objects drawn on it, at a size at which captions can be read."""
-    pixels, objects = image.image, image.objects
-    longest = max(pixels.shape[1:])
-    if longest > LARGEST:
-        pixels, objects = _shrink(pixels, objects, LARGEST / longest)
-    drawn = draw(*enlarge(pixels, objects, max(1, SMALLEST // longest)), names, least_score)
-    return Image.fromarray(drawn.permute(1, 2, 0).contiguous().numpy())
-
-
-def _shrink(
-    image: Tensor, objects: dict[str, Tensor], scale: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    image = _resized(image, scale)
-    objects = {**objects, "boxes": objects["boxes"] * scale}
-    if "masks" in objects:
-        objects["masks"] = F.interpolate(objects["masks"], image.shape[1:], mode="bilinear")
-    return image, objects
+    pixels, objects = resized(image.image, image.objects, SMALLEST)
+    return as_image(draw(pixels, objects, names, least_score))
 
 
 def _resized(image: Tensor, scale: float) -> Tensor:

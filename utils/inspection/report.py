@@ -25,6 +25,7 @@ from utils.runs import folder as runs
 from utils.system import distributed
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically
+from utils.system.style import MEDIUM_CELL, RIGHT, WRONG, Cell, draw_grid, drawable, plain_name
 from utils.system.text import cell, printable
 from utils.training.classification import ClassificationMeter, ranked
 from utils.training.state import wide
@@ -40,7 +41,6 @@ COLUMNS = {
 NONE = -1  # the predicted class where the logits are not finite
 FOLDER, SUMMARY = "report", "report.json"
 LISTED, DRAWN = 1000, 24  # worst images in the table, and in the picture
-CELL = 176  # pixels of an image in that picture
 TRUE, PATH, DATA = 12, 22, 40  # characters of the true class and the path below it, and of the data
 
 
@@ -332,14 +332,11 @@ class Report:
             "calibration.png": pictures.draw_calibration(
                 bins.images, bins.confidence, bins.accuracy, bins.error, self.title
             ),
-            "worst_images.png": pictures.draw_grid(cells, title, CELL),
+            "worst_images.png": draw_grid(cells, title, MEDIUM_CELL),
         }
 
-    def _cell(self, rank: int, i: int, image: Image.Image) -> Any:
+    def _cell(self, rank: int, i: int, image: Image.Image) -> Cell:
         """Makes a picture of the worst images. Long names and paths are cut; numbers never are."""
-        from utils.inspection.pictures import RIGHT, WRONG, Cell, plain_name
-        from utils.system.style import drawable
-
         images = self.images
         label, sure = "nothing finite", ""
         if images.predicted[i] != NONE:
@@ -421,9 +418,9 @@ def _reread(images: ImageFolder, index: int) -> Image.Image:
     try:
         image = read_image(images.path(index), "pil")
     except (BrokenImageError, UserError):
-        return Image.new("RGB", (CELL, CELL), "#d0d7de")
+        return Image.new("RGB", (MEDIUM_CELL, MEDIUM_CELL), "#d0d7de")
     assert isinstance(image, Image.Image)
-    image.thumbnail((3 * CELL, 3 * CELL))  # two dozen photographs are gigabytes
+    image.thumbnail((3 * MEDIUM_CELL,) * 2)  # two dozen photographs are gigabytes
     return image
 
 

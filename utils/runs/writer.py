@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +206,14 @@ class RunFiles:
             self.checkpoints.save_last({**self.fixed, **snapshot})
         self.saved_at = time.monotonic()
 
+    def draw(self, name: str, make: Callable[[], bytes | None]) -> None:
+        """Writes the picture that `make` draws, if any; one that cannot be written ends no run."""
+        if self.folder is not None:
+            assert self.logger is not None  # `begin` has opened it
+            with self.logger.said_once(name):
+                if picture := make():
+                    write_atomically(self.folder / name, picture)
+
     def finish_epoch(
         self, snapshot: dict, panels: Sequence[Panel], images_per_second: float, improved: bool
     ) -> None:
@@ -311,20 +319,20 @@ class RunLogger:
             UserError: the folder's name now leads to another folder.
         """
         columns = list(history[-1])
-        with self._said_once("metrics.csv"):
+        with self.said_once("metrics.csv"):
             text = io.StringIO()
             writer = csv.DictWriter(text, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows({**row, "epoch": int(row["epoch"]) + 1} for row in history)
             write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
-        with self._said_once("TensorBoard's events"):
+        with self.said_once("TensorBoard's events"):
             self._add_events(history, images_per_second)
         if self.tracker is not None:
-            with self._said_once(f"the log for {self.tracker.library}"):
+            with self.said_once(f"the log for {self.tracker.library}"):
                 for row in history[self.sent :]:
                     self.tracker.send(*_scalars(row, images_per_second, row is history[-1]))
                     self.sent += 1
-        with self._said_once("curves.png"):
+        with self.said_once("curves.png"):
             draw_curves(history, panels, self.folder / "curves.png", self.title, best)
 
     def _add_events(self, history: list[Row], speed: float) -> None:
@@ -363,7 +371,7 @@ class RunLogger:
         self.in_events = len(history)
 
     @contextmanager
-    def _said_once(self, name: str) -> Iterator[None]:
+    def said_once(self, name: str) -> Iterator[None]:
         """Turns a fault of the file system into a line on stderr, the first time for `name`.
 
         Raises:

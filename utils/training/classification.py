@@ -3,25 +3,45 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from utils.config.classification import Recipe
-from utils.data.loader import Batch
-from utils.data.sampler import mix_seed
+from utils.data.image_folder import ImageFolder
+from utils.data.loader import Batch, Reading
+from utils.data.sampler import SeededBatches, mix_seed
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.runs.writer import Curve, Panel, RunFiles
-from utils.system import distributed
+from utils.system import backends, distributed
 from utils.system.backends import AutocastFactory
 from utils.system.distributed import Votes
+from utils.system.errors import UserError
 from utils.system.signals import StopRequest
-from utils.system.style import GREY, MAIN, SECOND
+from utils.system.style import (
+    GREY,
+    MAIN,
+    MEDIUM_CELL,
+    PLAIN,
+    SECOND,
+    WRONG,
+    Cell,
+    draw_grid,
+    plain_name,
+)
 from utils.system.text import all_epochs, counted
-from utils.training.classification_data import RealMeter
+from utils.training.classification_data import (
+    RealMeter,
+    TrainingData,
+    training_batches,
+    validation_batches,
+)
 from utils.training.optim import StepRule
 from utils.training.progress import Progress
 from utils.training.state import TrainingState, summed, wide
@@ -29,6 +49,7 @@ from utils.training.state import TrainingState, summed, wide
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Mix = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 FIGURES = ("loss", "top1", "top5")
+SHOWN = 16  # images in the pictures of a run
 
 
 @dataclass(frozen=True)
@@ -161,6 +182,88 @@ def evaluate(
         targets = batch.targets if real is None else real.count(logits, batch.targets)
         meter.update(cross_entropy(logits, targets), logits, targets)
     return {**meter.means(), "images": meter.samples()}
+
+
+def draw_first_batch(
+    data: TrainingData,
+    order: SeededBatches,
+    rule: StepRule[Recipe],
+    aim: Objective,
+    reading: Reading,
+    skip: bool = False,
+) -> bytes | None:
+    """Draws the first images of a run's first batch as the network gets them, with their labels.
+
+    Args:
+        order: of the batches; it seeks the first one.
+        reading: gives decoder and image layout; this process reads.
+        skip: see `training_batches`.
+
+    Returns:
+        A PNG; None where an image cannot be read, which training will say.
+    """
+    order.seek(0)
+    keys = next(iter(order))
+    # Mixing pairs each image with the one before it, and the first with the last.
+    few = [[*keys[-1:], *keys[:SHOWN]]]
+    own = replace(reading, device=torch.device("cpu"), workers=0)
+    try:
+        (batch,) = training_batches(data.train, few, rule.recipe, order.seed, own, skip)()
+    except UserError:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(mix_seed(rule.seed, 0))
+        images, targets = aim.mix(batch.images, batch.targets)
+    cells = []
+    for image, target in zip(_as_pictures(images[1:]), targets[1:], strict=True):
+        shares = F.one_hot(target, len(data.classes)) if target.ndim == 0 else target
+        lines = [
+            plain_name(data.classes, i) + (f" {100 * shares[i]:.0f} %" if shares[i] < 1 else "")
+            for i in shares.argsort(descending=True, stable=True).tolist()
+            if shares[i] > 0
+        ]
+        cells.append(Cell(image, lines[0], "".join(lines[1:])))
+    title = f"first batch, {len(cells)} of {len(keys)} images, {images.shape[2]} pixels"
+    return draw_grid(cells, title, MEDIUM_CELL)
+
+
+@torch.inference_mode()
+def draw_predictions(
+    network: nn.Module, images: ImageFolder, recipe: Recipe, amp: str, reading: Reading
+) -> bytes | None:
+    """Draws predictions on some validation images, evenly over the folder; wrong ones are framed.
+
+    Returns:
+        A PNG; None where an image cannot be read.
+    """
+    few = images.take(np.unique(np.linspace(0, len(images) - 1, SHOWN).round().astype(int)))
+    cells = []
+    network.eval()
+    try:
+        batches = list(validation_batches(few, recipe, replace(reading, workers=0))())
+    except UserError:
+        return None
+    for batch in batches:
+        with backends.autocast(reading.device, amp):
+            shares = network(batch.images).float().softmax(1)
+        classes = shares.argmax(1).tolist()
+        targets, pictures = batch.targets.tolist(), _as_pictures(batch.images)
+        for image, share, i, true in zip(pictures, shares.amax(1), classes, targets, strict=True):
+            label = plain_name(images.classes, i) if i < len(images.classes) else f"class {i}"
+            right = i == true and bool(share.isfinite())
+            note = "" if right else f", true: {plain_name(images.classes, true)}"
+            cells.append(
+                Cell(image, label, f"{100 * share:.0f} %{note}", PLAIN if right else WRONG)
+            )
+    title = f"predictions on {len(cells)} of {len(images):,} validation images"
+    return draw_grid(cells, title, MEDIUM_CELL)
+
+
+def _as_pictures(images: torch.Tensor) -> list[Image.Image]:
+    """Returns normalised images (N, 3, S, S) as 8-bit ones again."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels = (255 * (images.cpu() * std + mean)).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.permute(0, 2, 3, 1).numpy()]
 
 
 def count_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ...]) -> torch.Tensor:

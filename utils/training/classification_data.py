@@ -19,7 +19,7 @@ from utils.data import class_order, demo_sets, shards
 from utils.data.class_order import WNID
 from utils.data.image_folder import ImageFolder, describe
 from utils.data.loader import Batch, ImageDataset, Reading, check_readable
-from utils.data.sampler import SeededBatches, ShardedBatches, check_batch
+from utils.data.sampler import Key, SeededBatches, ShardedBatches, check_batch
 from utils.data.transforms import eval_transform, train_transform
 from utils.runs import resume
 from utils.runs.checkpoint import Checkpoint
@@ -445,7 +445,7 @@ def _restricted(data: EvaluationData, present_classes: bool) -> EvaluationData:
 
 def training_batches(
     images: ImageFolder,
-    order: SeededBatches,
+    order: SeededBatches | list[list[Key]],
     recipe: Recipe,
     seed: int,
     reading: Reading,

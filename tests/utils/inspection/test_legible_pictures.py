@@ -11,9 +11,9 @@ from PIL import Image
 from utils.data.image_folder import ImageFolder
 from utils.inspection import channel_weights, pictures
 from utils.inspection.channel_weights import LayerWeights
-from utils.inspection.report import CELL, NONE, EvaluatedImages, Report
+from utils.inspection.report import NONE, EvaluatedImages, Report
 from utils.runs.writer import draw_curves
-from utils.system.style import drawable
+from utils.system.style import MEDIUM_CELL, drawable
 from utils.training import classification
 
 LONG = "a class with a name that is much longer than any label can be"
@@ -181,7 +181,7 @@ def test_worst_images_are_there_with_awkward_names(n, tmp_path):
     files = Report(images, FOREIGN, paths, "eca_resnet18").pictures(folder)
     with Image.open(io.BytesIO(files["worst_images.png"])) as drawn:
         columns = min(n, 6 if n > 20 else 3)
-        assert drawn.width == max(320, 10 + columns * (CELL + 10))
+        assert drawn.width == max(320, 10 + columns * (MEDIUM_CELL + 10))
 
 
 def test_what_the_font_lacks_is_not_drawn():
