@@ -7,7 +7,6 @@ python -m tools.compare_runs runs/* --output results/digits
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import csv
 import io
-import json
 import math
 import re
 import statistics
@@ -19,7 +18,7 @@ from utils.command_line.parser import Parser
 from utils.runs import folder as run_folder
 from utils.system.errors import UserError
 from utils.system.faults import run_script
-from utils.system.files import check_free, write_atomically
+from utils.system.files import check_free, read_json, read_text, write_atomically
 from utils.system.text import cell, columns, ksize_text, printable
 
 # The figure that decides which epoch is the best, and what is shown of that epoch.
@@ -35,7 +34,8 @@ PANELS = {
 }
 # Of args.json, what does not make two runs different experiments, or is shown by itself.
 UNTOLD = {"arch", "ksize", "epochs", "classes", "environment", "action", "print_freq", "workers"}
-UNTOLD |= {"worker_timeout", "save_every", "save_minutes", "num_classes", "report"}
+UNTOLD |= {"worker_timeout", "save_every", "save_minutes", "num_classes", "report", "log"}
+RUNS = "folders of runs"
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def read_run(folder: Path) -> Run:
         UserError: a file is missing, or is not what a run writes.
     """
     try:
-        rows = list(csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())))
+        rows = list(csv.DictReader(io.StringIO(read_text(folder / "metrics.csv", RUNS))))
         history = [{name: float(value) for name, value in row.items()} for row in rows]
         if history and history[0]["epoch"] == 0:  # of a run from before epochs counted from 1
             history = [{**row, "epoch": row["epoch"] + 1} for row in history]
-        saved = json.loads((folder / "args.json").read_text())
+        saved = read_json(folder / "args.json", RUNS)
         settings = {**saved.get("args", {}), **saved.get("recipe", {})}
         if "recipe" in settings and not settings["recipe"]:
             settings["recipe"] = "paper"  # no --recipe was named
@@ -87,9 +87,7 @@ def read_run(folder: Path) -> Run:
         ksize = tuple(saved["ksize"]) if saved.get("ksize") else None
         told = {k: str(v) for k, v in settings.items() if k not in UNTOLD}
         run = Run(folder, arch, ksize, saved["recipe"]["epochs"], history, told)
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; give folders of runs") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, csv.Error):
         raise UserError(f"{folder}: metrics.csv or args.json is not what a run writes") from None
     if not history:
         raise UserError(f"{folder}: no epoch is finished yet")

@@ -21,7 +21,7 @@ from utils.runs import checkpoint
 from utils.runs.checkpoint import describes_detector
 from utils.system.errors import UserError
 from utils.system.faults import run_script
-from utils.system.files import check_own_file, write_atomically
+from utils.system.files import check_own_file, read_json, write_atomically
 from utils.system.text import ksize_text, printable
 
 NAME, REPORT = "report.html", "report.json"
@@ -188,7 +188,7 @@ def _evaluation(run: Run, record: Mapping[str, Any]) -> list[Part]:
         text = "Figures by class, confusions, calibration and the worst images: run"
         return [{"text": text, "command": f"{command} --report"}]
     _, folder = max(numbered)
-    summary = json.loads((folder / REPORT).read_text())
+    summary = read_json(folder / REPORT, "a report of --report")
     numbers = {k: v for k, v in summary.items() if isinstance(v, int | float)}
     figures = [[name.replace("_", " "), _figure(value)] for name, value in numbers.items()]
     text = f"{summary['images']:,} images of {summary['data']}, by {summary['checkpoint']}."

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from tools import compare_runs
 from tools.compare_runs import PANELS, differences, read_run, repeat_lines, result_rows
+from utils.system.errors import UserError
 from utils.system.faults import run_script
 
 TOP1 = {"a": (50.0, 90.0, 90.0), "b": (40.0, float("nan"), 80.5), "c": (10.0, 94.0, 20.0)}
@@ -206,6 +208,27 @@ def test_command(tmp_path, cli):
         code, text = cli(*arguments)
         assert (code, message in text) == (2, True), text
         assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("args.json", None, "args.json: no usable JSON"),  # a pipe: not waited for
+        ("args.json", "[" * 200_000, "nested too deep"),
+        ("args.json", '{"seed": ' + "9" * 400 + "}", "a whole number of 400 digits"),
+        ("metrics.csv", None, "no epoch is finished yet"),
+        ("metrics.csv", "epoch\n" + "9" * 200_000, "is not what a run writes"),
+    ],
+)
+def test_odd_files_of_a_run_are_one_line(tmp_path, file, text, said):
+    odd = write_run(tmp_path / "a", TOP1["a"]) / file
+    odd.unlink()
+    if text is None:
+        os.mkfifo(odd)
+    else:
+        odd.write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_run(tmp_path / "a")
 
 
 def test_reads_what_main_writes(tmp_path, tree, run):

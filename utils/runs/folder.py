@@ -328,9 +328,8 @@ def _start_number(folder: Path) -> int:
 
 def _record(folder: Path) -> dict | None:
     """Returns the contents of args.json, or None where it cannot be read."""
-    file = folder / "args.json"
-    try:  # a pipe in its place would be read for ever
-        record = read_json(file, "") if file.is_file() else None
+    try:
+        record = read_json(folder / "args.json", "")
     except UserError:
         return None
     return record if isinstance(record, dict) else None

@@ -126,6 +126,8 @@ def of_outside(error: BaseException, smaller: str) -> UserError | None:
     text = str(error)
     if is_out_of_memory(error):
         return UserError(f"out of memory: give {smaller}", EXIT_FAILED)
+    if isinstance(error, ValueError) and text.startswith("embedded null"):
+        return UserError("a file's name holds a zero byte: give another", EXIT_BAD_INPUT)
     if not isinstance(error, OSError | RuntimeError):
         return None
     if getattr(error, "errno", None) in TOO_MANY_FILES or any(s in text for s in NO_FILES_LEFT):

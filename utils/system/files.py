@@ -131,7 +131,7 @@ def read_text(path: str | Path, wanted: str) -> str:
         UserError: no such file, no text, or too large.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
             data = file.read(LARGEST + 1)
     except (OSError, ValueError) as error:  # a ValueError: a name with a zero byte
         why = (isinstance(error, OSError) and error.strerror) or str(error)
@@ -144,15 +144,23 @@ def read_text(path: str | Path, wanted: str) -> str:
         raise UserError(f"{printable(path)}: no text in UTF-8; give {wanted}") from None
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file; a pipe to which nobody writes is empty, not waited for."""
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(handle, True)  # one with a writer is read to its end
+    return handle
+
+
 def read_json(path: str | Path, wanted: str) -> Any:
     """Returns what a JSON file holds; `wanted` as in `read_text`.
 
     Raises:
-        UserError: as `read_text`; no JSON; or an object that names one thing twice.
+        UserError: as `read_text`; no JSON; an object that names one thing twice; or a whole number
+            of more than 64 bits.
     """
     text = read_text(path, wanted)
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(text, object_pairs_hook=_once, parse_int=_whole)
     except RecursionError:
         why = "nested too deep"
     except ValueError as error:
@@ -167,6 +175,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice!r} stands there twice")
     return found
+
+
+def _whole(text: str) -> int:
+    digits = text.lstrip("-")
+    if len(digits) > 20 or int(digits) >= 2**64:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(text)
 
 
 def check_free(folder: str | None) -> None:

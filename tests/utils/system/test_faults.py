@@ -58,6 +58,7 @@ def raising(error: BaseException):
             2,
             "x: File name too long; give a shorter name",
         ),
+        (ValueError("embedded null byte"), 2, "a file's name holds a zero byte: give another"),
         (SystemExit(2), 2, None),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, None),
     ],

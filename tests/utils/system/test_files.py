@@ -2,12 +2,13 @@
 
 import errno
 import os
+import threading
 
 import pytest
 
 from utils.system import files
 from utils.system.errors import EXIT_FAILED, UserError
-from utils.system.files import remove_leftovers, write_atomically
+from utils.system.files import read_json, read_text, remove_leftovers, write_atomically
 
 
 class FailingDisk:
@@ -170,3 +171,26 @@ def test_links_under_the_files_own_names_are_replaced_not_followed(tmp_path, nam
     write_atomically(folder / "last", b"newer", retire_to=folder / "previous")
     assert contents(folder) == {"last": b"newer", "previous": b"new"}
     assert target.read_bytes() == b"mine"
+
+
+def test_a_pipe_is_read_to_its_end_and_waited_for_only_while_somebody_writes(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert read_text(tmp_path / "pipe", "x") == ""
+    reading, writing = os.pipe()
+    writer = threading.Timer(0.2, lambda: (os.write(writing, b"late"), os.close(writing)))
+    writer.start()
+    assert read_text(f"/dev/fd/{reading}", "x") == "late"  # as bash's <(…)
+    os.close(reading)
+
+
+@pytest.mark.parametrize("number", [2**64 - 1, -(2**64) + 1, 0])
+def test_whole_numbers_of_64_bits_are_read(tmp_path, number):
+    (tmp_path / "a.json").write_text(f"[{number}]")
+    assert read_json(tmp_path / "a.json", "x") == [number]
+
+
+@pytest.mark.parametrize("number", ["9" * 400, f"-{2**64}", "9" * 5000])
+def test_longer_ones_are_refused(tmp_path, number):
+    (tmp_path / "a.json").write_text(f'{{"a": [{number}]}}')
+    with pytest.raises(UserError, match=f"a whole number of {len(number.strip('-'))} digits"):
+        read_json(tmp_path / "a.json", "x")
