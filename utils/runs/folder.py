@@ -136,12 +136,10 @@ def saved_later(folder: Path) -> list[Path]:
 
     A clock that was set back does this, or two runs at one time.
     """
-    kind, when = _trains_detector(folder), _last_saved(folder)
-    if when is None:
-        return []
-    others = [(_last_saved(other), other) for other in _by_start() if other != folder]
-    later = [(t, f) for t, f in others if t is not None and t > when]
-    return [f for _, f in sorted(later, reverse=True) if _trains_detector(f) == kind]
+    kind, when = _trains_detector(folder), _last_saved(folder) or math.inf
+    others = [(_last_saved(other) or 0.0, other) for other in _by_start() if other != folder]
+    later = [f for t, f in sorted(others, reverse=True) if t > when]
+    return [f for f in later if _trains_detector(f) == kind]
 
 
 class FolderLock:
@@ -279,30 +277,22 @@ def _folders() -> list[Path]:
 
 def _numbered(name: str) -> list[tuple[int, Path]]:
     """Returns the folders `runs/<name>-N` with their N. The name is never taken as a pattern."""
-    found = []
-    for path in _folders():
-        number = path.name.removeprefix(f"{name}-")
-        if path.name.startswith(f"{name}-") and number.isdecimal():
-            found.append((int(number), path))
-    return found
+    ends = [(path.name.rpartition("-"), path) for path in _folders()]
+    return [(int(n), path) for (start, _, n), path in ends if start == name and n.isdecimal()]
 
 
 def _by_start() -> list[Path]:
     """Returns the run folders that hold a checkpoint, the one that was started last first."""
-    found = ((_start_number(f), _last_saved(f), f) for f in _folders() if "-" in f.name)
-    return [f for *_, f in sorted((x for x in found if x[1] is not None), reverse=True)]
+    saved = [(_last_saved(f), f) for f in _folders() if "-" in f.name]
+    return [f for *_, f in sorted(((_start_number(f), t, f) for t, f in saved if t), reverse=True)]
 
 
 def _last_saved(folder: Path) -> float | None:
     """Returns when the newest checkpoint in `folder` was written; None where none can be read."""
     times = []
-    try:
-        for path in folder.iterdir():
-            if path.suffix == ".pth":
-                with contextlib.suppress(OSError):  # a link to nowhere, or just deleted
-                    times.append(path.stat().st_mtime)
-    except OSError:  # no folder, or deleted while we look
-        return None
+    for path in folder.glob("*.pth"):
+        with contextlib.suppress(OSError):  # a link to nowhere, or just deleted
+            times.append(path.stat().st_mtime)
     return max(times, default=None)
 
 

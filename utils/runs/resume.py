@@ -110,7 +110,7 @@ def read(
     if evaluate and resume is None and pretrained is not None:
         check_output(output, None, evaluate, resume)
         return read_weights(pretrained, arch), None
-    saved, folder = _find_and_say(resume, name, output, evaluate)
+    saved, folder = find(resume, name, output, evaluate)
     if saved is not None and not evaluate:
         if saved.run is None:
             raise UserError(
@@ -137,7 +137,7 @@ def read_detector(
     Raises:
         UserError: nothing to evaluate, another kind of checkpoint, or as in `find`.
     """
-    saved, folder = _find_and_say(resume, name, output, evaluate, detector=True)
+    saved, folder = find(resume, name, output, evaluate, detector=True)
     if saved is not None and not saved.is_detector:
         raise UserError(f"{resume}: no detector's checkpoint; give one of detect_main.py")
     if saved is not None and not evaluate and saved.run is None:
@@ -147,24 +147,6 @@ def read_detector(
         )
     check_output(output, folder, evaluate, resume)
     return saved, folder
-
-
-def _find_and_say(
-    resume: str | None,
-    name: str | None,
-    output: str | None,
-    evaluate: bool,
-    detector: bool = False,
-) -> tuple[Checkpoint | None, Path | None]:
-    if resume is None:
-        if evaluate:
-            raise UserError("-e needs weights to evaluate: add --resume CKPT")
-        return None, None
-    start = find(resume, name, output, evaluate, detector)
-    if distributed.is_first():
-        for note in start.notes:
-            print(note, flush=True)
-    return start.saved, start.folder
 
 
 def _folder_from(
@@ -178,9 +160,13 @@ def _folder_from(
             f"--start-epoch {start_epoch} would go over the {epoch} epochs in {folder}: name a "
             f"checkpoint of it with --resume {folder / checkpoint.LAST}, and another --output"
         )
-    if distributed.is_first():
-        print(f"--start-epoch {start_epoch} goes back: going on in a new folder", flush=True)
+    _say(f"--start-epoch {start_epoch} goes back: going on in a new folder")
     return None
+
+
+def _say(*lines: str) -> None:
+    if distributed.is_first():
+        print(*lines, sep="\n", flush=True)
 
 
 def check_output(
@@ -206,23 +192,30 @@ def check_output(
 
 
 def find(
-    resume: str,
+    resume: str | None,
     name: str | None,
     output: str | None,
     evaluate: bool = False,
     detector: bool = False,
-) -> Start:
-    """Reads the checkpoint that `--resume` names.
+) -> tuple[Checkpoint | None, Path | None]:
+    """Reads the checkpoint that `--resume` names, and says which one that is.
 
     Args:
-        resume: a path, or "auto": the newest good checkpoint of `output`, or else of the newest
-            `runs/<name>-N`, or else, without a name, of the run that started last.
+        resume: a path; or "auto": the newest good checkpoint of `output`, or else of the newest
+            `runs/<name>-N`, or else, without a name, of the run that started last; or None.
         evaluate: the best checkpoint before the newest.
         detector: a run of a detector, where there is no name.
+
+    Returns:
+        It, None where "auto" finds none yet; and the run folder to go on in, None for a new one.
 
     Raises:
         UserError: no such file, damaged, or not a checkpoint; or nothing to evaluate.
     """
+    if resume is None:
+        if evaluate:
+            raise UserError("-e needs weights to evaluate: add --resume CKPT")
+        return None, None
     if resume != AUTO:
         return _named(Path(resume), evaluate)
     folder = Path(output) if output else run_folder.newest(name, detector)
@@ -231,8 +224,8 @@ def find(
         where = folder or f"{run_folder.RUNS}/{name or '*'}-*"
         if evaluate:
             raise UserError(f"no checkpoint in {where} to evaluate: name one with --resume CKPT")
-        note = f"no checkpoint in {where} yet: starting from the beginning"
-        return Start(folder=folder, notes=(note,))
+        _say(f"no checkpoint in {where} yet: starting from the beginning")
+        return None, folder
     saved, notes = newest
     if folder is not None and not output and name is None:
         notes += [
@@ -240,12 +233,11 @@ def find(
             f"--resume {AUTO} --output {later}"
             for later in run_folder.saved_later(folder)[:1]
         ]
-    verb = "evaluating" if evaluate else "resuming"
-    return Start(saved, folder=folder, notes=(*notes, f"{verb} {saved.file}"))
+    _say(*notes, f"{'evaluating' if evaluate else 'resuming'} {saved.file}")
+    return saved, folder
 
 
-def _named(path: Path, evaluate: bool) -> Start:
-    folder = checkpoint.CheckpointFolder(path.parent)
+def _named(path: Path, evaluate: bool) -> tuple[Checkpoint, Path | None]:
     try:
         saved = Checkpoint.read(path)
     except checkpoint.CorruptCheckpointError as error:
@@ -253,10 +245,11 @@ def _named(path: Path, evaluate: bool) -> Start:
             f"{error}; --resume {AUTO} --output {path.parent} takes the newest good one there"
         ) from None
     # From an older checkpoint the run takes another course: not over what followed the first time.
-    if not evaluate and path.name != checkpoint.LAST and checkpoint.is_whole(folder.last):
-        note = f"{path} is not its run's newest checkpoint: going on in a new folder"
-        return Start(saved, notes=(note,))
-    return Start(saved, folder=path.parent)
+    last = path.with_name(checkpoint.LAST)
+    if not evaluate and path.name != checkpoint.LAST and checkpoint.is_whole(last):
+        _say(f"{path} is not its run's newest checkpoint: going on in a new folder")
+        return saved, None
+    return saved, path.parent
 
 
 def refuse_changes(
