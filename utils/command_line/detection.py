@@ -55,9 +55,8 @@ def read_command_line(recipe: DetectionRecipe, description: str) -> tuple[Detect
     pretrained = None if saved else detector.read_first_weights(config.network, network_flags)
     if config.network.detector_weights and pretrained is not None:
         first = pretrained.contents
-        config = replace(
-            config, recipe=recipe.override(arch=first["arch"], backbone=first["backbone"])
-        )
+        own: Any = recipe.override(arch=first["arch"], backbone=first["backbone"])
+        config = replace(config, recipe=own)  # mypy does not see its type in a generic class
     return config, Start(saved, pretrained, folder, seed_flag=config.run.seed)
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from utils.config.flags import GROUPS, BaseRecipe, Flag, flags_of
 from utils.system.errors import UserError
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
             shows all of them.
     """
 
-    def __init__(self, first: Collection[str] = (), **kwargs):
+    def __init__(self, first: Collection[str] = (), **kwargs: Any):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         if kwargs.get("description") is None:
             kwargs["description"] = _text_of_script()
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
                 action.help = help_
         return f"{text}\n{len(others)} more flags: {self.prog} -h all\n"
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         parsed, unknown = self.parse_known_args(self._values_last(words), namespace)
         if unknown:
@@ -79,7 +79,8 @@ class Parser(argparse.ArgumentParser):
         for action in (action for action in self._actions if action.nargs == "+"):
             for flag in set(action.option_strings).intersection(words):
                 start = words.index(flag)
-                single = argparse.Action([], "", type=action.type, choices=action.choices)
+                kind: Any = action.type
+                single = argparse.Action([], "", type=kind, choices=action.choices)
                 end = start + 1
                 while end < len(words) and _is_taken(single, words[end]):
                     end += 1
@@ -92,9 +93,9 @@ class Parser(argparse.ArgumentParser):
 
         For a parser of `parser_of`, whose flags have no defaults.
         """
-        return vars(self.parse_args(words))
+        return dict(vars(self.parse_args(words)))
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -115,17 +116,18 @@ class _Help(argparse.Action):
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
         super().__init__(option_strings, dest, default=argparse.SUPPRESS, **kwargs)
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         print(parser.format_help() if values == "all" else parser.short_help(), end="")
         parser.exit()
 
 
 def _is_taken(action: argparse.Action, word: str) -> bool:
     """Returns whether a word is a value that the flag takes; any text may be one."""
-    if action.type is None:
+    kind: Any = action.type
+    if kind is None:
         return action.choices is not None and word in action.choices
     try:
-        action.type(word)
+        kind(word)
     except (argparse.ArgumentTypeError, ValueError):
         return False
     return True
@@ -157,8 +159,8 @@ def parser_of(
 class _Gone(argparse.Action):
     """Answers a flag that is gone with what to use."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f"{option_string} is gone: {GONE_FLAGS[option_string]}")
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        parser.error(f"{option} is gone: {GONE_FLAGS[option]}")
 
 
 def without_effect(

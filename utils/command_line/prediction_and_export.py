@@ -161,6 +161,8 @@ def settle_prediction(given: dict[str, Any], detector: bool) -> dict[str, Any]:
     Raises:
         UserError: a flag was given that this kind does not use.
     """
+    used: dict[str, Any]
+    unused: dict[str, Any]
     used, unused = OF_CLASSIFIERS, OF_DETECTORS
     kind, at_work = "classifier", "detectors"
     if detector:

@@ -28,7 +28,7 @@ def configure(deterministic: bool, device: torch.device, one_shape: bool = True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Not NaN into every new tensor: that finds reads of what was never written, at a pass for each.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")  # whatever ran earlier in this process
     if device.type != "cuda":

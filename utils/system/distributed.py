@@ -111,7 +111,7 @@ def setup(device: str = "auto", gpu: int | None = None) -> Context:
         return Context(found, data_parallel=parallel)
     end_with_launcher()  # one that was killed leaves no runs behind
     dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=PATIENCE)
-    votes = dist.new_group(backend="gloo", timeout=PATIENCE)
+    votes: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
     return Context(found, dist.get_rank(), dist.get_world_size(), votes=votes)
 
 
@@ -219,12 +219,12 @@ class _DataParallel(nn.DataParallel):
     torch's own enter autocast without the dtype, which is each thread's own: bf16 would be fp16.
     """
 
-    def parallel_apply(self, replicas: Sequence[nn.Module], inputs, kwargs) -> list:
+    def parallel_apply(self, replicas: Sequence[nn.Module], inputs: Any, kwargs: Any) -> list:
         kind = self.src_device_obj.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
-        def as_called(replica: nn.Module):
-            def run(*given, **named):
+        def as_called(replica: nn.Module) -> Any:
+            def run(*given: Any, **named: Any) -> Any:
                 with torch.autocast(kind, dtype=dtype, enabled=enabled):
                     return replica(*given, **named)
 
@@ -240,7 +240,7 @@ def data_parallel(network: nn.Module, context: Context) -> nn.Module:
     return network
 
 
-def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
+def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
     """Reduces `tensor` in place over all ranks and returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op)
@@ -279,7 +279,7 @@ def gather(value: object) -> list:
     """Returns every rank's `value` (plain Python objects), in the order of ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * ranks()
+    values: list[Any] = [None] * ranks()
     dist.all_gather_object(values, value)
     return values
 

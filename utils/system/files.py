@@ -39,6 +39,7 @@ def write_atomically(
     path = Path(path)
     temporary = _temporary(path)
     kept = path.with_name(f".{path.name}.kept.tmp-{os.getpid()}")
+    retired = path if retire_to is None else Path(retire_to)
     linked = moved = False
     try:
         with _new_file(temporary) as file:
@@ -50,11 +51,11 @@ def write_atomically(
                 os.link(path, kept)
                 linked = True
             except OSError:  # file systems without hard links
-                os.replace(path, retire_to)
+                os.replace(path, retired)
                 moved = True
         os.replace(temporary, path)
         if linked:
-            os.replace(kept, retire_to)
+            os.replace(kept, retired)
         _fsync_folder(path.parent)
     except OSError as error:
         # What undoes the rest may fail as well, on a disk that has just become read-only, say.
@@ -65,7 +66,7 @@ def write_atomically(
                 os.replace(kept, path)
                 kept.unlink(missing_ok=True)  # two names of one file are left as they are
             elif moved and not path.exists():
-                os.replace(retire_to, path)
+                os.replace(retired, path)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(path.parent).free
             raise UserError(

@@ -53,16 +53,16 @@ class StopRequest:
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signum: int | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "StopRequest":
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         noted = [s for s in self.SIGNALS if not (s == signal.SIGHUP and ignored)]
         self._former = {s: signal.signal(s, self._note) for s in noted}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for signum, handler in self._former.items():
             if signal.getsignal(signum) == self._note:  # a second Ctrl-C has another by then
                 signal.signal(signum, handler)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -62,7 +62,8 @@ def styled() -> Iterator[ModuleType]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with matplotlib.rc_context(SETTINGS):
+    settings: Any = SETTINGS
+    with matplotlib.rc_context(settings):
         yield plt
 
 
@@ -157,10 +158,10 @@ def fit(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width
 def scaled(image: Image.Image, most: int) -> tuple[Image.Image, float]:
     """Returns an image with a longer side of `most` pixels, and by how much it was scaled."""
     scale = most / max(image.size)
-    size = tuple(max(1, round(scale * side)) for side in image.size)
+    width, height = (max(1, round(scale * side)) for side in image.size)
     # Few pixels are shown as pixels: smoothing would invent what the network did not have.
     how = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC
-    return image.resize(size, how), scale
+    return image.resize((width, height), how), scale
 
 
 def draw_grid(cells: Sequence[Cell], title: str, side: int = CELL) -> bytes:
