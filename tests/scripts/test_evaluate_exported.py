@@ -7,6 +7,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from helpers.classifier_checkpoints import write_checkpoint
+from helpers.tiny_runs import RUN
 from helpers.trees import write_tree
 
 import detect_main
@@ -15,13 +17,14 @@ import light_main
 import main as main_script
 import predict
 import visualize_attention
-from models import create_model, weights
-from utils.data.loader import ImageDataset
+from utils.data import loader
 from utils.inspection import exported_network
 from utils.runs import checkpoint
 from utils.system.faults import run_script
 
 FILES = ("onnx", "xml")
+# Classes not in the order of their folders: labels must be those of the checkpoint's names.
+FIELDS = {"classes": ["b", "a", "7"], "img_size": 40, "crop_pct": 0.7}
 FIGURES = re.compile(r"15 images  top-1 (\S+) %  top-5 (\S+) %  loss (\S+) ")
 
 
@@ -32,7 +35,7 @@ def made(tmp_path_factory):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("exported")
     write_tree(folder / "tree", classes="ab7")
-    write_checkpoint(folder / "best.pth")
+    write_checkpoint(folder / "best.pth", fields=FIELDS)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         arguments = ["export.py", "best.pth", "--to", "onnx", "openvino"]
@@ -41,24 +44,6 @@ def made(tmp_path_factory):
             run_script(export.main)
     assert end.value.code == 0
     return folder
-
-
-def write_checkpoint(path, **fields):
-    """A checkpoint of eca_resnet18 as main.py writes it, without the run that led to it."""
-    torch.manual_seed(0)
-    network = create_model("eca_resnet18", num_classes=3)
-    with torch.no_grad():
-        network(torch.randn(8, 3, 64, 64) * 2 + 1)
-    state = {
-        **weights.describe_network(network),
-        # Not in the order of their folders: labels must be those of the checkpoint's names.
-        "classes": ["b", "a", "7"],
-        "img_size": 40,
-        "crop_pct": 0.7,
-        "state_dict": network.state_dict(),
-        **fields,
-    }
-    checkpoint.save(path, state)
 
 
 def figures(lines):
@@ -126,13 +111,14 @@ def test_figures_are_those_of_a_loop_over_the_file(call, made):
 
 def test_the_runs_decoder_is_the_files(call, made, tmp_path, monkeypatch):
     """A run with --decoder pil is evaluated with it, and so is what was exported of it."""
-    write_checkpoint(tmp_path / "pil.pth", args={"decoder": "pil"})
+    run = {name: RUN[name] for name in checkpoint.RUN} | {"args": {"decoder": "pil"}}
+    write_checkpoint(tmp_path / "pil.pth", fields={**run, **FIELDS})
     code, _, errors = call("pil.pth", "--to", "onnx", entry=export.main)
     assert (code, errors) == (0, [])
     used = []
-    read = ImageDataset.read
+    read = loader.read_image
     monkeypatch.setattr(
-        ImageDataset, "read", lambda d, key: (used.append(d.decoder), read(d, key))[1]
+        loader, "read_image", lambda file, decoder: (used.append(decoder), read(file, decoder))[1]
     )
     for flags in ((), ("--decoder", "simplejpeg")):
         assert call("-e", "--resume", "pil.onnx", *flags, "-j", 0, made / "tree")[0] == 0
@@ -185,7 +171,7 @@ def test_a_strangers_file_is_one_line(call, made, tmp_path):
     write("foreign.onnx", ["n", 3, "h", "w"])
     write("last.onnx", ["n", 40, 40, 3], held)
     write("flat.onnx", ["n", 4800], held)
-    write("no_logits.onnx", ["n", 3, 40, 40], held)
+    write("no_logits.onnx", ["n", 3, "h", "w"], held)
     for file, message in {
         "foreign.onnx": "foreign.onnx: its metadata are not those of export.py (Object missing",
         "last.onnx": "takes an input of shape (any, 40, 40, 3), not (any, 3, any, any)",

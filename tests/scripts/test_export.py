@@ -138,20 +138,20 @@ def test_tensors_that_are_not_the_checkpoints_are_refused(
 def test_output_may_be_the_file_of_one_format(export_cli, tmp_path):
     """The ending says which; a folder with such a name stays a folder."""
     network = write_checkpoint(tmp_path / "best.pth", "eca_mobilenetv2", 32, width_mult=0.25)
-    (tmp_path / "folder.pt2").mkdir()
-    for output, made in (
-        ("new/bees.v1.pt2", "new/bees.v1.pt2"),
-        ("folder.pt2", "folder.pt2/best.pt2"),
-        ("folder.v2", "folder.v2/best.pt2"),
+    (tmp_path / "folder.safetensors").mkdir()
+    for output, to, made in (
+        ("new ä/bees.v1.pt2", (), "new ä/bees.v1.pt2"),
+        ("folder.safetensors", ("--to", "safetensors"), "folder.safetensors/best.safetensors"),
+        ("folder.v2", ("--to", "safetensors"), "folder.v2/best.safetensors"),
     ):
-        to = () if output.endswith("bees.v1.pt2") else ("--to", "pt2")
         code, text = export_cli("best.pth", *to, "--output", output)
         assert code == 0, text
-        images = torch.randn(1, 3, 32, 32)
-        program = torch.export.load(tmp_path / made).module()
-        torch.testing.assert_close(program(images), network(images), rtol=1e-4, atol=1e-4)
+        assert (tmp_path / made).is_file()
         assert text.splitlines()[-1].startswith(f"{made}: ")
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"bees.v1.pt2"}
+    assert {path.name for path in (tmp_path / "new ä").iterdir()} == {"bees.v1.pt2"}
+    program = torch.export.load(tmp_path / "new ä" / "bees.v1.pt2").module()
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(program(images), network(images), rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_is_left_where_an_export_fails(export_cli, tmp_path, monkeypatch):

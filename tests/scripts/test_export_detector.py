@@ -1,7 +1,6 @@
 """export.py of a detector: the ONNX file finds what the network finds, and predict.py runs it."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from models.detection.detectors import FIRST_LABEL, create_detector, describe_de
 from utils.inspection import export as formats
 from utils.inspection import exported_network
 from utils.runs import checkpoint
+from utils.system.errors import UserError
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -158,27 +158,26 @@ def test_objects_that_differ_are_counted():
     assert compare(fewer, 0.7) == (1, 0.0, 1.0, 0)  # what scores too little may be on one side
 
 
-@pytest.mark.parametrize(
-    ("planted", "message"),
-    [
-        (lambda found: {**found, "boxes": found["boxes"] + 1}, "best.onnx: finds .* others than"),
-        (
-            lambda found: {**found, "masks": found["masks"].roll(9, -1)},
-            "best.onnx: has a mask that",
-        ),
-        (lambda found: 1 / 0, r"best.onnx does not run at \(3, .*division by zero; not written"),
-    ],
-)
-def test_a_file_that_finds_something_else_is_refused(call, tmp_path, monkeypatch, planted, message):
-    write_detector(tmp_path / "best.pth", "mask_rcnn")
+def test_a_file_that_finds_something_else_is_refused(tmp_path, monkeypatch):
+    detector = formats.prepared_detector(write_detector(tmp_path / "best.pth", "mask_rcnn"))
+    data = formats.detector_to_onnx(detector, {})
     run = formats.objects_by_onnxruntime
-    monkeypatch.setattr(
-        formats, "objects_by_onnxruntime", lambda session: lambda x: planted(run(session)(x))
-    )
-    code, _, (error,) = call("best.pth", entry=export.main)
-    assert code == 1
-    assert re.search(message, error), error
-    assert not (tmp_path / "best.onnx").exists()
+    for planted, message in (
+        (lambda found: found, None),
+        (lambda found: {**found, "boxes": found["boxes"] + 1}, "x.onnx: finds .* others than"),
+        (lambda found: {**found, "masks": found["masks"].roll(9, -1)}, "x.onnx: has a mask that"),
+        (lambda found: 1 / 0, r"x.onnx does not run at \(3, .*division by zero; not written"),
+    ):
+        monkeypatch.setattr(
+            formats,
+            "objects_by_onnxruntime",
+            lambda session, planted=planted: lambda x: planted(run(session)(x)),
+        )
+        if message is None:
+            assert formats.check_detector(data, detector, "x.onnx").others == 0
+        else:
+            with pytest.raises(UserError, match=message):
+                formats.check_detector(data, detector, "x.onnx")
 
 
 def test_the_least_score_is_the_files(call, tmp_path):

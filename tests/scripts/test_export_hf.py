@@ -2,17 +2,16 @@
 
 import json
 import os
-import sys
 
 import pytest
 import torch
+from helpers.classifier_checkpoints import write_checkpoint
+from helpers.tiny_runs import RUN
 
-import export
 import models
 from models import pretrained, weights
 from utils.data.transforms import IMAGENET_MEAN
 from utils.runs import checkpoint
-from utils.system.faults import run_script
 
 pytest.importorskip("safetensors")
 ROWS = [
@@ -21,45 +20,21 @@ ROWS = [
 ]
 
 
-@pytest.fixture
-def cli(monkeypatch, capsys, tmp_path):
-    """Runs export.py in an empty folder and gives (exit code, all that it printed)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
-        with pytest.raises(SystemExit) as end:
-            run_script(export.main)
-        return end.value.code, "".join(capsys.readouterr())
-
-    return call
-
-
-def write(path, arch="eca_resnet18", step=0, rows=ROWS, classes=("a", "b", "ü | *x*")):
-    torch.manual_seed(0)
-    network = models.create_model(arch, num_classes=len(classes))
-    network(torch.randn(2, 3, 64, 64))
-    progress = {"epoch": len(rows), "step": step, "sums": torch.zeros(1, 4), "best": {"epoch": 1}}
-    state = {
-        **weights.describe_network(network),
-        "classes": list(classes),
-        "img_size": 48,
-        "crop_pct": 0.75,
-        "progress": {**progress, "broken": []},
-        "history": rows,
-        "state_dict": network.state_dict(),
-    }
-    checkpoint.save(path, state)
-    return network.state_dict()
+def write(path, step=0, rows=ROWS, classes=("a", "b", "ü | *x*")):
+    """A checkpoint of a run; its tensors are returned."""
+    run = {name: RUN[name] for name in checkpoint.RUN | {"train_images", "train_digest"}}
+    progress = {**RUN["progress"], "epoch": len(rows), "step": step}
+    run |= {"progress": progress, "history": rows, "crop_pct": 0.75}
+    return write_checkpoint(path, fields={**run, "classes": list(classes)}).state_dict()
 
 
 def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_the_folder_is_read_back(cli, tmp_path):
+def test_the_folder_is_read_back(export_cli, tmp_path):
     held = write(tmp_path / "best.pth")
-    code, text = cli("best.pth", "--to", "hf")
+    code, text = export_cli("best.pth", "--to", "hf")
     assert code == 0, text
     assert "best-hf/config.json and model.safetensors and README.md: " in text
     assert {path.name for path in (tmp_path / "best-hf").iterdir()} == {
@@ -76,34 +51,34 @@ def test_the_folder_is_read_back(cli, tmp_path):
     loaded = checkpoint.load(tmp_path / "best-hf" / "model.safetensors")
     assert same(weights.network_from_checkpoint(loaded).state_dict(), held)
 
-    code, text = cli("best.pth", "--to", "hf")
+    code, text = export_cli("best.pth", "--to", "hf")
     assert code == 2
     assert "config.json: is there already" in text
-    code, text = cli("best.pth", "--to", "hf", "safetensors", "--output", "new/place")
+    code, text = export_cli("best.pth", "--to", "hf", "safetensors", "--output", "new/place")
     assert code == 0, text
     assert (tmp_path / "new" / "place" / "best.safetensors").is_file()
     assert same(models.from_pretrained("new/place/best-hf").state_dict(), held)
 
 
-def test_a_class_folder_whose_name_is_no_text(cli, tmp_path):
+def test_a_class_folder_whose_name_is_no_text(export_cli, tmp_path):
     """Its bytes come back from config.json as Python has them everywhere."""
     name = os.fsdecode(b"caf\xe9")
     write(tmp_path / "best.pth", classes=["a", "b", name])
-    code, text = cli("best.pth", "--to", "hf")
+    code, text = export_cli("best.pth", "--to", "hf")
     assert code == 0, text
     assert pretrained.read_config("best-hf")["classes"] == ["a", "b", name]
     assert models.from_pretrained("best-hf").num_classes == 3
 
 
-def card(cli, tmp_path, name="x", **kwargs):
+def card(export_cli, tmp_path, name="x", **kwargs):
     write(tmp_path / f"{name}.pth", **kwargs)
-    code, text = cli(f"{name}.pth", "--to", "hf")
+    code, text = export_cli(f"{name}.pth", "--to", "hf")
     assert code == 0, text
     return (tmp_path / f"{name}-hf" / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_card_of_a_run(cli, tmp_path):
-    text = card(cli, tmp_path)
+def test_the_card_of_a_run(export_cli, tmp_path):
+    text = card(export_cli, tmp_path)
     assert text.startswith("---\nlicense: mit\n")
     for line in (
         "| Architecture | eca_resnet18 |",
@@ -117,7 +92,7 @@ def test_the_card_of_a_run(cli, tmp_path):
     assert "scaled to 64 pixels, the middle 48 × 48" in text
 
 
-def test_weights_saved_within_an_epoch_have_no_figures(cli, tmp_path):
-    text = card(cli, tmp_path, step=7)
+def test_weights_saved_within_an_epoch_have_no_figures(export_cli, tmp_path):
+    text = card(export_cli, tmp_path, step=7)
     assert "62.12" not in text
     assert "holds no figures of these weights" in text

@@ -1,5 +1,8 @@
 """export.py --int8: calibrated, judged on validation images, and refused when it loses."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -72,10 +75,24 @@ def test_int8_is_judged_and_refused_when_it_loses(export_cli, tmp_path, small_da
     for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(package)
     write_fitted_checkpoint(tmp_path / "best.pth", small_data / "train")
+    graphs, graph_file = [], export.graph_file
+
+    def made_once(*settings):
+        if not graphs:
+            graphs.append(graph_file(*settings))
+        return graphs[0]
+
+    monkeypatch.setattr(export, "graph_file", made_once)
+    passes = []
+    monkeypatch.setattr(
+        int8, "read_batches", lambda paths, *a: passes.append(paths) or read_batches(paths, *a)
+    )
     code, text = export_cli("best.pth", "--to", "onnx", "openvino", "--int8", "data")
     assert code == 0, text
     assert "int8: calibrated on 18 of 18 training images" in text
     assert "of 12 validation images" in text
+    splits = [{Path(os.fsdecode(path)).parts[-3] for path in paths} for paths in passes]
+    assert splits == [{"train"}, {"val"}, {"val"}]  # calibrated, then each format evaluated
     for name in ("best.int8.onnx", "best.int8.xml", "best.int8.bin"):
         assert (tmp_path / name).exists()
 
