@@ -181,7 +181,7 @@ def evaluate_checkpoint(config: Config, saved: Checkpoint, context: Context) -> 
     if isinstance(saved, ExportedFile):
         network, lines = saved.engine, [saved.engine.describe(), *saved.how_it_runs(context)]
     else:
-        network = saved.network()
+        network = saved.network(flags.attention)
         lines = [
             classifier.network_line(network),
             *classifier.how_it_runs(network, flags, context),

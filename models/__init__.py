@@ -6,7 +6,7 @@ from .eca_module import ECALayer, adaptive_kernel_size, parse_ksize
 from .eca_resnet import ResNet
 from .fused.block_tail import describe_tails, set_fused, why_not_triton
 from .inference import optimise_for_inference
-from .insertion import Insertion, add_eca
+from .insertion import Insertion, add_attention, add_eca
 from .inspection import freeze, layer_scales
 from .pretrained import from_pretrained
 from .registry import MODELS, create_model, list_models
@@ -21,6 +21,7 @@ __all__ = [
     "MobileNetV2",
     "ResNet",
     "adaptive_kernel_size",
+    "add_attention",
     "add_eca",
     "create_model",
     "describe_tails",

@@ -1,12 +1,18 @@
-"""The channel attentions of the paper's Table 2, and a table of all attentions by name.
+"""The channel attentions of the paper's Table 2, and every attention by its name: timm's and a
+user's own, too.
 
 Each computes x · σ(f(y)) for x of shape (N, C, H, W); y is the mean over H × W. They differ in f
 alone. Pooling, convolution and linear maps are modules, so that FLOPs counters see them.
 """
 
 import difflib
+import hashlib
+import importlib.util
+import inspect
+import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,45 +104,151 @@ class SEVar3Layer(_Gate):
 
 
 class Attention(NamedTuple):
-    slot: str  # the attribute of a ResNet block that holds the layer, so a part of its keys
+    """An attention as networks are built with it.
+
+    Attributes:
+        name: as `--attention` takes it and a checkpoint names it.
+        slot: the attribute of a ResNet block that holds the layer, so a part of its keys.
+        takes_ksize: the layer has a kernel size, which `ksize` then sets.
+        build: (channels, kernel size or None) → layer.
+        sha256: of the file that holds a user's own layer; None for a layer of a library.
+    """
+
+    name: str
+    slot: str
     takes_ksize: bool
-    build: Callable[[int, Any], nn.Module]  # (channels, kernel size or None) → layer
+    build: Callable[[int, Any], nn.Module]
+    sha256: str | None = None
 
 
-ATTENTIONS: dict[str, Attention | None] = {
-    "none": None,
-    "eca": Attention("eca", True, lambda channels, k: ECALayer(k)),
-    "eca_ns": Attention("eca", True, ECANSLayer),
-    "se": Attention("se", False, lambda channels, k: SELayer(channels)),
-    "se_var1": Attention("se", False, lambda channels, k: SEVar1Layer()),
-    "se_var2": Attention("se", False, lambda channels, k: SEVar2Layer(channels)),
-    "se_var3": Attention("se", False, lambda channels, k: SEVar3Layer(channels)),
-}
+_KNOWN = (
+    Attention("eca", "eca", True, lambda channels, k: ECALayer(k)),
+    Attention("eca_ns", "eca", True, ECANSLayer),
+    Attention("se", "se", False, lambda channels, k: SELayer(channels)),
+    Attention("se_var1", "se", False, lambda channels, k: SEVar1Layer()),
+    Attention("se_var2", "se", False, lambda channels, k: SEVar2Layer(channels)),
+    Attention("se_var3", "se", False, lambda channels, k: SEVar3Layer(channels)),
+)
+ATTENTIONS: dict[str, Attention | None] = {"none": None, **{each.name: each for each in _KNOWN}}
+OTHER_SLOT = "attention"  # of the layers of timm and of users
+TIMM = "timm:"
+KSIZE_NAMES = ("k", "ksize", "k_size", "kernel_size")  # under which a user's layer may take k
+
+Kind = str | type[nn.Module] | Attention | None  # what names an attention
 
 
-def attention_parameters(network: nn.Module) -> dict[str, Tensor]:
-    """Returns the parameters of a network's attention layers, by their names in its state dict."""
-    return {
-        f"{name}.{parameter}": value
-        for name, module in network.named_modules()
-        if isinstance(module, ECALayer | _Gate)
-        for parameter, value in module.state_dict().items()
-    }
+def find_attention(kind: Kind) -> Attention | None:
+    """Returns the attention of a name or class; None for "none". Runs no file.
 
-
-def find_attention(name: str) -> Attention | None:
-    """Returns the entry of `ATTENTIONS`.
+    Args:
+        kind: a key of `ATTENTIONS`; "timm:" and the name of one of timm's attention layers; a class
+            whose instances are built with the channels, and the kernel size if they take one; or
+            what this function has returned.
 
     Raises:
-        ValueError: the name is unknown; the line shows the nearest names.
+        ValueError: one line; the name is unknown, or such a layer does not keep (N, C, H, W).
     """
-    if name not in ATTENTIONS:
-        close = difflib.get_close_matches(str(name), ATTENTIONS) or ATTENTIONS
-        raise ValueError(f"unknown attention {name!r}: use one of {', '.join(close)}")
-    return ATTENTIONS[name]
+    if kind is None or isinstance(kind, Attention):
+        return kind
+    if isinstance(kind, type):
+        return _of_class(kind)
+    if kind.startswith(TIMM):
+        return _of_timm(kind)
+    if is_file(kind):
+        raise ValueError(
+            f"the attention {kind} is in a user's file, which is run only where it is typed: give"
+            f" --attention {kind}, or in Python the class itself"
+        )
+    if kind not in ATTENTIONS:
+        close = difflib.get_close_matches(kind, ATTENTIONS) or ATTENTIONS
+        raise ValueError(
+            f"unknown attention {kind!r}: use one of {', '.join(close)}, timm:NAME or FILE.py:CLASS"
+        )
+    return ATTENTIONS[kind]
 
 
-def takes_ksize(name: str) -> bool:
-    """Tells whether the attention has a kernel size, which `ksize` then sets."""
-    entry = find_attention(name)
-    return entry is not None and entry.takes_ksize
+def is_file(name: str) -> bool:
+    """Tells whether a name is that of a class in a file: `FILE.py:CLASS`."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
+def attention_from_file(name: str) -> type[nn.Module]:
+    """Runs a file and returns a class in it. Only for what a user has just typed.
+
+    Args:
+        name: FILE.py:CLASS.
+
+    Raises:
+        ValueError: one line; no such file or class, or the file fails.
+    """
+    file, _, kind = name.rpartition(":")
+    path = Path(file).absolute()
+    if not path.is_file():
+        raise ValueError(f"attention {name}: no file {file}; give FILE.py:CLASS")
+    module_name = f"attention_{_sha256(path)}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # a user's code may raise anything
+            del sys.modules[module_name]
+            raise ValueError(f"attention {name}: {file} fails: {_first_line(error)}") from None
+    found = getattr(sys.modules[module_name], kind, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"attention {name}: {file} has no class {kind} of torch.nn.Module")
+    return found
+
+
+def _of_class(kind: type[nn.Module]) -> Attention:
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    path = Path(file) if file else None
+    name = f"{path.name if path else 'session.py'}:{kind.__name__}"
+    parameters = inspect.signature(kind).parameters
+    keyword = next((k for k in KSIZE_NAMES if k in parameters), None)
+
+    def build(channels: int, k: int | None) -> nn.Module:
+        return kind(channels, **({keyword: k} if keyword else {}))
+
+    sha256 = _sha256(path) if path else ""
+    return _tried(Attention(name, OTHER_SLOT, keyword is not None, build, sha256))
+
+
+def _of_timm(name: str) -> Attention:
+    try:
+        from timm.layers.create_attn import create_attn
+    except ImportError:
+        raise ValueError(f"attention {name} needs timm: pip install timm") from None
+    kind = name.removeprefix(TIMM)
+
+    def build(channels: int, k: int | None) -> nn.Module:
+        return cast(nn.Module, create_attn(kind, channels))  # type: ignore[no-untyped-call]
+
+    return _tried(Attention(name, OTHER_SLOT, False, build))
+
+
+def _tried(attention: Attention) -> Attention:
+    """Returns it if a layer of it keeps the shape of (N, C, H, W), whatever H and W are."""
+    x = torch.zeros(2, 64, 7, 9, device="cpu")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+            layer = attention.build(64, 3 if attention.takes_ksize else None).eval()
+            shape = tuple(layer(x).shape)
+    except Exception as error:  # another's code may raise anything
+        reason = f"cannot be built with channels alone: {_first_line(error)}"
+    else:
+        if shape == tuple(x.shape):
+            return attention
+        reason = f"makes {shape} of {tuple(x.shape)}, and must keep the shape"
+    raise ValueError(f"attention {attention.name} {reason}")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

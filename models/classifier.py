@@ -8,13 +8,13 @@ training, images skip blocks at random.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import takes_ksize
+from .attention import Attention
 from .eca_module import parse_ksize
 
 Ksize = str | Sequence[int] | None
@@ -42,18 +42,19 @@ def check_num_classes(num_classes: int) -> int:
 
 
 def check_ksize(
-    arch: str, attention: str, ksize: Ksize, stages: int | tuple[int, ...]
+    arch: str, attention: Attention | None, ksize: Ksize, stages: int | tuple[int, ...]
 ) -> tuple[int, ...] | Literal["adaptive"] | None:
     """Returns what `parse_ksize` reads, or None for an attention without kernel sizes.
 
     Raises:
         ValueError: one line; a kernel size that will not do, or one where the attention has none.
     """
-    if takes_ksize(attention):
+    if attention is not None and attention.takes_ksize:
         return parse_ksize(ksize, stages)
     if ksize is not None:
+        name = attention.name if attention else "none"
         raise ArgumentError(
-            f"{arch} (attention {attention!r}) has no ECA layer: leave `ksize={ksize}` out",
+            f"{arch} (attention {name!r}) has no ECA layer: leave `ksize={ksize}` out",
             ksize=ksize,
         )
     return None
@@ -143,16 +144,27 @@ class Classifier(nn.Module):
     head: str
     arch: str
     frozen: tuple[str, ...] = ()
+    if TYPE_CHECKING:
+        ksize: tuple[int, ...] | None
+    attention_note = ""  # what `described_network` has to say of a user's own layer
 
     def _describe_classifier(
         self, num_classes: int, num_features: int, maps: Iterable[tuple[int, int, str]]
     ) -> None:
+        self.head_names = (f"{self.head}.weight", f"{self.head}.bias")
         names = ("num_chs", "reduction", "module")
         self.num_classes = check_num_classes(num_classes)
         self.num_features = self.head_hidden_size = num_features
         self.global_pool = "avg"
         self.grad_checkpointing = False
         self.feature_info = FeatureInfo(dict(zip(names, each, strict=True)) for each in maps)
+
+    def _describe_attention(self, attention: Attention | None, **model_kwargs: Any) -> None:
+        """Sets what a checkpoint says of the attention and of the constructor's arguments."""
+        self.attention = attention.name if attention else "none"
+        self.model_kwargs = model_kwargs
+        if attention is not None and attention.sha256 is not None:
+            self.model_kwargs["attention_sha256"] = attention.sha256
 
     def train(self: Own, mode: bool = True) -> Own:
         """Switches as nn.Module does, but for what is frozen: it stays in evaluation mode."""
@@ -351,5 +363,10 @@ def set_drop_path(network: nn.Module, rate: float) -> None:
     if not 0 <= rate < 1:
         raise ValueError(f"a rate of stochastic depth is from 0 to below 1, such as 0.05: {rate}")
     blocks = [m for m in network.modules() if hasattr(type(m), "drop_path")]
+    if rate and not isinstance(network, Classifier):
+        raise ArgumentError(
+            f"`drop_path={rate:g}` is for our networks: leave it out, or give 0",
+            drop_path=f"{rate:g}",
+        )
     for number, block in enumerate(blocks):
         cast(Any, block).drop_path = rate * number / max(1, len(blocks) - 1)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .attention import find_attention, takes_ksize
+from .attention import Attention, Kind, find_attention
 from .classifier import (
     Classifier,
     Ksize,
@@ -100,7 +100,7 @@ class InvertedResidual(nn.Module):
         out_channels: int,
         stride: int,
         expansion: int,
-        attention: str,
+        attention: Attention | None,
         ksize: int | None,
     ):
         super().__init__()
@@ -112,10 +112,9 @@ class InvertedResidual(nn.Module):
         self.conv.append(ConvBNReLU(hidden, hidden, 3, stride, groups=hidden))
         self.conv.append(nn.Conv2d(hidden, out_channels, 1, bias=False))
         self.conv.append(nn.BatchNorm2d(out_channels))
-        entry = find_attention(attention)
-        self.attends = entry is not None
-        if entry:
-            self.conv.append(entry.build(out_channels, ksize))
+        self.attends = attention is not None
+        if attention:
+            self.conv.append(attention.build(out_channels, ksize))
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -143,7 +142,7 @@ class MobileNetV2(Classifier):
     """MobileNetV2 with one attention layer a block.
 
     Args:
-        attention: a name in `attention.ATTENTIONS`.
+        attention: as `attention.find_attention` takes it.
         ksize: ECA's kernel sizes as `parse_ksize` reads them: two numbers, for the stages of fewer
             than 96 output channels and for the others; or seven, one a stage; or "adaptive", which
             applies eq. 12 to the stage's output channels. Widths here are those at `width_mult` 1
@@ -163,7 +162,7 @@ class MobileNetV2(Classifier):
 
     def __init__(
         self,
-        attention: str = "eca",
+        attention: Kind = "eca",
         ksize: Ksize = None,
         num_classes: int = 1000,
         width_mult: float = 1.0,
@@ -173,7 +172,8 @@ class MobileNetV2(Classifier):
         if not 1 / STAGES[0][1] <= width_mult < math.inf:  # below it a stage has no channels
             raise ValueError(f"width_mult must be at least 1/16, such as 0.5, not {width_mult}")
         channels = [int(c * width_mult) for _, c, _, _ in STAGES]
-        if ksize is None and takes_ksize(attention):
+        attention = find_attention(attention)
+        if ksize is None and attention is not None and attention.takes_ksize:
             ksize = RELEASED_KSIZE
         ksize = check_ksize(arch, attention, ksize, stages=(2, len(STAGES)))
         if ksize == ADAPTIVE:
@@ -181,11 +181,10 @@ class MobileNetV2(Classifier):
         if ksize:
             ksize = expand_ksize(ksize)
         self.arch = arch
-        self.attention = attention
+        self._describe_attention(attention, width_mult=width_mult)
         self.ksize = shorten_ksize(ksize) if ksize else None
         last = int(LAST * max(1.0, width_mult))
         self._describe_classifier(num_classes, last, _maps(channels))
-        self.model_kwargs = {"width_mult": width_mult}
 
         in_channels = int(STEM * width_mult)
         self.features = Stage(ConvBNReLU(3, in_channels, 3, stride=2))
@@ -240,7 +239,7 @@ class MobileNetV2(Classifier):
 def eca_mobilenetv2(
     ksize: Ksize = None,
     num_classes: int = 1000,
-    attention: str = "eca",
+    attention: Kind = "eca",
     width_mult: float = 1.0,
 ) -> MobileNetV2:
     """ECA-MobileNetV2; see the class for the arguments."""
@@ -250,7 +249,7 @@ def eca_mobilenetv2(
 def se_mobilenetv2(
     ksize: Ksize = None,
     num_classes: int = 1000,
-    attention: str = "se",
+    attention: Kind = "se",
     width_mult: float = 1.0,
 ) -> MobileNetV2:
     """SE-MobileNetV2; see the class for the arguments."""
@@ -260,7 +259,7 @@ def se_mobilenetv2(
 def mobilenetv2(
     ksize: Ksize = None,
     num_classes: int = 1000,
-    attention: str = "none",
+    attention: Kind = "none",
     width_mult: float = 1.0,
 ) -> MobileNetV2:
     """MobileNetV2; see the class for the arguments."""

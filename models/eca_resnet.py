@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .attention import find_attention, takes_ksize
+from .attention import Attention, Kind, find_attention
 from .classifier import (
     Classifier,
     Ksize,
@@ -35,12 +35,16 @@ class _Block(nn.Module):
         relu: nn.Module
 
     def _add_tail(
-        self, in_channels: int, out_channels: int, stride: int, attention: str, ksize: int | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        attention: Attention | None,
+        ksize: int | None,
     ) -> None:
-        entry = find_attention(attention)
-        self.slot = entry.slot if entry else None
-        if entry:
-            self.add_module(entry.slot, entry.build(out_channels, ksize))
+        self.slot = attention.slot if attention else None
+        if attention:
+            self.add_module(attention.slot, attention.build(out_channels, ksize))
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(
@@ -61,6 +65,8 @@ class _Block(nn.Module):
             y = self.eca(y)  # type: ignore[operator]
         elif hasattr(self, "se"):
             y = self.se(y)  # type: ignore[operator]
+        elif hasattr(self, "attention"):
+            y = self.attention(y)  # type: ignore[operator]
         return self.relu(y + identity)
 
     def shortcut(self, x: Tensor) -> Tensor:
@@ -75,7 +81,12 @@ class BasicBlock(_Block):
     expansion = 1
 
     def __init__(
-        self, in_channels: int, width: int, stride: int, attention: str, ksize: int | None
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        attention: Attention | None,
+        ksize: int | None,
     ):
         super().__init__()
         self.conv1 = conv3x3(in_channels, width, stride)
@@ -100,7 +111,12 @@ class Bottleneck(_Block):
     expansion = 4
 
     def __init__(
-        self, in_channels: int, width: int, stride: int, attention: str, ksize: int | None
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        attention: Attention | None,
+        ksize: int | None,
     ):
         super().__init__()
         out_channels = width * self.expansion
@@ -130,7 +146,7 @@ class ResNet(Classifier):
     Args:
         block: BasicBlock or Bottleneck.
         layers: blocks in each of the four stages.
-        attention: a name in `attention.ATTENTIONS`.
+        attention: as `attention.find_attention` takes it.
         ksize: ECA's kernel size in each stage, as `parse_ksize` reads it; "adaptive" applies
             eq. 12 to the stage's output channels. Without ECA there is none to give.
         num_classes: rows of `fc`; 0 for none, see `Classifier`.
@@ -154,19 +170,20 @@ class ResNet(Classifier):
         self,
         block: type[BasicBlock] | type[Bottleneck],
         layers: tuple[int, int, int, int],
-        attention: str = "eca",
+        attention: Kind = "eca",
         ksize: Ksize = None,
         num_classes: int = 1000,
         arch: str = "resnet",
     ):
         super().__init__()
         channels = [width * block.expansion for width in WIDTHS]
+        attention = find_attention(attention)
         ksize = check_ksize(arch, attention, ksize, stages=4)
         if ksize == ADAPTIVE:
             ksize = tuple(adaptive_kernel_size(c) for c in channels)
-        self.arch, self.attention = arch, attention
-        self.ksize: tuple[int, ...] | None = ksize
-        self.model_kwargs: dict[str, object] = {}
+        self.arch = arch
+        self.ksize = ksize
+        self._describe_attention(attention)
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
@@ -222,87 +239,88 @@ DEPTHS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 }
 
 
-def _resnet(arch: str, ksize: Ksize, num_classes: int, attention: str) -> ResNet:
+def _resnet(arch: str, ksize: Ksize, num_classes: int, attention: Kind) -> ResNet:
     block, layers, released = DEPTHS[int(arch.rpartition("resnet")[2])]
-    if ksize is None and takes_ksize(attention):
+    attention = find_attention(attention)
+    if ksize is None and attention is not None and attention.takes_ksize:
         ksize = released
     return ResNet(block, layers, attention, ksize, num_classes, arch)
 
 
 # The constructors. Without `ksize`, ECA takes the released kernel sizes; another `attention` makes
-# the same network with another entry of attention.ATTENTIONS, as the paper's ablation does.
+# the same network with another attention in the same place, as the paper's ablation does.
 
 
-def eca_resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+def eca_resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "eca") -> ResNet:
     """ECA-ResNet-18."""
     return _resnet("eca_resnet18", ksize, num_classes, attention)
 
 
-def eca_resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+def eca_resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "eca") -> ResNet:
     """ECA-ResNet-34."""
     return _resnet("eca_resnet34", ksize, num_classes, attention)
 
 
-def eca_resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+def eca_resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "eca") -> ResNet:
     """ECA-ResNet-50."""
     return _resnet("eca_resnet50", ksize, num_classes, attention)
 
 
-def eca_resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+def eca_resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "eca") -> ResNet:
     """ECA-ResNet-101."""
     return _resnet("eca_resnet101", ksize, num_classes, attention)
 
 
-def eca_resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: str = "eca") -> ResNet:
+def eca_resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "eca") -> ResNet:
     """ECA-ResNet-152."""
     return _resnet("eca_resnet152", ksize, num_classes, attention)
 
 
-def se_resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+def se_resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "se") -> ResNet:
     """SE-ResNet-18."""
     return _resnet("se_resnet18", ksize, num_classes, attention)
 
 
-def se_resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+def se_resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "se") -> ResNet:
     """SE-ResNet-34."""
     return _resnet("se_resnet34", ksize, num_classes, attention)
 
 
-def se_resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+def se_resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "se") -> ResNet:
     """SE-ResNet-50."""
     return _resnet("se_resnet50", ksize, num_classes, attention)
 
 
-def se_resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+def se_resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "se") -> ResNet:
     """SE-ResNet-101."""
     return _resnet("se_resnet101", ksize, num_classes, attention)
 
 
-def se_resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: str = "se") -> ResNet:
+def se_resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "se") -> ResNet:
     """SE-ResNet-152."""
     return _resnet("se_resnet152", ksize, num_classes, attention)
 
 
-def resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+def resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "none") -> ResNet:
     """ResNet-18."""
     return _resnet("resnet18", ksize, num_classes, attention)
 
 
-def resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+def resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "none") -> ResNet:
     """ResNet-34."""
     return _resnet("resnet34", ksize, num_classes, attention)
 
 
-def resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+def resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "none") -> ResNet:
     """ResNet-50."""
     return _resnet("resnet50", ksize, num_classes, attention)
 
 
-def resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+def resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "none") -> ResNet:
     """ResNet-101."""
     return _resnet("resnet101", ksize, num_classes, attention)
 
 
-def resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: str = "none") -> ResNet:
+def resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "none") -> ResNet:
     """ResNet-152."""
     return _resnet("resnet152", ksize, num_classes, attention)

@@ -1,4 +1,4 @@
-"""Puts ECA into networks that were built without it: torchvision's, timm's, or one's own.
+"""Puts attention into networks that were built without it: torchvision's, timm's, or one's own.
 
     network = torchvision.models.resnet50(weights="DEFAULT")
     add_eca(network)  # computes what it did before, and can now be fine-tuned
@@ -14,15 +14,18 @@ TorchScript, deepcopy and what replaces normalisations keep them.
 import fnmatch
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeGuard
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
+from .attention import Attention, Kind, find_attention
 from .eca_module import ADAPTIVE, ECALayer, adaptive_kernel_size
 
 INNER = "without_eca"
+IsThere = Callable[[nn.Module], bool]  # whether a module is a layer of the attention
 
 
 class InsertedECA(ECALayer):
@@ -77,19 +80,20 @@ class InsertedECA(ECALayer):
 
 
 class WithECA(nn.Sequential):
-    """A module with an ECA layer right behind it, in the place of the module alone.
+    """A module with an attention layer right behind it, in the place of the module alone.
 
-    The state dict has the module's keys as they were, and ECA's below `eca.`; attributes of the
-    module are read and set through it. In `named_modules` and `named_parameters` the module's own
-    name is `without_eca`.
+    The state dict has the module's keys as they were, and the layer's below `eca.`, or its other
+    name; attributes of the module are read and set through it. In `named_modules` and
+    `named_parameters` the module's own name is `without_eca`.
 
     Args:
         module: takes one tensor.
-        eca: takes the module's output.
+        layer: takes the module's output.
+        name: of the layer.
     """
 
-    def __init__(self, module: nn.Module, eca: nn.Module):
-        super().__init__(OrderedDict({INNER: module, "eca": eca}))
+    def __init__(self, module: nn.Module, layer: nn.Module, name: str = "eca"):
+        super().__init__(OrderedDict({INNER: module, name: layer}))
         self.train(module.training)
         module_: Any = self  # torch gives these three no types
         module_.register_state_dict_post_hook(_write_plain_keys)
@@ -128,9 +132,9 @@ def _write_plain_keys(
 
 
 def _read_plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Puts `without_eca` into the keys that are not ECA's."""
+    """Puts `without_eca` into the keys that are not the attention layer's."""
     for key in [key for key in state_dict if key.startswith(prefix)]:
-        if not key.startswith((f"{prefix}eca.", f"{prefix}{INNER}.")):
+        if not key.startswith(tuple(f"{prefix}{name}." for name in module._modules)):
             state_dict[f"{prefix}{INNER}.{key[len(prefix) :]}"] = state_dict.pop(key)
 
 
@@ -148,6 +152,7 @@ BLOCKS = frozenset(
         "ResBottleneckBlock",  # torchvision's RegNet
         "BottleneckBlock",  # timm's networks of configured blocks, such as GENet
         "InvertedResidual",
+        "_InvertedResidual",  # torchvision's MNASNet
         "UniversalInvertedResidual",
         "DepthwiseSeparableConv",  # MobileNets
         "MBConv",
@@ -175,21 +180,31 @@ _REMEDY = "give the type of the blocks, or the places by name, such as after='la
 
 
 class Insertion(NamedTuple):
-    """One ECA layer that `add_eca` put in."""
+    """One attention layer that `add_attention` put in."""
 
     name: str  # of the layer in the network, the beginning of its keys
     place: str  # "after layer1.0.bn3"
     channels: int
-    kernel_size: int
+    kernel_size: int | None  # None for an attention without one
+    attention: str = "eca"
 
     def __str__(self) -> str:
-        return f"ECA k={self.kernel_size} on {self.channels} channels {self.place}"
+        k = f" k={self.kernel_size}" if self.kernel_size else ""
+        return f"{_title(self.attention)}{k} on {self.channels} channels {self.place}"
+
+
+def _title(attention: str) -> str:
+    return "ECA" if attention == "eca" else attention
+
+
+After = str | Sequence[str] | type[nn.Module] | tuple[type[nn.Module], ...] | None
+InsertedKsize = Literal["adaptive"] | int | Sequence[int]
 
 
 def add_eca(
     model: nn.Module,
-    after: str | type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
-    ksize: Literal["adaptive"] | int = ADAPTIVE,
+    after: After = None,
+    ksize: InsertedKsize = ADAPTIVE,
     identity: bool = True,
     replace_se: bool = False,
     quiet: bool = False,
@@ -199,66 +214,120 @@ def add_eca(
     That is after the block's last normalisation and before the addition, as in ECA-ResNet. The
     names and values of what was there stay, squeeze-and-excitation included, and the network's
     output does too, unless `replace_se` is on or `identity` off. Blocks that have ECA are passed
-    over, so a second call changes nothing.
+    over, so a second call changes nothing. For the arguments see `add_attention`.
+    """
+    return add_attention(model, "eca", after, ksize, identity, replace_se, quiet)
+
+
+def add_attention(
+    model: nn.Module,
+    attention: Kind,
+    after: After = None,
+    ksize: InsertedKsize = ADAPTIVE,
+    identity: bool | None = None,
+    replace_se: bool = False,
+    quiet: bool = False,
+) -> list[Insertion]:
+    """Puts a layer of an attention at the end of every residual branch of `model`, in place.
+
+    Another attention than ECA starts as its layer does, so a trained network computes something
+    else until it is trained.
 
     Args:
-        model: ResNet, ResNeXt, RegNet, MobileNetV2 and V3, EfficientNet, EfficientNetV2 and
-            ConvNeXt of torchvision and timm, torchvision's video ResNets and timm's GENet are
-            known; others with `after`.
+        model: ResNet, ResNeXt, RegNet, MobileNetV2 and V3, MNASNet, EfficientNet, EfficientNetV2
+            and ConvNeXt of torchvision and timm, torchvision's video ResNets (ECA alone) and timm's
+            GENet are known; others with `after`.
+        attention: as `find_attention` takes it, but for "none".
         after: the type of the residual blocks, or several; or a pattern for the names of the
-            modules right after which ECA goes, such as "layer*.*.bn3" (`*` stays between dots).
-        ksize: "adaptive" (eq. 12, by each layer's channels) or an odd integer.
-        identity: start with a gate of exactly 1.
-        replace_se: put ECA in the place of squeeze-and-excitation, whose trained weights go; the
-            network then computes something else until it is trained.
+            modules right after which the layer goes, such as "layer*.*.bn3" (`*` stays between
+            dots), or several.
+        ksize: "adaptive" (eq. 12, by each layer's channels), an odd integer, or one for each layer.
+            Without effect on an attention that has no kernel size.
+        identity: start with a gate of exactly 1: for ECA alone, and there True unless told.
+        replace_se: put the layer in the place of squeeze-and-excitation, whose trained weights go;
+            the network then computes something else until it is trained.
         quiet: do not print what was changed.
 
     Returns:
         What was put in, in the order of the network's modules.
 
     Raises:
-        ValueError: one line; no place for ECA was found, or a block whose end cannot be told. The
-            network is then as it was.
+        ValueError: one line; no place was found, or a block whose end cannot be told. The network
+            is then as it was.
     """
-    if ksize != ADAPTIVE:
-        ECALayer(ksize)  # raises for a size that will not do
-    if isinstance(after, str):
-        found = [(name, False, _is_done(model, name)) for name in _matching(model, after)]
-    else:
-        types = after if isinstance(after, tuple) else (after,)
-        if after is not None and not all(isinstance(kind, type) for kind in types):
-            raise ValueError(f"after={after!r} is neither a name nor a type: {_REMEDY}")
-        found = list(_places(model, after, replace_se))
-    if not found:
-        raise ValueError(f"found no place for ECA in {type(model).__name__}: {_REMEDY}")
-    plan = [(name, instead) for name, instead, is_done in found if not is_done]
-    for name, instead in plan:
-        if not instead:
-            _check_place(model, name)
-    layers = [_layer(model, name, instead, ksize, identity) for name, instead in plan]
-    done = []
-    for (name, instead), layer in zip(plan, layers, strict=True):
+    kind = find_attention(attention)
+    if kind is None or (identity and kind.name != "eca"):
+        name = "none" if kind is None else kind.name
+        raise ValueError(f"attention {name}: nothing to put in, or none that starts as identity")
+    if ksize != ADAPTIVE and not isinstance(ksize, list | tuple):
+        ECALayer(cast(int, ksize))  # raises for a size that will not do
+    plan = _plan(model, kind, after, replace_se)
+    sizes = list(ksize) if isinstance(ksize, list | tuple) else [ksize] * len(plan)
+    if len(sizes) != len(plan):
+        raise ValueError(f"ksize has {len(sizes)} kernel sizes for {len(plan)} layers")
+    done, layers = [], []
+    for (name, instead), k in zip(plan, sizes, strict=True):
+        layers.append(_layer(model, name, instead, kind, k, identity is not False))
+    for (name, instead), (layer, channels, k) in zip(plan, layers, strict=True):
         place = f"{'in place of' if instead else 'after'} {name}"
-        name, k = _insert(model, name, layer, instead), layer.conv.kernel_size[0]
-        done.append(Insertion(name, place, layer.channels, k))
+        name = _insert(model, name, layer, instead, kind.slot)
+        done.append(Insertion(name, place, channels, k, kind.name))
     if not quiet:
         _report(type(model).__name__, done, sum(instead for _, instead in plan))
     return done
 
 
+def _plan(
+    model: nn.Module, kind: Attention, after: After, replace_se: bool
+) -> list[tuple[str, bool]]:
+    """Returns where layers go: the name of a module, and whether in its stead."""
+    is_there = _is_eca
+    if kind.name != "eca":
+        is_there = partial(_is_a, type(kind.build(64, 3 if kind.takes_ksize else None)))
+    if isinstance(after, str) or (isinstance(after, Sequence) and after and _all_str(after)):
+        patterns = [after] if isinstance(after, str) else after
+        names = [name for each in patterns for name in _matching(model, str(each), is_there)]
+        found = [(name, False, _is_done(model, name, is_there)) for name in names]
+    else:
+        types = after if isinstance(after, tuple) else (after,)
+        if after is not None and not all(isinstance(each, type) for each in types):
+            raise ValueError(f"after={after!r} is neither a name nor a type: {_REMEDY}")
+        found = list(_places(model, after, replace_se, is_there))
+    if not found:
+        raise ValueError(
+            f"found no place for {_title(kind.name)} in {type(model).__name__}: {_REMEDY}"
+        )
+    plan = [(name, instead) for name, instead, is_done in found if not is_done]
+    for name, instead in plan:
+        if not instead:
+            _check_place(model, name)
+    return plan
+
+
+def _all_str(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
 def _layer(
-    model: nn.Module, name: str, instead: bool, ksize: Literal["adaptive"] | int, identity: bool
-) -> InsertedECA:
-    """Makes the layer for the output of module `name`."""
-    channels = _channels(model, name, instead)
+    model: nn.Module, name: str, instead: bool, kind: Attention, ksize: Any, identity: bool
+) -> tuple[nn.Module, int, int | None]:
+    """Makes the layer for the output of module `name`; returns it, its channels and kernel size."""
+    channels, axes = _channels(model, name, instead), _spatial_axes(model, name)
     k = adaptive_kernel_size(channels) if ksize == ADAPTIVE else ksize
-    return InsertedECA(channels, k, identity, _spatial_axes(model, name))
+    if kind.name == "eca":
+        return InsertedECA(channels, k, identity, axes), channels, k
+    if axes != 2:
+        raise ValueError(f"{kind.name} is for images, and {name} has {axes} spatial axes")
+    k = k if kind.takes_ksize else None
+    return kind.build(channels, k), channels, k
 
 
 def _report(network: str, done: Sequence[Insertion], replaced: int) -> None:
     """Prints what was put in, and with `!` how many trained attentions went."""
-    weights = sum(insertion.kernel_size for insertion in done)
-    print(f"{network}: {len(done)} ECA layers put in, {weights} parameters")
+    title = _title(done[0].attention) if done else "ECA"
+    weights = sum(insertion.kernel_size or 0 for insertion in done)
+    size = f", {weights} parameters" if title == "ECA" else ""
+    print(f"{network}: {len(done)} {title} layers put in{size}")
     if replaced:
         what = "squeeze-and-excitation layers were replaced, and their weights are gone"
         print(f"! {replaced} {what}: train the network before use")
@@ -266,23 +335,23 @@ def _report(network: str, done: Sequence[Insertion], replaced: int) -> None:
         print(f"  {insertion}")
 
 
-def _matching(model: nn.Module, pattern: str) -> Iterator[str]:
+def _matching(model: nn.Module, pattern: str, is_there: IsThere) -> Iterator[str]:
     parts = pattern.split(".")
     for name, _ in model.named_modules():
         words = name.split(".")
         alike = len(words) == len(parts) and all(map(fnmatch.fnmatchcase, words, parts))
-        if alike and not _is_eca(_parent(model, name)[0]):
+        if alike and not is_there(_parent(model, name)[0]):
             yield name
 
 
 def _places(
-    model: nn.Module, types: type | tuple[type, ...] | None, replace_se: bool
+    model: nn.Module, types: Any, replace_se: bool, is_there: IsThere
 ) -> Iterator[tuple[str, bool, bool]]:
-    """For each residual block: ECA's place, whether in its stead, and whether there is one yet."""
+    """For each residual block: the place, whether in its stead, and whether a layer is there."""
     for name, block in model.named_modules():
         if not (_is_known(block) if types is None else isinstance(block, types)):
             continue
-        if any(map(_is_eca, block.modules())):
+        if any(map(is_there, block.modules())):
             yield name, False, True
             continue
         place, instead = _end_of_branch(name, block, replace_se)
@@ -342,15 +411,19 @@ def _is_eca(module: nn.Module) -> bool:
     return isinstance(module, ECALayer) or type(module).__name__ in ECAS
 
 
-def _is_done(model: nn.Module, name: str) -> bool:
-    """Whether ECA is at this place: there itself, in it as the last member, or right behind it."""
+def _is_a(kind: type[nn.Module], module: nn.Module) -> bool:
+    return type(module) is kind
+
+
+def _is_done(model: nn.Module, name: str, is_there: IsThere) -> bool:
+    """Whether a layer is at this place: there itself, in it as a member, or right behind it."""
     place = model.get_submodule(name)
     parent, own = _parent(model, name)
-    if _is_eca(place) or any(_is_eca(child) for child in place.children()):
+    if is_there(place) or any(map(is_there, place.children())):
         return True
     siblings = dict(parent.named_children())
     behind = list(siblings)[list(siblings).index(own) + 1 :] if own in siblings else []
-    return _runs_in_order(parent) and bool(behind) and _is_eca(siblings[behind[0]])
+    return _runs_in_order(parent) and bool(behind) and is_there(siblings[behind[0]])
 
 
 def _channels(model: nn.Module, name: str, instead: bool) -> int:
@@ -387,7 +460,7 @@ def _spatial_axes(model: nn.Module, name: str) -> int:
     return 2
 
 
-def _insert(model: nn.Module, name: str, layer: InsertedECA, instead: bool) -> str:
+def _insert(model: nn.Module, name: str, layer: nn.Module, instead: bool, slot: str) -> str:
     """Puts `layer` in, in the place of module `name` or after it, and returns its own name."""
     place = model.get_submodule(name)
     parent, own = _parent(model, name)
@@ -398,21 +471,21 @@ def _insert(model: nn.Module, name: str, layer: InsertedECA, instead: bool) -> s
         return name
     if _ends_convnext(parent, own):  # nothing in it has a name to keep; dropping comes after ECA
         setattr(parent, own, nn.Sequential())
-        getattr(parent, own).add_module("eca", layer)
+        getattr(parent, own).add_module(slot, layer)
         getattr(parent, own).add_module("drop", place)
-        return f"{name}.eca"
+        return f"{name}.{slot}"
     if _runs_in_order(parent) and own == list(parent._modules)[-1]:
         parent.append(layer)  # the released name of ECA in MobileNetV2: features.2.conv.4
         return name.rpartition(".")[0] + f".{len(parent) - 1}"
     if _runs_in_order(place):
-        place.add_module("eca", layer)
-        return f"{name}.eca"
-    seat = WithECA(place, layer)
+        place.add_module(slot, layer)
+        return f"{name}.{slot}"
+    seat = WithECA(place, layer, slot)
     for module in list(model.modules()):  # wherever it stands: it may be used in several places
         for key, child in module._modules.items():
             if child is place and module is not seat:
                 setattr(module, key, seat)
-    return f"{name}.eca"
+    return f"{name}.{slot}"
 
 
 def _check_place(model: nn.Module, name: str) -> None:

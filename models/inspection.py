@@ -5,13 +5,14 @@ Layers are counted from the input: for a learning rate by layer, and for freezin
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .attention import _Gate
-from .classifier import Classifier, Stage
+from .classifier import ArgumentError, Classifier, Stage
 from .eca_mobilenetv2 import STAGE_OF_BLOCK, STAGES, InvertedResidual, MobileNetV2
 from .eca_module import ECALayer
 from .eca_resnet import ResNet
@@ -53,14 +54,30 @@ def attention_layers(network: nn.Module) -> list[AttentionLayer]:
 
     An attention of another kind, with weights for positions, is not among them.
     """
+    layers = every_attention(network)
+    return [entry for entry in layers if isinstance(entry.layer, ECALayer | _Gate)]
+
+
+def every_attention(network: nn.Module) -> list[AttentionLayer]:
+    """Returns a network's attention layers of any kind, first to last.
+
+    In a library's network those are what was put in; its stages are what has the same channels.
+    """
     found = []
+    if not isinstance(network, Classifier):
+        stage, block, before = 0, 0, 0
+        for name, _, channels, *_ in getattr(network, "insertions", ()):
+            stage, block = (stage, block + 1) if channels == before else (stage + 1, 1)
+            before = channels
+            found.append(AttentionLayer(name, stage, block, network.get_submodule(name)))
+        return found
     if isinstance(network, ResNet):
         for stage, name in enumerate(feature_maps(network), 1):
             for i, block in enumerate(getattr(network, name)):
                 if block.slot:
                     layer = getattr(block, block.slot)
                     found.append(AttentionLayer(f"{name}.{i}.{block.slot}", stage, i + 1, layer))
-        return [entry for entry in found if isinstance(entry.layer, ECALayer | _Gate)]
+        return found
     features = _mobilenet(network).features
     for i, stage in enumerate(STAGE_OF_BLOCK):
         inside = cast(InvertedResidual, features[i + 1]).conv
@@ -69,14 +86,25 @@ def attention_layers(network: nn.Module) -> list[AttentionLayer]:
             block = i - STAGE_OF_BLOCK.index(stage) + 1
             name = f"features.{i + 1}.conv.{last}"
             found.append(AttentionLayer(name, stage + 1, block, inside[last]))
-    return [entry for entry in found if isinstance(entry.layer, ECALayer | _Gate)]
+    return found
+
+
+def attention_parameters(network: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters of a network's attention layers, by their names in its state dict."""
+    return {
+        f"{found.name}.{name}": value
+        for found in every_attention(network)
+        for name, value in found.layer.state_dict().items()
+    }
 
 
 def gate(layer: nn.Module, x: Tensor) -> Tensor:
     """Computes the factors that an attention layer gives x's channels: (N, C, H, W) → (N, C)."""
     y = x.mean((2, 3))
     if isinstance(layer, ECALayer):
-        return torch.sigmoid(layer.conv(y.unsqueeze(1))).squeeze(1)
+        factors = torch.sigmoid(layer.conv(y.unsqueeze(1))).squeeze(1)
+        gain = getattr(layer, "gain", None)  # of a layer that was put in as identity
+        return factors if gain is None else gain * factors
     return torch.sigmoid(cast(_Gate, layer).f(y))
 
 
@@ -152,6 +180,10 @@ def layer_scales(network: Classifier, decay: float) -> dict[str, float]:
     The last layer has 1, each block before it `decay` times the factor of the next one, and the
     stem the smallest (Bao et al. 2022, with timm's count of layers).
     """
+    if not isinstance(network, Classifier):
+        raise ArgumentError(
+            f"`layer_decay={decay:g}` is for our networks: leave it out", layer_decay=f"{decay:g}"
+        )
     numbers: dict[str, int] = {}
     last = 0
     for name, child in network.named_children():
@@ -176,8 +208,21 @@ def freeze(network: Classifier, what: str) -> None:
             stages, of which a ResNet has 4 and MobileNetV2 7.
 
     Raises:
-        ValueError: neither, or more stages than there are.
+        ValueError: neither, or more stages than there are; or stages of a library's network.
     """
+    if not isinstance(network, Classifier):
+        if what != BACKBONE:
+            raise ValueError(
+                f"{what} is for our networks: use 'backbone' for all but the last layer"
+            )
+        network.frozen = tuple(_without(network, set(network.head_names)))
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in network.head_names)
+        for name in network.frozen:
+            frozen = network.get_submodule(name)
+            frozen.train = MethodType(_stay_in_evaluation, frozen)  # also in a copy of the network
+        network.train(network.training)
+        return
     stem, *stages = _parts(network)
     if what == BACKBONE:
         names = [n for n, child in network.named_children() if not network.head.startswith(n)]
@@ -196,6 +241,20 @@ def freeze(network: Classifier, what: str) -> None:
         network.get_submodule(name).requires_grad_(False)
     network.frozen = tuple(names)
     network.train(network.training)
+
+
+def _without(network: nn.Module, parameters: set[str], prefix: str = "") -> Iterator[str]:
+    """Yields the largest modules that hold none of these parameters, but others."""
+    for name, child in network.named_children():
+        own = {f"{prefix}{name}.{inner}" for inner, _ in child.named_parameters()}
+        if own & parameters:
+            yield from _without(child, parameters, f"{prefix}{name}.")
+        elif own:
+            yield prefix + name
+
+
+def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)
 
 
 def _parts(network: nn.Module) -> list[list[str]]:

@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .attention import ATTENTIONS
-from .registry import MODELS, create_model
+from .attention import ATTENTIONS, TIMM
+from .registry import KWARGS, MODELS, create_model, is_of_library
 from .weights import FIELDS, FORMAT, Network, load_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -98,12 +98,13 @@ def _wrong_field(config: Mapping[str, Any]) -> str | None:
     names, size = config.get("classes") or [], config.get("img_size", 1)
     classes = config["num_classes"] if type(config["num_classes"]) is int else 0
     right = {
-        "arch": config["arch"] in list(MODELS),
-        "attention": config["attention"] in list(ATTENTIONS),
+        "arch": config["arch"] in list(MODELS) or is_of_library(str(config["arch"])),
+        "attention": config["attention"] in list(ATTENTIONS)
+        or str(config["attention"]).startswith(TIMM),
         "ksize": config["ksize"] is None or isinstance(config["ksize"], list),
         "num_classes": classes > 0,
         "model_kwargs": isinstance(config["model_kwargs"], dict)
-        and config["model_kwargs"].keys() <= {"width_mult"},
+        and config["model_kwargs"].keys() <= KWARGS,
         "classes": isinstance(names, list)
         and len(names) <= classes
         and all(isinstance(name, str) for name in names),

@@ -1,15 +1,26 @@
-"""The registry of the networks: their names, and the function that builds one by its name."""
+"""The networks by name, and the functions that build one: ours, timm's and torchvision's.
+
+`timm:resnext50_32x4d` and `torchvision:resnet50` are the libraries' own networks, with attention
+put in where it is wanted. They carry the attributes by which `models.weights` saves and rebuilds a
+network: arch, attention, ksize, num_classes and model_kwargs, of plain values. Both libraries are
+imported when they are asked for, and not needed otherwise.
+"""
 
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version as installed
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .classifier import Classifier, FeatureMaps, Indices, Ksize
+from .attention import Attention, Kind, find_attention, is_file
+from .classifier import ArgumentError, Classifier, FeatureMaps, Indices, Ksize, check_num_classes
 from .eca_mobilenetv2 import eca_mobilenetv2, mobilenetv2, se_mobilenetv2
+from .eca_module import ADAPTIVE
 from .eca_resnet import (
     eca_resnet18,
     eca_resnet34,
@@ -27,6 +38,7 @@ from .eca_resnet import (
     se_resnet101,
     se_resnet152,
 )
+from .insertion import Insertion, add_attention
 
 MODELS: dict[str, Callable[..., Classifier]] = {
     "eca_resnet18": eca_resnet18,
@@ -76,18 +88,24 @@ def create_model(
     """Builds the network `name`, with fresh weights.
 
     Args:
-        name: a key of `MODELS`; `list_models` shows them.
+        name: a key of `MODELS`, which `list_models` shows; or `timm:NAME` or `torchvision:NAME`,
+            whose arguments `library_network` has.
         ksize: ECA's kernel sizes as `--ksize` takes them, or a sequence; None for the released
             ones, or for a network without ECA.
         num_classes: rows of the last layer; 0 for none, so that the network puts out features.
         pretrained: False. Nothing is downloaded here; True is refused with what loads a file.
         features_only: a `FeatureMaps` in the place of the network: its feature maps, as a list.
         out_indices: which of them, finest first; only with `features_only`.
-        **kwargs: the constructor's other arguments: `attention`, MobileNetV2's `width_mult`.
+        **kwargs: the constructor's other arguments: `attention`, a name or a class (see
+            `find_attention`); MobileNetV2's `width_mult`.
 
     Raises:
         ValueError: one line, for an unknown name or a value that will not do.
     """
+    if is_of_library(str(name)):
+        if pretrained or features_only or out_indices is not None:
+            raise ValueError(f"{name} is the library's: pretrained and features are its own affair")
+        return library_network(name, ksize, num_classes, **kwargs)
     if name not in MODELS:
         raise ValueError(f"unknown network {name!r}; {_hint(str(name))}")
     if pretrained:
@@ -115,3 +133,264 @@ def _hint(name: str) -> str:
     if close := [plain[match] for match in difflib.get_close_matches(wanted, plain)]:
         return f"did you mean {' or '.join(close)}?"
     return f"known: {', '.join(MODELS)}; models.list_models('eca_*50*') finds some by a pattern"
+
+
+def described_network(fields: Mapping[str, Any], attention: Kind = None) -> Classifier:
+    """Builds the network that a checkpoint's fields describe, with fresh weights.
+
+    No file is run for it: a user's own attention must be given again.
+
+    Args:
+        fields: as `weights.describe_network` returns them.
+        attention: a user's own layer, as a class.
+
+    Returns:
+        The network, whose `attention_note` says if the layer's file has changed since.
+
+    Raises:
+        ValueError: one line; an attention that is lacking or another one, or see `create_model`.
+    """
+    kwargs, name = dict(fields["model_kwargs"]), fields["attention"]
+    sha256 = kwargs.pop("attention_sha256", None)
+    kind, note = name, ""
+    if is_file(name) or attention is not None:
+        if attention is None:
+            raise ArgumentError(
+                f"its attention {name} is in a user's file, which a checkpoint never runs: give"
+                f" `attention={name}` again",
+                attention=name,
+            )
+        kind = find_attention(attention)
+        if kind is None or kind.name != name:
+            given = "none" if kind is None else kind.name
+            raise ArgumentError(
+                f"its attention is {name}: leave `attention={given}` out", attention=given
+            )
+        if kind.sha256 != sha256:
+            note = f"! {name} has changed since the checkpoint was written"
+    arguments = {k: fields[k] for k in ("ksize", "num_classes")}
+    built = create_model(fields["arch"], attention=kind, **arguments, **kwargs)
+    network = cast(Classifier, built)
+    network.attention_note = note
+    return network
+
+
+LIBRARIES = ("timm", "torchvision")
+# Extra outputs are left out, and images are transformed as for the published weights.
+_AUXILIARY = {"aux_logits": False, "transform_input": True, "init_weights": True}
+ARGUMENTS = {"torchvision:googlenet": _AUXILIARY, "torchvision:inception_v3": _AUXILIARY}
+KWARGS = {"width_mult", "arguments", "identity", "places", "version"}  # of a stranger's file
+IMAGES = 2  # of a trial: BatchNorm takes no single value
+
+
+def is_of_library(arch: str) -> bool:
+    """Tells whether a name is one of a library's networks: `timm:NAME` or `torchvision:NAME`."""
+    return arch.partition(":")[0] in LIBRARIES and ":" in arch
+
+
+def check_name(arch: str) -> None:
+    """Refuses a name that the library does not have.
+
+    Raises:
+        ValueError: one line; the library is missing, or the nearest names.
+    """
+    library, _, name = arch.partition(":")
+    plain = name.partition(".")[0] if library == "timm" else name  # without timm's tag of weights
+    known = _names(library)
+    if not re.fullmatch(r"[\w.-]+", name) or plain not in known:  # no address of weights
+        close = difflib.get_close_matches(plain, known)
+        hint = f"; did you mean {' or '.join(f'{library}:{each}' for each in close)}?"
+        raise ValueError(f"{library} has no classifier {name!r}{hint if close else ''}")
+
+
+def _names(library: str) -> list[str]:
+    try:
+        if library == "timm":
+            import timm
+
+            return timm.list_models()
+        import torchvision
+
+        return torchvision.models.list_models(module=torchvision.models)
+    except ImportError:
+        raise ValueError(f"{library} is not installed: pip install {library}") from None
+
+
+def library_network(
+    arch: str,
+    ksize: Ksize | int = None,
+    num_classes: int = 1000,
+    attention: Kind = "none",
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    identity: bool | None = None,
+    places: Sequence[str] | None = None,
+    version: str | None = None,
+) -> Classifier:
+    """Builds a library's network with fresh weights, and puts attention into it.
+
+    Args:
+        arch: timm:NAME or torchvision:NAME.
+        ksize: the attention's kernel size: a number, "adaptive" (the default), or one for each
+            layer.
+        num_classes: rows of the last layer.
+        attention: as `find_attention` takes it.
+        arguments: for the library's constructor, plain values, such as {"drop_path_rate": 0.1}.
+        identity: see `add_attention`.
+        places: names of the modules behind which the layers go; None for those that are known.
+        version: of the library that a checkpoint names; without effect on what is built.
+
+    Returns:
+        The library's module, with the attributes of `Classifier` that describe a network, and
+        `insertions` (what was put in) and `head_names` (the last layer's parameters).
+
+    Raises:
+        ValueError: one line; no such library or network, or no place for the attention.
+    """
+    check_name(arch)
+    if check_num_classes(num_classes) == 0:
+        raise ValueError(f"{arch} is built with 1 class or more: 0 is for our networks")
+    arguments = dict(ARGUMENTS.get(arch, {}) if arguments is None else arguments)
+    network = cast(Any, _built(arch, num_classes, arguments))
+    with torch.device("meta"):  # what has another shape for other classes is the last layer
+        other = _built(arch, num_classes + 1, arguments).state_dict()
+    shapes = {name: tensor.shape for name, tensor in other.items()}
+    head = [name for name, t in network.state_dict().items() if t.shape != shapes[name]]
+    kind = find_attention(attention)
+    if identity is not None and (kind is None or kind.name != "eca"):
+        raise ArgumentError(
+            f"{arch}: `identity_start={identity}` is for eca: leave it out", identity_start=identity
+        )
+    network.model_kwargs = {"version": installed(arch.partition(":")[0])}
+    if arguments:
+        network.model_kwargs["arguments"] = arguments
+    insertions: tuple[Insertion, ...] = ()
+    if kind is not None:
+        insertions = _with_attention(network, arch, kind, ksize, places, identity)
+    elif ksize is not None:
+        raise ArgumentError(
+            f"{arch} without attention has no ECA layer: leave `ksize={ksize}` out", ksize=ksize
+        )
+    network.arch, network.num_classes, network.frozen = arch, num_classes, ()
+    network.attention, network.attention_note = kind.name if kind else "none", ""
+    network.ksize = tuple(each.kernel_size for each in insertions if each.kernel_size) or None
+    network.insertions, network.head_names = insertions, tuple(head)
+    return cast(Classifier, network)
+
+
+def _with_attention(
+    network: Any,
+    arch: str,
+    kind: Attention,
+    ksize: Ksize | int,
+    places: Sequence[str] | None,
+    identity: bool | None,
+) -> tuple[Insertion, ...]:
+    """Puts an attention into a library's network, and what rebuilds it into `model_kwargs`."""
+    sizes = _sizes(arch, ksize) if kind.takes_ksize else ADAPTIVE
+    try:
+        done = tuple(add_attention(network, kind, places, sizes, identity, quiet=True))
+    except ValueError as error:
+        raise ValueError(f"{arch}: {error}") from None
+    if not done:
+        raise ArgumentError(
+            f"{arch} has {kind.name} already: leave `attention={kind.name}` out",
+            attention=kind.name,
+        )
+    network.model_kwargs["places"] = [each.place.rpartition(" ")[2] for each in done]
+    if kind.name == "eca":
+        network.model_kwargs["identity"] = identity is not False
+    if kind.sha256 is not None:
+        network.model_kwargs["attention_sha256"] = kind.sha256
+    return done
+
+
+def _sizes(arch: str, ksize: Ksize | int) -> Any:
+    """Reads the kernel size of inserted layers: one for all, one for each, or "adaptive"."""
+    if ksize is None or ksize == ADAPTIVE:
+        return ADAPTIVE
+    if isinstance(ksize, str):
+        if not ksize.isdecimal():
+            raise ValueError(f"ksize {ksize!r}: {arch} takes one odd number, or {ADAPTIVE}")
+        return int(ksize)
+    return ksize
+
+
+def _built(arch: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:
+    library, _, name = arch.partition(":")
+    device = torch.get_default_device()
+    try:
+        if library == "timm":
+            import timm
+
+            return timm.create_model(name, num_classes=num_classes, **arguments)
+        import torchvision
+
+        build = torchvision.models.get_model
+        if device.type == "meta" and name.startswith("regnet"):  # it computes with tensors
+            with torch.device("cpu"):
+                return build(name, num_classes=num_classes, **arguments).to("meta")
+        return build(name, num_classes=num_classes, **arguments)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # a library may raise anything
+        raise ValueError(f"{arch} cannot be built: {_first_line(error)}") from None
+
+
+def check_forward(network: Classifier, sizes: Iterable[int]) -> None:
+    """Refuses a network on `meta` that does not make logits of images of these sides.
+
+    Raises:
+        ValueError: one line with the size.
+    """
+    arch, expected = network.arch, (IMAGES, network.num_classes)
+    for size in sizes:
+        try:
+            logits = network(torch.empty(IMAGES, 3, size, size, device="meta"))
+        except Exception as error:  # a library may raise anything
+            reason = f"fails with images of {size} pixels: {_first_line(error)}"
+            raise ArgumentError(
+                f"{arch} {reason}: leave `img_size={size}` out", img_size=size
+            ) from None
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+            raise ValueError(f"{arch} puts out {type(logits).__name__}, not logits of each class")
+
+
+def image_settings(arch: str) -> dict[str, Any]:
+    """Returns how images are made for a network's published weights, as the library says it.
+
+    Returns:
+        img_size (pixels), crop_pct, interpolation, mean and std.
+
+    Raises:
+        ValueError: one line; as `check_name`, or images that are not square.
+    """
+    check_name(arch)
+    library, _, name = arch.partition(":")
+    if library == "timm":
+        import timm
+
+        settings = timm.get_pretrained_cfg(name)
+        if settings is None:
+            raise ValueError(f"timm has no weights {name}: leave what follows the point out")
+        (_, height, size), crop = settings.input_size, settings.crop_pct
+        mean, std, interpolation = settings.mean, settings.std, settings.interpolation
+    else:
+        made = _torchvision_weights(name).transforms()
+        (height,) = (size,) = made.crop_size
+        crop = size / made.resize_size[0]
+        mean, std, interpolation = made.mean, made.std, made.interpolation.value
+    if height != size:
+        raise ValueError(f"{arch} takes images of {height} x {size} pixels, and not square ones")
+    named = {"img_size": size, "crop_pct": crop, "interpolation": interpolation}
+    return {**named, "mean": tuple(mean), "std": tuple(std)}
+
+
+def _torchvision_weights(name: str) -> Any:
+    import torchvision
+
+    return torchvision.models.get_model_weights(name).DEFAULT
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,10 +6,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .attention import attention_parameters
+from .attention import Kind
 from .classifier import ArgumentError, Ksize
 from .eca_module import ECALayer
-from .registry import MODELS, create_model
+from .inspection import attention_parameters
+from .registry import MODELS, create_model, is_of_library
 from .weights import (
     Network,
     describe_network,
@@ -25,11 +26,11 @@ def first_network(
     arch: str,
     num_classes: int | None = None,
     ksize: Ksize = None,
-    attention: str | None = None,
+    attention: Kind = None,
     pretrained: Mapping[str, Any] | None = None,
     file: str = "",
     names: Sequence[str] | None = None,
-    identity_start: bool = False,
+    identity_start: bool | None = None,
 ) -> tuple[Network, list[str]]:
     """Builds the network of a new run. On the device `meta` it only makes the checks, at no cost.
 
@@ -42,7 +43,8 @@ def first_network(
             where the file has other classes, and attention is new where the file has none.
         file: the name of that file, for messages.
         names: the names of the classes; None if they are not known yet.
-        identity_start: the new ECA layers begin with a gate of 1, see `start_as_identity`.
+        identity_start: the new ECA layers begin with a gate of 1, see `start_as_identity`; None
+            for yes in a library's network, and for no in ours.
 
     Returns:
         The network and what was done with the weights, one line each.
@@ -51,12 +53,15 @@ def first_network(
         ValueError: one line; see `create_model` and `load_weights`. Also for too few classes.
     """
     num_classes = _count_classes(num_classes, names)
+    foreign, identity = is_of_library(arch), None
+    if foreign:  # its layers are put in as identities
+        identity, identity_start = identity_start, None
     if pretrained is None:
-        network = _create(arch, ksize, attention, num_classes)
+        network = _create(arch, ksize, attention, num_classes, identity)
         return network, [start_as_identity(network)] if identity_start else []
     try:
-        tensors, renamed = read_state_dict(pretrained)
-        if ksize is None:
+        tensors, renamed = read_state_dict(pretrained, rename=not foreign)
+        if ksize is None and not foreign:
             with torch.device("meta"):
                 network = _create(arch, None, attention, num_classes)
             # The families name their last layers differently.
@@ -64,7 +69,7 @@ def first_network(
                 ksize = read_ksize(tensors)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    network = _create(arch, ksize, attention, num_classes)
+    network = _create(arch, ksize, attention, num_classes, identity)
     known = pretrained.get("classes") if "format" in pretrained else None
     others = known is not None and names is not None and list(known) != list(names)
     try:
@@ -144,7 +149,7 @@ def refuse_another(
     file: str,
     arch: str | None = None,
     ksize: Ksize = None,
-    attention: str | None = None,
+    attention: Kind = None,
     num_classes: int | None = None,
 ) -> None:
     """Raises a ValueError if a file holds another network than the one that is asked for.
@@ -164,10 +169,15 @@ def refuse_another(
             held = describe_weights(find_state_dict(checkpoint))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-    if held.get("arch") not in MODELS:
+    foreign = is_of_library(str(held.get("arch")))
+    if held.get("arch") not in MODELS and not foreign:
         raise ValueError(f"{file} holds {held.get('arch')}, which is not for this script")
     given = {"arch": arch, "attention": attention, "ksize": ksize, "num_classes": num_classes}
-    of_file = (None, None) if arch else (held.get("ksize"), held.get("attention"))
+    if not any(given.values()) and "state_dict" not in held:  # a file of an engine
+        return
+    of_file = (held.get("ksize"), held.get("attention"))
+    if arch and not (foreign and arch == held["arch"]):
+        of_file = (None, None)
     with torch.device("meta"):
         network = _create(
             arch or held["arch"],
@@ -178,6 +188,8 @@ def refuse_another(
     wanted = describe_network(network)
     differing = {k: v for k, v in given.items() if v is not None and wanted[k] != held[k]}
     if differing:
+        if "attention" in differing:  # it may have been a class
+            differing["attention"] = wanted["attention"]
         others = ", ".join(f"`{k}={v}`" for k, v in differing.items())
         raise ArgumentError(
             f"{file} holds {held['arch']}, ksize {held['ksize']}, {held['num_classes']} classes: "
@@ -186,6 +198,10 @@ def refuse_another(
         )
 
 
-def _create(arch: str, ksize: Ksize, attention: str | None, num_classes: Any) -> Network:
+def _create(
+    arch: str, ksize: Ksize, attention: Kind, num_classes: Any, identity: bool | None = None
+) -> Network:
     chosen: dict[str, Any] = {} if attention is None else {"attention": attention}
+    if identity is not None:
+        chosen["identity"] = identity
     return cast(Network, create_model(arch, ksize, num_classes, **chosen))

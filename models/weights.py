@@ -15,16 +15,17 @@ known of them stands first. Each change is described in one note for the user.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import attention_parameters
-from .classifier import ArgumentError
-from .eca_mobilenetv2 import LAST, STAGE_OF_BLOCK, STAGES, STEM, MobileNetV2, shorten_ksize
-from .eca_resnet import DEPTHS, Bottleneck, ResNet
-from .registry import create_model
+from .attention import Kind
+from .classifier import ArgumentError, Classifier
+from .eca_mobilenetv2 import LAST, STAGE_OF_BLOCK, STAGES, STEM, shorten_ksize
+from .eca_resnet import DEPTHS, Bottleneck
+from .inspection import attention_parameters
+from .registry import create_model, described_network
 
 # Where the weights of a file are, the averaged ones first, as timm's own loader takes them.
 PLACES = (
@@ -164,7 +165,7 @@ FORMAT = 1  # of our checkpoints; a file with a higher number is from a newer ve
 FIELDS = ("arch", "attention", "ksize", "num_classes", "model_kwargs")  # that rebuild a network
 
 StateDict = Mapping[str, Tensor]
-Network = ResNet | MobileNetV2
+Network = Classifier  # or a library's network with the same attributes
 
 _WRAPPERS = {"module", "_orig_mod"}  # (Distributed)DataParallel, torch.compile
 _RESNET_ECA = re.compile(r"layer(\d)\.\d+\.eca\.conv\.weight$")
@@ -217,8 +218,11 @@ def find_state_dict(checkpoint: Any) -> dict[str, Tensor]:
     return read_state_dict(checkpoint)[0]
 
 
-def read_state_dict(checkpoint: Any) -> tuple[dict[str, Tensor], list[str]]:
+def read_state_dict(checkpoint: Any, rename: bool = True) -> tuple[dict[str, Tensor], list[str]]:
     """Finds the weights in a file of any of the three kinds.
+
+    Args:
+        rename: give another program's weights this project's names; not for its own network.
 
     Returns:
         The weights under this project's names, and a list with one sentence about what was done to
@@ -240,7 +244,7 @@ def read_state_dict(checkpoint: Any) -> tuple[dict[str, Tensor], list[str]]:
             f" not {_kind(checkpoint)}"
         )
     weights = strip_prefixes(state_dict)
-    if not ours:
+    if not ours and rename:
         weights, renamed = plain_names(weights)
         done += renamed
     return weights, ["Of another program's names: " + "; ".join(done) + "."] if done else []
@@ -332,8 +336,8 @@ def load_weights(
         ValueError: one line that counts and names what is missing, unexpected or of another shape.
     """
     weights = strip_prefixes(state_dict)
-    own = network.state_dict()
-    head = (f"{network.head}.weight", f"{network.head}.bias")
+    own, head = network.state_dict(), network.head_names
+    layer = head[0].rpartition(".")[0]
     unused = [] if network.num_classes else [weights.pop(name) for name in head if name in weights]
     classes = weights[head[0]].shape[0] if head[0] in weights else network.num_classes
     headless = not weights.keys() & set(head)
@@ -344,7 +348,9 @@ def load_weights(
     attention = {}
     if add_attention and _read_attention(weights) == "none":
         attention = attention_parameters(network)
-        fresh |= {name: own[name] for name in attention.keys() - weights.keys()}
+        if attention.keys() & weights.keys():  # it is timm's, or a user's
+            attention = {}
+        fresh |= {name: own[name] for name in attention}
     _refuse_misfits(network, own, weights, weights | fresh)
     weights |= fresh
     network.load_state_dict(weights, assign=next(iter(own.values())).is_meta)
@@ -355,19 +361,22 @@ def load_weights(
     if attention:
         what = "kernels" if network.ksize else "parameters"
         notes.append(f"The weights have no attention: {len(attention)} attention {what} are new.")
-    notes += [f"Left {network.head} out: the network has no last layer."] if unused else []
+    notes += [f"Left {layer} out: the network has no last layer."] if unused else []
     if headless and fresh:
-        notes.append(f"Left {network.head} as initialised: the weights have no last layer.")
+        notes.append(f"Left {layer} as initialised: the weights have no last layer.")
     elif head[0] in fresh:
         why = f"the weights have {classes} classes, the network {network.num_classes}"
         if classes == network.num_classes:
             why = f"the weights' {classes} classes have other names"
-        notes.append(f"Left {network.head} as initialised: {why}.")
+        notes.append(f"Left {layer} as initialised: {why}.")
     return notes
 
 
-def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> Network:
+def network_from_checkpoint(checkpoint: Mapping[str, Any], attention: Kind = None) -> Network:
     """Builds the network in a file of any of the three kinds, with its weights.
+
+    Args:
+        attention: a user's own layer, where the network has one; no file is run for it.
 
     Raises:
         ValueError: one line; the file is of no such kind, or its weights do not fit.
@@ -383,9 +392,14 @@ def network_from_checkpoint(checkpoint: Mapping[str, Any]) -> Network:
         fields = {name: checkpoint[name] for name in FIELDS}
     else:
         fields = describe_weights(weights)
-    kwargs = fields.pop("model_kwargs")
-    network = cast(Network, create_model(fields.pop("arch"), **fields, **kwargs))
-    load_weights(network, weights)
+    network = described_network(fields, attention)
+    try:
+        load_weights(network, weights)
+    except ValueError as error:
+        saved, now = (of.get("version") for of in (fields["model_kwargs"], network.model_kwargs))
+        if saved == now:
+            raise
+        raise ValueError(f"{error} (saved by version {saved}; {now} is installed)") from None
     return network
 
 

@@ -35,6 +35,8 @@ WITH_ARGS = "utils/command_line"  # where a parsed command line may be called `a
 OUTSIDE = {  # packages that models/ may import besides torch and Python's own
     "models/detection": {"torchvision"},
     "models/pretrained": {"safetensors", "huggingface_hub"},  # inside of its functions
+    "models/attention": {"timm"},
+    "models/registry": {"timm", "torchvision"},
     "models/timm_registry": {"timm"},
     "models/fused/triton_kernels": {"triton"},
     "models/fused/triton_tail": {"triton"},

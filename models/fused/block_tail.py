@@ -384,6 +384,8 @@ def describe_tails(
         compiled: the network will run under torch.compile.
         sync_bn: the BatchNorms will become SyncBatchNorm.
     """
+    if not any(hasattr(type(module), "fused") for module in network.modules()):
+        return "blocks as their library wrote them, module by module"
     attentions = (getattr(module, "attention", None) for module in network.modules())
     named = {name for name in attentions if isinstance(name, str)}
     others = ", ".join(sorted(named - {"eca", "none"}))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.attention import ATTENTIONS, find_attention, takes_ksize
+from models.attention import ATTENTIONS, find_attention
 
 C, K = 32, 5
 
@@ -73,6 +73,9 @@ def test_eca_ns_with_equal_rows_is_eca():
 
 def test_table():
     assert find_attention("none") is None
-    assert [name for name in ATTENTIONS if takes_ksize(name)] == ["eca", "eca_ns"]
+    assert [name for name, entry in ATTENTIONS.items() if entry and entry.takes_ksize] == [
+        "eca",
+        "eca_ns",
+    ]
     with pytest.raises(ValueError, match="unknown attention 'eac': use one of eca"):
         find_attention("eac")

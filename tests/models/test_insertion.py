@@ -143,7 +143,7 @@ KINDS = {
     "alexnet": 0,
     "densenet121": 0,
     "maxvit_t": 0,
-    "mnasnet0_5": 0,
+    "mnasnet0_5": 16,
     "shufflenet_v2_x0_5": 0,  # its blocks are called residual, and concatenate
     "squeezenet1_0": 0,
     "swin_t": 0,
@@ -328,7 +328,7 @@ def test_refuses_in_one_line_and_changes_nothing():
         ({"after": (nn.Sequential, PreAct)}, "block .PreAct. does not end with its normalisation"),
         ({"after": nn.ReLU}, "has no normalisation"),
         ({"after": "a*"}, "cannot tell how many channels act puts out"),
-        ({"after": ["stem"]}, "neither a name nor a type"),
+        ({"after": [nn.ReLU]}, "neither a name nor a type"),
         ({"after": "stem.1", "ksize": 4}, "odd positive integer"),
         ({"after": "stem.1", "ksize": "3"}, "odd positive integer"),
     ]:

@@ -177,7 +177,9 @@ def test_timm_counts_the_layers_as_we_do(name):
     """By its layer decay, and stages by the coarse count."""
     network = timm.create_model(name, num_classes=5)
     names = {id(p): name for name, p in network.named_parameters()}
-    groups = timm.optim.param_groups_layer_decay(network, 0.05, layer_decay=0.7)
+    from timm.optim import param_groups_layer_decay
+
+    groups = param_groups_layer_decay(network, 0.05, layer_decay=0.7)
     found = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
     assert found == pytest.approx(models.layer_scales(network, 0.7))
     blocks = sum(hasattr(type(m), "drop_path") for m in network.modules())

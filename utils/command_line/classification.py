@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from models import start as start_weights
+from models.attention import is_file
+from models.registry import check_forward, image_settings, is_of_library
 from utils.command_line.parser import Parser, parser_of, saved_flags, saved_recipe, without_effect
 from utils.config.classification import Config, NetworkSettings, Recipe
 from utils.config.flags import flags_of
@@ -60,6 +62,7 @@ def read_command_line(
         print(list_text(typed["list_models"]))
         raise SystemExit(0)
     name = typed.get("recipe")
+    recipe = with_image_settings(recipe, typed.get("arch"))
     recipe = named_recipe(recipe, name, demos.get(typed.get("data", ""), {}))
     saved, folder = find_checkpoint(typed, recipe)
     values: dict[str, Any] = {}
@@ -68,10 +71,13 @@ def read_command_line(
         source = str(typed.get("resume") or typed.get("pretrained"))
         with as_user_error():
             wanted = [typed.get(name) for name in ("arch", "ksize", "attention", "num_classes")]
+            wanted[2] = classifier.own_attention(wanted[2]) or wanted[2]
             start_weights.refuse_another(saved.contents, source, *wanted)
         if saved.run is not None:
             flags, notes = flags_of_today(saved.run.flags, typed)
             values = saved_flags(flags, FLAGS, source)
+            if is_file(str(values.get("attention"))):  # a file is run only where it is typed
+                del values["attention"]
             recipe = saved_recipe(Recipe, saved.run.recipe, source)
         else:
             recipe = recipe.override(img_size=saved.img_size, crop_pct=saved.crop_pct)
@@ -85,7 +91,9 @@ def read_command_line(
         file = config.network.pretrained
         pretrained = read_weights(file, config.recipe.arch) if file else None
         with torch.device("meta"):  # costs nothing, and finds what does not fit
-            classifier.first_network(recipe, config.network, pretrained)
+            network, _ = classifier.first_network(recipe, config.network, pretrained)
+            with as_user_error():
+                check_forward(network, {recipe.crop_size, recipe.img_size})
     refuse_no_work(config)
     other_numbers = demo_sets.is_demo(config.data.data) or config.run.recipe not in (None, PAPER)
     notes = (*notes, *notes_on(recipe, paper, other_numbers))
@@ -94,6 +102,15 @@ def read_command_line(
         notes += tuple(other_values(name, recipe, typed))
     run = config.run
     return config, Start(saved, pretrained, folder, notes, run.seed, run.start_epoch)
+
+
+def with_image_settings(recipe: Recipe, arch: str | None) -> Recipe:
+    """Returns a script's recipe with what a library says of its network's images."""
+    if arch is None or not is_of_library(arch):
+        return recipe
+    with as_user_error():
+        settings = image_settings(arch)
+    return recipe.override(**{k: v for k, v in settings.items() if k in recipe.as_dict()})
 
 
 def make_parser(recipe: Recipe, description: str) -> Parser:
@@ -285,7 +302,8 @@ def notes_on(recipe: Recipe, paper: Recipe, other_numbers: bool) -> tuple[str, .
     """
     notes = []
     family = _family(recipe.arch)
-    if not other_numbers and family != _family(paper.arch):
+    of_ours = not is_of_library(recipe.arch)
+    if of_ours and not other_numbers and family != _family(paper.arch):
         notes.append(
             f"! {recipe.arch} trains by the paper's numbers for {FAMILIES[_family(paper.arch)]}; "
             f"those for {FAMILIES[family]} come with {SCRIPTS[family]}"

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 import models
+from models.registry import check_name, is_of_library
 from utils.config.flags import (
     ANY_TIME,
     NEVER,
@@ -64,6 +65,17 @@ def frozen_part(text: str) -> str:
     return text
 
 
+def network_name(text: str) -> str:
+    """Checks --arch, as an argparse type."""
+    if not is_of_library(text):
+        return one_of(list(models.MODELS), "network")(text)
+    try:
+        check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 @dataclass(frozen=True)
 class Recipe(BaseRecipe):
     """Holds the numbers that decide a classification run's results; each field is a flag.
@@ -73,8 +85,8 @@ class Recipe(BaseRecipe):
 
     # fmt: off
     arch: str = network_flag(
-        "-a", "--arch", kind=one_of(list(models.MODELS), "network"), metavar="NAME", first=True,
-        help="network"
+        "-a", "--arch", kind=network_name, metavar="NAME", first=True,
+        help="network: ours, timm:NAME or torchvision:NAME"
     )
     epochs: int = training_flag(
         "--epochs", kind=positive_int, first=True, trains=True, resume=ANY_TIME, help="of the run"
@@ -275,8 +287,9 @@ class NetworkSettings(ComputeSettings):
     # fmt: off
     attention: str | None = network_flag(
         "--attention", default=None, metavar="NAME",
-        help="another attention in the same network, as in the paper's ablation: eca_ns, se_var1, "
-        "se_var2, se_var3, … (default: what the network's name says)"
+        help="another attention in the same network: eca_ns, se_var1, … as in the paper's "
+        "ablation, timm:NAME (cbam, gc, …), or FILE.py:CLASS, a layer of one's own "
+        "(default: what the network's name says)"
     )
     num_classes: int | None = network_flag(
         "--num-classes", default=None, kind=positive_int,
@@ -287,10 +300,10 @@ class NetworkSettings(ComputeSettings):
         help="start from these weights: of a file; torchvision, those that it has published of the "
         "same network without attention; or timm:NAME. A name is downloaded, once"
     )
-    identity_start: bool = network_flag(
-        "--identity-start", default=False, kind=SWITCH, saved=False, trains=True,
+    identity_start: bool | None = network_flag(
+        "--identity-start", default=None, kind=YES_NO, saved=False, trains=True,
         help="new ECA layers begin without effect: the network starts as the plain one of "
-        "--pretrained"
+        "--pretrained (default: in networks of timm and torchvision)"
     )
     channels_last: bool = training_flag(
         "--channels-last", default=False, kind=YES_NO, needs={"fast": (False,)},

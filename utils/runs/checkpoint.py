@@ -20,6 +20,7 @@ import torch
 from msgspec import Meta, Struct
 from torch import Tensor
 
+from models.attention import attention_from_file, is_file
 from models.weights import FORMAT, Network, network_from_checkpoint
 from utils.runs import foreign_files
 from utils.system.errors import UserError, as_user_error
@@ -205,14 +206,19 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
         if self.is_detector:
             raise UserError(f"{self.file}: holds a detector; give the checkpoint of a classifier")
 
-    def network(self) -> Network:
+    def network(self, attention: str | None = None) -> Network:
         """Builds the classifier, with its weights.
+
+        Args:
+            attention: a user's own layer, FILE.py:CLASS, as it was typed: the file is run. Without
+                effect where it names another attention.
 
         Raises:
             UserError: the file holds none, or its weights do not fit.
         """
         with as_user_error(f"{self.file}: "):
-            return network_from_checkpoint(self.contents)
+            own = attention and is_file(attention) and attention_from_file(attention)
+            return network_from_checkpoint(self.contents, own or None)
 
     def detector(self, **sizes: Any) -> Any:
         """Builds the detector, with its weights.

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from models.registry import is_of_library
 from utils.runs.checkpoint import describes_detector
 from utils.system import VERSION
 from utils.system.distributed import Context
@@ -35,6 +36,8 @@ def run_name(*parts: str | None) -> str:
         UserError: it would be more than one folder, or is longer than a file system takes.
     """
     name = "_".join(filter(None, parts))
+    if is_of_library(name):
+        name = name.replace(":", "-", 1)  # which means something to shells and other systems
     if os.sep in name or "\0" in name:
         raise UserError(f"{name!r} is no folder's name: give an --action without {os.sep}")
     if (length := len(os.fsencode(name))) > LONGEST_NAME:

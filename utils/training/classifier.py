@@ -9,6 +9,8 @@ from torch import nn
 import models
 from models import start as start_weights
 from models import weights
+from models.attention import attention_from_file, is_file
+from models.registry import is_of_library
 from models.weights import Network
 from utils.config.classification import Config, DataSettings, NetworkSettings, Recipe
 from utils.config.recipes import PAPER
@@ -18,7 +20,7 @@ from utils.runs.named_weights import is_name
 from utils.runs.resume import Start
 from utils.system import backends
 from utils.system.distributed import Context, device_lines
-from utils.system.errors import as_user_error
+from utils.system.errors import UserError, as_user_error
 from utils.system.text import counted
 from utils.training.classification import ClassificationMeter
 from utils.training.classification_data import TrainingData
@@ -32,6 +34,9 @@ def network_line(network: Network) -> str:
     """Returns one line: name, parameters, kernel sizes per stage, classes, what is frozen."""
     parameters = sum(p.numel() for p in network.parameters())
     ksize = f"ksize {','.join(map(str, network.ksize))}" if network.ksize else "no ECA"
+    if network.ksize and is_of_library(network.arch):
+        sizes = ", ".join(map(str, sorted(set(network.ksize))))
+        ksize = f"{len(network.ksize)} layers of ksize {sizes}"
     prefix = network.arch.partition("_")[0]
     named = prefix if prefix in ("eca", "se") else "none"
     other = "" if network.attention == named else f" with {network.attention}"
@@ -44,7 +49,19 @@ def network_line(network: Network) -> str:
         first, last = network.frozen[0], network.frozen[-1]
         names = first if first == last else f"{first} to {last}"
         line += f"; {names} frozen, {trained:,} parameters train"
-    return line
+    return f"{line}\n{network.attention_note}" if network.attention_note else line
+
+
+def own_attention(typed: str | None) -> type[nn.Module] | None:
+    """Returns the class that a typed --attention FILE.py:CLASS names; None for another attention.
+
+    Raises:
+        UserError: no such file or class, or the file fails.
+    """
+    if typed is None or not is_file(typed):
+        return None
+    with as_user_error():
+        return attention_from_file(typed)
 
 
 def recipe_lines(recipe: Recipe, name: str | None, grad_checkpointing: bool) -> list[str]:
@@ -134,7 +151,7 @@ def first_network(
             recipe.arch,
             flags.num_classes,
             flags.ksize,
-            flags.attention,
+            own_attention(flags.attention) or flags.attention,
             None if pretrained is None else pretrained.contents,
             file,
             classes,
@@ -145,7 +162,8 @@ def first_network(
 
 def _with_trained_parts(network: Network, recipe: Recipe) -> Network:
     """Returns the network with the recipe's stochastic depth and frozen layers."""
-    models.set_drop_path(network, recipe.drop_path)
+    with as_user_error():
+        models.set_drop_path(network, recipe.drop_path)
     if recipe.freeze != "none":
         with as_user_error("--freeze: "):
             models.freeze(network, recipe.freeze)
@@ -164,10 +182,12 @@ def build_network(
     if start.saved is None:
         network, notes = first_network(recipe, flags, start.pretrained, classes)
     else:
-        network = start.saved.network()
+        network = start.saved.network(flags.attention)
         _with_trained_parts(network, recipe)
     lines = [network_line(network), *notes, *how_it_runs(network, flags, context, recipe.sync_bn)]
     if flags.grad_checkpointing:
+        if is_of_library(network.arch):
+            raise UserError("--grad-checkpointing is for our networks: leave it out")
         network.set_grad_checkpointing()
     to_device(network, flags, context)
     return network, lines
@@ -221,7 +241,10 @@ def begin_state(
     average = WeightAverage(network, recipe.ema) if recipe.ema else None
     if flags.compile and average is not None:
         average.module.compile()  # a copy of a compiled network is not compiled
-    scales = None if recipe.layer_decay == 1 else models.layer_scales(network, recipe.layer_decay)
+    scales = None
+    if recipe.layer_decay != 1:
+        with as_user_error():
+            scales = models.layer_scales(network, recipe.layer_decay)
     optimizer = make_optimizer(
         recipe.optimizer,
         network,
