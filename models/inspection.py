@@ -64,9 +64,9 @@ def every_attention(network: nn.Module) -> list[AttentionLayer]:
     In a library's network those are what was put in; its stages are what has the same channels.
     """
     found = []
-    if not isinstance(network, Classifier):
+    if not isinstance(network, Classifier) and hasattr(network, "insertions"):
         stage, block, before = 0, 0, 0
-        for name, _, channels, *_ in getattr(network, "insertions", ()):
+        for name, _, channels, *_ in network.insertions:  # type: ignore[union-attr]
             stage, block = (stage, block + 1) if channels == before else (stage + 1, 1)
             before = channels
             found.append(AttentionLayer(name, stage, block, network.get_submodule(name)))
