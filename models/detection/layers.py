@@ -78,7 +78,10 @@ class DetectorTransform(GeneralizedRCNNTransform):
         self, image: Tensor, target: dict[str, Tensor] | None
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         original = image.shape[-2:]
-        shorter = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
+        shorter = self.min_size[-1]
+        if self.training:  # a target may say which of the sizes was drawn for its image
+            drawn = None if target is None else target.pop("min_size", None)
+            shorter = self.torch_choice(self.min_size) if drawn is None else drawn
         scale = self._factor(original, shorter)
         size = tuple(max(1, self._round(side * scale)) for side in original)
         image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]

@@ -215,7 +215,11 @@ def take_saved(
     Raises:
         UserError: a value that the flag itself would refuse; names file, field and value.
     """
-    taken = {name: value for name, value in values.items() if name in flags}
+    taken = {
+        name: [value] if flags[name].nargs and isinstance(value, int | float) else value
+        for name, value in values.items()
+        if name in flags
+    }
     for name, value in taken.items():
         if value is not None and not flags[name].takes(value):
             raise UserError(

@@ -102,9 +102,10 @@ class DetectionRecipe(BaseRecipe):
         "--clip", default=35.0, kind=positive_float, trains=True, resume=ANY_TIME,
         help="largest gradient norm"
     )
-    min_size: int = data_flag(
-        "--min-size", default=800, kind=positive_int, metavar="S",
-        help="pixels of an image's shorter side"
+    min_size: tuple[int, ...] = data_flag(
+        "--min-size", default=(800,), kind=positive_int, nargs="+", metavar="S",
+        help="pixels of an image's shorter side; of several, training draws one for each image, "
+        "and evaluation takes the last"
     )
     max_size: int = data_flag(
         "--max-size", default=1333, kind=positive_int, metavar="S",
@@ -144,8 +145,7 @@ class DetectionRecipe(BaseRecipe):
         factor, settings = values.get("warmup_factor", 1 / 3), values.get("settings", {})
         if not isinstance(factor, float) or not 0 < factor <= 1 or not isinstance(settings, dict):
             raise ValueError("the saved recipe's warmup_factor or settings cannot be used")
-        steps = {"lr_steps": tuple(values["lr_steps"])} if "lr_steps" in values else {}
-        return super().from_dict({**values, **steps})
+        return super().from_dict(values)
 
 
 @dataclass(frozen=True)

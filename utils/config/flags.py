@@ -233,7 +233,7 @@ class BaseRecipe:
 
     def override(self: Own, **values: Any) -> Own:
         """Returns a recipe with other values; None leaves a field as it is."""
-        return replace(self, **{k: v for k, v in values.items() if v is not None})
+        return replace(self, **{k: _plain(v) for k, v in values.items() if v is not None})
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -250,8 +250,18 @@ class BaseRecipe:
     @classmethod
     def from_dict(cls: type[Own], values: Mapping[str, Any]) -> Own:
         """Returns the recipe saved with a run; a field that the file lacks takes its default."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in known})
+        known = {f.name: f.default for f in fields(cls)}
+        several = {k for k, default in known.items() if isinstance(default, tuple)}
+        return cls(**{k: _plain(v, k in several) for k, v in values.items() if k in known})
+
+
+def _plain(value: Any, several: bool = False) -> Any:
+    """Returns a value as recipes hold it: what argparse and JSON give as a list is a tuple, and so
+    is the one number of a flag that takes several since.
+    """
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,) if several and isinstance(value, int | float) else value
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,7 +23,7 @@ from utils.data.sampler import Key, mix_seed
 from utils.system.errors import UserError
 from utils.system.text import printable
 
-Target = dict[str, torch.Tensor]
+Target = dict[str, Any]
 
 
 class TextArray:
@@ -201,16 +202,25 @@ class CocoDataset(Dataset):
     """Gives samples by (epoch, index): (uint8 (3, H, W), target, image id), or the fault.
 
     A target has boxes (n, 4) float32, labels (n,) int64 and, where the split has them, masks
-    (n, H, W) uint8. An image without objects has n = 0.
+    (n, H, W) uint8; and min_size, where there are several. An image without objects has n = 0.
 
     Args:
         split: what to read.
         first_label: the label of the split's first class.
         hflip: probability of a mirrored image, drawn from (seed, epoch, index) alone.
+        sizes: of the shorter side; of several one is drawn for each image, likewise.
     """
 
-    def __init__(self, split: CocoSplit, first_label: int, hflip: float = 0.0, seed: int = 0):
+    def __init__(
+        self,
+        split: CocoSplit,
+        first_label: int,
+        hflip: float = 0.0,
+        seed: int = 0,
+        sizes: Sequence[int] = (),
+    ):
         self.split, self.first_label, self.hflip, self.seed = split, first_label, hflip, seed
+        self.sizes = tuple(sizes)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -232,12 +242,13 @@ class CocoDataset(Dataset):
                 f"but {width}x{height} in the annotations",
             )
         target = self._target(index, height, width)
-        if self.hflip and torch.rand((), generator=self._chance(epoch, index)) < self.hflip:
+        chance = torch.Generator().manual_seed(mix_seed(self.seed, epoch, index))
+        if self.hflip and torch.rand((), generator=chance) < self.hflip:
             image, target = image.flip(-1), mirror(target, width)
+        if len(self.sizes) > 1:
+            chosen = torch.randint(len(self.sizes), (), generator=chance)
+            target["min_size"] = self.sizes[int(chosen)]
         return image, target, self.split.image_ids[index]
-
-    def _chance(self, epoch: int, index: int) -> torch.Generator:
-        return torch.Generator().manual_seed(mix_seed(self.seed, epoch, index))
 
     def _target(self, index: int, height: int, width: int) -> Target:
         split = self.split

@@ -38,7 +38,7 @@ RECIPE = {
     "lr_decay": 0.2,
     "warmup_steps": 20,
     "clip": 10.0,
-    "min_size": 96,
+    "min_size": (96,),
     "max_size": 96,
     "hflip": 0.0,
 }

@@ -1,9 +1,10 @@
 """Opens a detector's data, and makes its batches: images of their own sizes, by aspect ratio."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,9 +186,10 @@ def training_batches(
     hflip: float,
     seed: int,
     reading: Reading,
+    sizes: Sequence[int] = (),
 ) -> Callable[[], Iterator[DetectionBatch]]:
     """Returns a function that begins a pass in the order that `order` was told to seek."""
-    return _passes(CocoDataset(split, first_label, hflip, seed), order, reading)
+    return _passes(CocoDataset(split, first_label, hflip, seed, sizes), order, reading)
 
 
 def evaluation_batches(
@@ -226,9 +228,13 @@ def _device_batches(loader: DataLoader, device: torch.device) -> Iterator[Detect
         images, targets, image_ids = batch
         yield DetectionBatch(
             [image.to(device, non_blocking=True).float().div_(255) for image in images],
-            [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in targets],
+            [{name: _moved(value, device) for name, value in t.items()} for t in targets],
             list(image_ids),
         )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
 def _collate(items: list) -> tuple | str | UserError:

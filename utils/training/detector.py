@@ -59,7 +59,7 @@ def recipe_line(recipe: DetectionRecipe) -> str:
         f"recipe: {counted(recipe.epochs, 'epoch')}, batch {recipe.batch_size}, "
         f"{recipe.optimizer} lr {recipe.resolved().lr:g}{scaled} times {recipe.lr_decay:g} after "
         f"epochs {decays}, warm-up {counted(recipe.warmup_steps, 'step')}{momentum}, weight decay "
-        f"{recipe.weight_decay:g}, clip {recipe.clip:g}, sides {recipe.min_size} to "
+        f"{recipe.weight_decay:g}, clip {recipe.clip:g}, sides {'/'.join(map(str, recipe.min_size))} to "
         f"{recipe.max_size}"
     )
 
@@ -93,7 +93,8 @@ def _with_weights(
     recipe: DetectionRecipe, flags: DetectorSettings, start: Start, classes: list[str]
 ) -> tuple[nn.Module, list[str]]:
     first = start.pretrained
-    sizes: dict[str, Any] = {"min_size": recipe.min_size, "max_size": recipe.max_size}
+    shorter: Any = recipe.min_size if len(recipe.min_size) > 1 else recipe.min_size[0]
+    sizes: dict[str, Any] = {"min_size": shorter, "max_size": recipe.max_size}
     outputs = len(classes) + FIRST_LABEL[recipe.arch]
     if start.saved is not None:
         return start.saved.detector(**sizes), []

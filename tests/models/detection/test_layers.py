@@ -94,3 +94,17 @@ def test_images_of_extreme_proportions_keep_a_pixel(arch, size, legacy):
     assert (found["boxes"] <= limit + 1e-3).all()
     if arch == "mask_rcnn":
         assert found["masks"].shape[1:] == (1, h, w)
+
+
+def test_a_target_says_which_of_the_sizes_was_drawn():
+    image, box = torch.rand(3, 60, 90), torch.tensor([[3.0, 4.0, 50.0, 40.0]])
+    transform = DetectorTransform((32, 48, 64), 200, [0.5] * 3, [0.25] * 3)
+    for size in (32, 48):
+        target = {"boxes": box, "labels": torch.tensor([1]), "min_size": size}
+        batch, (resized,) = transform.train()([image], [target])
+        theirs = GeneralizedRCNNTransform((size,), 200, [0.5] * 3, [0.25] * 3).train()
+        expected, (wanted,) = theirs([image], [{k: target[k] for k in ("boxes", "labels")}])
+        assert torch.equal(batch.tensors, expected.tensors)
+        assert torch.equal(resized["boxes"], wanted["boxes"])
+        assert "min_size" not in resized
+    assert transform.eval()([image])[0].image_sizes == [(64, 96)]

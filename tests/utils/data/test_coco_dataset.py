@@ -120,6 +120,24 @@ def test_mirroring_depends_on_epoch_and_index_alone(tmp_path):
     assert 1 <= sum(rare) < 14
 
 
+def test_a_size_is_drawn_for_each_image_by_epoch_and_index_alone(tmp_path):
+    split = split_of(tmp_path, [annotation()], images=8)
+    keys = [(epoch, index) for epoch in range(8) for index in range(8)]
+
+    def drawn(seed: int = 3, sizes=(32, 40, 48), hflip: float = 0.5, order=keys) -> list[int]:
+        dataset = CocoDataset(split, 1, hflip, seed, sizes)
+        return [dataset[key][1].get("min_size") for key in order]
+
+    sizes = drawn()
+    assert drawn(order=keys[::-1])[::-1] == sizes != drawn(seed=4)
+    assert all(10 < sizes.count(size) < 33 for size in (32, 40, 48))
+    by_epoch = [tuple(sizes[i : i + 8]) for i in range(0, 64, 8)]
+    assert len(set(by_epoch)) == 8
+    assert drawn(sizes=(48,)) == [None] * 64
+    plain, several = CocoDataset(split, 1, 0.5, 3), CocoDataset(split, 1, 0.5, 3, (32, 40))
+    assert all(torch.equal(plain[key][0], several[key][0]) for key in keys)  # the same mirrored
+
+
 def test_the_demo_reads_without_a_loss(tmp_path):
     write_shapes(tmp_path, {"train": 4}, side=64)
     split = load_split(locate(tmp_path, "train"), masks=True)

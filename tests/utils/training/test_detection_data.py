@@ -71,6 +71,8 @@ def test_training_batches(tmp_path):
             assert 0 <= image.min() <= image.max() <= 1
             assert target["labels"].tolist() == {1: [1], 3: [2]}.get(image_id, [])
             assert target["masks"].shape[1:] == image.shape[1:]
+    passes = training_batches(split, order, 1, 0.0, 0, CPU, sizes=(32, 48))
+    assert {target["min_size"] for batch in passes() for target in batch.targets} == {32, 48}
 
 
 def test_evaluation_sees_each_image_once_over_all_ranks(tmp_path):
