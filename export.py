@@ -29,7 +29,6 @@ from utils.command_line.prediction_and_export import (
     settle_export,
 )
 from utils.data.decoding import DECODERS
-from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.inspection import export as formats
 from utils.inspection import int8
 from utils.inspection.exported_network import run_onnx, run_openvino
@@ -61,14 +60,10 @@ def main() -> None:
         return
     targets = target_files(source, args.output, args.to, args.int8 is not None)
     network = checkpoint.network().eval().requires_grad_(False)
-    img_size, crop_pct = checkpoint.preprocessing(args.img_size)
     metadata = {
         **describe_network(network),
         "classes": list(checkpoint.classes or ()),
-        "img_size": img_size,
-        "crop_pct": crop_pct,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
+        **vars(checkpoint.preprocessing(args.img_size)),
         "precision": "float32",
     }
     data = None

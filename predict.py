@@ -28,6 +28,7 @@ from utils.command_line.prediction_and_export import (
     settle_prediction,
 )
 from utils.data.decoding import read_image
+from utils.data.transforms import Preprocessing
 from utils.inspection.exported_network import ExportedDetector, is_exported
 from utils.inspection.exported_network import load as load_exported
 from utils.inspection.predictions import (
@@ -80,13 +81,13 @@ def main() -> int:
     if not exported:
         network = saved.network()
     names = saved.class_names(network.num_classes, args.names)
-    img_size, crop_pct = saved.preprocessing(args.img_size, args.crop_pct)
-    stage = map_stage(network, img_size, args.map_stage) if args.maps else None
+    look = saved.preprocessing(args.img_size, args.crop_pct)
+    stage = map_stage(network, look.img_size, args.map_stage) if args.maps else None
     device = distributed.setup(args.device).device
     backends.configure(False, device)
     network.to(device).eval().requires_grad_(False)
     line = network.describe() if exported else network_line(network)
-    say(f"{line}; the middle {img_size} of {round(img_size / crop_pct)} pixels")
+    say(f"{line}; the middle {look.img_size} of {look.resized} pixels")
     if args.fast:
         network = optimise_for_inference(network, DTYPES.get(args.amp))
         say(f"  rebuilt for inference: BatchNorm folded, weights in {network.dtype}")
@@ -97,9 +98,7 @@ def main() -> int:
     workers = args.workers
     if workers is None:  # processes take longer to start than a few images take to read
         workers = 0 if len(paths) <= 2 * args.batch_size else default_workers()
-    batches = read_batches(
-        paths, img_size, crop_pct, args.batch_size, device, workers, args.decoder
-    )
+    batches = read_batches(paths, look, args.batch_size, device, workers, args.decoder)
     files = [printable(path) for path in paths]
     log = PredictionLog(args.format, files, min(args.topk, len(names)))
     for i, prediction, heat in classify(network, batches, files, names, log.topk, stage):
@@ -107,7 +106,7 @@ def main() -> int:
             say(f"! {prediction.file}: {prediction.error}; passed over")
         if heat is not None:
             drawn = folder / "maps" / png_name(i, prediction.file)
-            write_map(drawn, paths[i], prediction, heat, img_size, crop_pct, stage)
+            write_map(drawn, paths[i], prediction, heat, look, stage)
             prediction = replace(prediction, map=str(drawn))
         log.add(prediction)
     log.close()
@@ -241,14 +240,13 @@ def write_map(
     path: bytes,
     prediction: Prediction,
     heat: np.ndarray,
-    img_size: int,
-    crop_pct: float,
+    look: Preprocessing,
     stage: str,
 ) -> None:
     from utils.inspection import pictures  # matplotlib is slow to import
 
     image = read_image(path, "pil")
-    square = pictures.seen_square(*image.size, img_size, crop_pct)
+    square = pictures.seen_square(*image.size, look.img_size, look.crop_pct)
     ranking = [(guess.name, guess.confidence) for guess in prediction.guesses]
     where = f"{stage}, {heat.shape[0]} × {heat.shape[1]} positions"
     target.parent.mkdir(exist_ok=True)

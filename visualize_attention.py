@@ -102,7 +102,7 @@ def main() -> int:
     on_demo = demo_sets.is_demo(args.data)
     images = only(open_images(args.data, on_demo), args.per_class)
     shown = chosen_classes(images.classes, args.curves)
-    img_size, crop_pct = saved.preprocessing(args.img_size, args.crop_pct)
+    look = saved.preprocessing(args.img_size, args.crop_pct)
     device = distributed.setup(args.device).device
     network.to(device).eval().requires_grad_(False)
     print(network_line(network), *image_folder.describe(images, "images"), sep="\n", flush=True)
@@ -111,9 +111,7 @@ def main() -> int:
     if workers is None:
         workers = 0 if on_demo else default_workers()
     paths = [images.path(i) for i in range(len(images))]
-    batches = read_batches(
-        paths, img_size, crop_pct, args.batch_size, device, workers, args.decoder
-    )
+    batches = read_batches(paths, look, args.batch_size, device, workers, args.decoder)
     layers, broken = gather(network, batches, images)
 
     folder = run_folder.create("attention", args.output)

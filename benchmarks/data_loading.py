@@ -23,9 +23,9 @@ from torchvision import transforms as v1
 
 from utils.data.decoding import DECODERS
 from utils.data.image_folder import ImageFolder, scan
-from utils.data.loader import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Reading
+from utils.data.loader import ImageDataset, Reading
 from utils.data.sampler import SeededBatches, mix_seed
-from utils.data.transforms import train_transform
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, train_transform
 from utils.system.faults import run_script
 
 BASE = "PIL + ToTensor + Normalize"

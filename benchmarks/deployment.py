@@ -34,6 +34,7 @@ import torch
 import models
 from models.inference import optimise_for_inference
 from models.weights import Network, describe_network
+from utils.data.transforms import Preprocessing
 from utils.inspection import export, int8
 from utils.inspection.predictions import find_images, read_batches
 from utils.runs.checkpoint import Checkpoint
@@ -73,7 +74,7 @@ def calibration_images(args: Namespace, size: int, crop: float) -> list[torch.Te
     batch = min(batch, len(paths))
     paths = paths[: len(paths) // batch * batch]
     found = []
-    for read in read_batches(paths, size, crop, batch, torch.device("cpu"), 0):
+    for read in read_batches(paths, Preprocessing(size, crop), batch, torch.device("cpu"), 0):
         if read.broken:
             index, reason = read.broken[0]
             raise UserError(f"{paths[index].decode(errors='replace')}: {reason}", EXIT_FAILED)
@@ -157,8 +158,8 @@ def networks(args: Namespace) -> Iterator[tuple[Network, int, float]]:
         saved = Checkpoint.read(Path(args.checkpoint))
         saved.refuse_detector()
         network = saved.network()
-        size, crop = saved.preprocessing()
-        yield network.eval(), args.img_size if args.smoke else size, crop
+        look = saved.preprocessing()
+        yield network.eval(), args.img_size if args.smoke else look.img_size, look.crop_pct
         return
     for name in ("resnet50", "mobilenetv2"):
         if args.network in (name, "both"):

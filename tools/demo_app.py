@@ -95,23 +95,23 @@ def open_checkpoint(
     known = saved.class_names(network.num_classes, names)
     times = Counter(known)
     known = [f"{n} (class {i})" if times[n] > 1 else n for i, n in enumerate(known)]
-    size = saved.preprocessing()
-    stage = map_stage(network, size[0], None)
-    about = f"{network_line(network)}; {size[0]} pixels, evidence by Grad-CAM on {stage}"
-    return about, partial(_show_classes, network, known, size, stage, where), False
+    look = saved.preprocessing()
+    stage = map_stage(network, look.img_size, None)
+    about = f"{network_line(network)}; {look.img_size} pixels, evidence by Grad-CAM on {stage}"
+    return about, partial(_show_classes, network, known, look, stage, where), False
 
 
-def _show_classes(network, names, size, stage, device, path: str) -> list[Any]:
+def _show_classes(network, names, look, stage, device, path: str) -> list[Any]:
     from utils.inspection import pictures
 
-    batches = read_batches([path], *size, 1, device)
+    batches = read_batches([path], look, 1, device)
     file, topk = printable(Path(path).name), min(TOPK, len(names))
     with recorded_gates(network) as gates:
         ((_, prediction, heat),) = classify(network, batches, [file], names, topk, stage)
     if prediction.error is not None:
         raise UserError(f"{file}: {prediction.error}")
     image = read_image(path, "pil")
-    square = pictures.seen_square(*image.size, *size)
+    square = pictures.seen_square(*image.size, look.img_size, look.crop_pct)
     shown: list[Any] = [{guess.name: guess.confidence for guess in prediction.guesses}]
     shown.append(pictures.draw_evidence(image, heat, square))
     if places := attention_layers(network):

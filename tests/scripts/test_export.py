@@ -9,6 +9,7 @@ from helpers.classifier_checkpoints import write_checkpoint
 from torch import nn
 
 import predict
+from utils.data.transforms import Preprocessing
 from utils.inspection import export as formats
 from utils.runs import foreign_files
 from utils.runs.checkpoint import Checkpoint
@@ -54,7 +55,7 @@ def test_all_formats(export_cli, tmp_path, monkeypatch):
     loaded = Checkpoint.read(tmp_path / "best.safetensors")
     again = loaded.network()
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items())
-    assert loaded.preprocessing() == (48, 0.9)
+    assert loaded.preprocessing() == Preprocessing(48, 0.9)
     (tmp_path / "x.ppm").write_bytes(b"P6 2 2 255 " + bytes(range(12)))
     one, two = (
         export_cli(ckpt, "x.ppm", main=predict.main) for ckpt in ("best.pth", "best.safetensors")

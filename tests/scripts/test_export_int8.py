@@ -11,6 +11,7 @@ from PIL import Image
 
 import export
 import predict
+from utils.data.transforms import Preprocessing
 from utils.inspection import int8
 from utils.inspection.predictions import read_batches
 from utils.runs import checkpoint
@@ -56,7 +57,9 @@ def write_fitted_checkpoint(path, train):
     """A checkpoint whose last layer was fitted to the images of a folder, so that it is right."""
     network = write_checkpoint(path)
     files = sorted(train.rglob("*.png"))
-    (batch,) = read_batches([bytes(file) for file in files], 48, 0.9, 99, torch.device("cpu"))
+    (batch,) = read_batches(
+        [bytes(file) for file in files], Preprocessing(48, 0.9), 99, torch.device("cpu")
+    )
     kept = []
     hook = network.fc.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from models import create_model, weights
 from models.eca_resnet import BasicBlock, ResNet
 from models.inference import fastest_dtype
 from utils.data.decoding import read_image
-from utils.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from utils.inspection.predictions import find_images, read_batches
 from utils.runs import checkpoint
 
@@ -227,7 +227,9 @@ def test_what_is_wrong_is_said_in_one_line(ckpt, photos, predict_cli, tmp_path):
 def test_a_network_that_gives_no_numbers(photos):
     network = ResNet(BasicBlock, (1, 1, 1, 1), "eca", "3333", num_classes=3).eval()
     nn.init.constant_(network.fc.bias, float("nan"))
-    batches = read_batches(find_images([str(photos / "a.png")]), 64, 0.8, 2, torch.device("cpu"))
+    batches = read_batches(
+        find_images([str(photos / "a.png")]), Preprocessing(64, 0.8), 2, torch.device("cpu")
+    )
     ((_, prediction, heat),) = predict.classify(network, batches, ["a.png"], CLASSES, 2, None)
     assert prediction.error == "the network's output is not finite"
     assert heat is None

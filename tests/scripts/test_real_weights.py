@@ -15,6 +15,7 @@ import torchvision
 
 import models
 from models.start import first_network
+from utils.data.transforms import Preprocessing
 from utils.inspection import export, exported_network, int8
 from utils.inspection.predictions import read_batches
 from utils.runs import checkpoint
@@ -53,7 +54,10 @@ def photos() -> tuple[torch.Tensor, torch.Tensor]:
     paths = sorted(find(PHOTOS).glob("imagenet_*_*.jpg"))
     labels = torch.tensor([int(path.stem.rpartition("_")[2]) for path in paths])
     (batch,) = read_batches(
-        [os.fsencode(path) for path in paths], SIZE, CROP, len(paths), torch.device("cpu")
+        [os.fsencode(path) for path in paths],
+        Preprocessing(SIZE, CROP),
+        len(paths),
+        torch.device("cpu"),
     )
     assert len(labels) == 20
     assert not batch.broken

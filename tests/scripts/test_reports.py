@@ -15,8 +15,8 @@ from PIL import Image
 
 import models
 from utils.data.image_folder import ImageFolder, scan
-from utils.data.loader import IMAGENET_MEAN, IMAGENET_STD, ImageDataset
-from utils.data.transforms import eval_transform
+from utils.data.loader import ImageDataset
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from utils.inspection.report import EvaluatedImages, write_report
 from utils.runs import checkpoint
 from utils.system.errors import EXIT_STOPPED
@@ -73,7 +73,7 @@ def assert_follows_from_the_network(folder, weights, val):
     network.load_state_dict(saved["state_dict"])
     network.double().eval()
     images = scan(str(val))
-    dataset = ImageDataset(images, eval_transform(saved["img_size"], saved["crop_pct"]))
+    dataset = ImageDataset(images, Preprocessing(saved["img_size"], saved["crop_pct"]))
     matrix, losses, hits = np.zeros((3, 3), int), {}, 0
     with torch.inference_mode():
         for i in range(len(images)):

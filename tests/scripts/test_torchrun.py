@@ -7,9 +7,9 @@ import torch
 
 import models
 from utils.data.image_folder import scan
-from utils.data.loader import IMAGENET_MEAN, IMAGENET_STD, ImageDataset
+from utils.data.loader import ImageDataset
 from utils.data.sampler import SeededBatches
-from utils.data.transforms import train_transform
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, train_transform
 from utils.runs import checkpoint
 
 

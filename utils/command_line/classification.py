@@ -80,7 +80,7 @@ def read_command_line(
                 del values["attention"]
             recipe = saved_recipe(Recipe, saved.run.recipe, source)
         else:
-            recipe = recipe.override(img_size=saved.img_size, crop_pct=saved.crop_pct)
+            recipe = recipe.override(**saved.prepared)
             values = saved.own_flags() if isinstance(saved, ExportedFile) else {}
     recipe = recipe.override(**{k: v for k, v in typed.items() if k in recipe.as_dict()})
     values |= {name: value for name, value in typed.items() if name not in recipe.as_dict()}
@@ -251,6 +251,8 @@ def refuse_flags(config: Config) -> None:
     """
     recipe, run, network = config.recipe, config.run, config.network
     without_effect(config.typed, config.values(), FLAGS)
+    with as_user_error():
+        _ = recipe.preprocessing
     if config.run.log and not config.run.evaluate:
         require((config.run.log,), f"--log {config.run.log}", config.run.log)
     if network.fast and config.typed.get("fused") is False:

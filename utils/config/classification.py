@@ -40,7 +40,15 @@ from utils.config.flags import (
 from utils.config.recipes import recipe_name
 from utils.data.decoding import DECODERS, decoder_name
 from utils.data.sampler import SAMPLERS
-from utils.data.transforms import AUTO_AUGMENTS, TIMM_EXAMPLE, is_timm_augment
+from utils.data.transforms import (
+    AUTO_AUGMENTS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    INTERPOLATIONS,
+    TIMM_EXAMPLE,
+    Preprocessing,
+    is_timm_augment,
+)
 
 LOSSES = ("ce", "bce")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
@@ -129,6 +137,18 @@ class Recipe(BaseRecipe):
         "--crop-pct", default=0.875, kind=crop, resume=ANY_TIME,
         help="evaluation: share of the resized image that is kept"
     )
+    interpolation: str = data_flag(
+        "--interpolation", default="bilinear", choices=INTERPOLATIONS,
+        help="how images are resized"
+    )
+    mean: tuple[float, ...] = data_flag(
+        "--mean", default=IMAGENET_MEAN, kind=fraction, nargs="+",
+        help="subtracted from pixels from 0 to 1: one number, or three for red, green and blue"
+    )
+    std: tuple[float, ...] = data_flag(
+        "--std", default=IMAGENET_STD, kind=share, nargs="+",
+        help="that pixels are divided by then: one number or three"
+    )
     min_scale: float = data_flag(
         "--min-scale", default=0.08, kind=share, trains=True,
         help="training: smallest crop, as a share of the area"
@@ -136,6 +156,20 @@ class Recipe(BaseRecipe):
     hflip: float = data_flag(
         "--hflip", default=0.5, kind=fraction, metavar="P", trains=True,
         help="training: probability of a mirrored image"
+    )
+    val_split: float = own_data_flag(
+        "--val-split", default=0.0, kind=below_one, metavar="SHARE", trains=True, resume=NEVER,
+        help="of a DATA without train/ and val/: this share of each class is for validation, drawn "
+        "by the files' names, so the same for every seed and for -e (0: DATA has both folders)"
+    )
+    vflip: float = own_data_flag(
+        "--vflip", default=0.0, kind=fraction, metavar="P", trains=True,
+        help="training: probability of an image upside down, where up means nothing"
+    )
+    colour: float = own_data_flag(
+        "--colour", default=0.0, kind=non_negative_float, metavar="C", trains=True,
+        help="training: multiply brightness, contrast and saturation, each by a number from 1 - C "
+        "to 1 + C"
     )
     # Parts of the modern recipes, off unless asked for: a run saved before they existed is itself.
     label_smoothing: float = modern_flag(
@@ -242,6 +276,19 @@ class Recipe(BaseRecipe):
         total = max(1, self.epochs * steps_per_epoch - warmup_steps)
         done = min(1.0, (step - warmup_steps) / total)
         return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Returns how evaluated images are prepared; a single mean or std is that of each colour.
+
+        Raises:
+            ValueError: neither one number nor three.
+        """
+        for name, values in (("--mean", self.mean), ("--std", self.std)):
+            if len(values) not in (1, 3):
+                raise ValueError(f"{name} takes one number, or three for red, green and blue")
+        mean, std = (v if len(v) == 3 else v * 3 for v in (self.mean, self.std))
+        return Preprocessing(self.img_size, self.crop_pct, self.interpolation, mean, std)
 
     @property
     def crop_size(self) -> int:

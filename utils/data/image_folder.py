@@ -5,6 +5,7 @@ keep their labels. (Numbering the folders of each side by itself shifts them wit
 validation accuracy sticks near chance.)
 """
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -47,13 +48,14 @@ class ImageFolder:
     ignored: dict[str, int] = field(default_factory=dict)  # extension → files passed over
     hidden: int = 0  # files and folders that `is_passed_over`
     notes: tuple[str, ...] = ()  # what else a user should know
+    part: str = ""  # of the images below root, for people
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @property
     def where(self) -> str:
-        return printable(self.root)
+        return printable(self.root) + self.part
 
     def path(self, index: int) -> bytes:
         return os.path.join(os.fsencode(self.root), self.paths[index])
@@ -81,7 +83,10 @@ def list_classes(root: str) -> list[str]:
         hint = did_you_mean(name, siblings)
         if other := [sibling for sibling in siblings if sibling.lower() in known]:
             hint = f"; there is {printable(other[0])}: rename it to {name}"
-        layout = "; DATA holds train/ and val/, each with one folder per class"
+        layout = (
+            "; DATA holds train/ and val/, each with one folder per class (of class folders alone, "
+            "--val-split 0.2 takes a part for val)"
+        )
         raise UserError(f"{printable(root)}: no such folder{hint or layout}")
     with _scandir(root) as entries:
         names = sorted(e.name for e in entries if _is_folder(e) and not is_passed_over(e.name))
@@ -133,6 +138,39 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
         ignored=dict(ignored),
         hidden=hidden,
         notes=tuple(_notes(root, folders, beside)),
+    )
+
+
+def split(images: ImageFolder, share: float) -> tuple[ImageFolder, ImageFolder]:
+    """Divides the images of each class by a hash of their names, into train and val.
+
+    The same names give the same parts, on every machine and with every seed.
+
+    Args:
+        share: of each class's images that go to val.
+
+    Raises:
+        UserError: a class would have no image in one of them.
+    """
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    to_val = np.round(counts * share).astype(np.int64)
+    if lacking := [
+        name for name, n, v in zip(images.classes, counts, to_val, strict=True) if v in (0, n)
+    ]:
+        raise UserError(
+            f"{images.where}: --val-split {share:g} leaves no image for train or for val of "
+            f"{count_names(lacking)}; add images, or give another share"
+        )
+    hashes = [hashlib.sha256(path).digest()[:8] for path in images.paths.tolist()]
+    order = np.lexsort((np.array(hashes), images.labels))
+    rank = np.empty(len(order), np.int64)  # of each image in its class
+    rank[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    in_val = rank < to_val[images.labels]
+    said = f", --val-split {share:g}"
+    train = replace(images.take(np.flatnonzero(~in_val)), part=f"{said}: the others")
+    val = images.take(np.flatnonzero(in_val))
+    return train, replace(
+        val, part=f"{said}: {share:.0%} of each class, by name", ignored={}, hidden=0, notes=()
     )
 
 

@@ -26,12 +26,13 @@ from tqdm import tqdm
 from utils.data.decoding import DECODERS, BrokenImageError, read_image, to_tensor
 from utils.data.image_folder import ImageFolder
 from utils.data.sampler import Key, mix_seed
-from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from utils.data.transforms import Preprocessing
 from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.processes import PATIENCE, die_with_parent, end_children_at_exit, processors
 
 Loaded = tuple[torch.Tensor, torch.Tensor, list[int]]  # images, targets, broken: of a `Batch`
+USUAL = Preprocessing()
 REPLACEMENT_TRIES = 100  # consecutive broken files after which skipping gives up
 BEGUN: weakref.WeakSet[DataLoader] = weakref.WeakSet()  # those that may have workers
 FILES = 8  # open files of this process for each worker, its queues and the batches on their way
@@ -115,11 +116,14 @@ class Reading:
     memory_format: torch.memory_format = torch.contiguous_format
 
     def batches(
-        self, dataset: ImageDataset, keys: Sampler[list[Key]] | list[list[Key]]
+        self,
+        dataset: ImageDataset,
+        keys: Sampler[list[Key]] | list[list[Key]],
+        look: Preprocessing = USUAL,
     ) -> Callable[[], Iterator[Batch]]:
         """Returns a function that begins a pass over `dataset` in the order of `keys`.
 
-        The workers stay alive from one pass to the next.
+        Batches are normalised as `look` says. The workers stay alive from one pass to the next.
         """
         loader = DataLoader(
             dataset,
@@ -133,7 +137,7 @@ class Reading:
             # Its own generator: else every pass would draw from the global one.
             generator=torch.Generator(),
         )
-        return partial(device_batches, loader, self.device, self.memory_format)
+        return partial(device_batches, loader, self.device, self.memory_format, look)
 
 
 def check_readable(dataset: Dataset, context: Context) -> None:
@@ -160,8 +164,7 @@ def device_batches(
     loader: DataLoader,
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    look: Preprocessing = USUAL,
 ) -> Iterator[Batch]:
     """Iterates over `loader` with each batch on `device` and normalised.
 
@@ -169,13 +172,14 @@ def device_batches(
 
     Args:
         loader: gives uint8 images (N, 3, S, S), targets (N,), and indices of broken images.
+        look: has the mean and the standard deviation.
 
     Raises:
         UserError: a broken image (with its path), or a loader worker that hangs. (One that died is
             an exception that can arise anywhere, see `faults.of_outside`.)
     """
-    scale = [1 / (255 * s) for s in std]
-    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    scale = [1 / (255 * s) for s in look.std]
+    shift = [-m / s for m, s in zip(look.mean, look.std, strict=True)]
     scale, shift = (torch.tensor(v, device=device) for v in (scale, shift))
 
     def move(images: torch.Tensor, targets: torch.Tensor, broken: list[int]) -> Batch:

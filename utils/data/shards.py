@@ -135,7 +135,8 @@ class ShardFolder(ImageFolder):
 
     @property
     def where(self) -> str:
-        return f"{printable(self.root)}, {len(self.shards)} shard{'s' * (len(self.shards) > 1)}"
+        number = f"{len(self.shards)} shard{'s' * (len(self.shards) > 1)}"
+        return f"{printable(self.root)}, {number}{self.part}"
 
     def path(self, index: int) -> Member:
         shard, offset, size, header = self.members[index].item()
@@ -245,19 +246,31 @@ def open_images(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
 
 
 def open_split(
-    data: str, classes: Sequence[str] | None = None, with_train: bool = True
+    data: str,
+    classes: Sequence[str] | None = None,
+    with_train: bool = True,
+    val_split: float = 0.0,
 ) -> tuple[ImageFolder | None, ImageFolder]:
     """Opens the images of data/train and data/val, labelled by the same class names.
 
     Args:
         classes: the names in label order; by default those of data/train.
         with_train: False looks at data/val alone.
+        val_split: data has neither, and this share of each class is for val; see
+            `image_folder.split`.
 
     Raises:
         UserError: see `open_images`; also when val has a class that train has not.
     """
     if not is_remote(str(data)) and not os.path.isdir(data):
         image_folder.list_classes(data)  # says so, with the nearest name
+    if val_split:
+        if there := [name for name in ("train", "val") if os.path.isdir(os.path.join(data, name))]:
+            raise UserError(
+                f"{printable(data)}: has {there[0]}/, and --val-split {val_split:g} is for class "
+                "folders alone: give --val-split 0, or the folder that holds them"
+            )
+        return image_folder.split(open_images(data, classes), val_split)
     train = open_images(os.path.join(data, "train"), classes) if with_train else None
     return train, open_images(os.path.join(data, "val"), train.classes if train else classes)
 

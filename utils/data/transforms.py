@@ -9,8 +9,8 @@ import math
 import platform
 import random
 import re
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ Picture = torch.Tensor | Image.Image  # RGB; a tensor is uint8 (3, H, W)
 Transform = Callable[[Picture], Picture]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MEAN_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 # Photographic operations of one strength or another, as published for ImageNet: torchvision's by
 # name, besides timm's RandAugment, whose name holds its magnitude and that one's deviation.
@@ -40,6 +40,37 @@ def is_timm_augment(text: str) -> bool:
     return match is not None and float(match[1]) <= TOP
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """Describes how an image becomes what a network sees at evaluation.
+
+    The shorter side becomes S / crop_pct, then the central S x S stays (0.875: 256 and 224). Pixels
+    from 0 to 1 are normalised as (pixel - mean) / std, by channel.
+
+    Args:
+        img_size: S.
+        interpolation: one of `INTERPOLATIONS`.
+    """
+
+    img_size: int = 224
+    crop_pct: float = 0.875
+    interpolation: str = INTERPOLATIONS[0]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    @property
+    def resized(self) -> int:
+        """Returns the pixels of the shorter side before the crop."""
+        return round(self.img_size / self.crop_pct)
+
+    def __call__(self, image: Picture) -> Picture:
+        """Resizes and cuts an image; the pixels stay 8-bit."""
+        height, width = size_of(image)
+        longer = int(self.resized * max(height, width) / min(height, width))
+        sides = (self.resized, longer) if height < width else (longer, self.resized)
+        return center_crop(resize(image, sides, self.interpolation), self.img_size)
+
+
 def size_of(image: Picture) -> tuple[int, int]:
     """Returns (height, width) of a picture."""
     if isinstance(image, torch.Tensor):
@@ -47,22 +78,25 @@ def size_of(image: Picture) -> tuple[int, int]:
     return image.height, image.width
 
 
-def resize(image: Picture, size: tuple[int, int]) -> Picture:
-    """Resizes with antialiased bilinear weights, as torchvision's `resize(antialias=True)`.
+def resize(
+    image: Picture, size: tuple[int, int], interpolation: str = INTERPOLATIONS[0]
+) -> Picture:
+    """Resizes with antialiased weights, as torchvision's `resize(antialias=True)`.
 
     Args:
         image: RGB; a tensor is uint8 (3, H, W), on any device.
         size: (height, width) to be.
+        interpolation: one of `INTERPOLATIONS`.
     """
     if size_of(image) == size:
         return image
     if not isinstance(image, torch.Tensor):
-        return image.resize(size[::-1], Image.Resampling.BILINEAR)
+        return image.resize(size[::-1], Image.Resampling[interpolation.upper()])
     one = _as_batch(image)
-    in_8_bits = image.device.type == "cpu" and _resizes_8_bits()
+    in_8_bits = image.device.type == "cpu" and (interpolation == "bicubic" or _resizes_8_bits())
     one = one if in_8_bits else one.float()
-    one = interpolate(one, size, mode="bilinear", align_corners=False, antialias=True)
-    return one[0] if in_8_bits else one[0].round_().to(torch.uint8)
+    one = interpolate(one, size, mode=interpolation, align_corners=False, antialias=True)
+    return one[0] if in_8_bits else one[0].clamp_(0, 255).round_().to(torch.uint8)
 
 
 def center_crop(image: Picture, side: int) -> Picture:
@@ -98,7 +132,7 @@ def _as_batch(image: torch.Tensor) -> torch.Tensor:
 
 
 def _resizes_8_bits() -> bool:
-    """Returns whether torchvision resizes uint8 as it is on this CPU, and not in float32."""
+    """Returns whether torchvision resizes uint8 bilinearly as it is on this CPU, not in float32."""
     quick = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return quick or platform.machine() in ("aarch64", "arm64")
 
@@ -110,11 +144,11 @@ class TimmRandAugment:
     back behind it, so that an image depends on its own seed alone.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, colour: Sequence[int]):
         from timm.data.auto_augment import rand_augment_transform  # slow to import, and optional
 
         # A magnitude of 10 would keep no bit of a posterized image, which Pillow refuses since 12.
-        limits = {"img_mean": MEAN_COLOUR, "magnitude_max": math.nextafter(TOP, 0)}
+        limits = {"img_mean": tuple(colour), "magnitude_max": math.nextafter(TOP, 0)}
         self.augment = rand_augment_transform(name, limits)
 
     def __call__(self, image: Picture) -> torch.Tensor:
@@ -137,28 +171,41 @@ def train_transform(
     hflip: float,
     auto_augment: str = "none",
     random_erasing: float = 0.0,
+    vflip: float = 0.0,
+    colour: float = 0.0,
+    interpolation: str = INTERPOLATIONS[0],
+    mean: Sequence[float] = IMAGENET_MEAN,
 ) -> Transform:
-    """Makes what a training image goes through.
+    """Makes what a training image goes through; the chance is torch's default generator's.
 
     Args:
         img_size: S; a random crop is resized to S x S.
         min_scale: the smallest crop's share of the area; the largest is all of it.
-        hflip: probability of a mirrored image.
+        hflip, vflip: probabilities of an image mirrored left to right, and upside down.
         auto_augment: a key of `AUTO_AUGMENTS`, for torchvision's defaults; or timm's RandAugment.
         random_erasing: probability that a rectangle takes the mean colour, which is what
             torchvision's 0 after the normalisation is.
+        colour: c of torchvision's ColorJitter: brightness, contrast and saturation are each
+            multiplied by a number from 1 - c (at least 0) to 1 + c.
+        interpolation: one of `INTERPOLATIONS`.
+        mean: of each channel, from 0 to 1.
     """
     v2 = transforms_v2()
+    mode, mean_colour = v2.InterpolationMode(interpolation), [round(255 * value) for value in mean]
     steps: list[Callable[[Any], Any]] = [
-        v2.RandomResizedCrop(img_size, scale=(min_scale, 1.0), antialias=True),
+        v2.RandomResizedCrop(img_size, (min_scale, 1.0), interpolation=mode, antialias=True),
         v2.RandomHorizontalFlip(hflip),
     ]
+    if vflip:  # what is off draws no number: seeded runs of before it existed stay themselves
+        steps.append(v2.RandomVerticalFlip(vflip))
+    if colour:
+        steps.append(v2.ColorJitter(colour, colour, colour))
     if is_timm_augment(auto_augment):
-        steps.append(TimmRandAugment(auto_augment))
+        steps.append(TimmRandAugment(auto_augment, mean_colour))
     elif (augment := AUTO_AUGMENTS[auto_augment]) is not None:
-        steps.append(getattr(v2, augment)(interpolation=v2.InterpolationMode.BILINEAR))
+        steps.append(getattr(v2, augment)(interpolation=mode))
     if random_erasing:
-        steps += [v2.PILToTensor(), v2.RandomErasing(random_erasing, value=list(MEAN_COLOUR))]
+        steps += [v2.PILToTensor(), v2.RandomErasing(random_erasing, value=mean_colour)]
     return v2.Compose(steps)
 
 
@@ -167,18 +214,3 @@ def transforms_v2() -> Any:
     from torchvision.transforms import v2
 
     return v2
-
-
-def eval_transform(img_size: int, crop_pct: float) -> Transform:
-    """Makes what an evaluated image goes through.
-
-    The shorter side becomes S / crop_pct, then the central S x S stays (0.875: 256 and 224).
-    """
-    return partial(shorter_side_and_crop, size=round(img_size / crop_pct), crop=img_size)
-
-
-def shorter_side_and_crop(image: Picture, size: int, crop: int) -> Picture:
-    """Resizes the shorter side to `size` pixels, then cuts out the central crop x crop."""
-    height, width = size_of(image)
-    longer = int(size * max(height, width) / min(height, width))
-    return center_crop(resize(image, (size, longer) if height < width else (longer, size)), crop)

@@ -93,8 +93,9 @@ logits = network(images)  # (N, 3, {img_size}, {img_size}) float32 -> (N, {num_c
 
 ## Preprocessing
 
-RGB from 0 to 1, the shorter side scaled to {resized} pixels, the middle {img_size} × {img_size}
-cut out; then minus the mean {mean}, divided by the standard deviation {std}.
+RGB from 0 to 1, the shorter side scaled to {resized} pixels ({interpolation}), the middle
+{img_size} × {img_size} cut out; then minus the mean {mean}, divided by the standard
+deviation {std}.
 config.json has the names of the classes where they are known.
 
 ## Figures
@@ -270,6 +271,7 @@ def hugging_face_texts(
         **{name: fields[name] for name in ("arch", "attention", "num_classes", "img_size")},
         parameters=sum(p.numel() for p in network.parameters()),
         ksize=", ".join(map(str, fields["ksize"] or ["none"])),
+        interpolation=fields["interpolation"],
         resized=round(fields["img_size"] / fields["crop_pct"]),
         mean=", ".join(map(str, fields["mean"])),
         std=", ".join(map(str, fields["std"])),

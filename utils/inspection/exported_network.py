@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from xml.etree import ElementTree
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
-from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.system.errors import UserError, require
 from utils.system.text import counted, printable
 
@@ -33,14 +32,14 @@ INSTALL = "-r requirements-export.txt"
 INPUT, OUTPUT = "images", "logits"
 IMAGE, OBJECTS = "image", ("boxes", "labels", "scores", "masks")  # of a detector
 OPENVINO_INFO = ["eca_net", "metadata"]  # where an .xml has them
-MEAN_AND_STD = (IMAGENET_MEAN, IMAGENET_STD)
 LARGEST_SIZE = 8192  # pixels of a side
 
 Objects = dict[str, Tensor]
 Run = Callable[[Tensor], Tensor]
 Finder = Callable[[Tensor], Objects]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
-Channels = tuple[float, float, float]
+Mean = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 class ClassifierMetadata(msgspec.Struct):
@@ -50,15 +49,14 @@ class ClassifierMetadata(msgspec.Struct):
     num_classes: Positive
     classes: tuple[str, ...]  # empty where they have no names
     img_size: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_SIZE)]
-    crop_pct: Annotated[float, msgspec.Meta(gt=0, le=1)]
-    mean: Channels
-    std: Channels
+    crop_pct: Share
+    mean: tuple[Mean, Mean, Mean]
+    std: tuple[Share, Share, Share]
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __post_init__(self) -> None:
         if len(self.classes) > self.num_classes:
             raise ValueError(f"{len(self.classes)} names for {self.num_classes} classes")
-        if (self.mean, self.std) != MEAN_AND_STD:
-            raise ValueError(f"mean and deviation other than {MEAN_AND_STD}")
 
 
 class DetectorMetadata(msgspec.Struct):

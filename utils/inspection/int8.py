@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from utils.data import demo_sets, shards
 from utils.data.image_folder import ImageFolder
+from utils.data.transforms import Preprocessing
 from utils.inspection import export
 from utils.inspection.exported_network import INPUT, Run, run_onnx, run_openvino
 from utils.inspection.predictions import read_batches
@@ -46,7 +48,7 @@ def quantised_files(
 
     Args:
         onnx_file: the network in float32, BatchNorm folded, which int8 is compared with.
-        metadata: of the network: classes, img_size, crop_pct.
+        metadata: of the network: classes, and the fields of `Preprocessing`.
         data: images of train and of val, from `open_data`.
         formats: onnx, openvino, or both.
         calibration_images: so many are taken from all over train; all where there are fewer.
@@ -61,9 +63,9 @@ def quantised_files(
     train, val = data
     count = min(calibration_images, len(train))
     chosen = np.sort(np.random.default_rng(0).choice(len(train), count, replace=False))
-    size = metadata["img_size"], metadata["crop_pct"]
+    look = Preprocessing(**{f.name: metadata[f.name] for f in fields(Preprocessing)})
     print(f"int8: calibrated on {count} of {len(train)} training images", flush=True)
-    int8 = quantise(onnx_file, (images for images, _ in _batches(train.take(chosen), *size)))
+    int8 = quantise(onnx_file, (images for images, _ in _batches(train.take(chosen), look)))
     made = {}
     for name in formats:
         before, after, run = (onnx_file,), (int8,), run_onnx
@@ -72,7 +74,7 @@ def quantised_files(
             after = export.to_openvino(int8, {**metadata, "precision": "int8"})
             run = run_openvino
         pair = {"float32": run(*before), "int8": run(*after)}
-        top1, agreement, images = evaluate(pair, _batches(val, *size))
+        top1, agreement, images = evaluate(pair, _batches(val, look))
         print(
             f"{name}: top-1 {top1['float32']:.2f} % in float32, {top1['int8']:.2f} % in int8; the "
             f"same class for {agreement:.2f} % of {images} validation images",
@@ -85,7 +87,7 @@ def quantised_files(
                 EXIT_FAILED,
             )
         share = sum(map(len, after)) / sum(map(len, before))
-        made[name] = after, f"{100 * share:.0f} % of float32's size; {_speeds(pair, size[0])}"
+        made[name] = after, f"{100 * share:.0f} % of float32's size; {_speeds(pair, look.img_size)}"
     return made
 
 
@@ -113,13 +115,11 @@ def open_data(
     return train, val
 
 
-def _batches(
-    images: ImageFolder, img_size: int, crop_pct: float
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(images: ImageFolder, look: Preprocessing) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields normalised images (N, 3, S, S), prepared as in evaluation, and labels (N,)."""
     paths = [images.path(i) for i in range(len(images))]
     labels = torch.as_tensor(np.asarray(images.labels), dtype=torch.int64)
-    for batch in read_batches(paths, img_size, crop_pct, BATCH, torch.device("cpu")):
+    for batch in read_batches(paths, look, BATCH, torch.device("cpu")):
         if batch.broken:
             index, reason = batch.broken[0]
             raise UserError(

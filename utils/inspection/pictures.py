@@ -21,7 +21,7 @@ NAME, SIDE_NAME = 30, 16  # characters of a class's name in a list, and beside a
 
 
 def seen_square(width: int, height: int, img_size: int, crop_pct: float) -> tuple[float, ...]:
-    """Returns what `eval_transform` leaves of an image: (left, top, side) in its own pixels."""
+    """Returns what `Preprocessing` leaves of an image: (left, top, side) in its own pixels."""
     short = min(width, height)
     side = short * img_size / round(img_size / crop_pct)
     return (width - side) / 2, (height - side) / 2, side

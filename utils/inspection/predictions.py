@@ -30,7 +30,7 @@ from utils.data.decoding import (
 )
 from utils.data.image_folder import is_passed_over
 from utils.data.loader import device_batches, leave_broken_connections_unsaid
-from utils.data.transforms import eval_transform
+from utils.data.transforms import Preprocessing
 from utils.inspection.drawing import as_image, draw, resized
 from utils.runs.checkpoint import Checkpoint
 from utils.system.errors import UserError
@@ -90,11 +90,8 @@ def _images_below(folder: bytes) -> list[bytes]:
 
 
 class _Paths(Dataset):
-    def __init__(
-        self, paths: Sequence[bytes | Stored], img_size: int, crop_pct: float, decoder: str
-    ):
-        self.paths, self.decoder = paths, decoder
-        self.transform = eval_transform(img_size, crop_pct)
+    def __init__(self, paths: Sequence[bytes | Stored], look: Preprocessing, decoder: str):
+        self.paths, self.transform, self.decoder = paths, look, decoder
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -113,8 +110,7 @@ class _Paths(Dataset):
 
 def read_batches(
     paths: Sequence[bytes | Stored],
-    img_size: int,
-    crop_pct: float,
+    look: Preprocessing,
     batch_size: int,
     device: torch.device,
     workers: int = 0,
@@ -123,19 +119,19 @@ def read_batches(
     """Yields the images at `paths` in order, prepared as for evaluation, on `device`.
 
     Args:
-        img_size, crop_pct: see `eval_transform`.
+        look: how they are prepared.
         workers: loader processes; 0 reads in this one.
         decoder: see `read_image`.
     """
     loader = DataLoader(
-        _Paths(paths, img_size, crop_pct, decoder),
+        _Paths(paths, look, decoder),
         batch_size=batch_size,
         num_workers=workers,
-        collate_fn=partial(_collate, img_size=img_size),
+        collate_fn=partial(_collate, img_size=look.img_size),
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_interrupts_to_the_main_process,
     )
-    for batch in device_batches(loader, device):
+    for batch in device_batches(loader, device, look=look):
         yield UserBatch(batch.images, batch.targets.tolist(), list(batch.broken))
 
 

@@ -6,6 +6,7 @@ file may hold anything: types and ranges of our fields are checked, so that a wr
 line that names it.
 """
 
+import dataclasses
 import errno
 import io
 import pickle
@@ -13,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from models.attention import attention_from_file, is_file
 from models.weights import FORMAT, Network, network_from_checkpoint
+from utils.data.transforms import Preprocessing
 from utils.runs import foreign_files
 from utils.system.errors import UserError, as_user_error
 from utils.system.files import read_text, remove_leftovers, write_atomically
@@ -29,7 +31,6 @@ from utils.system.text import printable
 
 RUN = {"optimizer", "scaler", "progress", "history", "recipe", "args", "seed", "classes"}
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
-IMG_SIZE, CROP_PCT = 224, 0.875  # of released weights, which do not say
 MORE = 4  # times the file's size: what shared tensors and an averaged copy may come to
 SLACK = 2**20  # bytes: small files may repeat small tensors
 VALUES = 3_000_000  # counted where they stand: a list that is held twice counts twice
@@ -38,6 +39,8 @@ HOLDERS = (Tensor, Mapping, list, tuple, set)
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Whole = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Deviation = Annotated[float, Meta(gt=0, le=1)]
 Rate = Annotated[float, Meta(ge=0, le=1e308)]
 Number = Whole | float  # it may be infinite, or none
 Scalar = bool | Whole | float | str | None
@@ -122,6 +125,7 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
         classes: names in the order of the network's outputs; None where the file has none.
         img_size: pixels of a side at evaluation; None where the file does not say.
         crop_pct: part of the image that evaluation keeps; None where the file does not say.
+        interpolation, mean, std: see `Preprocessing`; None where the file does not say.
         recipe: its fields, as the recipe's `as_dict` returned them.
         flags: of its command line, those that a checkpoint keeps.
         history: a row a finished epoch.
@@ -144,6 +148,9 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
     category_ids: list[Whole] | None = None
     img_size: Annotated[int, Meta(ge=1, le=2**15)] | None = None
     crop_pct: Annotated[float, Meta(ge=1e-6, le=1)] | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    mean: tuple[Share, Share, Share] | None = None
+    std: tuple[Deviation, Deviation, Deviation] | None = None
     class_weights: list[Rate] | None = None
     recipe: Plains = {}
     flags: Plains = msgspec.field(name="args", default_factory=dict)
@@ -258,9 +265,16 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
 
     def preprocessing(
         self, img_size: int | None = None, crop_pct: float | None = None
-    ) -> tuple[int, float]:
-        """Returns image size and crop, the arguments' or else the file's, see `eval_transform`."""
-        return img_size or self.img_size or IMG_SIZE, crop_pct or self.crop_pct or CROP_PCT
+    ) -> Preprocessing:
+        """Returns how images are prepared: by the arguments, or the file, or as is usual."""
+        typed = {"img_size": img_size, "crop_pct": crop_pct}
+        return Preprocessing(**{**self.prepared, **{k: v for k, v in typed.items() if v}})
+
+    @property
+    def prepared(self) -> dict[str, Any]:
+        """Returns what the file says of its images, by the fields of `Preprocessing`."""
+        names = [field.name for field in dataclasses.fields(Preprocessing)]
+        return {k: v for k in names if (v := getattr(self, k)) is not None}
 
 
 class SavedRun(Checkpoint, frozen=True, kw_only=True):

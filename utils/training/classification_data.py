@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from utils.config.classification import ClassificationRun, DataSettings, Recipe
-from utils.data import class_order, demo_sets, shards
+from utils.data import class_order, demo_sets, image_folder, shards
 from utils.data.class_order import WNID
 from utils.data.image_folder import ImageFolder, describe
 from utils.data.loader import Batch, ImageDataset, Reading, check_readable
 from utils.data.sampler import Key, SeededBatches, ShardedBatches, check_batch
-from utils.data.transforms import eval_transform, train_transform
+from utils.data.transforms import train_transform
 from utils.runs import resume
-from utils.runs.checkpoint import Checkpoint
+from utils.runs.checkpoint import Checkpoint, SavedRun
 from utils.runs.resume import Start
 from utils.system import distributed
 from utils.system.distributed import Context
@@ -281,7 +281,8 @@ def open_training_data(
     """
     saved, run = start.saved, start.run
     root = demo_sets.find_root(str(where.data), context, where.data_files, where.download)
-    train, val = shards.open_split(str(root), None if saved is None else saved.classes)
+    classes = None if saved is None else saved.classes
+    train, val = shards.open_split(str(root), classes, val_split=recipe.val_split)
     assert train is not None  # unless it were left out
     distributed.refuse_differences(
         training_images=len(train),
@@ -410,11 +411,33 @@ def open_evaluation_data(
     root = class_order.evaluation_folder(data)
     order = class_order.match(root, names, outputs, str(saved.file))
     images = replace(shards.open_images(root, order.folders), classes=order.names)
+    if saved.run is not None and root == data:
+        images = _validation_part(images, saved.run)
     distributed.refuse_differences(validation_images=len(images))
     real = run.real_labels
     labels = None if real is None else read_real_labels(real, images, order.names)
     opened = EvaluationData(images, None, labels, order.notes)
     return _restricted(opened, run.present_classes)
+
+
+def _validation_part(images: ImageFolder, run: SavedRun) -> ImageFolder:
+    """Returns the images that a run with --val-split has not trained on; all of another folder.
+
+    Raises:
+        UserError: the run's own folder has other images than it had.
+    """
+    share = run.recipe.get("val_split", 0.0)
+    if not isinstance(share, float) or not 0 < share < 1:
+        return images
+    train, val = image_folder.split(images, share)
+    if resume.digest(train.paths, train.labels) == run.train_digest:
+        return val
+    if os.path.realpath(images.root) != os.path.realpath(str(run.flags.get("data"))):
+        return images
+    raise UserError(
+        f"{images.where}: other images than the run was trained on, so those of its --val-split "
+        f"{share:g} cannot be told from them; restore them, or give a folder with val/"
+    )
 
 
 def _restricted(data: EvaluationData, present_classes: bool) -> EvaluationData:
@@ -458,18 +481,22 @@ def training_batches(
         recipe.hflip,
         recipe.auto_augment,
         recipe.random_erasing,
+        recipe.vflip,
+        recipe.colour,
+        recipe.interpolation,
+        recipe.preprocessing.mean,
     )
     dataset = ImageDataset(images, transform, seed, reading.decoder, skip_broken)
-    return reading.batches(dataset, order)
+    return reading.batches(dataset, order, recipe.preprocessing)
 
 
 def validation_batches(
     images: ImageFolder, recipe: Recipe, reading: Reading, rank: int = 0, world_size: int = 1
 ) -> Callable[[], Iterator[Batch]]:
     """Returns this rank's share of the validation images, each exactly once over all ranks."""
-    transform = eval_transform(recipe.img_size, recipe.crop_pct)
+    look = recipe.preprocessing
     keys = validation_order(len(images), recipe.batch_size, rank, world_size)
-    return reading.batches(ImageDataset(images, transform, decoder=reading.decoder), keys)
+    return reading.batches(ImageDataset(images, look, decoder=reading.decoder), keys, look)
 
 
 def validation_order(
@@ -490,8 +517,7 @@ def check_validation(images: ImageFolder, recipe: Recipe, decoder: str, context:
     Raises:
         UserError: see `check_readable`.
     """
-    transform = eval_transform(recipe.img_size, recipe.crop_pct)
-    check_readable(ImageDataset(images, transform, decoder=decoder), context)
+    check_readable(ImageDataset(images, recipe.preprocessing, decoder=decoder), context)
 
 
 def replaced_lines(folder: ImageFolder, broken: Sequence[int]) -> list[str]:

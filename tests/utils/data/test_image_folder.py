@@ -1,8 +1,10 @@
 """Class folders and their labels."""
 
+import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from utils.data.image_folder import describe, list_classes, scan
@@ -197,3 +199,34 @@ def test_another_name_of_val_is_named_in_the_refusal(tmp_path, there):
     assert str(caught.value) == (
         f"{tmp_path}/val: no such folder; there is {there}: rename it to val"
     )
+
+
+def test_a_split_takes_a_share_of_each_class_by_name(tmp_path):
+    make(tmp_path, *(f"ant/{i}.jpg" for i in range(10)), *(f"bee/{i}.jpg" for i in range(7)))
+    train, val = open_split(str(tmp_path), val_split=0.3)
+    assert train.classes == val.classes == ("ant", "bee")
+    assert [np.bincount(part.labels).tolist() for part in (train, val)] == [[7, 5], [3, 2]]
+    assert sorted([*train.paths, *val.paths]) == scan(str(tmp_path)).paths.tolist()
+    hashes = {path: hashlib.sha256(path).digest() for path in scan(str(tmp_path)).paths.tolist()}
+    for label, own in ((0, b"ant"), (1, b"bee")):
+        chosen = sorted((p for p in hashes if p.startswith(own)), key=hashes.__getitem__)
+        assert {*val.paths[val.labels == label]} == {*chosen[: 3 - label]}
+    assert describe(val, "val") == [
+        f"val: 5 images in 2 classes ({tmp_path}, --val-split 0.3: 30% of each class, by name)"
+    ]
+    # One image more moves at most one other over the border.
+    make(tmp_path, "ant/new.jpg")
+    assert len({*val.paths} - {*open_split(str(tmp_path), val_split=0.3)[1].paths}) <= 1
+
+
+@pytest.mark.parametrize(("share", "lacking"), [(0.1, "bee"), (0.9, "bee"), (0.01, "ant, bee")])
+def test_a_split_without_an_image_of_a_class_is_refused_by_name(tmp_path, share, lacking):
+    make(tmp_path, *(f"ant/{i}.jpg" for i in range(10)), *(f"bee/{i}.jpg" for i in range(3)))
+    with pytest.raises(UserError, match=rf"--val-split {share:g} leaves no image .*\({lacking}\)"):
+        open_split(str(tmp_path), val_split=share)
+
+
+def test_a_folder_with_train_and_val_is_not_split(tmp_path):
+    make(tmp_path, "train/a/1.jpg", "val/a/1.jpg")
+    with pytest.raises(UserError, match=r"has train/, and --val-split 0.5 is for class folders"):
+        open_split(str(tmp_path), val_split=0.5)

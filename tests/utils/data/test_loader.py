@@ -7,9 +7,9 @@ from PIL import Image
 from torchvision import transforms as v1
 
 from utils.data.decoding import BrokenImageError
-from utils.data.loader import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Reading, check_readable
+from utils.data.loader import ImageDataset, Reading, check_readable
 from utils.data.sampler import SeededBatches
-from utils.data.transforms import eval_transform, train_transform
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, train_transform
 from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.training.classification_data import training_batches, validation_batches
@@ -43,7 +43,7 @@ def test_reading_leaves_the_global_generator_alone(noisy_images):
 def test_evaluation_equals_the_usual_pillow_pipeline_with_the_pil_decoder(noisy_images):
     """Bit for bit before the normalisation: published evaluations resized with Pillow."""
     transform = v1.Compose([v1.Resize(20), v1.CenterCrop(16), v1.PILToTensor()])
-    dataset = ImageDataset(noisy_images, eval_transform(16, 0.8), decoder="pil")
+    dataset = ImageDataset(noisy_images, Preprocessing(16, 0.8), decoder="pil")
     for index in range(len(noisy_images)):
         expected = transform(Image.open(noisy_images.path(index)).convert("RGB"))
         image, label, broken = dataset[0, index]
@@ -52,7 +52,7 @@ def test_evaluation_equals_the_usual_pillow_pipeline_with_the_pil_decoder(noisy_
 
 
 def test_batches_are_normalised_as_imagenet(noisy_images):
-    dataset = ImageDataset(noisy_images, eval_transform(16, 0.8))
+    dataset = ImageDataset(noisy_images, Preprocessing(16, 0.8))
     batch = next(validation_batches(noisy_images, RECIPE, Reading(CPU, 0))())
     expected = torch.stack([dataset[0, i][0] for i in range(4)]).double() / 255
     mean, std = (
@@ -61,6 +61,28 @@ def test_batches_are_normalised_as_imagenet(noisy_images):
     torch.testing.assert_close(batch.images.double(), (expected - mean) / std, atol=1e-5, rtol=0)
     assert batch.images.dtype == torch.float32
     assert batch.targets.tolist() == noisy_images.labels[:4].tolist()
+
+
+def test_flags_of_preprocessing_reach_training_and_validation(noisy_images):
+    """Against the formula in float64; and a single number is that of each colour."""
+    recipe = RECIPE.override(mean=[0.2], std=[0.5, 0.25, 1.0], interpolation="bicubic", vflip=0.5)
+    look = recipe.preprocessing
+    assert look == Preprocessing(16, 0.8, "bicubic", (0.2, 0.2, 0.2), (0.5, 0.25, 1.0))
+    batch = next(validation_batches(noisy_images, recipe, Reading(CPU, 0))())
+    dataset = ImageDataset(noisy_images, look)
+    pixels = torch.stack([dataset[0, i][0] for i in range(4)]).double() / 255
+    expected = (pixels - 0.2) / torch.tensor([0.5, 0.25, 1.0], dtype=torch.double).view(3, 1, 1)
+    torch.testing.assert_close(batch.images.double(), expected, atol=1e-5, rtol=0)
+
+    order = SeededBatches(len(noisy_images), 4, 0)
+    keys = next(iter(order))
+    batch = next(training_batches(noisy_images, order, recipe, 0, Reading(CPU, 0))())
+    transform = train_transform(16, 0.08, 0.5, vflip=0.5, interpolation="bicubic")
+    pixels = torch.stack([ImageDataset(noisy_images, transform, 0)[key][0] for key in keys]) / 255
+    expected = (pixels - 0.2) / torch.tensor([0.5, 0.25, 1.0]).view(3, 1, 1)
+    torch.testing.assert_close(batch.images, expected, atol=1e-5, rtol=0)
+    other = next(training_batches(noisy_images, order, RECIPE, 0, Reading(CPU, 0))())
+    assert not torch.equal(other.images, batch.images)
 
 
 @pytest.mark.parametrize("decoder", ["simplejpeg", "pil"])

@@ -14,7 +14,7 @@ from utils.data import loader
 from utils.data.decoding import BrokenImageError
 from utils.data.loader import ImageDataset, Reading
 from utils.data.sampler import SeededBatches
-from utils.data.transforms import eval_transform, train_transform
+from utils.data.transforms import Preprocessing, train_transform
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.training.classification_data import replaced_lines, validation_batches
 
@@ -86,7 +86,7 @@ class Stuck(ImageDataset):
 def test_a_hung_worker_is_answered_after_the_timeout(noisy_images):
     reading = Reading(CPU, 1, timeout=1)
     order = SeededBatches(len(noisy_images), 4, 0)
-    batches = reading.batches(Stuck(noisy_images, eval_transform(16, 1)), order)()
+    batches = reading.batches(Stuck(noisy_images, Preprocessing(16, 1)), order)()
     began = time.monotonic()
     with pytest.raises(UserError, match=r"no batch from the loader workers for 1 s.*--worker-time"):
         next(batches)
@@ -104,7 +104,7 @@ class SignalsItself(ImageDataset):
 def test_workers_leave_stop_requests_to_the_main_process(noisy_images):
     """A signal to the whole process group must not take the batches away from the last step."""
     order = SeededBatches(len(noisy_images), 4, 0)
-    dataset = SignalsItself(noisy_images, eval_transform(16, 1))
+    dataset = SignalsItself(noisy_images, Preprocessing(16, 1))
     assert len(list(Reading(CPU, 1, 60).batches(dataset, order)())) == 3
 
 

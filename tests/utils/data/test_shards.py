@@ -19,7 +19,7 @@ from utils.data import shards
 from utils.data.image_folder import describe
 from utils.data.loader import ImageDataset
 from utils.data.shards import NAME, find_index, open_images, open_split
-from utils.data.transforms import eval_transform
+from utils.data.transforms import Preprocessing
 from utils.inspection.predictions import read_batches
 from utils.system.errors import UserError
 
@@ -203,7 +203,7 @@ def test_faults_in_shards_end_in_one_line(run, sharded, tmp_path):
     # A shard that cannot be read is no broken image.
     place.unlink()
     shards._opened.cache_clear()
-    fault = ImageDataset(train, eval_transform(32, 1.0), skip_broken=True)[0, 5]
+    fault = ImageDataset(train, Preprocessing(32, 1.0), skip_broken=True)[0, 5]
     assert isinstance(fault, UserError)
     assert (str(fault), fault.exit_code) == (
         f"{place}: No such file or directory; see to it, and go on with --resume auto",
@@ -213,7 +213,9 @@ def test_faults_in_shards_end_in_one_line(run, sharded, tmp_path):
     # Other images where the index says they are: nothing is replaced.
     place.write_bytes(whole[512:] + whole[:512])
     for workers in (0, 1):
-        batches = read_batches([train.path(0)], 32, 1.0, 1, torch.device("cpu"), workers)
+        batches = read_batches(
+            [train.path(0)], Preprocessing(32, 1.0), 1, torch.device("cpu"), workers
+        )
         with pytest.raises(UserError, match=r"a/0\.png: the shard has changed"):
             next(batches)
     done = run("main.py", *flags, "-j", 1, "data")

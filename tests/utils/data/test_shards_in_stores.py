@@ -16,7 +16,7 @@ from tools.check_images import find_images
 from utils.data import loader
 from utils.data.loader import ImageDataset
 from utils.data.shards import NAME, open_split, read_range, read_whole
-from utils.data.transforms import eval_transform
+from utils.data.transforms import Preprocessing
 from utils.system.errors import EXIT_FAILED, UserError
 
 
@@ -72,7 +72,7 @@ def test_a_store_that_fails_ends_in_a_line(store, monkeypatch):
     with pytest.raises(UserError, match=r"val-00000\.tar: TimeoutError slow; check the add") as end:
         val.path(0).read()
     assert end.value.exit_code == EXIT_FAILED
-    fault = ImageDataset(val, eval_transform(32, 1.0), skip_broken=True)[0, 0]
+    fault = ImageDataset(val, Preprocessing(32, 1.0), skip_broken=True)[0, 0]
     assert isinstance(fault, UserError)
     assert loader._collate([fault]) is fault
 

@@ -11,7 +11,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from utils.data.transforms import IMAGENET_MEAN, eval_transform, is_timm_augment, train_transform
+from utils.data.transforms import IMAGENET_MEAN, Preprocessing, is_timm_augment, train_transform
 
 SIDES = [(500, 375), (375, 500), (64, 64), (28, 28), (5, 60), (33, 20), (224, 256), (1, 1)]
 SIZES = [(224, 0.875), (64, 1), (31, 0.85), (40, 1.25), (7, 0.3)]  # 1.25: a black frame around it
@@ -35,7 +35,7 @@ def test_pixels_are_torchvisions(
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     image = random_image(height, width, channels_last)
     theirs = v2.Compose([v2.Resize(round(img_size / crop_pct)), v2.CenterCrop(img_size)])
-    assert torch.equal(eval_transform(img_size, crop_pct)(image), theirs(image))
+    assert torch.equal(Preprocessing(img_size, crop_pct)(image), theirs(image))
 
 
 @pytest.mark.parametrize(("height", "width"), SIDES)
@@ -43,7 +43,7 @@ def test_pixels_are_torchvisions(
 def test_pixels_of_pil_images_are_torchvisions(height, width, img_size, crop_pct):
     image = Image.fromarray(random_image(height, width, True).permute(1, 2, 0).numpy())
     theirs = v2.Compose([v2.Resize(round(img_size / crop_pct)), v2.CenterCrop(img_size)])
-    assert np.array_equal(eval_transform(img_size, crop_pct)(image), theirs(image))
+    assert np.array_equal(Preprocessing(img_size, crop_pct)(image), theirs(image))
 
 
 @pytest.mark.parametrize("min_scale", [0.08, 0.5, 1.0])
@@ -120,3 +120,50 @@ def test_the_largest_magnitude_is_taken_by_every_operation():
 )
 def test_which_names_of_timm_s_are_known(text, known):
     assert is_timm_augment(text) is known
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("as_pil", [True, False])
+def test_another_interpolation_is_torchvision_s(interpolation, as_pil, monkeypatch):
+    """For evaluation, and for the crops of training."""
+    mode = v2.InterpolationMode(interpolation)
+    resize = v2.Compose([v2.Resize(46, interpolation=mode), v2.CenterCrop(40)])
+    crop = v2.RandomResizedCrop(40, (0.3, 1.0), interpolation=mode, antialias=True)
+    for side in (60, 30):
+        image = random_image(side, 90, True)
+        if as_pil:
+            image = Image.fromarray(image.permute(1, 2, 0).numpy())
+        for capability in ("AVX2", "DEFAULT"):
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+            ours = Preprocessing(40, 40 / 46, interpolation)(image)
+            assert np.array_equal(ours, resize(image))
+        assert not np.array_equal(
+            ours, Preprocessing(40, 40 / 46, *({"bilinear", "bicubic"} - {interpolation}))(image)
+        )
+        torch.manual_seed(1)
+        expected = crop(image)
+        torch.manual_seed(1)
+        ours = train_transform(40, 0.3, 0.0, interpolation=interpolation)(image)
+        assert np.array_equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ({"vflip": 0.5}, [v2.RandomVerticalFlip(0.5)]),
+        ({"colour": 0.4}, [v2.ColorJitter(0.4, 0.4, 0.4)]),
+        ({"vflip": 0.5, "colour": 2.0}, [v2.RandomVerticalFlip(0.5), v2.ColorJitter(2, 2, 2)]),
+    ],
+)
+def test_vflip_and_colour_are_torchvision_s_behind_crop_and_mirror(flags, steps):
+    image, plain = random_image(60, 90, True), train_transform(32, 0.3, 0.5)
+    theirs = v2.Compose([plain, *steps])
+    differ = 0
+    for seed in range(12):
+        made = []
+        for transform in (train_transform(32, 0.3, 0.5, **flags), theirs, plain):
+            torch.manual_seed(seed)
+            made.append(transform(image))
+        assert torch.equal(made[0], made[1])
+        differ += not torch.equal(made[0], made[2])
+    assert 2 < differ <= 12

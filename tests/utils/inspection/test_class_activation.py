@@ -8,7 +8,7 @@ from torch import nn
 
 from models import create_model
 from models.inspection import feature_maps, grad_cam
-from utils.data.transforms import eval_transform
+from utils.data.transforms import Preprocessing
 from utils.inspection.pictures import COLOURS, draw_map, seen_square
 
 
@@ -61,7 +61,7 @@ def test_the_square_shown_is_the_one_seen(width, height):
     x = torch.arange(width).expand(height, -1) * 200 / width
     y = torch.arange(height)[:, None].expand(-1, width) * 200 / height
     image = torch.stack((x, y, x)).to(torch.uint8)
-    seen = eval_transform(64, 0.8)(image).float()
+    seen = Preprocessing(64, 0.8)(image).float()
     left, top, side = seen_square(width, height, 64, 0.8)
     for axis, begin, whole in ((0, left, width), (1, top, height)):
         line = seen[axis].amin(axis), seen[axis].amax(axis)

@@ -12,10 +12,9 @@ from helpers.trees import ROOT
 from models import create_model
 from models.inference import optimise_for_inference
 from models.weights import describe_network
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.inspection import export, exported_network, int8
 from utils.system.errors import UserError
-
-MEAN, STD = exported_network.MEAN_AND_STD
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +29,8 @@ def made(tmp_path_factory):
         "classes": ["a", "b", "ü"],
         "img_size": 64,
         "crop_pct": 0.8,
-        "mean": MEAN,
-        "std": STD,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
     }
     form = optimise_for_inference(network, torch.float32).network
     graph = export.to_exported(form, (64, 96))
@@ -83,7 +82,9 @@ def test_a_strangers_onnx_file_is_refused(made, tmp_path):
     kept = {entry.key: entry.value for entry in model.metadata_props}
     for change, message in [
         ({"mean": None}, "missing required field `mean`"),
-        ({"mean": "[0.5, 0.5, 0.5]"}, "mean and deviation other than"),
+        ({"mean": "[0.5, 0.5, 1.5]"}, r"`float` <= 1.0 - at `\$.mean"),
+        ({"std": "[0.5, 0, 0.5]"}, r"`float` > 0.0 - at `\$.std"),
+        ({"interpolation": "lanczos"}, "Invalid enum value 'lanczos'"),
         ({"mean": "null"}, r"`array`, got `null` - at `\$.mean`"),
         ({"std": "5"}, r"`array`, got `int` - at `\$.std`"),
         ({"img_size": '"64"'}, "metadata are not those of export.py"),

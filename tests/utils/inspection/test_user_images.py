@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from utils.data.transforms import Preprocessing
 from utils.inspection.predictions import find_images, read_batches
 from utils.system.errors import UserError
 
@@ -39,12 +40,13 @@ def test_what_names_stand_for(photos, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_keep_the_order_and_set_broken_images_aside(photos, workers):
     paths = find_images([str(photos)]) + [str(photos / "bad.png").encode()]
-    batches = list(read_batches(paths, 64, 0.8, 2, torch.device("cpu"), workers))
+    batches = list(read_batches(paths, Preprocessing(64, 0.8), 2, torch.device("cpu"), workers))
     assert [batch.indices for batch in batches] == [[0, 1], [3], [4]]
     assert [batch.broken for batch in batches] == [[], [(2, "not an image")], [(5, "not an image")]]
     assert all(batch.images.shape == (len(batch.indices), 3, 64, 64) for batch in batches)
     assert [
-        b.images.shape[0] for b in read_batches(paths[5:], 64, 0.8, 2, torch.device("cpu"))
+        b.images.shape[0]
+        for b in read_batches(paths[5:], Preprocessing(64, 0.8), 2, torch.device("cpu"))
     ] == [0]
-    pil = next(read_batches(paths, 64, 0.8, 2, torch.device("cpu"), decoder="pil"))
+    pil = next(read_batches(paths, Preprocessing(64, 0.8), 2, torch.device("cpu"), decoder="pil"))
     assert (pil.images - batches[0].images).abs().mean() < 0.05  # another decoder, the same image

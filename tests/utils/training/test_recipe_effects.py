@@ -13,7 +13,7 @@ from utils.config.classification import Recipe
 from utils.config.recipes import RECIPES
 from utils.data.image_folder import ImageFolder
 from utils.data.loader import Batch
-from utils.data.transforms import eval_transform, train_transform
+from utils.data.transforms import Preprocessing, train_transform
 from utils.system.distributed import Context
 from utils.training.classification import Objective, binary_cross_entropy
 from utils.training.classification_data import TrainingData
@@ -52,7 +52,7 @@ def what_a_run_sees(recipe: Recipe) -> list[torch.Tensor]:
     image = picture()
     torch.manual_seed(6)
     images = [torch.as_tensor(augment(image)) for _ in range(4)]
-    evaluated = eval_transform(recipe.img_size, recipe.crop_pct)(image)
+    evaluated = Preprocessing(recipe.img_size, recipe.crop_pct)(image)
     rates = [recipe.lr_at(step, order.steps) for step in range(0, 90 * order.steps, 7)]
     return [*keys, *images, torch.as_tensor(evaluated), torch.tensor(rates)]
 
