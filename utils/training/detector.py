@@ -59,8 +59,8 @@ def recipe_line(recipe: DetectionRecipe) -> str:
         f"recipe: {counted(recipe.epochs, 'epoch')}, batch {recipe.batch_size}, "
         f"{recipe.optimizer} lr {recipe.resolved().lr:g}{scaled} times {recipe.lr_decay:g} after "
         f"epochs {decays}, warm-up {counted(recipe.warmup_steps, 'step')}{momentum}, weight decay "
-        f"{recipe.weight_decay:g}, clip {recipe.clip:g}, sides {'/'.join(map(str, recipe.min_size))} to "
-        f"{recipe.max_size}"
+        f"{recipe.weight_decay:g}, clip {recipe.clip:g}, sides "
+        f"{'/'.join(map(str, recipe.min_size))} to {recipe.max_size}"
     )
 
 
