@@ -11,7 +11,7 @@ import models
 from tools import show_batch
 from utils.data.image_folder import scan
 from utils.data.loader import ImageDataset
-from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from utils.inspection import drawing
 from utils.runs import checkpoint
 from utils.system.style import WRONG
@@ -59,7 +59,7 @@ def test_pictures_are_what_a_network_gets(call, tree, tmp_path, monkeypatch, gri
     network = models.create_model(saved["arch"], num_classes=3)
     network.load_state_dict(saved["state_dict"])
     val = scan(str(tree / "val"))
-    dataset = ImageDataset(val, eval_transform(saved["img_size"], saved["crop_pct"]))
+    dataset = ImageDataset(val, Preprocessing(saved["img_size"], saved["crop_pct"]))
     assert len(predictions) == len(val) == 15
     for i, cell in enumerate(predictions):
         pixels, label, _ = dataset[(0, i)]
