@@ -46,7 +46,7 @@ def test_pictures_are_what_a_network_gets(call, tree, tmp_path, monkeypatch, gri
     assert len(batch) == len(images) == len(few[0]) - 1
     torch.testing.assert_close(few[0][1:], images, rtol=0, atol=1e-6)
     torch.testing.assert_close(few[1][1:], targets)
-    pictures = classification._as_pictures(images)
+    pictures = classification._as_pictures(images, Preprocessing())
     for cell, image, target in zip(batch, pictures, targets, strict=True):
         np.testing.assert_array_equal(np.asarray(cell.image), np.asarray(image))
         shares = target if mixing else torch.eye(3)[target]

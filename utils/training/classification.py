@@ -214,7 +214,9 @@ def draw_first_batch(
         torch.default_generator.manual_seed(mix_seed(rule.seed, 0))
         images, targets = aim.mix(batch.images, batch.targets)
     cells = []
-    for image, target in zip(_as_pictures(images[1:], rule.recipe), targets[1:], strict=True):
+    for image, target in zip(
+        _as_pictures(images[1:], rule.recipe.preprocessing), targets[1:], strict=True
+    ):
         shares = F.one_hot(target, len(data.classes)) if target.ndim == 0 else target
         lines = [
             plain_name(data.classes, i) + (f" {100 * shares[i]:.0f} %" if shares[i] < 1 else "")
@@ -246,7 +248,7 @@ def draw_predictions(
         with backends.autocast(reading.device, amp):
             shares = network(batch.images).float().softmax(1)
         classes = shares.argmax(1).tolist()
-        targets, pictures = batch.targets.tolist(), _as_pictures(batch.images, recipe)
+        targets, pictures = batch.targets.tolist(), _as_pictures(batch.images, recipe.preprocessing)
         for image, share, i, true in zip(pictures, shares.amax(1), classes, targets, strict=True):
             label = plain_name(images.classes, i) if i < len(images.classes) else f"class {i}"
             right = i == true and bool(share.isfinite())
@@ -258,9 +260,8 @@ def draw_predictions(
     return draw_grid(cells, title, MEDIUM_CELL)
 
 
-def _as_pictures(images: torch.Tensor, recipe: Recipe) -> list[Image.Image]:
+def _as_pictures(images: torch.Tensor, look: Preprocessing) -> list[Image.Image]:
     """Returns normalised images (N, 3, S, S) as 8-bit ones again."""
-    look = recipe.preprocessing
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (look.mean, look.std))
     pixels = (255 * (images.cpu() * std + mean)).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.permute(0, 2, 3, 1).numpy()]
