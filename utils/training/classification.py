@@ -17,6 +17,7 @@ from utils.config.classification import Recipe
 from utils.data.image_folder import ImageFolder
 from utils.data.loader import Batch, Reading
 from utils.data.sampler import SeededBatches, mix_seed
+from utils.data.transforms import Preprocessing
 from utils.runs.writer import Curve, Panel, RunFiles
 from utils.system import backends, distributed
 from utils.system.backends import AutocastFactory
