@@ -90,9 +90,7 @@ def train(config: DetectionConfig, start: Start, context: Context, stop: StopReq
     loader, first_label = detector.loader_of(config.data, context), FIRST_LABEL[recipe.arch]
     rank, ranks, results = context.rank, context.world_size, []
     order = GroupedBatches(data.train.sizes, recipe.batch_size, seed, rank, ranks)
-    train_pass = training_batches(
-        data.train, order, first_label, recipe.hflip, seed, loader, recipe.min_size
-    )
+    train_pass = training_batches(data.train, order, first_label, recipe, seed, loader)
     val_pass = evaluation_batches(data.val.split, first_label, loader, rank, ranks)
     if config.data.check_val:
         check_readable(CocoDataset(data.val.split, first_label), context)

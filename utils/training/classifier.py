@@ -101,8 +101,7 @@ def recipe_lines(recipe: Recipe, name: str | None, grad_checkpointing: bool) -> 
             ("mixup", recipe.mixup),
             ("cutmix", recipe.cutmix),
             ("random erasing", recipe.random_erasing),
-            ("upside down", recipe.vflip),
-            ("colours changed by", recipe.colour),
+            *(("upside down", recipe.vflip), ("colours changed by", recipe.colour)),
             ("EMA", recipe.ema),
             ("gradient norm at most", recipe.clip_grad),
             ("layer decay", recipe.layer_decay if recipe.layer_decay != 1 else 0),
@@ -112,7 +111,6 @@ def recipe_lines(recipe: Recipe, name: str | None, grad_checkpointing: bool) -> 
     augment = recipe.auto_augment
     switches = (
         (recipe.loss == "bce", "binary cross-entropy"),
-        (recipe.interpolation != "bilinear", recipe.interpolation),
         (augment != "none", AUGMENT_NAMES.get(augment, f"timm's {augment}")),
         (not recipe.norm_decay, "no decay on norms, biases and ECA kernels"),
         (recipe.repeats > 1, f"each image {recipe.repeats} times a batch"),

@@ -1,6 +1,6 @@
 """Opens a detector's data, and makes its batches: images of their own sizes, by aspect ratio."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -183,13 +183,13 @@ def training_batches(
     split: CocoSplit,
     order: GroupedBatches,
     first_label: int,
-    hflip: float,
+    recipe: DetectionRecipe,
     seed: int,
     reading: Reading,
-    sizes: Sequence[int] = (),
 ) -> Callable[[], Iterator[DetectionBatch]]:
     """Returns a function that begins a pass in the order that `order` was told to seek."""
-    return _passes(CocoDataset(split, first_label, hflip, seed, sizes), order, reading)
+    dataset = CocoDataset(split, first_label, recipe.hflip, seed, recipe.min_size)
+    return _passes(dataset, order, reading)
 
 
 def evaluation_batches(

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.coco_trees import annotation, write_tree
 
+from utils.config.detection import DetectionRecipe
 from utils.data.coco import locate
 from utils.data.coco_dataset import load_split
 from utils.data.loader import Reading
@@ -60,7 +61,7 @@ def test_training_batches(tmp_path):
     boxes = [annotation(1, 1, 1), annotation(2, 3, 7)]
     split = load_split(locate(write_tree(tmp_path, boxes, images=4), "val"), masks=True)
     order = GroupedBatches(split.sizes, 2, seed=0)
-    passes = training_batches(split, order, first_label=1, hflip=0.0, seed=0, reading=CPU)
+    passes = training_batches(split, order, 1, DetectionRecipe(hflip=0.0), 0, CPU)
     batches = list(passes())
     assert sorted(i for batch in batches for i in batch.image_ids) == [1, 2, 3, 4]
     for batch in batches:
@@ -71,7 +72,7 @@ def test_training_batches(tmp_path):
             assert 0 <= image.min() <= image.max() <= 1
             assert target["labels"].tolist() == {1: [1], 3: [2]}.get(image_id, [])
             assert target["masks"].shape[1:] == image.shape[1:]
-    passes = training_batches(split, order, 1, 0.0, 0, CPU, sizes=(32, 48))
+    passes = training_batches(split, order, 1, DetectionRecipe(min_size=(32, 48)), 0, CPU)
     assert {target["min_size"] for batch in passes() for target in batch.targets} == {32, 48}
 
 
