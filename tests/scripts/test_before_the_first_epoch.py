@@ -105,10 +105,12 @@ def test_a_warm_up_longer_than_the_run_is_said(call, tree):
 
 
 @pytest.mark.usefixtures("thin")
-def test_a_detector_s_warm_up_longer_than_the_run_is_said(detect, shapes):
+def test_a_detector_s_warm_up_longer_than_the_run_is_said(detect, shapes, tmp_path):
     flags = (*NETWORK, "-a", "retinanet", "--batch-size", 4, "--epochs", 1)
-    lines = detect(*flags, "--warmup-steps", 4, shapes)  # of three steps
+    lines = detect(*flags, "--warmup-steps", 4, "--output", "run", shapes)  # of three steps
     assert any(line.startswith("! the warm-up takes 4 steps and the run has 3") for line in lines)
+    (row,) = checkpoint.load(tmp_path / "run" / "last.pth")["history"]
+    assert row["lr"] == pytest.approx(0.005 * (1 - 2 / 3 * (1 - 2 / 4)))  # of the third
 
 
 @pytest.mark.usefixtures("thin")

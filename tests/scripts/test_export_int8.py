@@ -74,6 +74,19 @@ def write_fitted_checkpoint(path, train):
     checkpoint.save(path, state)
 
 
+def operations_before_the_gates(file):
+    """The kinds of operations from each gate's pooling to its sigmoid; in 8 bits there are more."""
+    import onnx
+
+    nodes, kinds = onnx.load(file).graph.node, []
+    made_by = {output: node for node in nodes for output in node.output}
+    for node in (node for node in nodes if node.op_type == "Sigmoid"):
+        kinds.append(set())
+        while (node := made_by[node.input[0]]).op_type not in ("ReduceMean", "GlobalAveragePool"):
+            kinds[-1].add(node.op_type)
+    return kinds
+
+
 def test_int8_is_judged_and_refused_when_it_loses(export_cli, tmp_path, small_data, monkeypatch):
     for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(package)
@@ -107,14 +120,17 @@ def test_int8_is_judged_and_refused_when_it_loses(export_cli, tmp_path, small_da
     right = sum(row[0].split("/")[2] == row[1] for row in rows)
     assert f"{100 * right / 12:.2f} % in int8" in text
 
+    assert operations_before_the_gates(tmp_path / "best.int8.onnx") == 8 * [{"Conv"}]
+
     # A file that has become another network is not written.
     other = tmp_path / "other"
-    quantise = int8.quantise
+    quantise, seen = int8.quantise, []
 
     def spoilt(onnx_file, batches):
         import onnx
 
-        model = onnx.load_from_string(quantise(onnx_file, batches))
+        seen[:] = batches
+        model = onnx.load_from_string(quantise(onnx_file, iter(seen)))
         for tensor in model.graph.initializer:
             if tensor.name == "fc.bias":
                 shifted = onnx.numpy_helper.to_array(tensor) + np.float32([1e3, 0, 0])
@@ -133,6 +149,9 @@ def test_int8_is_judged_and_refused_when_it_loses(export_cli, tmp_path, small_da
         said = "onnx in int8 loses 66.67 points of top-1, more than --max-drop 50: not written"
         assert (said in text) == refused
         assert (other / "best.int8.onnx").exists() != refused
+    files = sorted((small_data / "train").rglob("*.png"))
+    (batch,) = read_batches([bytes(file) for file in files], 48, 0.9, 99, torch.device("cpu"))
+    assert torch.equal(torch.cat(seen), batch.images)  # calibrated on these, not on val's
 
 
 def test_broken_images_and_other_classes_stop_int8(export_cli, tmp_path, small_data):

@@ -147,8 +147,10 @@ def test_what_is_frozen_stays_as_it_was(
 
 @pytest.mark.parametrize("kind", ["adamw", "lamb"])
 def test_every_optimizer_is_taken_up(call, tree, tmp_path, monkeypatch, kind):
-    flags = (*SMALL, "--optimizer", kind, "--no-norm-decay", tree)
+    flags = (*SMALL, "--optimizer", kind, "--no-norm-decay", "--warmup-epochs", 1, tree)
     saved = cut_twice(call, tmp_path, monkeypatch, *flags)
+    first, second = (row["lr"] for row in saved["history"])  # of the first of an epoch's 3 steps
+    assert (first, second) == (pytest.approx(0.01 / 3), 0.01)
     assert saved["recipe"]["optimizer"] == kind
     assert {"exp_avg", "exp_avg_sq"} <= saved["optimizer"]["state"][0].keys()
     code, out, _ = call("--resume", "through/last.pth", "--epochs", 3)
@@ -161,6 +163,8 @@ def test_a_rate_for_sgd_is_doubtful_with_another_optimizer():
     for changed, said in (
         ({}, ()),
         ({"optimizer": "lamb", "lr": 5e-3}, ()),
+        ({"optimizer": "adamw", "lr": 9e-3}, ()),
+        ({"optimizer": "adamw", "lr": 1e-2}, ("! a learning rate of 0.01 is one for SGD: for ad",)),
         (
             {"optimizer": "adamw"},
             ("! a learning rate of 0.1 is one for SGD: for adamw rates near ",),

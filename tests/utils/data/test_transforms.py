@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from utils.data.transforms import IMAGENET_MEAN, Preprocessing, is_timm_augment, train_transform
 
 SIDES = [(500, 375), (375, 500), (64, 64), (28, 28), (5, 60), (33, 20), (224, 256), (1, 1)]
-SIZES = [(224, 0.875), (64, 1), (31, 0.85), (40, 1.25), (7, 0.3)]  # 1.25: a black frame around it
+SIZES = [(224, 0.95), (64, 1), (31, 0.85), (40, 1.25), (7, 0.3)]  # 235.8; 1.25: a black frame
 
 
 def random_image(height: int, width: int, channels_last: bool) -> torch.Tensor:

@@ -109,6 +109,19 @@ def test_each_file_of_a_run_is_checked(place, monkeypatch):
     assert len(checks) == 8  # last twice
 
 
+def test_minutes_between_two_checkpoints_are_those_of_the_clock(place, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(writer.time, "monotonic", lambda: now[0])
+    files = writer.RunFiles(None, {}, saving=writer.Saving(minutes=2.5))
+    files.save({})
+    for seconds, due in ((149, False), (150, True), (151, True)):
+        now[0] = seconds
+        assert files.due(1) == due
+    files.save({})
+    assert not files.due(1)
+    assert not writer.RunFiles(None, {}).due(1)
+
+
 def test_without_a_best_epoch_there_is_no_checkpoint_to_evaluate(place):
     files = writer.RunFiles(place, {}, title="net")
     first, *others = files.farewell(best_words({}), False, "DATA")

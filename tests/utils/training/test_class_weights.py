@@ -1,15 +1,21 @@
-"""Weights of classes in the loss."""
+"""The data of a run: the weights of its classes in the loss, and its name in a checkpoint."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from helpers.trees import write_tree
 from sklearn.utils.class_weight import compute_class_weight
 
+from main import RECIPE
+from utils.config.classification import DataSettings
 from utils.data.image_folder import ImageFolder
+from utils.runs.resume import Start
+from utils.system.distributed import Context
 from utils.system.errors import UserError
-from utils.training.classification_data import class_weights, describe_weights
+from utils.training.classification_data import class_weights, describe_weights, open_training_data
 
 
 def folder(*counts: int) -> ImageFolder:
@@ -92,3 +98,14 @@ def test_a_saved_run_s_weights_can_be_given_again(tmp_path: Path):
     named = dict(zip("abc", json.loads(json.dumps(found)), strict=True))
     (tmp_path / "w.json").write_text(json.dumps(named))
     assert class_weights(str(tmp_path / "w.json"), folder(9, 9, 9)) == found
+
+
+def test_the_data_s_name_is_of_paths_and_labels(tmp_path: Path):
+    """An empty folder moves the labels of those behind it, and no path."""
+    write_tree(tmp_path, 1, 1)
+    where, recipe, names = DataSettings(str(tmp_path)), RECIPE.override(batch_size=3), []
+    for _ in range(2):
+        data = open_training_data(where, recipe, None, Start(), Context(torch.device("cpu")))
+        names.append(data.digest)
+        (tmp_path / "train" / "aa").mkdir(exist_ok=True)
+    assert names[0] != names[1]

@@ -5,21 +5,25 @@ import pytest
 import torch
 from helpers.coco_trees import annotation, write_tree
 
-from utils.config.detection import DetectionRecipe
+from utils.config.detection import DetectionDataSettings, DetectionRecipe
 from utils.data.coco import locate
 from utils.data.coco_dataset import load_split
 from utils.data.loader import Reading
+from utils.runs.resume import Start
+from utils.system.distributed import Context
 from utils.system.errors import UserError
 from utils.training.detection_data import (
     GroupedBatches,
     check_batch,
     evaluation_batches,
     match_classes,
+    open_detection_data,
     training_batches,
 )
 
 SIZES = np.array([(48, 64), (64, 48), (50, 50)] * 9)  # tall is every third
 CPU = Reading(torch.device("cpu"), workers=0)
+CONTEXT = Context(torch.device("cpu"))
 
 
 def epoch_of(batches, epoch, step=0):
@@ -118,3 +122,36 @@ def test_classes_are_matched_by_name(tmp_path):
         match_classes(["dog", "cow"], split, "x")
     with pytest.raises(UserError, match="differ in a name twice"):
         match_classes(["dog", "cat", "cat"], split, "x")
+
+
+def opened(root, arch):
+    recipe = DetectionRecipe(arch=arch, batch_size=1)
+    return open_detection_data(DetectionDataSettings(str(root)), recipe, Start(), CONTEXT)
+
+
+@pytest.mark.parametrize(("arch", "objects"), [("faster_rcnn", 2), ("mask_rcnn", 1)])
+def test_masks_are_read_where_they_train(tmp_path, arch, objects):
+    """An object without one is of use to the other detectors."""
+    entries = [annotation(), annotation(2, 2, segmentation=None)]
+    for part in ("train", "val"):
+        write_tree(tmp_path, entries, part=part)
+    data = opened(tmp_path, arch)
+    assert len(data.train.labels) == objects
+    assert data.val.masks == (data.train.masks is not None) == (arch == "mask_rcnn")
+
+
+def test_other_objects_are_other_data(tmp_path):
+    """A resumption compares names, boxes and labels."""
+    entries = {
+        "same": {},
+        "again": {},
+        "box": {"bbox": (9, 10, 20, 30)},
+        "label": {"category_id": 7},
+    }
+    digests = {}
+    for name, changes in entries.items():
+        for part in ("train", "val"):
+            write_tree(tmp_path / name, [annotation(**changes)], part=part)
+        digests[name] = opened(tmp_path / name, "retinanet").digest
+    assert digests["same"] == digests.pop("again")
+    assert len({*digests.values()}) == 3

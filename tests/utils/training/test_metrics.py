@@ -132,6 +132,15 @@ def test_binary_cross_entropy_is_timm_s(smoothing, threshold, weighted):
     assert half.dtype == torch.float32
 
 
+def test_a_share_at_the_threshold_is_none():
+    """As in timm: above it an image counts as of the class."""
+    logits, shares = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[0.25, 0.26, 0.49]])
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, torch.tensor([[0.0, 1.0, 1.0]])
+    )
+    assert torch.equal(binary_cross_entropy(logits, shares, threshold=0.25), wanted)
+
+
 def test_the_recipe_chooses_the_loss():
     recipe = Recipe("x", 1, 4, 0.1, 0.9, 0.0, "step", label_smoothing=0.1)
     logits, labels = torch.randn(8, 5), torch.arange(8) % 5

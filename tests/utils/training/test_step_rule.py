@@ -6,12 +6,14 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.small_epochs import batches, train
+from helpers.small_epochs import CPU, RECIPE, batches, train
 from torch import nn
 
 from utils.data.loader import Batch
+from utils.system.distributed import Context
 from utils.system.errors import UserError
-from utils.training.classification import cross_entropy, make_mix
+from utils.training.classification import cross_entropy, make_mix, unmixed
+from utils.training.optim import StepRule
 
 
 def plain_network():
@@ -109,6 +111,22 @@ def test_clipping_lets_no_infinite_gradient_through():
     with pytest.raises(UserError, match="the loss or gradient of step 1 is not a finite number"):
         train(steep, batches(1), clip_grad=1.0)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("mixing", [True, False])
+def test_each_rank_draws_by_a_seed_of_its_own(mixing):
+    """The shares of mixed images, or what dropout sets to 0: the same whenever a rank draws."""
+    ends = []
+    for rank in (0, 1, 1):
+        rule = StepRule.of(RECIPE, 4, 5, "off", Context(CPU, rank, 2))
+        net = plain_network()
+        given = [Batch(b.images[:, :, None, None], b.targets, ()) for b in batches(2)]
+        mix = make_mix(0.5, 0, 3) if mixing else unmixed
+        layers = (nn.Flatten(), nn.Dropout(0.0 if mixing else 0.5), net)
+        train(nn.Sequential(*layers), given, rule=rule, mix=mix)
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.equal(ends[1], ends[2])
+    assert not torch.allclose(ends[0], ends[1])
 
 
 def test_of_mixed_images_the_class_with_the_larger_share_counts():
