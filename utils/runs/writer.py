@@ -403,11 +403,7 @@ def _scalars(row: Row, speed: float, is_last: bool) -> tuple[int, dict[str, floa
 
 
 def draw_curves(
-    history: Sequence[Row],
-    panels: Sequence[Panel],
-    path: Path,
-    title: str,
-    best: int | None = None,
+    history: Sequence[Row], panels: Sequence[Panel], path: Path, title: str, best: int | None = None
 ) -> None:
     """Draws the panels over epochs, as one PNG. Values below 0 stand for "none".
 

@@ -186,8 +186,7 @@ def shared(
         yield from pool.map(work, *arguments, chunksize=chunk)
     except BrokenProcessPool:
         raise UserError(
-            "a process that read images was killed (out of memory?): use fewer with -j",
-            EXIT_FAILED,
+            "a process that read images was killed (out of memory?): use fewer with -j", EXIT_FAILED
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the rest

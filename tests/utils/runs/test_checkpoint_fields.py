@@ -33,11 +33,7 @@ WRONG = {
     "pretrained": (1, ["x"]),
     "train_images": ("24", -1),
     "environment": (None, "torch"),
-    "state_dict": (
-        [torch.ones(1)],
-        {"weight": 1.0},
-        {1: torch.ones(1)},
-    ),
+    "state_dict": ([torch.ones(1)], {"weight": 1.0}, {1: torch.ones(1)}),
     "raw_state_dict": (None, {"weight": 1.0}),
     "averaged_steps": ("4", -1, 1.5),
     "optimizer": (None, [], {"state": [], "param_groups": []}, {"param_groups": [1]}),

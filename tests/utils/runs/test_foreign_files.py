@@ -34,9 +34,7 @@ def test_plain_values_beside_the_weights_are_passed_over(tmp_path, zip_format):
         "folder": pathlib.PurePosixPath("/x/y"),
     }
     torch.save(
-        {"model": weights, **beside},
-        tmp_path / "a.pth",
-        _use_new_zipfile_serialization=zip_format,
+        {"model": weights, **beside}, tmp_path / "a.pth", _use_new_zipfile_serialization=zip_format
     )
     before = set(torch.serialization.get_safe_globals())
     held = checkpoint.load(tmp_path / "a.pth")
