@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,8 +38,8 @@ def write_atomically(
             was.
     """
     path = Path(path)
-    temporary = _temporary(path)
-    kept = path.with_name(f".{path.name}.kept.tmp-{os.getpid()}")
+    ending = f"tmp-{secrets.token_hex(8)}"  # nobody else has this name, and none can be prepared
+    temporary, kept = (path.with_name(f".{path.name}.{part}{ending}") for part in ("", "kept."))
     retired = path if retire_to is None else Path(retire_to)
     linked = moved = False
     try:
@@ -90,25 +91,14 @@ def remove_leftovers(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _temporary(path: Path) -> Path:
-    """Returns the name of a temporary neighbour, one that no folder has."""
-    names = (f".{path.name}.tmp-{os.getpid()}{more}" for more in ("", *range(1000, 10_000)))
-    return next(p for p in map(path.with_name, names) if p.is_symlink() or not p.is_dir())
-
-
 def _new_file(path: Path) -> BinaryIO:
-    """Opens a file that was not there, so that a link left under its name is never followed.
+    """Opens a file that was not there, so that a link under its name is never followed.
 
     Raises:
-        OSError: a folder has the name, or no file can be made there.
+        OSError: something has the name, or no file can be made there.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        handle = os.open(path, flags, 0o666)
-    except FileExistsError:  # of a killed process that had our number; a link goes, not its target
-        path.unlink()
-        handle = os.open(path, flags, 0o666)
-    return os.fdopen(handle, "wb")
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
 def _fsync_folder(folder: Path) -> None:
