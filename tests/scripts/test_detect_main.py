@@ -57,9 +57,9 @@ def ask_to_stop(monkeypatch, signum: int, step: int | None = None) -> None:
 
 
 def test_a_runs_life(detect, shapes, tmp_path, monkeypatch):
-    """Mirrored images and sampled regions: what is random in a step is the same after a stop."""
+    """Mirrored images, their sizes and sampled regions: the same after a stop."""
     monkeypatch.setattr(demo_shapes, "prepare", lambda: shapes)  # for its narrow heads
-    flags = ("--epochs", 2, "--seed", 1, "--ksize", "adaptive", "-p", 1)
+    flags = ("--epochs", 2, "--seed", 1, "--ksize", "adaptive", "-p", 1, "--min-size", 48, 64)
     run = (*FASTER, *flags, "demo:shapes", "--output")
     lines = detect(*run, "first")
     assert lines[0].startswith("train: 13 images, ")

@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
             return words
         for action in (action for action in self._actions if action.nargs == "+"):
             for flag in set(action.option_strings).intersection(words):
-                start = words.index(flag)
+                start = len(words) - 1 - words[::-1].index(flag)  # the last of them counts
                 kind: Any = action.type
                 single = argparse.Action([], "", type=kind, choices=action.choices)
                 end = start + 1
