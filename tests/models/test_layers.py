@@ -73,6 +73,7 @@ def test_what_is_frozen_neither_trains_nor_counts(arch, what, frozen):
     network = models.create_model(arch, num_classes=5)
     models.freeze(network, what)
     assert network.frozen == frozen
+    assert not any(network.get_submodule(name).training for name in frozen)  # at once
     for _ in range(2):
         network.eval()
         network.train()

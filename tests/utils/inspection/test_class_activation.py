@@ -33,6 +33,24 @@ def test_map_of_the_last_stage_is_the_class_weights_map(name):
     assert sides == [96 // 2**i for i in range(6 - len(sides), 6)]
 
 
+def test_map_of_an_earlier_stage_weighs_channels_by_their_mean_gradient():
+    """There the gradient differs from pixel to pixel."""
+    torch.manual_seed(0)
+    network = create_model("eca_resnet18", num_classes=4).eval().double()
+    images, seen = torch.randn(2, 3, 64, 96, dtype=torch.float64), []
+    handle = network.layer3.register_forward_hook(lambda *parts: seen.append(parts[2]))
+    logits = network(images)
+    handle.remove()
+    (gradient,) = torch.autograd.grad(logits.amax(1).sum(), seen)
+    expected = torch.zeros(2, 4, 6, dtype=torch.float64)
+    for channel in range(256):
+        weight = gradient[:, channel].flatten(1).mean(1)
+        expected += weight[:, None, None] * seen[0][:, channel].detach()
+    expected = expected.clamp(min=0) / expected.amax((1, 2), keepdim=True)
+    _, maps = grad_cam(network, network.layer3, images)
+    torch.testing.assert_close(maps.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_map_finds_where_the_evidence_is():
     class Corner(nn.Module):
         """Class 1 is brightness."""

@@ -30,12 +30,12 @@ def wander(net, step):
 def test_it_equals_a_loop_in_float64():
     net = network()
     wander(net, 0)
-    average = WeightAverage(net, 0.5)
+    average = WeightAverage(net, 0.7)
     wanted = {k: v.double() for k, v in net.state_dict().items()}
     for step in range(30):
         wander(net, step)
         average.update_parameters(net)
-        keep = min(0.5, (1 + step) / (10 + step))  # 0.1, 0.18, …, 0.5 from the eighth on
+        keep = min(0.7, (1 + step) / (10 + step))  # 0.1, 0.18, …, 0.7 from the twenty-first on
         for key, value in net.state_dict().items():
             wanted[key] = keep * wanted[key] + (1 - keep) * value.double()
     found = average.module.state_dict()
