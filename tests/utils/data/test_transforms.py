@@ -60,7 +60,7 @@ def test_crops_and_flips_are_torchvision_s(min_scale):
         assert torch.equal(ours(image), expected)
 
 
-NOISY = "rand-m7-mstd0.5-inc1"
+NOISY, BILINEAR = "rand-m7-mstd0.5-inc1", v2.InterpolationMode.BILINEAR
 
 
 def test_rand_augment_is_timm_s():
@@ -153,9 +153,12 @@ def test_another_interpolation_is_torchvision_s(interpolation, as_pil, monkeypat
         ({"vflip": 0.5}, [v2.RandomVerticalFlip(0.5)]),
         ({"colour": 0.4}, [v2.ColorJitter(0.4, 0.4, 0.4)]),
         ({"vflip": 0.5, "colour": 2.0}, [v2.RandomVerticalFlip(0.5), v2.ColorJitter(2, 2, 2)]),
+        ({"random_erasing": 0.3}, [v2.RandomErasing(0.3, value=[124, 116, 104])]),
+        ({"auto_augment": "trivial"}, [v2.TrivialAugmentWide(interpolation=BILINEAR)]),
+        ({"auto_augment": "rand"}, [v2.RandAugment(interpolation=BILINEAR)]),
     ],
 )
-def test_vflip_and_colour_are_torchvision_s_behind_crop_and_mirror(flags, steps):
+def test_further_steps_are_torchvision_s_behind_crop_and_mirror(flags, steps):
     image, plain = random_image(60, 90, True), train_transform(32, 0.3, 0.5)
     theirs = v2.Compose([plain, *steps])
     differ = 0
