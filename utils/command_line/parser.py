@@ -78,14 +78,18 @@ class Parser(argparse.ArgumentParser):
             return words
         for action in (action for action in self._actions if action.nargs == "+"):
             for flag in set(action.option_strings).intersection(words):
-                start = len(words) - 1 - words[::-1].index(flag)  # the last of them counts
                 kind: Any = action.type
                 single = argparse.Action([], "", type=kind, choices=action.choices)
-                end = start + 1
-                while end < len(words) and _is_taken(single, words[end]):
-                    end += 1
-                if end > start + 1:
-                    words = [*words[:start], *words[end:], *words[start:end]]
+                rest, last = words, words[:0]
+                while flag in rest:
+                    start = rest.index(flag)
+                    end = start + 1
+                    while end < len(rest) and _is_taken(single, rest[end]):
+                        end += 1
+                    if end == start + 1:  # argparse says what is wrong
+                        return words
+                    rest, last = [*rest[:start], *rest[end:]], [*last, *rest[start:end]]
+                words = [*rest, *last]
         return words
 
     def typed(self, words: Sequence[str] | None = None) -> dict[str, Any]:
