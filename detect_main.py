@@ -10,7 +10,7 @@ examples:
 
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from utils.system.text import all_epochs, counted, printable_lines
 from utils.training import detection, detector
 from utils.training.detection import IMAGES, Summaries, evaluate, train_one_epoch
 from utils.training.detection_data import (
+    DetectionBatch,
     DetectionData,
     GroupedBatches,
     ValidationSet,
@@ -48,7 +49,7 @@ from utils.training.detection_data import (
     training_batches,
 )
 from utils.training.optim import StepRule
-from utils.training.progress import Pace, epoch_progress, evaluation_progress, watched
+from utils.training.progress import Pace, epoch_progress, evaluation_progress, fitted, watched
 from utils.training.state import TrainingState
 
 RECIPE = DetectionRecipe()  # the paper's, for COCO
@@ -106,17 +107,15 @@ def train(config: DetectionConfig, start: Start, context: Context, stop: StopReq
         lr = rule.lr_at((state.epoch + 1) * order.steps - 1)  # of the epoch's last step
         progress = epoch_progress(state, recipe, order.steps, every, pace, context, decimals=1)
         order.seek(state.epoch, state.step)
-        if not train_one_epoch(state, wrapped, train_pass(), rule, progress, run, votes, stop):
+        done = train_one_epoch(state, wrapped, train_pass(), rule, progress, run, votes, stop)
+        speed, ended = progress.close(), time.perf_counter()
+        if not done:
             distributed.gather(0)  # torchrun ends the others as soon as one has ended
             return run.stopped(state.epoch, state.step, stop.exit_code)
-        speed, ended = progress.close(), time.perf_counter()
         state.share_buffers()
         run.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
 
-        title, images = f"epoch {state.epoch + 1}/{recipe.epochs} val", len(data.val.split)
-        progress = evaluation_progress(images, ranks, IMAGES * every, context, title)
-        ends, batches = partial(stop.on_main, context.is_main), watched(val_pass(), progress)
-        evaluated = evaluate(network, batches, data.val, first_label, rule.autocast, context, ends)
+        evaluated = evaluate_epoch(state, val_pass, data.val, config, context, stop)
         if evaluated is None:
             return run.stopped(state.epoch, state.step, stop.exit_code)
         results, summaries = evaluated
@@ -125,11 +124,31 @@ def train(config: DetectionConfig, start: Start, context: Context, stop: StopReq
         state.finish_epoch(row, improved, detection.best_details(summaries))
         run.finish_epoch(state.snapshot(), detection.panels(state.history), speed, improved)
         pace.note_between(time.perf_counter() - ended)
-        context.say(detection.epoch_line(row, recipe.epochs, speed, improved))
+        context.say(*fitted(detection.epoch_line(row, recipe.epochs, speed, improved)))
 
     run.close()
     say_farewell(state, run, data, results, config)
     return 0
+
+
+def evaluate_epoch(
+    state: TrainingState,
+    val_pass: Callable[[], Iterable[DetectionBatch]],
+    val: ValidationSet,
+    config: DetectionConfig,
+    context: Context,
+    stop: StopRequest,
+) -> tuple[Sequence[Result], Summaries] | None:
+    """Evaluates at an epoch's end: nothing where that is not due, None when asked to stop."""
+    recipe, run, epoch = config.recipe, config.run, state.epoch + 1
+    if epoch % run.eval_every and epoch < recipe.epochs:
+        return (), {}
+    title, every = f"epoch {epoch}/{recipe.epochs} val", IMAGES * run.print_freq
+    progress = evaluation_progress(len(val.split), context.world_size, every, context, title)
+    autocast = partial(backends.autocast, context.device, config.network.amp)
+    batches, ends = watched(val_pass(), progress), partial(stop.on_main, context.is_main)
+    first_label = FIRST_LABEL[recipe.arch]
+    return evaluate(state.network, batches, val, first_label, autocast, context, ends)
 
 
 def say_farewell(

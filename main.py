@@ -12,17 +12,18 @@ examples:
 
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import nn
 
 import models
 from utils.command_line.classification import ExportedFile, read_command_line
 from utils.config.classification import Config, Recipe
 from utils.data import demo_sets
-from utils.data.loader import end_workers
+from utils.data.loader import Batch, end_workers
 from utils.inspection import evaluation
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.resume import Start
@@ -33,8 +34,10 @@ from utils.system.faults import run_script
 from utils.system.signals import StopRequest
 from utils.training import classification, classifier
 from utils.training.classification import (
+    RECALL,
     ClassificationMeter,
     Objective,
+    RecallMeter,
     draw_first_batch,
     evaluate,
     train_one_epoch,
@@ -49,7 +52,7 @@ from utils.training.classification_data import (
     validation_batches,
 )
 from utils.training.optim import StepRule
-from utils.training.progress import Pace, epoch_progress, evaluation_progress, watched
+from utils.training.progress import Pace, epoch_progress, evaluation_progress, fitted, watched
 from utils.training.state import TrainingState
 
 RECIPE = Recipe(  # the paper's, for ResNets
@@ -129,30 +132,57 @@ def train(config: Config, start: Start, context: Context, stop: StopRequest) -> 
         lr = rule.lr_at(state.epoch * order.steps)  # of the epoch's first step
         progress = epoch_progress(state, recipe, order.steps, every, pace, context)
         order.seek(state.epoch, state.step)
-        if not train_one_epoch(state, wrapped, train_pass(), rule, aim, progress, run, votes, stop):
+        batches = train_pass()
+        done = train_one_epoch(state, wrapped, batches, rule, aim, progress, run, votes, stop)
+        speed, ended = progress.close(), time.perf_counter()
+        if not done:
             distributed.gather(0)  # torchrun ends the others as soon as one has ended
             return run.stopped(state.epoch, state.step, stop.exit_code)
-        speed, ended = progress.close(), time.perf_counter()
         state.share_buffers()
         run.save(state.snapshot())  # whatever evaluation meets with, the epoch is not lost
-        title = f"epoch {state.epoch + 1}/{recipe.epochs} val"
-        progress = evaluation_progress(len(data.val), recipe.batch_size, every, context, title)
-        ends, batches = partial(stop.on_main, context.is_main), watched(val_pass(), progress)
-        meter = ClassificationMeter(device, network.num_classes)
-        figures = evaluate(evaluated, batches, meter, rule.autocast, ends)
+
+        figures = evaluate_epoch(state, evaluated, val_pass, len(data.val), config, context, stop)
         if figures is None:
             return run.stopped(state.epoch, state.step, stop.exit_code)
         row = state.row(lr, classification.validation_columns(figures))
-        improved = classification.is_better(row, state.best)
+        improved = classification.is_better(row, state.best, recipe.best_by)
         state.finish_epoch(row, improved)
         run.finish_epoch(state.snapshot(), classification.panels(), speed, improved)
         pace.note_between(time.perf_counter() - ended)
-        context.say(classification.epoch_line(row, recipe.epochs, speed, improved))
+        classes = network.num_classes
+        line = classification.epoch_line(row, recipe.epochs, speed, improved, classes)
+        context.say(*fitted(line))
 
     say_farewell(state, run, data, config, context)
     if config.run.report:
         return evaluation.report_run(state, run, data.val, val_pass, config, context, stop)
     return 0
+
+
+def evaluate_epoch(
+    state: TrainingState,
+    network: nn.Module,
+    val_pass: Callable[[], Iterable[Batch]],
+    images: int,
+    config: Config,
+    context: Context,
+    stop: StopRequest,
+) -> dict[str, float] | None:
+    """Evaluates a network at an epoch's end: {} where that is not due, None when asked to stop.
+
+    Args:
+        images: of the validation, over all ranks.
+    """
+    recipe, run, epoch = config.recipe, config.run, state.epoch + 1
+    if epoch % run.eval_every and epoch < recipe.epochs:
+        return {}
+    title = f"epoch {epoch}/{recipe.epochs} val"
+    progress = evaluation_progress(images, recipe.batch_size, run.print_freq, context, title)
+    kind = RecallMeter if recipe.best_by == RECALL else ClassificationMeter
+    meter = kind(context.device, state.meter.classes)
+    autocast = partial(backends.autocast, context.device, config.network.amp)
+    ends = partial(stop.on_main, context.is_main)
+    return evaluate(network, watched(val_pass(), progress), meter, autocast, ends)
 
 
 def say_farewell(
@@ -170,7 +200,7 @@ def say_farewell(
     if early:
         context.say(str(classification.why_ended(state, config.recipe)))
     context.say(*replaced_lines(data.train, state.all_broken()))
-    result = classification.best_words(state.best)
+    result = classification.best_words(state.best, config.recipe.best_by, state.meter.classes)
     context.say(*run.farewell(result, bool(state.best), str(config.data.data), early))
 
 

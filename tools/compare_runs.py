@@ -51,18 +51,22 @@ class Run:
 
     @property
     def decides(self) -> str:
-        return next(name for name in RESULTS if name in self.history[0])
+        return next(name for name in RESULTS if any(name in row for row in self.history))
 
     @property
     def best(self) -> dict[str, float]:
-        """Returns the row with the highest deciding figure; the first of equal ones, as `best.pth`
-        is.
+        """Returns the row with the best deciding figure, see --best-by; the first of equal ones, as
+        `best.pth` is.
 
         With a validation loss that is not finite no epoch is the best.
         """
         deciding = (self.decides, "val_loss")
-        finite = [r for r in self.history if all(math.isfinite(r.get(k, 0.0)) for k in deciding)]
-        return max(finite or self.history, key=lambda row: row[self.decides])
+        evaluated = [row for row in self.history if self.decides in row]
+        finite = [row for row in evaluated if all(math.isfinite(row.get(k, 0.0)) for k in deciding)]
+        by = self.settings.get("best_by", "top1")
+        figure = f"val_{by}" if by != "top1" else self.decides
+        best = min if by == "loss" else max
+        return best(finite or evaluated, key=lambda row: row[figure])
 
 
 def read_run(folder: Path) -> Run:
@@ -73,7 +77,8 @@ def read_run(folder: Path) -> Run:
     """
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(folder / "metrics.csv", RUNS))))
-        history = [{name: float(value) for name, value in row.items()} for row in rows]
+        # An epoch without an evaluation has blank cells.
+        history = [{name: float(value) for name, value in row.items() if value} for row in rows]
         if history and history[0]["epoch"] == 0:  # of a run from before epochs counted from 1
             history = [{**row, "epoch": row["epoch"] + 1} for row in history]
         saved = read_json(folder / "args.json", RUNS)
@@ -91,7 +96,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: metrics.csv or args.json is not what a run writes") from None
     if not history:
         raise UserError(f"{folder}: no epoch is finished yet")
-    if not any(name in history[0] for name in RESULTS):
+    if not any(name in row for row in history for name in RESULTS):
         raise UserError(f"{folder}: metrics.csv has none of {', '.join(RESULTS)}")
     return run
 

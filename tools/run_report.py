@@ -151,8 +151,10 @@ def _legible(value: object) -> object:
 
 
 def _sections(run: Run, record: Mapping[str, Any]) -> dict[str, list[Part]]:
-    titles = list(run.history[0])
-    epochs = [[_figure(row[title]) for title in titles] for row in run.history]
+    titles = list(max(run.history, key=len))  # an epoch without an evaluation has fewer
+    epochs = [
+        [_figure(row[title]) if title in row else "" for title in titles] for row in run.history
+    ]
     curves: list[Part] = [*_pictures(run.folder), {"rows": epochs, "titles": titles}]
     recipe, args = record.get("recipe", {}), record.get("args", {})
     flags = {**args, **{name: record.get(name) for name in ("seed", "train_digest")}}

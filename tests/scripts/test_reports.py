@@ -41,10 +41,7 @@ def printed(lines):
 
 
 def line_of(told):
-    return (
-        f"{told['images']:,} images  top-1 {told['top1']:.3f} %  top-5 {told['top5']:.3f} %  "
-        f"loss {told['loss']:.4f}"
-    )
+    return f"{told['images']:,} images  top-1 {told['top1']:.3f} %  loss {told['loss']:.4f}"
 
 
 def test_an_evaluation_s_report_beside_its_checkpoint(call, run_folder, tree):

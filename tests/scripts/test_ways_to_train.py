@@ -14,6 +14,7 @@ from helpers.trees import write_tree
 
 import main as script
 from main import RECIPE
+from tools.compare_runs import read_run
 from utils.command_line.classification import notes_on
 from utils.data.image_folder import scan
 from utils.runs import checkpoint
@@ -204,7 +205,7 @@ def test_training_ends_without_a_better_top_1(call, tree, tmp_path, monkeypatch)
     said = "stopped early, after 5 of 9 epochs: 3 without a better top-1; to go on, give more with "
     said += "--early-stop, or 0 for all epochs"
     (at,) = (i for i, line in enumerate(out) if line == said)
-    assert out[at + 1] == "done: best top-1 60.00 %, top-5 100.00 % (epoch 2)"
+    assert out[at + 1] == "done: best top-1 60.00 % (epoch 2)"
     assert out[-1].endswith("--resume through/last.pth --early-stop 0")
 
     judged[:] = [50.0, 60.0, 60.0, 55.0, 60.0, 99.0]
@@ -230,6 +231,31 @@ def test_training_ends_without_a_better_top_1(call, tree, tmp_path, monkeypatch)
     assert (code, err, out[-1]) == (0, [], said)
     assert call("--resume", "cut/last.pth", "--early-stop", 4, "--epochs", 6)[0] == 0
     assert [row["val_top1"] for row in checkpoint.load("cut/last.pth")["history"]][-1] == 99.0
+
+
+def test_some_epochs_are_evaluated_and_another_figure_decides(call, tree, tmp_path):
+    flags = (*SMALL, "--epochs", 3, tree)
+    code, out, err = call(*flags, "--eval-every", 2, "--best-by", "recall", "--output", "some")
+    assert (code, err) == (0, [])
+    first, *others = (line for line in out if line.startswith("epoch ") and "train loss" in line)
+    assert " val " not in first
+    assert all(" val loss " in line and " recall " in line for line in others)
+    assert call(*flags, "--output", "each")[0] == 0
+    some, each = (checkpoint.load(tmp_path / name / "last.pth") for name in ("some", "each"))
+    assert same(some["state_dict"], each["state_dict"])
+    columns = {"val_loss", "val_top1", "val_top5"}
+    assert [columns & row.keys() for row in some["history"]] == [set(), columns, columns]
+    for mine, theirs in zip(some["history"][1:], each["history"][1:], strict=True):
+        assert mine == theirs | {"val_recall": mine["val_recall"]}  # classes of equal size here
+        assert mine["val_recall"] == pytest.approx(mine["val_top1"])
+    run = read_run(tmp_path / "some")
+    assert run.best["epoch"] == some["progress"]["best"]["epoch"] + 1 >= 2
+    assert (tmp_path / "some" / "metrics.csv").read_text().splitlines()[1].endswith(",,,,")
+    # The best so far was chosen by its recall.
+    said = "the run trains with --best-by recall: leave --best-by loss out"
+    assert said in call("--resume", "some/last.pth", "--best-by", "loss", "--epochs", 4)[2][0]
+    code, out, _ = call("--resume", "some/last.pth", "--epochs", 4)
+    assert (code, out[0]) == (0, "going on with some/last.pth in epoch 4")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from utils.system.files import read_json
 from utils.system.processes import default_workers
 from utils.system.text import counted, did_you_mean, printable
 from utils.training import classifier
+from utils.training.classification_data import BALANCED
 
 FAMILIES = {"resnet": "ResNets", "mobilenet": "MobileNetV2"}
 SCRIPTS = {"resnet": "main.py", "mobilenet": "light_main.py"}
@@ -97,6 +98,11 @@ def read_command_line(
     refuse_no_work(config)
     other_numbers = demo_sets.is_demo(config.data.data) or config.run.recipe not in (None, PAPER)
     notes = (*notes, *notes_on(recipe, paper, other_numbers))
+    if config.data.class_weights == BALANCED and recipe.sampler == BALANCED:
+        notes += (
+            "! --class-weights balanced and --sampler balanced correct the same thing twice: use "
+            "one of them",
+        )
     if saved is not None and saved.run is not None:
         resume.refuse_another_recipe(saved.run, name)
         notes += tuple(other_values(name, recipe, typed))
@@ -315,6 +321,11 @@ def notes_on(recipe: Recipe, paper: Recipe, other_numbers: bool) -> tuple[str, .
         notes.append(
             f"! a learning rate of {recipe.lr:g} is one for SGD: for {recipe.optimizer} rates near "
             f"{usual:g} are usual; give --lr"
+        )
+    if recipe.schedule == "step" and recipe.lr_step >= recipe.epochs:
+        notes.append(
+            f"! the learning rate falls every {counted(recipe.lr_step, 'epoch')} and the run has "
+            f"{recipe.epochs}: it never falls; give --lr-step, or --schedule cosine"
         )
     if recipe.warmup_epochs > recipe.epochs:
         notes.append(

@@ -253,7 +253,12 @@ class Recipe(BaseRecipe):
     )
     early_stop: int = own_data_flag(
         "--early-stop", default=0, kind=count, trains=True, resume=ANY_TIME,
-        help="end after N epochs without a better top-1; 0: never"
+        help="end after N epochs without a better one, see --best-by; 0: never"
+    )
+    best_by: str = own_data_flag(
+        "--best-by", default="top1", choices=("top1", "loss", "recall"), trains=True,
+        resume=NEVER, help="what makes an epoch the best: top-1, the validation loss, or the mean "
+        "of the classes' recalls, which counts each class alike"
     )
     # fmt: on
 

@@ -349,6 +349,10 @@ class RunSettings:
         "--save-minutes", default=None, kind=positive_float, metavar="M", trains=True,
         help="the same, by the clock"
     )
+    eval_every: int = run_flag(
+        "--eval-every", default=1, kind=positive_int, metavar="N", trains=True,
+        help="evaluate after each Nth epoch, and after the last"
+    )
     log: str | None = run_flag(
         "--log", default=None, choices=TRACKERS, trains=True,
         help="send the columns of metrics.csv there, too; offline, into the run folder, where "

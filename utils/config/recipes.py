@@ -83,6 +83,17 @@ A3 = MappingProxyType(
         "train_size": 160,
     }
 )
+# For few images of one's own and weights to start from (docs/FINE_TUNING.md).
+FINETUNE = MappingProxyType(
+    {
+        "epochs": 30,
+        "batch_size": 32,
+        "lr": 0.01,
+        "schedule": "cosine",
+        "warmup_epochs": 1.0,
+        "label_smoothing": 0.1,
+    }
+)
 PAPER = "paper"
 RECIPES = MappingProxyType(
     {
@@ -92,6 +103,7 @@ RECIPES = MappingProxyType(
         "a1": A1,
         "a2": A2,
         "a3": A3,
+        "finetune": FINETUNE,
     }
 )
 

@@ -193,7 +193,11 @@ def check_batch(
             f"--accumulate {accumulate} parts: give a multiple of {replicas * accumulate}"
         )
     if batch_size > images:
-        raise UserError(f"-b {batch_size} is more than the {images} training images: give fewer")
+        recipe = ", or --recipe finetune for few images" * (images >= 32)
+        raise UserError(
+            f"-b {batch_size} is more than the {images} training images: give -b "
+            f"{max(2, min(32, images // 4))} and a lower --lr{recipe}"
+        )
     if batch_size == replicas * accumulate and img_size <= 32:
         raise UserError(
             f"-b {batch_size} leaves one image at a time per device, whose last feature map is one "

@@ -47,7 +47,7 @@ def evaluate_and_write(
     kind = ReportMeter if reports else ClassificationMeter
     meter = kind(context.device, len(data.images.classes))
     figures, seconds = evaluate_shown(network, data, config, context, meter)
-    context.say(*classification.evaluation_lines(figures, seconds))
+    context.say(*classification.evaluation_lines(figures, seconds, meter.classes))
     source = str(run.resume or config.network.pretrained)
     record: dict[str, Any] = {**figures, "checkpoint": source, "data": config.data.data}
     if run.output and run.resume != AUTO and context.is_main:
@@ -137,7 +137,8 @@ def report_run(
         context.say(f"  {command('-e', '--resume', source, config.data.data, '--report')}")
         return stop.exit_code
     context.say(f"report of {source}")
-    context.say(*classification.evaluation_lines(figures, time.perf_counter() - began))
+    seconds = time.perf_counter() - began
+    context.say(*classification.evaluation_lines(figures, seconds, meter.classes))
     record = {**figures, "checkpoint": source, "data": config.data.data}
     _report(meter, images, config, record, run.folder, context)
     return 0

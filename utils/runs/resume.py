@@ -249,6 +249,9 @@ def _named(path: Path, evaluate: bool) -> tuple[Checkpoint, Path | None]:
     if not evaluate and path.name != checkpoint.LAST and checkpoint.is_whole(last):
         _say(f"{path} is not its run's newest checkpoint: going on in a new folder")
         return saved, None
+    if not evaluate and saved.run is not None:
+        inside = f", after step {saved.run.step}" if saved.run.step else ""
+        _say(f"going on with {path} in epoch {saved.run.epoch + 1}{inside}")
     return saved, path.parent
 
 

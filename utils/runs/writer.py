@@ -318,7 +318,8 @@ class RunLogger:
         Raises:
             UserError: the folder's name now leads to another folder.
         """
-        columns = list(history[-1])
+        fullest = max(history, key=len)  # an epoch without an evaluation has fewer columns
+        columns = list(fullest)
         with self.said_once("metrics.csv"):
             text = io.StringIO()
             writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -39,7 +39,8 @@ def _say() -> None:
     """Prints the line; not by print, as a handler may run while a buffered stream is in use."""
     if os.getpid() == SCRIPT:
         with contextlib.suppress(OSError):
-            os.write(2, b"interrupted\n")
+            clear = b"\r\x1b[K" if os.isatty(2) else b""  # of a bar's line
+            os.write(2, clear + b"interrupted\n")
 
 
 class StopRequest:

@@ -50,6 +50,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Mix = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 FIGURES = ("loss", "top1", "top5")
 SHOWN = 16  # images in the pictures of a run
+RECALL = "recall"  # a figure of evaluations alone, where --best-by wants it
 
 
 @dataclass(frozen=True)
@@ -333,6 +334,28 @@ class ClassificationMeter:
         return int(summed(self.sums)[3])
 
 
+class RecallMeter(ClassificationMeter):
+    """Sums as `ClassificationMeter` does, and by class what the mean of the recalls needs."""
+
+    def __init__(self, device: torch.device, classes: int):
+        super().__init__(device, classes)
+        self.by_class = torch.zeros(2, classes, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Adds a batch: its mean loss (scalar), logits (N, C) and targets (N,)."""
+        super().update(loss, logits, targets)
+        _, hits = ranked(logits, targets, 1)
+        for row, labels in zip(self.by_class, (targets[hits[:, 0]], targets), strict=True):
+            row += labels.bincount(minlength=self.classes)
+
+    def means(self) -> dict[str, float]:
+        """Returns FIGURES and the mean of the recalls in %, over the classes that have images."""
+        right, images = summed(self.by_class)
+        recalls = right.double()[images > 0] / images[images > 0]
+        return {**super().means(), RECALL: 100 * recalls.mean().item()}
+
+
 def cross_entropy(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -379,31 +402,37 @@ def binary_cross_entropy(
 
 
 def validation_columns(figures: Mapping[str, float]) -> dict[str, float]:
-    """Returns what an epoch's row records of an evaluation."""
-    return {f"val_{name}": figures[name] for name in FIGURES}
+    """Returns what an epoch's row records of an evaluation; nothing where there was none."""
+    return {f"val_{name}": value for name, value in figures.items() if name in (*FIGURES, RECALL)}
 
 
-def is_better(row: Mapping[str, float], best: Mapping[str, float]) -> bool:
-    """Returns whether an epoch's top-1 is above the best one's; never where its loss is no number.
+def score(row: Mapping[str, float], by: str) -> float:
+    """Returns by which of an epoch's figures it is compared, the higher the better.
 
     Args:
-        best: the row of the best epoch so far; empty for none.
+        by: the recipe's `best_by`.
+
+    Returns:
+        -inf without an evaluation, or where its loss is no finite number.
     """
-    if not math.isfinite(row["val_loss"]):
-        return False
-    return not best or row["val_top1"] > best["val_top1"]
+    if not math.isfinite(row.get("val_loss", math.nan)):
+        return -math.inf
+    return -row["val_loss"] if by == "loss" else row[f"val_{by}"]
 
 
-def epochs_since_best(history: Sequence[Mapping[str, float]]) -> int:
-    """Returns how many epochs have ended since the first one with the highest top-1; all of them
-    where none has a finite loss.
+def is_better(row: Mapping[str, float], best: Mapping[str, float], by: str) -> bool:
+    """Returns whether an epoch is better than the best one so far, which is empty for none."""
+    return score(row, by) > (score(best, by) if best else -math.inf)
+
+
+def epochs_since_best(history: Sequence[Mapping[str, float]], by: str) -> int:
+    """Returns how many epochs have ended since the first one with the highest score; all of them
+    where none has a score.
     """
-    scores = [row["val_top1"] if math.isfinite(row["val_loss"]) else -1.0 for row in history]
-    return (
-        len(scores) - 1 - scores.index(max(scores))
-        if max(scores, default=-1.0) >= 0
-        else len(scores)
-    )
+    scores = [score(row, by) for row in history]
+    if max(scores, default=-math.inf) == -math.inf:
+        return len(scores)
+    return len(scores) - 1 - scores.index(max(scores))
 
 
 def panels() -> list[Panel]:
@@ -432,31 +461,47 @@ def step_words(means: Mapping[str, float]) -> str:
     return f"loss {means['loss']:.4f}  top-1 {means['top1']:.2f} %"
 
 
-def epoch_line(row: Mapping[str, float], epochs: int, speed: float, improved: bool) -> str:
-    """Returns the line on a finished epoch."""
-    return (
-        f"epoch {row['epoch'] + 1}/{epochs}  train loss {row['train_loss']:.4f} "
-        f"top-1 {row['train_top1']:.2f} %  val loss {row['val_loss']:.4f} "
-        f"top-1 {row['val_top1']:.2f} % top-5 {row['val_top5']:.2f} %  {speed:,.0f} images/s"
-        + ("  (best)" if improved else "")
-    )
+def accuracies(
+    row: Mapping[str, float], classes: int, digits: int = 2, between: str = " ", part: str = "val_"
+) -> str:
+    """Returns the words on accuracy. With fewer than six classes top-5 is 100 %, and is left out.
+
+    Args:
+        part: what stands before the figures' names in `row`.
+    """
+    names = {"top1": "top-1", "top5": "top-5", RECALL: RECALL}
+    shown = [name for name in names if part + name in row and (name != "top5" or classes > 5)]
+    return between.join(f"{names[name]} {row[part + name]:.{digits}f} %" for name in shown)
 
 
-def best_words(best: Mapping[str, float]) -> str:
+def epoch_line(
+    row: Mapping[str, float], epochs: int, speed: float, improved: bool, classes: int
+) -> str:
+    """Returns the line on a finished epoch, which may have had no evaluation."""
+    parts = [
+        f"epoch {row['epoch'] + 1}/{epochs}",
+        f"train loss {row['train_loss']:.4f} top-1 {row['train_top1']:.2f} %",
+        f"{speed:,.0f} images/s" + ("  (best)" if improved else ""),
+    ]
+    if "val_loss" in row:
+        parts.insert(2, f"val loss {row['val_loss']:.4f} {accuracies(row, classes)}")
+    return "  ".join(parts)
+
+
+def best_words(best: Mapping[str, float], by: str, classes: int) -> str:
     """Returns the words on the best epoch for a run's closing line."""
     if not best:
         return "no epoch had a finite validation loss"
-    return (
-        f"best top-1 {best['val_top1']:.2f} %, top-5 {best['val_top5']:.2f} % "
-        f"(epoch {best['epoch'] + 1})"
-    )
+    loss = f"loss {best['val_loss']:.4f}, " if by == "loss" else ""
+    figures = accuracies(best, classes, between=", ")
+    return f"best {loss}{figures} (epoch {best['epoch'] + 1})"
 
 
-def evaluation_lines(figures: dict[str, float], seconds: float) -> list[str]:
+def evaluation_lines(figures: dict[str, float], seconds: float, classes: int) -> list[str]:
     """Returns one line with the figures of an evaluation, and one for those by ReaL labels."""
     lines = [
-        f"{counted(figures['images'], 'image', ',')}  top-1 {figures['top1']:.3f} %  "
-        f"top-5 {figures['top5']:.3f} %  loss {figures['loss']:.4f}  "
+        f"{counted(figures['images'], 'image', ',')}  "
+        f"{accuracies(figures, classes, 3, '  ', '')}  loss {figures['loss']:.4f}  "
         f"{figures['images'] / seconds:,.0f} images/s"
     ]
     if "real_top1" in figures:
@@ -474,12 +519,12 @@ def why_ended(state: TrainingState, recipe: Recipe) -> str | None:
     """
     if state.epoch >= recipe.epochs:
         return f"{all_epochs(recipe.epochs)} done: give more with --epochs"
-    waited = epochs_since_best(state.history)
+    waited = epochs_since_best(state.history, recipe.best_by)
     if recipe.early_stop and waited >= recipe.early_stop:
         return (
             f"stopped early, after {state.epoch} of {counted(recipe.epochs, 'epoch')}: "
-            f"{waited} without a "
-            "better top-1; to go on, give more with --early-stop, or 0 for all epochs"
+            f"{waited} without a better {recipe.best_by.replace('top1', 'top-1')}; to go on, give "
+            "more with --early-stop, or 0 for all epochs"
         )
     return None
 

@@ -4,6 +4,7 @@ The same shape as `utils.training.classification`; the step is a detector's own:
 clipped gradient, images of several sizes.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -177,14 +178,17 @@ def score(row: Mapping[str, float]) -> float:
     """Returns the AP of masks, or of boxes where no mask could be judged, in %.
 
     Where nothing could be judged it is below 0 and grows with the epoch: the last is the best then.
+    Of an epoch without an evaluation it is -inf.
     """
-    judged = [value for value in (row.get("mask_AP", -1.0), row["box_AP"]) if value >= 0]
-    return judged[0] if judged else -1 / (1 + row["epoch"])
+    if "box_AP" not in row:
+        return -math.inf
+    counted = [value for value in (row.get("mask_AP", -1.0), row["box_AP"]) if value >= 0]
+    return counted[0] if counted else -1 / (1 + row["epoch"])
 
 
 def is_better(row: Mapping[str, float], best: Mapping[str, float]) -> bool:
     """Returns whether an epoch's score is above the best one's; `best` is empty for none."""
-    return not best or score(row) > score(best)
+    return score(row) > (score(best) if best else -math.inf)
 
 
 def panels(history: Sequence[Row]) -> list[Panel]:
@@ -201,7 +205,7 @@ def panels(history: Sequence[Row]) -> list[Panel]:
     found += [
         Panel(TITLES[kind], "AP (%)", tuple(Curve(f"{kind}_{n}", n) for n in FIGURES[:6]))
         for kind in KINDS.values()
-        if f"{kind}_AP" in history[-1]
+        if any(f"{kind}_AP" in row for row in history)
     ]
     return [*found, Panel("Learning rate", "at the epoch's last step", (Curve("lr", "lr"),))]
 
@@ -232,10 +236,11 @@ def precision_words(row: Mapping[str, float]) -> str:
 
 
 def epoch_line(row: Row, epochs: int, speed: float, improved: bool) -> str:
-    """Returns the line on a finished epoch."""
+    """Returns the line on a finished epoch, which may have had no evaluation."""
+    val = f"  val {precision_words(row)}" if "box_AP" in row else ""
     return (
-        f"epoch {row['epoch'] + 1}/{epochs}  train loss {row['train_loss']:.4f}  "
-        f"val {precision_words(row)}  {speed:,.1f} images/s" + ("  (best)" if improved else "")
+        f"epoch {row['epoch'] + 1}/{epochs}  train loss {row['train_loss']:.4f}{val}  "
+        f"{speed:,.1f} images/s" + ("  (best)" if improved else "")
     )
 
 

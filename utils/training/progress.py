@@ -2,7 +2,9 @@
 
 import math
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -191,6 +193,16 @@ def evaluation_progress(
     total = math.ceil(own / share)
     decimals = 0 if batch > context.world_size else 1  # a detector takes its images one by one
     return Progress(title, total, batch, every, decimals=decimals, context=context)
+
+
+def fitted(line: str) -> list[str]:
+    """Returns a line in parts of the terminal's width, broken between words; elsewhere whole."""
+    if not sys.stdout.isatty():
+        return [line]
+    width = max(20, shutil.get_terminal_size().columns)
+    return textwrap.wrap(
+        line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def watched(batches: Iterable[Item], progress: Progress) -> Iterator[Item]:

@@ -124,13 +124,17 @@ def test_minutes_between_two_checkpoints_are_those_of_the_clock(place, monkeypat
 
 def test_without_a_best_epoch_there_is_no_checkpoint_to_evaluate(place):
     files = writer.RunFiles(place, {}, title="net")
-    first, *others = files.farewell(best_words({}), False, "DATA")
+    first, *others = files.farewell(best_words({}, "top1", 10), False, "DATA")
     assert first == "done: no epoch had a finite validation loss"
     assert not any("best.pth" in line for line in others)
     best = {"val_top1": 50.0, "val_top5": 99.0, "epoch": 2}
-    lines = files.farewell(best_words(best), True, "DATA")
+    lines = files.farewell(best_words(best, "top1", 10), True, "DATA")
     assert lines[0] == "done: best top-1 50.00 %, top-5 99.00 % (epoch 3)"
     assert lines[1].endswith(f"main.py -e --resume {place}/best.pth DATA")
+    best |= {"val_loss": 0.25, "val_recall": 40.0}
+    assert (
+        best_words(best, "loss", 5) == "best loss 0.2500, top-1 50.00 %, recall 40.00 % (epoch 3)"
+    )
     files.close()
 
 

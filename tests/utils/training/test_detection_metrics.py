@@ -82,6 +82,21 @@ def test_where_nothing_is_judged_the_last_epoch_is_the_best():
     assert not finish(state, -1.0)
 
 
+def test_an_epoch_without_an_evaluation_is_never_the_best():
+    state = new_state()
+    state.meter.update({"a": torch.tensor(1.0), "b": torch.tensor(2.0)})
+    row = state.row(0.1, validation_columns({}))
+    assert not is_better(row, {})
+    state.finish_epoch(row, False)
+    assert epoch_line(row, 3, 1, False) == "epoch 1/3  train loss 3.0000  1.0 images/s"
+    assert finish(state, -1.0)
+    assert not is_better({**row, "epoch": 2}, state.best)
+    assert [panel.title for panel in panels(state.history[:1])] == [
+        "Training losses",
+        "Learning rate",
+    ]
+
+
 def test_boxes_decide_where_no_mask_is_judged():
     row = {"epoch": 0, "box_AP": 20.0, "mask_AP": -1.0}
     assert score(row) == 20

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy
 
@@ -13,6 +14,7 @@ from utils.config.classification import Recipe
 from utils.training.classification import (
     ClassificationMeter,
     Objective,
+    RecallMeter,
     binary_cross_entropy,
     count_correct,
     cross_entropy,
@@ -74,6 +76,21 @@ def test_counts_are_exact_beyond_float32():
     meter.sums[3] = 2**24
     meter.update(torch.tensor(1.0), torch.eye(1), torch.tensor([0]))
     assert meter.samples() == 2**24 + 1
+
+
+def test_recall_is_scikit_learn_s_balanced_accuracy():
+    """Over the classes that have images; a row that is no number is never right."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(40, 6), torch.randint(5, (40,)) ** 2 % 5  # none of class 5
+    logits[7] = math.nan
+    meter = RecallMeter(torch.device("cpu"), 6)
+    for part in (slice(0, 30), slice(30, 40)):
+        meter.update(cross_entropy(logits[part], targets[part]), logits[part], targets[part])
+    guesses = logits.argmax(1)
+    guesses[7] = (targets[7] + 1) % 5
+    recall = 100 * balanced_accuracy_score(targets, guesses)
+    assert meter.means()["recall"] == pytest.approx(recall, rel=1e-12)
+    assert meter.means()["top1"] != pytest.approx(recall, rel=0.05)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

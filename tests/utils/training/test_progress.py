@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import struct
+import subprocess
 import sys
 import termios
 
@@ -14,17 +15,17 @@ import torch
 
 from utils.system.distributed import Context
 from utils.training.detection import step_details
-from utils.training.progress import Pace, Progress, evaluation_progress, watched
+from utils.training.progress import Pace, Progress, evaluation_progress, fitted, watched
 
 
 @contextlib.contextmanager
-def terminal(monkeypatch, columns=80):
-    """Standard error on a terminal; gives a function that returns the lines drawn there."""
+def terminal(monkeypatch, columns=80, name="stderr"):
+    """A stream on a terminal; gives a function that returns the lines drawn there."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with open(theirs, "w") as stream, monkeypatch.context() as patch:
         patch.setenv("TERM", "xterm")
-        patch.setattr(sys, "stderr", stream)
+        patch.setattr(sys, name, stream)
 
         def drawn() -> list[str]:
             stream.flush()
@@ -122,3 +123,28 @@ def test_an_evaluation_has_lines_at_its_steps_and_none_at_the_last(monkeypatch, 
         list(watched(iter(range(12)), evaluation_progress(359, 32, 4, context)))
         assert any(re.match(r"evaluation .+%\|.+\|, ETA 0:00", line) for line in drawn())
     assert not capsys.readouterr().out
+
+
+def test_a_long_line_is_broken_between_words_on_a_terminal_alone(monkeypatch):
+    line = "epoch 1/30  train loss 0.1234 top-1 98.76 %  val loss 0.2345 top-1 97.65 %  (best)"
+    assert fitted(line) == [line]
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for columns in (24, 40, 60, 200):
+        with terminal(monkeypatch, columns, "__stdout__"):
+            monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+            parts = fitted(line)
+            monkeypatch.undo()
+        assert max(map(len, parts)) <= columns
+        assert " ".join(parts).split() == line.split()
+    assert parts == [line]
+
+
+def test_ctrl_c_clears_the_bar_s_line():
+    code = "import os, signal; from utils.system import signals; os.kill(os.getpid(), 2)"
+    ours, theirs = pty.openpty()
+    code = code.replace("; os.kill", "; signal.signal(2, signals.leave); os.kill")
+    ended = subprocess.run([sys.executable, "-c", code], stderr=theirs, timeout=60)
+    os.close(theirs)
+    assert ended.returncode == 130
+    assert os.read(ours, 100).startswith(b"\r\x1b[Kinterrupted")
+    os.close(ours)

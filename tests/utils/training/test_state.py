@@ -60,7 +60,7 @@ def val(loss=1.0, top1=50.0):
 
 def finish(state, *args, **kwargs):
     row = state.row(0.1, validation_columns(val(*args, **kwargs)))
-    improved = is_better(row, state.best)
+    improved = is_better(row, state.best, "top1")
     state.finish_epoch(row, improved)
     return improved
 
@@ -292,7 +292,7 @@ def test_a_fresh_state_is_the_recipe_s():
 
 def test_epochs_since_the_best_are_counted_from_the_first_of_equal_ones():
     state = fresh()
-    assert epochs_since_best(state.history) == 0
+    assert epochs_since_best(state.history, "top1") == 0
     for loss, top1, since in (
         (math.nan, 90.0, 1),  # no score, so no best
         (1.0, 50.0, 0),
@@ -302,6 +302,18 @@ def test_epochs_since_the_best_are_counted_from_the_first_of_equal_ones():
         (1.0, 55.0, 1),
     ):
         finish(state, loss, top1)
-        assert epochs_since_best(state.history) == since
+        assert epochs_since_best(state.history, "top1") == since
     state.begin(3)
-    assert epochs_since_best(state.history) == 1
+    assert epochs_since_best(state.history, "top1") == 1
+
+
+def test_another_figure_can_decide_and_an_epoch_without_evaluation_never_does():
+    best = {"val_loss": 1.0, "val_top1": 50.0, "val_recall": 40.0}
+    later = {"val_loss": 0.5, "val_top1": 49.0, "val_recall": 40.0}
+    assert [is_better(later, best, by) for by in ("top1", "loss", "recall")] == [False, True, False]
+    assert is_better({**later, "val_recall": 40.1}, best, "recall")
+    assert not is_better({"train_loss": 0.0}, {}, "loss")
+    assert not is_better({**later, "val_loss": math.nan}, {}, "recall")
+    history = [{}, best, {}, later, {}]
+    since = [epochs_since_best(history, by) for by in ("top1", "loss", "recall")]
+    assert since == [3, 1, 3]
