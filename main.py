@@ -149,8 +149,7 @@ def train(config: Config, start: Start, context: Context, stop: StopRequest) -> 
         state.finish_epoch(row, improved)
         run.finish_epoch(state.snapshot(), classification.panels(), speed, improved)
         pace.note_between(time.perf_counter() - ended)
-        classes = network.num_classes
-        line = classification.epoch_line(row, recipe.epochs, speed, improved, classes)
+        line = classification.epoch_line(row, recipe.epochs, speed, improved, state.meter.classes)
         context.say(*fitted(line))
 
     say_farewell(state, run, data, config, context)

@@ -73,7 +73,7 @@ def test_the_modern_recipes_are_what_the_document_says():
     """Each number of docs/RECIPES.md's table, read from it."""
     text = (ROOT / "docs" / "RECIPES.md").read_text()
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| `--")]
-    table = {row[0].split("`")[1].removeprefix("--").replace("-", "_"): row[1:-1] for row in rows}
+    table = {row[0].split("`")[1].removeprefix("--").replace("-", "_"): row[1:] for row in rows}
     recipes = [RECIPE.override(**values) for values in RECIPES.values()]
     words = {"no": 0, "yes": 1, "as evaluation": 0}
     for field, cells in table.items():
