@@ -150,7 +150,8 @@ def test_a_flag_takes_from_a_file_what_the_parser_takes(script, name, capsys):
         return
     several = flag.nargs == "+"
     taken = 0
-    for text in TEXTS:
+    texts = (*TEXTS, *(flag.choices or ()))
+    for text in texts:
         words = ["--", text] if flag.name == name else [f"{flag.name}={text}"]
         found = accepted(parser, words, capsys)
         if found is not None:
@@ -159,7 +160,7 @@ def test_a_flag_takes_from_a_file_what_the_parser_takes(script, name, capsys):
         else:
             values = [[value] if several else value for value in as_a_file_may_hold(text)]
             assert not any(map(flag.takes, values)), text
-    assert 0 < taken <= len(TEXTS)
+    assert 0 < taken <= len(texts)
     assert not any(map(flag.takes, (None, True, False, {}, [], [None], "\0", [[1]], b"1")))
     if several:
         assert flag.takes([1, 1])

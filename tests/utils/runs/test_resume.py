@@ -8,6 +8,7 @@ from helpers.tiny_runs import RECIPE, RUN, tiny_run
 
 from utils.config.classification import Recipe
 from utils.config.detection import DetectionRecipe
+from utils.config.flags import NEVER, flags_of
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.resume import refuse_changes
 from utils.system.errors import UserError
@@ -23,12 +24,14 @@ def test_each_field_of_a_recipe_is_free_or_refused_inside_an_epoch():
         saved = {**at_step, "recipe": recipe.as_dict()}
         run = Checkpoint.of(Path("x"), saved).run
         allowed = set()
+        never = {name for name, flag in flags_of(type(recipe)).items() if flag.resume == NEVER}
+        assert never < {"optimizer", "norm_decay", "freeze", "layer_decay", "best_by", "val_split"}
         for field in fields(recipe):
             changed = replace(recipe, **{field.name: "another"})
             with contextlib.suppress(UserError):
                 refuse_changes(run, changed, None, 24, RUN["train_digest"])
                 allowed.add(field.name)
-            if field.name not in ("optimizer", "norm_decay", "freeze", "layer_decay"):
+            if field.name not in never:
                 refuse_changes(run, changed, None, 24, RUN["train_digest"], at_epoch=1)
         more = {"weight_decay", "clip_grad", "ema", "accumulate", "sync_bn", "crop_pct"}
         assert allowed == {*free.split(), *more} & {field.name for field in fields(recipe)}
