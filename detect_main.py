@@ -81,7 +81,7 @@ def train(config: DetectionConfig, start: Start, context: Context, stop: StopReq
     context.say(*start.refuse_changes(recipe, images, data.digest, device, can_begin=False))
     torch.manual_seed(seed)
     network, lines = detector.build_network(recipe, flags, start, data.train.classes, context)
-    lines += [detector.recipe_line(recipe), *notes_on(recipe, images // recipe.batch_size)]
+    lines += [detector.recipe_line(recipe), *notes_on(recipe, data.train.sizes)]
     context.say(*data.lines, *lines)
     state = detector.begin_state(network, recipe, flags, start, context)
     if state.epoch >= recipe.epochs:  # no fault: a scheduler may start a finished run once more

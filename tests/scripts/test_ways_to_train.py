@@ -76,6 +76,7 @@ def test_class_weights_and_a_balanced_order_are_taken_up(call, uneven, tmp_path,
     code, out, err = call("--resume", last, "--epochs", 3, grown)
     assert (code, err) == (0, [])
     assert "class weights of the loss: 0.6667 (a) to 2 (c)" in out
+    assert any("balanced correct the same thing twice: use one of them" in line for line in out)
     assert checkpoint.load(last)["class_weights"] == saved["class_weights"]
 
 
@@ -160,12 +161,18 @@ def test_every_optimizer_is_taken_up(call, tree, tmp_path, monkeypatch, kind):
     assert not any("momentum" in line for line in out)
 
 
-def test_a_rate_for_sgd_is_doubtful_with_another_optimizer():
+def test_a_recipe_that_is_hardly_meant_is_warned_of():
     for changed, said in (
         ({}, ()),
         ({"optimizer": "lamb", "lr": 5e-3}, ()),
         ({"optimizer": "adamw", "lr": 9e-3}, ()),
         ({"optimizer": "adamw", "lr": 1e-2}, ("! a learning rate of 0.01 is one for SGD: for ad",)),
+        ({"epochs": 31}, ()),
+        (
+            {"epochs": 30},
+            ("! the learning rate falls every 30 epochs and the run has 30: it never falls",),
+        ),
+        ({"epochs": 30, "schedule": "cosine"}, ()),
         (
             {"optimizer": "adamw"},
             ("! a learning rate of 0.1 is one for SGD: for adamw rates near ",),

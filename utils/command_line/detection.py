@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from models.detection.detectors import refuse_another_network
 from utils.command_line.parser import parser_of, saved_flags, saved_recipe, without_effect
 from utils.config.detection import DetectionConfig, DetectionRecipe
@@ -88,16 +90,22 @@ def refuse_flags(config: DetectionConfig) -> None:
         raise UserError("no DATA given: a folder in COCO's layout, or demo:shapes")
 
 
-def notes_on(recipe: DetectionRecipe, steps_per_epoch: int) -> list[str]:
+def notes_on(recipe: DetectionRecipe, sizes: np.ndarray) -> list[str]:
     """Returns lines on a recipe that can be meant, but hardly is.
 
     Args:
-        steps_per_epoch: of the run.
+        sizes: (N, 2) height and width of the training images.
     """
-    steps = recipe.epochs * steps_per_epoch
-    if recipe.warmup_steps <= steps:
-        return []
-    return [
-        f"! the warm-up takes {recipe.warmup_steps:,} steps and the run has {steps:,}: the "
-        "learning rate never reaches its full value; give --warmup-steps"
-    ]
+    notes = []
+    steps, side = recipe.epochs * (len(sizes) // recipe.batch_size), int(np.median(sizes.min(1)))
+    if recipe.warmup_steps > steps:
+        notes.append(
+            f"! the warm-up takes {recipe.warmup_steps:,} steps and the run has {steps:,}: the "
+            "learning rate never reaches its full value; give --warmup-steps"
+        )
+    if min(recipe.min_size) >= 3 * side:
+        notes.append(
+            f"! images with a shorter side of {side} pixels are scaled to {min(recipe.min_size)}: "
+            f"--min-size {2 * side} takes a fraction of the time and of the memory"
+        )
+    return notes

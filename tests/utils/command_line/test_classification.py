@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.small_epochs import begin_state, train
@@ -18,6 +19,7 @@ import detect_main
 import main
 import models
 from utils.command_line import classification, detection
+from utils.command_line.detection import notes_on
 from utils.command_line.parser import Parser, parser_of
 from utils.config.classification import NetworkSettings
 from utils.config.detection import DetectionConfig, DetectionRecipe, DetectorSettings
@@ -270,3 +272,16 @@ def named(message: str) -> set[str]:
 
 def flags_of(parser: Parser) -> set[str]:
     return set(parser._option_string_actions)
+
+
+def test_a_detector_of_small_images_hints_at_min_size():
+    recipe, steps = DetectionRecipe(epochs=100), np.array([[640, 480]] * 100)
+    assert notes_on(recipe, steps) == []
+    small = np.array([[128, 512], [160, 128], [128, 130], [900, 900]] * 25)
+    (line,) = notes_on(recipe, small)
+    assert line.startswith(
+        "! images with a shorter side of 128 pixels are scaled to 800: --min-size 256"
+    )
+    assert notes_on(recipe.override(min_size=(256, 300)), small) == []
+    (line,) = notes_on(recipe.override(epochs=1), steps)
+    assert line.startswith("! the warm-up takes 500 steps and the run has 12")
