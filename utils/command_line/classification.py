@@ -97,12 +97,7 @@ def read_command_line(
                 check_forward(network, {recipe.crop_size, recipe.img_size})
     refuse_no_work(config)
     other_numbers = demo_sets.is_demo(config.data.data) or config.run.recipe not in (None, PAPER)
-    notes = (*notes, *notes_on(recipe, paper, other_numbers))
-    if config.data.class_weights == BALANCED and recipe.sampler == BALANCED:
-        notes += (
-            "! --class-weights balanced and --sampler balanced correct the same thing twice: use "
-            "one of them",
-        )
+    notes += notes_on(recipe, paper, other_numbers, config.data.class_weights)
     if saved is not None and saved.run is not None:
         resume.refuse_another_recipe(saved.run, name)
         notes += tuple(other_values(name, recipe, typed))
@@ -300,7 +295,9 @@ def refuse_no_work(config: Config) -> None:
         raise UserError("--data-files and --download are two ways to the same: give one of them")
 
 
-def notes_on(recipe: Recipe, paper: Recipe, other_numbers: bool) -> tuple[str, ...]:
+def notes_on(
+    recipe: Recipe, paper: Recipe, other_numbers: bool, class_weights: str | None = None
+) -> tuple[str, ...]:
     """Returns lines on a recipe that can be meant, but hardly is.
 
     Args:
@@ -309,6 +306,11 @@ def notes_on(recipe: Recipe, paper: Recipe, other_numbers: bool) -> tuple[str, .
         other_numbers: the numbers are not the script's, but those of a --recipe or of demo data.
     """
     notes = []
+    if class_weights == recipe.sampler == BALANCED:
+        notes.append(
+            "! --class-weights balanced and --sampler balanced correct the same thing twice: use "
+            "one of them"
+        )
     family = _family(recipe.arch)
     of_ours = not is_of_library(recipe.arch)
     if of_ours and not other_numbers and family != _family(paper.arch):
