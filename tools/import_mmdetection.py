@@ -20,6 +20,7 @@ from models.detection.detectors import create_detector
 from models.weights import describe_weights
 from utils.command_line.parser import Parser
 from utils.runs import checkpoint
+from utils.runs.checkpoint import Checkpoint
 from utils.system.errors import UserError, as_user_error
 from utils.system.faults import run_script
 
@@ -219,7 +220,7 @@ def main() -> None:
     args = parser.parse_args()
     if Path(args.out).exists():
         raise UserError(f"{args.out}: exists already; choose another name")
-    file = checkpoint.load(args.file)
+    file = Checkpoint.read(Path(args.file)).contents
     fields = convert(file)
     size = checkpoint.save(args.out, fields)
     ksize = f", ksize {','.join(map(str, fields['ksize']))}" if fields["ksize"] else ""

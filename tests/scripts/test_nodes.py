@@ -17,28 +17,10 @@ from helpers import small_runs
 from helpers.small_runs import LONG, SMALL, Running, all_gone, progress
 from helpers.trees import ROOT
 
-from tests.scripts.test_torchrun import assert_step_of_two_halves
+from tests.scripts.test_torchrun import FLAGS, assert_step_of_two_halves
 from utils.runs import checkpoint
 
 SCRIPT = ROOT / "slurm" / "train.sbatch"
-FLAGS = (
-    "-a",
-    "resnet18",
-    "--img-size",
-    96,
-    "-b",
-    24,
-    "-j",
-    0,
-    "--epochs",
-    1,
-    "--lr",
-    0.001,
-    "--seed",
-    1,
-    "--min-scale",
-    0.7,
-)
 
 
 def free_port() -> int:

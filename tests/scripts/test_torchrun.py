@@ -12,29 +12,14 @@ from utils.data.sampler import SeededBatches
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, train_transform
 from utils.runs import checkpoint
 
+# One step at 96 pixels: BatchNorm over the few values that small batches and images leave it blows
+# rounding up a hundredfold at every further step.
+OPTIONS = "-a resnet18 --img-size 96 -b 24 -j 0 --epochs 1 --lr 0.001 --seed 1 --min-scale 0.7"
+FLAGS = OPTIONS.split()
+
 
 def test_two_ranks_train_and_evaluate_as_one(run, tree, tmp_path):
-    # One step at 96 pixels: BatchNorm over the few values that small batches and images leave it
-    # blows rounding up a hundredfold at every further step.
-    flags = (
-        "-a",
-        "resnet18",
-        "--img-size",
-        96,
-        "-b",
-        24,
-        "-j",
-        0,
-        "--epochs",
-        1,
-        "--lr",
-        0.001,
-        "--seed",
-        1,
-        "--min-scale",
-        0.7,
-    )
-    done = run("main.py", *flags, "--output", "two", tree, ranks=2)
+    done = run("main.py", *FLAGS, "--output", "two", tree, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder: two") == 1
     assert "2 processes (DistributedDataParallel)" in done.stdout

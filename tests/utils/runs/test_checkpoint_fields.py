@@ -208,20 +208,11 @@ def test_a_run_says_where_it_stands(tmp_path):
     assert not saved.is_detector
     with pytest.raises(AttributeError):
         saved.run.seed = 1
+    checkpoint.save(tmp_path / "d.pth", tiny_run(arch="retinanet", backbone="resnet18"))
+    assert Checkpoint.read(tmp_path / "d.pth").is_detector
 
 
 def test_weights_alone_are_no_run(tmp_path):
     torch.save({"fc.weight": torch.ones(2, 2), "classes": "no names of ours"}, tmp_path / "w.pth")
     saved = Checkpoint.read(tmp_path / "w.pth")
     assert (saved.run, saved.classes, saved.img_size, saved.crop_pct) == (None, None, None, None)
-
-
-def test_a_run_that_lacks_its_place_is_refused(tmp_path):
-    checkpoint.save(tmp_path / "x.pth", tiny_run(progress={"epoch": 1}))
-    with pytest.raises(UserError, match=r"x\.pth: the field progress cannot be used"):
-        Checkpoint.read(tmp_path / "x.pth")
-
-
-def test_a_detector_is_told_by_its_backbone(tmp_path):
-    checkpoint.save(tmp_path / "d.pth", tiny_run(arch="retinanet", backbone="resnet18"))
-    assert Checkpoint.read(tmp_path / "d.pth").is_detector
