@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,68 +43,44 @@ def by_openvino(file: str, threads: int) -> Run:
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": threads,
     }
-    core = _core(openvino)
+    # In the process of all engines the one that exported_network holds, see there.
+    shared = sys.modules.get("utils.inspection.exported_network")
+    core = shared.openvino_core() if shared else openvino.Core()
     request = core.compile_model(core.read_model(file), "CPU", settings).create_infer_request()
     return lambda images: request.infer([images])[0].copy()
 
 
-def _core(openvino):
-    """In the process of all engines the one that exported_network holds, see there."""
-    if "utils.inspection.exported_network" in sys.modules:
-        return sys.modules["utils.inspection.exported_network"].openvino_core()
-    return openvino.Core()
+def by_torch(form: str, file: str, threads: int) -> Run:
+    """A checkpoint of ours by PyTorch.
 
-
-def by_textbook(file: str, threads: int) -> Run:
-    """The textbook form, eager, float32, NCHW; its allocator is left as it is."""
-    import textbook
+    Args:
+        form: textbook: as commonly written, eager, float32, NCHW, its allocator left as it is;
+            eager: our network module by module, for those that have no textbook form; fast: what
+            --fast makes of it (BatchNorm folded, channels_last, float32); compiled: the same.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    held = torch.load(file, weights_only=True)
-    network = textbook.OF_OURS[held["arch"]](num_classes=held["num_classes"])
-    # The same layers in the same order, under torchvision's names.
-    ours = list(held["state_dict"].values())
-    network.load_state_dict(dict(zip(network.state_dict(), ours, strict=True)))
-    return _by_torch(network.eval())
+    saved = torch.load(file, weights_only=True)
+    if form == "textbook":
+        import textbook
 
+        network = textbook.OF_OURS[saved["arch"]](num_classes=saved["num_classes"])
+        # The same layers in the same order, under torchvision's names.
+        values = list(saved["state_dict"].values())
+        network.load_state_dict(dict(zip(network.state_dict(), values, strict=True)))
+        network.eval()
+    else:
+        import models
+        from models.weights import network_from_checkpoint
+        from utils.system.backends import configure
 
-def by_fast(file: str, threads: int, compiled: bool = False) -> Run:
-    """What --fast makes of a network: BatchNorm folded, channels_last, float32."""
-    import torch
-
-    from models.inference import optimise_for_inference
-
-    network = _ours(file, threads)
-    return _by_torch(optimise_for_inference(network, torch.float32, compiled))
-
-
-def by_compiled(file: str, threads: int) -> Run:
-    return by_fast(file, threads, compiled=True)
-
-
-def by_eager(file: str, threads: int) -> Run:
-    """Our network as it is, module by module; for those that have no textbook form here."""
-    import models
-
-    network = _ours(file, threads)
-    models.set_fused(network, False)
-    return _by_torch(network)
-
-
-def _ours(file: str, threads: int):
-    import torch
-
-    from models.weights import network_from_checkpoint
-    from utils.system.backends import configure
-
-    torch.set_num_threads(threads)
-    configure(False, torch.device("cpu"))  # keeps freed memory, as our scripts do
-    return network_from_checkpoint(torch.load(file, weights_only=True)).eval()
-
-
-def _by_torch(network) -> Run:
-    import torch
+        configure(False, torch.device("cpu"))  # keeps freed memory, as our scripts do
+        network = network_from_checkpoint(saved).eval()
+        if form == "eager":
+            models.set_fused(network, False)
+        else:
+            network = models.optimise_for_inference(network, torch.float32, form == "compiled")
 
     def run(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -113,10 +90,7 @@ def _by_torch(network) -> Run:
 
 
 ENGINES: dict[str, Callable[[str, int], Run]] = {
-    "textbook": by_textbook,
-    "eager": by_eager,
-    "fast": by_fast,
-    "compiled": by_compiled,
+    **{form: partial(by_torch, form) for form in ("textbook", "eager", "fast", "compiled")},
     "onnxruntime": by_onnxruntime,
     "openvino": by_openvino,
 }
@@ -142,16 +116,16 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--began", type=float, required=True)
-    given = parser.parse_args()
-    run = ENGINES[given.engine](given.file, given.threads)
-    run(np.zeros((1, 3, given.img_size, given.img_size), np.float32))
-    found = {"startup_seconds": time.time() - given.began, "peak_mebibytes": {}}
-    for batch in sorted(given.batches):
-        images = np.zeros((batch, 3, given.img_size, given.img_size), np.float32)
+    args = parser.parse_args()
+    run = ENGINES[args.engine](args.file, args.threads)
+    run(np.zeros((1, 3, args.img_size, args.img_size), np.float32))
+    result = {"startup_seconds": time.time() - args.began, "peak_mebibytes": {}}
+    for batch in sorted(args.batches):
+        images = np.zeros((batch, 3, args.img_size, args.img_size), np.float32)
         for _ in range(3):
             run(images)
-        found["peak_mebibytes"][batch] = peak_memory()
-    print(json.dumps(found))
+        result["peak_mebibytes"][batch] = peak_memory()
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
