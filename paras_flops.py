@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 
 from models import MODELS, create_model
+from models.registry import is_of_library
 from utils.command_line.parser import Parser
 from utils.config.classification import ClassificationRun, NetworkSettings
 from utils.config.flags import flags_of, number
@@ -40,6 +41,7 @@ from utils.inspection.cost_tables import (
 from utils.system.errors import UserError, as_user_error
 from utils.system.faults import run_script
 from utils.system.text import did_you_mean, paragraphs
+from utils.training import classifier
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
 PIXELS = number(int, 1, 8192)
@@ -48,7 +50,10 @@ PIXELS = number(int, 1, 8192)
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "-a", "--arch", metavar="NAME", help=f"one of {', '.join([*networks(), *DETECTORS])}"
+        "-a",
+        "--arch",
+        metavar="NAME",
+        help=f"one of {', '.join([*networks(), *DETECTORS])}; timm:NAME or torchvision:NAME",
     )
     parser.add_argument("--all", action="store_true", help="a table, one line per network")
     parser.add_argument(
@@ -112,7 +117,7 @@ def check_flags(flags: argparse.Namespace) -> None:
         if flags.all and given:
             raise UserError(f"{flag} is for one network: give -a NAME instead of --all")
     known = [*MODELS, *DETECTORS]
-    if flags.arch and flags.arch not in known:
+    if flags.arch and flags.arch not in known and not is_of_library(flags.arch):
         hint = did_you_mean(flags.arch, known) or f": use one of {', '.join(known)}"
         raise UserError(f"unknown network {flags.arch!r}{hint}")
     if flags.backbone and flags.arch not in DETECTORS:
@@ -131,7 +136,9 @@ def count(
     arch: str, backbone: str | None, size: tuple[int, int], flags: argparse.Namespace
 ) -> Report:
     """Counts a classifier, or a detector on a backbone."""
-    kind = {"attention": flags.attention} if "attention" in flags else {}
+    kind = {}
+    if "attention" in flags:
+        kind["attention"] = classifier.own_attention(flags.attention) or flags.attention
     if arch not in DETECTORS:
         classes = flags.num_classes or 1000
         network = build(create_model, arch, flags.ksize, classes, **kind)

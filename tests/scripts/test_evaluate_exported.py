@@ -250,3 +250,13 @@ def test_other_classes_are_refused(call, made, tmp_path):
     write_tree(tmp_path / "other", classes="xyz")
     code, _, errors = call("-e", "--resume", made / "best.onnx", "-j", 0, tmp_path / "other")
     assert (code, len(errors)) == (2, 1), errors
+
+
+def test_a_checkpoint_in_the_place_of_data_is_told_its_flag(call, tmp_path, tree):
+    (tmp_path / "best.pth").touch()
+    for words in (("-e", "best.pth", tree), ("-e", tree, "best.pth"), (tree, "best.pth")):
+        code, lines, errors = call(*words)
+        assert (code, lines, len(errors)) == (2, [], 1)
+        assert errors[0].endswith("; a checkpoint goes behind a flag: --resume best.pth")
+    _, lines, _ = call("-h")
+    assert {"--ksize", "--list-models"} <= {word for line in lines for word in line.split()}

@@ -12,6 +12,7 @@ import paras_flops
 from models import MODELS
 from models.detection.detectors import DETECTORS
 from utils.inspection import published
+from utils.inspection.cost import count_parameters, format_params
 from utils.system.faults import run_script
 
 ROOT = Path(__file__).parents[2]
@@ -146,11 +147,17 @@ BY_FORMULA = {
     "se_var2": (lambda c: c, None),
     "se_var3": (lambda c: c * c, None),
     "eca_ns": (lambda c: 3 * c, None),
+    # A reduction of 16 for means and maxima alike; 7 x 7 of two maps; a BatchNorm of one channel.
+    "timm:cbam": (lambda c: 2 * c * (c // 16) + 2 * 49 + 2, "26.77M"),
+    # A map of positions, two convolutions with biases, reduction 8, a LayerNorm between them.
+    "timm:gc": (lambda c: c + 1 + 2 * c * (c // 8) + c // 8 + c + 2 * (c // 8), "28.08M"),
 }
 
 
 @pytest.mark.parametrize("kind", BY_FORMULA)
 def test_another_attention(run, kind):
+    if kind.startswith("timm:"):
+        pytest.importorskip("timm")
     formula, theirs = BY_FORMULA[kind]
     ksize = ["--ksize", "3333"] if kind == "eca_ns" else []
     code, out, _ = run("-a", "eca_resnet50", "--attention", kind, "--json", *ksize)
@@ -159,10 +166,48 @@ def test_another_attention(run, kind):
     assert (code, report["attention"]["name"]) == (0, kind)
     assert report["attention"]["parameters"] == expected == report["parameters"] - 25_557_032
     assert (report["published"] or {}).get("params") == theirs
-    assert report["agrees"] is (theirs and True)
+    assert report["agrees"] is (theirs and theirs != "28.08M")
     _, out, _ = run("-a", "mask_rcnn", "--attention", kind, *ksize)
     assert out.startswith(f"mask_rcnn on eca_resnet50 with attention {kind}")
     assert f"{expected:,}" in out
+
+
+def test_gcnet_s_published_parameters():
+    """10^6, of blocks with a reduction of 16 in the last three stages, as EVIDENCE.md says."""
+    layers = pytest.importorskip("timm.layers")
+    parameters = 25_557_032
+    for channels, blocks in ((512, 4), (1024, 6), (2048, 3)):
+        block = layers.GlobalContext(channels, rd_ratio=1 / 16)
+        parameters += blocks * count_parameters(block)
+    assert (parameters, format_params(parameters, base=1000)) == (28_078_773, "28.08M")
+
+
+OWN = """import torch
+
+class Gate(torch.nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x):
+        return x * self.w
+"""
+
+
+def test_networks_of_libraries_and_attention_of_ones_own(run, tmp_path):
+    timm = pytest.importorskip("timm")
+    code, out, _ = run("-a", "timm:resnet18", "--attention", "eca", "--json")
+    report = json.loads(out)
+    theirs = sum(p.numel() for p in timm.create_model("resnet18").parameters())
+    assert (code, report["parameters"], report["published"]) == (0, theirs + 36, None)
+    share = report["attention"]
+    macs = 2 * (64 * 3 + (128 + 256 + 512) * 5)
+    assert (share["parameters"], share["multiply_adds"]) == (36, macs)
+    (tmp_path / "mine.py").write_text(OWN)
+    code, out, _ = run("-a", "resnet18", "--attention", f"{tmp_path}/mine.py:Gate", "--json")
+    report = json.loads(out)
+    assert (code, report["attention"]["name"]) == (0, "mine.py:Gate")
+    assert report["attention"]["parameters"] == 2 * (64 + 128 + 256 + 512)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +301,7 @@ def test_the_script_knows_every_detector():
         ("--all --per-layer", "give -a NAME instead of --all"),
         ("--all --attention se", "give -a NAME instead of --all"),
         ("-a resnet18 --attention sa", "unknown attention 'sa'"),
+        ("-a timm:resnet17", "timm has no classifier 'resnet17'"),
         ("--detectors", "goes with --all"),
         ("-a resnet18 -b resnet50", "-b is for a detector"),
         ("-a mask_rcnn -b mobilenetv2", "such as eca_resnet50"),

@@ -204,6 +204,10 @@ def thop_today(network: nn.Module, image: Tensor) -> dict[str, int]:
             raise UserError(
                 f"thop cannot be imported ({error}): pip install thop setuptools"
             ) from error
+        for module in network.modules():
+            for name in ("total_ops", "total_params"):
+                # thop begins with the innermost: a wrapper that shows what is in it has these then.
+                module.register_buffer(name, torch.zeros(1, dtype=torch.float64))
         total, _, tree = thop.profile(network, (image,), verbose=False, ret_layer_info=True)
     by_name = {"": int(total)}
 
