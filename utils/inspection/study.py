@@ -37,6 +37,10 @@ VARIANTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "ECA adaptive": ("eca_{}", ("--ksize", "adaptive")),
     "ECA published": ("eca_{}", ()),
     "ECA identity start": ("eca_{}", ("--identity-start",)),  # on weights of a plain network
+    **{
+        name: ("{}", ("--attention", f"timm:{layer}"))
+        for name, layer in (("CBAM", "cbam"), ("GC", "gc"), ("coordinate", "coord"), ("ELA", "ela"))
+    },
 }
 STAGES = {"resnet": 4, "mobilenet": 2}  # digits of --ksize
 Count = Annotated[int, msgspec.Meta(ge=1)]
