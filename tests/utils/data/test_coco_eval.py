@@ -118,6 +118,7 @@ def test_an_evaluator_is_looked_for_at_once(tmp_path, monkeypatch):
 def test_results_in_cocos_format():
     masks = torch.zeros(2, 1, 8, 8)
     masks[0, 0, 2:4, 1:6] = 0.9
+    masks[0, 0, 5] = 0.5  # not above a half
     found = {
         "boxes": torch.tensor([[1.0, 2.0, 6.0, 4.0], [0.0, 0.0, 2.0, 2.0]]),
         "labels": torch.tensor([1, 2]),

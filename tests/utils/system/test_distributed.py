@@ -188,6 +188,20 @@ def test_ranks_wait_for_each_other_longer_than_for_their_workers(monkeypatch):
     assert LoaderSettings().worker_timeout < 1800
 
 
+def test_every_rank_gets_the_tensors_of_rank_0(monkeypatch):
+    sent = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: sent.append((tensor, source)))
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    for share, tensors in (
+        (distributed.broadcast_buffers, network.buffers()),
+        (distributed.broadcast_state, network.state_dict().values()),
+    ):
+        sent.clear()
+        share(network)
+        assert [(t.data_ptr(), 0) for t in tensors] == [(t.data_ptr(), s) for t, s in sent]
+
+
 def test_rank_0_speaks_and_nothing_is_no_line(capsys):
     Context(CPU).say("a", "b")
     Context(CPU, rank=1, world_size=2).say("c")
