@@ -20,8 +20,7 @@ import matplotlib.pyplot  # noqa: F401
 import numpy as np
 import pytest
 import torch
-from helpers.children import BEFORE, own_children
-from helpers.small_runs import SMALL, Running, draw_nothing, thin_networks
+from helpers.small_runs import BEFORE, SMALL, Running, draw_nothing, own_children, thin_networks
 from helpers.trees import ROOT, write_tree
 from PIL import Image
 

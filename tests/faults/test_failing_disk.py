@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.kill_driver import same, state
-from helpers.shell import shell
-from helpers.small_runs import SMALL
+from helpers.small_runs import SMALL, shell
 
 pytestmark = [
     pytest.mark.faults,

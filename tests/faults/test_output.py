@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.shell import shell
-from helpers.small_runs import SMALL, Running, progress
+from helpers.small_runs import SMALL, Running, progress, shell
 from helpers.trees import ROOT
 
 pytestmark = pytest.mark.faults

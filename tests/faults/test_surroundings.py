@@ -5,8 +5,7 @@ import os
 import shutil
 
 import pytest
-from helpers.shell import shell
-from helpers.small_runs import SMALL
+from helpers.small_runs import SMALL, shell
 from helpers.trees import ROOT
 
 from utils.runs import checkpoint

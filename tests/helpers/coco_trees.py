@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from utils.data.coco import locate
+from utils.data.coco_dataset import load_split
+
 DIGITS = [f"digit {n}" for n in range(5)]
 NETWORK = ("-a", "retinanet", "-b", "eca_resnet18", "--min-size", 64, "--max-size", 64, "-j", 0)
 SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 40.0, 10.0, 40.0]]
@@ -46,3 +49,17 @@ def write_tree(
     }
     (root / "annotations" / f"instances_{part}2017.json").write_text(json.dumps(content))
     return root
+
+
+def split_of(root, annotations, masks=True, images=3, **kwargs):
+    """The split that is read from a tree."""
+    return load_split(locate(write_tree(root, annotations, images), "val"), masks, **kwargs)
+
+
+def edit(root, change):
+    """Changes a tree's annotations; returns where they are."""
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return locate(root, "val")

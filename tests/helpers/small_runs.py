@@ -2,15 +2,19 @@
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from helpers.trees import ROOT
 from PIL import Image
 
 from models import eca_resnet, registry
@@ -101,3 +105,27 @@ def progress(folder: Path, name: str = "last.pth") -> dict:
 def place(folder: Path, name: str = "last.pth") -> tuple[int, int]:
     found = progress(folder, name)
     return found["epoch"], found["step"]
+
+
+def shell(folder: Path, line: str, **variables: str) -> subprocess.CompletedProcess:
+    """Runs a line of bash in `folder`; in it `$PY main.py` starts one of our scripts."""
+    return subprocess.run(
+        ["bash", "-c", line.replace("$PY ", f"'{sys.executable}' {ROOT}/")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+    )
+
+
+BEFORE: set[BaseProcess] = set()  # those that ran as the test began; conftest notes them
+
+
+def own_children() -> list[BaseProcess]:
+    """Not by is_alive(): where a pool's thread took the exit status first, it says yes for ever."""
+    return [c for c in multiprocessing.active_children() if c not in BEFORE and not gone(c)]
+
+
+def gone(child: BaseProcess) -> bool:
+    return bool(wait([child.sentinel], 0))

@@ -3,11 +3,17 @@
 import copy
 import itertools
 
+import pytest
 import torch
 from torch import nn
 
 from models.eca_module import ECALayer
 from models.fused.block_tail import block_tail, can_fuse, fused_tail
+from models.fused.cpu_passes import BuildError, library
+
+needs_compiler = pytest.mark.skipif(
+    isinstance(library(), BuildError), reason=f"no compiled passes: {library()}"
+)
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 FORMS = list(itertools.product((True, False), repeat=3))  # ECA, residual, activation

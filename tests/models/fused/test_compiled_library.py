@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.compiler import needs_compiler
+from helpers.tail_cases import needs_compiler
 
 import models
 from models.fused import cpu_passes

@@ -5,8 +5,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.compiler import needs_compiler
-from helpers.tail_cases import FORMATS, FORMS, assert_close, make_input, make_modules, run
+from helpers.tail_cases import (
+    FORMATS,
+    FORMS,
+    assert_close,
+    make_input,
+    make_modules,
+    needs_compiler,
+    run,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

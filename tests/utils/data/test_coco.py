@@ -4,8 +4,7 @@ import json
 import re
 
 import pytest
-from helpers.coco_splits import edit, split_of
-from helpers.coco_trees import annotation, write_tree
+from helpers.coco_trees import annotation, edit, split_of, write_tree
 
 from utils.command_line.parser import parser_of
 from utils.config.detection import DetectionConfig, DetectionRecipe

@@ -1,8 +1,7 @@
 """A COCO split: classes, targets, mirroring, images that are not as it says."""
 
 import torch
-from helpers.coco_splits import edit, split_of
-from helpers.coco_trees import annotation, write_tree
+from helpers.coco_trees import annotation, edit, split_of, write_tree
 from PIL import Image
 
 from utils.data.coco import locate

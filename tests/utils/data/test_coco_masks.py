@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.coco_splits import split_of
-from helpers.coco_trees import SQUARE, annotation
+from helpers.coco_trees import SQUARE, annotation, split_of
 from pycocotools import mask as pycocotools
 
 from utils.data import coco_masks

@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
-from helpers.children import own_children
 from helpers.loader_passes import CPU, RECIPE, train_pass
+from helpers.small_runs import own_children
 
 from utils.data import loader
 from utils.data.decoding import BrokenImageError

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from helpers.children import own_children
+from helpers.small_runs import own_children
 
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.processes import shared
