@@ -185,10 +185,13 @@ def draw(runs: Sequence[Run]) -> bytes:
                 x, y = [row["epoch"] for row in points], [row[column] for row in points]
                 style = ("-", "--", ":", "-.")[i // len(CURVES) % 4]
                 colour = CURVES[i % len(CURVES)]
-                axis.plot(x, y, style, marker="o", ms=3, color=colour, label=short(name, 60))
+                look = {"ms": 3, "color": colour, "label": short(name, 60), "clip_on": False}
+                axis.plot(x, y, style, marker="o", **look)
             axis.set(title=panel_title(column), xlabel="Epoch")
             if column.endswith("loss"):
                 axis.set_yscale("log")
+            else:
+                axis.set_ylim(top=min(100.0, axis.get_ylim()[1]))
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         handles, labels = axes[0, 0].get_legend_handles_labels()
         across = max(1, min(4, len(runs), 110 // (8 + max(map(len, labels)))))

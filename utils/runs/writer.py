@@ -430,8 +430,11 @@ def draw_curves(
             if best is not None:
                 axis.axvline(best + 1, color=GREY, linestyle=":", zorder=0)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            if any(axis.get_legend_handles_labels()):
-                axis.legend()
+            if panel.unit.endswith("(%)"):
+                axis.set_ylim(top=min(100.0, axis.get_ylim()[1]))
+            if handles := axis.get_legend_handles_labels()[0]:
+                columns = min(2, len(handles))
+                axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         note = "" if best is None else f"\ndotted: the best epoch, {best + 1}"
@@ -446,7 +449,9 @@ def _draw_curve(axis: Any, panel: Panel, curve: Curve, history: Sequence[Row]) -
     points = [(row["epoch"] + 1, row[curve.column]) for row in own]
     if points:
         label = curve.label and f"{curve.label} {panel.last.format(points[-1][1])}"
-        axis.plot(*zip(*points, strict=True), "o-", ms=3, color=curve.colour, label=label)
+        axis.plot(
+            *zip(*points, strict=True), "o-", ms=3, color=curve.colour, label=label, clip_on=False
+        )
     return [value for _, value in points if math.isfinite(value)]
 
 
@@ -478,6 +483,11 @@ def command(*arguments: object) -> str:
         return f"{launcher} --nproc-per-node={ranks} {own}"
     # The rest differs from node to node, and from start to start.
     return f"{launcher} --nnodes={nodes} --nproc-per-node={ranks} … {own}"
+
+
+def tool(module: str, *arguments: object) -> str:
+    """Returns a command line for one of the tools."""
+    return f"{_interpreter()} -m {shlex.join([module, *map(str, arguments)])}"
 
 
 def _program(name: str, module: str) -> str:
