@@ -25,6 +25,7 @@ from utils.data import demo_shapes
 from utils.data.coco_dataset import CocoDataset
 from utils.data.coco_eval import Result, write_results
 from utils.data.loader import check_readable, end_workers
+from utils.inspection import report
 from utils.inspection.drawing import draw_first_batch, write_picture
 from utils.runs import folder as runs
 from utils.runs.checkpoint import Checkpoint
@@ -176,6 +177,8 @@ def evaluate_checkpoint(config: DetectionConfig, saved: Checkpoint, context: Con
     backends.configure(False, context.device, one_shape=False)
     check_new_file(config.run.results_json)
     check_new_file(config.run.picture)
+    if config.run.report and config.run.output is None:
+        report.own_report_folder(saved.file.parent)  # refused before the evaluation
     sizes = {name: config.typed[name] for name in ("min_size", "max_size") if name in config.typed}
     network = saved.detector(**sizes)
     paths = paths_of("val", config.data, demo_shapes.find_root(str(config.data.data), context))
@@ -203,14 +206,15 @@ def evaluate_checkpoint(config: DetectionConfig, saved: Checkpoint, context: Con
         f"{counted(len(val.split), 'image', ',')}, {speed:,.1f} images/s",
     )
     if context.is_main:
-        write_evaluation(config, val, results, summaries, context)
+        write_evaluation(config, saved, val, results, summaries, context)
     return 0
 
 
 def write_evaluation(
     config: DetectionConfig,
+    saved: Checkpoint,
     val: ValidationSet,
-    results: list[Result],
+    results: Sequence[Result],
     summaries: Summaries,
     context: Context,
 ) -> None:
@@ -222,10 +226,14 @@ def write_evaluation(
     if run.picture:
         write_picture(Path(run.picture), val.paths, val.masks, results)
         print(f"picture written to {run.picture}")
-    if run.output and run.resume != "auto":
+    inputs = {"checkpoint": run.resume, "data": config.data.data, "images": len(val.split)}
+    output = None if run.resume == "auto" else run.output
+    if output:
         figures: dict[str, Any] = {kind: vars(summary) for kind, summary in summaries.items()}
-        inputs = {"checkpoint": run.resume, "data": config.data.data, "images": len(val.split)}
-        print(f"written to {runs.write_evaluation(run.output, {**figures, **inputs}, context)}")
+        print(f"written to {runs.write_evaluation(output, {**figures, **inputs}, context)}")
+    if run.report:
+        record = {**detection.validation_columns(summaries), **inputs}
+        print(*report.report_detector(saved, val, results, record, output, context), sep="\n")
 
 
 if __name__ == "__main__":

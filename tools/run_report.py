@@ -196,6 +196,8 @@ def _evaluation(run: Run, record: Mapping[str, Any]) -> list[Part]:
     text = f"{summary['images']:,} images of {summary['data']}, by {summary['checkpoint']}."
     parts: list[Part] = [{"text": text, "rows": figures}, *_pictures(folder)]
     for name, heading in TABLES.items():
+        if name != "classes" and not (folder / f"{name}.csv").exists():
+            continue  # of a detector
         titles, *rows = csv.reader((folder / f"{name}.csv").read_text().splitlines())
         short = [[f"{float(c):.2f}" if _is_share(c) else c for c in row] for row in rows]
         parts.append({"text": heading, "rows": short, "titles": titles})

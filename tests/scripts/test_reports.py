@@ -17,7 +17,7 @@ import models
 from utils.data.image_folder import ImageFolder, scan
 from utils.data.loader import ImageDataset
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from utils.inspection.report import EvaluatedImages, write_report
+from utils.inspection.report import EvaluatedImages, ReportMeter, write_report
 from utils.runs import checkpoint
 from utils.system.errors import EXIT_STOPPED
 from utils.training import classification
@@ -49,7 +49,9 @@ def test_an_evaluation_s_report_beside_its_checkpoint(call, run_folder, tree):
     assert (code, err[:0]) == (0, [])
     folder = run_folder / "report"
     assert {path.name for path in folder.iterdir()} == FILES
-    assert out[-1] == f"report written to {folder}: {', '.join(sorted(FILES))}"
+    assert out[-2] == f"report written to {folder}: {', '.join(sorted(FILES))}"
+    assert out[-1].endswith(f"-m tools.run_report {run_folder}")
+    assert [line.split()[0] for line in out[-6:-2]] == ["class", "a", "b", "c"]
     told = summary(folder)
     assert printed(out) == line_of(told)
     assert_follows_from_the_network(folder, run_folder / "best.pth", tree / "val")
@@ -66,7 +68,7 @@ def test_an_evaluation_s_report_beside_its_checkpoint(call, run_folder, tree):
 def assert_follows_from_the_network(folder, weights, val):
     """The report's figures, by a loop over the images in float64."""
     saved = checkpoint.load(weights)
-    network = models.create_model(saved["arch"], num_classes=3)
+    network = models.create_model(saved["arch"], num_classes=3, **saved["model_kwargs"])
     network.load_state_dict(saved["state_dict"])
     network.double().eval()
     images = scan(str(val))
@@ -142,12 +144,12 @@ def test_training_ends_with_the_report_of_its_best_epoch(call, tree, tmp_path):
 
 
 def test_a_report_that_is_asked_to_stop_leaves_a_saved_run(call, tree, tmp_path, monkeypatch):
-    judge = classification.evaluate
+    evaluate = classification.evaluate
 
     def stopping(*arguments):
-        if len(arguments) == 6:  # with a meter: that of the report
+        if isinstance(arguments[2], ReportMeter):
             signal.raise_signal(signal.SIGTERM)
-        return judge(*arguments)
+        return evaluate(*arguments)
 
     monkeypatch.setattr(classification, "evaluate", stopping)
     code, out, _ = call(*SMALL, "--epochs", 1, "--output", "run", tree, "--report")

@@ -228,6 +228,11 @@ class DetectionRun(RunSettings):
         needs={"evaluate": (True,)},
         help="with -e: draw detections beside the ground truth of some images"
     )
+    report: bool = run_flag(
+        "--report", default=False, kind=SWITCH, saved=False, needs={"evaluate": (True,)},
+        help="with -e: write AP, AP50 and recall by class, precision-recall curves and the worst "
+        "images to report/, in --output or beside the run's checkpoint"
+    )
     # fmt: on
 
 

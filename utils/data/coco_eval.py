@@ -55,6 +55,25 @@ class Summary:
     per_class: dict[str, float]
 
 
+@dataclass(frozen=True)
+class ClassPrecisions:
+    """Holds COCO's figures of each class, (C,) from 0 to 1; -1 where a class has no object.
+
+    Attributes:
+        names: of the classes.
+        objects: (C,) int64, without crowds.
+        ap: over IoU 0.50 to 0.95.
+        recall: at IoU 0.50 with 100 detections an image.
+        precision: (C, 101) at IoU 0.50, at a recall of 0, 0.01, …, 1. Its mean is AP50.
+    """
+
+    names: list[str]
+    objects: np.ndarray
+    ap: np.ndarray
+    recall: np.ndarray
+    precision: np.ndarray
+
+
 def to_results(
     detections: dict[str, torch.Tensor],
     image_id: int,
@@ -217,10 +236,30 @@ class GroundTruth:
             backend: one of `BACKENDS`; None for the first that is installed.
         """
         coco, evaluator = find_backend(backend)
-        with contextlib.redirect_stdout(io.StringIO()):  # both narrate
-            return {kind: self._summary(coco, evaluator, results, kind) for kind in self.kinds}
+        return {
+            kind: self._summary(self._evaluated(coco, evaluator, results, kind))
+            for kind in self.kinds
+        }
 
-    def _summary(self, coco: type, evaluator: type, results: list[Result], kind: str) -> Summary:
+    def by_class(
+        self, results: list[Result], backend: str | None = None
+    ) -> dict[str, ClassPrecisions]:
+        """Returns each class's figures of "bbox" and, with masks, of "segm"; see `evaluate`."""
+        coco, evaluator = find_backend(backend)
+        figures = {}
+        for kind in self.kinds:
+            evaluation = self._evaluated(coco, evaluator, results, kind).eval
+            # IoU, recall, class of precision; IoU, class of recall: of all sizes, 100 detections.
+            precision = np.asarray(evaluation["precision"])[..., 0, -1]
+            recall = np.asarray(evaluation["recall"])[0, :, 0, -1]
+            there = [a["category_id"] - 1 for a in self.annotations[kind] if not a["iscrowd"]]
+            objects = np.bincount(there, minlength=len(self.names))
+            ap = precision.mean((0, 1))
+            figures[kind] = ClassPrecisions(self.names, objects, ap, recall, precision[0].T)
+        return figures
+
+    def _evaluated(self, coco: type, evaluator: type, results: list[Result], kind: str) -> Any:
+        """Returns a backend's evaluation, summed up."""
         truth = self._indexed(coco, self.annotations[kind])
         # Without "bbox" a mask's size class goes by its pixels, with it by its box's area.
         shape = "segmentation" if kind == "segm" else "bbox"
@@ -234,11 +273,15 @@ class GroundTruth:
             for result in results
         ]
         # pycocotools cannot load an empty list.
-        detections = truth.loadRes(plain) if plain else self._indexed(coco, [])
-        evaluation = evaluator(truth, detections, kind)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+        with contextlib.redirect_stdout(io.StringIO()):  # both narrate
+            detections = truth.loadRes(plain) if plain else self._indexed(coco, [])
+            evaluation = evaluator(truth, detections, kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return evaluation
+
+    def _summary(self, evaluation: Any) -> Summary:
         figures = {name: float(v) for name, v in zip(FIGURES, evaluation.stats, strict=False)}
         precision = np.asarray(evaluation.eval["precision"])[..., 0, -1]  # IoU, recall, class
         per_class = {}

@@ -180,18 +180,23 @@ def side_by_side(
 
 
 def write_picture(
-    path: Path, paths: CocoPaths, masks: bool, results: Sequence[Result], count: int = PICTURED
+    path: Path,
+    paths: CocoPaths,
+    masks: bool,
+    results: Sequence[Result],
+    images: Sequence[int] = range(PICTURED),
 ) -> None:
-    """Draws the first `count` images of a data set, ground truth left and predictions right.
+    """Draws images of a data set, ground truth left and predictions right.
 
     Args:
         paths: of the data set.
         masks: whether they are drawn, too.
         results: in COCO's format, of these images among others.
+        images: their numbers in the data set; those beyond it are left out.
     """
     split = load_split(paths, masks, drop_crowds=False)
     dataset = CocoDataset(split, first_label=0)
-    samples = [dataset[(0, index)] for index in range(min(count, len(split)))]
+    samples = [dataset[(0, index)] for index in images if index < len(split)]
     readable = [sample for sample in samples if not isinstance(sample, BrokenImageError)]
     predictions = []
     for _, _, image_id in readable:

@@ -1,6 +1,5 @@
 """Evaluates a classifier, and writes the figures and the report of the evaluation."""
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -12,7 +11,7 @@ from torch import nn
 from utils.config.classification import Config
 from utils.data.image_folder import ImageFolder
 from utils.data.loader import Batch
-from utils.inspection.report import ReportMeter, write_report
+from utils.inspection.report import ReportMeter, own_report_folder, report_lines, write_report
 from utils.runs import checkpoint
 from utils.runs import folder as runs
 from utils.runs.checkpoint import Checkpoint
@@ -20,7 +19,6 @@ from utils.runs.resume import AUTO, Start
 from utils.runs.writer import RunFiles, command
 from utils.system import backends, distributed
 from utils.system.distributed import Context
-from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.signals import StopRequest
 from utils.training import classification, classifier
 from utils.training.classification import ClassificationMeter
@@ -43,7 +41,7 @@ def evaluate_and_write(
     own_folder = run.resume == AUTO or run.output is None
     folder = None
     if reports:
-        folder = _own_report_folder(saved.file.parent) if own_folder else Path(run.output or "")
+        folder = own_report_folder(saved.file.parent) if own_folder else Path(run.output or "")
     kind = ReportMeter if reports else ClassificationMeter
     meter = kind(context.device, len(data.images.classes))
     figures, seconds = evaluate_shown(network, data, config, context, meter)
@@ -153,21 +151,6 @@ def how_to_report(config: Config, start: Start) -> list[str]:
     return [f"  report: {command('-e', '--resume', source, config.data.data, '--report')}"]
 
 
-def _own_report_folder(folder: Path) -> Path | None:
-    """Returns the folder of the checkpoint's run, None where the checkpoint is in no run's folder.
-
-    Raises:
-        UserError: no report can be written there; said before the evaluation.
-    """
-    if not (folder / runs.LOCK).exists():  # somebody else's folder, and nobody's to write to
-        return None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{folder}: cannot write a report there (no permission); give --output DIR", EXIT_FAILED
-        )
-    return folder
-
-
 def _report(
     meter: ReportMeter,
     images: ImageFolder,
@@ -190,5 +173,4 @@ def _report(
     if folder is None:
         folder = runs.create(runs.run_name(arch, "report"))
     record |= runs.environment(context)
-    written = write_report(folder, evaluated, images, arch, record)
-    print(f"report written to {written}: {', '.join(sorted(p.name for p in written.iterdir()))}")
+    print(*report_lines(write_report(folder, evaluated, images, arch, record)), sep="\n")

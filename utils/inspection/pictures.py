@@ -10,7 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from utils.system.style import GREY, MAIN, PLAIN, SECOND, plain_name, png, scaled, styled
+from utils.system.style import CURVES, GREY, MAIN, PLAIN, SECOND, plain_name, png, scaled, styled
 from utils.system.text import short
 
 SIDE = 448  # pixels of a picture's longer side beside its map
@@ -188,6 +188,35 @@ def draw_pairs(pairs: Sequence[Sequence[float]], names: Sequence[str], title: st
         axis.grid(axis="y", visible=False)
         if not shown:
             axis.text(65, 0, "no image was taken for another class", ha="center", va="center")
+        figure.suptitle(title)
+        return png(figure, colours=256)
+
+
+def draw_precision_recall(
+    precision: np.ndarray, names: Sequence[str], title: str, most: int = 7
+) -> bytes:
+    """Draws the precision over the recall of each class, and their mean. Returns a PNG.
+
+    Args:
+        precision: (C, R) at R recalls from 0 to 1; below 0 for a class without an object.
+        most: classes with the lowest mean precision that have a colour and a name.
+    """
+    there = np.flatnonzero(precision[:, 0] >= 0)
+    there = there[np.argsort(precision[there].mean(1), kind="stable")]
+    recall = np.linspace(0, 100, precision.shape[1])
+    with styled():
+        figure, axis = plt.subplots(figsize=(7.4, 4.2), layout="constrained")
+        axis.set(xlabel="Recall (%)", ylabel="Precision (%)", xlim=(0, 100), ylim=(0, 100))
+        for i in there[most:]:
+            axis.plot(recall, 100 * precision[i], color="#d0d7de", lw=0.8)
+        for i, colour in zip(there[:most], CURVES[1:], strict=False):
+            label = f"{short(plain_name(names, i), SIDE_NAME)} {100 * precision[i].mean():.1f}"
+            axis.plot(recall, 100 * precision[i], color=colour, label=label, clip_on=False)
+        if len(there):
+            mean = 100 * precision[there].mean(0)
+            label = f"all {len(there)} classes {mean.mean():.1f}"
+            axis.plot(recall, mean, color=MAIN, lw=3, label=label, clip_on=False)
+            figure.legend(loc="outside right upper", title="AP50 (%), lowest first")
         figure.suptitle(title)
         return png(figure, colours=256)
 

@@ -7,12 +7,13 @@ and an empty cell for a figure that is not defined. Tests compare the figures wi
 import csv
 import io
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,13 +23,20 @@ from torch.nn import functional as F
 from utils.data.decoding import BrokenImageError, read_image
 from utils.data.image_folder import ImageFolder
 from utils.runs import folder as runs
+from utils.runs.checkpoint import Checkpoint
+from utils.runs.writer import tool
 from utils.system import distributed
+from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically
 from utils.system.style import MEDIUM_CELL, RIGHT, WRONG, Cell, draw_grid, drawable, plain_name
-from utils.system.text import cell, printable
+from utils.system.text import cell, columns, printable
 from utils.training.classification import ClassificationMeter, ranked
 from utils.training.state import wide
+
+if TYPE_CHECKING:
+    from utils.data.coco_dataset import CocoSplit
+    from utils.training.detection_data import ValidationSet
 
 BINS = 15  # of the calibration, as in Guo et al. 2017
 WHOLE_MATRIX = 1000  # classes up to which confusion.csv is written: beyond, it would be huge
@@ -38,6 +46,11 @@ COLUMNS = {
     "calibration": "above up_to images confidence accuracy",
     "worst_images": "rank path true predicted probability_of_predicted probability_of_true loss",
 }
+SAID = ("class", "support", "objects", "precision", "recall", "f1", "top5")  # on the terminal, and
+SAID += ("box_AP", "box_AP50", "box_recall", "mask_AP", "mask_AP50", "mask_recall")
+FEW = 10  # classes that are said of many
+LEAST_SCORE = LEAST_IOU = 0.5  # of a detection that counts, and that finds an object
+PAIRED = 8  # worst images of a detector in the picture
 NONE = -1  # the predicted class where the logits are not finite
 FOLDER, SUMMARY = "report", "report.json"
 LISTED, DRAWN = 1000, 24  # worst images in the table, and in the picture
@@ -447,3 +460,141 @@ def new_folder(parent: Path) -> Path:
 def _end(text: str, most: int) -> str:
     """Returns a path's last characters: they tell more than the first."""
     return text if len(text) <= most else f"…{text[1 - most :]}"
+
+
+def own_report_folder(folder: Path) -> Path | None:
+    """Returns the folder of the checkpoint's run, None where the checkpoint is in no run's folder.
+
+    Raises:
+        UserError: no report can be written there; said before the evaluation.
+    """
+    if not (folder / runs.LOCK).exists():  # somebody else's folder, and nobody's to write to
+        return None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{folder}: cannot write a report there (no permission); give --output DIR", EXIT_FAILED
+        )
+    return folder
+
+
+def report_lines(folder: Path) -> list[str]:
+    """Returns what a report says on the terminal: its classes, its files, and how to see it.
+
+    Of many classes those with the lowest F1 (or AP50, of a detector) are shown.
+    """
+    rows = list(csv.DictReader((folder / "classes.csv").read_text("utf-8").splitlines()))
+    titles = [title for title in SAID if title in rows[0]]
+    by = next(title for title in ("f1", "box_AP50") if title in titles)
+    there = [row for row in rows if row[titles[1]] != "0"]
+    shown = there
+    if len(there) > FEW:
+        shown = sorted(there, key=lambda row: float(row[by] or 0))[:FEW]
+    body = [
+        [row["class"], *(f"{float(v):.2f}" if "." in v else v or "-" for v in values)]
+        for row in shown
+        if (values := [row[title] for title in titles[1:]])
+    ]
+    files = ", ".join(sorted(path.name for path in folder.iterdir()))
+    lines = [columns([titles, *body]), f"report written to {folder}: {files}"]
+    if len(there) > FEW:
+        lines.insert(0, f"the {FEW} of {len(there):,} classes with the lowest {by}:")
+    if (folder.parent / "args.json").is_file():
+        lines.append(f"  page: {tool('tools.run_report', folder.parent)}")
+    return lines
+
+
+def detection_faults(split: "CocoSplit", results: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Returns (n, 2) of each image: objects that were missed, and false detections.
+
+    Detections with a score of at least 0.5 count, the surest first; each takes the object of its
+    class with the highest IoU that is free, if that is at least 0.5.
+    """
+    from torchvision.ops import box_iou  # slow to import
+
+    label_of = {key: label for label, key in enumerate(split.category_ids)}
+    of_image: dict[int, list[Mapping[str, Any]]] = {}
+    for result in results:
+        if result["score"] >= LEAST_SCORE:
+            of_image.setdefault(result["image_id"], []).append(result)
+    faults = np.zeros((len(split), 2), np.int64)
+    for number, image_id in enumerate(split.image_ids):
+        span = slice(int(split.starts[number]), int(split.starts[number + 1]))
+        own = sorted(of_image.get(image_id, ()), key=lambda result: -result["score"])
+        boxes = torch.tensor([result["bbox"] for result in own]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        overlap = box_iou(boxes, torch.from_numpy(split.boxes[span]).to(boxes)).numpy()
+        labels = np.array([label_of[result["category_id"]] for result in own], np.int64)
+        overlap[labels[:, None] != split.labels[span]] = 0
+        for row in overlap:
+            if row.size and row.max() >= LEAST_IOU:
+                overlap[:, row.argmax()] = 0  # taken
+            else:
+                faults[number, 1] += 1
+        faults[number, 0] = span.stop - span.start - (len(own) - faults[number, 1])
+    return faults
+
+
+def report_detector(
+    saved: Checkpoint,
+    val: "ValidationSet",
+    results: Sequence[Mapping[str, Any]],
+    record: Mapping[str, Any],
+    output: str | None,
+    context: Context,
+) -> list[str]:
+    """Writes a detector's report below `output`, or beside its run's checkpoint, or in runs/.
+
+    Args:
+        results: the detections in COCO's format.
+        record: "images", "data", and COCO's figures.
+
+    Returns:
+        Lines to say.
+    """
+    arch, folder = str(saved.contents["arch"]), Path(output) if output else None
+    folder = folder or own_report_folder(saved.file.parent)
+    folder = folder or runs.create(runs.run_name(arch, "report"))
+    record = {**record, "arch": arch, "checkpoint": str(saved.file), **runs.environment(context)}
+    return report_lines(write_detection_report(folder, val, results, record))
+
+
+def write_detection_report(
+    parent: Path,
+    val: "ValidationSet",
+    results: Sequence[Mapping[str, Any]],
+    record: Mapping[str, Any],
+) -> Path:
+    """Writes a detector's report into `parent`/report, or report-2 and so on, as `write_report`."""
+    from utils.data.coco_dataset import load_split
+    from utils.data.coco_eval import KINDS
+    from utils.inspection import pictures
+    from utils.inspection.drawing import write_picture
+
+    by_class, title = val.truth.by_class(list(results)), f"{record['arch']}, IoU 0.50"
+    boxes = by_class["bbox"]
+    names = [printable(name) for name in boxes.names]
+    rows: list[list[object]] = [
+        [i, cell(name), n] for i, (name, n) in enumerate(zip(names, boxes.objects, strict=True))
+    ]
+    titles, files = ["number", "class", "objects"], {}
+    for kind, figures in by_class.items():
+        titles += [f"{KINDS[kind]}_{name}" for name in ("AP", "AP50", "recall")]
+        values = np.stack([figures.ap, figures.precision.mean(1), figures.recall], axis=1)
+        for row, of_class in zip(rows, values, strict=True):
+            row += ["" if value < 0 else _percent(value) for value in of_class]
+        drawn = pictures.draw_precision_recall(figures.precision, names, f"{KINDS[kind]}: {title}")
+        files[f"{KINDS[kind]}_precision_recall.png"] = drawn
+    split = load_split(val.paths)
+    faults = detection_faults(split, results)
+    worst = np.argsort(-faults.sum(1), kind="stable")[:LISTED]
+    lines = (
+        [rank, cell(printable(split.file_names[i])), *faults[i]] for rank, i in enumerate(worst, 1)
+    )
+    files["worst_images.csv"] = csv_file(["rank", "path", "missed", "false"], lines)
+    files["classes.csv"] = csv_file(titles, rows)
+    target = new_folder(parent)
+    write_picture(target / "worst_images.png", val.paths, val.masks, results, worst[:PAIRED])
+    for name, data in files.items():
+        write_atomically(target / name, data)
+    runs.write_json(target / SUMMARY, record)
+    return target
