@@ -33,7 +33,7 @@ RUN = {"optimizer", "scaler", "progress", "history", "recipe", "args", "seed", "
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
 MORE = 4  # times the file's size: what shared tensors and an averaged copy may come to
 SLACK = 2**20  # bytes: small files may repeat small tensors
-VALUES = 3_000_000  # counted where they stand: a list that is held twice counts twice
+VALUES = 3_000_000  # counted where they stand: a list that stands twice counts twice
 HOLDERS = (Tensor, Mapping, list, tuple, set)
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -187,8 +187,8 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
             return msgspec.convert({**contents, "file": file, "contents": contents, **more}, cls)
         except msgspec.ValidationError as error:
             what, _, where = str(error).partition(" - at ")
-            found = re.search(r"\$\.(.*)`", where)
-            field = f"the field {printable(found[1])} " if found else ""
+            path = re.search(r"\$\.(.*)`", where)
+            field = f"the field {printable(path[1])} " if path else ""
             raise UserError(
                 f"{printable(file)}: {field}cannot be used ({what}); give a checkpoint as the "
                 "scripts write it"

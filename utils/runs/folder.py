@@ -48,14 +48,14 @@ def run_name(*parts: str | None) -> str:
     return name
 
 
-def check_output(output: str | None, found: Path | None = None) -> None:
+def check_output(output: str | None, resumed: Path | None = None) -> None:
     """Refuses, before any work, an --output that `open_folder` would refuse. Makes nothing.
 
     Raises:
         UserError: as `create`.
         OSError: a name that is too long.
     """
-    if _goes_on(output, found):
+    if _goes_on(output, resumed):
         return
     folder = RUNS if output is None else Path(output)
     if output is not None and folder.is_dir() and any(folder.iterdir()):
@@ -96,26 +96,26 @@ def create(name: str, output: str | None = None) -> Path:
             except FileExistsError:
                 number += 1
     except OSError as error:
-        place = output or RUNS
+        target = output or RUNS
         raise UserError(
-            f"{place}: cannot write there ({error.strerror}); choose another --output", EXIT_FAILED
+            f"{target}: cannot write there ({error.strerror}); choose another --output", EXIT_FAILED
         ) from None
 
 
-def open_folder(name: str, output: str | None, found: Path | None) -> Path:
+def open_folder(name: str, output: str | None, resumed: Path | None) -> Path:
     """Opens the folder that a run writes to: a resumed run's own, else a new one.
 
     Args:
         output: --output.
-        found: where --resume looked. Without a checkpoint in it, that run was killed before its
-            first one, and is begun again in its place; but a folder that no run has locked is
-            somebody else's, and never written to.
+        resumed: the folder in which --resume looked. Without a checkpoint in it, that run was
+            killed before its first one, and is begun again there; but a folder that no run has
+            locked is somebody else's, and never written to.
 
     Raises:
         UserError: see `create`; or a resumed run is sent to another folder that is in use.
     """
-    if found is not None and _goes_on(output, found):
-        return found
+    if resumed is not None and _goes_on(output, resumed):
+        return resumed
     return create(name, output)
 
 
@@ -299,11 +299,11 @@ def _last_saved(folder: Path) -> float | None:
     return max(times, default=None)
 
 
-def _goes_on(output: str | None, found: Path | None) -> bool:
-    """Returns whether the run writes to `found`, the folder of an earlier run."""
-    if found is None or not (output is None or Path(output).resolve() == found.resolve()):
+def _goes_on(output: str | None, resumed: Path | None) -> bool:
+    """Returns whether the run writes to `resumed`, the folder of an earlier run."""
+    if resumed is None or not (output is None or Path(output).resolve() == resumed.resolve()):
         return False
-    return (found / LOCK).exists()
+    return (resumed / LOCK).exists()
 
 
 def _trains_detector(folder: Path) -> bool | None:

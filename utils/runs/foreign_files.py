@@ -123,8 +123,8 @@ def needs_code(path: Path, error: Exception) -> str:
     Args:
         error: what `torch.load(weights_only=True)` raised; it names the first class that it met.
     """
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    holds = f"an object of {found[1]}" if found else "objects"
+    name = re.search(r"GLOBAL ([\w.]+)", str(error))
+    holds = f"an object of {name[1]}" if name else "objects"
     return (
         f"{path}: holds {holds}, which needs code to be loaded, and a stranger's file could abuse "
         f"that; refused. Ask for a file of plain tensors: {SAVE_WEIGHTS}"
@@ -147,9 +147,9 @@ def check_safetensors(data: bytes, state_dict: Mapping[str, Tensor], name: str) 
     """
     from safetensors.torch import load
 
-    held = load(data)
-    differing = sorted(held.keys() ^ state_dict.keys())
-    differing += [k for k in held.keys() & state_dict.keys() if not _same(held[k], state_dict[k])]
+    read = load(data)
+    differing = sorted(read.keys() ^ state_dict.keys())
+    differing += [k for k in read.keys() & state_dict.keys() if not _same(read[k], state_dict[k])]
     if differing:
         raise UserError(
             f"{name} does not hold the checkpoint's {differing[0]}: not written", EXIT_FAILED

@@ -92,7 +92,7 @@ def read(
 
     Args:
         resume, name, output, evaluate: as in `find`; `resume` may be None.
-        pretrained: what -e takes in its place, and what "auto" begins with where it finds nothing.
+        pretrained: what -e takes instead, and what "auto" begins with where there is nothing yet.
         start_epoch: --start-epoch.
         arch: the network, by which `pretrained` may name published weights.
 
@@ -100,7 +100,7 @@ def read(
         It and the run folder to go on in; each may be None.
 
     Raises:
-        UserError: nothing to evaluate, weights alone where a run is wanted, other weights than the
+        UserError: nothing to evaluate, weights alone to train on from, other weights than the
             run's, an --output that is in use, or as in `find`.
     """
     if pretrained is not None and resume is not None and (evaluate or resume != AUTO):
@@ -175,7 +175,7 @@ def check_output(
     """Refuses --output before any work, on rank 0 alone, which is the one that writes.
 
     Args:
-        output: the folder that was asked for, or None.
+        output: the folder that --output names, or None.
         folder: that of the run which goes on, or None.
         evaluate: nothing is trained: the folder gets the figures alone.
         resume: what was resumed; with "auto" the folder is that of the run, and gets nothing.
@@ -187,7 +187,7 @@ def check_output(
         return
     if not evaluate:
         run_folder.check_output(output, folder)
-    elif resume != AUTO:  # with "auto" it is where the run was found, and nothing is written
+    elif resume != AUTO:  # with "auto" it is the run's own folder, and nothing is written
         check_free(output)
 
 
@@ -269,10 +269,10 @@ def refuse_changes(
     Args:
         run: that goes on.
         recipe: the saved one with this start's flags.
-        seed: as given on the command line, or None.
+        seed: of the command line, or None.
         train_images, train_digest: how many there are now, and the `digest` of their names and
             labels; a run of before there were digests is compared by the number alone.
-        at_epoch: --start-epoch, which gives up the place inside an epoch.
+        at_epoch: --start-epoch, which leaves the position inside an epoch.
         can_begin: whether the script has --start-epoch.
 
     Returns:

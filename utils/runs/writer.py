@@ -167,7 +167,7 @@ class RunFiles:
         """Refuses a folder to which another process has written since `saved` was read."""
         try:
             last = Checkpoint.read(self.checkpoints.last).run
-        except UserError:  # none, or damaged: nothing newer than what was found then
+        except UserError:  # none, or damaged: nothing newer than what was read then
             return
         if last is not None and (saved is None or last.position != saved.position):
             epoch, step = last.position
@@ -244,7 +244,7 @@ class RunFiles:
         """Returns the closing lines: the result, and the commands that a user wants next.
 
         Args:
-            result: words on the best epoch.
+            result: a line on the best epoch.
             has_best: there is one.
             data: as the command line named it.
             early: training ended by --early-stop, before the last epoch.
@@ -464,10 +464,10 @@ def look_line(folder: Path) -> str:
 
 def device_flags() -> list[str]:
     """Returns the flags that chose this process's device; checkpoints do not hold them."""
-    words = sys.argv[1:]
+    typed = sys.argv[1:]
     return [
         word
-        for word, former in zip(words, ["", *words], strict=False)
+        for word, former in zip(typed, ["", *typed], strict=False)
         if word.partition("=")[0] in DEVICE_FLAGS or former in DEVICE_FLAGS
     ]
 
@@ -501,9 +501,9 @@ def _interpreter() -> str:
 
     Of `make demo` it is the one in .venv, which nobody has activated.
     """
-    own, found = Path(sys.executable), shutil.which("python")
+    own, usual = Path(sys.executable), shutil.which("python")
     # Not resolved: every virtual environment's Python is a link to the same file.
-    if found and Path(found).parent == own.parent and Path(found).samefile(own):
+    if usual and Path(usual).parent == own.parent and Path(usual).samefile(own):
         return "python"
     with contextlib.suppress(ValueError):
         own = own.relative_to(Path.cwd())

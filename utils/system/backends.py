@@ -51,7 +51,7 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager:
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
-TOP_PAD = 64 << 20  # bytes that are asked of the system at a time
+TOP_PAD = 64 << 20  # bytes that are taken from the system at a time
 
 
 def keep_freed_memory() -> bool:
@@ -71,6 +71,6 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     largest = 2**31 - 1
-    wanted = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, largest), (M_TOP_PAD, TOP_PAD))
-    taken = [mallopt(name, value) for name, value in wanted]  # all of them, whatever the first says
+    options = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, largest), (M_TOP_PAD, TOP_PAD))
+    taken = [mallopt(name, value) for name, value in options]  # each, whatever the first says
     return all(taken)

@@ -79,9 +79,9 @@ def setup(device: str = "auto", gpu: int | None = None) -> Context:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: not a device; try cpu, cuda, cuda:0 or mps")
     if launched and (gpu is not None or ":" in device):
-        given = f"--device {device}" if gpu is None else f"--gpu {gpu}"
+        typed = f"--device {device}" if gpu is None else f"--gpu {gpu}"
         raise UserError(
-            f"torchrun chooses each process's GPU: leave {given} out, and choose among them with "
+            f"torchrun chooses each process's GPU: leave {typed} out, and choose among them with "
             "CUDA_VISIBLE_DEVICES"
         )
     if gpu is not None:
@@ -92,27 +92,27 @@ def setup(device: str = "auto", gpu: int | None = None) -> Context:
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     kind, _, index = device.partition(":")
-    found = torch.device(kind)
+    chosen = torch.device(kind)
     if kind == "cuda":
         visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        wanted = int(os.environ.get("LOCAL_RANK", 0)) if launched else int(index or 0)
-        if wanted >= visible:
+        number = int(os.environ.get("LOCAL_RANK", 0)) if launched else int(index or 0)
+        if number >= visible:
             raise UserError(
-                f"CUDA device {wanted} asked for, {visible} visible; check nvidia-smi and "
+                f"CUDA device {number} asked for, {visible} visible; check nvidia-smi and "
                 "CUDA_VISIBLE_DEVICES, or use --device cpu"
             )
         several = not index and not launched and visible > 1
-        found = torch.device("cuda", wanted)
-        torch.cuda.set_device(found)
-    elif found.type == "mps" and not torch.backends.mps.is_available():
+        chosen = torch.device("cuda", number)
+        torch.cuda.set_device(chosen)
+    elif chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: no Apple GPU here; use --device cpu")
     if not launched:
-        parallel = tuple(range(visible)) if found.type == "cuda" and several else ()
-        return Context(found, data_parallel=parallel)
+        parallel = tuple(range(visible)) if chosen.type == "cuda" and several else ()
+        return Context(chosen, data_parallel=parallel)
     end_with_launcher()  # one that was killed leaves no runs behind
-    dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     votes: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return Context(found, dist.get_rank(), dist.get_world_size(), votes=votes)
+    return Context(chosen, dist.get_rank(), dist.get_world_size(), votes=votes)
 
 
 def on_one_gpu(context: Context) -> Context:
@@ -166,7 +166,7 @@ def _settle_buckets(wrapped: nn.parallel.DistributedDataParallel, device: torch.
     """Makes DistributedDataParallel choose its gradient buckets before the first step.
 
     It begins with all gradients in one bucket and deals them out anew in the order of the first
-    backward pass. A sum over three or more ranks depends, in its last bits, on the place in the
+    backward pass. A sum over three or more ranks depends, in its last bits, on the position in the
     bucket: the first step of a resumed run would differ from the same step of one that was never
     interrupted. Here a sum of all parameters is passed backward twice: the first time tells an
     order (the last parameter first, as in training but for branches within a block, so reductions
@@ -224,9 +224,9 @@ class _DataParallel(nn.DataParallel):
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
         def as_called(replica: nn.Module) -> Any:
-            def run(*given: Any, **named: Any) -> Any:
+            def run(*arguments: Any, **named: Any) -> Any:
                 with torch.autocast(kind, dtype=dtype, enabled=enabled):
-                    return replica(*given, **named)
+                    return replica(*arguments, **named)
 
             return run
 
@@ -349,7 +349,7 @@ class Votes:
 def device_lines(
     context: Context, amp: str, channels_last: bool, compiled: bool, tails: str = ""
 ) -> list[str]:
-    """Returns where the run takes place and how; `tails` says how the ends of blocks run."""
+    """Returns where and how the run computes; `tails` says how the ends of blocks run."""
     name = str(context.device)
     if context.device.type == "cuda":
         name = torch.cuda.get_device_name(context.device)

@@ -165,7 +165,7 @@ def _dead_worker(text: str) -> UserError:
             EXIT_FAILED,
         )
     names = {s.name: f"killed by signal: {signal.strsignal(s)}." for s in signal.Signals}
-    how = next((f" by {name}" for name, words in names.items() if words in text), "")
+    how = next((f" by {name}" for name, phrase in names.items() if phrase in text), "")
     return UserError(
         f"a loader worker was killed{how} (out of memory?): use fewer workers (-j) or a smaller "
         f"batch; {AGAIN}",

@@ -30,7 +30,7 @@ def write_atomically(
     Args:
         retire_to: where the file that now stands at `path` goes, instead of being replaced. Both
             names hold a file at any time, and never the same one: the new file takes `path` while
-            the old one is kept by a third name. (Where there are no hard links the old one moves
+            the old one has a third name. (Where there are no hard links the old one moves
             first, and `path` is empty for a moment.)
 
     Raises:
@@ -39,7 +39,7 @@ def write_atomically(
     """
     path = Path(path)
     ending = f"tmp-{secrets.token_hex(8)}"  # nobody else has this name, and none can be prepared
-    temporary, kept = (path.with_name(f".{path.name}.{part}{ending}") for part in ("", "kept."))
+    temporary, former = (path.with_name(f".{path.name}.{part}{ending}") for part in ("", "kept."))
     retired = path if retire_to is None else Path(retire_to)
     linked = moved = False
     try:
@@ -49,14 +49,14 @@ def write_atomically(
             os.fsync(file.fileno())
         if retire_to is not None and path.exists():
             try:
-                os.link(path, kept)
+                os.link(path, former)
                 linked = True
             except OSError:  # file systems without hard links
                 os.replace(path, retired)
                 moved = True
         os.replace(temporary, path)
         if linked:
-            os.replace(kept, retired)
+            os.replace(former, retired)
         _fsync_folder(path.parent)
     except OSError as error:
         # What undoes the rest may fail as well, on a disk that has just become read-only, say.
@@ -64,8 +64,8 @@ def write_atomically(
             temporary.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             if linked:
-                os.replace(kept, path)
-                kept.unlink(missing_ok=True)  # two names of one file are left as they are
+                os.replace(former, path)
+                former.unlink(missing_ok=True)  # two names of one file are left as they are
             elif moved and not path.exists():
                 os.replace(retired, path)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -112,11 +112,11 @@ def _fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def read_text(path: str | Path, wanted: str) -> str:
+def read_text(path: str | Path, instead: str) -> str:
     """Returns the text of a file in UTF-8, with or without a byte-order mark.
 
     Args:
-        wanted: what the user is to give instead, for the message.
+        instead: what the user is to give, for the message.
 
     Raises:
         UserError: no such file, no text, or too large.
@@ -126,13 +126,13 @@ def read_text(path: str | Path, wanted: str) -> str:
             data = file.read(LARGEST + 1)
     except (OSError, ValueError) as error:  # a ValueError: a name with a zero byte
         why = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise UserError(f"{printable(path)}: {why}; give {wanted}") from None
+        raise UserError(f"{printable(path)}: {why}; give {instead}") from None
     if len(data) > LARGEST:
-        raise UserError(f"{printable(path)}: more than {LARGEST:,} bytes; give {wanted}")
+        raise UserError(f"{printable(path)}: more than {LARGEST:,} bytes; give {instead}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{printable(path)}: no text in UTF-8; give {wanted}") from None
+        raise UserError(f"{printable(path)}: no text in UTF-8; give {instead}") from None
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -142,30 +142,30 @@ def _without_waiting(path: str, flags: int) -> int:
     return handle
 
 
-def read_json(path: str | Path, wanted: str) -> Any:
-    """Returns what a JSON file holds; `wanted` as in `read_text`.
+def read_json(path: str | Path, instead: str) -> Any:
+    """Returns what a JSON file holds; `instead` as in `read_text`.
 
     Raises:
         UserError: as `read_text`; no JSON; an object that names one thing twice; or a whole number
             of more than 64 bits.
     """
-    text = read_text(path, wanted)
+    text = read_text(path, instead)
     try:
         return json.loads(text, object_pairs_hook=_once, parse_int=_whole)
     except RecursionError:
         why = "nested too deep"
     except ValueError as error:
         why = str(error)
-    raise UserError(f"{printable(path)}: no usable JSON ({printable(why)}); give {wanted}")
+    raise UserError(f"{printable(path)}: no usable JSON ({printable(why)}); give {instead}")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice!r} stands there twice")
-    return found
+    return values
 
 
 def _whole(text: str) -> int:
@@ -242,6 +242,6 @@ def check_own_file(target: Path, mark: str) -> None:
         )
 
 
-def _check_rights(folder: Path, wanted: str) -> None:
+def _check_rights(folder: Path, target: str) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{wanted}: cannot write to {folder}; mend its rights, or choose another")
+        raise UserError(f"{target}: cannot write to {folder}; mend its rights, or choose another")

@@ -65,7 +65,7 @@ def printable(path: object) -> str:
         text = os.fsencode(path).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half of a surrogate pair, as JSON can hold it
         text = str(path).encode("utf-8", "backslashreplace").decode()
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def printable_lines(text: str) -> str:
