@@ -19,7 +19,7 @@ from utils.runs import folder as run_folder
 from utils.system.errors import UserError
 from utils.system.faults import run_script
 from utils.system.files import check_free, read_json, read_text, write_atomically
-from utils.system.text import cell, columns, ksize_text, printable
+from utils.system.text import cell, columns, csv_text, ksize_text, printable
 
 # The figure that decides which epoch is the best, and what is shown of that epoch.
 RESULTS = {
@@ -231,9 +231,7 @@ def main() -> int:
     if repeats := repeat_lines(runs):
         print("", *map(printable, repeats), sep="\n")
     folder = run_folder.create("comparison", args.output)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(csv_rows(rows))
-    write_atomically(folder / "comparison.csv", text.getvalue().encode())
+    write_atomically(folder / "comparison.csv", csv_text(csv_rows(rows)).encode())
     write_atomically(folder / "comparison.png", draw(runs))
     print(f"\nwritten to {folder}: comparison.csv, comparison.png")
     return 0

@@ -1,8 +1,6 @@
 """Reads a user's images, and says what a classifier or a detector sees in them."""
 
-import csv
 import glob
-import io
 import json
 import os
 import signal
@@ -36,7 +34,7 @@ from utils.runs.checkpoint import Checkpoint
 from utils.system.errors import UserError
 from utils.system.faults import is_out_of_memory
 from utils.system.files import write_atomically
-from utils.system.text import cell, printable
+from utils.system.text import cell, csv_text, printable
 
 
 @dataclass(frozen=True)
@@ -195,12 +193,12 @@ class PredictionLog:
         self.width = path_width(files)
         self.predictions: list[Prediction] = []
         if form == "csv":
-            print(_csv_lines([self._titles()]), end="")
+            print(csv_text([self._titles()]), end="")
 
     def add(self, prediction: Prediction) -> None:
         self.predictions.append(prediction)
         if self.form == "csv":
-            print(_csv_lines([self._cells(prediction)]), end="", flush=True)
+            print(csv_text([self._cells(prediction)]), end="", flush=True)
         elif self.form == "table" and prediction.error is None:
             print(f"{prediction.file:<{self.width}}  {_percentages(prediction)}", flush=True)
 
@@ -211,7 +209,7 @@ class PredictionLog:
     def write(self, folder: Path) -> None:
         """Writes predictions.csv and predictions.json to `folder`."""
         rows = [self._titles(), *map(self._cells, self.predictions)]
-        write_atomically(folder / "predictions.csv", _csv_lines(rows).encode())
+        write_atomically(folder / "predictions.csv", csv_text(rows).encode())
         write_atomically(folder / "predictions.json", self._json().encode())
 
     def _titles(self) -> list[str]:
@@ -235,12 +233,6 @@ def path_width(files: Sequence[str]) -> int:
 
 def _percentages(prediction: Prediction) -> str:
     return "   ".join(f"{printable(g.name)} {100 * g.confidence:.1f} %" for g in prediction.guesses)
-
-
-def _csv_lines(rows: Sequence[Sequence[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 SMALLEST = 320  # pixels of a drawn picture's longer side
@@ -376,7 +368,7 @@ class CocoDocument:
             file = self.images[result["image_id"] - 1]["file_name"]
             names = [cell(file), cell(name_of[result["category_id"]])]
             rows.append([*names, f"{result['score']:.6f}", *corners])
-        return _csv_lines(rows)
+        return csv_text(rows)
 
     def write(self, folder: Path) -> None:
         """Writes detections.json and detections.csv to `folder`."""

@@ -5,7 +5,6 @@ and an empty cell for a figure that is not defined. Tests compare the figures wi
 """
 
 import csv
-import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +29,7 @@ from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically
 from utils.system.style import MEDIUM_CELL, RIGHT, WRONG, Cell, draw_grid, drawable, plain_name
-from utils.system.text import cell, columns, printable
+from utils.system.text import cell, columns, csv_text, printable
 from utils.training.classification import ClassificationMeter, ranked
 from utils.training.state import wide
 
@@ -315,12 +314,12 @@ class Report:
                 for rank, (i, path) in enumerate(worst, start=1)
             ),
         }
-        files = {name: csv_file(COLUMNS[name].split(), lines) for name, lines in rows.items()}
+        files = {name: [COLUMNS[name].split(), *lines] for name, lines in rows.items()}
         if len(names) <= WHOLE_MATRIX:
             lines = zip(names, matrix(self.pairs, len(names)).tolist(), strict=True)
             titles = ["true \\ predicted", *names]
-            files["confusion"] = csv_file(titles, ([name, *line] for name, line in lines))
-        return {f"{name}.csv": data for name, data in files.items()}
+            files["confusion"] = [titles, *([name, *line] for name, line in lines)]
+        return {f"{name}.csv": csv_text(lines).encode() for name, lines in files.items()}
 
     def pictures(self, folder: ImageFolder) -> dict[str, bytes]:
         """Draws confusions, calibration and the worst images, which are read from `folder`."""
@@ -375,13 +374,6 @@ class Report:
             "calibration_bins": len(self.calibration.images),
             "class_names": self.names,
         }
-
-
-def csv_file(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> bytes:
-    """Returns a CSV file. Cells of a user's text have been through `cell`."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([titles, *rows])
-    return text.getvalue().encode()
 
 
 def _percent(share: float) -> str:
@@ -590,8 +582,9 @@ def write_detection_report(
     lines = (
         [rank, cell(printable(split.file_names[i])), *faults[i]] for rank, i in enumerate(worst, 1)
     )
-    files["worst_images.csv"] = csv_file(["rank", "path", "missed", "false"], lines)
-    files["classes.csv"] = csv_file(titles, rows)
+    head = ["rank", "path", "missed", "false"]
+    files["worst_images.csv"] = csv_text([head, *lines]).encode()
+    files["classes.csv"] = csv_text([titles, *rows]).encode()
     target = new_folder(parent)
     write_picture(target / "worst_images.png", val.paths, val.masks, results, worst[:PAIRED])
     for name, data in files.items():

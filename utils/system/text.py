@@ -1,9 +1,11 @@
 """Formats text for people: columns, hints, and names that are safe to show on a terminal."""
 
+import csv
 import difflib
+import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # characters that move a terminal's cursor, or worse
 
@@ -81,6 +83,13 @@ def cell(text: object) -> str:
     """
     text = str(text)
     return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Returns rows as a CSV file's text. Cells of a user's text have been through `cell`."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def short(text: str, most: int = 24) -> str:
