@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from models.classifier import Classifier
 from models.inference import optimise_for_inference
 from models.inspection import COARSEST
 from models.weights import Network, describe_network
@@ -59,7 +60,7 @@ def main() -> None:
         write_detector(source, checkpoint, args.output)
         return
     targets = target_files(source, args.output, args.to, args.int8 is not None)
-    network = checkpoint.network().eval().requires_grad_(False)
+    network = checkpoint.network(args.attention).eval().requires_grad_(False)
     metadata = {
         **describe_network(network),
         "classes": list(checkpoint.classes or ()),
@@ -74,7 +75,7 @@ def main() -> None:
     graphs = {**metadata, "decoder": decoder if decoder in DECODERS else DECODERS[0]}
     print(network_line(network), flush=True)
     form = network
-    if not args.no_fold and TRACED & set(args.to):
+    if not args.no_fold and TRACED & set(args.to) and isinstance(network, Classifier):
         form = optimise_for_inference(network, torch.float32).network
     if data is not None:
         (onnx_file,), _ = graph_file("onnx", form, network, graphs, "float32")
@@ -192,8 +193,9 @@ def graph_file(
         UserError: its logits are not the network's.
     """
     size = metadata["img_size"]
-    # A .pt2 is for one position of the last feature map, or for more: not for both.
-    any_size = name != "pt2" or size > COARSEST
+    # A .pt2 is for one position of the last feature map, or for more: not for both. A library's
+    # network may take one size alone.
+    any_size = isinstance(network, Classifier) and (name != "pt2" or size > COARSEST)
     side = max(size, 2 * COARSEST)
     example = (side, side + COARSEST) if any_size else (size, size)  # no rule is read into these
     graph = formats.to_exported(form, example, any_size)
@@ -202,7 +204,7 @@ def graph_file(
         contents = (formats.to_pt2(graph, metadata),)
         run = formats.run_pt2(*contents)
     else:
-        contents = (formats.to_onnx(graph, metadata),)
+        contents = (formats.to_onnx(graph, metadata, any_size),)
         if name == "openvino":
             contents = formats.to_openvino(*contents, metadata)
         run = run_onnx(*contents) if name == "onnx" else run_openvino(*contents)

@@ -30,6 +30,7 @@ from utils.runs.resume import Start
 from utils.runs.writer import RunFiles
 from utils.system import backends, distributed
 from utils.system.distributed import Context, Votes
+from utils.system.errors import as_user_error
 from utils.system.faults import run_script
 from utils.system.signals import StopRequest
 from utils.training import classification, classifier
@@ -220,7 +221,8 @@ def evaluate_checkpoint(config: Config, saved: Checkpoint, context: Context) -> 
     classifier.to_device(network, flags, context)
     if flags.fast:
         dtype = backends.DTYPES[flags.amp]
-        network = models.optimise_for_inference(network, dtype, compile=flags.compile)
+        with as_user_error("--fast: "):
+            network = models.optimise_for_inference(network, dtype, compile=flags.compile)
         context.say(f"  rebuilt for inference: BatchNorm folded, weights in {dtype}")
     evaluation.evaluate_and_write(network, data, config, saved, context)
     return 0

@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 
 from models import MODELS, create_model
-from models.registry import is_of_library
+from models.attention import typed_attention
+from models.registry import check_name, image_settings, is_of_library
 from utils.command_line.parser import Parser
 from utils.config.classification import ClassificationRun, NetworkSettings
 from utils.config.flags import flags_of, number
@@ -117,7 +118,10 @@ def check_flags(flags: argparse.Namespace) -> None:
         if flags.all and given:
             raise UserError(f"{flag} is for one network: give -a NAME instead of --all")
     known = [*MODELS, *DETECTORS]
-    if flags.arch and flags.arch not in known and not is_of_library(flags.arch):
+    if flags.arch and is_of_library(flags.arch):
+        with as_user_error():
+            check_name(flags.arch)
+    elif flags.arch and flags.arch not in known:
         hint = did_you_mean(flags.arch, known) or f": use one of {', '.join(known)}"
         raise UserError(f"unknown network {flags.arch!r}{hint}")
     if flags.backbone and flags.arch not in DETECTORS:
@@ -138,7 +142,8 @@ def count(
     """Counts a classifier, or a detector on a backbone."""
     kind = {}
     if "attention" in flags:
-        kind["attention"] = classifier.own_attention(flags.attention) or flags.attention
+        with as_user_error():
+            kind["attention"] = typed_attention(flags.attention)
     if arch not in DETECTORS:
         classes = flags.num_classes or 1000
         network = build(create_model, arch, flags.ksize, classes, **kind)
@@ -170,6 +175,9 @@ def main() -> None:
     check_flags(flags)
     detection = flags.detectors or flags.arch in DETECTORS
     size = flags.img_size or (published.COCO_SIZE if detection else published.IMAGENET_SIZE)
+    if flags.img_size is None and flags.arch and is_of_library(flags.arch):
+        with as_user_error():
+            size = (image_settings(flags.arch)["img_size"],) * 2
     if flags.all:
         targets = list(published.COCO) if detection else [(name, None) for name in networks()]
     else:

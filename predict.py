@@ -49,7 +49,7 @@ from utils.runs import folder as run_folder
 from utils.runs.checkpoint import Checkpoint
 from utils.system import backends, distributed, style
 from utils.system.backends import DTYPES
-from utils.system.errors import EXIT_FAILED, UserError
+from utils.system.errors import EXIT_FAILED, UserError, as_user_error
 from utils.system.faults import run_script
 from utils.system.files import check_free, write_atomically
 from utils.system.processes import default_workers
@@ -79,17 +79,19 @@ def main() -> int:
     if saved.is_detector:
         return predict_objects(args, saved, paths, network)
     if not exported:
-        network = saved.network()
+        network = saved.network(args.attention)
     names = saved.class_names(network.num_classes, args.names)
     look = saved.preprocessing(args.img_size, args.crop_pct)
-    stage = map_stage(network, look.img_size, args.map_stage) if args.maps else None
+    with as_user_error("--maps: "):
+        stage = map_stage(network, look.img_size, args.map_stage) if args.maps else None
     device = distributed.setup(args.device).device
     backends.configure(False, device)
     network.to(device).eval().requires_grad_(False)
     line = network.describe() if exported else network_line(network)
     say(f"{line}; the middle {look.img_size} of {look.resized} pixels")
     if args.fast:
-        network = optimise_for_inference(network, DTYPES.get(args.amp))
+        with as_user_error("--fast: "):
+            network = optimise_for_inference(network, DTYPES.get(args.amp))
         say(f"  rebuilt for inference: BatchNorm folded, weights in {network.dtype}")
 
     folder = None

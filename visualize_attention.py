@@ -17,6 +17,7 @@ from torch import nn
 
 from models.inspection import attention_layers, recorded_gates
 from utils.command_line.parser import Parser
+from utils.command_line.prediction_and_export import add_attention_flag
 from utils.config.flags import count, crop, positive_int
 from utils.data import demo_sets, image_folder, shards
 from utils.data.decoding import DECODERS, decoder_name
@@ -43,6 +44,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "data", metavar="DATA", help="a folder with val/, a folder of class folders, demo:digits"
     )
+    add_attention_flag(parser)
     parser.add_argument(
         "--curves",
         metavar="CLASS",
@@ -93,7 +95,7 @@ def main() -> int:
     check_free(args.output)
     saved = Checkpoint.read(Path(args.checkpoint))
     saved.refuse_detector()
-    network = saved.network()
+    network = saved.network(args.attention)
     if not attention_layers(network):
         raise UserError(
             f"{args.checkpoint}: {network.arch} has no attention layers to look at; give a "

@@ -172,15 +172,16 @@ def is_file(name: str) -> bool:
     return name.rpartition(":")[0].endswith(".py")
 
 
-def attention_from_file(name: str) -> type[nn.Module]:
-    """Runs a file and returns a class in it. Only for what a user has just typed.
+def typed_attention(name: str | None) -> Kind:
+    """Returns what a user has typed for --attention: the class of FILE.py:CLASS, else the name.
 
-    Args:
-        name: FILE.py:CLASS.
+    Only this function runs the file.
 
     Raises:
         ValueError: one line; no such file or class, or the file fails.
     """
+    if name is None or not is_file(name):
+        return name
     file, _, kind = name.rpartition(":")
     path = Path(file).absolute()
     if not path.is_file():

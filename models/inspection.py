@@ -35,8 +35,10 @@ def feature_maps(network: nn.Module) -> dict[str, nn.Module]:
     For ResNet they are layer1 to layer4, with maps of 1/4 to 1/32 of the input's side. MobileNetV2
     has maps of 1/2 to 1/32; the last one is the output of the 1280-channel convolution.
     """
-    if isinstance(network, ResNet):
-        return {f"layer{i}": getattr(network, f"layer{i}") for i in (1, 2, 3, 4)}
+    if isinstance(network, ResNet) or hasattr(network, "layer4"):
+        return {f"layer{i}": network.get_submodule(f"layer{i}") for i in (1, 2, 3, 4)}
+    if hasattr(network, "insertions"):
+        return _library_maps(network)
     features = _mobilenet(network).features
     last = len(STAGE_OF_BLOCK) + 1
     ends = [
@@ -47,6 +49,15 @@ def feature_maps(network: nn.Module) -> dict[str, nn.Module]:
         if stride == 2
     ]
     return {f"features.{i}": features[i] for i in (*ends, last)}
+
+
+def _library_maps(network: nn.Module) -> dict[str, nn.Module]:
+    """Returns the modules of which timm's networks say that they end a resolution."""
+    named, described = dict(network.named_modules()), getattr(network, "feature_info", ())
+    names = [str(info.get("module")) for info in described if isinstance(info, dict)]
+    if not names or not all(name in named for name in names):
+        raise ValueError(f"{network.arch} does not name its feature maps, so there are none")
+    return {name: named[name] for name in names}
 
 
 def attention_layers(network: nn.Module) -> list[AttentionLayer]:

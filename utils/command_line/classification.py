@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from models import start as start_weights
-from models.attention import is_file
+from models.attention import is_file, typed_attention
 from models.registry import check_forward, image_settings, is_of_library
 from utils.command_line.parser import Parser, parser_of, saved_flags, saved_recipe, without_effect
 from utils.config.classification import Config, NetworkSettings, Recipe
@@ -72,7 +72,7 @@ def read_command_line(
         source = str(typed.get("resume") or typed.get("pretrained"))
         with as_user_error():
             wanted = [typed.get(name) for name in ("arch", "ksize", "attention", "num_classes")]
-            wanted[2] = classifier.own_attention(wanted[2]) or wanted[2]
+            wanted[2] = typed_attention(wanted[2])
             start_weights.refuse_another(saved.contents, source, *wanted)
         if saved.run is not None:
             flags, notes = flags_of_today(saved.run.flags, typed)

@@ -1,9 +1,10 @@
 """Defines the flags of predict.py and export.py, and settles what depends on the checkpoint."""
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
+from models.attention import is_file
 from utils.command_line.parser import Parser
 from utils.config.flags import count, crop, fraction, number, positive_int
 from utils.data.decoding import DECODERS, decoder_name
@@ -12,6 +13,23 @@ from utils.inspection.exported_network import LARGEST_SIZE
 from utils.inspection.predictions import FORMATS
 from utils.system.backends import DTYPES
 from utils.system.errors import UserError
+
+
+def own_layer(text: str) -> str:
+    """Checks --attention where a checkpoint is read, as an argparse type."""
+    if not is_file(text):
+        raise ArgumentTypeError(f"{text!r} is not FILE.py:CLASS; the checkpoint names any other")
+    return text
+
+
+def add_attention_flag(parser: Parser) -> None:
+    """Adds --attention, which lets the layer in a user's file run."""
+    parser.add_argument(
+        "--attention",
+        type=own_layer,
+        metavar="FILE.py:CLASS",
+        help="the layer that the network was trained with, where it is a user's own",
+    )
 
 
 def prediction_parser(description: str) -> Parser:
@@ -28,6 +46,7 @@ def prediction_parser(description: str) -> Parser:
         nargs="+",
         help="files, folders, quoted patterns, or - for one path a line on standard input",
     )
+    add_attention_flag(parser)
     _add_output_flags(parser)
     _add_input_flags(parser)
     return parser
@@ -124,6 +143,7 @@ def refuse_for_exported(given: dict[str, Any]) -> None:
     for name, reason in {
         "fast": "an exported network is rebuilt already",
         "amp": "an exported network has a precision of its own",
+        "attention": "an exported network has its layers in it",
         "maps": "maps are made from gradients, which an exported network has none of",
     }.items():
         if given[name]:
@@ -137,6 +157,7 @@ def refuse_for_exported(given: dict[str, Any]) -> None:
 
 # The flags that one kind of network alone uses, with their defaults.
 OF_CLASSIFIERS = {
+    "attention": None,
     "topk": 5,
     "maps": False,
     "map_stage": None,
@@ -191,6 +212,7 @@ OF_INT8 = {"calibration_images": 512, "max_drop": 1.0}
 
 def export_parser(description: str) -> Parser:
     parser = Parser(description=description)
+    add_attention_flag(parser)
     parser.add_argument(
         "checkpoint", metavar="CKPT", help="of main.py, of detect_main.py, or released weights"
     )
@@ -299,6 +321,7 @@ def refuse_for_detector(args: Namespace) -> None:
         )
     for flag, value in {
         "--int8": args.int8,
+        "--attention": args.attention,
         "--img-size": args.img_size,
         "--no-fold": args.no_fold or None,
     }.items():

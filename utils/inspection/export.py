@@ -143,14 +143,16 @@ def to_pt2(exported: torch.export.ExportedProgram, metadata: Mapping[str, object
     return buffer.getvalue()
 
 
-def to_onnx(exported: torch.export.ExportedProgram, metadata: Mapping[str, object]) -> bytes:
+def to_onnx(
+    exported: torch.export.ExportedProgram, metadata: Mapping[str, object], any_size: bool = True
+) -> bytes:
     """Returns an ONNX file, input "images" and output "logits"; the metadata are its properties."""
     with _quiet_exporter():
         program = torch.onnx.export(
             exported, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
         )
     model = program.model_proto
-    for dimension, name in ((0, "batch"), (2, "height"), (3, "width")):
+    for dimension, name in ((0, "batch"), (2, "height"), (3, "width"))[: 1 + 2 * any_size]:
         model.graph.input[0].type.tensor_type.shape.dim[dimension].dim_param = name
     model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "batch"
     return _with_properties(model, metadata)

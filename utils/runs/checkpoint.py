@@ -21,7 +21,7 @@ import torch
 from msgspec import Meta, Struct
 from torch import Tensor
 
-from models.attention import attention_from_file, is_file
+from models.attention import is_file, typed_attention
 from models.weights import FORMAT, Network, network_from_checkpoint
 from utils.data.transforms import Preprocessing
 from utils.runs import foreign_files
@@ -224,8 +224,8 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
             UserError: the file holds none, or its weights do not fit.
         """
         with as_user_error(f"{self.file}: "):
-            own = attention and is_file(attention) and attention_from_file(attention)
-            return network_from_checkpoint(self.contents, own or None)
+            own = typed_attention(attention) if is_file(attention or "") else None
+            return network_from_checkpoint(self.contents, own)
 
     def detector(self, **sizes: Any) -> Any:
         """Builds the detector, with its weights.

@@ -9,7 +9,7 @@ from torch import nn
 import models
 from models import start as start_weights
 from models import weights
-from models.attention import attention_from_file, is_file
+from models.attention import typed_attention
 from models.registry import is_of_library
 from models.weights import Network
 from utils.config.classification import Config, DataSettings, NetworkSettings, Recipe
@@ -50,18 +50,6 @@ def network_line(network: Network) -> str:
         names = first if first == last else f"{first} to {last}"
         line += f"; {names} frozen, {trained:,} parameters train"
     return f"{line}\n{network.attention_note}" if network.attention_note else line
-
-
-def own_attention(typed: str | None) -> type[nn.Module] | None:
-    """Returns the class that a typed --attention FILE.py:CLASS names; None for another attention.
-
-    Raises:
-        UserError: no such file or class, or the file fails.
-    """
-    if typed is None or not is_file(typed):
-        return None
-    with as_user_error():
-        return attention_from_file(typed)
 
 
 def recipe_lines(recipe: Recipe, name: str | None, grad_checkpointing: bool) -> list[str]:
@@ -152,7 +140,7 @@ def first_network(
             recipe.arch,
             flags.num_classes,
             flags.ksize,
-            own_attention(flags.attention) or flags.attention,
+            typed_attention(flags.attention),
             None if pretrained is None else pretrained.contents,
             file,
             classes,
