@@ -464,7 +464,7 @@ def optimise_for_inference(
     if not isinstance(model, ResNet | MobileNetV2):
         raise ValueError(
             f"optimise_for_inference takes a ResNet or MobileNetV2 of models, such as"
-            f" create_model('eca_resnet50'), not {type(model).__name__}"
+            f" create_model('eca_resnet50'), not {getattr(model, 'arch', type(model).__name__)}"
         )
     usual = is_bare(model, ResNet if isinstance(model, ResNet) else MobileNetV2)
     if not usual:

@@ -119,6 +119,8 @@ def _prepared(network: nn.Module, input_shape: Shape) -> tuple[nn.Module, Tensor
     parameter = next(network.parameters(), None)
     image = torch.zeros(input_shape, device="meta" if parameter is None else parameter.device)
     for module in network.modules():
+        if isinstance(module, WithECA):  # it would show thop's buffers of the module inside it
+            module.__class__ = nn.Sequential
         if image.is_meta and isinstance(module, BATCH_NORMS):
             module.forward = lambda x: x
     return network, image

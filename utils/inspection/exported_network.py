@@ -167,13 +167,13 @@ def load(path: str | Path) -> ExportedNetwork | ExportedDetector:
         _check(metadata, DetectorMetadata, path)
         return ExportedDetector(objects_by_onnxruntime(session), path, metadata)
     _check(metadata, ClassifierMetadata, path)
-    if shape not in (("any", 3, "any", "any"), ("any",) * 4):
+    side = metadata["img_size"]
+    if shape not in (("any", 3, "any", "any"), ("any",) * 4, ("any", 3, side, side)):
         raise UserError(
             f"{path}: takes an input of shape ({', '.join(map(str, shape))}), not (any, 3, any, "
             "any); make it with export.py"
         )
     network = ExportedNetwork(run, path, metadata)
-    side = metadata["img_size"]
     network(torch.zeros(1, 3, side, side))  # that it runs is known here, not after reading images
     return network
 
