@@ -186,7 +186,7 @@ def typed_attention(name: str | None) -> Kind:
     path = Path(file).absolute()
     if not path.is_file():
         raise ValueError(f"attention {name}: no file {file}; give FILE.py:CLASS")
-    module_name = f"attention_{_sha256(path)}"
+    module_name = f"{path}:{_sha256(path)}"  # a changed file is another module
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None

@@ -180,6 +180,8 @@ LIBRARIES = ("timm", "torchvision")
 _AUXILIARY = {"aux_logits": False, "transform_input": True, "init_weights": True}
 ARGUMENTS = {"torchvision:googlenet": _AUXILIARY, "torchvision:inception_v3": _AUXILIARY}
 KWARGS = {"width_mult", "arguments", "identity", "places", "version"}  # of a stranger's file
+# Arguments by which a library would load a file or fetch one: no stranger's checkpoint may.
+LOADING = ("pretrained", "checkpoint", "cache", "weights", "features")
 IMAGES = 2  # of a trial: BatchNorm takes no single value
 
 
@@ -251,6 +253,8 @@ def library_network(
     if check_num_classes(num_classes) == 0:
         raise ValueError(f"{arch} is built with 1 class or more: 0 is for our networks")
     arguments = dict(ARGUMENTS.get(arch, {}) if arguments is None else arguments)
+    if loading := [name for name in arguments if str(name).startswith(LOADING)]:
+        raise ValueError(f"{arch} is built with fresh weights: leave {', '.join(loading)} out")
     network = cast(Any, _built(arch, num_classes, arguments))
     with torch.device("meta"):  # what has another shape for other classes is the last layer
         other = _built(arch, num_classes + 1, arguments).state_dict()

@@ -91,6 +91,8 @@ def test_the_configuration_is_the_librarys():
         ("torchvision:resnet18", {"attention": "eca", "ksize": 4}, "odd positive integer"),
         ("torchvision:resnet18", {"identity": True}, "`identity_start=True` is for eca"),
         ("torchvision:resnet18", {"arguments": {"a": 1}}, "cannot be built: .* argument 'a'"),
+        ("timm:resnet18", {"arguments": {"checkpoint_path": "x"}}, "leave checkpoint_path out"),
+        ("torchvision:resnet18", {"arguments": {"weights": "DEFAULT"}}, "leave weights out"),
         ("torchvision:resnet18", {"num_classes": 0}, "with 1 class or more"),
         ("timm:ecaresnet26t", {"attention": "eca"}, "has eca already"),
     ],

@@ -21,7 +21,7 @@ from utils.config.recipes import PAPER, RECIPES
 from utils.data import demo_sets
 from utils.data.decoding import DECODERS, GONE_DECODERS
 from utils.data.demo_sets import DEMOS, takes_files
-from utils.data.transforms import is_timm_augment
+from utils.data.transforms import INTERPOLATIONS, is_timm_augment
 from utils.inspection.exported_network import ExportedNetwork, is_exported, load_classifier
 from utils.runs import folder as runs
 from utils.runs import resume
@@ -63,7 +63,7 @@ def read_command_line(
         print(list_text(typed["list_models"]))
         raise SystemExit(0)
     name = typed.get("recipe")
-    recipe = with_image_settings(recipe, typed.get("arch"))
+    recipe = with_image_settings(recipe, typed)
     recipe = named_recipe(recipe, name, demos.get(typed.get("data", ""), {}))
     saved, folder = find_checkpoint(typed, recipe)
     values: dict[str, Any] = {}
@@ -105,13 +105,23 @@ def read_command_line(
     return config, Start(saved, pretrained, folder, notes, run.seed, run.start_epoch)
 
 
-def with_image_settings(recipe: Recipe, arch: str | None) -> Recipe:
-    """Returns a script's recipe with what a library says of its network's images."""
-    if arch is None or not is_of_library(arch):
+def with_image_settings(recipe: Recipe, typed: Mapping[str, Any]) -> Recipe:
+    """Returns a script's recipe with what a library says of its network's images.
+
+    Raises:
+        UserError: it says what cannot be done here, and no flag says otherwise.
+    """
+    arch = typed.get("arch", recipe.arch)
+    if not is_of_library(arch):
         return recipe
     with as_user_error():
         settings = image_settings(arch)
-    return recipe.override(**{k: v for k, v in settings.items() if k in recipe.as_dict()})
+    if settings["interpolation"] not in INTERPOLATIONS and "interpolation" not in typed:
+        raise UserError(
+            f"{arch} is for images resized by {settings['interpolation']}: give --interpolation "
+            f"{' or '.join(INTERPOLATIONS)}"
+        )
+    return recipe.override(**settings)
 
 
 def make_parser(recipe: Recipe, description: str) -> Parser:

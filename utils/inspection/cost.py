@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.insertion import WithECA
 from utils.inspection.published import COCO_SIZE
 from utils.system.errors import UserError
 
