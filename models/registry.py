@@ -253,8 +253,6 @@ def library_network(
     if check_num_classes(num_classes) == 0:
         raise ValueError(f"{arch} is built with 1 class or more: 0 is for our networks")
     arguments = dict(ARGUMENTS.get(arch, {}) if arguments is None else arguments)
-    if loading := [name for name in arguments if str(name).startswith(LOADING)]:
-        raise ValueError(f"{arch} is built with fresh weights: leave {', '.join(loading)} out")
     network = cast(Any, _built(arch, num_classes, arguments))
     with torch.device("meta"):  # what has another shape for other classes is the last layer
         other = _built(arch, num_classes + 1, arguments).state_dict()
@@ -322,6 +320,8 @@ def _sizes(arch: str, ksize: Ksize | int) -> Any:
 
 def _built(arch: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:
     library, _, name = arch.partition(":")
+    if loading := [key for key in arguments if str(key).startswith(LOADING)]:
+        raise ValueError(f"{arch} is built with fresh weights: leave {', '.join(loading)} out")
     device = torch.get_default_device()
     try:
         if library == "timm":

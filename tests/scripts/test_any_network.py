@@ -1,0 +1,129 @@
+"""Networks of timm and torchvision, and other attentions, on the whole way from main.py on."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from helpers.cut_runs import cut_twice
+from helpers.small_runs import SMALL
+
+import export
+import paras_flops
+import predict
+import visualize_attention
+from models import eca_resnet
+from utils.runs import checkpoint
+
+timm = pytest.importorskip("timm")
+FLAGS = SMALL[2:]
+GATE = """
+from torch import nn
+
+class MyGate(nn.Module):
+    def __init__(self, channels, k=3):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
+
+    def forward(self, x):
+        return x * self.conv(x.mean((2, 3))[:, None])[:, 0, :, None, None].sigmoid()
+"""
+# What is trained, and the flags that a checkpoint's readers need again.
+CASES = {
+    "timm, eca": (("-a", "timm:test_resnet.r160_in1k", "--attention", "eca"), ()),
+    "torchvision": (("-a", "torchvision:squeezenet1_1", "--img-size", 48), ()),
+    "timm's attention": (("-a", "resnet18", "--attention", "timm:cbam"), ()),
+    "one's own": (
+        ("-a", "eca_resnet18", "--attention", "mine.py:MyGate"),
+        ("--attention", "mine.py:MyGate"),
+    ),
+}
+
+
+def run(script, monkeypatch, capfd, *arguments):
+    """A script's exit code, and its lines."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+    code = script.main()
+    return code or 0, capfd.readouterr().out.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_trained_killed_resumed_evaluated_predicted_exported(
+    call, tree, tmp_path, monkeypatch, capfd, case
+):
+    monkeypatch.setattr(eca_resnet, "WIDTHS", (8, 16, 32, 64))
+    (tmp_path / "mine.py").write_text(GATE)
+    network, again = CASES[case]
+    saved = cut_twice(call, tmp_path, monkeypatch, *FLAGS, *network, tree)
+    assert saved["arch"] == network[1]
+    code, out, err = call("-e", "--resume", "through/last.pth", *again, tree)
+    assert (code, err) == (0, [])
+    top1 = next(line for line in out if "top-1" in line)
+    images = sorted(str(path) for path in (Path(tree) / "val").rglob("*.png"))[:2]
+    checkpoint_and = ("through/last.pth", *again)
+    code, out = run(predict, monkeypatch, capfd, *checkpoint_and, *images)
+    assert (code, len(out)) == (0, 2)
+    run(export, monkeypatch, capfd, *checkpoint_and, "--to", "onnx", "--output", "out")
+    code, exported, err = call("-e", "--resume", "out/last.onnx", tree)
+    assert (code, err) == (0, [])
+    assert top1.rpartition("loss")[0] in " ".join(exported)
+
+
+def test_images_are_prepared_as_the_library_says(call, tree, tmp_path):
+    flags = ("-b", 6, "-j", 0, "--epochs", 1, "--seed", 1, "--lr", 0.01)
+    code, _, err = call("-a", "timm:test_resnet.r160_in1k", *flags, "--output", "run", tree)
+    assert (code, err) == (0, [])
+    saved = checkpoint.load(tmp_path / "run" / "last.pth")
+    config = timm.data.resolve_data_config({}, model=timm.create_model("test_resnet.r160_in1k"))
+    assert saved["img_size"] == config["input_size"][-1] == 160
+    for name in ("crop_pct", "interpolation", "mean", "std"):
+        assert saved["recipe"][name] == config[name], name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("-a", "timm:resnet_18"), "timm has no classifier 'resnet_18'; did you mean timm:resnet"),
+        (("-a", "timm:vit_tiny_patch16_224"), "fails with images of 32 pixels"),
+        (("-a", "torchvision:vgg11", "--attention", "eca"), "found no place for ECA in VGG"),
+        (("-a", "torchvision:resnet18", "--identity-start"), "--identity-start is for eca"),
+        (("-a", "torchvision:resnet18", "--drop-path", 0.1), "--drop-path 0.1 is for our networks"),
+        (("-a", "resnet18", "--attention", "timm:bat"), "cannot be built with channels alone"),
+        (("-a", "resnet18", "--attention", "mine.py:MyGate"), "no file mine.py"),
+        (("-a", "torchvision:resnet18", "--grad-checkpointing"), "is for our networks"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(call, tree, flags, message):
+    code, _, err = call(*FLAGS, *flags, tree)
+    assert code == 2
+    assert message in err[-1]
+    assert len(err) <= 3  # argparse's usage
+
+
+def test_a_strangers_checkpoint_runs_no_file(call, tree, tmp_path, run_folder):
+    (tmp_path / "evil.py").write_text("open('ran', 'w')\n" + GATE)
+    saved = checkpoint.load(tmp_path / "run" / "last.pth")
+    saved["args"]["attention"] = "evil.py:MyGate"
+    checkpoint.save(tmp_path / "stranger.pth", saved)
+    call("--resume", "stranger.pth", "--output", "new", tree)
+    saved |= {"attention": "evil.py:MyGate", "model_kwargs": {"attention_sha256": "0"}}
+    checkpoint.save(tmp_path / "stranger2.pth", saved)
+    code, _, err = call("-e", "--resume", "stranger2.pth", tree)
+    assert code == 2
+    assert "give --attention evil.py:MyGate" in err[-1]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_gates_and_counts_of_a_librarys_network(call, tree, tmp_path, monkeypatch, capfd):
+    flags = (*FLAGS, "-a", "torchvision:resnet18", "--attention", "eca", "--epochs", 1)
+    code, _, err = call(*flags, "--output", "run", tree)
+    assert (code, err) == (0, [])
+    code, out = run(visualize_attention, monkeypatch, capfd, "run/last.pth", tree, "-j", 0)
+    assert code == 0
+    assert sum(line.startswith("layer1.") or line.startswith("layer4.") for line in out) == 4
+    _, out = run(paras_flops, monkeypatch, capfd, *flags[-6:-2])
+    count = sum(p.numel() for p in torchvision.models.resnet18().parameters())
+    assert f"{count + 36:,}" in next(line for line in out if line.startswith("parameters"))
+    assert torch.load("run/last.pth", weights_only=True)["ksize"] == [3, 3, 5, 5, 5, 5, 5, 5]
