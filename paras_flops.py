@@ -42,7 +42,6 @@ from utils.inspection.cost_tables import (
 from utils.system.errors import UserError, as_user_error
 from utils.system.faults import run_script
 from utils.system.text import did_you_mean, paragraphs
-from utils.training import classifier
 
 DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
 PIXELS = number(int, 1, 8192)
