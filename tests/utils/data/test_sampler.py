@@ -30,19 +30,6 @@ def test_an_epoch_is_a_shuffle_without_repeats():
     assert len({frozenset(s) for s in left_out}) == 3  # not always the same ones
 
 
-def test_it_finds_its_place_again():
-    for step in range(11):
-        assert batches(3, step) == batches(3)[step:]
-
-
-def test_ranks_share_the_same_global_batches():
-    whole = batches(2)
-    for world in (2, 5):
-        parts = [batches(2, 4, rank=rank, world_size=world) for rank in range(world)]
-        joined = [[k for share in shares for k in share] for shares in zip(*parts, strict=True)]
-        assert joined == whole[4:]
-
-
 @pytest.mark.parametrize("size", [0, 1, 7, 16, 17])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_sees_each_image_once(size, world):
@@ -54,6 +41,20 @@ def test_evaluation_sees_each_image_once(size, world):
         assert all(1 <= len(batch) <= 4 for batch in found)
         seen += [index for batch in found for _, index in batch]
     assert sorted(seen) == list(range(size))
+
+
+UNEVEN = np.repeat([0, 1, 2, 4], [60, 30, 10, 3])  # no image of class 3
+ORDERS = [{}, {"repeats": 2}, {"repeats": 3}, {"labels": UNEVEN}, {"labels": UNEVEN, "repeats": 5}]
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_any_order_goes_on_from_a_step_and_is_shared_by_ranks(kind):
+    for step in range(11):
+        assert batches(3, step, **kind) == batches(3, **kind)[step:]
+    for world in (2, 5):
+        parts = [batches(2, 4, rank=rank, world_size=world, **kind) for rank in range(world)]
+        joined = [[k for share in shares for k in share] for shares in zip(*parts, strict=True)]
+        assert joined == batches(2, **kind)[4:]
 
 
 def test_seeds_do_not_collide():
@@ -133,14 +134,6 @@ def test_copies_of_different_rounds_have_different_neighbours():
     assert len(neighbours) > 55  # of 63; were the rounds alike, it would be 16
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_the_copies(world):
-    order = {"size": 200, "batch_size": 16, "seed": 3, "repeats": 4}
-    whole = list(SeededBatches(**order))
-    parts = [list(SeededBatches(**order, rank=r, world_size=world)) for r in range(world)]
-    assert [[k for share in s for k in share] for s in zip(*parts, strict=True)] == whole
-
-
 def ranks_with_two_copies(size: int, batch: int, repeats: int, world: int) -> set[int]:
     """The ranks that see an image twice in a step of the first epoch."""
     order = {"size": size, "batch_size": batch, "seed": 3, "repeats": repeats}
@@ -165,11 +158,6 @@ def test_other_numbers_of_ranks_reach_into_two_rounds():
     assert ranks_with_two_copies(8192, 2048, repeats=3, world=8) == {2, 5}
 
 
-def test_repeats_find_their_place_again():
-    for step in range(11):
-        assert batches(3, step, repeats=2) == batches(3, repeats=2)[step:]
-
-
 def test_batches_that_do_not_divide_into_parts_or_copies():
     check_batch(256, 1000, 8, 224, accumulate=4, repeats=4)
     for arguments, words in (
@@ -180,9 +168,6 @@ def test_batches_that_do_not_divide_into_parts_or_copies():
     ):
         with pytest.raises(UserError, match=words):
             check_batch(*arguments)
-
-
-UNEVEN = np.repeat([0, 1, 2, 4], [60, 30, 10, 3])  # no image of class 3
 
 
 def uneven(epoch: int, step: int = 0, **kwargs) -> list:
@@ -210,16 +195,6 @@ def test_a_balanced_epoch_draws_each_class_alike():
     assert uneven(0) == uneven(0)
 
 
-def test_a_balanced_order_is_shared_and_found_again():
-    for step in range(11):
-        assert uneven(3, step) == uneven(3)[step:]
-        assert uneven(3, step, repeats=2) == uneven(3, repeats=2)[step:]
-    for world in (2, 5):
-        parts = [uneven(2, 4, rank=rank, world_size=world) for rank in range(world)]
-        joined = [[k for share in shares for k in share] for shares in zip(*parts, strict=True)]
-        assert joined == uneven(2)[4:]
-
-
 def test_a_balanced_epoch_with_repeats_has_no_key_twice():
     keys = [key for batch in uneven(1, repeats=5) for key in batch]
     assert len(set(keys)) == len(keys) == 100
@@ -239,8 +214,4 @@ def test_repeats_that_do_not_divide_the_batch_cut_the_last_round_short():
         counts = np.bincount([key[1] for key in batch])
         assert sorted(counts[counts > 0]) == [2, 2, 3, 3]
         assert [len(key) for key in batch] == [2] * 4 + [3] * 6
-    for step in (0, 3, 9):
-        assert batches(1, step, repeats=3) == batches(1, repeats=3)[step:]
-    parts = [batches(1, repeats=3, rank=rank, world_size=2) for rank in (0, 1)]
-    assert [a + b for a, b in zip(*parts, strict=True)] == batches(1, repeats=3)
     assert len(batches(1, repeats=10)) == 10
