@@ -110,18 +110,19 @@ def _wrong_field(config: Mapping[str, Any]) -> str | None:
         and all(isinstance(name, str) for name in names),
         "img_size": type(size) is int and size > 0,
         "crop_pct": _are_shares([config.get("crop_pct", 1)], 1),
-        "mean": _are_shares(config.get("mean", [1, 1, 1]), 3),
+        "mean": _are_shares(config.get("mean", [1, 1, 1]), 3, or_zero=True),
         "std": _are_shares(config.get("std", [1, 1, 1]), 3),
     }
     wrong = next((name for name, fits in right.items() if not fits), None)
     return None if wrong is None else f"{wrong} cannot be {_short(config[wrong])}"
 
 
-def _are_shares(values: Any, count: int) -> bool:
-    """Tells whether `values` are so many numbers above 0 and up to 1."""
+def _are_shares(values: Any, count: int, or_zero: bool = False) -> bool:
+    """Tells whether `values` are so many numbers above 0, or from 0 on, and up to 1."""
     if not isinstance(values, list) or len(values) != count:
         return False
-    return all(type(value) in (int, float) and 0 < value <= 1 for value in values)
+    fit = [type(v) in (int, float) and (0 < v <= 1 or (or_zero and v == 0)) for v in values]
+    return all(fit)
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ import models
 from models import pretrained, weights
 from utils.inspection import export
 from utils.runs import foreign_files
+from utils.runs.checkpoint import Checkpoint
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -29,10 +30,11 @@ def written(tmp_path_factory):
         "classes": ["a", "b", "ü"],
         "img_size": 48,
         "crop_pct": 0.9,
-        "mean": (0.5, 0.5, 0.5),
+        "mean": (0.0, 0.5, 0.5),
         "std": (0.2, 0.2, 0.2),
     }
-    (folder / "config.json").write_bytes(export.hugging_face_texts(network, {}, metadata)[0])
+    saved = Checkpoint(file=folder, contents={})
+    (folder / "config.json").write_bytes(export.hugging_face_texts(network, saved, metadata)[0])
     data = foreign_files.to_safetensors(network.state_dict(), metadata)
     (folder / "model.safetensors").write_bytes(data)
     return folder, network.state_dict()

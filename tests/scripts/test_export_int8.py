@@ -150,7 +150,8 @@ def test_int8_is_judged_and_refused_when_it_loses(export_cli, tmp_path, small_da
         assert (said in text) == refused
         assert (other / "best.int8.onnx").exists() != refused
     files = sorted((small_data / "train").rglob("*.png"))
-    (batch,) = read_batches([bytes(file) for file in files], 48, 0.9, 99, torch.device("cpu"))
+    look = Preprocessing(48, 0.9)
+    (batch,) = read_batches([bytes(file) for file in files], look, 99, torch.device("cpu"))
     assert torch.equal(torch.cat(seen), batch.images)  # calibrated on these, not on val's
 
 

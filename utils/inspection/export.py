@@ -273,7 +273,7 @@ def hugging_face_texts(
         **{name: fields[name] for name in ("arch", "attention", "num_classes", "img_size")},
         parameters=sum(p.numel() for p in network.parameters()),
         ksize=", ".join(map(str, fields["ksize"] or ["none"])),
-        interpolation=fields["interpolation"],
+        interpolation=fields.get("interpolation", "bilinear"),
         resized=round(fields["img_size"] / fields["crop_pct"]),
         mean=", ".join(map(str, fields["mean"])),
         std=", ".join(map(str, fields["std"])),
