@@ -71,7 +71,8 @@ def library(monkeypatch):
     return fake
 
 
-ROWS = [{"epoch": e, **dict.fromkeys(classification.COLUMNS[1:], e + 0.5)} for e in range(3)]
+COLUMNS = ("lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5")
+ROWS = [{"epoch": e, **dict.fromkeys(COLUMNS, e + 0.5)} for e in range(3)]
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
