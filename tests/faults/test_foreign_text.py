@@ -1,7 +1,6 @@
 """Names in files of strangers move no cursor on a terminal and compute nothing in a spreadsheet."""
 
 import csv
-import io
 import sys
 
 import pytest
@@ -9,7 +8,6 @@ import pytest
 import main
 import predict
 from tools import check_images, compare_runs
-from utils.data.decoding import BrokenImageError
 from utils.inspection.predictions import CocoDocument, Guess, Prediction, PredictionLog
 from utils.runs import checkpoint
 from utils.system.faults import run_script
@@ -49,7 +47,7 @@ def test_a_checkpoint_s_texts_move_no_cursor(start, run_folder, tree, script, fi
     assert not any(line.startswith("error: all is well") for line in shown.splitlines())
 
 
-def test_file_and_class_names_are_text_for_a_spreadsheet(tmp_path):
+def test_file_and_class_names_are_text_for_a_spreadsheet(tmp_path, monkeypatch):
     log = PredictionLog("table", ["=1+1.png"], topk=1)
     log.add(Prediction("=1+1.png", (Guess(0, "@SUM(A1)", 0.5),)))
     log.write(tmp_path)
@@ -63,9 +61,13 @@ def test_file_and_class_names_are_text_for_a_spreadsheet(tmp_path):
     rows = list(csv.reader(document.csv().splitlines()))
     assert rows[1] == ["'-file.png", "'+class", "0.250000", "-1.00", "0.00", "1.00", "3.00"]
 
-    text = io.StringIO()
-    check_images.write_csv(text, [BrokenImageError("=x/y.png", "cut short")])
-    assert list(csv.reader(text.getvalue().splitlines()))[1] == ["'=x/y.png", "cut short"]
+    (tmp_path / "=x" / "a").mkdir(parents=True)
+    (tmp_path / "=x" / "a" / "y.png").write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["check_images", "=x", "--output", "bad.csv"])
+    assert check_images.main() == 1
+    with open("bad.csv") as file:
+        assert list(csv.reader(file))[1] == ["'=x/a/y.png", "not an image"]
 
 
 def test_run_names_are_text_for_a_spreadsheet_and_numbers_stay():
