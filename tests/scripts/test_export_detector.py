@@ -65,6 +65,9 @@ def test_a_file_finds_what_the_network_finds(call, tmp_path, arch):
     session = onnxruntime.InferenceSession(
         (tmp_path / "best.onnx").read_bytes(), providers=["CPUExecutionProvider"]
     )
+    shapes = [["objects", 4], ["objects"], ["objects"], ["objects", 1, "height", "width"]]
+    outputs = session.get_outputs()
+    assert [output.shape for output in outputs] == shapes[: len(outputs)]
     held = session.get_modelmeta().custom_metadata_map
     assert json.loads(held["classes"]) == ["ant", "bee"]
     assert (held["arch"], held["first_label"]) == (arch, str(FIRST_LABEL[arch]))

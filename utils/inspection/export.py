@@ -354,7 +354,10 @@ def detector_to_onnx(detector: nn.Module, metadata: Mapping[str, object]) -> byt
             output_names=list(names),
             dynamic_axes=axes,
         )
-    return _with_properties(onnx.load_from_string(buffer.getvalue()), metadata)
+    model = onnx.load_from_string(buffer.getvalue())
+    if masks:  # of one channel, which the exporter does not see
+        model.graph.output[-1].type.tensor_type.shape.dim[1].dim_value = 1
+    return _with_properties(model, metadata)
 
 
 def trial_images(detector: nn.Module) -> list[Tensor]:
