@@ -18,6 +18,7 @@ import main as main_script
 import predict
 import visualize_attention
 from utils.data import loader
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils.inspection import exported_network
 from utils.runs import checkpoint
 from utils.system.faults import run_script
@@ -87,7 +88,7 @@ def test_figures_are_those_of_a_loop_over_the_file(call, made):
     from PIL import Image
 
     session = onnxruntime.InferenceSession(made / "best.onnx", providers=["CPUExecutionProvider"])
-    mean, std = (np.array(v, np.float32) for v in exported_network.MEAN_AND_STD)
+    mean, std = (np.array(v, np.float32) for v in (IMAGENET_MEAN, IMAGENET_STD))
     right, loss = 0, 0.0
     files = sorted((made / "tree" / "val").rglob("*.png"))
     for file in files:
@@ -104,7 +105,7 @@ def test_figures_are_those_of_a_loop_over_the_file(call, made):
         "-e", "--resume", made / "best.onnx", "--decoder", "pil", "-j", 0, made / "tree"
     )
     assert code == 0
-    top1, _, shown = figures(lines)
+    top1, shown = figures(lines)
     assert top1 == pytest.approx(100 * right / len(files), abs=1e-3)
     assert shown == pytest.approx(loss / len(files), abs=1e-3)
 
