@@ -20,6 +20,7 @@ def free_port() -> str:
 # A document, and what is written instead of its words so that it takes seconds. To add one: a line
 # here, and in `workspace` whatever its commands find in a reader's folder.
 DOCUMENTS = {
+    "docs/START.md": {"--recipe finetune": "--recipe finetune --epochs 1"},
     "docs/PREDICT.md": {**SHORT, "[359]/0[0-2]*.png": "5/00*.png"},
     "docs/DEPLOYMENT.md": {
         "--epochs 3": "--epochs 1",
