@@ -342,12 +342,13 @@ def _built(arch: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Modu
 
 
 def check_forward(network: Classifier, sizes: Iterable[int]) -> None:
-    """Refuses a network on `meta` that does not make logits of images of these sides.
+    """Refuses a network that does not make logits of images of these sides; it goes to `meta`.
 
     Raises:
         ValueError: one line with the size.
     """
     arch, expected = network.arch, (IMAGES, network.num_classes)
+    network.to("meta")  # made there, it may hold a file's tensors by now
     for size in sizes:
         try:
             logits = network(torch.empty(IMAGES, 3, size, size, device="meta"))
