@@ -31,12 +31,7 @@ def assert_steps(lines: list[str], done: dict, epochs: int) -> None:
 
 @pytest.mark.parametrize(
     ("signum", "code"),
-    [
-        (signal.SIGTERM, 143),
-        (signal.SIGUSR1, 143),
-        (signal.SIGHUP, 143),
-        (signal.SIGINT, 130),
-    ],
+    [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)],
 )
 def test_a_signal_saves_at_the_next_step(start, tree, tmp_path, signum, code):
     """The whole process group gets it, workers included, as a scheduler or a terminal sends it."""

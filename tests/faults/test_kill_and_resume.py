@@ -20,16 +20,10 @@ pytestmark = pytest.mark.timeout(PATIENCE + 600)
 
 
 def kill_and_resume(tree, tmp_path, kills: int, script: str, *flags: object) -> list[str]:
+    driver = ROOT / "tests" / "helpers" / "kill_driver.py"
+    words = (sys.executable, driver, script, tree, tmp_path / "runs", kills, *flags)
     done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "tests" / "helpers" / "kill_driver.py"),
-            script,
-            str(tree),
-            str(tmp_path / "runs"),
-            str(kills),
-            *map(str, flags),
-        ],
+        [*map(str, words)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -41,24 +35,8 @@ def kill_and_resume(tree, tmp_path, kills: int, script: str, *flags: object) -> 
     return done.stdout.splitlines()
 
 
-FLAGS = (
-    "--img-size",
-    32,
-    "-b",
-    8,
-    "--min-scale",
-    0.5,
-    "--epochs",
-    2,
-    "--seed",
-    1,
-    "--save-every",
-    2,
-    "--lr",
-    0.01,
-    "-p",
-    1,
-)
+FLAGS = ("--img-size", 32, "-b", 8, "--min-scale", 0.5, "--epochs", 2, "--seed", 1)
+FLAGS += ("--save-every", 2, "--lr", 0.01, "-p", 1)
 
 
 @pytest.mark.slow
@@ -80,41 +58,17 @@ def test_many_kills(tree, tmp_path, record_property):
 
 @pytest.mark.faults
 def test_kills_of_a_fused_resnet_in_bf16(tree, tmp_path, record_property):
-    lines = kill_and_resume(
-        tree,
-        tmp_path,
-        3,
-        "main.py",
-        "-a",
-        "eca_resnet18",
-        "--amp",
-        "bf16",
-        "--channels-last",
-        *FLAGS,
-    )
+    flags = (*FLAGS, "-a", "eca_resnet18", "--amp", "bf16", "--channels-last")
+    lines = kill_and_resume(tree, tmp_path, 3, "main.py", *flags)
     record_property("kills", len(lines))
     assert len(lines) == 3
 
 
 @pytest.mark.faults
 def test_kills_with_every_part_of_the_modern_recipe(tree, tmp_path, record_property):
-    lines = kill_and_resume(
-        tree,
-        tmp_path,
-        6,
-        "light_main.py",
-        *FLAGS,
-        "--recipe",
-        "modern",
-        "--warmup-epochs",
-        1,
-        "--train-size",
-        32,
-        "--accumulate",
-        2,
-        "--clip-grad",
-        1,
-    )
+    flags = ("--recipe", "modern", "--warmup-epochs", 1, "--train-size", 32, "--accumulate", 2)
+    flags += ("--clip-grad", 1)
+    lines = kill_and_resume(tree, tmp_path, 6, "light_main.py", *FLAGS, *flags)
     record_property("kills", len(lines))
     assert len(lines) == 6
 
@@ -122,32 +76,10 @@ def test_kills_with_every_part_of_the_modern_recipe(tree, tmp_path, record_prope
 @pytest.mark.faults
 def test_kills_with_the_parts_for_data_of_one_s_own(tree, tmp_path, record_property):
     """And those of A1 to A3."""
-    lines = kill_and_resume(
-        tree,
-        tmp_path,
-        6,
-        "main.py",
-        "-a",
-        "eca_resnet18",
-        *FLAGS,
-        "--recipe",
-        "a1",
-        "--warmup-epochs",
-        1,
-        "--drop-path",
-        0.3,
-        "--grad-checkpointing",
-        "--class-weights",
-        "balanced",
-        "--sampler",
-        "balanced",
-        "--freeze",
-        "stages:1",
-        "--layer-decay",
-        0.8,
-        "--early-stop",
-        5,
-    )
+    flags = ("-a", "eca_resnet18", "--recipe", "a1", "--warmup-epochs", 1, "--drop-path", 0.3)
+    flags += ("--grad-checkpointing", "--class-weights", "balanced", "--sampler", "balanced")
+    flags += ("--freeze", "stages:1", "--layer-decay", 0.8, "--early-stop", 5)
+    lines = kill_and_resume(tree, tmp_path, 6, "main.py", *FLAGS, *flags)
     record_property("kills", len(lines))
     assert len(lines) == 6
 
@@ -190,18 +122,8 @@ def test_three_ranks_resume_as_one_run(run, tree, tmp_path):
     """With three, unlike two, the order in which gradients are added up shows in the sum."""
     flags = ("-a", "eca_resnet18", "--img-size", 32, "-b", 12, "-j", 0, "--seed", 1, "--lr", 0.01)
     for output, epochs in (("through", 2), ("parts", 1), ("parts", 2)):
-        done = run(
-            "main.py",
-            *flags,
-            tree,
-            "--epochs",
-            epochs,
-            "--resume",
-            "auto",
-            "--output",
-            output,
-            ranks=3,
-        )
+        again = ("--epochs", epochs, "--resume", "auto", "--output", output)
+        done = run("main.py", *flags, tree, *again, ranks=3)
         assert done.returncode == 0, done.stderr
     assert "resuming parts/last.pth" in done.stdout
     through, parts = (checkpoint.load(tmp_path / n / "last.pth") for n in ("through", "parts"))

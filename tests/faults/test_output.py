@@ -51,12 +51,7 @@ def test_training_goes_on_when_nobody_reads(tree, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script",
-    [
-        "predict.py CKPT DATA/val",
-        "main.py -e --resume CKPT DATA",
-        "main.py -h",
-    ],
+    "script", ["predict.py CKPT DATA/val", "main.py -e --resume CKPT DATA", "main.py -h"]
 )
 def test_other_scripts_end_without_a_traceback(run_folder, tree, tmp_path, script):
     line = script.replace("CKPT", f"{run_folder}/best.pth").replace("DATA", str(tree))

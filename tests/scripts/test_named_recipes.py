@@ -191,7 +191,9 @@ def test_what_is_saved_is_what_was_evaluated(call, finished, tree, tmp_path):
     assert same(dict(network.state_dict()), saved["state_dict"])
     # Weights to start from are the averaged ones, too.
     flags = (*SMALL, "--epochs", 1, "--lr", 1e-12, "--momentum", 0, "--output", tmp_path / "next")
-    assert call(*flags, "--pretrained", finished / "last.pth", tree)[0] == 0
+    code, _, err = call(*flags, "--pretrained", finished / "last.pth", tree)
+    assert not err, err[0][-900:]
+    assert code == 0
     found = checkpoint.load(tmp_path / "next" / "last.pth")["state_dict"]
     key = "features.0.0.weight"
     torch.testing.assert_close(found[key], saved["state_dict"][key])

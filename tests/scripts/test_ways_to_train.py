@@ -120,10 +120,7 @@ def test_class_weights_of_a_file_are_the_run_s_own(call, uneven, tmp_path):
 
 @pytest.mark.parametrize(
     ("part", "frozen"),
-    [
-        ("backbone", ("features.",)),
-        ("stages:3", tuple(f"features.{i}." for i in range(7))),
-    ],
+    [("backbone", ("features.",)), ("stages:3", tuple(f"features.{i}." for i in range(7)))],
 )
 def test_what_is_frozen_stays_as_it_was(
     call, two_epochs, tree, tmp_path, monkeypatch, part, frozen
