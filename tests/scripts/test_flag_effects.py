@@ -71,7 +71,7 @@ ELSEWHERE = {  # field: why a run of this size shows nothing, and the test that 
     "grad_checkpointing": "no bit; test_ways_to_train.py",
     "save_every": "test_classification.py::test_a_checkpoint_inside_the_epoch_is_of_the_step",
     "save_minutes": "test_writer.py::test_minutes_between_two_checkpoints",
-    "val_split": "for a DATA without val/; test_val_split.py",
+    "val_split": "for a DATA without val/; test_own_images.py",
     "log": "sends what is recorded; test_trackers.py",
     "start_epoch": "test_faults_resume.py::test_going_back_leaves_what_followed",
 }

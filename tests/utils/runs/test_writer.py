@@ -122,6 +122,16 @@ def test_minutes_between_two_checkpoints_are_those_of_the_clock(place, monkeypat
     assert not writer.RunFiles(None, {}).due(1)
 
 
+def test_an_epoch_s_best_is_written_before_its_last(place, monkeypatch):
+    """A run that is killed between the two does the epoch again, and loses no best one."""
+    written = []
+    for name in ("save_last", "save_best"):
+        monkeypatch.setattr(writer.CheckpointFolder, name, lambda *_, n=name: written.append(n))
+    (place / "run").mkdir()
+    a_run_writes(place / "run")
+    assert written == ["save_last", "save_best", "save_last"]
+
+
 def test_without_a_best_epoch_there_is_no_checkpoint_to_evaluate(place):
     files = writer.RunFiles(place, {}, title="net")
     first, *others = files.farewell(best_words({}, "top1", 10), False, "DATA")
