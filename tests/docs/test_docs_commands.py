@@ -71,5 +71,7 @@ def test_readme_s_commands_are_understood(workspace, monkeypatch):
                 nowhere = Context(torch.device("meta"))
                 with torch.device("meta"), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    _, notes = detector.build_network(config, start, ["a"] * 90, nowhere)
+                    _, notes = detector.build_network(
+                        config.recipe, config.network, start, ["a"] * 90, nowhere
+                    )
                 assert "Loaded" in notes[1]
