@@ -1,9 +1,15 @@
 """The end of a residual block alone (BatchNorm, ECA, addition, ReLU), forward and backward.
 
     python benchmarks/tail.py [--batch N] [--json FILE] [--smoke]
+    python benchmarks/tail.py --table [--json FILE] [--smoke]
 
-On the four shapes that ResNet-50's blocks end in, and summed over its 16 blocks.
+On the four shapes that ResNet-50's blocks end in, and summed over its 16 blocks. With --table: what
+the blocks call (one operation where that is faster, else the modules) over the modules alone, on
+shapes from 1 to 256 images, 16 to 2048 channels and 1 to 112 pixels a side, with and without ECA.
 """
+
+import argparse
+import itertools
 
 import side_by_side as side  # first: it puts the repository on the path
 
@@ -52,6 +58,31 @@ class Tail(nn.Module):
         return self.relu(y)
 
 
+# N, C, side: what MobileNetV2 and ResNets have at 224, 64 and 32 pixels, and both ends.
+TABLE = (
+    *((1, 64, 56), (1, 512, 7), (1, 2048, 7), (8, 256, 8), (16, 16, 112), (16, 96, 112)),
+    *((16, 144, 56), (16, 960, 7), (16, 2048, 7), (32, 64, 56), (32, 384, 2), (32, 960, 1)),
+    *((64, 16, 32), (64, 24, 16), (64, 32, 8), (64, 64, 4), (64, 64, 16), (64, 96, 32)),
+    *((64, 192, 8), (64, 320, 2), (64, 384, 4), (64, 512, 2), (64, 1280, 2), (256, 32, 4)),
+)
+MODULES, OURS = "module by module", "as the blocks call it"
+
+
+class Form(nn.Module):
+    """An end of a block, by `block_tail` or by its modules: (N, C, H, W) twice → the same."""
+
+    def __init__(self, attends: bool, channels: int, fused: bool):
+        super().__init__()
+        self.bn, self.fused = nn.BatchNorm2d(channels), fused
+        self.attention = ECALayer(3) if attends else None
+        self.activation = None if attends else nn.ReLU6(inplace=True)
+
+    def forward(self, z: Tensor, residual: Tensor) -> Tensor:
+        given = residual if self.attention is not None else None
+        return block_tail(z, self.bn, self.attention, given, self.activation, self.fused)
+
+
+FORMS = {"BatchNorm, ECA, addition": True, "BatchNorm, ReLU6": False}
 WAYS = (PLAIN, "textbook ECA, eager", "textbook SE, eager", "ours, ECA", "ours, plain")
 
 
@@ -64,18 +95,53 @@ class Call:
         self.z, self.residual, self.grad = (t.to(memory_format=layout) for t in tensors)
         self.z.requires_grad_()
         self.residual.requires_grad_()
-        self.wanted = (self.z, self.residual, *tail.parameters())
+        self.inputs = (self.z, self.residual, *tail.parameters())
 
     def __call__(self) -> None:
         half = self.z.dtype != torch.float32
         with torch.autocast(self.z.device.type, self.z.dtype, half):
             out = self.tail(self.z, self.residual)
-        torch.autograd.grad(out, self.wanted, self.grad)
+        torch.autograd.grad(out, self.inputs, self.grad, allow_unused=True)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Prints a row for each shape, form, layout and dtype."""
+    common, rows = side.settings(args), []
+    for dtype, layout, form in itertools.product(side.dtypes_for(args.device), LAYOUTS, FORMS):
+        for n, channels, size in TABLE[: 2 if args.smoke else None]:
+            shape = (n, channels, size, size)
+            elements = n * channels * size * size
+            calls = {
+                way: Call(
+                    Form(FORMS[form], channels, way == OURS),
+                    shape,
+                    side.DTYPES[dtype],
+                    LAYOUTS[layout],
+                    args.device,
+                )
+                for way in (MODULES, OURS)
+            }
+            repeat = 1 if args.smoke else max(1, min(50, 10**6 // elements))
+            times = side.interleave(calls, args.rounds, args.device, repeat)
+            place = common | {"layout": layout, "shape": list(shape), "form": form}
+            pairs, dtypes = [(OURS, MODULES)], dict.fromkeys((OURS, MODULES), dtype)
+            rows += side.compare("tail --table", times, pairs, dtypes, place)
+    shown = [
+        {**row, "variant": f"{row['form']}, {row['dtype']} {row['layout']}, {row['shape']}"}
+        for row in rows
+    ]
+    side.report(args, rows, "speed over that of the modules", shown)
+    worst = min(row["ratio_median"] for row in rows)
+    slower = sum(row["ratio_median"] < 0.98 for row in rows)
+    print(f"{len(rows)} rows, the slowest {worst:.3f}, {slower} below 0.98")
 
 
 def main() -> None:
     parser = side.make_parser(__doc__, batch=(16, 256), rounds=15)
+    parser.add_argument("--table", action="store_true", help="many shapes, over the modules")
     args = side.settle(parser.parse_args())
+    if args.table:
+        return table(args)
     common, rows = side.settings(args), []
     for dtype in side.dtypes_for(args.device):
         for layout, memory_format in LAYOUTS.items():

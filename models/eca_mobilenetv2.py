@@ -64,7 +64,12 @@ def _maps(channels: list[int]) -> Iterator[tuple[int, int, str]]:
 
 
 class ConvBNReLU(nn.Sequential):
-    """Convolution without bias, padded to keep the size at stride 1; BatchNorm; ReLU6."""
+    """Convolution without bias, padded to keep the size at stride 1; BatchNorm; ReLU6.
+
+    (N, C, H, W) → (N, out_channels, H/stride, W/stride).
+    """
+
+    fused = True  # BatchNorm and ReLU6 as one operation wherever that is possible; `set_fused`
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
@@ -82,6 +87,19 @@ class ConvBNReLU(nn.Sequential):
             nn.BatchNorm2d(out_channels),
             nn.ReLU6(inplace=True),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript knows no `fused`
+            if self.fused and len(self) == 3:  # somebody may have added a module
+                return self._fast(x)
+        for module in self:
+            x = module(x)
+        return x
+
+    @torch.jit.unused
+    def _fast(self, x: Tensor) -> Tensor:
+        conv, bn, activation = self
+        return block_tail(conv(x), bn, activation=activation)
 
 
 class InvertedResidual(nn.Module):

@@ -38,6 +38,7 @@ from .eca_resnet import (
     se_resnet101,
     se_resnet152,
 )
+from .fused.block_tail import set_fused
 from .insertion import Insertion, add_attention
 
 MODELS: dict[str, Callable[..., Classifier]] = {
@@ -348,6 +349,7 @@ def check_forward(network: Classifier, sizes: Iterable[int]) -> None:
         ValueError: one line with the size.
     """
     arch, expected = network.arch, (IMAGES, network.num_classes)
+    set_fused(network, False)  # the modules say as much
     network.to("meta")  # made there, it may hold a file's tensors by now
     for size in sizes:
         try:

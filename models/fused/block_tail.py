@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..eca_module import ECALayer
-from . import cpu_passes
-from .cpu_passes import accumulation_dtype
-from .formulas import Gradients, Kept, Wanted, tail_backward, tail_forward
+from . import cpu_passes, formulas
+from .cpu_passes import Gradients, Kept, Wanted, accumulation_dtype
 from .proof import is_bare, is_eca
 
 eca_triton: ModuleType | None = None
@@ -51,7 +50,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> 
         return _not_imported
     if dtype not in eca_triton.DTYPES:
         return f"there are none for {dtype}"
-    return eca_triton.why_not(device, dtype)
+    from .triton_trial import why_not
+
+    return why_not(device, dtype)
 
 
 def on_triton(z: Tensor) -> bool:
@@ -66,22 +67,18 @@ def _forward(
     residual: Tensor | None,
     statistics: tuple[Tensor, Tensor] | None,
     eps: float,
-    activation: bool,
+    ceiling: float | None,
 ) -> tuple[Tensor, Tensor, Kept]:
-    """Computes `tail_forward` by what serves z best; the variance is the unbiased one."""
+    """Computes `formulas.tail_forward` by what serves z best."""
     if not on_triton(z):
-        out, variance, kept = tail_forward(
-            z, weight, bias, kernel, residual, statistics, eps, activation
-        )
-        if statistics is None:
-            count = z.numel() // z.shape[1]
-            variance = variance * (count / (count - 1))
-        return out, variance, kept
+        passes = cpu_passes if cpu_passes.serves(z) else formulas
+        return passes.tail_forward(z, weight, bias, kernel, residual, statistics, eps, ceiling)
     assert eca_triton is not None
-    out, *found, inverse_std, pooled, gate = eca_triton.tail_forward(
-        z, weight, bias, kernel, residual, *(statistics or (None, None)), eps, activation
+    mean, variance = statistics or (None, None)
+    out, *batch, inverse_std, pooled, gate = eca_triton.tail_forward(
+        z, weight, bias, kernel, residual, mean, variance, eps, ceiling
     )
-    mean, variance = statistics or found
+    mean, variance = statistics or batch
     return out, variance, Kept(mean, inverse_std, pooled, gate)
 
 
@@ -95,16 +92,30 @@ def _backward(
     kept: Kept,
     batch_statistics: bool,
     wanted: Wanted,
+    ceiling: float | None,
 ) -> Gradients:
-    """Computes `tail_backward` by what serves z best; grad and z have one memory format."""
+    """Computes `formulas.tail_backward` by what serves z best; grad and z have one format."""
     if not on_triton(z):
-        return tail_backward(grad, z, out, weight, bias, kernel, kept, batch_statistics, wanted)
+        passes = cpu_passes if cpu_passes.serves(z) else formulas
+        return passes.tail_backward(
+            grad, z, out, weight, bias, kernel, kept, batch_statistics, wanted, ceiling
+        )
     assert eca_triton is not None
     dz, d_weight, d_bias, d_kernel, d = eca_triton.tail_backward(
-        grad, z, out, weight, bias, kernel, *kept, batch_statistics, wanted.z, wanted.residual
+        grad,
+        z,
+        out,
+        weight,
+        bias,
+        kernel,
+        *kept,
+        batch_statistics,
+        wanted.z,
+        wanted.residual,
+        ceiling,
     )
-    found = (dz, d_weight, d_bias, d_kernel, grad if out is None else d)
-    return Gradients(*(g if want else None for g, want in zip(found, wanted, strict=True)))
+    gradients = (dz, d_weight, d_bias, d_kernel, grad if out is None else d)
+    return Gradients(*(g if want else None for g, want in zip(gradients, wanted, strict=True)))
 
 
 def _widened(small: Tensor, z: Tensor) -> Tensor:
@@ -137,12 +148,14 @@ class _FusedTail(torch.autograd.Function):
         residual: Tensor | None,
         statistics: tuple[Tensor, Tensor] | None,
         eps: float,
-        activation: bool,
+        ceiling: float | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         w, b = _widened(weight, z), _widened(bias, z)
         k = None if kernel is None else _widened(kernel, z)
-        out, variance, kept = _forward(z, w, b, k, residual, statistics, eps, activation)
-        ctx.save_for_backward(z, out if activation else None, weight, bias, kernel, *kept)
+        out, variance, kept = _forward(z, w, b, k, residual, statistics, eps, ceiling)
+        activated = out if ceiling is not None else None
+        ctx.save_for_backward(z, activated, weight, bias, kernel, *kept)
+        ctx.ceiling = ceiling
         ctx.batch_statistics = statistics is None
         ctx.memory_format = _format_of(z)  # backward must not ask: Dynamo does not know it there
         if statistics is not None:
@@ -162,10 +175,12 @@ class _FusedTail(torch.autograd.Function):
         w, b = _widened(weight, z), _widened(bias, z)
         k = None if kernel is None else _widened(kernel, z)
         grad = grad.contiguous(memory_format=ctx.memory_format)
-        found = _backward(grad, z, out, w, b, k, Kept(*kept), ctx.batch_statistics, wanted)
+        gradients = _backward(
+            grad, z, out, w, b, k, Kept(*kept), ctx.batch_statistics, wanted, ctx.ceiling
+        )
         like = (z, weight, bias, kernel, grad)
-        given = [g if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)]
-        return *given, None, None, None
+        of_dtype = [g if g is None else g.to(t.dtype) for g, t in zip(gradients, like, strict=True)]
+        return *of_dtype, None, None, None
 
 
 def fused_tail(
@@ -173,7 +188,7 @@ def fused_tail(
     bn: nn.BatchNorm2d,
     attention: ECALayer | None = None,
     residual: Tensor | None = None,
-    activation: bool = True,
+    ceiling: float | None = math.inf,
 ) -> Tensor:
     """Computes act(attention(bn(z)) + residual), and updates bn's running statistics as bn does.
 
@@ -181,7 +196,7 @@ def fused_tail(
         z: (N, C, H, W), the last convolution's output. Half precision is accumulated in float32.
         bn: in training mode, or if it has no running statistics, those of the batch are used.
         residual: shape and dtype of z.
-        activation: ReLU, or nothing.
+        ceiling: of the activation: infinity for ReLU, 6 for ReLU6, None for no activation.
 
     Returns:
         (N, C, H, W) in z's dtype and memory format.
@@ -200,7 +215,7 @@ def fused_tail(
     if residual is not None:
         residual = residual.contiguous(memory_format=memory_format)
     out, mean, variance = _FusedTail.apply(
-        z, bn.weight, bn.bias, kernel, residual, statistics, bn.eps, activation
+        z, bn.weight, bn.bias, kernel, residual, statistics, bn.eps, ceiling
     )
     if bn.training and bn.track_running_stats and bn.running_mean is not None:
         _update_running_statistics(bn, mean, variance)
@@ -246,6 +261,13 @@ def can_fuse(
     return usual and (torch.compiler.is_compiling() or _has_passes(z))
 
 
+def ceiling_of(activation: nn.Module | None) -> float | None:
+    """Returns the largest value that an activation lets through, as `fused_tail` takes it."""
+    if activation is None:
+        return None
+    return activation.max_val if isinstance(activation, nn.ReLU6) else math.inf
+
+
 def _has_passes(z: Tensor) -> bool:
     """Tells whether there are compiled passes for z; `meta` has them, to show what is saved."""
     return z.device.type == "meta" or cpu_passes.serves(z) or on_triton(z)
@@ -260,17 +282,20 @@ def _is_usual(
 ) -> bool:
     """Tells whether the modules compute the formula, and no one looks on while they do.
 
-    False, and the modules are called one by one, for: other modules than BatchNorm2d, ECALayer
-    and ReLU, or with another forward than theirs (SyncBatchNorm); an ECALayer whose pooling or
-    convolution was changed (`proof.is_eca`); BatchNorm without affine
-    parameters; hooks on a module, as FLOPs counters attach them; tracing and export; torch.func's
+    False, and the modules are called one by one, for: other modules than BatchNorm2d, ECALayer,
+    ReLU and ReLU6, or with another forward than theirs (SyncBatchNorm); an ECALayer whose pooling
+    or convolution was changed (`proof.is_eca`); BatchNorm without affine parameters; hooks on a
+    module, as FLOPs counters attach them; tracing and export; torch.func's
     transforms and forward-mode differentiation; a residual that broadcasts or differs in dtype; a
     batch of one value a channel.
     """
-    modules: list[tuple[nn.Module, type[nn.Module]]] = [(bn, nn.BatchNorm2d)]
-    if activation is not None:
-        modules.append((activation, nn.ReLU))
-    if not all(is_bare(module, kind) for module, kind in modules):
+    if not is_bare(bn, nn.BatchNorm2d):
+        return False
+    if isinstance(activation, nn.ReLU6):
+        limits = (activation.min_val, activation.max_val)  # attributes that can be changed
+        if not is_bare(activation, nn.ReLU6) or limits != (0.0, 6.0):
+            return False
+    elif activation is not None and not is_bare(activation, nn.ReLU):
         return False
     if bn.weight is None or bn.bias is None:
         return False
@@ -304,16 +329,22 @@ def block_tail(
 ) -> Tensor:
     """Computes activation(attention(bn(z)) + residual).
 
-    It is one operation if `fused` is set and `can_fuse` agrees; otherwise module by module.
+    It is one operation if `fused` is set, `can_fuse` agrees and `_pays` says that it is faster;
+    otherwise module by module.
     """
     if fused and _is_usual(z, bn, attention, residual, activation):
-        compiling = torch.compiler.is_compiling()
-        if attention is None and z.device.type == "cpu" and not compiling and not _pays(z):
-            return _plain_tail(z, bn, residual, activation is not None)
-        if compiling or _has_passes(z):
+        if torch.compiler.is_compiling():
+            faster = attention is not None or residual is not None  # else it does the same itself
+        else:
+            faster = _pays(z, attention is not None)
+        # DataParallel's threads share one interpreter: eight took 16 tails 17 times as long.
+        if faster and not (z.is_cuda and getattr(bn, "_is_replica", False)):
             # `_is_usual` has said that they are of these classes.
             norm, eca = cast(nn.BatchNorm2d, bn), cast("ECALayer | None", attention)
-            return fused_tail(z, norm, eca, residual, activation is not None)
+            return fused_tail(z, norm, eca, residual, ceiling_of(activation))
+        six = isinstance(activation, nn.ReLU6)
+        if attention is None and residual is not None and z.device.type == "cpu" and not six:
+            return _plain_tail(z, bn, residual, activation is not None)
     y = bn(z)
     if attention is not None:
         y = attention(y)
@@ -323,40 +354,32 @@ def block_tail(
 
 
 def norm_act(z: Tensor, bn: nn.Module, activation: nn.Module, fused: bool = True) -> Tensor:
-    """Computes activation(bn(z)) in fewer passes over memory, where that is faster.
-
-    There are 3 forward and 7 backward, where the modules take 5 and 8. torch.compile fuses the two
-    modules itself, so under it they are called.
-    """
-    if (
-        fused
-        and not torch.compiler.is_compiling()
-        and not isinstance(z, torch.fx.Proxy)
-        and _pays(z)
-        and can_fuse(z, bn, None, None, activation)
-    ):
-        return fused_tail(z, cast(nn.BatchNorm2d, bn))
-    return activation(bn(z))
+    """Computes activation(bn(z)) in fewer passes over memory, where that is faster."""
+    return block_tail(z, bn, None, None, activation, fused)
 
 
-# Elements from which our passes beat PyTorch's own kernels where there is no attention, whose price
-# is vectors of N·C numbers and calls: measured on two cores for the CPU, estimated for CUDA.
-LARGE = {"cpu": 1 << 20, "cuda": 1 << 24}
+# Elements from which our passes beat PyTorch's own kernels, whose price is vectors of N·C numbers
+# and calls: (with ECA, without). Measured for the CPU (benchmarks/tail.py --table), estimated for
+# CUDA.
+LARGE = {"cpu": (0, 1 << 17), "cuda": (1 << 23, 1 << 24), "meta": (0, 0)}
+FEW_PIXELS = 4  # so many in NHWC leave BatchNorm's own kernel, which sums over N, too, in front
 
 
-def _pays(z: Tensor) -> bool:
-    large = z.numel() >= LARGE.get(z.device.type, math.inf)
-    return large and (on_triton(z) or cpu_passes.serves(z))
+def _pays(z: Tensor, attends: bool) -> bool:
+    """Tells whether there are passes for z and they are faster; by its shape and dtype alone."""
+    least = LARGE.get(z.device.type)
+    if least is None or z.numel() < least[not attends] or not _has_passes(z):
+        return False
+    few = z.shape[2] * z.shape[3] <= FEW_PIXELS and _format_of(z) == torch.channels_last
+    return attends or not few or z.device.type != "cpu"
 
 
-def _plain_tail(z: Tensor, bn: nn.Module, residual: Tensor | None, activation: bool) -> Tensor:
+def _plain_tail(z: Tensor, bn: nn.Module, residual: Tensor, activation: bool) -> Tensor:
     """Calls BatchNorm and does the rest in place: the fastest for small tensors on an eager CPU.
 
     It keeps the same tensors as `fused_tail`. In-place operations are safe here: no hook sees y.
     """
-    y = bn(z)
-    if residual is not None:
-        y = y.add_(residual)
+    y = bn(z).add_(residual)
     return y.relu_() if activation else y
 
 

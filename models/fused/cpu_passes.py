@@ -1,17 +1,11 @@
-"""The fused tail's passes over (N, C, H, W), and the choice of the form that serves a tensor best.
+"""The fused tail on an eager CPU: native.cpp compiled when first needed, and the calls of it.
 
-`Native` is for an eager CPU, compiled from native.cpp when first needed. For each of its passes
-PyTorch's own operations need several passes over memory, and copies of bfloat16 in float32.
-Compiling takes some seconds, once: the library is kept in `~/.cache/eca-net`, under a name that
-changes with the source, the compiler and the processor, in a folder that nobody else can write to.
-A library is code: one that another user could have put there, or changed, is never loaded. If there
-is no C++ compiler, or something else is missing, `serves` returns False and the modules are called
-one by one.
-
-`Whole` is for torch.compile, which turns each of its expressions into one loop. Both forms have the
-same passes, with the same arguments: z, residual, out and grad are (N, C, H, W) in one dtype and
-memory format. All other tensors are (C,), (1, C) or (N, C) in the accumulation dtype: float64 for
-float64, otherwise float32.
+For each of its passes PyTorch's own operations need several passes over memory, and copies of
+bfloat16 in float32. Compiling takes some seconds, once: the library is kept in `~/.cache/eca-net`,
+under a name that changes with the source, the compiler and the processor, in a folder that nobody
+else can write to. A library is code: one that another user could have put there, or changed, is
+never loaded. If there is no C++ compiler, or something else is missing, `serves` returns False and
+the modules are called one by one.
 """
 
 import ctypes
@@ -26,79 +20,42 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of sums and of everything small: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def over_pixels(small: Tensor) -> Tensor:
-    """(N or 1, C) → (N or 1, C, 1, 1)."""
-    return small[:, :, None, None]
+class Kept(NamedTuple):
+    """The small tensors of a forward pass that its backward pass needs."""
+
+    mean: Tensor  # (C,)
+    inverse_std: Tensor  # 1 / √(variance + eps), (C,)
+    pooled: Tensor | None  # means over the pixels of normalised z, (N, C); None without ECA
+    gate: Tensor | None  # s, (N, C); None without ECA
 
 
-class Whole:
-    """Passes that are one expression each; `Native` computes the same."""
+class Gradients(NamedTuple):
+    z: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    kernel: Tensor | None
+    residual: Tensor | None
 
-    @staticmethod
-    def means(z: Tensor) -> Tensor:
-        """Computes the means over the pixels: (N, C)."""
-        return z.mean((2, 3), dtype=accumulation_dtype(z.dtype))
 
-    @staticmethod
-    def moments(z: Tensor, per_sample: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Computes the means (N, C), or None; the mean (C,); and the biased variance (C,)."""
-        x = z.to(accumulation_dtype(z.dtype))
-        means = x.mean((2, 3))
-        mean = means.mean(0)
-        variance = (x - mean[:, None, None]).square().mean((0, 2, 3))
-        return means if per_sample else None, mean, variance
+class Wanted(NamedTuple):
+    """Which gradients the caller needs."""
 
-    @staticmethod
-    def scale_and_add(
-        z: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, activation: bool
-    ) -> Tensor:
-        """Computes act(z · scale + shift + residual)."""
-        y = z.to(scale.dtype) * over_pixels(scale) + over_pixels(shift)
-        if residual is not None:
-            y = y + residual
-        return (y.relu() if activation else y).to(z.dtype)
-
-    @staticmethod
-    def gradient_sums(
-        grad: Tensor, out: Tensor | None, z: Tensor, mean: Tensor, keep: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes d, which is grad where out > 0, and Σd and Σd·(z - mean), both (N, C).
-
-        Without out, d is grad. Unless `keep` is set, the first result may be grad instead of d.
-        """
-        d = grad if out is None else torch.ops.aten.threshold_backward(grad, out, 0)
-        wide = d.to(mean.dtype)
-        sum_d = wide.sum((2, 3))
-        sum_dz = (wide * (z.to(mean.dtype) - mean[:, None, None])).sum((2, 3))
-        return (d if keep else grad), sum_d, sum_dz
-
-    @staticmethod
-    def gradient_input(
-        grad: Tensor,
-        out: Tensor | None,
-        z: Tensor,
-        on_grad: Tensor,
-        on_z: Tensor | None,
-        constant: Tensor | None,
-    ) -> Tensor:
-        """Computes ∂z = on_grad · d + on_z · z + constant, with d as above; None is zero."""
-        d = grad if out is None else torch.ops.aten.threshold_backward(grad, out, 0)
-        dz = d.to(on_grad.dtype) * over_pixels(on_grad)
-        if on_z is not None:
-            dz = dz + z.to(on_grad.dtype) * over_pixels(on_z)
-        if constant is not None:
-            dz = dz + over_pixels(constant)
-        return dz.to(z.dtype)
+    z: bool
+    weight: bool
+    bias: bool
+    kernel: bool
+    residual: bool
 
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -205,7 +162,7 @@ def _processor() -> str:
 
 
 DTYPES = (torch.float32, torch.bfloat16)
-FUNCTIONS = ("moments", "scale_and_add", "gradient_sums", "gradient_input")
+FUNCTIONS = ("moments", "scale_and_add", "tail_forward", "tail_backward")
 
 
 @functools.cache
@@ -224,13 +181,15 @@ def library() -> ctypes.CDLL | BuildError:
     flag: type[Any]
     size: type[Any]
     pointer: type[Any]
-    flag, size, pointer = ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p
+    number: type[Any]
+    flag, size, pointer, number = ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
     shape = [flag, flag, size, size, size]
+    tail = [pointer, pointer, pointer, pointer, size, pointer, pointer, pointer, pointer]
     arguments: tuple[list[type[Any]], ...] = (
         [pointer] * 3,
         [pointer, pointer, pointer, size, pointer, flag, pointer],
-        [pointer] * 7,
-        [*[pointer] * 6, size, pointer],
+        [*tail, pointer, flag, number, flag, number, pointer, pointer],
+        [*tail, pointer, pointer, number, flag, *[pointer] * 5],
     )
     for name, others in zip(FUNCTIONS, arguments, strict=True):
         function = getattr(library, f"eca_{name}")
@@ -247,7 +206,7 @@ def why_not(dtype: torch.dtype = torch.float32) -> str | None:
 
 
 def serves(z: Tensor) -> bool:
-    """Tells whether `Native` takes z. The first call compiles the library."""
+    """Tells whether the compiled passes take z. The first call compiles the library."""
     return (
         z.device.type == "cpu"
         and z.dtype in DTYPES
@@ -265,100 +224,89 @@ def _compiled() -> ctypes.CDLL:
 
 def _shape(z: Tensor) -> tuple[bool, bool, int, int, int]:
     n, c, h, w = z.shape
-    return z.dtype == torch.bfloat16, not z.is_contiguous(), n, c, h * w
+    nhwc = h * w == 1 or not z.is_contiguous()  # one pixel is both: rows are then of all channels
+    return z.dtype == torch.bfloat16, nhwc, n, c, h * w
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-class Native:
-    """The passes of `Whole`, with the same arguments, each in one loop over memory."""
-
-    @staticmethod
-    def means(z: Tensor) -> Tensor:
-        return Native._moments(z)[0]
-
-    @staticmethod
-    def moments(z: Tensor, per_sample: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-        means, variances = Native._moments(z)
-        mean = means.mean(0)
-        variance = variances.mean(0) + (means - mean).square().mean(0)
-        return means if per_sample else None, mean, variance
-
-    @staticmethod
-    def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
-        means = z.new_empty(z.shape[:2], dtype=torch.float32)
-        variances = torch.empty_like(means)
-        _compiled().eca_moments(*_shape(z), *map(_pointer, (z, means, variances)))
-        return means, variances
-
-    @staticmethod
-    def scale_and_add(
-        z: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        residual: Tensor | None,
-        activation: bool,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Computes `Whole.scale_and_add`, into `out` if given; `out` may be z itself."""
-        out = torch.empty_like(z) if out is None else out
-        scale, shift, step = _rows(scale, shift, len(z))
-        _compiled().eca_scale_and_add(
-            *_shape(z),
-            *map(_pointer, (z, scale, shift)),
-            step,
-            _pointer(residual),
-            activation,
-            _pointer(out),
-        )
-        return out
-
-    @staticmethod
-    def gradient_sums(
-        grad: Tensor, out: Tensor | None, z: Tensor, mean: Tensor, keep: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        d = torch.empty_like(z) if keep and out is not None else None
-        sum_d = z.new_empty(z.shape[:2], dtype=torch.float32)
-        sum_dz = torch.empty_like(sum_d)
-        tensors = (grad, out, z, mean.contiguous(), d, sum_d, sum_dz)
-        _compiled().eca_gradient_sums(*_shape(z), *map(_pointer, tensors))
-        return grad if d is None else d, sum_d, sum_dz
-
-    @staticmethod
-    def gradient_input(
-        grad: Tensor,
-        out: Tensor | None,
-        z: Tensor,
-        on_grad: Tensor,
-        on_z: Tensor | None,
-        constant: Tensor | None,
-    ) -> Tensor:
-        dz = torch.empty_like(z)
-        constant = torch.zeros_like(on_grad) if constant is None else constant
-        on_grad, constant, step = _rows(on_grad, constant, len(z))
-        on_z = None if on_z is None else on_z.contiguous()
-        _compiled().eca_gradient_input(
-            *_shape(z),
-            *map(_pointer, (grad, out, z, on_grad, on_z, constant)),
-            step,
-            _pointer(dz),
-        )
-        return dz
+def tail_forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor | None,
+    residual: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None,
+    eps: float,
+    ceiling: float | None,
+) -> tuple[Tensor, Tensor, Kept]:
+    """Computes `formulas.tail_forward` in two loops over memory; vectors are dense."""
+    n, c = z.shape[:2]
+    pooled = gate = None
+    if kernel is not None:
+        pooled, gate = z.new_empty((2, n, c), dtype=torch.float32).unbind()
+    if statistics is None:
+        mean, variance, inverse_std = z.new_empty((3, c), dtype=torch.float32).unbind()
+    else:
+        (mean, variance), inverse_std = statistics, torch.empty_like(statistics[0])
+    kept, out = Kept(mean, inverse_std, pooled, gate), torch.empty_like(z)
+    _compiled().eca_tail_forward(
+        *_shape(z),
+        *_tail(z, weight, bias, kernel, kept),
+        _pointer(residual),
+        statistics is None,
+        eps,
+        ceiling is not None,
+        ceiling or 0.0,
+        variance.data_ptr(),
+        out.data_ptr(),
+    )
+    return out, variance, kept
 
 
-def _rows(a: Tensor, b: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
-    """Returns a and b, (1, C) or (N, C), in one shape, and the step to the next sample's row."""
-    if len(a) != len(b):
-        a, b = torch.broadcast_tensors(a, b)
-    step = a.shape[1] if len(a) == n else 0
-    return a.contiguous(), b.contiguous(), step
+def tail_backward(
+    grad: Tensor,
+    z: Tensor,
+    out: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor | None,
+    kept: Kept,
+    batch_statistics: bool,
+    wanted: Wanted,
+    ceiling: float | None,
+) -> Gradients:
+    """Computes `formulas.tail_backward` in two loops over memory; vectors are dense."""
+    d_weight, d_bias = z.new_empty((2, z.shape[1]), dtype=torch.float32).unbind()
+    d_kernel = None if kernel is None else torch.empty_like(kernel)
+    d = torch.empty_like(z) if wanted.residual and out is not None else None
+    dz = torch.empty_like(z) if wanted.z else None
+    _compiled().eca_tail_backward(
+        *_shape(z),
+        *_tail(z, weight, bias, kernel, kept),
+        grad.data_ptr(),
+        _pointer(out),
+        ceiling or 0.0,
+        batch_statistics,
+        *map(_pointer, (d, d_weight, d_bias, d_kernel, dz)),
+    )
+    return Gradients(
+        dz,
+        d_weight if wanted.weight else None,
+        d_bias if wanted.bias else None,
+        d_kernel if wanted.kernel else None,
+        (grad if d is None else d) if wanted.residual else None,
+    )
 
 
-def passes_for(z: Tensor) -> type[Whole] | type[Native]:
-    """Returns the form of the passes that is fastest for z."""
-    return Native if serves(z) else Whole
+def _tail(
+    z: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor | None, kept: Kept
+) -> tuple[int | None, ...]:
+    """Returns the arguments that the two calls have in common."""
+    taps = 0 if kernel is None else kernel.numel()
+    return *map(_pointer, (z, weight, bias, kernel)), taps, *map(_pointer, kept)
 
 
 def _is_dense(z: Tensor) -> bool:
@@ -367,24 +315,38 @@ def _is_dense(z: Tensor) -> bool:
 
 def pixel_means(z: Tensor) -> Tensor:
     """Computes means over the pixels, (N, C) in the accumulation dtype, for z of any strides."""
-    passes = passes_for(z)
-    return (passes if passes is not Native or _is_dense(z) else Whole).means(z)
+    if not (serves(z) and _is_dense(z)):
+        return z.mean((2, 3), dtype=accumulation_dtype(z.dtype))
+    means, variances = z.new_empty((2, *z.shape[:2]), dtype=torch.float32).unbind()
+    _compiled().eca_moments(*_shape(z), *map(_pointer, (z, means, variances)))
+    return means
 
 
 def finish_in_place(
     z: Tensor, scale: Tensor | None, residual: Tensor | None, activation: bool
 ) -> Tensor:
-    """Computes act(z · scale + residual) without gradients; it may overwrite z.
+    """Computes act(z · scale + residual) without gradients, act being ReLU; it may overwrite z.
 
     scale is (N, C) in the accumulation dtype, or None for 1.
     """
-    passes = passes_for(z)
-    if passes is Native and _is_dense(z) and (residual is None or residual.stride() == z.stride()):
-        scale = z.new_ones(1, z.shape[1], dtype=torch.float32) if scale is None else scale
-        return Native.scale_and_add(z, scale, torch.zeros_like(scale), residual, activation, z)
+    same = residual is None or residual.stride() == z.stride()
+    if serves(z) and _is_dense(z) and same:
+        if scale is None:
+            scale = z.new_ones(1, z.shape[1], dtype=torch.float32)
+        scale, shift = scale.contiguous(), torch.zeros_like(scale)
+        step = z.shape[1] if len(scale) == len(z) else 0
+        _compiled().eca_scale_and_add(
+            *_shape(z),
+            *map(_pointer, (z, scale, shift)),
+            step,
+            _pointer(residual),
+            activation,
+            z.data_ptr(),
+        )
+        return z
     if scale is None:
         y = z if residual is None else z + residual
     else:
-        scale = over_pixels(scale.to(z.dtype))
+        scale = scale.to(z.dtype)[:, :, None, None]
         y = z * scale if residual is None else torch.addcmul(residual, z, scale)
     return y.relu() if activation else y

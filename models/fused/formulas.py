@@ -1,17 +1,39 @@
-"""The fused tail's forward and backward passes, as functions of tensors.
+"""The fused tail's forward and backward passes, as functions of tensors in PyTorch's operations.
 
-The passes over large tensors are those that `passes_for` chooses. `triton_tail` does the same
-steps, each in a kernel. Names: d is the output's gradient where ReLU lets it through, x̂ is
-normalised z, a = weight/σ, s is the gate; Σ is over the pixels of one sample and channel.
+torch.compile makes one loop of each expression over (N, C, H, W). `native.cpp` and `triton_tail` do
+the same steps, and are tested against these. Names: d is the output's gradient where the activation
+lets it through, x̂ is normalised z, a = weight/σ, s is the gate; Σ is over the pixels of one sample
+and channel. All but (N, C, H, W) tensors are in the accumulation dtype.
 """
 
-from typing import NamedTuple
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu_passes import passes_for
+from .cpu_passes import Gradients, Kept, Wanted, accumulation_dtype
+
+
+def over_pixels(small: Tensor) -> Tensor:
+    """(N or 1, C) → (N or 1, C, 1, 1)."""
+    return small[:, :, None, None]
+
+
+def activated(y: Tensor, ceiling: float | None) -> Tensor:
+    """Computes min(max(y, 0), ceiling); NaN stays. None for no activation, infinity for ReLU."""
+    if ceiling is None:
+        return y
+    return y.relu() if math.isinf(ceiling) else F.hardtanh(y, 0.0, ceiling)
+
+
+def masked(grad: Tensor, out: Tensor | None, ceiling: float | None) -> Tensor:
+    """Returns d, which is grad where 0 < out < ceiling, and 0 elsewhere; grad without `out`."""
+    if out is None or ceiling is None:
+        return grad
+    if math.isinf(ceiling):
+        return torch.ops.aten.threshold_backward(grad, out, 0)
+    return torch.ops.aten.hardtanh_backward(grad, out, 0.0, ceiling)
 
 
 def _neighbours(x: Tensor, k: int) -> list[Tensor]:
@@ -40,33 +62,6 @@ def _kernel_gradient(x: Tensor, d: Tensor, k: int) -> Tensor:
     return torch.stack([(neighbour * d).sum() for neighbour in _neighbours(x, k)])
 
 
-class Kept(NamedTuple):
-    """The small tensors of a forward pass that its backward pass needs."""
-
-    mean: Tensor  # (C,)
-    inverse_std: Tensor  # 1 / √(variance + eps), (C,)
-    pooled: Tensor | None  # means over the pixels of normalised z, (N, C); None without ECA
-    gate: Tensor | None  # s, (N, C); None without ECA
-
-
-class Gradients(NamedTuple):
-    z: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    kernel: Tensor | None
-    residual: Tensor | None
-
-
-class Wanted(NamedTuple):
-    """Which gradients the caller needs."""
-
-    z: bool
-    weight: bool
-    bias: bool
-    kernel: bool
-    residual: bool
-
-
 def tail_forward(
     z: Tensor,
     weight: Tensor,
@@ -75,21 +70,30 @@ def tail_forward(
     residual: Tensor | None,
     statistics: tuple[Tensor, Tensor] | None,
     eps: float,
-    activation: bool,
+    ceiling: float | None,
 ) -> tuple[Tensor, Tensor, Kept]:
-    """Returns out, the variance (C,) that was used, and what backward needs.
+    """Returns out, the variance (C,), and what backward needs.
 
-    `statistics` are a mean and variance (C,) to use instead of the batch's. They, weight, bias (C,)
-    and kernel (k,) have the accumulation dtype.
+    Args:
+        z, residual: (N, C, H, W) in one dtype and memory format.
+        weight, bias, kernel: (C,), (C,) and (k,).
+        statistics: a mean and a variance (C,) to use instead of the batch's. Without them the
+            variance that is returned is the unbiased one, as running statistics are.
+        ceiling: of the activation, see `activated`.
     """
-    passes = passes_for(z)
     means = pooled = gate = None
     if statistics is None:
-        means, mean, variance = passes.moments(z, kernel is not None)
+        x = z.to(weight.dtype)
+        means = x.mean((2, 3))
+        mean = means.mean(0)
+        variance = (x - mean[:, None, None]).square().mean((0, 2, 3))
+        count = z.numel() // z.shape[1]
+        unbiased = variance * (count / (count - 1))
     else:
         mean, variance = statistics
+        unbiased = variance
         if kernel is not None:
-            means = passes.means(z)
+            means = z.mean((2, 3), dtype=accumulation_dtype(z.dtype))
     inverse_std = (variance + eps).rsqrt()
     scale = (weight * inverse_std)[None]
     shift = bias - mean * scale
@@ -98,8 +102,11 @@ def tail_forward(
         pooled = (means - mean) * inverse_std
         gate = along_channels(torch.addcmul(bias, pooled, weight), kernel).sigmoid()
         scale, shift = scale * gate, shift * gate
-    out = passes.scale_and_add(z, scale, shift, residual, activation)
-    return out, variance, Kept(mean, inverse_std, pooled, gate)
+    y = z.to(scale.dtype) * over_pixels(scale) + over_pixels(shift)
+    if residual is not None:
+        y = y + residual
+    out = activated(y, ceiling).to(z.dtype)
+    return out, unbiased, Kept(mean, inverse_std, pooled, gate)
 
 
 def tail_backward(
@@ -112,16 +119,18 @@ def tail_backward(
     kept: Kept,
     batch_statistics: bool,
     wanted: Wanted,
+    ceiling: float | None,
 ) -> Gradients:
     """Computes the gradients of `tail_forward`; `out` is None if there is no activation."""
-    passes = passes_for(z)
     pixels, count = z.shape[2] * z.shape[3], z.numel() // z.shape[1]
     mean, inverse_std, pooled, gate = kept
     a = weight * inverse_std
-    d, sum_d, sum_dz = passes.gradient_sums(grad, out, z, mean, wanted.residual)
-    sum_dx = sum_dz * inverse_std  # Σ d·x̂, x̂ = (z - mean) · inverse_std
+    d = masked(grad, out, ceiling)
+    wide, x = d.to(mean.dtype), z.to(mean.dtype)
+    sum_d = wide.sum((2, 3))
+    sum_dx = (wide * (x - mean[:, None, None])).sum((2, 3)) * inverse_std  # Σ d·x̂
     on_grad = a[None]
-    constant = on_z = d_kernel = None
+    constant = d_kernel = None
     if kernel is not None:
         assert pooled is not None
         assert gate is not None
@@ -135,15 +144,17 @@ def tail_backward(
         sum_dx = torch.addcmul(d_pooled * pooled, gate, sum_dx)
         constant = (a / pixels) * d_pooled
     d_bias, d_weight = sum_d.sum(0), sum_dx.sum(0)
-    if batch_statistics:
-        on_z = (a * inverse_std * d_weight / -count)[None]
-        through_mean = -a * d_bias / count - on_z * mean
-        constant = through_mean if constant is None else constant + through_mean
     dz = None
     if wanted.z:
-        if out is not None and wanted.residual:
-            grad, out = d, None  # masked already
-        dz = passes.gradient_input(grad, out, z, on_grad, on_z, constant)
+        dz = wide * over_pixels(on_grad)
+        if batch_statistics:
+            on_z = (a * inverse_std * d_weight / -count)[None]
+            through_mean = -a * d_bias / count - on_z * mean
+            constant = through_mean if constant is None else constant + through_mean
+            dz = dz + x * over_pixels(on_z)
+        if constant is not None:
+            dz = dz + over_pixels(constant)
+        dz = dz.to(z.dtype)
     return Gradients(
         dz,
         d_weight if wanted.weight else None,

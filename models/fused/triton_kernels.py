@@ -1,6 +1,6 @@
 """The Triton kernels of the fused tail.
 
-They compute in float32 what `Whole` and `formulas` compute. First those that read or write
+They compute in float32 what `formulas` computes. First those that read or write
 (N, C, H, W) tensors, one for each pass. A program takes a block of channels of one sample. Where
 the batch is small, a reduction over the pixels is split among programs: each writes its part. Then
 those that work on (N, C) tensors alone: they add the parts in a fixed order, and compute
@@ -90,6 +90,7 @@ def apply(
     gate,
     residual,
     out,
+    ceiling,
     c,
     hw,
     per,
@@ -101,7 +102,7 @@ def apply(
     BC: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """out = act(BN(z) · gate + residual)."""
+    """out = act(BN(z) · gate + residual). A ceiling that is NaN stands for none."""
     c, hw = _sizes(c, hw, NHWC, VEC)
     i = tl.program_id(0)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -123,6 +124,7 @@ def apply(
             y += tl.load(residual + at, inside, 0.0).to(tl.float32)
         if ACTIVATION:
             y = tl.where(y < 0, 0.0, y)  # NaN stays
+            y = tl.where(y > ceiling, ceiling, y)
         tl.store(out + at, y, inside)
 
 
@@ -135,6 +137,7 @@ def gradient_sums(
     part_d,
     part_dz,
     dr,
+    ceiling,
     c,
     hw,
     per,
@@ -160,7 +163,8 @@ def gradient_sums(
         at = _offsets(i, channel, pixel, c, hw, NHWC)
         d = tl.load(grad + at, inside, 0.0).to(tl.float32)
         if ACTIVATION:
-            d = tl.where(tl.load(out + at, inside, 1.0) <= 0, 0.0, d)
+            y = tl.load(out + at, inside, 1.0).to(tl.float32)
+            d = tl.where((y <= 0) | (y >= ceiling), 0.0, d)
         x = tl.load(z + at, inside, 0.0).to(tl.float32) - centre[None, :]
         if KEEP:  # after the loads, which do not wait then
             tl.store(dr + at, d, inside)
@@ -184,6 +188,7 @@ def gradient_input(
     d_weight,
     d_bias,
     dz,
+    ceiling,
     n,
     c,
     hw,
@@ -221,7 +226,8 @@ def gradient_input(
         at = _offsets(i, channel, pixel, c, hw, NHWC)
         d = tl.load(grad + at, inside, 0.0).to(tl.float32)
         if ACTIVATION:
-            d = tl.where(tl.load(out + at, inside, 1.0) <= 0, 0.0, d)
+            y = tl.load(out + at, inside, 1.0).to(tl.float32)
+            d = tl.where((y <= 0) | (y >= ceiling), 0.0, d)
         x = d * on_grad[None, :] + constant[None, :]
         if BATCH:
             centred = tl.load(z + at, inside, 0.0).to(tl.float32) - centre[None, :]

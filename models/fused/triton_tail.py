@@ -8,12 +8,12 @@ they take CPU tensors.
 First how the work is cut into programs: the numbers depend on the shape alone, so that sums are
 added in the same order every time. Then a function for each step, which launches a kernel and makes
 its results: z, grad, masked_by, residual and what has the shape of z are (N, C, H, W) in z's dtype
-and memory format; all else is float32. Then the operators, and the trial of them.
+and memory format; all else is float32. Then the operators; `triton_trial` says whether they work.
 """
 
 import contextlib
+import functools
 import math
-import threading
 from typing import NamedTuple
 
 import torch
@@ -48,8 +48,11 @@ class Grid(NamedTuple):
     def of(cls, z: Tensor, programs: int) -> "Grid":
         """Cuts z into about `programs` programs, by its shape alone, so that sums do not vary."""
         n, c, h, w = z.shape
-        hw = h * w
-        nhwc = not z.is_contiguous()
+        return cls.cut(n, c, h * w, not z.is_contiguous(), programs)
+
+    @classmethod
+    @functools.cache  # a tenth of a tail's time on the host
+    def cut(cls, n: int, c: int, hw: int, nhwc: bool, programs: int) -> "Grid":
         vector = math.gcd(16, c if nhwc else hw)
         tile = TILE if vector >= 4 else TILE // 2
         if nhwc:  # a row of 64 channels is a full line of memory in 16 bits and two in 32
@@ -76,6 +79,14 @@ class Grid(NamedTuple):
             "BP": self.block_p,
             "num_warps": max(1, self.block_c * self.block_p // (32 * per_thread)),
         }
+
+
+def _limit(ceiling: float | None) -> float:
+    """Returns a ceiling for the kernels: NaN, above which no number is, where there is none.
+
+    So ReLU lets the gradient of an infinite output through, as PyTorch's does.
+    """
+    return math.nan if ceiling is None or math.isinf(ceiling) else ceiling
 
 
 def small_grid(c: int) -> tuple[int]:
@@ -149,7 +160,7 @@ def _apply(
     bias: Tensor,
     gate: Tensor | None,
     residual: Tensor | None,
-    activation: bool,
+    ceiling: float | None,
 ) -> Tensor:
     """Returns act(BN(z) · gate + residual); None stands for a gate of 1, and for no residual."""
     out = torch.empty_like(z)
@@ -163,23 +174,29 @@ def _apply(
         z.new_empty(0, dtype=torch.float32) if gate is None else gate,
         z if residual is None else residual,
         out,
+        _limit(ceiling),
         g.c,
         g.hw,
         g.per,
         ECA=gate is not None,
         RESIDUAL=residual is not None,
-        ACTIVATION=activation,
+        ACTIVATION=ceiling is not None,
         **g.tile,
     )
     return out
 
 
 def _gradient_sums(
-    grad: Tensor, masked_by: Tensor, z: Tensor, mean: Tensor, activation: bool, keep: bool
+    grad: Tensor,
+    out: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    ceiling: float | None,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns parts of Σd and Σd·(z - mean), (2, splits · N, C), and d itself, empty if not `keep`.
 
-    d is grad where masked_by > 0; without activation it is grad.
+    d is grad where 0 < out < ceiling; without `out` it is grad.
     """
     n, c = z.shape[:2]
     d = torch.empty_like(z) if keep else z.new_empty(0)
@@ -187,16 +204,17 @@ def _gradient_sums(
     parts = z.new_empty((2, g.splits * n, c), dtype=torch.float32)
     kernels.gradient_sums[g.programs](
         grad,
-        masked_by,
+        z if out is None else out,
         z,
         mean,
         parts[0],
         parts[1],
         d,
+        _limit(ceiling),
         c,
         g.hw,
         g.per,
-        ACTIVATION=activation,
+        ACTIVATION=out is not None,
         KEEP=keep,
         **g.tile,
     )
@@ -264,7 +282,7 @@ def _parameter_gradients(
 
 def _gradient_input(
     grad: Tensor,
-    masked_by: Tensor,
+    out: Tensor | None,
     z: Tensor,
     mean: Tensor,
     inverse_std: Tensor,
@@ -274,7 +292,7 @@ def _gradient_input(
     d_weight: Tensor,
     d_bias: Tensor,
     batch: bool,
-    activation: bool,
+    ceiling: float | None,
 ) -> Tensor:
     """Returns ∂z, with d as in `gradient_sums`.
 
@@ -284,7 +302,7 @@ def _gradient_input(
     g = Grid.of(z, APPLY)
     kernels.gradient_input[g.programs](
         grad,
-        masked_by,
+        z if out is None else out,
         z,
         mean,
         inverse_std,
@@ -294,23 +312,20 @@ def _gradient_input(
         d_weight,
         d_bias,
         dz,
+        _limit(ceiling),
         g.n,
         g.c,
         g.hw,
         g.per,
         BATCH=batch,
         ECA=gate is not None,
-        ACTIVATION=activation,
+        ACTIVATION=out is not None,
         **g.tile,
     )
     return dz
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST = (7, 0)  # compute capability; torch.compile refuses older ones to Triton, too
-
-_reasons: dict[tuple[torch.device, torch.dtype], str | None] = {}
-_lock = threading.Lock()
 
 
 @torch.library.custom_op("eca_net::tail_forward", mutates_args=())
@@ -323,7 +338,7 @@ def tail_forward(
     mean: Tensor | None,
     variance: Tensor | None,
     eps: float,
-    activation: bool,
+    ceiling: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns out; mean, unbiased variance, inverse_std (C,); pooled and gate (N, C).
 
@@ -351,9 +366,7 @@ def tail_forward(
             means = _statistics(z, mean, variance, inverse_std, eps, batch)
         if kernel is not None:
             pooled, gate = _gate(means, mean, inverse_std, weight, bias, kernel)
-        out = _apply(
-            z, mean, inverse_std, weight, bias, gate if eca else None, residual, activation
-        )
+        out = _apply(z, mean, inverse_std, weight, bias, gate if eca else None, residual, ceiling)
     return out, new_mean, new_variance, inverse_std, pooled, gate
 
 
@@ -367,7 +380,7 @@ def _(
     mean: Tensor | None,
     variance: Tensor | None,
     eps: float,
-    activation: bool,
+    ceiling: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, c = z.shape[:2]
 
@@ -401,41 +414,40 @@ def tail_backward(
     batch_statistics: bool,
     want_z: bool,
     want_residual: bool,
+    ceiling: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns ∂z, ∂weight, ∂bias, ∂kernel, ∂residual; the first and last are empty if not wanted.
 
     Without activation `out` is None and ∂residual, which is grad itself, comes back empty.
     """
-    eca, activation = kernel is not None, out is not None
-    masked_by = z if out is None else out
-    keep = want_residual and activation
+    keep = want_residual and out is not None
     d_kernel = d_pooled = mean.new_empty(0)
     dz = z.new_empty(0)
     with on_device_of(z):
-        rows, d = _gradient_sums(grad, masked_by, z, mean, activation, keep)
+        rows, d = _gradient_sums(grad, out, z, mean, ceiling, keep)
         if kernel is not None:
             assert pooled is not None
             assert gate is not None
             rows, d_pooled, d_kernel = _gate_backward(
                 rows, inverse_std, weight, bias, kernel, pooled, gate
             )
-        d_weight, d_bias = _parameter_gradients(rows, inverse_std, eca)
+        d_weight, d_bias = _parameter_gradients(rows, inverse_std, kernel is not None)
         if want_z:
             if keep:  # d is in memory: the kernel reads it alone, not grad and out
-                grad, activation = d, False
+                grad, out = d, None
             dz = _gradient_input(
                 grad,
-                masked_by,
+                out,
                 z,
                 mean,
                 inverse_std,
                 weight,
-                gate if eca else None,
+                gate if kernel is not None else None,
                 d_pooled,
                 d_weight,
                 d_bias,
                 batch_statistics,
-                activation,
+                ceiling,
             )
     return dz, d_weight, d_bias, d_kernel, d
 
@@ -455,6 +467,7 @@ def _(
     batch_statistics: bool,
     want_z: bool,
     want_residual: bool,
+    ceiling: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     nothing = z.new_empty(0)
     return (
@@ -464,40 +477,3 @@ def _(
         mean.new_empty(0 if kernel is None else kernel.numel()),
         torch.empty_like(z) if want_residual and out is not None else z.new_empty(0),
     )
-
-
-# Dynamo calls it while it traces, and traces the answer.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns None if the operators run on the device in the dtype, otherwise the reason, one line.
-
-    The first call tries them: when first used, Triton needs a C compiler, and a driver that takes
-    its code.
-    """
-    with _lock:  # DataParallel asks from a thread for each device
-        if (device, dtype) not in _reasons:
-            _reasons[device, dtype] = _tried(device, dtype)
-        return _reasons[device, dtype]
-
-
-def _tried(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < OLDEST:
-            return "compute capability {}.{}, and Triton needs {}.{}".format(*capability, *OLDEST)
-    try:
-        z = torch.ones(1, 8, 2, 2, device=device, dtype=dtype)
-        vector = torch.ones(8, device=device, dtype=torch.float32)
-        kernel = vector[:3]
-        out, mean, _, inverse_std, pooled, gate = tail_forward(
-            z, vector, vector, kernel, z, None, None, 1e-5, True
-        )
-        tail_backward(
-            out, z, out, vector, vector, kernel, mean, inverse_std, pooled, gate, True, True, True
-        )
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except Exception as error:  # of Triton, the compilers or the driver: no one list of kinds
-        first_line = str(error).strip().partition("\n")[0]
-        return f"{type(error).__name__}: {first_line}"
-    return None

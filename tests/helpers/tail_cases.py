@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -16,13 +17,15 @@ needs_compiler = pytest.mark.skipif(
 )
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-FORMS = list(itertools.product((True, False), repeat=3))  # ECA, residual, activation
+RELU, RELU6 = math.inf, 6.0  # ceilings of the activation; None for no activation
+# ECA, residual, ceiling
+FORMS = list(itertools.product((True, False), (True, False), (RELU, RELU6, None)))
 
 
 def make_modules(channels, eca=True, dtype=torch.float64, ksize=3, **bn_options):
     """BatchNorm with affine and running statistics that are not the initial ones, and ECA."""
     bn = nn.BatchNorm2d(channels, **bn_options).to(dtype)
-    nn.init.normal_(bn.weight)
+    nn.init.normal_(bn.weight, std=3)  # so that values reach ReLU6's ceiling
     nn.init.normal_(bn.bias)
     if bn.running_mean is not None:
         bn.running_mean.normal_()
@@ -35,19 +38,24 @@ def make_input(shape, dtype=torch.float64, memory_format=torch.contiguous_format
     return x.to(dtype).contiguous(memory_format=memory_format)
 
 
-def run(fused, bn, attention, z, residual, activation, grad):
+def module_of(ceiling):
+    """The activation of a ceiling."""
+    return {RELU: nn.ReLU, RELU6: nn.ReLU6, None: lambda: None}[ceiling]()
+
+
+def run(fused, bn, attention, z, residual, ceiling, grad):
     """Output, every gradient and every buffer, by name; the modules given are left as they were."""
     bn, attention = copy.deepcopy((bn, attention))
     z = z.detach().requires_grad_()
     if residual is not None:
         residual = residual.detach().requires_grad_()
-    relu = nn.ReLU() if activation else None
+    activation = module_of(ceiling)
     if fused:
-        assert can_fuse(z, bn, attention, residual, relu)
+        assert can_fuse(z, bn, attention, residual, activation)
     out = (
-        fused_tail(z, bn, attention, residual, activation)
+        fused_tail(z, bn, attention, residual, ceiling)
         if fused
-        else block_tail(z, bn, attention, residual, relu, fused=False)
+        else block_tail(z, bn, attention, residual, activation, fused=False)
     )
     return outcome(out, bn, attention, z, residual, grad)
 

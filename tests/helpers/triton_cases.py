@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from helpers import tail_cases
+from helpers.tail_cases import RELU
 from torch import nn
 
 from models.eca_module import ECALayer
@@ -22,7 +23,7 @@ on_device = pytest.mark.skipif(
 def make_case(shape, dtype=torch.float32, memory_format=torch.contiguous_format, ksize=3):
     """Modules, and z, residual and the output's gradient."""
     bn, attention = nn.BatchNorm2d(shape[1]).to(DEVICE), ECALayer(ksize).to(DEVICE)
-    nn.init.normal_(bn.weight)
+    nn.init.normal_(bn.weight, std=3)  # so that values reach ReLU6's ceiling
     nn.init.normal_(bn.bias)
     bn.running_mean.normal_()
     bn.running_var.uniform_(0.5, 2)
@@ -30,21 +31,21 @@ def make_case(shape, dtype=torch.float32, memory_format=torch.contiguous_format,
     return bn, attention, *(t.to(dtype).to(memory_format=memory_format) for t in tensors)
 
 
-def outcome(bn, attention, z, residual, grad, activation=True):
+def outcome(bn, attention, z, residual, grad, ceiling=RELU):
     bn, attention = copy.deepcopy((bn, attention))
     z = z.detach().requires_grad_()
     residual = None if residual is None else residual.detach().requires_grad_()
-    out = fused_tail(z, bn, attention, residual, activation)
+    out = fused_tail(z, bn, attention, residual, ceiling)
     return tail_cases.outcome(out, bn, attention, z, residual, grad)
 
 
-def exact_outcome(bn, attention, z, residual, grad, activation=True):
+def exact_outcome(bn, attention, z, residual, grad, ceiling=RELU):
     """In double precision, which the kernels do not take."""
     bn, attention = copy.deepcopy((bn, attention))
     if attention is not None:
         attention.double()
     residual = None if residual is None else residual.double()
-    return outcome(bn.double(), attention, z.double(), residual, grad.double(), activation)
+    return outcome(bn.double(), attention, z.double(), residual, grad.double(), ceiling)
 
 
 def assert_close(found, exact, tolerances):

@@ -8,6 +8,8 @@ import torch
 from helpers.tail_cases import (
     FORMATS,
     FORMS,
+    RELU,
+    RELU6,
     assert_close,
     make_input,
     make_modules,
@@ -25,13 +27,13 @@ pytestmark = pytest.mark.usefixtures("seeded", "operations")
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("eca", "residual", "activation"), FORMS)
+@pytest.mark.parametrize(("eca", "residual", "ceiling"), FORMS)
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_equals_the_modules_in_double_precision(memory_format, eca, residual, activation, training):
+def test_equals_the_modules_in_double_precision(memory_format, eca, residual, ceiling, training):
     bn, attention = make_modules(10, eca)
     bn.train(training)
     z, r = (make_input((3, 10, 7, 5), memory_format=FORMATS[memory_format]) for _ in range(2))
-    given = (bn, attention, z, r if residual else None, activation, torch.randn_like(z))
+    given = (bn, attention, z, r if residual else None, ceiling, torch.randn_like(z))
     assert_close(run(True, *given), run(False, *given), 1e-12)
 
 
@@ -40,7 +42,7 @@ def test_equals_the_modules_in_double_precision(memory_format, eca, residual, ac
 def test_equals_the_modules_at_odd_shapes(memory_format, shape):
     bn, attention = make_modules(shape[1], ksize=5)
     z, r = (make_input(shape, memory_format=FORMATS[memory_format]) for _ in range(2))
-    given = (bn, attention, z, r, True, torch.randn_like(z))
+    given = (bn, attention, z, r, RELU, torch.randn_like(z))
     assert_close(run(True, *given), run(False, *given), 1e-12)
 
 
@@ -50,7 +52,7 @@ def test_single_precision(memory_format, training):
     bn, attention = make_modules(64, dtype=torch.float32)
     bn.train(training)
     z, r = (make_input((4, 64, 14, 14), torch.float32, FORMATS[memory_format]) for _ in range(2))
-    given = (bn, attention, z, r, True, torch.randn_like(z))
+    given = (bn, attention, z, r, RELU, torch.randn_like(z))
     assert_close(run(True, *given), run(False, *given), 1e-5)
 
 
@@ -62,9 +64,9 @@ def test_half_precision_rounds_once(memory_format, dtype):
     bn, attention = make_modules(64, dtype=torch.float32)
     z, r = (make_input((4, 64, 14, 14), dtype, FORMATS[memory_format]) for _ in range(2))
     grad = torch.randn_like(z)
-    found = run(True, bn, attention, z, r, False, grad)
+    found = run(True, bn, attention, z, r, None, grad)
     wide = copy.deepcopy((bn, attention))
-    exact = run(False, wide[0].double(), wide[1].double(), z.double(), r.double(), False, grad)
+    exact = run(False, wide[0].double(), wide[1].double(), z.double(), r.double(), None, grad)
     assert found["out"].dtype == found["z"].dtype == dtype
     assert found["weight"].dtype == torch.float32
     large = {name: found.pop(name) for name in ("out", "z", "residual")}
@@ -74,8 +76,8 @@ def test_half_precision_rounds_once(memory_format, dtype):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("eca", "residual", "activation"), FORMS)
-def test_gradcheck(eca, residual, activation, training):
+@pytest.mark.parametrize(("eca", "residual", "ceiling"), FORMS)
+def test_gradcheck(eca, residual, ceiling, training):
     bn, attention = make_modules(4, eca)
     bn.train(training)
     z, r = (make_input((2, 4, 3, 2)).requires_grad_() for _ in range(2))
@@ -83,7 +85,7 @@ def test_gradcheck(eca, residual, activation, training):
     kernel = attention.conv.weight if eca else None
 
     def tail(z, r, *_):
-        return fused_tail(z, bn, attention, r, activation)
+        return fused_tail(z, bn, attention, r, ceiling)
 
     assert torch.autograd.gradcheck(tail, (z, r, bn.weight, bn.bias, kernel))
 
@@ -92,7 +94,7 @@ def test_gradcheck(eca, residual, activation, training):
 def test_no_cancellation_where_the_mean_dwarfs_the_deviation(memory_format):
     bn, attention = make_modules(16, dtype=torch.float32)
     z = (torch.randn(4, 16, 14, 14) + 4096).contiguous(memory_format=FORMATS[memory_format])
-    given = (bn, attention, z, None, False, torch.randn_like(z))
+    given = (bn, attention, z, None, None, torch.randn_like(z))
     found = run(True, *given)
     wide = copy.deepcopy((bn, attention))
     exact = run(False, wide[0].double(), wide[1].double(), z.double(), *given[3:])
@@ -121,7 +123,7 @@ def test_running_statistics_that_were_switched_off_later(momentum, switched):
     setattr(bn, switched, {"track_running_stats": False, "num_batches_tracked": None}[switched])
     plain = copy.deepcopy(bn)
     z = make_input((2, 6, 4, 4))
-    torch.testing.assert_close(fused_tail(z, bn, None, activation=False), plain(z))
+    torch.testing.assert_close(fused_tail(z, bn, None, ceiling=None), plain(z))
     found, expected = dict(bn.named_buffers()), dict(plain.named_buffers())
     assert found.keys() == expected.keys()
     for name in found:
@@ -181,7 +183,7 @@ def test_without_running_statistics_the_batch_serves_in_eval_mode_too():
     z = make_input((2, 6, 4, 4))
     for training in (True, False):
         bn.train(training)
-        given = (bn, attention, z, None, True, torch.randn_like(z))
+        given = (bn, attention, z, None, RELU, torch.randn_like(z))
         assert_close(run(True, *given), run(False, *given), 1e-12)
 
 
@@ -207,7 +209,7 @@ def test_weight_zero_still_has_its_gradient():
     bn, attention = make_modules(6)
     nn.init.zeros_(bn.weight)
     z, r = make_input((2, 6, 4, 4)), make_input((2, 6, 4, 4))
-    given = (bn, attention, z, r, True, torch.randn_like(z))
+    given = (bn, attention, z, r, RELU, torch.randn_like(z))
     found = run(True, *given)
     assert_close(found, run(False, *given), 1e-12)
     assert found["weight"].abs().sum() > 0
@@ -223,7 +225,7 @@ def test_memory_format_is_kept_for_inputs_of_any_stride():
     }
     for z, memory_format in cases.values():
         r = torch.randn_like(z)
-        given = (bn, attention, z, r, True, torch.randn(1, 1, 1, 1).double().expand_as(z))
+        given = (bn, attention, z, r, RELU, torch.randn(1, 1, 1, 1).double().expand_as(z))
         found = run(True, *given)
         assert found["out"].is_contiguous(memory_format=memory_format)
         assert_close(found, run(False, *given), 1e-12)
@@ -232,7 +234,7 @@ def test_memory_format_is_kept_for_inputs_of_any_stride():
 def test_same_bits_every_time():
     bn, attention = make_modules(32, dtype=torch.float32)
     z, r = (make_input((4, 32, 14, 14), torch.float32) for _ in range(2))
-    given = (True, bn, attention, z, r, True, torch.randn_like(z))
+    given = (True, bn, attention, z, r, RELU, torch.randn_like(z))
     first, second = run(*given), run(*given)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -255,9 +257,9 @@ def test_keeps_its_input_its_output_and_vectors():
     bn, attention = make_modules(8, dtype=torch.float32)
     z, r = (torch.randn(2, 8, 16, 16, requires_grad=True) for _ in range(2))
     vectors = 16 * 2 * 8  # a few of N·C or C values, whatever the image's size
-    for residual, activation in itertools.product((r, None), (True, False)):
-        kept = saved_bytes(lambda: fused_tail(z, bn, attention, residual, activation))  # noqa: B023
-        large = (1 + activation) * z.nbytes
+    for residual, ceiling in itertools.product((r, None), (RELU, RELU6, None)):
+        kept = saved_bytes(lambda: fused_tail(z, bn, attention, residual, ceiling))  # noqa: B023
+        large = (1 + (ceiling is not None)) * z.nbytes
         assert large < kept <= large + 4 * vectors
 
 
@@ -265,4 +267,4 @@ def test_matches_functional_batch_norm_alone():
     bn, _ = make_modules(5, eca=False)
     z = make_input((2, 5, 4, 3))
     expected = F.batch_norm(z, None, None, bn.weight, bn.bias, True, 0.1, bn.eps)
-    torch.testing.assert_close(fused_tail(z, bn, activation=False), expected)
+    torch.testing.assert_close(fused_tail(z, bn, ceiling=None), expected)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.tail_cases import make_input, make_modules, run, saved_bytes
+from helpers.tail_cases import RELU, make_input, make_modules, run, saved_bytes
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -64,7 +64,7 @@ def test_replicas_of_data_parallel():
 
     bn, attention = make_modules(8)
     z = make_input((2, 8, 3, 3))
-    given = (bn, attention, z, None, True, torch.ones_like(z))
+    given = (bn, attention, z, None, RELU, torch.ones_like(z))
     expected = run(True, *given)
     relu = nn.ReLU()
     replicas = [replica(module) for module in (bn, attention, relu)]
@@ -104,7 +104,10 @@ class Refusals:
         yield "no affine", self.case(bn=nn.BatchNorm2d(4, affine=False))
         yield "other norm", self.case(bn=nn.GroupNorm(2, 4))
         yield "other attention", self.case(attention=self.OtherAttention(3))
-        yield "other activation", self.case(activation=nn.ReLU6())
+        yield "other activation", self.case(activation=nn.GELU())
+        six = nn.ReLU6()
+        six.max_val = 5.0
+        yield "another ceiling", self.case(activation=six)
         yield "other rank", self.case(z=self.z[0], residual=None)
         yield "residual broadcasts", self.case(residual=self.z[:1])
         yield "residual's dtype", self.case(residual=self.z.double())
@@ -144,7 +147,7 @@ def test_subclasses_and_parametrised_weights_that_keep_forward_are_served():
     bn = FixedNorm(6).double().train()
     z = make_input((2, 6, 4, 4))
     assert can_fuse(z, bn, attention)
-    out = fused_tail(z, bn, attention, activation=False)
+    out = fused_tail(z, bn, attention, ceiling=None)
     torch.testing.assert_close(out, attention(bn(z)))
     assert bn.num_batches_tracked == 0
 

@@ -47,7 +47,7 @@ COMPILED = "fused block tails"
         ),
         ("se_resnet18", True, torch.float32, "block tails module by module (attention se)", {}),
         ("eca_mobilenetv2", False, torch.float32, MODULES, {}),
-        ("mobilenetv2", False, torch.float32, KERNEL, {"_plain_tail": 17}),
+        ("mobilenetv2", False, torch.float32, KERNEL, {"_plain_tail": 10}),
     ],
 )
 def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, dtype, tails, of_blocks):

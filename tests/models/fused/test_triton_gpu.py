@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed here")
 
 from models.eca_module import ECALayer  # noqa: E402
 from models.eca_resnet import Bottleneck, ResNet  # noqa: E402
-from models.fused import block_tail, triton_tail  # noqa: E402
+from models.fused import block_tail, triton_tail, triton_trial  # noqa: E402
 from models.fused.block_tail import fused_tail  # noqa: E402
 from utils.data.loader import device_batches  # noqa: E402
 
@@ -25,7 +25,7 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_network_under_autocast_on_a_gpu(batch, compiled, monkeypatch):
-    monkeypatch.setattr(block_tail, "LARGE", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(block_tail, "LARGE", {"cpu": (0, 0), "cuda": (0, 0)})
     torch.manual_seed(0)
     network = ResNet(Bottleneck, (1, 1, 1, 1), ksize="3557", num_classes=5).cuda()
     network.to(memory_format=torch.channels_last)
@@ -62,13 +62,10 @@ def gpu(monkeypatch):
         trials.append(1)
         raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
 
-    def zeros(*shape, device, dtype):
-        return torch.zeros(shape, dtype=dtype)
-
-    monkeypatch.setattr(triton_tail, "_reasons", {})
+    monkeypatch.setattr(triton_trial, "_reasons", {})
     monkeypatch.setattr(block_tail, "eca_triton", triton_tail)
-    monkeypatch.setattr(triton_tail, "tail_forward", no_compiler)
-    monkeypatch.setattr(torch, "ones", zeros)
+    monkeypatch.setattr(triton_trial, "_of_triton", no_compiler)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return torch.device("cuda", 0), lambda: len(trials)
 
@@ -79,7 +76,7 @@ def test_where_triton_fails_the_modules_serve_and_the_reason_is_kept(gpu):
         found = list(pool.map(lambda _: block_tail.why_not_triton(device), range(8)))
     assert found == ["RuntimeError: Failed to find C compiler."] * 8
     assert trials() == 1
-    triton_tail._reasons[device, torch.bfloat16] = None
+    triton_trial._reasons[device, torch.bfloat16] = None
     with FakeTensorMode():
         for dtype, served in ((torch.float32, False), (torch.bfloat16, True)):
             z = torch.empty(2, 8, 5, 5, device=device, dtype=dtype)

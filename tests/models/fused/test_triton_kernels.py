@@ -5,6 +5,7 @@ its arguments as it would on the GPU (integers equal to 1 become constants, divi
 noticed), compiles it, and stops there.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -69,7 +70,7 @@ def launches(monkeypatch):
         capability=90,
         eca=True,
         residual=True,
-        activation=True,
+        ceiling=math.inf,
         training=True,
         want_residual=True,
     ):
@@ -80,12 +81,12 @@ def launches(monkeypatch):
         vector, kernel = torch.ones(shape[1]), torch.ones(5) if eca else None
         given = (None, None) if training else (vector, vector)
         out, mean, _, inverse_std, pooled, gate = triton_tail.tail_forward(
-            z, vector, vector, kernel, r if residual else None, *given, 1e-5, activation
+            z, vector, vector, kernel, r if residual else None, *given, 1e-5, ceiling
         )
         triton_tail.tail_backward(
             r,
             z,
-            out if activation else None,
+            None if ceiling is None else out,
             vector,
             vector,
             kernel,
@@ -96,6 +97,7 @@ def launches(monkeypatch):
             training,
             True,
             residual and want_residual,
+            ceiling,
         )
         return dict(found)
 

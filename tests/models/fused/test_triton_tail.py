@@ -29,8 +29,12 @@ from torch import nn
 triton = pytest.importorskip("triton", reason="Triton is not installed here")
 
 from models.eca_resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
-from models.fused import block_tail, triton_tail  # noqa: E402
+from models.fused import block_tail, triton_tail, triton_trial  # noqa: E402
 from models.fused.block_tail import fused_tail  # noqa: E402
+
+ALL_SHAPES = triton_trial.TRIAL_SHAPES
+if INTERPRETED:  # which takes a minute for all
+    triton_trial.TRIAL_SHAPES = ((2, 20, 5, 7),)
 
 
 @pytest.mark.slow
@@ -49,11 +53,11 @@ def operators(monkeypatch):
     """Every tail goes through the operators, on a CPU too, once they have been tried."""
 
     def on_triton(z):
-        return z.dtype in triton_tail.DTYPES and triton_tail.why_not(z.device, z.dtype) is None
+        return z.dtype in triton_tail.DTYPES and triton_trial.why_not(z.device, z.dtype) is None
 
     torch.manual_seed(0)
     device = torch.zeros((), device=DEVICE).device
-    assert [triton_tail.why_not(device, dtype) for dtype in triton_tail.DTYPES] == [None] * 3
+    assert [triton_trial.why_not(device, dtype) for dtype in triton_tail.DTYPES] == [None] * 3
     monkeypatch.setattr(block_tail, "eca_triton", triton_tail)
     monkeypatch.setattr(block_tail, "on_triton", on_triton)
 
@@ -77,13 +81,13 @@ def calls(operators, monkeypatch):
 
 
 @on_device
-@pytest.mark.parametrize(("eca", "residual", "activation"), FORMS)
+@pytest.mark.parametrize(("eca", "residual", "ceiling"), FORMS)
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_equals_double_precision(memory_format, eca, residual, activation, calls):
+def test_equals_double_precision(memory_format, eca, residual, ceiling, calls):
     # Running statistics where one more flag would make the table twice as long.
     bn, attention, z, r, grad = make_case((2, 20, 5, 7), memory_format=FORMATS[memory_format])
     bn.train(residual == (memory_format == "nchw"))
-    case = (bn, attention if eca else None, z, r if residual else None, grad, activation)
+    case = (bn, attention if eca else None, z, r if residual else None, grad, ceiling)
     found = outcome(*case)
     assert calls == {"forward": 1, "backward": 1}
     assert_close(found, exact_outcome(*case), (1e-5, 1e-5))
@@ -97,7 +101,7 @@ def test_equals_double_precision(memory_format, eca, residual, activation, calls
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_half_precision_rounds_once(memory_format, dtype, calls):
     case = make_case((2, 64, 7, 7), dtype, FORMATS[memory_format])
-    case = (*case, False)  # no activation, whose mask flips where rounding crosses zero
+    case = (*case, None)  # no activation, whose mask flips where rounding crosses zero
     half_a_digit = torch.finfo(dtype).eps / 2
     if INTERPRETED and dtype == torch.bfloat16:
         half_a_digit *= 2  # the interpreter cuts the digits off where a GPU rounds
@@ -168,9 +172,12 @@ def test_no_cancellation_where_the_mean_dwarfs_the_deviation(
 ):
     monkeypatch.setattr(triton_tail, "TILE", tile)
     monkeypatch.setattr(triton_tail, "REDUCE", 1)
+    monkeypatch.setattr(
+        triton_tail.Grid, "cut", triton_tail.Grid.cut.__wrapped__.__get__(triton_tail.Grid)
+    )
     bn, attention, z, _, grad = make_case((4, 16, 9, 9), memory_format=FORMATS[memory_format])
     assert (triton_tail.Grid.of(z, 1).block_p < 81) == (tile == 64)
-    case = (bn, attention, z + 4096, None, grad, False)
+    case = (bn, attention, z + 4096, None, grad, None)
     # z's own grid is 2^-11 of a deviation here; Σz² - (Σz)²/M in float32 would be off by about 1.
     assert_close(outcome(*case), exact_outcome(*case), (5e-3, 5e-3))
 
@@ -187,7 +194,7 @@ def test_the_batch_norms_inside_blocks_too(block, tails, calls, monkeypatch):
     assert calls == {"forward": 0, "backward": 0}
     network_step(network, x)
     assert calls == {"forward": 2, "backward": 1}  # all the tail's, in train and in eval mode
-    monkeypatch.setattr(block_tail, "LARGE", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(block_tail, "LARGE", {"cpu": (0, 0), "cuda": (0, 0)})
     found = network_step(network, x)
     assert calls == {"forward": 2 + 2 * tails, "backward": 1 + tails}
     assert_close(found, plain, (1e-4, 1e-4))
@@ -250,13 +257,13 @@ def test_operators_keep_torchs_rules(operators):
     statistics = (bn.running_mean, bn.running_var)
     checks = ("test_schema", "test_faketensor")
     for k, s, x in ((kernel, statistics, r), (None, (None, None), None)):
-        given = (z, weight, bias, k, x, *s, 1e-5, True)
+        given = (z, weight, bias, k, x, *s, 1e-5, 6.0)
         torch.library.opcheck(torch.ops.eca_net.tail_forward, given, test_utils=checks)
         out, mean, _, inverse_std, pooled, gate = torch.ops.eca_net.tail_forward(*given)
         mean = mean if s[0] is None else s[0]
         for masked, want in ((out, True), (None, False)):
             given = (grad, z, masked, weight, bias, k, mean, inverse_std, pooled, gate)
-            given = (*given, s[0] is None, want, want)
+            given = (*given, s[0] is None, want, want, 6.0 if want else None)
             torch.library.opcheck(torch.ops.eca_net.tail_backward, given, test_utils=checks)
 
 
@@ -266,14 +273,14 @@ def test_a_mean_without_its_variance_is_refused(operators):
     weight, bias, mean = bn.weight.detach(), bn.bias.detach(), bn.running_mean
     for statistics in ((mean, None), (None, mean)):
         with pytest.raises(ValueError, match="together"):
-            triton_tail.tail_forward(z, weight, bias, None, None, *statistics, 1e-5, True)
+            triton_tail.tail_forward(z, weight, bias, None, None, *statistics, 1e-5, None)
 
 
 @on_device
 def test_compiles_into_one_graph(operators, monkeypatch):
     bn, attention, z, r, grad = make_case((2, 8, 5, 5), memory_format=torch.channels_last)
     expected = outcome(bn, attention, z, r, grad)
-    monkeypatch.setattr(triton_tail, "_reasons", {})  # whether Triton works, the compiler must ask
+    monkeypatch.setattr(triton_trial, "_reasons", {})  # whether Triton works, the compiler must ask
     z.requires_grad_()
     out = torch.compile(fused_tail, backend="aot_eager", fullgraph=True)(z, bn, attention, r)
     out.backward(grad)
@@ -282,4 +289,54 @@ def test_compiles_into_one_graph(operators, monkeypatch):
     assert torch.equal(bn.weight.grad, expected["weight"])
     # The compiler's graph may round the update of the buffer otherwise (PyTorch 2.10 does).
     torch.testing.assert_close(bn.running_var, expected["running_var"])
-    assert triton_tail._reasons == {(z.device, z.dtype): None}
+    assert triton_trial._reasons == {(z.device, z.dtype): None}
+
+
+def spoiled(name):
+    """A function of triton_tail with a fault planted in it, or in what it is given."""
+    true = getattr(triton_tail, name)
+    faults = {
+        "_limit": lambda ceiling: 5.0 if ceiling == 6.0 else true(ceiling),
+        "_gate": lambda means, mean, inverse_std, weight, bias, kernel: true(
+            means, mean, inverse_std, weight, bias, kernel.flip(0)
+        ),
+        "_apply": lambda *given: true(*given).mul_(1.0 + 2**-5),
+        "_gradient_sums": lambda grad, out, *rest: true(grad, None, *rest),
+        "_parameter_gradients": lambda rows, std, normalised: true(rows, std, not normalised),
+        "_gradient_input": lambda *given: true(*given[:-2], not given[-2], given[-1]),
+        "_statistics": lambda z, mean, variance, std, eps, batch: true(
+            z, mean, variance, std, eps + 0.1, batch
+        ),
+    }
+    return faults[name]
+
+
+@on_device
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_limit",
+        "_gate",
+        "_apply",
+        "_gradient_sums",
+        "_parameter_gradients",
+        "_gradient_input",
+        "_statistics",
+    ],
+)
+def test_the_trial_finds_a_planted_fault(name, monkeypatch):
+    device = torch.device(DEVICE)
+    monkeypatch.setattr(triton_trial, "_reasons", {})
+    assert triton_trial.why_not(device, torch.float32) is None
+    monkeypatch.setattr(triton_trial, "_reasons", {})
+    monkeypatch.setattr(triton_tail, name, spoiled(name))
+    assert triton_trial.why_not(device, torch.float32).endswith("is wrong on this device")
+
+
+@on_device
+def test_the_trial_passes_on_all_its_shapes_and_leaves_chance_alone(monkeypatch):
+    monkeypatch.setattr(triton_trial, "_reasons", {})
+    monkeypatch.setattr(triton_trial, "TRIAL_SHAPES", ALL_SHAPES)
+    before = torch.get_rng_state()
+    assert triton_trial.why_not(torch.device(DEVICE), torch.float32) is None
+    assert torch.equal(torch.get_rng_state(), before)
