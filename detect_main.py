@@ -83,7 +83,7 @@ def train(config: DetectionConfig, start: Start, context: Context, stop: StopReq
     torch.manual_seed(seed)
     network, lines = detector.build_network(recipe, flags, start, data.train.classes, context)
     lines += [detector.recipe_line(recipe), *notes_on(recipe, data.train.sizes)]
-    context.say(*data.lines, *lines)
+    context.say(*data.lines, *lines, *start.notes)
     state = detector.begin_state(network, recipe, flags, start, context)
     if state.epoch >= recipe.epochs:  # no fault: a scheduler may start a finished run once more
         context.say(f"{all_epochs(recipe.epochs)} done: give more with --epochs")

@@ -102,6 +102,8 @@ def read_command_line(
         resume.refuse_another_recipe(saved.run, name)
         notes += tuple(other_values(name, recipe, typed))
     run = config.run
+    if not run.evaluate:
+        notes = (*resume.where(saved, run.resume, run.start_epoch), *notes)
     return config, Start(saved, pretrained, folder, notes, run.seed, run.start_epoch)
 
 

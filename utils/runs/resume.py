@@ -249,10 +249,15 @@ def _named(path: Path, evaluate: bool) -> tuple[Checkpoint, Path | None]:
     if not evaluate and path.name != checkpoint.LAST and checkpoint.is_whole(last):
         _say(f"{path} is not its run's newest checkpoint: going on in a new folder")
         return saved, None
-    if not evaluate and saved.run is not None:
-        inside = f", after step {saved.run.step}" if saved.run.step else ""
-        _say(f"going on with {path} in epoch {saved.run.epoch + 1}{inside}")
     return saved, path.parent
+
+
+def where(saved: Checkpoint | None, resume: str | None, at_epoch: int | None) -> tuple[str, ...]:
+    """Returns a line on where a run goes on that --resume names; "auto" has said it already."""
+    if saved is None or saved.run is None or resume in (None, AUTO) or at_epoch is not None:
+        return ()
+    inside = f", after step {saved.run.step}" if saved.run.step else ""
+    return (f"going on with {saved.file} in epoch {saved.run.epoch + 1}{inside}",)
 
 
 def refuse_changes(
