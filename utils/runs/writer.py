@@ -1,10 +1,11 @@
-"""Writes a run's folder: checkpoints, metrics.csv, TensorBoard's events, curves, and the lines that
-say how to go on.
+"""Writes a run's folder: checkpoints, metrics.csv, events of TensorBoard, wandb or MLflow, curves, and
+the lines that say how to go on.
 """
 
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import math
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,14 @@ from utils.runs import folder as run_folder
 from utils.runs.checkpoint import Checkpoint, CheckpointFolder, SavedRun
 from utils.runs.folder import FolderLock
 from utils.runs.resume import Start
-from utils.runs.trackers import Tracker
 from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically
 from utils.system.style import GREY
 
 DECADES = 20  # times: a span of losses from which on the axis is logarithmic
+PROJECT = "eca-net"  # of Weights & Biases and MLflow, where none is named
+Send = Callable[[int, Mapping[str, float]], None]  # the step, and its values by tag
 DEVICE_FLAGS = ("--device", "--gpu")
 Row = dict[str, float]  # one finished epoch: "epoch", "lr", train_… and what was evaluated
 
@@ -70,6 +73,79 @@ class Saving:
 
     every: int | None = None
     minutes: float | None = None
+
+
+class Tracker:
+    """Sends what a run logs; one that goes on with the same folder has the same id.
+
+    Args:
+        library: "wandb" or "mlflow".
+        folder: of the run; without WANDB_MODE or MLFLOW_TRACKING_URI, all is written there.
+        settings: of the run: plain values by name.
+
+    Raises:
+        UserError: the library does not begin.
+    """
+
+    def __init__(self, library: str, folder: Path, settings: Mapping[str, Any]):
+        self.library = library
+        begin = {"wandb": _wandb, "mlflow": _mlflow}[library]
+        key = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
+        self._send, self.close = self._said(begin, folder, key, settings)
+
+    def send(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends the values of an epoch.
+
+        Raises:
+            UserError: the library fails.
+        """
+        self._said(self._send, step, values)
+
+    def _said(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except Exception as error:  # what a library raises is open-ended
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"--log {self.library}: {reason}") from None
+
+
+def _wandb(folder: Path, key: str, settings: Mapping[str, Any]) -> tuple[Send, Callable[[], None]]:
+    import wandb
+
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        mode=os.environ.get("WANDB_MODE", "offline"),
+        dir=folder,
+        name=folder.name,
+        id=key,
+        resume="allow",
+        config=dict(settings),
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    return lambda step, values: run.log(dict(values), step=step), run.finish
+
+
+def _mlflow(folder: Path, key: str, settings: Mapping[str, Any]) -> tuple[Send, Callable[[], None]]:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+
+    own = f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+    client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", own))
+    project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+    known = client.get_experiment_by_name(project)
+    experiment = known.experiment_id if known else client.create_experiment(project)
+    before = client.search_runs([experiment], f"tags.eca_net_run = '{key}'")
+    tags = {"eca_net_run": key}
+    started = before[0] if before else client.create_run(experiment, None, tags, folder.name)
+    run = started.info.run_id
+    if not before:
+        client.log_batch(run, params=[Param(k, str(v)[:500]) for k, v in settings.items()])
+
+    def send(step: int, values: Mapping[str, float]) -> None:
+        now = int(1000 * time.time())
+        client.log_batch(run, [Metric(tag, value, now, step) for tag, value in values.items()])
+
+    return send, partial(client.set_terminated, run)
 
 
 class RunFiles:

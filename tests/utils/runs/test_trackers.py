@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.runs.trackers import Tracker
-from utils.runs.writer import RunLogger
+from utils.runs.writer import RunLogger, Tracker
 from utils.system.errors import UserError
 from utils.training import classification
 
