@@ -173,7 +173,7 @@ def refuse_another(
     if held.get("arch") not in MODELS and not foreign:
         raise ValueError(f"{file} holds {held.get('arch')}, which is not for this script")
     given = {"arch": arch, "attention": attention, "ksize": ksize, "num_classes": num_classes}
-    if not any(given.values()) and not held.get("state_dict"):  # a file of an engine
+    if all(v is None for v in given.values()) and not held.get("state_dict"):  # a file of an engine
         return
     of_file = (held.get("ksize"), held.get("attention"))
     if arch and not (foreign and arch == held["arch"]):

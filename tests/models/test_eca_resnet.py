@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 
-from models.attention import ATTENTIONS
+from models.attention import ATTENTIONS, find_attention
 from models.eca_resnet import (
     BasicBlock,
     Bottleneck,
@@ -154,7 +154,7 @@ def test_without_attention_it_is_torchvisions(name, training):
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_attention_stands_after_the_last_batch_norm_and_before_the_addition(block):
     torch.manual_seed(0)
-    tail = block(16 * block.expansion, 16, 1, "eca", 3).eval()
+    tail = block(16 * block.expansion, 16, 1, find_attention("eca"), 3).eval()
     x = torch.randn(2, 16 * block.expansion, 6, 6)
     plain = copy.deepcopy(tail)
     plain.slot = None

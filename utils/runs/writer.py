@@ -1,5 +1,5 @@
-"""Writes a run's folder: checkpoints, metrics.csv, events of TensorBoard, wandb or MLflow, curves, and
-the lines that say how to go on.
+"""Writes what a run leaves: checkpoints, metrics.csv, events of a tracker, curves, and the lines
+that say how to go on.
 """
 
 import contextlib

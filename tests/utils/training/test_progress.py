@@ -128,12 +128,11 @@ def test_an_evaluation_has_lines_at_its_steps_and_none_at_the_last(monkeypatch, 
 def test_a_long_line_is_broken_between_words_on_a_terminal_alone(monkeypatch):
     line = "epoch 1/30  train loss 0.1234 top-1 98.76 %  val loss 0.2345 top-1 97.65 %  (best)"
     assert fitted(line) == [line]
-    monkeypatch.delenv("COLUMNS", raising=False)
     for columns in (24, 40, 60, 200):
-        with terminal(monkeypatch, columns, "__stdout__"):
-            monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+        with monkeypatch.context() as patch, terminal(patch, columns, "__stdout__"):
+            patch.delenv("COLUMNS", raising=False)
+            patch.setattr(sys, "stdout", sys.__stdout__)
             parts = fitted(line)
-            monkeypatch.undo()
         assert max(map(len, parts)) <= columns
         assert " ".join(parts).split() == line.split()
     assert parts == [line]
