@@ -89,7 +89,7 @@ def test_the_card_of_a_run(export_cli, tmp_path):
         "checkpoint does not say whose images those are.",
     ):
         assert line in text
-    assert "scaled to 64 pixels, the middle 48 × 48" in text
+    assert "scaled to 64 pixels (bilinear), the middle 48 × 48" in " ".join(text.split())
 
 
 def test_weights_saved_within_an_epoch_have_no_figures(export_cli, tmp_path):

@@ -72,6 +72,8 @@ ELSEWHERE = {  # field: why a run of this size shows nothing, and the test that 
     "save_every": "test_classification.py::test_a_checkpoint_inside_the_epoch_is_of_the_step",
     "save_minutes": "test_writer.py::test_minutes_between_two_checkpoints",
     "val_split": "for a DATA without val/; test_own_images.py",
+    "eval_every": "test_ways_to_train.py::test_some_epochs_are_evaluated",
+    "best_by": "test_ways_to_train.py::test_some_epochs_are_evaluated_and_another",
     "log": "sends what is recorded; test_trackers.py",
     "start_epoch": "test_faults_resume.py::test_going_back_leaves_what_followed",
 }
@@ -99,7 +101,8 @@ OF_DETECTORS = {
     "seed": (("--seed", 2), ()),
 }
 OF_DETECTORS_ELSEWHERE = {
-    name: ELSEWHERE[name] for name in ("check_val", "log", "save_every", "save_minutes")
+    name: ELSEWHERE[name]
+    for name in ("check_val", "eval_every", "log", "save_every", "save_minutes")
 } | {
     "train_images": "test_detect_main_data.py",
     "train_annotations": "test_before_the_first_epoch.py::test_a_detector_begins_from_one_of_other",
