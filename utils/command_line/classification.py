@@ -66,8 +66,7 @@ def read_command_line(
     recipe = with_image_settings(recipe, typed)
     recipe = named_recipe(recipe, name, demos.get(typed.get("data", ""), {}))
     saved, folder = find_checkpoint(typed, recipe)
-    values: dict[str, Any] = {}
-    notes: tuple[str, ...] = ()
+    values, notes = dict[str, Any](), tuple[str, ...]()
     if saved is not None:
         source = str(typed.get("resume") or typed.get("pretrained"))
         with as_user_error():
@@ -96,14 +95,13 @@ def read_command_line(
             with as_user_error():
                 check_forward(network, {recipe.crop_size, recipe.img_size})
     refuse_no_work(config)
-    other_numbers = demo_sets.is_demo(config.data.data) or config.run.recipe not in (None, PAPER)
+    run = config.run
+    other_numbers = demo_sets.is_demo(config.data.data) or run.recipe not in (None, PAPER)
     notes += notes_on(recipe, paper, other_numbers, config.data.class_weights)
     if saved is not None and saved.run is not None:
         resume.refuse_another_recipe(saved.run, name)
         notes += tuple(other_values(name, recipe, typed))
-    run = config.run
-    if not run.evaluate:
-        notes = (*resume.where(saved, run.resume, run.start_epoch), *notes)
+    notes = resume.where(saved, run, run.start_epoch) + notes
     return config, Start(saved, pretrained, folder, notes, run.seed, run.start_epoch)
 
 

@@ -59,7 +59,7 @@ def read_command_line(recipe: DetectionRecipe, description: str) -> tuple[Detect
         first = pretrained.contents
         own: Any = recipe.override(arch=first["arch"], backbone=first["backbone"])
         config = replace(config, recipe=own)  # mypy does not see its type in a generic class
-    notes = () if config.run.evaluate else resume.where(saved, config.run.resume, None)
+    notes = resume.where(saved, config.run, None)
     return config, Start(saved, pretrained, folder, notes, config.run.seed)
 
 

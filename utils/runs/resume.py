@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.config.flags import ANY_TIME, NEVER, BaseRecipe, Flag, flags_of
+from utils.config.flags import ANY_TIME, NEVER, BaseRecipe, Flag, RunSettings, flags_of
 from utils.config.recipes import PAPER
 from utils.runs import checkpoint
 from utils.runs import folder as run_folder
@@ -252,9 +252,11 @@ def _named(path: Path, evaluate: bool) -> tuple[Checkpoint, Path | None]:
     return saved, path.parent
 
 
-def where(saved: Checkpoint | None, resume: str | None, at_epoch: int | None) -> tuple[str, ...]:
+def where(saved: Checkpoint | None, flags: RunSettings, at_epoch: int | None) -> tuple[str, ...]:
     """Returns a line on where a run goes on that --resume names; "auto" has said it already."""
-    if saved is None or saved.run is None or resume in (None, AUTO) or at_epoch is not None:
+    if saved is None or saved.run is None or flags.evaluate or at_epoch is not None:
+        return ()
+    if flags.resume in (None, AUTO):
         return ()
     inside = f", after step {saved.run.step}" if saved.run.step else ""
     return (f"going on with {saved.file} in epoch {saved.run.epoch + 1}{inside}",)
