@@ -29,7 +29,18 @@ DOCUMENTS = {
         "--images demo_data/digits/val --out rows.json": "",  # test_benchmarks.py
     },
     "docs/REPORTS.md": {"--epochs 2": "--epochs 1"},
-    "docs/ECA_ANYWHERE.md": SHORT,
+    "docs/ECA_ANYWHERE.md": {
+        **SHORT,
+        **{
+            f"python main.py {line}": ""  # these three: test_any_network.py
+            for line in (
+                "-a timm:resnext50_32x4d --attention eca --pretrained "
+                "timm:resnext50_32x4d.a1_in1k DATA",
+                "-a resnet18 --attention timm:cbam demo:digits",
+                "-a eca_resnet18 --attention mine.py:MyGate demo:digits",
+            )
+        },
+    },
     "docs/ECOSYSTEM.md": {
         "pip install .": "",  # test_wheel.py
         "python export.py runs/w/best.pth --to hf --output out": "",  # test_export_hf.py
