@@ -359,8 +359,8 @@ def norm_act(z: Tensor, bn: nn.Module, activation: nn.Module, fused: bool = True
 
 
 # Elements from which our passes beat PyTorch's own kernels, whose price is vectors of N·C numbers
-# and calls: (with ECA, without). Measured for the CPU (benchmarks/tail.py --table), estimated for
-# CUDA.
+# and calls: (with ECA, without). From processor times for the CPU (benchmarks/tail.py --table
+# measures the choice), estimated for CUDA.
 LARGE = {"cpu": (0, 1 << 17), "cuda": (1 << 23, 1 << 24), "meta": (0, 0)}
 FEW_PIXELS = 4  # so many in NHWC leave BatchNorm's own kernel, which sums over N, too, in front
 
