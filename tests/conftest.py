@@ -39,14 +39,10 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         )
 
 
-LONG = ("docs", "package", "benchmarks")  # folders of tests that run the documents' commands
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of some folders as slow, but for those that only read."""
+    """Marks the tests of two folders as slow: one builds wheels, one runs every benchmark."""
     for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        if folder in LONG and "links" not in item.name:
+        if item.path.relative_to(ROOT / "tests").parts[0] in ("package", "benchmarks"):
             item.add_marker(pytest.mark.slow)
 
 

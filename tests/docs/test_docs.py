@@ -65,6 +65,7 @@ DOCUMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_runs_and_prints_what_it_shows(name, workspace):
     found = blocks((ROOT / name).read_text())
