@@ -33,7 +33,9 @@ from .proof import is_bare, is_eca
 
 eca_triton: ModuleType | None = None
 _not_imported = "PyTorch finds no CUDA device"
-if torch.cuda.is_available():  # where it is not, Triton's import would only cost time
+# Where there is none, Triton's import would only cost time. Not is_available(): that initialises
+# the driver, after which no forked child can use CUDA.
+if torch.cuda.device_count():
     try:
         from . import triton_tail
 
@@ -433,4 +435,5 @@ def describe_tails(
             return f"block tails module by module ({no_native})"
         if named == {"none"}:
             return "fused block tails, small ones by BatchNorm's own kernel"
-    return f"fused block tails{' (Triton)' if on_cuda and no_triton is None else ''}"
+    compared = on_cuda and no_triton is None
+    return f"fused block tails{' (Triton, compared on this GPU)' if compared else ''}"

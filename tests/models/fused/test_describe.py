@@ -15,6 +15,7 @@ NO_COMPILER, NOT_FOR_HALF = "no C++ compiler", "compiled passes are not for torc
 MODULES = f"block tails module by module ({NO_COMPILER})"
 KERNEL = f"block tails by BatchNorm's own kernel, the rest in place ({NO_COMPILER})"
 COMPILED = "fused block tails"
+COMPARED = "fused block tails (Triton, compared on this GPU)"
 
 
 @pytest.mark.parametrize(
@@ -70,8 +71,14 @@ def test_on_a_cpu_the_tails_run_as_described(monkeypatch, name, native, dtype, t
     [
         ("eca_resnet18", "cpu", False, {"fused": False}, "block tails module by module"),
         ("resnet18", "cpu", False, {"compiled": True}, "fused block tails"),
-        ("eca_resnet18", "cuda", True, {}, "fused block tails (Triton)"),
-        ("resnet18", "cuda", True, {"compiled": True}, "fused block tails (Triton)"),
+        ("eca_resnet18", "cuda", True, {}, COMPARED),
+        (
+            "resnet18",
+            "cuda",
+            True,
+            {"compiled": True},
+            COMPARED,
+        ),
         (
             "eca_resnet18",
             "cuda",
@@ -102,7 +109,7 @@ def test_triton_is_asked_for_the_precision_at_work(monkeypatch):
         network = models.create_model("eca_resnet18", num_classes=2)
     for dtype, tails in (
         (torch.bfloat16, "block tails module by module (old)"),
-        (torch.float16, "fused block tails (Triton)"),
+        (torch.float16, COMPARED),
     ):
         assert models.describe_tails(network, torch.device("cuda"), dtype=dtype) == tails
 

@@ -1,10 +1,13 @@
 """Triton on GPUs: a network on a real one, and which ones it serves; where none, the reason."""
 
 import copy
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.trees import ROOT
 from helpers.triton_cases import network_step
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -51,6 +54,23 @@ def test_batches_from_a_side_stream():
     for batch, expected in zip(there, here, strict=True):
         found = fused_tail(batch.images, bn, attention)
         torch.testing.assert_close(found, fused_tail(expected.images.cuda(), bn, attention))
+
+
+IMPORT = """
+import sys, torch
+def driver(): raise SystemExit("the driver is initialised")
+torch.cuda._is_compiled, torch.cuda._device_count_nvml = lambda: True, lambda: 1
+torch._C._cuda_getDeviceCount = torch._C._cuda_init = driver
+import models
+assert "models.fused.triton_tail" in sys.modules
+"""
+
+
+@pytest.mark.slow
+def test_an_import_leaves_cuda_to_forked_children():
+    """Once the driver is initialised, a child that is forked cannot use it."""
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture
