@@ -23,7 +23,7 @@ from torchvision import transforms as v1
 
 from utils.data.decoding import DECODERS
 from utils.data.image_folder import ImageFolder, scan
-from utils.data.loader import ImageDataset, Reading
+from utils.data.loader import ImageDataset, Loader
 from utils.data.sampler import SeededBatches, mix_seed
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, train_transform
 from utils.system.faults import run_script
@@ -92,7 +92,7 @@ def main() -> None:
         for decoder in DECODERS:
             transform = train_transform(args.img_size, 0.08, 0.5)
             dataset = ImageDataset(folder, transform, 0, decoder)
-            batches = Reading(args.device, 0).batches(dataset, [keys])
+            batches = Loader(args.device, 0).batches(dataset, [keys])
             variants[f"ours, {decoder}"] = lambda batches=batches: next(batches()).images
         outputs = {name: run().cpu() for name, run in variants.items()}
         if as_it_is.differs(args.device):

@@ -3,7 +3,7 @@
 import torch
 
 from utils.config.classification import Recipe
-from utils.data.loader import Reading
+from utils.data.loader import Loader
 from utils.data.sampler import SeededBatches
 from utils.training.classification_data import training_batches
 
@@ -24,8 +24,8 @@ RECIPE = Recipe(
 def train_pass(folder, seed=0, epoch=0, step=0, workers=0, skip=False, decoder="simplejpeg"):
     order = SeededBatches(len(folder), RECIPE.batch_size, seed)
     order.seek(epoch, step)
-    reading = Reading(CPU, workers, 60, decoder)
-    return list(training_batches(folder, order, RECIPE, seed, reading, skip)())
+    loader = Loader(CPU, workers, 60, decoder)
+    return list(training_batches(folder, order, RECIPE, seed, loader, skip)())
 
 
 def same(a, b):

@@ -106,7 +106,7 @@ class ImageDataset(Dataset):
 
 
 @dataclass(frozen=True)
-class Reading:
+class Loader:
     """Describes how files become batches, the same in training and validation."""
 
     device: torch.device
@@ -123,13 +123,23 @@ class Reading:
     ) -> Callable[[], Iterator[Batch]]:
         """Returns a function that begins a pass over `dataset` in the order of `keys`.
 
-        Batches are normalised as `look` says. The workers stay alive from one pass to the next.
+        Batches are normalised as `look` says.
         """
-        loader = DataLoader(
+        loader = self.open(dataset, keys, _collate)
+        return partial(device_batches, loader, self.device, self.memory_format, look)
+
+    def open(
+        self,
+        dataset: Dataset,
+        keys: Sampler[list[Key]] | list[list[Key]],
+        collate: Callable[[list], Any],
+    ) -> DataLoader:
+        """Returns torch's loader; its workers stay alive from one pass to the next."""
+        return DataLoader(
             dataset,
             batch_sampler=keys,
             num_workers=self.workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             pin_memory=self.device.type == "cuda",
             persistent_workers=self.workers > 0,
             worker_init_fn=init_worker,
@@ -137,7 +147,6 @@ class Reading:
             # Its own generator: else every pass would draw from the global one.
             generator=torch.Generator(),
         )
-        return partial(device_batches, loader, self.device, self.memory_format, look)
 
 
 def check_readable(dataset: Dataset, context: Context) -> None:

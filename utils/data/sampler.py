@@ -159,9 +159,10 @@ def check_batch(
     batch_size: int,
     images: int,
     replicas: int,
-    img_size: int,
+    img_size: int | None = None,
     accumulate: int = 1,
     repeats: int = 1,
+    flag: str = "-b",
 ) -> None:
     """Refuses, before the run starts, a batch that cannot be trained on.
 
@@ -169,9 +170,10 @@ def check_batch(
         batch_size: global.
         images: in the training set.
         replicas: devices that the batch is divided over.
-        img_size: pixels; at most 32 leave a last feature map of one pixel.
+        img_size: a classifier's pixels; at most 32 leave a last feature map of one pixel.
         accumulate: parts that a device takes one after the other.
         repeats: copies of each image in a batch.
+        flag: what the script calls the batch.
 
     Raises:
         UserError: it does not divide, is larger than the data, or leaves BatchNorm one value.
@@ -184,7 +186,7 @@ def check_batch(
         lower = batch_size // replicas * replicas
         near = [str(n) for n in (lower, lower + replicas) if n]
         raise UserError(
-            f"-b {batch_size} is the global batch and does not divide over {replicas} devices: "
+            f"{flag} {batch_size} is the global batch and does not divide over {replicas} devices: "
             f"give {' or '.join(near)}"
         )
     if batch_size % (replicas * accumulate):
@@ -194,11 +196,12 @@ def check_batch(
         )
     if batch_size > images:
         recipe = ", or --recipe finetune for few images" * (images >= 32)
+        lr = "" if img_size is None else f" and a lower --lr{recipe}"
         raise UserError(
-            f"-b {batch_size} is more than the {images} training images: give -b "
-            f"{max(2, min(32, images // 4))} and a lower --lr{recipe}"
+            f"{flag} {batch_size} is more than the {images} training images: give {flag} "
+            f"{max(2, min(32, images // 4))}{lr}"
         )
-    if batch_size == replicas * accumulate and img_size <= 32:
+    if img_size is not None and img_size <= 32 and batch_size == replicas * accumulate:
         raise UserError(
             f"-b {batch_size} leaves one image at a time per device, whose last feature map is one "
             f"pixel at {img_size} pixels: BatchNorm needs two values, so give "

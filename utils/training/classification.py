@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from utils.config.classification import Recipe
 from utils.data.image_folder import ImageFolder
-from utils.data.loader import Batch, Reading
+from utils.data.loader import Batch, Loader
 from utils.data.sampler import SeededBatches, mix_seed
 from utils.data.transforms import Preprocessing
 from utils.runs.writer import Curve, Panel, RunFiles
@@ -190,14 +190,14 @@ def draw_first_batch(
     order: SeededBatches,
     rule: StepRule[Recipe],
     aim: Objective,
-    reading: Reading,
+    loader: Loader,
     skip: bool = False,
 ) -> bytes | None:
     """Draws the first images of a run's first batch as the network gets them, with their labels.
 
     Args:
         order: of the batches; it seeks the first one.
-        reading: gives decoder and image layout; this process reads.
+        loader: gives decoder and image layout; this process reads.
         skip: see `training_batches`.
 
     Returns:
@@ -207,7 +207,7 @@ def draw_first_batch(
     keys = next(iter(order))
     # Mixing pairs each image with the one before it, and the first with the last.
     few = [[*keys[-1:], *keys[:SHOWN]]]
-    own = replace(reading, device=torch.device("cpu"), workers=0)
+    own = replace(loader, device=torch.device("cpu"), workers=0)
     try:
         (batch,) = training_batches(data.train, few, rule.recipe, order.seed, own, skip)()
     except UserError:
@@ -232,7 +232,7 @@ def draw_first_batch(
 
 @torch.inference_mode()
 def draw_predictions(
-    network: nn.Module, images: ImageFolder, recipe: Recipe, amp: str, reading: Reading
+    network: nn.Module, images: ImageFolder, recipe: Recipe, amp: str, loader: Loader
 ) -> bytes | None:
     """Draws predictions on some validation images, evenly over the folder; wrong ones are framed.
 
@@ -243,11 +243,11 @@ def draw_predictions(
     cells = []
     network.eval()
     try:
-        batches = list(validation_batches(few, recipe, replace(reading, workers=0))())
+        batches = list(validation_batches(few, recipe, replace(loader, workers=0))())
     except UserError:
         return None
     for batch in batches:
-        with backends.autocast(reading.device, amp):
+        with backends.autocast(loader.device, amp):
             shares = network(batch.images).float().softmax(1)
         classes = shares.argmax(1).tolist()
         targets, pictures = batch.targets.tolist(), _as_pictures(batch.images, recipe.preprocessing)

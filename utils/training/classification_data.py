@@ -18,7 +18,7 @@ from utils.config.classification import ClassificationRun, DataSettings, Recipe
 from utils.data import class_order, demo_sets, image_folder, shards
 from utils.data.class_order import WNID
 from utils.data.image_folder import ImageFolder, describe
-from utils.data.loader import Batch, ImageDataset, Reading, check_readable
+from utils.data.loader import Batch, ImageDataset, Loader, check_readable
 from utils.data.sampler import Key, SeededBatches, ShardedBatches, check_batch
 from utils.data.transforms import train_transform
 from utils.runs import resume
@@ -471,7 +471,7 @@ def training_batches(
     order: SeededBatches | list[list[Key]],
     recipe: Recipe,
     seed: int,
-    reading: Reading,
+    loader: Loader,
     skip_broken: bool = False,
 ) -> Callable[[], Iterator[Batch]]:
     """Returns a function that begins a pass over augmented batches, in the order of `order`."""
@@ -486,17 +486,17 @@ def training_batches(
         recipe.interpolation,
         recipe.preprocessing.mean,
     )
-    dataset = ImageDataset(images, transform, seed, reading.decoder, skip_broken)
-    return reading.batches(dataset, order, recipe.preprocessing)
+    dataset = ImageDataset(images, transform, seed, loader.decoder, skip_broken)
+    return loader.batches(dataset, order, recipe.preprocessing)
 
 
 def validation_batches(
-    images: ImageFolder, recipe: Recipe, reading: Reading, rank: int = 0, world_size: int = 1
+    images: ImageFolder, recipe: Recipe, loader: Loader, rank: int = 0, world_size: int = 1
 ) -> Callable[[], Iterator[Batch]]:
     """Returns this rank's share of the validation images, each exactly once over all ranks."""
     look = recipe.preprocessing
     keys = validation_order(len(images), recipe.batch_size, rank, world_size)
-    return reading.batches(ImageDataset(images, look, decoder=reading.decoder), keys, look)
+    return loader.batches(ImageDataset(images, look, decoder=loader.decoder), keys, look)
 
 
 def validation_order(

@@ -14,7 +14,7 @@ from models.registry import is_of_library
 from models.weights import Network
 from utils.config.classification import Config, DataSettings, NetworkSettings, Recipe
 from utils.config.recipes import PAPER
-from utils.data.loader import Reading
+from utils.data.loader import Loader
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.named_weights import is_name
 from utils.runs.resume import Start
@@ -211,11 +211,11 @@ def to_device(network: nn.Module, flags: NetworkSettings, context: Context) -> N
         network.compile()
 
 
-def loader_of(data: DataSettings, flags: NetworkSettings, context: Context) -> Reading:
+def loader_of(data: DataSettings, flags: NetworkSettings, context: Context) -> Loader:
     """Returns how files become batches on the device."""
     assert data.workers is not None  # the command line has chosen a number
     layout = layout_of(flags)
-    return Reading(context.device, data.workers, data.worker_timeout, data.decoder, layout)
+    return Loader(context.device, data.workers, data.worker_timeout, data.decoder, layout)
 
 
 def begin_state(

@@ -16,8 +16,8 @@ from utils.data.coco import CocoPaths, locate, shown
 from utils.data.coco_dataset import CocoDataset, CocoSplit, Target, load_split
 from utils.data.coco_eval import GroundTruth
 from utils.data.decoding import BrokenImageError
-from utils.data.loader import Reading, checked, init_worker
-from utils.data.sampler import Key, SeededBatches, ShardedBatches, mix_seed
+from utils.data.loader import Loader, checked
+from utils.data.sampler import Key, SeededBatches, ShardedBatches, check_batch, mix_seed
 from utils.runs import resume
 from utils.runs.resume import Start
 from utils.system import distributed
@@ -61,23 +61,6 @@ class GroupedBatches(SeededBatches):
         for step in chance.permutation(self.steps)[first_step:]:
             start = step * self.batch_size + self.rank * self.share
             yield [(epoch, int(index)) for index in order[start : start + self.share]]
-
-
-def check_batch(batch_size: int, images: int, ranks: int) -> None:
-    """Refuses, before the run starts, a global batch that cannot be trained on.
-
-    Raises:
-        UserError: it does not divide over the ranks, or is larger than the data.
-    """
-    if batch_size % ranks:
-        lower = batch_size // ranks * ranks
-        near = " or ".join(str(n) for n in (lower, lower + ranks) if n)
-        raise UserError(
-            f"--batch-size {batch_size} is the global batch and does not divide over {ranks} "
-            f"processes: give {near}"
-        )
-    if batch_size > images:
-        raise UserError(f"--batch-size {batch_size} is more than the {images} training images")
 
 
 def match_classes(classes: list[str], split: CocoSplit, source: str) -> list[int | None]:
@@ -169,7 +152,7 @@ def open_detection_data(
         validation_images=len(val.split),
         checkpoint=run and run.position,
     )
-    check_batch(recipe.batch_size, len(train), context.world_size)
+    check_batch(recipe.batch_size, len(train), context.world_size, flag="--batch-size")
     names = "\0".join(train.file_names).encode("utf-8", "backslashreplace")
     digest = resume.digest(names, train.boxes, train.labels)
     if saved is not None and list(saved.classes or ()) != list(train.classes):
@@ -185,15 +168,15 @@ def training_batches(
     first_label: int,
     recipe: DetectionRecipe,
     seed: int,
-    reading: Reading,
+    loader: Loader,
 ) -> Callable[[], Iterator[DetectionBatch]]:
     """Returns a function that begins a pass in the order that `order` was told to seek."""
     dataset = CocoDataset(split, first_label, recipe.hflip, seed, recipe.min_size)
-    return _passes(dataset, order, reading)
+    return partial(_device_batches, loader.open(dataset, order, _collate), loader.device)
 
 
 def evaluation_batches(
-    split: CocoSplit, first_label: int, reading: Reading, rank: int = 0, world_size: int = 1
+    split: CocoSplit, first_label: int, loader: Loader, rank: int = 0, world_size: int = 1
 ) -> Callable[[], Iterator[DetectionBatch]]:
     """Returns this rank's images one by one, each exactly once over all ranks.
 
@@ -201,24 +184,8 @@ def evaluation_batches(
     from the padding were seen to move by 4 %.
     """
     order = ShardedBatches(len(split), 1, rank, world_size)
-    return _passes(CocoDataset(split, first_label), order, reading)
-
-
-def _passes(
-    dataset: CocoDataset, order: SeededBatches | ShardedBatches, reading: Reading
-) -> Callable[[], Iterator[DetectionBatch]]:
-    loader = DataLoader(
-        dataset,
-        batch_sampler=order,
-        num_workers=reading.workers,
-        collate_fn=_collate,
-        pin_memory=reading.device.type == "cuda",
-        persistent_workers=reading.workers > 0,
-        worker_init_fn=init_worker,
-        timeout=reading.timeout if reading.workers else 0,
-        generator=torch.Generator(),
-    )
-    return partial(_device_batches, loader, reading.device)
+    one_by_one = loader.open(CocoDataset(split, first_label), order, _collate)
+    return partial(_device_batches, one_by_one, loader.device)
 
 
 def _device_batches(loader: DataLoader, device: torch.device) -> Iterator[DetectionBatch]:

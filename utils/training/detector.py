@@ -22,7 +22,7 @@ from utils.config.detection import (
     DetectionRecipe,
     DetectorSettings,
 )
-from utils.data.loader import Reading
+from utils.data.loader import Loader
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.resume import Start
 from utils.system import backends
@@ -163,10 +163,10 @@ def to_device(network: nn.Module, flags: DetectorSettings, context: Context) -> 
     models.set_fused(network, flags.fused)
 
 
-def loader_of(data: DetectionDataSettings, context: Context) -> Reading:
+def loader_of(data: DetectionDataSettings, context: Context) -> Loader:
     """Returns how files become batches on the device."""
     assert data.workers is not None  # the command line has chosen a number
-    return Reading(context.device, data.workers, data.worker_timeout)
+    return Loader(context.device, data.workers, data.worker_timeout)
 
 
 def begin_state(

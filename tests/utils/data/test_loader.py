@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision import transforms as v1
 
 from utils.data.decoding import BrokenImageError
-from utils.data.loader import ImageDataset, Reading, check_readable
+from utils.data.loader import ImageDataset, Loader, check_readable
 from utils.data.sampler import SeededBatches
 from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, train_transform
 from utils.system.distributed import Context
@@ -53,7 +53,7 @@ def test_evaluation_equals_the_usual_pillow_pipeline_with_the_pil_decoder(noisy_
 
 def test_batches_are_normalised_as_imagenet(noisy_images):
     dataset = ImageDataset(noisy_images, Preprocessing(16, 0.8))
-    batch = next(validation_batches(noisy_images, RECIPE, Reading(CPU, 0))())
+    batch = next(validation_batches(noisy_images, RECIPE, Loader(CPU, 0))())
     expected = torch.stack([dataset[0, i][0] for i in range(4)]).double() / 255
     mean, std = (
         torch.tensor(v, dtype=torch.double).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
@@ -68,7 +68,7 @@ def test_flags_of_preprocessing_reach_training_and_validation(noisy_images):
     recipe = RECIPE.override(mean=[0.2], std=[0.5, 0.25, 1.0], interpolation="bicubic", vflip=0.5)
     look = recipe.preprocessing
     assert look == Preprocessing(16, 0.8, "bicubic", (0.2, 0.2, 0.2), (0.5, 0.25, 1.0))
-    batch = next(validation_batches(noisy_images, recipe, Reading(CPU, 0))())
+    batch = next(validation_batches(noisy_images, recipe, Loader(CPU, 0))())
     dataset = ImageDataset(noisy_images, look)
     pixels = torch.stack([dataset[0, i][0] for i in range(4)]).double() / 255
     expected = (pixels - 0.2) / torch.tensor([0.5, 0.25, 1.0], dtype=torch.double).view(3, 1, 1)
@@ -76,12 +76,12 @@ def test_flags_of_preprocessing_reach_training_and_validation(noisy_images):
 
     order = SeededBatches(len(noisy_images), 4, 0)
     keys = next(iter(order))
-    batch = next(training_batches(noisy_images, order, recipe, 0, Reading(CPU, 0))())
+    batch = next(training_batches(noisy_images, order, recipe, 0, Loader(CPU, 0))())
     transform = train_transform(16, 0.08, 0.5, vflip=0.5, interpolation="bicubic")
     pixels = torch.stack([ImageDataset(noisy_images, transform, 0)[key][0] for key in keys]) / 255
     expected = (pixels - 0.2) / torch.tensor([0.5, 0.25, 1.0]).view(3, 1, 1)
     torch.testing.assert_close(batch.images, expected, atol=1e-5, rtol=0)
-    other = next(training_batches(noisy_images, order, RECIPE, 0, Reading(CPU, 0))())
+    other = next(training_batches(noisy_images, order, RECIPE, 0, Loader(CPU, 0))())
     assert not torch.equal(other.images, batch.images)
 
 
@@ -92,8 +92,8 @@ def test_both_memory_formats_hold_the_same_numbers(noisy_images, decoder):
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     for layout in (torch.contiguous_format, torch.channels_last):
         for workers in (0, 1):
-            reading = Reading(CPU, workers, 60, memory_format=layout)
-            (batch,) = reading.batches(dataset, keys)()
+            loader = Loader(CPU, workers, 60, memory_format=layout)
+            (batch,) = loader.batches(dataset, keys)()
             assert batch.images.is_contiguous(memory_format=layout)
             for key, image in zip(keys[0], batch.images, strict=True):
                 expected = (dataset[key][0].double() / 255 - mean) / std
@@ -105,7 +105,7 @@ def test_validation_sees_every_image_once(noisy_images, ranks):
     count = sum(
         len(batch.targets)
         for rank in range(ranks)
-        for batch in validation_batches(noisy_images, RECIPE, Reading(CPU, 0), rank, ranks)()
+        for batch in validation_batches(noisy_images, RECIPE, Loader(CPU, 0), rank, ranks)()
     )
     assert count == 14
 
@@ -153,9 +153,9 @@ def test_erased_rectangles_are_zero_once_normalised(noisy_images):
 def test_crops_may_be_smaller_than_what_is_evaluated(noisy_images):
     recipe = RECIPE.override(train_size=12, auto_augment="trivial")
     order = SeededBatches(len(noisy_images), 4, 0)
-    batch = next(training_batches(noisy_images, order, recipe, 0, Reading(CPU, 0))())
+    batch = next(training_batches(noisy_images, order, recipe, 0, Loader(CPU, 0))())
     assert batch.images.shape == (4, 3, 12, 12)
-    batch = next(validation_batches(noisy_images, recipe, Reading(CPU, 0))())
+    batch = next(validation_batches(noisy_images, recipe, Loader(CPU, 0))())
     assert batch.images.shape == (4, 3, 16, 16)
 
 

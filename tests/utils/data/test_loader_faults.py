@@ -12,7 +12,7 @@ from helpers.small_runs import own_children
 
 from utils.data import loader
 from utils.data.decoding import BrokenImageError
-from utils.data.loader import ImageDataset, Reading
+from utils.data.loader import ImageDataset, Loader
 from utils.data.sampler import SeededBatches
 from utils.data.transforms import Preprocessing, train_transform
 from utils.system.errors import EXIT_FAILED, UserError
@@ -75,7 +75,7 @@ def test_skipping_gives_up_when_everything_is_broken(noisy_images):
 def test_validation_never_skips(noisy_images):
     spoil(noisy_images, 5)
     with pytest.raises(UserError, match="not an image"):
-        list(validation_batches(noisy_images, RECIPE, Reading(CPU, 0))())
+        list(validation_batches(noisy_images, RECIPE, Loader(CPU, 0))())
 
 
 class Stuck(ImageDataset):
@@ -84,9 +84,9 @@ class Stuck(ImageDataset):
 
 
 def test_a_hung_worker_is_answered_after_the_timeout(noisy_images):
-    reading = Reading(CPU, 1, timeout=1)
+    loader = Loader(CPU, 1, timeout=1)
     order = SeededBatches(len(noisy_images), 4, 0)
-    batches = reading.batches(Stuck(noisy_images, Preprocessing(16, 1)), order)()
+    batches = loader.batches(Stuck(noisy_images, Preprocessing(16, 1)), order)()
     began = time.monotonic()
     with pytest.raises(UserError, match=r"no batch from the loader workers for 1 s.*--worker-time"):
         next(batches)
@@ -105,7 +105,7 @@ def test_workers_leave_stop_requests_to_the_main_process(noisy_images):
     """A signal to the whole process group must not take the batches away from the last step."""
     order = SeededBatches(len(noisy_images), 4, 0)
     dataset = SignalsItself(noisy_images, Preprocessing(16, 1))
-    assert len(list(Reading(CPU, 1, 60).batches(dataset, order)())) == 3
+    assert len(list(Loader(CPU, 1, 60).batches(dataset, order)())) == 3
 
 
 class SaysWhoItIs(ImageDataset):
@@ -120,7 +120,7 @@ class SaysWhoItIs(ImageDataset):
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's prctl")
 def test_workers_die_with_the_main_process_and_use_one_thread(noisy_images):
     order = SeededBatches(len(noisy_images), 4, 0)
-    batch = next(Reading(CPU, 1, 60).batches(SaysWhoItIs(noisy_images, None), order)())
+    batch = next(Loader(CPU, 1, 60).batches(SaysWhoItIs(noisy_images, None), order)())
     assert batch.targets.tolist() == [signal.SIGKILL * 1000 + 1] * 4
 
 
@@ -132,7 +132,7 @@ def test_an_error_of_our_own_keeps_its_traceback(noisy_images):
     order = SeededBatches(len(noisy_images), 4, 0)
     for workers in (0, 1):
         with pytest.raises(KeyError, match="a programming error"):
-            next(Reading(CPU, workers, 60).batches(Wrong(noisy_images, None), order)())
+            next(Loader(CPU, workers, 60).batches(Wrong(noisy_images, None), order)())
 
 
 def test_a_broken_image_is_one_value_of_the_batch():

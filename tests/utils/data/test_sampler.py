@@ -76,6 +76,16 @@ def test_batches_that_cannot_be_trained_on():
             check_batch(*arguments)
 
 
+def test_a_detectors_batches_that_cannot_be_trained_on():
+    check_batch(8, 8, 8, flag="--batch-size")
+    for arguments, words in (
+        ((8, 100, 3), "^--batch-size 8 .*does not divide over 3 devices: give 6 or 9$"),
+        ((8, 7, 1), "^--batch-size 8 is more than the 7 training images: give --batch-size 2$"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_batch(*arguments, flag="--batch-size")
+
+
 def test_a_pass_under_way_does_not_follow_a_new_seek():
     order = SeededBatches(103, 10, seed=7)
     order.seek(2, 1)

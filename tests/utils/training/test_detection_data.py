@@ -8,13 +8,12 @@ from helpers.coco_trees import annotation, write_tree
 from utils.config.detection import DetectionDataSettings, DetectionRecipe
 from utils.data.coco import locate
 from utils.data.coco_dataset import load_split
-from utils.data.loader import Reading
+from utils.data.loader import Loader
 from utils.runs.resume import Start
 from utils.system.distributed import Context
 from utils.system.errors import UserError
 from utils.training.detection_data import (
     GroupedBatches,
-    check_batch,
     evaluation_batches,
     match_classes,
     open_detection_data,
@@ -22,7 +21,7 @@ from utils.training.detection_data import (
 )
 
 SIZES = np.array([(48, 64), (64, 48), (50, 50)] * 9)  # tall is every third
-CPU = Reading(torch.device("cpu"), workers=0)
+CPU = Loader(torch.device("cpu"), workers=0)
 CONTEXT = Context(torch.device("cpu"))
 
 
@@ -101,17 +100,9 @@ def test_a_fault_of_the_storage_in_a_worker_is_one_line(tmp_path, bad_sector):
     split = load_split(locate(write_tree(tmp_path, []), "val"))
     bad_sector(b"picture-2.png")
     with pytest.raises(UserError) as caught:
-        list(evaluation_batches(split, 1, Reading(torch.device("cpu"), workers=1))())
+        list(evaluation_batches(split, 1, Loader(torch.device("cpu"), workers=1))())
     assert str(caught.value).startswith(f"{tmp_path}/val2017/picture-2.png: Input/output error; ")
     assert (caught.value.exit_code, "\n" in str(caught.value)) == (1, False)
-
-
-def test_batches_that_cannot_be():
-    check_batch(8, 8, 4)
-    with pytest.raises(UserError, match="does not divide over 3 processes: give 6 or 9"):
-        check_batch(8, 100, 3)
-    with pytest.raises(UserError, match="more than the 7 training images"):
-        check_batch(8, 7, 1)
 
 
 def test_classes_are_matched_by_name(tmp_path):
