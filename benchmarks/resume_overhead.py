@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import BatchSampler, RandomSampler
 
 import models
-from utils.config.classification import Recipe
+from main import RECIPE
 from utils.data.sampler import SeededBatches, mix_seed
 from utils.runs import checkpoint
 from utils.runs.checkpoint import CheckpointFolder
@@ -86,7 +86,7 @@ def parts_of_a_step(images: int, batch: int, rounds: int) -> dict[str, float]:
     order, loss = SeededBatches(images, batch, seed=1), torch.tensor(1.0)
     guard, files = NonFiniteGuard(CPU), RunFiles(None, {}, saving=Saving(10**9, 10**9))
     votes, stop = Votes(None), StopRequest()
-    recipe = Recipe("eca_resnet50", 100, 256, 0.1, 0.9, 1e-4, "cosine", warmup_epochs=5)
+    recipe = RECIPE.override(schedule="cosine", warmup_epochs=5)
     calls: dict[str, tuple[Callable[[], object], int]] = {
         "seeds of augmentation": (lambda: seed_samples(batch), 20),
         "seed of the step": (lambda: torch.manual_seed(mix_seed(1, 12345)), 100),

@@ -50,7 +50,7 @@ def test_every_command_is_known_here():
 def test_detect_main_reads_it_and_builds(line, monkeypatch):
     monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
     recipe = detect_main.RECIPE
-    typed = parser_of(DetectionConfig.parts, recipe, "").typed()
+    typed = parser_of(DetectionConfig.parts(), recipe, "").typed()
     if typed.get("data") == demo_shapes.SHAPES:
         recipe = recipe.override(**demo_shapes.recipe_of(typed.get("arch")))
     recipe = recipe.override(**{k: v for k, v in typed.items() if k in recipe.as_dict()})

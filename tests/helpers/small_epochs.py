@@ -5,7 +5,8 @@ import contextlib
 import torch
 from torch import nn
 
-from utils.config.classification import NetworkSettings, Recipe
+from main import RECIPE as RECIPE_OF_MAIN
+from utils.config.classification import NetworkSettings
 from utils.data.loader import Batch
 from utils.runs.resume import Start
 from utils.runs.writer import RunFiles
@@ -27,7 +28,8 @@ CPU = torch.device("cpu")
 ALONE = Context(CPU)
 PLAIN = contextlib.nullcontext
 STEPS = 8  # of an epoch
-RECIPE = Recipe("eca_resnet18", 100, 6, 0.1, 0.9, 0.0, "step")  # lr 0.1 for 30 epochs
+# The learning rate is 0.1 for 30 epochs.
+RECIPE = RECIPE_OF_MAIN.override(arch="eca_resnet18", batch_size=6, weight_decay=0.0)
 
 
 def batches(count=4, size=6, classes=3):

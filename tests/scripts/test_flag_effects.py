@@ -117,8 +117,8 @@ def fields_of(parts) -> set[str]:
 
 
 def test_each_flag_has_its_test():
-    assert fields_of(Config.parts) == EFFECTS.keys() | ELSEWHERE.keys()
-    assert fields_of(DetectionConfig.parts) == OF_DETECTORS.keys() | OF_DETECTORS_ELSEWHERE.keys()
+    assert fields_of(Config.parts()) == EFFECTS.keys() | ELSEWHERE.keys()
+    assert fields_of(DetectionConfig.parts()) == OF_DETECTORS.keys() | OF_DETECTORS_ELSEWHERE.keys()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ that goes on, the flag itself.
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ FAMILIES = {"resnet": "ResNets", "mobilenet": "MobileNetV2"}
 SCRIPTS = {"resnet": "main.py", "mobilenet": "light_main.py"}
 USUAL = {"adamw": 1e-3, "lamb": 5e-3}  # learning rates of published recipes
 RECIPE_FILE = "a JSON object of a recipe's fields, as args.json of each run holds one"
-FLAGS = flags_of(*Config.parts)
+FLAGS = flags_of(*Config.parts())
 
 
 def read_command_line(
@@ -127,7 +128,7 @@ def with_image_settings(recipe: Recipe, typed: Mapping[str, Any]) -> Recipe:
 def make_parser(recipe: Recipe, description: str) -> Parser:
     """Returns the parser; a recipe's values are the defaults that the help shows."""
     return parser_of(
-        Config.parts,
+        Config.parts(),
         recipe,
         description,
         epilog="DATA is a folder with train/ and val/, each of one folder per class or of tar "
@@ -394,7 +395,7 @@ def read_recipe(file: str) -> dict[str, Any]:
                 f"{printable(file)}: {name} is {printable(repr(value))[:60]}, which "
                 f"{flags[name].name} does not take"
             )
-    kinds = Recipe.__annotations__
+    kinds = {item.name: item.type for item in fields(Recipe)}
     return {name: float(v) if kinds[name] is float else v for name, v in values.items()}
 
 

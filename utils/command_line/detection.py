@@ -19,7 +19,7 @@ from utils.system.errors import UserError, as_user_error, require
 from utils.system.processes import default_workers
 from utils.training import detector
 
-FLAGS = flags_of(*DetectionConfig.parts)
+FLAGS = flags_of(*DetectionConfig.parts())
 EPILOG = (
     "DATA is a folder in COCO's layout (train2017/, val2017/, annotations/instances_*.json), or "
     "demo:shapes."
@@ -36,7 +36,7 @@ def read_command_line(recipe: DetectionRecipe, description: str) -> tuple[Detect
     Raises:
         UserError: one line with the flag or file, and the remedy.
     """
-    typed = parser_of(DetectionConfig.parts, recipe, description, EPILOG).typed()
+    typed = parser_of(DetectionConfig.parts(), recipe, description, EPILOG).typed()
     on_demo = typed.get("data") == demo_shapes.SHAPES
     recipe = recipe.override(**demo_shapes.recipe_of(typed.get("arch")) if on_demo else {})
     saved, folder = _find_checkpoint(typed, recipe)

@@ -84,20 +84,14 @@ def network_name(text: str) -> str:
     return text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe(BaseRecipe):
-    """Holds the numbers that decide a classification run's results; each field is a flag.
-
-    Epochs count from 0; the batch is the global one, whatever the number of devices.
-    """
+    """Holds the numbers that decide a classification run's results; each field is a flag."""
 
     # fmt: off
     arch: str = network_flag(
         "-a", "--arch", kind=network_name, metavar="NAME", first=True,
         help="network: ours, timm:NAME or torchvision:NAME"
-    )
-    epochs: int = training_flag(
-        "--epochs", kind=positive_int, first=True, trains=True, resume=ANY_TIME, help="of the run"
     )
     batch_size: int = training_flag(
         "-b", "--batch-size", kind=positive_int, first=True, help="global batch, over all devices"
@@ -105,14 +99,6 @@ class Recipe(BaseRecipe):
     lr: float = training_flag(
         "--lr", "--learning-rate", kind=positive_float, first=True, trains=True, resume=ANY_TIME,
         help="learning rate"
-    )
-    momentum: float = training_flag(
-        "--momentum", kind=below_one, trains=True, resume=ANY_TIME, needs={"optimizer": ("sgd",)},
-        help="of sgd"
-    )
-    weight_decay: float = training_flag(
-        "--weight-decay", "--wd", kind=non_negative_float, trains=True, resume=ANY_TIME,
-        help="factor of the penalty on large weights"
     )
     schedule: str = training_flag(
         "--schedule", choices=SCHEDULES, trains=True, resume=ANY_TIME,
@@ -152,10 +138,6 @@ class Recipe(BaseRecipe):
     min_scale: float = data_flag(
         "--min-scale", default=0.08, kind=share, trains=True,
         help="training: smallest crop, as a share of the area"
-    )
-    hflip: float = data_flag(
-        "--hflip", default=0.5, kind=fraction, metavar="P", trains=True,
-        help="training: probability of a mirrored image"
     )
     val_split: float = own_data_flag(
         "--val-split", default=0.0, kind=below_one, metavar="SHARE", trains=True, resume=NEVER,
@@ -423,7 +405,11 @@ class ClassificationRun(RunSettings):
     # fmt: on
 
 
-class Config(BaseConfig[Recipe, DataSettings, NetworkSettings, ClassificationRun]):
+@dataclass(frozen=True)
+class Config(BaseConfig):
     """Holds a start of main.py: the recipe, and how it is run; see `BaseConfig`."""
 
-    parts = (Recipe, DataSettings, NetworkSettings, ClassificationRun)
+    recipe: Recipe
+    data: DataSettings
+    network: NetworkSettings
+    run: ClassificationRun

@@ -20,12 +20,9 @@ from utils.config.flags import (
     ComputeSettings,
     LoaderSettings,
     RunSettings,
-    below_one,
     count,
     data_flag,
-    fraction,
     network_flag,
-    non_negative_float,
     number,
     one_of,
     positive_float,
@@ -45,13 +42,16 @@ def learning_rate(text: str) -> float | str:
     return text if text == AUTO else positive_float(text)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DetectionRecipe(BaseRecipe):
     """Holds the numbers that decide a detection run's results; each field but two is a flag.
 
-    The defaults are the paper's for COCO. Epochs count from 0; the batch is the global one,
-    whatever the number of devices.
+    The defaults are the paper's for COCO.
     """
+
+    epochs: int = 12
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
 
     # fmt: off
     arch: str = network_flag(
@@ -60,10 +60,6 @@ class DetectionRecipe(BaseRecipe):
     backbone: str = network_flag(
         "-b", "--backbone", default="eca_resnet50", kind=one_of(BACKBONES, "backbone"),
         metavar="NAME", first=True, help="a ResNet of this project"
-    )
-    epochs: int = training_flag(
-        "--epochs", default=12, kind=positive_int, first=True, trains=True, resume=ANY_TIME,
-        help="of the run"
     )
     batch_size: int = training_flag(
         "--batch-size", default=8, kind=positive_int, first=True, trains=True,
@@ -76,14 +72,6 @@ class DetectionRecipe(BaseRecipe):
     lr: float | str = training_flag(
         "--lr", default=AUTO, kind=learning_rate, first=True, trains=True, resume=ANY_TIME,
         help="learning rate; auto: 0.01 for each 8 images of a batch"
-    )
-    momentum: float = training_flag(
-        "--momentum", default=0.9, kind=below_one, trains=True, resume=ANY_TIME,
-        needs={"optimizer": ("sgd",)}, help="of sgd"
-    )
-    weight_decay: float = training_flag(
-        "--weight-decay", "--wd", default=1e-4, kind=non_negative_float, trains=True,
-        resume=ANY_TIME, help="factor of the penalty on large weights"
     )
     lr_steps: tuple[int, ...] = training_flag(
         "--lr-steps", default=(8, 11), kind=positive_int, nargs="+", trains=True, resume=ANY_TIME,
@@ -110,10 +98,6 @@ class DetectionRecipe(BaseRecipe):
     max_size: int = data_flag(
         "--max-size", default=1333, kind=positive_int, metavar="S",
         help="most pixels of the longer side"
-    )
-    hflip: float = data_flag(
-        "--hflip", default=0.5, kind=fraction, metavar="P", trains=True,
-        help="training: probability of a mirrored image"
     )
     settings: dict[str, Any] = field(default_factory=dict)  # further arguments of the network
 
@@ -236,9 +220,11 @@ class DetectionRun(RunSettings):
     # fmt: on
 
 
-class DetectionConfig(
-    BaseConfig[DetectionRecipe, DetectionDataSettings, DetectorSettings, DetectionRun]
-):
+@dataclass(frozen=True)
+class DetectionConfig(BaseConfig):
     """Holds a start of detect_main.py: the recipe, and how it is run; see `BaseConfig`."""
 
-    parts = (DetectionRecipe, DetectionDataSettings, DetectorSettings, DetectionRun)
+    recipe: DetectionRecipe
+    data: DetectionDataSettings
+    network: DetectorSettings
+    run: DetectionRun

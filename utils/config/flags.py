@@ -8,9 +8,9 @@ the checks of a checkpoint's own settings are made from these declarations.
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, TypeVar
 
 from utils.system.text import did_you_mean
 
@@ -100,9 +100,9 @@ class Flag:
 
     def add_to(self, group: argparse._ArgumentGroup, dest: str, default: object) -> None:
         """Adds the flag to a parser. What is not typed is absent from the parsed namespace."""
-        text = (
-            self.help if default in (None, MISSING) else f"{self.help} (default: {_said(default)})"
-        )
+        text = self.help
+        if default not in (None, MISSING):
+            text += f" (default: {_default_text(default)})"
         words: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
         if not self.names[0].startswith("-"):
             group.add_argument(dest, metavar=self.metavar, nargs="?", **words)
@@ -132,18 +132,17 @@ own_data_flag = partial(flag, group=OWN_DATA)
 run_flag = partial(flag, group=RUN)
 
 
-def flag_of(item: Field[Any]) -> Flag | None:
-    """Returns a field's flag; None for a field that no command line sets."""
-    return item.metadata.get("flag")
-
-
 def flags_of(*parts: type) -> dict[str, Flag]:
-    """Returns the flags that frozen values declare, by the names of their fields."""
-    found = {item.name: flag_of(item) for kind in parts for item in fields(kind)}
-    return {name: its for name, its in found.items() if its is not None}
+    """Returns the flags that frozen values declare, by the names of their fields.
+
+    A field that a subclass gives another default keeps the flag of its base.
+    """
+    classes = [base for kind in parts for base in kind.__mro__ if is_dataclass(base)]
+    declared = [item for kind in classes for item in fields(kind) if "flag" in item.metadata]
+    return {item.name: item.metadata["flag"] for item in declared}
 
 
-def _said(default: object) -> str:
+def _default_text(default: object) -> str:
     if isinstance(default, bool):
         return "yes" if default else "no"
     if isinstance(default, float):
@@ -225,11 +224,33 @@ def one_of(names: Sequence[str], what: str) -> Callable[[str], str]:
 AMP = ("off", "bf16", "fp16")
 TRACKERS = ("wandb", "mlflow")
 Own = TypeVar("Own", bound="BaseRecipe")
+AnyConfig = TypeVar("AnyConfig", bound="BaseConfig")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BaseRecipe:
-    """What the recipes of classifiers and detectors can do."""
+    """Holds the numbers that the recipes of classifiers and detectors share.
+
+    Epochs count from 0; the batch is the global one, whatever the number of devices.
+    """
+
+    # fmt: off
+    epochs: int = training_flag(
+        "--epochs", kind=positive_int, first=True, trains=True, resume=ANY_TIME, help="of the run"
+    )
+    momentum: float = training_flag(
+        "--momentum", kind=below_one, trains=True, resume=ANY_TIME, needs={"optimizer": ("sgd",)},
+        help="of sgd"
+    )
+    weight_decay: float = training_flag(
+        "--weight-decay", "--wd", kind=non_negative_float, trains=True, resume=ANY_TIME,
+        help="factor of the penalty on large weights"
+    )
+    hflip: float = data_flag(
+        "--hflip", default=0.5, kind=fraction, metavar="P", trains=True,
+        help="training: probability of a mirrored image"
+    )
+    # fmt: on
 
     def override(self: Own, **values: Any) -> Own:
         """Returns a recipe with other values; None leaves a field as it is."""
@@ -367,43 +388,43 @@ class RunSettings:
     # fmt: on
 
 
-AnyRecipe = TypeVar("AnyRecipe", bound=BaseRecipe)
-AnyData = TypeVar("AnyData", bound=LoaderSettings)
-AnyNetwork = TypeVar("AnyNetwork", bound=ComputeSettings)
-AnyRun = TypeVar("AnyRun", bound=RunSettings)
-AnyConfig = TypeVar("AnyConfig", bound="BaseConfig[Any, Any, Any, Any]")
-
-
 @dataclass(frozen=True)
-class BaseConfig(Generic[AnyRecipe, AnyData, AnyNetwork, AnyRun]):
+class BaseConfig:
     """Holds a start of a training script: the recipe, and how it is run.
 
     Args:
         typed: the fields that the command line named, with their values.
     """
 
-    recipe: AnyRecipe
-    data: AnyData
-    network: AnyNetwork
-    run: AnyRun
+    recipe: BaseRecipe
+    data: LoaderSettings
+    network: ComputeSettings
+    run: RunSettings
     typed: Mapping[str, Any]
-    parts: ClassVar[tuple[type, ...]]  # of the four parts, whose fields are the script's flags
+
+    @classmethod
+    def parts(cls) -> list[Any]:
+        """Returns the classes of the four parts, whose fields are the script's flags."""
+        return [item.type for item in fields(cls)[:4]]
 
     @classmethod
     def of(
-        cls: type[AnyConfig], recipe: AnyRecipe, values: Mapping[str, Any], typed: Mapping[str, Any]
+        cls: type[AnyConfig],
+        recipe: BaseRecipe,
+        values: Mapping[str, Any],
+        typed: Mapping[str, Any],
     ) -> AnyConfig:
         """Returns the configuration of a start; what `values` lacks takes its default."""
         data, network, run = (
             kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
-            for kind in cls.parts[1:]
+            for kind in cls.parts()[1:]
         )
         return cls(recipe, data, network, run, typed)
 
     @property
     def saved_flags(self) -> dict[str, Any]:
         """Returns the flags that a checkpoint keeps beside the recipe."""
-        saved = [name for name, its in flags_of(*self.parts[1:]).items() if its.saved]
+        saved = [name for name, its in flags_of(*self.parts()[1:]).items() if its.saved]
         return {name: value for name, value in self.values().items() if name in saved}
 
     def record(self, seed: int, train_images: int, train_digest: str) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def train_one_epoch(
     state: TrainingState,
     network: nn.Module,
     batches: Iterable[Batch],
-    rule: StepRule[Recipe],
+    rule: StepRule,
     aim: Objective,
     progress: Progress,
     run: RunFiles,
@@ -188,7 +188,7 @@ def evaluate(
 def draw_first_batch(
     data: TrainingData,
     order: SeededBatches,
-    rule: StepRule[Recipe],
+    rule: StepRule,
     aim: Objective,
     loader: Loader,
     skip: bool = False,

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.config.detection import DetectionRecipe
 from utils.data.coco_eval import FIGURES, KINDS, Result, Summary, evaluate_ranks, to_results
 from utils.data.sampler import mix_seed
 from utils.runs.writer import Curve, Panel, Row, RunFiles
@@ -33,7 +32,7 @@ def train_one_epoch(
     state: TrainingState,
     network: nn.Module,
     batches: Iterable[DetectionBatch],
-    rule: StepRule[DetectionRecipe],
+    rule: StepRule,
     progress: Progress,
     run: RunFiles,
     votes: Votes,

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic
+from typing import Any
 
 import torch
 from torch import nn
 
-from utils.config.flags import AnyRecipe
+from utils.config.flags import BaseRecipe
 from utils.data.sampler import mix_seed
 from utils.system import backends
 from utils.system.backends import AutocastFactory
@@ -18,7 +18,7 @@ DECAYED_AXES = (2, 4)  # of linear layers and 2-d convolutions
 
 
 @dataclass(frozen=True)
-class StepRule(Generic[AnyRecipe]):
+class StepRule:
     """Holds what every optimizer step of a run does alike.
 
     Args:
@@ -29,22 +29,22 @@ class StepRule(Generic[AnyRecipe]):
         autocast: makes the context in which forward and loss run.
     """
 
-    recipe: AnyRecipe
+    recipe: Any  # of either kind
     steps_per_epoch: int
     seed: int
     autocast: AutocastFactory
 
     @classmethod
     def of(
-        cls, recipe: AnyRecipe, steps_per_epoch: int, seed: int, amp: str, context: Context
-    ) -> "StepRule[AnyRecipe]":
+        cls, recipe: BaseRecipe, steps_per_epoch: int, seed: int, amp: str, context: Context
+    ) -> "StepRule":
         """Returns the rule of a run; of its `seed`, ranks draw by seeds of their own."""
         autocast = partial(backends.autocast, context.device, amp)
         return cls(recipe, steps_per_epoch, mix_seed(seed, context.rank), autocast)
 
     def lr_at(self, step: int) -> float:
         """Returns the learning rate of the run's step of this number."""
-        return self.recipe.lr_at(step, self.steps_per_epoch)
+        return float(self.recipe.lr_at(step, self.steps_per_epoch))
 
 
 def make_optimizer(

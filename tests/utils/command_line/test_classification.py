@@ -41,7 +41,7 @@ def classifiers() -> Parser:
 
 
 def detectors() -> Parser:
-    return parser_of(DetectionConfig.parts, detect_main.RECIPE, "")
+    return parser_of(DetectionConfig.parts(), detect_main.RECIPE, "")
 
 
 def going_on_with(monkeypatch, contents):

@@ -12,12 +12,12 @@ import main
 from utils.command_line.classification import make_parser
 from utils.command_line.parser import GONE_FLAGS, Parser, parser_of
 from utils.config import classification, detection
-from utils.config.flags import SWITCH, YES_NO, flag_of, flags_of
+from utils.config.flags import SWITCH, YES_NO, flags_of
 
 SCRIPTS = {
-    "main.py": (classification.Config.parts, main.RECIPE),
-    "light_main.py": (classification.Config.parts, light_main.RECIPE),
-    "detect_main.py": (detection.DetectionConfig.parts, detect_main.RECIPE),
+    "main.py": (classification.Config.parts(), main.RECIPE),
+    "light_main.py": (classification.Config.parts(), light_main.RECIPE),
+    "detect_main.py": (detection.DetectionConfig.parts(), detect_main.RECIPE),
 }
 FLAGS = [
     pytest.param(script, name, id=f"{script.removesuffix('.py')}-{name}")
@@ -68,7 +68,7 @@ def declared(script: str, name: str):
     """The flag, and its value where nothing is typed: the script's recipe's, or the field's."""
     parts, recipe = SCRIPTS[script]
     (item,) = [item for part in parts for item in fields(part) if item.name == name]
-    return flag_of(item), getattr(recipe, name, item.default)
+    return flags_of(*parts)[name], getattr(recipe, name, item.default)
 
 
 @pytest.fixture(scope="module")

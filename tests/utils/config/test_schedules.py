@@ -9,7 +9,7 @@ from utils.config.classification import SCHEDULES, Recipe
 
 def lr_at(step: int, steps_per_epoch: int, **values) -> float:
     recipe = Recipe(
-        "x", batch_size=4, momentum=0.9, weight_decay=0, **{"schedule": "step", **values}
+        arch="x", batch_size=4, momentum=0.9, weight_decay=0, **{"schedule": "step", **values}
     )
     return recipe.lr_at(step, steps_per_epoch)
 

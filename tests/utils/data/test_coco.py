@@ -211,7 +211,7 @@ def test_places(tmp_path):
 
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_messages_name_flags_that_exist(tmp_path, part):
-    parser = parser_of(DetectionConfig.parts, DetectionRecipe(), "")
+    parser = parser_of(DetectionConfig.parts(), DetectionRecipe(), "")
     paths = locate(write_tree(tmp_path, [], part=part), part)
 
     def flags_of(function, *arguments):

@@ -154,7 +154,7 @@ def test_with_resume_auto_the_message_names_the_file(tmp_path):
 )
 def test_saved_flags_are_checked_as_flags_are(name, value):
     with pytest.raises(UserError, match=rf"c.pth: the saved {name.replace('_', '-')} "):
-        saved_flags({name: value}, flags_of(*Config.parts), "c.pth")
+        saved_flags({name: value}, flags_of(*Config.parts()), "c.pth")
 
 
 def test_a_file_sets_no_flag_of_one_start():
@@ -173,7 +173,7 @@ def test_a_file_sets_no_flag_of_one_start():
         "help": "x",
         "no_flag": 1,
     }
-    taken = saved_flags(values, flags_of(*Config.parts), "c.pth")
+    taken = saved_flags(values, flags_of(*Config.parts()), "c.pth")
     assert taken == {"data": "tree", "lr": 0.5}  # None: not set, so the default
 
 

@@ -10,7 +10,7 @@ from sklearn.metrics import balanced_accuracy_score
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy
 
-from utils.config.classification import Recipe
+from main import RECIPE
 from utils.training.classification import (
     ClassificationMeter,
     Objective,
@@ -159,7 +159,7 @@ def test_a_share_at_the_threshold_is_none():
 
 
 def test_the_recipe_chooses_the_loss():
-    recipe = Recipe("x", 1, 4, 0.1, 0.9, 0.0, "step", label_smoothing=0.1)
+    recipe = RECIPE.override(label_smoothing=0.1)
     logits, labels = torch.randn(8, 5), torch.arange(8) % 5
     for changed, wanted in (
         ({}, cross_entropy(logits, labels, 0.1)),

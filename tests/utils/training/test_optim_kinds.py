@@ -10,7 +10,8 @@ from helpers.small_epochs import begin_state, train
 from helpers.tiny_runs import run_of
 from torch import nn
 
-from utils.config.classification import OPTIMIZERS, Recipe
+from main import RECIPE
+from utils.config.classification import OPTIMIZERS
 from utils.data.loader import Batch
 from utils.runs import checkpoint
 from utils.system.errors import EXIT_NON_FINITE, UserError
@@ -55,7 +56,7 @@ def test_every_optimizer_is_taken_up_bit_for_bit(kind, fp16, tmp_path):
     """Through a file, with the loss scaled and one step left out for its overflow."""
 
     def begin() -> TrainingState:
-        recipe = Recipe("x", 1, 4, 0.01, 0.9, 1e-2, "step", norm_decay=False, optimizer=kind)
+        recipe = RECIPE.override(lr=0.01, weight_decay=1e-2, norm_decay=False, optimizer=kind)
         return begin_state(small_network(), recipe, "fp16" if fp16 else "off")
 
     def go_on(state: TrainingState, first: int, last: int) -> None:
@@ -84,7 +85,7 @@ def test_every_optimizer_is_taken_up_bit_for_bit(kind, fp16, tmp_path):
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("clip_grad", [0.0, 1.0])
 def test_a_loss_that_is_not_finite_reaches_no_weight(kind, clip_grad):
-    recipe = Recipe("x", 1, 4, 0.01, 0.9, 1e-2, "step", optimizer=kind, clip_grad=clip_grad)
+    recipe = RECIPE.override(lr=0.01, weight_decay=1e-2, optimizer=kind, clip_grad=clip_grad)
     good = Batch(torch.randn(6, 4), torch.arange(6) % 3, ())
     bad = Batch(torch.full((6, 4), math.nan), torch.arange(6) % 3, ())
     states = [begin_state(small_network(), recipe) for _ in range(2)]

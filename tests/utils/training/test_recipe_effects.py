@@ -8,6 +8,7 @@ import torch
 from helpers.small_epochs import begin_state, train
 
 import models
+from main import RECIPE
 from models.eca_resnet import BasicBlock, ResNet
 from utils.config.classification import Recipe
 from utils.config.recipes import RECIPES
@@ -22,7 +23,7 @@ from utils.training.optim import StepRule
 CONTEXT = Context(torch.device("cpu"))
 IMAGES = ImageFolder("x", ("a", "b"), np.array([b"x"] * 20_000), np.arange(20_000) % 2)
 DATA = TrainingData(IMAGES, IMAGES, "")
-PAPER = Recipe("eca_resnet18", 90, 256, 0.1, 0.9, 1e-4, "step")
+PAPER = RECIPE.override(arch="eca_resnet18", epochs=90)
 FIELDS = [(name, field) for name, values in RECIPES.items() for field in values]
 # Thresholded targets are 0 and 1 again: docs/RECIPES.md says so of A1.
 NO_EFFECT = {("a1", "label_smoothing")}

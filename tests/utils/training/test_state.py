@@ -8,6 +8,7 @@ from helpers.small_epochs import begin_state
 from helpers.tiny_runs import run_of
 from torch import nn
 
+from main import RECIPE
 from utils.config.classification import Recipe
 from utils.runs import checkpoint
 from utils.system import distributed
@@ -149,7 +150,7 @@ def test_momentum_is_taken_up_in_this_run_s_memory_format():
     def begin(memory_format):
         torch.manual_seed(0)
         network = nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
-        recipe = Recipe("x", 1, 4, lr=0.1, momentum=0.9, weight_decay=0.0, schedule="step")
+        recipe = RECIPE.override(weight_decay=0.0)
         return begin_state(network, recipe)
 
     def step(state):
