@@ -21,6 +21,8 @@ BARE_RUNS = "mask is a plain list of run lengths, without their size"
 NO_PIXEL = "mask without a pixel"
 ELSEWHERE = "mask lies elsewhere than its box"
 
+Rle = dict[str, Any]  # run lengths: "size" [height, width] and "counts", bytes as the routines take
+
 try:
     from faster_coco_eval import mask as api
 except ImportError:
@@ -110,7 +112,7 @@ def are_apart(mask: Sequence[float], box: Sequence[float]) -> bool:
     return across * down < smaller / 2
 
 
-def bounds(rle: dict[str, Any]) -> tuple[float, float, float, float]:
+def bounds(rle: Rle) -> tuple[float, float, float, float]:
     """Returns the rectangle around a mask's pixels, as x1, y1, x2, y2."""
     x, y, w, h = map(float, _api().toBbox(rle))
     return x, y, x + w, y + h
@@ -125,11 +127,12 @@ def _is_polygon(part: Any) -> bool:
     return min(part) >= -FARTHEST and max(part) <= FARTHEST and sum(part) == sum(part)
 
 
-def _draw(polygons: Sequence[Sequence[float]], height: int, width: int) -> dict[str, Any]:
-    return _api().merge(_api().frPyObjects(polygons, height, width))
+def _draw(polygons: Sequence[Sequence[float]], height: int, width: int) -> Rle:
+    rle: Rle = _api().merge(_api().frPyObjects(polygons, height, width))
+    return rle
 
 
-def of_box(box: Sequence[float], height: int, width: int) -> dict[str, Any] | None:
+def of_box(box: Sequence[float], height: int, width: int) -> Rle | None:
     """Returns run lengths of the part of [x, y, w, h] in the image; None where there is none."""
     x, y, w, h = box
     x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
@@ -138,7 +141,7 @@ def of_box(box: Sequence[float], height: int, width: int) -> dict[str, Any] | No
     return _draw([[x1, y1, x2, y1, x2, y2, x1, y2]], height, width)
 
 
-def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
+def to_rle(segmentation: Any, height: int, width: int) -> Rle | None:
     """Returns run lengths of any COCO segmentation; None where it holds no mask of this size.
 
     Returns:
@@ -161,7 +164,8 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
         return None
     if text is not None:
         return {"size": size, "counts": text}
-    return _api().frPyObjects({"size": size, "counts": runs}, height, width)
+    rle: Rle = _api().frPyObjects({"size": size, "counts": runs}, height, width)
+    return rle
 
 
 def _runs(text: bytes) -> list[int] | None:
@@ -187,16 +191,16 @@ def _runs(text: bytes) -> list[int] | None:
     return None if shift else runs
 
 
-def decode(rle: dict[str, Any]) -> np.ndarray:
+def decode(rle: Rle) -> np.ndarray:
     """Returns a mask as (H, W) uint8 of 0 and 1."""
-    return _api().decode(rle)
+    return np.asarray(_api().decode(rle))
 
 
-def area(rle: dict[str, Any]) -> int:
+def area(rle: Rle) -> int:
     return int(_api().area(rle))
 
 
-def encode(masks: np.ndarray) -> list[dict[str, Any]]:
+def encode(masks: np.ndarray) -> list[Rle]:
     """Returns run lengths as text, fit for JSON, of (N, H, W) masks of 0 and 1."""
     if len(masks) == 0:
         return []
@@ -212,4 +216,4 @@ def run_lengths(mask: np.ndarray) -> list[int]:
     flat = np.asarray(mask, dtype=bool).flatten(order="F")
     edges = np.flatnonzero(np.diff(flat)) + 1
     bounds = np.concatenate([[0] if not flat[:1].any() else [0, 0], edges, [flat.size]])
-    return np.diff(bounds).tolist()
+    return [int(n) for n in np.diff(bounds)]

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from utils.system.errors import EXIT_FAILED, FEWER_FILES, TOO_MANY_FILES, UserError
 from utils.system.text import printable
@@ -48,7 +48,7 @@ OF_THE_FILE = {
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV),
 }
 MAX_RATIO = 100  # of the sides: resized, a longer picture would take gigabytes
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow itself turns from warning to refusing
+MAX_PIXELS = 2 * 89_478_485  # where Pillow itself turns from warning to refusing
 
 
 class BrokenImageError(Exception):
@@ -124,8 +124,7 @@ def read_image(
         UserError: where it is stored is at fault, not the image.
     """
     try:
-        is_file = isinstance(path, str | bytes | os.PathLike)
-        data = read_file(path) if is_file else path.read()
+        data = read_file(path) if isinstance(path, str | bytes) else path.read()
         if not data:
             raise ValueError("the file is empty")
         with warnings.catch_warnings():
@@ -146,7 +145,7 @@ def read_image(
         raise
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error
         reason = f"{error}".splitlines()[0] if f"{error}" else type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
+        if isinstance(error, UnidentifiedImageError):
             reason = "not an image"
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,8 @@ OTHER_NAMES = {  # of the folders of DATA, as other programs have them
     "train": ("training", "train_images"),
     "val": ("validation", "valid", "test", "testing", "dev", "eval", "val_images"),
 }
+
+Folder = TypeVar("Folder", bound="ImageFolder")
 
 
 def is_passed_over(name: str) -> bool:
@@ -57,10 +60,11 @@ class ImageFolder:
     def where(self) -> str:
         return printable(self.root) + self.part
 
-    def path(self, index: int) -> bytes:
+    def path(self, index: int) -> Any:
+        """Returns an image as `read_image` takes it: a path, or its position in a shard."""
         return os.path.join(os.fsencode(self.root), self.paths[index])
 
-    def take(self, indices: np.ndarray) -> "ImageFolder":
+    def take(self: Folder, indices: np.ndarray) -> Folder:
         """Returns some of the images, with the same classes."""
         return replace(self, paths=self.paths[indices], labels=self.labels[indices])
 
@@ -88,9 +92,7 @@ def list_classes(root: str) -> list[str]:
             "--val-split 0.2 takes a part for val)"
         )
         raise UserError(f"{printable(root)}: no such folder{hint or layout}")
-    with _scandir(root) as entries:
-        names = sorted(e.name for e in entries if _is_folder(e) and not is_passed_over(e.name))
-    if not names:
+    if not (names := _folders(root)):
         raise UserError(f"{printable(root)}: holds no class folders; put one folder per class in")
     return names
 
@@ -203,9 +205,7 @@ def _notes(root: str, folders: Sequence[str], beside: Sequence[str]) -> list[str
         )
     if len(folders) == 1:
         where = os.path.join(root, folders[0])
-        with _scandir(where) as entries:
-            inner = sorted(e.name for e in entries if _is_folder(e) and not is_passed_over(e.name))
-        if inner:
+        if inner := _folders(where):
             notes.append(
                 f"the folders in {printable(where)} look like classes: {count_names(inner)}; move "
                 f"them up, into {printable(root)}"
@@ -213,14 +213,19 @@ def _notes(root: str, folders: Sequence[str], beside: Sequence[str]) -> list[str
     return notes
 
 
-def _scandir(path: str):
+def _folders(path: str) -> list[str]:
+    return sorted(e.name for e in _entries(path) if _is_folder(e) and not is_passed_over(e.name))
+
+
+def _entries(path: str) -> list[os.DirEntry[str]]:
     try:
-        return os.scandir(path)
+        with os.scandir(path) as entries:
+            return list(entries)
     except OSError as error:
         raise UserError(f"{printable(path)}: {error.strerror}; check its permissions") from None
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:  # of a link that leads nowhere it is False; of one to itself, this
@@ -238,17 +243,16 @@ def _collect(
             "it; remove the link"
         )
     hidden = 0
-    with _scandir(os.path.join(root, folder)) as entries:
-        for entry in entries:
-            relative = os.path.join(folder, entry.name)
-            if is_passed_over(entry.name):
-                hidden += 1
-            elif _is_folder(entry):
-                hidden += _collect(root, relative, paths, ignored, (*above, here))
-            elif entry.name.lower().endswith(EXTENSIONS):
-                paths.append(os.fsencode(relative))
-            else:
-                ignored[os.path.splitext(entry.name)[1].lower() or "no ending"] += 1
+    for entry in _entries(os.path.join(root, folder)):
+        relative = os.path.join(folder, entry.name)
+        if is_passed_over(entry.name):
+            hidden += 1
+        elif _is_folder(entry):
+            hidden += _collect(root, relative, paths, ignored, (*above, here))
+        elif entry.name.lower().endswith(EXTENSIONS):
+            paths.append(os.fsencode(relative))
+        else:
+            ignored[os.path.splitext(entry.name)[1].lower() or "no ending"] += 1
     return hidden
 
 

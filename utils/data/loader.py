@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
@@ -31,10 +32,10 @@ from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.processes import PATIENCE, die_with_parent, end_children_at_exit, processors
 
-Loaded = tuple[torch.Tensor, torch.Tensor, list[int]]  # images, targets, broken: of a `Batch`
+Loaded = tuple[Tensor, Tensor, list[int]]  # images, targets, broken: of a `Batch`
 USUAL = Preprocessing()
 REPLACEMENT_TRIES = 100  # consecutive broken files after which skipping gives up
-BEGUN: weakref.WeakSet[DataLoader] = weakref.WeakSet()  # those that may have workers
+BEGUN: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()  # those that may have workers
 FILES = 8  # open files of this process for each worker, its queues and the batches on their way
 
 
@@ -42,12 +43,12 @@ FILES = 8  # open files of this process for each worker, its queues and the batc
 class Batch:
     """Holds what one step works on."""
 
-    images: torch.Tensor  # (N, 3, S, S) float32, normalised
-    targets: torch.Tensor  # (N,) int64
+    images: Tensor  # (N, 3, S, S) float32, normalised
+    targets: Tensor  # (N,) int64
     broken: Sequence[int]  # indices of images that were replaced because they could not be read
 
 
-class ImageDataset(Dataset):
+class ImageDataset(Dataset[Any]):
     """Gives the images of a folder by key, as (uint8 (3, S, S), label, broken index or -1).
 
     Args:
@@ -76,7 +77,7 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.folder)
 
-    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int] | BrokenImageError | UserError:
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, int] | BrokenImageError | UserError:
         for attempt in range(REPLACEMENT_TRIES if self.skip_broken else 1):
             index = (key[1] + attempt) % len(self.folder)
             try:
@@ -91,7 +92,7 @@ class ImageDataset(Dataset):
         failure.can_be_skipped = self.seed is not None and not self.skip_broken  # in training
         return failure
 
-    def view(self, image: torch.Tensor | Image.Image, key: Key) -> torch.Tensor:
+    def view(self, image: Tensor | Image.Image, key: Key) -> Tensor:
         """Transforms a decoded image as its key says: uint8 (3, S, S)."""
         if self.seed is None:
             image = self.transform(image)
@@ -100,7 +101,7 @@ class ImageDataset(Dataset):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(mix_seed(self.seed, *key))
                 image = self.transform(image)
-        if not isinstance(image, torch.Tensor):
+        if not isinstance(image, Tensor):
             image = to_tensor(image)
         return image
 
@@ -130,10 +131,10 @@ class Loader:
 
     def open(
         self,
-        dataset: Dataset,
+        dataset: Dataset[Any],
         keys: Sampler[list[Key]] | list[list[Key]],
-        collate: Callable[[list], Any],
-    ) -> DataLoader:
+        collate: Callable[[list[Any]], Any],
+    ) -> DataLoader[Any]:
         """Returns torch's loader; its workers stay alive from one pass to the next."""
         return DataLoader(
             dataset,
@@ -149,11 +150,11 @@ class Loader:
         )
 
 
-def check_readable(dataset: Dataset, context: Context) -> None:
+def check_readable(dataset: Any, context: Context) -> None:
     """Reads each image of a dataset once, each rank its share with several threads, and says so.
 
     Args:
-        dataset: gives an image, or its fault as a value, by (0, index).
+        dataset: has a length; gives an image, or its fault as a value, by (0, index).
 
     Raises:
         UserError: exit code 1, an image cannot be read; names the file.
@@ -170,7 +171,7 @@ def check_readable(dataset: Dataset, context: Context) -> None:
 
 
 def device_batches(
-    loader: DataLoader,
+    loader: DataLoader[Any],
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
     look: Preprocessing = USUAL,
@@ -187,11 +188,11 @@ def device_batches(
         UserError: a broken image (with its path), or a loader worker that hangs. (One that died is
             an exception that can arise anywhere, see `faults.of_outside`.)
     """
-    scale = [1 / (255 * s) for s in look.std]
-    shift = [-m / s for m, s in zip(look.mean, look.std, strict=True)]
-    scale, shift = (torch.tensor(v, device=device) for v in (scale, shift))
+    scale = torch.tensor([1 / (255 * s) for s in look.std], device=device)
+    pairs = zip(look.mean, look.std, strict=True)
+    shift = torch.tensor([-m / s for m, s in pairs], device=device)
 
-    def move(images: torch.Tensor, targets: torch.Tensor, broken: list[int]) -> Batch:
+    def move(images: Tensor, targets: Tensor, broken: list[int]) -> Batch:
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         return Batch(_scaled(images, scale, shift, memory_format), targets, broken)
@@ -216,8 +217,8 @@ def device_batches(
 
 
 def _scaled(
-    images: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, memory_format
-) -> torch.Tensor:
+    images: Tensor, scale: Tensor, shift: Tensor, memory_format: torch.memory_format
+) -> Tensor:
     """Returns uint8 images (N, 3, H, W) · scale + shift, both (3,), as float32 in that format."""
     if memory_format != torch.channels_last:
         scale, shift = scale.view(3, 1, 1), shift.view(3, 1, 1)
@@ -230,10 +231,11 @@ def _scaled(
     # By whole rows of pixels: a loop over three numbers takes a CPU four times as long.
     rows = images.permute(0, 2, 3, 1).flatten(2).float()
     scale, shift = (t.repeat(images.shape[3]) for t in (scale, shift))
-    return rows.mul_(scale).add_(shift).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
+    rows.mul_(scale).add_(shift)
+    return rows.view(*rows.shape[:2], -1, 3).permute(0, 3, 1, 2)
 
 
-def _collate(items: list) -> Loaded | BrokenImageError | UserError:
+def _collate(items: list[Any]) -> Loaded | BrokenImageError | UserError:
     for item in items:
         if isinstance(item, BrokenImageError | UserError):
             return item
@@ -241,10 +243,8 @@ def _collate(items: list) -> Loaded | BrokenImageError | UserError:
     # Stacked as decoders leave them, channels innermost: turning them round takes a worker half as
     # long as the crop, and the device that gets them next to nothing.
     pixels = [image.permute(1, 2, 0) for image in images]
-    if all(p.is_contiguous() for p in pixels):
-        stacked = default_collate(pixels).permute(0, 3, 1, 2)
-    else:
-        stacked = default_collate(images)
+    turned = all(p.is_contiguous() for p in pixels)
+    stacked = default_collate(pixels).permute(0, 3, 1, 2) if turned else default_collate([*images])
     return stacked, torch.tensor(labels), [i for i in broken if i >= 0]
 
 
@@ -272,7 +272,7 @@ def leave_broken_connections_unsaid() -> None:
     sys.excepthook = hook
 
 
-def checked(loader: DataLoader) -> Iterator[Any]:
+def checked(loader: DataLoader[Any]) -> Iterator[Any]:
     """Yields the loader's batches, and turns faults of its workers into errors of one line.
 
     Raises:
@@ -315,7 +315,7 @@ def end_workers() -> None:
         BEGUN.discard(loader)
 
 
-def _end_workers(loader: DataLoader, batches: Any, hang: bool = False) -> None:
+def _end_workers(loader: DataLoader[Any], batches: Any, hang: bool = False) -> None:
     """Ends the workers of a pass that a fault has ended; a later pass starts others.
 
     Else they live as long as anything refers to the pass, such as the fault's own traceback, and
@@ -365,8 +365,8 @@ def _death(batches: Any, error: Exception) -> Exception:
     for worker in workers:
         if worker.sentinel in gone:
             worker.join(PATIENCE)  # this, too, breaks before it has an exit code
-        if (worker.exitcode or 0) < 0:
-            how = signal.strsignal(-worker.exitcode)
+        if (code := worker.exitcode or 0) < 0:
+            how = signal.strsignal(-code)
             return RuntimeError(f"DataLoader worker (pid {worker.pid}) is killed by signal: {how}.")
     return error
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -181,12 +181,10 @@ def scan(root: str, classes: Sequence[str] | None = None) -> ShardFolder:
             if is_remote(root)
             else f"{printable(root)}: no tar shards there"
         )
-    names = _class_names(root)
-    highest = int(index.labels.max())
-    named = names is not None
-    if not named:
-        names = [str(number) for number in range(highest + 1)]
-    elif highest >= len(names):
+    highest, listed = int(index.labels.max()), _class_names(root)
+    named = listed is not None
+    names = [str(number) for number in range(highest + 1)] if listed is None else listed
+    if highest >= len(names):
         raise UserError(
             f"{printable(root)}: an image has the class number {highest} (they count from 0), and "
             f"{CLASSES} has {len(names)} names; give it a line for every class"
@@ -242,14 +240,11 @@ def open_images(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
     Raises:
         UserError: see `image_folder.scan` and `scan`.
     """
-    return (scan if in_shards(root) else image_folder.scan)(root, classes)
+    return scan(root, classes) if in_shards(root) else image_folder.scan(root, classes)
 
 
 def open_split(
-    data: str,
-    classes: Sequence[str] | None = None,
-    with_train: bool = True,
-    val_split: float = 0.0,
+    data: str, classes: Sequence[str] | None = None, with_train: bool = True, val_split: float = 0.0
 ) -> tuple[ImageFolder | None, ImageFolder]:
     """Opens the images of data/train and data/val, labelled by the same class names.
 
@@ -310,22 +305,20 @@ def find_index(root: str) -> ShardIndex | None:
 
 
 def make_index(root: str, listed: Mapping[str, int]) -> ShardIndex:
-    """Reads the headers of all shards.
-
-    Args:
-        listed: their names and sizes.
+    """Reads the headers of all shards, whose names and sizes are `listed`.
 
     Raises:
         UserError: see `find_index`.
     """
-    images: list[tuple[str, int, tuple[int, ...]]] = []
+    images: list[tuple[bytes, int, tuple[int, ...]]] = []  # name, label, a row of MEMBER
     ignored: Counter[str] = Counter()
     for number, shard in enumerate(tqdm(listed, desc="indexing", unit="shard", disable=None)):
         path = f"{root}/{shard}"
         try:
             with open(path, "rb") as file:
-                for name, label, *position in _images(file, path, ignored):
-                    images.append((name, label, (number, *position)))
+                for entry, label in _images(file, path, ignored):
+                    position = (number, entry.offset, entry.size, entry.header)
+                    images.append((os.fsencode(entry.name), label, position))
         except OSError as error:
             raise UserError(f"{printable(path)}: {error.strerror or error}") from None
     if not images:
@@ -336,51 +329,60 @@ def make_index(root: str, listed: Mapping[str, int]) -> ShardIndex:
     names, labels, members = zip(*images, strict=True)
     return ShardIndex(
         dict(listed),
-        np.array([os.fsencode(name) for name in names]),
+        np.array(names),
         np.array(labels, np.int64),
         np.array([*members], MEMBER),
         dict(ignored),
     )
 
 
-def _images(
-    file: BinaryIO, path: str, ignored: Counter[str]
-) -> Iterator[tuple[str, int, int, int, int]]:
-    """Yields name, class number, offset, size and header of each image of a shard.
+class Entry(NamedTuple):
+    """Holds a file of a shard: its key and ending as webdataset splits names, and where it lies."""
+
+    key: str
+    ending: str  # in lower case
+    name: str
+    label: int  # class number in a .cls
+    offset: int
+    size: int
+    header: int  # CRC-32
+
+
+def _images(file: BinaryIO, path: str, ignored: Counter[str]) -> Iterator[tuple[Entry, int]]:
+    """Yields each image of a shard and its class number.
 
     Neighbours of one key belong together, as the webdataset package groups them: a key may come
     again elsewhere, as where each class counts anew.
     """
-    for key, neighbours in groupby(_files(file, path, ignored), lambda entry: entry[0]):
-        sample: dict[str, tuple] = {}
-        for _, ending, *entry in neighbours:
-            if sample.setdefault(ending, entry) is not entry:
+    for key, neighbours in groupby(_files(file, path, ignored), lambda entry: entry.key):
+        sample: dict[str, Entry] = {}
+        for entry in neighbours:
+            if sample.setdefault(entry.ending, entry) is not entry:
                 raise UserError(
-                    f"{printable(path)}: {printable(key)} has two .{printable(ending)} behind one "
-                    "another; give each image a key of its own"
+                    f"{printable(path)}: {printable(key)} has two .{printable(entry.ending)} "
+                    "behind one another; give each image a key of its own"
                 )
         labelled: dict[str, str] = {}
-        for ending, (name, _, *position) in sample.items():
+        for ending, entry in sample.items():
             stem, dot, kind = ending.rpartition(".")
+            label = sample.get(f"{stem}{dot}cls")
             if kind == "cls":
                 continue
-            label = sample.get(f"{stem}{dot}cls")
             if f".{kind}" not in EXTENSIONS:
                 ignored[f".{kind}" if kind else "no ending"] += 1
             elif label is None:
                 ignored["image without .cls"] += 1
-            elif (other := labelled.setdefault(stem, name)) is not name:
+            elif (other := labelled.setdefault(stem, entry.name)) is not entry.name:
                 raise UserError(
-                    f"{printable(path)}: {printable(other)} and {printable(name)} have one key, "
-                    "and one .cls for both; leave one image to a key"
+                    f"{printable(path)}: {printable(other)} and {printable(entry.name)} have one "
+                    "key, and one .cls for both; leave one image to a key"
                 )
             else:
-                yield (name, label[1], *position)
+                yield entry, label.label
 
 
-def _files(file: BinaryIO, path: str, ignored: Counter[str]) -> Iterator[tuple]:
-    """Yields key, ending in lower case, name, class number (of a .cls), offset, size and CRC-32 of
-    the header of each file in a shard."""
+def _files(file: BinaryIO, path: str, ignored: Counter[str]) -> Iterator[Entry]:
+    """Yields the files of a shard that are neither links nor hidden and have an ending."""
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (`file` is the caller's)
         for member in tar:
@@ -395,13 +397,14 @@ def _files(file: BinaryIO, path: str, ignored: Counter[str]) -> Iterator[tuple]:
                 ignored["no ending"] += 1
             else:
                 file.seek(member.offset_data - BLOCK)
-                header, ending, number = zlib.crc32(file.read(BLOCK)), parts[2].lower(), -1
+                header, ending, label = zlib.crc32(file.read(BLOCK)), parts[2].lower(), -1
                 if ending.rpartition(".")[2] == "cls":
-                    number = _class_number(file.read(min(member.size, BLOCK)), f"{path}:{name}")
-                yield parts[1], ending, name, number, member.offset_data, member.size, header
+                    label = _class_number(file.read(min(member.size, BLOCK)), f"{path}:{name}")
+                where = member.offset_data, member.size, header
+                yield Entry(parts[1], ending, name, label, *where)
         file.seek(tar.offset)
         if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end, too
-            raise tarfile.ReadError(f"no end mark behind {len(tar.members)} files")
+            raise tarfile.ReadError(f"no end mark behind {len(tar.getmembers())} files")
     # tarfile lets the others pass where a sparse file's header holds no numbers.
     except (tarfile.TarError, ValueError, IndexError, OverflowError) as error:
         raise UserError(
@@ -410,16 +413,13 @@ def _files(file: BinaryIO, path: str, ignored: Counter[str]) -> Iterator[tuple]:
 
 
 def _class_number(text: bytes, name: str) -> int:
-    try:
-        number = int(text) if len(text) < BLOCK else -1
-    except ValueError:
-        number = -1
-    if not 0 <= number < MOST_CLASSES:
+    digits = text.strip()
+    if not (digits.isdigit() and len(digits) < 20 and int(digits) < MOST_CLASSES):
         raise UserError(
             f"{printable(name)}: holds {text[:20]!r}, not the number of a class (0 to "
             f"{MOST_CLASSES - 1:,}); python -m tools.make_shards writes such numbers"
         )
-    return number
+    return int(digits)
 
 
 def is_remote(path: str) -> bool:
@@ -439,11 +439,7 @@ def list_shards(folder: str) -> dict[str, int]:
 
 
 def read_whole(path: str) -> bytes | None:
-    """Returns the contents of a small file; None where there is none.
-
-    Raises:
-        UserError: the store does not answer, or the file cannot be read.
-    """
+    """Returns the contents of a small file; None where there is none."""
     try:
         return _cat(path) if is_remote(path) else Path(path).read_bytes()
     except FileNotFoundError:
@@ -453,12 +449,7 @@ def read_whole(path: str) -> bytes | None:
 
 
 def read_range(path: str, start: int, size: int) -> bytes:
-    """Returns `size` bytes from `start` on; fewer where the file ends.
-
-    Raises:
-        OSError: the file cannot be read.
-        UserError: the store does not answer.
-    """
+    """Returns `size` bytes from `start` on; fewer where the file ends."""
     if is_remote(path):
         return _cat(path, start, start + size)
     return os.pread(_opened(path).fileno(), size, start)  # which moves no shared file position
@@ -472,17 +463,12 @@ def _opened(path: str) -> BinaryIO:
 
 
 def _cat(url: str, start: int | None = None, end: int | None = None) -> bytes:
-    """Returns a file of a store, or bytes of it; how often a store is tried is its package's.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: it cannot be read, or needs a package.
-    """
+    """Returns a file of a store, or bytes of it; how often a store is tried is its package's."""
     import fsspec  # here: it is of no use to local runs
 
     try:
         store, path = fsspec.core.url_to_fs(url)  # each process has its own
-        return store.cat_file(path, start=start, end=end)
+        return bytes(store.cat_file(path, start=start, end=end))
     except FileNotFoundError:
         raise FileNotFoundError(2, "no such file") from None
     except Exception as error:  # every store has errors of its own

@@ -74,7 +74,7 @@ class Preprocessing:
 def size_of(image: Picture) -> tuple[int, int]:
     """Returns (height, width) of a picture."""
     if isinstance(image, torch.Tensor):
-        return tuple(image.shape[-2:])
+        return image.shape[-2], image.shape[-1]
     return image.height, image.width
 
 
@@ -190,7 +190,8 @@ def train_transform(
         interpolation: one of `INTERPOLATIONS`.
         mean: of each channel, from 0 to 1.
     """
-    v2 = transforms_v2()
+    from torchvision.transforms import v2  # slow to import
+
     mode, mean_colour = v2.InterpolationMode(interpolation), [round(255 * value) for value in mean]
     steps: list[Callable[[Any], Any]] = [
         v2.RandomResizedCrop(img_size, (min_scale, 1.0), interpolation=mode, antialias=True),
@@ -206,11 +207,5 @@ def train_transform(
         steps.append(getattr(v2, augment)(interpolation=mode))
     if random_erasing:
         steps += [v2.PILToTensor(), v2.RandomErasing(random_erasing, value=mean_colour)]
-    return v2.Compose(steps)
-
-
-def transforms_v2() -> Any:
-    """Returns torchvision.transforms.v2, imported when used."""
-    from torchvision.transforms import v2
-
-    return v2
+    transform: Transform = v2.Compose(steps)
+    return transform
