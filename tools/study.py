@@ -314,7 +314,7 @@ def main() -> int:
     args = parser.parse_args()
     require(("scipy",), "python -m tools.study", "scipy")
     plan, folder = open_study(Path(args.plan), args.output)
-    root = Path(demo_sets.prepare(plan.data) if demo_sets.is_demo(plan.data) else plan.data)
+    root = Path(demo_sets.prepare(plan.data))
     cut = partial(
         study.write_parts,
         root,

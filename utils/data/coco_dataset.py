@@ -198,7 +198,7 @@ def refuse_missing(paths: CocoPaths, names: Sequence[str]) -> None:
             )
 
 
-class CocoDataset(Dataset):
+class CocoDataset(Dataset[Any]):
     """Gives samples by (epoch, index): (uint8 (3, H, W), target, image id), or the fault.
 
     A target has boxes (n, 4) float32, labels (n,) int64 and, where the split has them, masks
@@ -228,12 +228,13 @@ class CocoDataset(Dataset):
     def __getitem__(
         self, key: Key
     ) -> tuple[torch.Tensor, Target, int] | BrokenImageError | UserError:
-        epoch, index = key
+        epoch, index = key[:2]
         path = self.split.folder / self.split.file_names[index]
         try:
             image = read_image(str(path))
         except (BrokenImageError, UserError) as error:
             return error
+        assert isinstance(image, torch.Tensor)
         height, width = self.split.sizes[index].tolist()
         if image.shape[1:] != (height, width):
             return BrokenImageError(
@@ -261,7 +262,9 @@ class CocoDataset(Dataset):
             masks = np.zeros((span.stop - span.start, height, width), dtype=np.uint8)
             for i, number in enumerate(range(span.start, span.stop)):
                 segmentation = msgspec.json.decode(split.masks[number])
-                masks[i] = coco_masks.decode(coco_masks.to_rle(segmentation, height, width))
+                rle = coco_masks.to_rle(segmentation, height, width)
+                assert rle is not None  # else `load_split` had dropped it
+                masks[i] = coco_masks.decode(rle)
             target["masks"] = torch.from_numpy(masks)
         return target
 

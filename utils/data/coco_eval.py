@@ -7,7 +7,7 @@ import contextlib
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,14 +98,14 @@ def to_results(
             "overflows"
         )
     ids = [category_ids[label - first_label] for label in detections["labels"].tolist()]
-    known = [i for i, category_id in enumerate(ids) if category_id is not None]
-    scores = scores.tolist()
     rectangles = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
     results: list[Result] = [
-        {"image_id": image_id, "category_id": ids[i], "bbox": rectangles[i], "score": scores[i]}
-        for i in known
+        {"image_id": image_id, "category_id": ids[i], "bbox": rectangles[i], "score": score}
+        for i, score in enumerate(scores.tolist())
+        if ids[i] is not None
     ]
     if "masks" in detections:
+        known = [i for i, category_id in enumerate(ids) if category_id is not None]
         masks = (detections["masks"][known, 0] > MASK_THRESHOLD).cpu().numpy()
         for result, mask in zip(results, coco_masks.encode(masks), strict=True):
             result["segmentation"] = mask
@@ -115,7 +115,7 @@ def to_results(
 def gather(results: list[Result], context: Context) -> list[Result] | None:
     """Returns all ranks' results, by image, on rank 0; None on the others."""
     if context.world_size > 1:
-        parts: list | None = [None] * context.world_size if context.is_main else None
+        parts: list[Any] | None = [None] * context.world_size if context.is_main else None
         dist.gather_object(results, parts, 0, group=context.votes)
         if parts is None:
             return None
@@ -161,7 +161,7 @@ class GroundTruth:
         self.names = list(file.categories.values())
         self.other_names = [name for name in classes if name not in self.names]
         self.kinds = ("bbox", "segm") if masks else ("bbox",)
-        self.annotations: dict[str, list[dict]] = {kind: [] for kind in self.kinds}
+        self.annotations: dict[str, list[dict[str, Any]]] = {kind: [] for kind in self.kinds}
         self.notes = ObjectNotes()
         for entry, image in file.objects():
             self._add(entry, image)
@@ -196,7 +196,7 @@ class GroundTruth:
         elif masks and box and (mask := coco_masks.of_box(box, *size)):
             self._append("segm", {**common, "segmentation": mask, "iscrowd": 1})
 
-    def _append(self, kind: str, annotation: dict) -> None:
+    def _append(self, kind: str, annotation: dict[str, Any]) -> None:
         """Adds an annotation with an id of its own: COCO's may repeat, or be 0, which means "no
         match".
         """
@@ -291,7 +291,7 @@ class GroundTruth:
             per_class[name] = float(of_class.mean()) if of_class.size else -1.0
         return Summary(figures, {**per_class, **dict.fromkeys(self.other_names, -1.0)})
 
-    def _indexed(self, coco: type, annotations: Sequence[dict]) -> Any:
+    def _indexed(self, coco: type, annotations: Sequence[Mapping[str, Any]]) -> Any:
         """Returns a backend's COCO with copies of these annotations, as its code changes them."""
         indexed = coco()
         indexed.dataset = {
@@ -312,7 +312,7 @@ def evaluate_ranks(
 ) -> tuple[list[Result] | None, dict[str, Summary]]:
     """COCO's figures of all ranks' detections, on every rank; the detections on rank 0 alone."""
     results = gather(detections, context)
-    return results, share(truth.evaluate(results) if context.is_main else None, context)
+    return results, share(None if results is None else truth.evaluate(results), context)
 
 
 def find_backend(name: str | None = None) -> tuple[type, type]:

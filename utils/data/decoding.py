@@ -80,7 +80,7 @@ def decoder_name(text: str) -> str:
     return text
 
 
-def read_file(path: str | bytes) -> bytes:
+def read_file(path: str | bytes | os.PathLike[str]) -> bytes:
     """Returns the bytes of an image file.
 
     Raises:
@@ -109,7 +109,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def read_image(
-    path: str | bytes | Stored, decoder: str = DECODERS[0]
+    path: str | bytes | os.PathLike[str] | Stored, decoder: str = DECODERS[0]
 ) -> torch.Tensor | Image.Image:
     """Reads one image.
 
@@ -124,7 +124,7 @@ def read_image(
         UserError: where it is stored is at fault, not the image.
     """
     try:
-        data = read_file(path) if isinstance(path, str | bytes) else path.read()
+        data = read_file(path) if isinstance(path, str | bytes | os.PathLike) else path.read()
         if not data:
             raise ValueError("the file is empty")
         with warnings.catch_warnings():

@@ -13,11 +13,9 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,8 @@ from utils.system.text import did_you_mean, printable
 
 HOME = Path(__file__).resolve().parents[2] / "demo_data"
 PREFIX = "demo:"
+PHOTO_SETS = {"fashion": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+DEMOS = ", ".join(PREFIX + name for name in ("digits", *PHOTO_SETS))  # for messages
 
 SPLIT_SEED = 0
 VAL_SHARE = 0.2
@@ -54,6 +54,9 @@ DIGITS_RECIPE = {
     "train_size": 0,
 }
 
+# MobileNetV2 halves a map 5 times, and takes longer than a ResNet to settle.
+LIGHT_DIGITS = {"img_size": 64, "epochs": 10, "lr": 0.03}
+
 FASHION_CLASSES = (  # in label order, as the folders are named
     *("t-shirt_top", "trouser", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle_boot"),
@@ -74,20 +77,7 @@ FASHION_SHA256 = {  # unpacked: packages compress the same files anew
 }
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Says where a data set's original files are.
-
-    Args:
-        folder: that holds them, or None for where a package of the system puts them.
-        download: whether torchvision is to fetch them.
-    """
-
-    folder: Path | None = None
-    download: bool = False
-
-
-def write_digits(folder: Path, _: Origin | None = None) -> None:
+def write_digits(folder: Path) -> None:
     """Writes the 1,797 digits to folder/{train,val}/{0..9}/NNNN.png.
 
     One in five of each class goes to val, the same ones every time.
@@ -117,14 +107,16 @@ def write_digits(folder: Path, _: Origin | None = None) -> None:
                 image.save(of_class / f"{index:04d}.png")
 
 
-def write_photos(folder: Path, origin: Origin, name: str) -> None:
+def write_photos(folder: Path, name: str, files: Path | None, download: bool) -> None:
     """Writes folder/{train,val}/CLASS/NNNNN.png, numbered as in the original files.
 
     They are Fashion-MNIST's 70,000 garments, 28 × 28 grey pixels, or the 60,000 images of CIFAR-10
     or CIFAR-100 (by its 100 fine classes), 32 × 32 pixels in colour.
 
     Args:
-        name: of torchvision's reader: "FashionMNIST", "CIFAR10" or "CIFAR100".
+        name: of torchvision's reader, one of `PHOTO_SETS`.
+        files: folder of the original files; None for where a package of the system puts them.
+        download: let torchvision fetch them.
 
     Raises:
         UserError: files are missing or are not those that were published; or the download failed.
@@ -134,7 +126,7 @@ def write_photos(folder: Path, origin: Origin, name: str) -> None:
     reader = getattr(datasets, name)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        if origin.download:
+        if download:
             try:
                 reader(root, download=True)
             except (OSError, RuntimeError) as error:
@@ -144,9 +136,9 @@ def write_photos(folder: Path, origin: Origin, name: str) -> None:
                     EXIT_FAILED,
                 ) from None
         elif name == "FashionMNIST":
-            _unpack_fashion(origin.folder or FASHION_PACKAGE, root / name / "raw")
+            _unpack_fashion(files or FASHION_PACKAGE, root / name / "raw")
         else:
-            root = _cifar_root(reader, origin.folder, root)
+            root = _cifar_root(reader, files, root)
         try:  # of CIFAR each file's MD5 is compared before the first pickle is opened
             parts = {"train": reader(root), "val": reader(root, train=False)}
         except (OSError, RuntimeError):
@@ -217,42 +209,6 @@ def _bad(file: Path, reason: object) -> UserError:
     )
 
 
-@dataclass(frozen=True)
-class DemoSet:
-    """One data set.
-
-    Args:
-        write: fills an empty folder with train/ and val/; takes the folder and where the original
-            files are.
-        recipe: fields of a `Recipe` that its images need with a ResNet, whatever the --recipe.
-        light: those that differ with MobileNetV2.
-        needs_files: whether `write` reads original files.
-    """
-
-    write: Callable[[Path, Origin], None]
-    recipe: Mapping[str, Any]
-    light: Mapping[str, Any]
-    needs_files: bool = True
-
-
-DEMO_SETS: Mapping[str, DemoSet] = MappingProxyType(
-    {
-        "digits": DemoSet(
-            write_digits,
-            DIGITS_RECIPE,
-            # MobileNetV2 halves a map 5 times, and takes longer than a ResNet to settle.
-            {"img_size": 64, "epochs": 10, "lr": 0.03},
-            needs_files=False,
-        ),
-        "fashion": DemoSet(partial(write_photos, name="FashionMNIST"), PHOTOS_RECIPE, {}),
-        "cifar10": DemoSet(partial(write_photos, name="CIFAR10"), PHOTOS_RECIPE, {}),
-        "cifar100": DemoSet(partial(write_photos, name="CIFAR100"), PHOTOS_RECIPE, {}),
-    }
-)
-
-DEMOS = ", ".join(PREFIX + name for name in DEMO_SETS)  # for messages
-
-
 def is_demo(data: str | None) -> bool:
     """Whether DATA names a demo rather than a folder."""
     return data is not None and data.startswith(PREFIX)
@@ -260,8 +216,7 @@ def is_demo(data: str | None) -> bool:
 
 def takes_files(data: str | None) -> bool:
     """Whether DATA names a demo that is made of original files."""
-    demo = DEMO_SETS.get(data.removeprefix(PREFIX)) if data and is_demo(data) else None
-    return demo is not None and demo.needs_files
+    return data is not None and data in map(f"{PREFIX}{{}}".format, PHOTO_SETS)
 
 
 def recipes(arch: str, light: bool = False) -> dict[str, dict[str, Any]]:
@@ -271,47 +226,44 @@ def recipes(arch: str, light: bool = False) -> dict[str, dict[str, Any]]:
         arch: the network of the demo.
         light: whether it is a MobileNetV2.
     """
-    return {
-        PREFIX + name: {"arch": arch, **demo.recipe, **(demo.light if light else {})}
-        for name, demo in DEMO_SETS.items()
-    }
+    digits = DIGITS_RECIPE | (LIGHT_DIGITS if light else {})
+    photos = dict.fromkeys(PHOTO_SETS, PHOTOS_RECIPE)
+    named = {"digits": digits, **photos}
+    return {PREFIX + name: {"arch": arch, **recipe} for name, recipe in named.items()}
 
 
 def find_root(
     data: str, context: Context, files: str | None = None, download: bool = False
 ) -> str | Path:
-    """Returns the folder that DATA names; demo data is written by rank 0 while the others wait.
-
-    Args:
-        data: a folder, or "demo:" with a name of `DEMO_SETS`.
-        files, download: see `prepare`.
-
-    Raises:
-        UserError: see `prepare`.
-    """
+    """Returns what `prepare` does; rank 0 writes demo data while the others wait."""
     if not is_demo(data):
         return data
-    return share(prepare(data, files, download) if context.is_main else None, context)
+    root: Path = share(prepare(data, files, download) if context.is_main else None, context)
+    return root
 
 
-def prepare(data: str, files: str | None = None, download: bool = False) -> Path:
-    """Returns the folder of a demo's images, written the first time.
+def prepare(data: str, files: str | None = None, download: bool = False) -> str | Path:
+    """Returns the folder that DATA names; that of a demo's images is written the first time.
 
     Args:
-        data: "demo:" with a name of `DEMO_SETS`.
-        files: the folder of the data set's original files; None looks where a package puts them.
-        download: let torchvision fetch them.
+        data: a folder, or one of `DEMOS`.
+        files, download: see `write_photos`.
 
     Raises:
         UserError: another name; the original files are missing, or are not those that were
             published.
     """
+    if not is_demo(data):
+        return data
     name = data.removeprefix(PREFIX)
-    if name not in DEMO_SETS:
+    if name == "digits":
+        return write_once(HOME / name, write_digits)
+    if name not in PHOTO_SETS:
         hint = did_you_mean(data, DEMOS.split(", ")) or f"; there is {DEMOS}"
         raise UserError(f"no demo data {data!r}{hint}")
-    origin = Origin(None if files is None else Path(files), download)
-    return write_once(HOME / name, lambda folder: DEMO_SETS[name].write(folder, origin))
+    origin = Path(files) if files is not None else None
+    write = partial(write_photos, name=PHOTO_SETS[name], files=origin, download=download)
+    return write_once(HOME / name, write)
 
 
 def write_once(target: Path, write: Callable[[Path], None]) -> Path:

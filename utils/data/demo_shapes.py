@@ -67,7 +67,7 @@ def recipe_of(arch: str | None) -> dict[str, Any]:
 def find_root(data: str, context: Context) -> str | Path:
     """Returns the folder that DATA names; rank 0 writes demo data while the others wait."""
     if data == SHAPES:
-        return share(prepare() if context.is_main else None, context)
+        data = share(prepare() if context.is_main else None, context)
     return data
 
 
@@ -107,15 +107,16 @@ def write_shapes(folder: Path, counts: dict[str, int] | None = None, side: int =
         columns = slice(FRONTIER, None) if part == "val" else slice(FRONTIER)
         views = [photo[:, columns] for photo in photos]
         members = np.flatnonzero((held_out == (part == "val")) & np.isin(digits.target, DIGITS))
-        place = folder / f"{part}2017"
-        place.mkdir()
-        images, annotations = [], []
+        of_part = folder / f"{part}2017"
+        of_part.mkdir()
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for image_id in range(1, number + 1):
             name = f"{image_id:06d}.png"
             chosen = chance.choice(members, chance.integers(OBJECTS[0], OBJECTS[1] + 1))
             scans = [(digits.images[i] / 16, int(digits.target[i])) for i in chosen]
             pixels, objects = compose(scans, views, side, chance)
-            Image.fromarray(pixels).save(place / name)
+            Image.fromarray(pixels).save(of_part / name)
             images.append({"id": image_id, "file_name": name, "height": side, "width": side})
             for mask, label in objects:
                 annotations.append(_annotation(len(annotations) + 1, image_id, mask, label))
@@ -171,7 +172,7 @@ def compose(
     return canvas, objects
 
 
-def _annotation(number: int, image_id: int, mask: np.ndarray, label: int) -> dict:
+def _annotation(number: int, image_id: int, mask: np.ndarray, label: int) -> dict[str, Any]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     x, y = int(columns[0]), int(rows[0])
     return {

@@ -104,7 +104,7 @@ def open_data(
     Raises:
         UserError: there is no such data, or it has other classes.
     """
-    root = demo_sets.prepare(data) if demo_sets.is_demo(data) else data
+    root = demo_sets.prepare(data)
     train, val = shards.open_split(str(root), classes or None)
     assert train is not None
     if len(train.classes) != num_classes:
