@@ -400,8 +400,8 @@ def _files(file: BinaryIO, path: str, ignored: Counter[str]) -> Iterator[Entry]:
                 header, ending, label = zlib.crc32(file.read(BLOCK)), parts[2].lower(), -1
                 if ending.rpartition(".")[2] == "cls":
                     label = _class_number(file.read(min(member.size, BLOCK)), f"{path}:{name}")
-                where = member.offset_data, member.size, header
-                yield Entry(parts[1], ending, name, label, *where)
+                begin, size = member.offset_data, member.size
+                yield Entry(parts[1], ending, name, label, begin, size, header)
         file.seek(tar.offset)
         if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end, too
             raise tarfile.ReadError(f"no end mark behind {len(tar.getmembers())} files")
