@@ -2,59 +2,53 @@
 
 import csv
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 import models
-from main import DEMOS, RECIPE, main
-from utils.runs import checkpoint
-from utils.system.errors import UserError
+from main import DEMOS, RECIPE
+from utils.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from utils.runs import checkpoint, writer
 
 SMALL = ("-a", "resnet18", "--img-size", 32, "-b", 8, "--min-scale", 0.7, "-j", 0)
+DRAW_CURVES = writer.draw_curves  # `call` puts another in its place
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def succeed(done: subprocess.CompletedProcess) -> list[str]:
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture
+def succeed(call):
+    """Runs main.py in this process and returns its lines on stdout."""
+
+    def start(*arguments: object) -> list[str]:
+        code, out, err = call(*arguments)
+        assert code == 0, err
+        return out
+
+    return start
 
 
-def fail(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> None:
-    """It ended with one line that holds the words, and nothing else on stderr."""
-    assert done.returncode == code, done.stdout + done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    for word in words:
-        assert word in lines[0]
-
-
-def test_trains_evaluates_and_starts_from_its_weights(run, tree, tmp_path):
+@pytest.mark.usefixtures("thin")
+def test_trains_evaluates_and_starts_from_its_weights(succeed, tree, tmp_path, monkeypatch):
     """One run's life: folder, files, best checkpoint, evaluation, another head, more epochs."""
+    monkeypatch.setattr(writer, "draw_curves", DRAW_CURVES)
     flags = ("--epochs", 4, "--lr", 0.02, "--seed", 1, "--action", "try", "-p", 2)
-    lines = succeed(run("main.py", *SMALL, *flags, tree))
+    lines = succeed(*SMALL, *flags, tree)
     assert lines[0].startswith("train: 24 images in 3 classes")
     assert lines[1].startswith("val: 15 images in 3 classes")
-    assert "resnet18, 11,178,051 parameters, no ECA, 3 classes" in lines[2]
+    network = lines[2]
     steps = [line for line in lines if "step" in line and "images/s  ETA" in line]
     assert [line.split()[3] for line in steps] == ["2/3", "3/3"] * 4
 
     folder = tmp_path / "runs" / "resnet18_try-1"
     names = {path.name for path in folder.iterdir()}
-    assert {
-        "args.json",
-        "metrics.csv",
-        "curves.png",
-        "last.pth",
-        "previous.pth",
-        "best.pth",
-    } <= names
+    assert {"args.json", "metrics.csv", "last.pth", "previous.pth", "best.pth"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     args = json.loads((folder / "args.json").read_text())
     assert args["recipe"]["lr"] == 0.02
@@ -71,11 +65,14 @@ def test_trains_evaluates_and_starts_from_its_weights(run, tree, tmp_path):
     # The checkpoint alone rebuilds the network, and evaluates to the figures of its epoch.
     saved = checkpoint.load(folder / "best.pth")
     assert saved["arch"] == "resnet18"
+    weights = [v for k, v in saved["state_dict"].items() if k.endswith(("weight", "bias"))]
+    count = sum(weight.numel() for weight in weights)
+    assert f"resnet18, {count:,} parameters, no ECA, 3 classes" in network
     assert saved["classes"] == ["a", "b", "c"]
     assert saved["img_size"] == 32
     assert saved["progress"]["best"]["epoch"] == int(best["epoch"]) - 1
     assert not any(key.startswith("module.") for key in saved["state_dict"])
-    lines = succeed(run("main.py", "-e", "--resume", "auto", "-a", "resnet18", "--action", "try"))
+    lines = succeed("-e", "--resume", "auto", "-a", "resnet18", "--action", "try")
     assert "evaluating runs/resnet18_try-1/best.pth" in lines[0]
     figures = lines[-1].split()
     assert figures[0] == "15"
@@ -83,7 +80,7 @@ def test_trains_evaluates_and_starts_from_its_weights(run, tree, tmp_path):
     assert float(figures[6]) == pytest.approx(float(best["val_loss"]), abs=5e-5)
 
     # Rebuilt for inference it says the same.
-    fast = succeed(run("main.py", "-e", "--fast", "--resume", folder / "best.pth", tree))
+    fast = succeed("-e", "--fast", "--resume", folder / "best.pth", tree)
     assert any("BatchNorm folded" in line for line in fast)
     assert fast[-1].split()[:4] == lines[-1].split()[:4]
     assert float(fast[-1].split()[6]) == pytest.approx(float(figures[6]), rel=1e-3)
@@ -95,43 +92,24 @@ def test_trains_evaluates_and_starts_from_its_weights(run, tree, tmp_path):
         for name in "abx":  # as many classes as before, but not the same
             (tmp_path / "two" / part / name).symlink_to(tree / part / name.replace("x", "c"))
     pretrained = ("--pretrained", folder / "best.pth")
-    lines = succeed(run("main.py", *SMALL, "--epochs", 1, *pretrained, tmp_path / "two"))
+    lines = succeed(*SMALL, "--epochs", 1, *pretrained, tmp_path / "two")
     assert "  Left fc as initialised: the weights' 3 classes have other names." in lines
     assert (tmp_path / "runs" / "resnet18-1" / "last.pth").exists()
 
     # Going on needs the checkpoint alone; the settings are the run's.
-    lines = succeed(run("main.py", "--resume", folder / "last.pth", "--epochs", 5))
+    lines = succeed("--resume", folder / "last.pth", "--epochs", 5)
     assert any(line.startswith("recipe: 5 epochs, batch 8, lr 0.02") for line in lines)
     rows = read_csv(folder / "metrics.csv")
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5"]
 
 
 def test_light_main_is_a_recipe_of_the_same_trainer(run, tree, tmp_path):
-    flags = (
-        "--img-size",
-        32,
-        "-b",
-        8,
-        "-j",
-        1,
-        "--epochs",
-        1,
-        "--schedule",
-        "cosine",
-        "--warmup-epochs",
-        0.5,
-        "--amp",
-        "bf16",
-        "--channels-last",
-        "--decoder",
-        "pil",
-        "--ksize",
-        "adaptive",
-        "--no-fused",
-        "--output",
-        "here",
-    )
-    lines = succeed(run("light_main.py", *flags, tree))
+    flags = ("--img-size", 32, "-b", 8, "-j", 1, "--epochs", 1, "--schedule", "cosine")
+    flags += ("--warmup-epochs", 0.5, "--amp", "bf16", "--channels-last", "--decoder", "pil")
+    flags += ("--ksize", "adaptive", "--no-fused", "--output", "here")
+    done = run("light_main.py", *flags, tree)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
     assert any("eca_mobilenetv2" in line and "ksize 3,3,3,3,3,5,5" in line for line in lines)
     assert any("bf16, channels_last, block tails module by module" in line for line in lines)
     assert any(line.startswith("recipe: 1 epoch, batch 8, lr 0.045 cosine") for line in lines)
@@ -141,7 +119,8 @@ def test_light_main_is_a_recipe_of_the_same_trainer(run, tree, tmp_path):
     assert saved["recipe"]["weight_decay"] == 4e-5
 
 
-def test_released_checkpoints_evaluate_as_they_are(run, tree, tmp_path):
+@pytest.mark.usefixtures("thin")
+def test_released_checkpoints_evaluate_as_they_are(call, succeed, tree, tmp_path):
     """The authors' layout: wrapped names, a wrong arch, no class names, the old file format."""
     torch.manual_seed(0)
     network = models.create_model("eca_resnet18", ksize="3333", num_classes=3)
@@ -155,21 +134,19 @@ def test_released_checkpoints_evaluate_as_they_are(run, tree, tmp_path):
     }
     torch.save(released, tmp_path / "released.pth.tar", _use_new_zipfile_serialization=False)
     evaluate = ("-e", "--resume", "released.pth.tar", "--img-size", 32, "-j", 0)
-    lines = succeed(run("main.py", *evaluate, "--output", "result", tree))
+    lines = succeed(*evaluate, "--output", "result", tree)
     assert any("eca_resnet18" in line and "ksize 3,3,3,3" in line for line in lines)
     result = json.loads((tmp_path / "result" / "evaluation.json").read_text())
     assert result["images"] == 15
 
     # The same figures from a plain loop over Pillow images.
     network.eval()
-    from torchvision import transforms
-
     transform = transforms.Compose(
         [
             transforms.Resize(37),
             transforms.CenterCrop(32),
             transforms.ToTensor(),
-            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
     losses = []
@@ -181,42 +158,35 @@ def test_released_checkpoints_evaluate_as_they_are(run, tree, tmp_path):
             losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([label])).item())
     assert result["loss"] == pytest.approx(sum(losses) / 15, rel=2e-3)
 
-    fail(run("main.py", "--resume", "released.pth.tar", tree), "--pretrained released.pth.tar")
+    code, _, err = call("--resume", "released.pth.tar", tree)
+    assert (code, len(err)) == (2, 1)
+    assert "--pretrained released.pth.tar" in err[0]
 
 
-def test_bad_input_is_answered_in_one_line(run, tree, tmp_path, monkeypatch, capsys):
-    fail(run("main.py", "-b", 25, tree), "error: -b 25", "24 training images")
-    fail(run("main.py", "--epoch", 3, tree), "--epoch", "did you mean --epochs")
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("-b", 25, "DATA"), "-b 25 is more than the 24 training images"),
+        (("--epoch", 3, "DATA"), "--epoch; did you mean --epochs"),
+        (("-a", "eca_resnet51", "DATA"), "no network 'eca_resnet51'; did you mean eca_resnet50"),
+        (("--ksize", "3546", "DATA"), "'3546'"),
+        (("--ksize", "355", "DATA"), "'355'"),
+        (("-a", "resnet50", "--ksize", "3557", "DATA"), "no ECA layer: leave --ksize 3557 out"),
+        (("-e", "DATA"), "--resume CKPT"),
+        (("nowhere",), "train/ and val/"),
+        ((), "no DATA given"),
+        ((*SMALL, "--num-classes", 2, "DATA"), "--num-classes 2: the data has 3"),
+        (("--lr", "-1", "DATA"), "'-1' is not a number above 0"),
+        (("--wd", "nan", "DATA"), "'nan' is not"),
+        ((*SMALL, "--pretrained", "none.pth", "DATA"), "no such file"),
+        (("demo:letters",), "no demo data 'demo:letters'"),
+    ],
+)
+def test_bad_input_is_answered_in_one_line(call, tree, tmp_path, flags, said):
+    code, _, err = call(*(tree if word == "DATA" else word for word in flags))
+    assert (code, len(err)) == (2, 1)
+    assert said in err[0]
     assert not (tmp_path / "runs").exists()  # nothing was begun
-
-    # The others in this process: a fresh one spends seconds on importing torch.
-    def answer(*arguments: object) -> str:
-        monkeypatch.setattr("sys.argv", ["main.py", *map(str, arguments)])
-        with pytest.raises((UserError, SystemExit)) as stopped:
-            main()
-        said = capsys.readouterr().err if stopped.type is SystemExit else str(stopped.value)
-        assert len(said.splitlines()) == 1
-        return said
-
-    monkeypatch.chdir(tmp_path)
-    said = answer("-a", "eca_resnet51", tree)
-    assert "no network 'eca_resnet51'" in said
-    assert "eca_resnet50" in said
-    for ksize in ("3546", "355", "abc", "0"):
-        said = answer("--ksize", ksize, tree)
-        assert repr(ksize) in said
-        assert "3557" in said
-    said = answer("-a", "resnet50", "--ksize", "3557", tree)
-    assert "no ECA layer: leave --ksize 3557 out" in said
-    assert "--resume CKPT" in answer("-e", tree)
-    assert "train/ and val/" in answer(tmp_path / "nowhere")
-    assert "no DATA given" in answer()
-    assert "--num-classes 2: the data has 3" in answer(*SMALL, "--num-classes", 2, tree)
-    assert "'-1' is not a number above 0" in answer("--lr", "-1", tree)
-    assert "'nan' is not" in answer("--wd", "nan", tree)
-    assert "no such file" in answer(*SMALL, "--pretrained", "none.pth", tree)
-    assert "no demo data 'demo:letters'" in answer("demo:letters")
-    assert not (tmp_path / "runs").exists()
 
 
 def test_recipes_are_the_papers():
@@ -228,4 +198,3 @@ def test_recipes_are_the_papers():
     assert (LIGHT.epochs, LIGHT.batch_size, LIGHT.lr, LIGHT.weight_decay) == (400, 96, 0.045, 4e-5)
     assert (LIGHT.schedule, LIGHT.lr_decay) == ("exp", 0.98)
     assert DEMOS["demo:digits"]["arch"] == "eca_resnet18"
-    assert Path(models.__file__).parent.parent == Path(__file__).parents[2]

@@ -18,30 +18,23 @@ OPTIONS = "-a resnet18 --img-size 96 -b 24 -j 0 --epochs 1 --lr 0.001 --seed 1 -
 FLAGS = OPTIONS.split()
 
 
-def test_two_ranks_train_and_evaluate_as_one(run, tree, tmp_path):
+def test_two_ranks_train_and_evaluate_as_one(run, call, tree, tmp_path):
     done = run("main.py", *FLAGS, "--output", "two", tree, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder: two") == 1
     assert "2 processes (DistributedDataParallel)" in done.stdout
     saved = checkpoint.load(tmp_path / "two" / "last.pth")
     assert not any(key.startswith("module.") for key in saved["state_dict"])
-
-    # 15 images over two ranks: 8 and 7, each once, and the figures of one process.
-    for name, ranks in (("one", 0), ("both", 2)):
-        done = run("main.py", "-e", "--resume", "two/best.pth", "--output", name, ranks=ranks)
-        assert done.returncode == 0, done.stderr
-    one, both = (
-        json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("one", "both")
-    )
-    assert one["images"] == both["images"] == 15
-    assert one["top1"] == both["top1"]
-    assert one["top5"] == both["top5"]
-    assert abs(one["loss"] - both["loss"]) < 1e-6 * one["loss"]
-    row = saved["history"][0]
-    assert abs(row["val_loss"] - one["loss"]) < 1e-6 * one["loss"]
-
     assert saved["state_dict"]["bn1.num_batches_tracked"] == 1
     assert_step_of_two_halves(saved["state_dict"], tree, batch=24, lr=0.001, seed=1)
+
+    # 15 images over two ranks: 8 and 7, each once, and the figures of one process.
+    assert call("-e", "--resume", "two/best.pth", "--output", "one")[0] == 0
+    one = json.loads((tmp_path / "one" / "evaluation.json").read_text())
+    row = saved["history"][0]
+    assert one["images"] == 15
+    assert (one["top1"], one["top5"]) == (row["val_top1"], row["val_top5"])
+    assert abs(one["loss"] - row["val_loss"]) < 1e-6 * one["loss"]
 
 
 def assert_step_of_two_halves(
@@ -87,9 +80,3 @@ def two_halves(
                     buffer.copy_(old)
         optimizer.step()
     return first, network.state_dict()
-
-
-def test_a_batch_that_does_not_divide_is_refused(run, tree):
-    done = run("main.py", "-a", "resnet18", "--img-size", 32, "-b", 9, "-j", 0, tree, ranks=2)
-    assert done.returncode != 0
-    assert "does not divide over 2 devices: give 8 or 10" in done.stderr
