@@ -268,43 +268,63 @@ root, script, *_ = sys.argv = sys.argv[1:]
 sys.argv[:] = sys.argv[1:]
 sys.path.insert(0, root)
 files = set()
-def note(frame, event, _):
+def note(frame, event, _):  # returns nothing: the lines of a function are not traced
     name = frame.f_code.co_filename
-    if event == "call" and name.startswith(root) and not frame.f_code.co_name.startswith("<"):
+    if name.startswith(root) and not frame.f_code.co_name.startswith("<"):
         files.add(name[len(root) + 1:])
 __import__(script.removesuffix(".py"))
-sys.setprofile(note)
+sys.settrace(note)
 try:
     runpy.run_path(f"{root}/{script}", run_name="__main__")
 except SystemExit as end:
     assert not end.code
-sys.setprofile(None)
+sys.settrace(None)
 print("files", *sorted(name for name in files if not name.startswith(".venv")))
 print("modules", *sorted(sys.modules))
 """
+HELP = """
+import contextlib, io, runpy, sys
+root, *scripts = sys.argv[1:]
+sys.path.insert(0, root)
+for script in scripts:
+    sys.argv = [script, "-h"]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as page:
+        runpy.run_path(f"{root}/{script}", run_name="__main__")
+    assert "usage:" in page.getvalue()
+    print(script, *sorted(sys.modules))
+"""
 SLOW = {"torchvision", "torch._dynamo", "sklearn", "timm", "thop", "sympy", "onnx", "openvino"}
+UNUSED = SLOW | {"matplotlib", "tensorboard", "torch.utils.tensorboard"}  # in help and predictions
 
 
-def watched(script: str, *arguments: object) -> tuple[set[str], set[str]]:
-    """Files whose functions a script calls, and the modules that it imports; it must succeed."""
-    command = [sys.executable, "-c", WATCHED, ROOT, script, *arguments]
+def printed_by(code: str, *arguments: object) -> list[list[str]]:
+    """The words of each line that a fresh Python prints; it must succeed."""
+    command = [sys.executable, "-c", code, ROOT, *arguments]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    files, modules = (set(line.split()[1:]) for line in done.stdout.splitlines()[-2:])
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def watched(*command: object) -> tuple[set[str], set[str]]:
+    """Files whose functions a script calls, and the modules that it imports."""
+    files, modules = (set(words[1:]) for words in printed_by(WATCHED, *command)[-2:])
     assert "torch" in modules
     return files, modules
 
 
-@pytest.mark.parametrize("script", ["main.py", "light_main.py", "predict.py", "export.py"])
-def test_help_comes_without_slow_imports(script: str):
+def test_help_comes_without_slow_imports():
     """What help does not use is imported when used: torchvision takes half as long as torch."""
-    _, modules = watched(script, "-h")
-    assert not modules & (SLOW | {"matplotlib", "tensorboard", "torch.utils.tensorboard"})
+    scripts = ["main.py", "light_main.py", "predict.py", "export.py"]
+    pages = printed_by(HELP, *scripts)
+    assert [script for script, *_ in pages] == scripts
+    for script, *modules in pages:
+        assert "torch" in modules
+        assert not UNUSED & {*modules}, script
 
 
 def test_a_plain_run_goes_through_few_files_and_a_prediction_without_torchvision(tmp_path: Path):
     """From PNGs and JPEGs, with the paper's crops and flips."""
-    root = write_tree(tmp_path / "tree", train=6, val=3)
+    root = write_tree(tmp_path / "tree", train=2, val=2)
     for file in sorted(root.rglob("*.png"))[1::2]:
         Image.open(file).save(file.with_suffix(".jpg"))
         file.unlink()
@@ -317,4 +337,4 @@ def test_a_plain_run_goes_through_few_files_and_a_prediction_without_torchvision
     picture = next((root / "val").rglob("*.jpg"))
     _, modules = watched("predict.py", run / "last.pth", picture, "--device", "cpu")
     assert "simplejpeg" in modules
-    assert not modules & (SLOW | {"matplotlib", "tensorboard", "torch.utils.tensorboard"})
+    assert not modules & UNUSED
