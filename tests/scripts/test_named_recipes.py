@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import fields
 
 import pytest
 import torch
@@ -19,54 +19,19 @@ from main import DEMOS, RECIPE
 from models import weights
 from utils.command_line.classification import named_recipe
 from utils.config.classification import Recipe
-from utils.config.recipes import MODERN, MODERN_100, RECIPES
+from utils.config.recipes import MODERN, RECIPES
 from utils.runs import checkpoint
 from utils.training.classifier import recipe_lines
 
 pytestmark = pytest.mark.usefixtures("thin")
 
 SMALL = ("-a", "eca_mobilenetv2", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j", 0, "--seed", 1)
-PARTS = (
-    "--label-smoothing",
-    0.1,
-    "--mixup",
-    0.2,
-    "--cutmix",
-    1,
-    "--auto-augment",
-    "trivial",
-    "--random-erasing",
-    0.5,
-    "--ema",
-    0.99,
-    "--no-norm-decay",
-    "--repeats",
-    2,
-    "--accumulate",
-    2,
-    "--clip-grad",
-    1,
-    "--min-scale",
-    0.5,
-)
-
-
-OLD_FIELDS = {  # of a recipe, before there was another than the paper's
-    "arch",
-    "epochs",
-    "batch_size",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "schedule",
-    "lr_step",
-    "lr_decay",
-    "warmup_epochs",
-    "img_size",
-    "crop_pct",
-    "min_scale",
-    "hflip",
-}
+PARTS = ("--label-smoothing", 0.1, "--mixup", 0.2, "--cutmix", 1, "--auto-augment", "trivial")
+PARTS += ("--random-erasing", 0.5, "--ema", 0.99, "--no-norm-decay", "--repeats", 2)
+PARTS += ("--accumulate", 2, "--clip-grad", 1, "--min-scale", 0.5)
+# The fields of a recipe, before there was another than the paper's.
+OLD_FIELDS = {"arch", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule"}
+OLD_FIELDS |= {"lr_step", "lr_decay", "warmup_epochs", "img_size", "crop_pct", "min_scale", "hflip"}
 
 
 def test_the_modern_recipes_are_what_the_document_says():
@@ -91,15 +56,6 @@ def test_the_modern_recipes_are_what_the_document_says():
     assert all(getattr(r, name) == getattr(RECIPE, name) for r in recipes for name in apart)
 
 
-def test_recipes_are_frozen():
-    for values in (RECIPES, MODERN, MODERN_100):
-        with pytest.raises(TypeError):
-            values["epochs"] = 1
-    with pytest.raises(FrozenInstanceError):
-        RECIPE.override(**MODERN).epochs = 1
-    assert round(224 / MODERN["crop_pct"]) == 232
-
-
 def test_the_paper_s_recipe_has_nothing_of_the_others():
     for recipe in (RECIPE, LIGHT):
         assert recipe.override(**RECIPES["paper"]) == recipe
@@ -115,7 +71,7 @@ def test_the_paper_s_recipe_has_nothing_of_the_others():
         )
 
 
-@pytest.mark.parametrize("name", ["modern", "modern100", "a1", "a3"])
+@pytest.mark.parametrize("name", ["modern", "a1"])
 @pytest.mark.parametrize(
     ("recipe", "demo"), [(RECIPE, DEMOS["demo:digits"]), (LIGHT, LIGHT_DEMOS["demo:digits"])]
 )
@@ -130,11 +86,6 @@ def test_a_demo_keeps_its_sizes_under_every_recipe(recipe, demo, name):
     assert found.mixup > 0
     assert (found.ema > 0) == name.startswith("modern")
     assert not found.norm_decay
-
-
-def test_a_recipe_saved_before_there_were_such_parts_has_none():
-    old = {k: v for k, v in RECIPE.as_dict().items() if k in OLD_FIELDS}
-    assert Recipe.from_dict(old) == RECIPE
 
 
 def test_a1_is_named_by_its_numbers():
@@ -158,6 +109,7 @@ def test_killed_and_stopped_by_a1_s_parts_a_run_ends_bit_for_bit(call, tree, tmp
     assert saved["recipe"]["repeats"] == 3
     assert saved["recipe"]["auto_augment"] == "rand-m7-mstd0.5-inc1"
     assert saved["optimizer"]["param_groups"][0]["step"] == 6
+    assert {"exp_avg", "exp_avg_sq"} <= saved["optimizer"]["state"][0].keys()  # lamb's
 
 
 def test_killed_and_stopped_with_all_parts_a_run_ends_bit_for_bit(
@@ -208,8 +160,6 @@ def test_what_is_saved_is_what_was_evaluated(call, finished, tree, tmp_path):
         (("--recipe", "modern"), "the run's recipe is paper: leave --recipe modern out"),
         (("--norm-decay",), "the run trains with --no-norm-decay: leave --norm-decay out"),
         (("--repeats", 4), "batches with --repeats 2: leave --repeats 4 out"),
-        (("--accumulate", 3), "-b 8 on 1 device does not divide into --accumulate 3 parts"),
-        (("--sync-bn",), "--sync-bn is for several processes on GPUs"),
     ],
 )
 def test_what_a_resumption_cannot_take_up_is_refused(call, finished, tmp_path, flags, message):
@@ -248,28 +198,14 @@ def test_a_checkpoint_from_before_the_recipes_goes_on(call, finished, tmp_path):
     [
         (("--recipe", "modem"), "no recipe 'modem'; did you mean modern"),
         (("--ema", 1), "'1' is not a number between 0 and 1, 1 excluded"),
-        (("--label-smoothing", 1), "'1' is not a number between 0 and 1"),
-        (("--mixup", -1), "'-1' is not a number at least 0"),
-        (("--random-erasing", 2), "'2' is not a number between 0 and 1"),
-        (
-            ("--auto-augment", "wide"),
-            "no augmentation 'wide'; known: none, trivial, rand, or",
-        ),
+        (("--auto-augment", "wide"), "no augmentation 'wide'; known: none, trivial, rand, or"),
         (("--auto-augment", "rand-m11-mstd0.5-inc1"), "no augmentation 'rand-m11-mstd0.5-inc1'"),
         (("--bce-threshold", 0.2), "--bce-threshold does nothing with --loss ce: leave it out"),
         (("--bce",), "--bce is gone: use --loss bce"),
-        (
-            ("--loss", "bce", "--bce-threshold", 1),
-            "'1' is not a number between 0 and 1, 1 excluded",
-        ),
-        (("--drop-path", 1), "'1' is not a number between 0 and 1, 1 excluded"),
-        (("--loss", "mse"), "invalid choice: 'mse'"),
-        (("--repeats", 0), "'0' is not a whole number at least 1"),
         (("--repeats", 9), "--repeats 9 is more than the batch, -b 8: give at most that"),
         (("--accumulate", 5), "-b 8 on 1 device does not divide into --accumulate 5 parts"),
         (("--accumulate", 8), "leaves one image at a time per device"),
         (("--sync-bn",), "--sync-bn is for several processes on GPUs: start them with torchrun"),
-        (("--emma", 0.9), "did you mean --ema"),
     ],
 )
 def test_bad_values_are_answered_in_one_line(call, tree, tmp_path, flags, words):

@@ -25,29 +25,20 @@ pytestmark = pytest.mark.usefixtures("thin")
 SMALL = ("-a", "eca_resnet18", "--img-size", 32, "-b", 8, "--lr", 0.01, "-j", 0, "--seed", 1)
 
 
-def test_gradient_checkpointing_changes_no_bit(call, tree, tmp_path, monkeypatch):
-    flags = (*SMALL, tree)
-    saved = cut_twice(call, tmp_path, monkeypatch, *flags, "--grad-checkpointing")
-    assert saved["args"]["grad_checkpointing"]
-    code, out, _ = call(*flags, "--epochs", 2, "--output", "plain")
-    assert code == 0
-    assert not any("gradient checkpointing" in line for line in out)
-    plain = checkpoint.load(tmp_path / "plain" / "last.pth")
-    assert same(plain["state_dict"], saved["state_dict"])
-    assert same(plain["optimizer"], saved["optimizer"])
-    # A memory that has grown: the run goes on without it.
+@pytest.mark.parametrize("arch", ["eca_resnet18", "eca_mobilenetv2"])
+def test_gradient_checkpointing_changes_no_bit(call, tree, tmp_path, arch):
+    """Nor does the second pass of MobileNetV2's dropout. It may be taken up on the way."""
+    flags = (*SMALL, "-a", arch, tree)
+    for name, more in (("plain", ()), ("again", ("--grad-checkpointing",))):
+        assert call(*flags, "--epochs", 1, *more, "--output", name)[0] == 0
+    plain, again = (checkpoint.load(tmp_path / name / "last.pth") for name in ("plain", "again"))
+    assert again["args"]["grad_checkpointing"]
+    assert same(plain["state_dict"], again["state_dict"])
+    assert same(plain["optimizer"], again["optimizer"])
     last = tmp_path / "plain" / "last.pth"
-    code, out, _ = call("--resume", last, "--epochs", 3, "--grad-checkpointing")
+    code, out, _ = call("--resume", last, "--epochs", 2, "--grad-checkpointing")
     assert code == 0
     assert "  gradient checkpointing: backward computes each block again" in out
-
-
-def test_dropout_is_the_same_in_gradient_checkpointing_s_second_pass(call, tree, tmp_path):
-    flags = (*SMALL, "-a", "eca_mobilenetv2", "--epochs", 1, tree)
-    for name, more in (("plain", ()), ("again", ("--grad-checkpointing",))):
-        assert call(*flags, *more, "--output", name)[0] == 0
-    one, two = (checkpoint.load(tmp_path / name / "last.pth") for name in ("plain", "again"))
-    assert same(one["state_dict"], two["state_dict"])
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +109,11 @@ def test_class_weights_of_a_file_are_the_run_s_own(call, uneven, tmp_path):
     assert checkpoint.load(last)["class_weights"] == [0.5, 2.0, 8.0]
 
 
-@pytest.mark.parametrize(
-    ("part", "frozen"),
-    [("backbone", ("features.",)), ("stages:3", tuple(f"features.{i}." for i in range(7)))],
-)
-def test_what_is_frozen_stays_as_it_was(
-    call, two_epochs, tree, tmp_path, monkeypatch, part, frozen
-):
+def test_what_is_frozen_stays_as_it_was(call, two_epochs, tree, tmp_path, monkeypatch):
     """Weights and running statistics, also of the average, bit for bit, through kills."""
-    weights = two_epochs / "last.pth"
-    flags = (*SMALL, "-a", "mobilenetv2", "--pretrained", weights, "--freeze", part, "--ema", 0.9)
-    flags += ("--layer-decay", 0.5, "--optimizer", "adamw", "--drop-path", 0.3)
+    weights, frozen = two_epochs / "last.pth", tuple(f"features.{i}." for i in range(7))
+    flags = (*SMALL, "-a", "mobilenetv2", "--pretrained", weights, "--freeze", "stages:3")
+    flags += ("--ema", 0.9, "--layer-decay", 0.5, "--optimizer", "adamw", "--drop-path", 0.3)
     saved = cut_twice(call, tmp_path, monkeypatch, *flags, tree)
     before = checkpoint.load(weights)["state_dict"]
     for states in (saved["state_dict"], saved["raw_state_dict"]):
@@ -138,23 +123,9 @@ def test_what_is_frozen_stays_as_it_was(
     code, out, _ = call("--resume", "through/last.pth", "--epochs", 3)
     assert code == 0
     (line,) = (line for line in out if line.startswith("network:"))
-    names = "features" if part == "backbone" else "features.0 to features.6"
     trained = sum(v.numel() for s in saved["optimizer"]["state"].values() for v in [s["exp_avg"]])
-    assert line.endswith(f"; {names} frozen, {trained:,} parameters train")
+    assert line.endswith(f"; features.0 to features.6 frozen, {trained:,} parameters train")
     assert any("layer decay 0.5" in line for line in out)
-
-
-@pytest.mark.parametrize("kind", ["adamw", "lamb"])
-def test_every_optimizer_is_taken_up(call, tree, tmp_path, monkeypatch, kind):
-    flags = (*SMALL, "--optimizer", kind, "--no-norm-decay", "--warmup-epochs", 1, tree)
-    saved = cut_twice(call, tmp_path, monkeypatch, *flags)
-    first, second = (row["lr"] for row in saved["history"])  # of the first of an epoch's 3 steps
-    assert (first, second) == (pytest.approx(0.01 / 3), 0.01)
-    assert saved["recipe"]["optimizer"] == kind
-    assert {"exp_avg", "exp_avg_sq"} <= saved["optimizer"]["state"][0].keys()
-    code, out, _ = call("--resume", "through/last.pth", "--epochs", 3)
-    assert code == 0
-    assert any(f"batch 8, {kind} lr 0.01 times" in line for line in out)
     assert not any("momentum" in line for line in out)
 
 
@@ -202,7 +173,7 @@ def test_training_ends_without_a_better_top_1(call, tree, tmp_path, monkeypatch)
         return {"loss": 1.0, "top1": judged.pop(0), "top5": 100.0, "images": 15}
 
     monkeypatch.setattr(script, "evaluate", judge)
-    flags = (*SMALL, "--epochs", 9, "--early-stop", 3, tree)
+    flags = (*SMALL, "-b", 24, "--epochs", 9, "--early-stop", 3, tree)
     judged[:] = [50.0, 60.0, 60.0, 55.0, 60.0, 99.0]
     code, out, err = call(*flags, "--output", "through")
     assert (code, err, judged) == (0, [], [99.0])
@@ -267,11 +238,8 @@ def test_some_epochs_are_evaluated_and_another_figure_decides(call, tree, tmp_pa
     ("flags", "said"),
     [
         (("--class-weights", "none.csv"), "none.csv: No such file or directory; give balanced,"),
-        (("--sampler", "even"), "invalid choice: 'even'"),
-        (("--freeze", "head"), "'head' is not none, backbone or stages:N"),
         (("--freeze", "stages:5"), "--freeze: eca_resnet18 has 4 stages: 'stages:5' are more; use"),
         (("--layer-decay", 0), "'0' is not a number between 0 and 1, 0 excluded"),
-        (("--optimizer", "adam"), "invalid choice: 'adam'"),
         (
             ("--optimizer", "adamw", "--momentum", 0.8),
             "--momentum does nothing with --optimizer adamw: leave it out",
