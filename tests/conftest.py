@@ -226,19 +226,28 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def detect(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> Iterator[Callable[..., list[str]]]:
-    """detect_main.py's main in this process, in an empty folder: lines on stdout."""
-    from detect_main import main
+    """detect_main.py's main in this process, in an empty folder: lines on stdout.
+
+    With `thin` its heads are narrow, too.
+    """
+    import detect_main as script
     from utils.runs import writer
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(writer, "draw_curves", draw_nothing)
+    if "thin" in request.fixturenames:
+        narrow = script.RECIPE.override(settings={"width": 16})
+        monkeypatch.setattr(script, "RECIPE", narrow)
 
     def start(*arguments: object, code: int = 0) -> list[str]:
         monkeypatch.setattr(sys, "argv", ["detect_main.py", *map(str, arguments)])
         capsys.readouterr()
-        assert main() == code
+        assert script.main() == code
         return capsys.readouterr().out.splitlines()
 
     yield start

@@ -1,12 +1,13 @@
 """main.py and detect_main.py: what is on disk, and what is said, before the first epoch ends."""
 
 import json
-import os
-import signal
+import sys
 
 import pytest
 import torch
 from helpers.coco_trees import NETWORK
+from helpers.cut_runs import Killed
+from helpers.kill_driver import same
 from helpers.small_runs import SMALL, place
 from helpers.trees import write_tree
 
@@ -15,25 +16,32 @@ import main as script
 from utils.runs import checkpoint
 from utils.system.errors import EXIT_STOPPED
 
+pytestmark = pytest.mark.usefixtures("thin")
 
-def test_a_run_that_is_killed_in_its_first_step_comes_back_as_itself(start, call, tree, tmp_path):
+
+def kill(*_):
+    raise Killed
+
+
+def test_a_run_that_is_killed_in_its_first_step_comes_back_as_itself(
+    call, tree, tmp_path, monkeypatch
+):
     """Network, batch, recipe and seed are the killed run's, though no flag names them again."""
-    flags = ("-a", "mobilenetv2", "--img-size", 32, "-b", 6, "--lr", 0.01, "-j", 0, "--seed", 7)
-    running = start(*flags, "--epochs", 1, "-p", 1, "--output", "cut", tree)
-    running.wait_for("run folder")
-    while not (tmp_path / "cut" / "args.json").exists():
-        assert running.process.poll() is None
-    os.killpg(running.process.pid, signal.SIGKILL)
-    running.process.wait()
+    flags = (*SMALL, "--seed", 7, "--epochs", 1, tree, "--output")
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_one_epoch", kill)
+        patch.setattr(sys, "argv", ["main.py", *map(str, flags), "cut"])
+        with pytest.raises(Killed):
+            script.main()
     assert place(tmp_path / "cut") == (0, 0)
+    assert (tmp_path / "cut" / "args.json").exists()
     code, out, err = call("--resume", "auto", "--output", "cut")
     assert (code, err) == (0, [])
-    assert out[0] == "resuming cut/last.pth"
-    call(*flags, "--epochs", 1, "--output", "through", tree)
+    assert "resuming cut/last.pth" in out
+    call(*flags, "through")
     cut, through = (checkpoint.load(tmp_path / name / "last.pth") for name in ("cut", "through"))
     assert cut["seed"] == 7
-    for name, value in through["state_dict"].items():
-        assert torch.equal(value, cut["state_dict"][name]), name
+    assert same(cut["state_dict"], through["state_dict"])
     assert cut["history"] == through["history"]
 
 
@@ -47,7 +55,6 @@ def test_a_folder_that_was_made_and_no_more_is_begun_in(call, tree, tmp_path):
     assert json.loads((tmp_path / "cut" / "args.json").read_text())["seed"] == 1
 
 
-@pytest.mark.usefixtures("thin")
 def test_a_detector_that_is_stopped_at_once_comes_back(detect, shapes, tmp_path, monkeypatch):
     import detect_main
 
@@ -64,17 +71,14 @@ def test_a_detector_that_is_stopped_at_once_comes_back(detect, shapes, tmp_path,
 
 def test_another_number_of_threads_is_said(call, run_folder, monkeypatch):
     """The bits of a sum depend on it; `--seed` promises the same bits for the same threads."""
-    held = json.loads((run_folder / "args.json").read_text())["environment"]["cpu_threads"]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: held + 1)
-    _, out, _ = call("--resume", run_folder / "last.pth", "--epochs", 3)
-    line = f"! the run was computed by {held} threads, and goes on with {held + 1}: sums are "
-    assert any(text.startswith(line) and f"OMP_NUM_THREADS={held}" in text for text in out)
-
-
-def test_the_same_number_of_threads_is_not(call, run_folder):
     _, out, _ = call("--resume", run_folder / "last.pth", "--epochs", 3)
     assert not any("threads, and goes on" in line for line in out)
     assert not any("training images have other names" in line for line in out)
+    held = json.loads((run_folder / "args.json").read_text())["environment"]["cpu_threads"]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: held + 1)
+    _, out, _ = call("--resume", run_folder / "last.pth", "--epochs", 4)
+    line = f"! the run was computed by {held} threads, and goes on with {held + 1}: sums are "
+    assert any(text.startswith(line) and f"OMP_NUM_THREADS={held}" in text for text in out)
 
 
 def test_data_that_changed_between_two_epochs_is_said(call, run_folder, tmp_path):
@@ -84,8 +88,9 @@ def test_data_that_changed_between_two_epochs_is_said(call, run_folder, tmp_path
     assert any(line.startswith("! the training images have other names or labels") for line in out)
 
 
-def test_the_other_family_s_numbers_are_said(call, tree):
+def test_the_other_family_s_numbers_are_said(call, tree, monkeypatch):
     """Each script's default recipe is the paper's for one family of networks."""
+    monkeypatch.setattr(script, "train_one_epoch", lambda *_: False)  # it is said before
     small = ("--img-size", 32, "-b", 6, "-j", 0, "--epochs", 1, tree)
     entry = lambda: script.main(light_main.RECIPE, light_main.DEMOS)  # noqa: E731
     _, out, _ = call("-a", "resnet18", *small, entry=entry)
@@ -104,7 +109,6 @@ def test_a_warm_up_longer_than_the_run_is_said(call, tree):
     assert any(line.startswith("! the warm-up takes 3 epochs and the run has 1") for line in out)
 
 
-@pytest.mark.usefixtures("thin")
 def test_a_detector_s_warm_up_longer_than_the_run_is_said(detect, shapes, tmp_path):
     flags = (*NETWORK, "-a", "retinanet", "--batch-size", 4, "--epochs", 1)
     lines = detect(*flags, "--warmup-steps", 4, "--output", "run", shapes)  # of three steps
@@ -113,7 +117,6 @@ def test_a_detector_s_warm_up_longer_than_the_run_is_said(detect, shapes, tmp_pa
     assert row["lr"] == pytest.approx(0.005 * (1 - 2 / 3 * (1 - 2 / 4)))  # of the third
 
 
-@pytest.mark.usefixtures("thin")
 def test_a_detector_begins_from_one_of_other_classes(detect, shapes, tmp_path):
     flags = ("--min-size", 64, "--max-size", 64, "-j", 0, "--batch-size", 4, "--warmup-steps", 2)
     flags += ("--epochs", 1, "--seed", 1)

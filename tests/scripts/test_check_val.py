@@ -14,6 +14,8 @@ from tools import check_images
 from utils.system import faults
 from utils.system.errors import EXIT_FAILED, UserError
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 
 @pytest.fixture
 def checked(monkeypatch, capfd):

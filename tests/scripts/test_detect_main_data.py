@@ -12,6 +12,8 @@ from helpers.coco_trees import DIGITS, NETWORK
 from utils.runs import checkpoint
 from utils.system.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 QUICK = (*NETWORK, "--batch-size", 4, "--lr-steps", 1, "--warmup-steps", 2, "--optimizer", "sgd")
 ADDED = 10**17
 
@@ -47,30 +49,25 @@ def enlarge_ids(content):
 def test_large_ids_and_files_without_annotations(detect, shapes, tmp_path):
     """The same run and figures as with small ids, and the file's own ids in what is written."""
     large = edited(shapes, tmp_path / "large", enlarge_ids)
-    flags = (*QUICK, "-a", "retinanet", "--epochs", 1, "--seed", 1)
+    flags = (*QUICK, "--epochs", 1, "--seed", 1)
     small_lines = detect(*flags, "--output", "one", shapes)
     large_lines = detect(*flags, "--output", "two", large)
-    table = small_lines.index("epoch 1, the best:")
-    assert (
-        large_lines[large_lines.index("epoch 1, the best:") :][1:9]
-        == (small_lines[table + 1 : table + 9])
+    small, large_table = (
+        lines[lines.index("epoch 1, the best:") :][1:9] for lines in (small_lines, large_lines)
     )
+    assert small == large_table
     one, two = ((tmp_path / name / "metrics.csv").read_text() for name in ("one", "two"))
     assert one == two
 
     network = eager(tmp_path / "two" / "best.pth")
-    assert detect(
-        "-e", "--resume", network, large, "--results-json", "a.json", "--picture", "a.png"
-    )
+    detect("-e", "--resume", network, large, "--results-json", "a.json", "--picture", "a.png")
     found = json.loads((tmp_path / "a.json").read_text())
     assert found
     assert {result["image_id"] for result in found} <= {ADDED + n for n in range(1, 6)}
     assert {result["category_id"] for result in found} <= {ADDED + n for n in range(1, 6)}
 
     bare = edited(large, tmp_path / "bare", lambda c: c.pop("annotations"), ["val"])
-    lines = detect(
-        "-e", "--resume", network, bare, "--results-json", "b.json", "--picture", "b.png"
-    )
+    lines = detect("-e", "--resume", network, bare, "--results-json", "b.json")
     assert json.loads((tmp_path / "b.json").read_text()) == found
     assert "  ! no object has a box: box AP will be -" in lines
     (box,) = (line for line in lines if line.startswith("box "))
@@ -82,9 +79,7 @@ def test_validation_images_without_objects(detect, shapes, tmp_path):
     empty = edited(shapes, tmp_path / "data", lambda c: c["annotations"].clear(), ["val"])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        lines = detect(
-            *QUICK, "-a", "retinanet", "--epochs", 2, "--seed", 1, empty, "--output", "run"
-        )
+        lines = detect(*QUICK, "--epochs", 2, "--seed", 1, empty, "--output", "run")
     assert not [str(w.message) for w in caught if "matplotlib" in str(w.filename)]
     assert "val: 5 images, 5 of them without objects, 0 objects of 5 classes" in lines
     assert "  ! no object has a box: box AP will be -" in lines
@@ -103,7 +98,7 @@ def test_validation_images_without_one_of_the_classes(detect, shapes, tmp_path):
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 3]
 
     data = edited(shapes, tmp_path / "data", remove, ["val"])
-    lines = detect(*QUICK, "-a", "retinanet", "--epochs", 1, data, "--output", "run")
+    lines = detect(*QUICK, "--epochs", 1, data, "--output", "run")
     assert any("classes of the network" in line and "digit 2" in line for line in lines)
     rows = {name: line for line in lines for name in DIGITS if line.startswith(f"{name} ")}
     assert rows.keys() == set(DIGITS)

@@ -17,6 +17,8 @@ from utils.runs import checkpoint
 from utils.system.style import WRONG
 from utils.training import classification
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 
 @pytest.fixture
 def grids(monkeypatch):
