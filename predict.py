@@ -22,9 +22,9 @@ from torch import nn
 
 from models.inference import optimise_for_inference
 from models.inspection import COARSEST, feature_maps, grad_cam
+from utils.command_line.parser import refuse_for_exported
 from utils.command_line.prediction_and_export import (
     prediction_parser,
-    refuse_for_exported,
     settle_prediction,
 )
 from utils.data.decoding import read_image
@@ -69,7 +69,7 @@ def main() -> int:
     paths = find_images(args.images)
     exported = is_exported(args.checkpoint)
     if exported:
-        refuse_for_exported(vars(args))
+        refuse_for_exported(vars(args), args.checkpoint)
         network = load_exported(args.checkpoint)
         saved = Checkpoint.of_fields(Path(args.checkpoint), network.metadata)
         args.device = "cpu"

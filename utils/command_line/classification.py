@@ -15,8 +15,15 @@ import torch
 from models import start as start_weights
 from models.attention import is_file, typed_attention
 from models.registry import check_forward, image_settings, is_of_library
-from utils.command_line.parser import Parser, parser_of, saved_flags, saved_recipe, without_effect
-from utils.config.classification import Config, NetworkSettings, Recipe
+from utils.command_line.parser import (
+    Parser,
+    parser_of,
+    refuse_for_exported,
+    saved_flags,
+    saved_recipe,
+    without_effect,
+)
+from utils.config.classification import Config, Recipe
 from utils.config.flags import flags_of
 from utils.config.recipes import PAPER, RECIPES
 from utils.data import demo_sets
@@ -199,6 +206,11 @@ def find_checkpoint(
         at_epoch = typed.get("start_epoch")
         arch = recipe.override(arch=typed.get("arch")).arch
         return resume.read(wanted, pretrained, name, output, evaluates, at_epoch, arch)
+    if not evaluates:
+        raise UserError(
+            f"{exported[0]}: a file of export.py is not trained: evaluate it with -e --resume "
+            f"{exported[0]}, or give the checkpoint that it came from"
+        )
     refuse_for_exported(typed, exported[0])
     if len(files) > 1:
         raise UserError(
@@ -206,39 +218,6 @@ def find_checkpoint(
         )
     resume.check_output(output, None, evaluates, exported[0])
     return ExportedFile.load(Path(exported[0])), None
-
-
-def refuse_for_exported(typed: Mapping[str, Any], file: str) -> None:
-    """Refuses flags that a file of export.py has no use for.
-
-    Args:
-        file: as the command line named it.
-
-    Raises:
-        UserError: one line with the flag.
-    """
-    if not typed.get("evaluate"):
-        raise UserError(
-            f"{file}: a file of export.py is not trained: evaluate it with -e --resume {file}, or "
-            "give the checkpoint that it came from"
-        )
-    usual = NetworkSettings()
-    for name, reason in {
-        "fast": "an exported network is rebuilt already",
-        "compile": "an exported network has an engine of its own",
-        "amp": "an exported network has a precision of its own",
-        "channels_last": "an exported network has a layout of its own",
-        "fused": "an exported network has no blocks to take apart",
-    }.items():
-        if name in typed and typed[name] != getattr(usual, name):
-            flag = FLAGS[name].typed(typed[name]) if name == "fused" else FLAGS[name].name
-            raise UserError(f"{flag}: {reason}; leave it out, or give the checkpoint")
-    for name, idle in (("gpu", (None,)), ("device", ("auto", "cpu", None))):
-        if (value := typed.get(name)) not in idle:
-            raise UserError(
-                f"{FLAGS[name].name} {value}: {file} is run on the CPU; leave it out, or give the "
-                "checkpoint"
-            )
 
 
 def flags_of_today(

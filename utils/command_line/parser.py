@@ -1,7 +1,6 @@
 """Parses command lines: flags as they are declared, did-you-mean, faults in one line."""
 
 import argparse
-import ast
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -28,8 +27,6 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, first: Collection[str] = (), **kwargs: Any):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        if kwargs.get("description") is None:
-            kwargs["description"] = _text_of_script()
         super().__init__(allow_abbrev=False, add_help=not first, **kwargs)
         self.first = first
         if first:
@@ -101,17 +98,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _text_of_script() -> str | None:
-    """Returns the docstring in the file of the running script, which `python -OO` takes away."""
-    file = getattr(sys.modules["__main__"], "__file__", None)
-    if file is None:
-        return None
-    try:
-        return ast.get_docstring(ast.parse(Path(file).read_text(encoding="utf-8")), clean=False)
-    except (OSError, ValueError, SyntaxError):  # a compiled file
-        return None
 
 
 class _Help(argparse.Action):
@@ -264,3 +250,35 @@ def saved_recipe(kind: type[AnyRecipe], values: Mapping[str, Any], source: objec
         return kind.from_dict({**checked, **{k: values[k] for k in others if k in values}})
     except ValueError as error:
         raise UserError(f"{source}: {error}; give a checkpoint as the scripts write it") from None
+
+
+OF_ENGINES = {  # flag: its value without effect, and why an exported network takes no other
+    "fast": (False, "an exported network is rebuilt already"),
+    "compile": (False, "an exported network has an engine of its own"),
+    "amp": ("off", "an exported network has a precision of its own"),
+    "channels_last": (False, "an exported network has a layout of its own"),
+    "fused": (True, "an exported network has no blocks to take apart"),
+    "attention": (None, "an exported network has its layers in it"),
+    "maps": (False, "maps are made from gradients, which an exported network has none of"),
+}
+
+
+def refuse_for_exported(typed: Mapping[str, Any], file: str) -> None:
+    """Refuses flags that a file of export.py has no use for.
+
+    Args:
+        typed: {flag: value}, None or absent where it is left out.
+        file: as the command line named it.
+
+    Raises:
+        UserError: one line with the flag.
+    """
+    for name, (usual, reason) in OF_ENGINES.items():
+        if (value := typed.get(name)) not in (None, usual):
+            flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+            raise UserError(f"{flag}: {reason}; leave it out, or give the checkpoint")
+    for name, idle in (("gpu", (None,)), ("device", ("auto", "cpu", None))):
+        if (value := typed.get(name)) not in idle:
+            raise UserError(
+                f"--{name} {value}: {file} is run on the CPU; leave it out, or give the checkpoint"
+            )

@@ -32,131 +32,51 @@ def add_attention_flag(parser: Parser) -> None:
     )
 
 
+# fmt: off
 def prediction_parser(description: str) -> Parser:
     parser = Parser(description=description)
-    parser.add_argument(
-        "checkpoint",
-        metavar="CKPT",
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT",
         help="of main.py, of detect_main.py, or released weights; or a file of export.py (.onnx, "
-        ".xml)",
-    )
-    parser.add_argument(
-        "images",
-        metavar="IMAGES",
-        nargs="+",
-        help="files, folders, quoted patterns, or - for one path a line on standard input",
-    )
+        ".xml)")
+    add("images", metavar="IMAGES", nargs="+",
+        help="files, folders, quoted patterns, or - for one path a line on standard input")
     add_attention_flag(parser)
-    _add_output_flags(parser)
-    _add_input_flags(parser)
-    return parser
-
-
-def _add_output_flags(parser: Parser) -> None:
-    """Adds the flags for what is said and drawn."""
-    parser.add_argument("-k", "--topk", type=positive_int, metavar="K", help="classes (default: 5)")
-    parser.add_argument(
-        "--min-score",
-        type=fraction,
-        metavar="F",
-        help="detectors: show objects from this score on (default: 0.5); files hold all",
-    )
-    parser.add_argument(
-        "--format", choices=FORMATS, default="table", help="on standard output (default: table)"
-    )
-    parser.add_argument(
-        "--maps",
-        action="store_true",
-        default=None,
-        help="write each image with its class-activation map",
-    )
-    parser.add_argument(
-        "--map-stage",
-        type=positive_int,
-        metavar="N",
-        help="of this feature map, 1 the finest (default: the last with at least 4 x 4 positions)",
-    )
-    parser.add_argument(
-        "--grid",
-        action="store_true",
-        help="write one picture of all images, of the first 400 at most (detectors: 100)",
-    )
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
+    # What is said and drawn.
+    add("-k", "--topk", type=positive_int, metavar="K", help="classes (default: 5)")
+    add("--min-score", type=fraction, metavar="F",
+        help="detectors: show objects from this score on (default: 0.5); files hold all")
+    add("--format", choices=FORMATS, default="table", help="on standard output (default: table)")
+    add("--maps", action="store_true", default=None,
+        help="write each image with its class-activation map")
+    add("--map-stage", type=positive_int, metavar="N",
+        help="of this feature map, 1 the finest (default: the last with at least 4 x 4 positions)")
+    add("--grid", action="store_true",
+        help="write one picture of all images, of the first 400 at most (detectors: 100)")
+    add("--output", metavar="DIR",
         help="folder for predictions.csv, predictions.json and the pictures (default with --maps "
-        "or --grid: runs/predict-N, a new one)",
-    )
-
-
-def _add_input_flags(parser: Parser) -> None:
-    """Adds the flags for how images are read and the network is run."""
-    parser.add_argument(
-        "--names", metavar="FILE", help="class names, one a line (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--img-size", type=positive_int, metavar="S", help="pixels (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--crop-pct",
-        type=crop,
-        metavar="F",
-        help="share of the resized image that is kept (default: the checkpoint's)",
-    )
-    parser.add_argument(
-        "--fast",
-        action="store_true",
-        default=None,
-        help="BatchNorm folded, ECA's gate before the last convolution, --amp as weights",
-    )
-    parser.add_argument(
-        "--amp",
-        choices=DTYPES,
-        help="with --fast (default: bf16 where the device is faster in it, else off)",
-    )
-    parser.add_argument(
-        "--decoder",
-        type=decoder_name,
-        metavar="NAME",
-        help=f"{', '.join(DECODERS)}: as for main.py",
-    )
-    parser.add_argument("-b", "--batch-size", type=positive_int, metavar="N", help="default: 32")
-    parser.add_argument(
-        "-j",
-        "--workers",
-        type=count,
-        metavar="N",
-        help="loader processes (default: 4, or what the machine has; none for a few images)",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-
-
-def refuse_for_exported(given: dict[str, Any]) -> None:
-    """Refuses flags that a file of export.py has no use for.
-
-    Args:
-        given: {flag: value, None where it was left out}.
-
-    Raises:
-        UserError: one of them was given.
-    """
-    for name, reason in {
-        "fast": "an exported network is rebuilt already",
-        "amp": "an exported network has a precision of its own",
-        "attention": "an exported network has its layers in it",
-        "maps": "maps are made from gradients, which an exported network has none of",
-    }.items():
-        if given[name]:
-            raise UserError(f"--{name}: {reason}; leave it out, or give the checkpoint")
-    if given["device"] not in ("auto", "cpu"):
-        raise UserError(
-            f"--device {given['device']}: {given['checkpoint']} is run on the CPU; leave it out, "
-            "or give the checkpoint"
-        )
+        "or --grid: runs/predict-N, a new one)")
+    # How images are read and the network is run.
+    add("--names", metavar="FILE", help="class names, one a line (default: the checkpoint's)")
+    add("--img-size", type=positive_int, metavar="S", help="pixels (default: the checkpoint's)")
+    add("--crop-pct", type=crop, metavar="F",
+        help="share of the resized image that is kept (default: the checkpoint's)")
+    add("--fast", action="store_true", default=None,
+        help="BatchNorm folded, ECA's gate before the last convolution, --amp as weights")
+    add("--amp", choices=DTYPES,
+        help="with --fast (default: bf16 where the device is faster in it, else off)")
+    add("--decoder", type=decoder_name, metavar="NAME",
+        help=f"{', '.join(DECODERS)}: as for main.py")
+    add("-b", "--batch-size", type=positive_int, metavar="N", help="default: 32")
+    add("-j", "--workers", type=count, metavar="N",
+        help="loader processes (default: 4, or what the machine has; none for a few images)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    return parser
+# fmt: on
 
 
 # The flags that one kind of network alone uses, with their defaults.
-OF_CLASSIFIERS = {
+OF_CLASSIFIERS: dict[str, Any] = {
     "attention": None,
     "topk": 5,
     "maps": False,
@@ -170,37 +90,33 @@ OF_CLASSIFIERS = {
     "batch_size": 32,
     "workers": None,
 }
-OF_DETECTORS = {"min_score": 0.5}
+OF_DETECTORS: dict[str, Any] = {"min_score": 0.5}
 
 
-def settle_prediction(given: dict[str, Any], detector: bool) -> dict[str, Any]:
+def settle_prediction(typed: dict[str, Any], detector: bool) -> dict[str, Any]:
     """Returns the flags with defaults, once it is known what kind of network the checkpoint holds.
 
     Args:
-        given: {flag: value, None where it was left out}.
+        typed: {flag: value, None where it is left out}.
 
     Raises:
-        UserError: a flag was given that this kind does not use.
+        UserError: a flag that this kind does not use.
     """
-    used: dict[str, Any]
-    unused: dict[str, Any]
-    used, unused = OF_CLASSIFIERS, OF_DETECTORS
-    kind, at_work = "classifier", "detectors"
-    if detector:
-        used, unused, kind, at_work = unused, used, "detector", "classifiers"
+    kinds = ("classifier", OF_CLASSIFIERS), ("detector", OF_DETECTORS)
+    (kind, used), (other, unused) = reversed(kinds) if detector else kinds
     for name in unused:
-        if given[name] is not None:
+        if typed[name] is not None:
             raise UserError(
-                f"--{name.replace('_', '-')} is for {at_work}, and {given['checkpoint']} holds a "
+                f"--{name.replace('_', '-')} is for {other}s, and {typed['checkpoint']} holds a "
                 f"{kind}: leave it out"
             )
-    if given["map_stage"] is not None and not given["maps"]:
+    if typed["map_stage"] is not None and not typed["maps"]:
         raise UserError("--map-stage says which map --maps writes: add --maps, or leave it out")
-    if given["amp"] is not None and not given["fast"]:
+    if typed["amp"] is not None and not typed["fast"]:
         raise UserError("--amp says in what --fast computes: add --fast, or leave it out")
-    if given["fast"] and given["maps"]:
+    if typed["fast"] and typed["maps"]:
         raise UserError("--maps takes gradients, which --fast leaves no way to: give one of them")
-    return given | {name: used[name] for name in used if given[name] is None}
+    return typed | {name: used[name] for name in used if typed[name] is None}
 
 
 DEFAULT = ("onnx", "pt2", "safetensors")
@@ -210,58 +126,33 @@ OF_ENDING = {".onnx": "onnx", ".pt2": "pt2", ".safetensors": "safetensors", ".xm
 OF_INT8 = {"calibration_images": 512, "max_drop": 1.0}
 
 
+# fmt: off
 def export_parser(description: str) -> Parser:
     parser = Parser(description=description)
+    add = parser.add_argument
     add_attention_flag(parser)
-    parser.add_argument(
-        "checkpoint", metavar="CKPT", help="of main.py, of detect_main.py, or released weights"
-    )
-    parser.add_argument(
-        "--to",
-        metavar="FORMAT",
-        nargs="+",
-        choices=tuple(NEEDS),
+    add("checkpoint", metavar="CKPT", help="of main.py, of detect_main.py, or released weights")
+    add("--to", metavar="FORMAT", nargs="+", choices=tuple(NEEDS),
         help="onnx, pt2, safetensors (default: these three; with --int8: onnx), openvino, "
-        "hf (a folder for Hugging Face); a detector: onnx",
-    )
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
+        "hf (a folder for Hugging Face); a detector: onnx")
+    add("--output", metavar="DIR",
         help="folder of the files (default: the checkpoint's own), or the file of one format, such "
-        "as deploy/bees.onnx",
-    )
-    parser.add_argument(
-        "--no-fold",
-        action="store_true",
-        help="onnx, openvino and pt2: keep BatchNorm instead of folding it into the convolutions",
-    )
-    parser.add_argument(
-        "--img-size",
-        type=number(int, 1, LARGEST_SIZE),
-        metavar="S",
+        "as deploy/bees.onnx")
+    add("--no-fold", action="store_true",
+        help="onnx, openvino and pt2: keep BatchNorm instead of folding it into the convolutions")
+    add("--img-size", type=number(int, 1, LARGEST_SIZE), metavar="S",
         help="pixels, recorded in the files (default: the checkpoint's); up to 32, a .pt2 takes "
-        "this size alone",
-    )
-    parser.add_argument(
-        "--int8",
-        metavar="DATA",
+        "this size alone")
+    add("--int8", metavar="DATA",
         help="onnx and openvino in 8 bits: calibrated on images of DATA/train, top-1 compared on "
-        "DATA/val with float32's; as for main.py, demo:digits included",
-    )
-    parser.add_argument(
-        "--calibration-images",
-        type=positive_int,
-        metavar="N",
-        help=f"images of DATA/train (default: {OF_INT8['calibration_images']})",
-    )
-    parser.add_argument(
-        "--max-drop",
-        type=number(float, 0, 100),
-        metavar="P",
+        "DATA/val with float32's; as for main.py, demo:digits included")
+    add("--calibration-images", type=positive_int, metavar="N",
+        help=f"images of DATA/train (default: {OF_INT8['calibration_images']})")
+    add("--max-drop", type=number(float, 0, 100), metavar="P",
         help="points of top-1 that int8 may lose; it is not written where it loses more "
-        f"(default: {OF_INT8['max_drop']:g})",
-    )
+        f"(default: {OF_INT8['max_drop']:g})")
     return parser
+# fmt: on
 
 
 def settle_export(args: Namespace) -> Namespace:
