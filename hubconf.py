@@ -42,7 +42,7 @@ def _downloaded(url: str) -> _Path:
         print(f"downloading {url} to {target}", file=_sys.stderr)
         try:
             _torch.hub.download_url_to_file(url, str(target), progress=False)
-        except OSError as error:
+        except Exception as error:  # what a download raises is open-ended
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"weights={url}: {reason}; check the URL") from None
     return target
@@ -55,6 +55,8 @@ def _entry(name: str) -> _Callable[..., _torch.nn.Module]:
         ksize: _Any = None,
         **kwargs: _Any,
     ) -> _torch.nn.Module:
+        if kwargs.get("pretrained"):
+            raise ValueError(f"{name} downloads nothing unasked: give weights=FILE, a path or URL")
         if weights is None:
             count = 1000 if num_classes is None else num_classes
             return _create_model(name, ksize, count, **kwargs)
@@ -66,7 +68,9 @@ def _entry(name: str) -> _Callable[..., _torch.nn.Module]:
         try:
             saved = _Checkpoint.read(path).contents
         except _UserError as error:
-            raise ValueError(str(error)) from None
+            if is_url:  # a download that was cut is not taken next time
+                path.unlink(missing_ok=True)
+            raise ValueError(f"{error}{'; removed from the cache' * is_url}") from None
         try:
             if num_classes is None:
                 num_classes = _describe_weights(_find_state_dict(saved))["num_classes"]

@@ -1,7 +1,9 @@
 """hubconf.py: torch.hub lists and builds the networks, and downloads nothing unasked."""
 
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -78,6 +80,31 @@ def test_weights_of_a_path_and_of_a_url(tmp_path, cache, capsys):
     assert same(found.state_dict(), other)
 
 
+def test_a_cut_download_is_not_taken_next_time(tmp_path, cache):
+    held = write(tmp_path / "best.pth")
+    whole = (tmp_path / "best.pth").read_bytes()
+    (tmp_path / "best.pth").write_bytes(whole[: len(whole) // 2])
+    url = (tmp_path / "best.pth").as_uri()
+    with pytest.raises(ValueError, match=r"-best\.pth: .*removed from the cache"):
+        hubconf.eca_resnet18(weights=url)
+    (tmp_path / "best.pth").write_bytes(whole)
+    assert same(hubconf.eca_resnet18(weights=url).state_dict(), held)
+
+
+def test_a_server_that_answers_nonsense_is_one_line(cache):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            with server.accept()[0] as asked:
+                asked.recv(1000)
+                asked.sendall(b"nonsense\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/best.pth"
+        with pytest.raises(ValueError, match=r"best\.pth: nonsense; check the URL"):
+            hubconf.eca_resnet18(weights=url)
+
+
 def test_what_is_new_is_said(tmp_path, capsys):
     torch.manual_seed(2)
     torch.save(resnet18().state_dict(), tmp_path / "plain.pth")
@@ -95,6 +122,7 @@ def test_what_is_new_is_said(tmp_path, capsys):
         ({"weights": "best.pth", "name": "eca_resnet34"}, r"best\.pth: .*do not fit eca_resnet34"),
         ({"weights": "best.pth", "width_mult": 2}, "takes no width_mult"),
         ({"weights": "file:///no/such.pth"}, "check the URL"),
+        ({"pretrained": True}, "give weights=FILE"),
         ({"num_classes": -1}, "num_classes"),
         ({"weights": "code.pth"}, r"code\.pth"),
     ],

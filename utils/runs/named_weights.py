@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from utils.runs.checkpoint import Checkpoint
@@ -65,6 +66,8 @@ def _of_timm(name: str) -> Checkpoint:
         raise UserError(f"--pretrained {TIMM}{name}: {error} Give one of {tags}") from None
     where = f"https://huggingface.co/{settings.hf_hub_id}/resolve/main/model.safetensors"
 
+    timm.models.set_pretrained_check_hash()  # or a cut download would be cached
+
     def fetch() -> Mapping[str, Tensor]:
         state_dict: Mapping[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
         return state_dict
@@ -82,6 +85,11 @@ def _fetched(
         raise
     except Exception as error:  # what a download raises is open-ended
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+        if cached.exists():  # by a program that did not compare its checksum
+            raise UserError(
+                f"{cached}: damaged ({reason[:200]}); remove it, and start again", EXIT_FAILED
+            ) from None
         raise UserError(
             f"{what}: not downloaded ({reason[:200]}); fetch {url} where there is a network, and "
             "give that file with --pretrained",

@@ -56,6 +56,32 @@ def test_timm_s_weights_have_our_names(offline, monkeypatch):
     assert torch.equal(network.features[0][0].weight, published["conv_stem.weight"])
 
 
+def test_a_cut_file_in_the_cache_is_named(offline):
+    (offline / "resnet18-f37072fd.pth").write_bytes(b"PK\3\4 cut")
+    with pytest.raises(UserError, match=r"checkpoints/resnet18-f37072fd\.pth: damaged .*remove it"):
+        read_weights("torchvision", "eca_resnet18")
+
+
+def test_timm_s_download_is_compared_with_its_checksum(tmp_path, monkeypatch):
+    """Of a network whose weights have an address of their own, and a hash in the file's name."""
+    served = tmp_path / "cut-0123456789.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), served)
+    settings = timm.get_pretrained_cfg("test_resnet.r160_in1k")
+    monkeypatch.setattr(settings, "hf_hub_id", None)
+    monkeypatch.setattr(settings, "url", served.as_uri())
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda _: settings)
+    create = timm.create_model
+
+    def by_url(name, **how):
+        return create(name, pretrained_cfg=settings, **how)
+
+    monkeypatch.setattr(timm, "create_model", by_url)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"not downloaded \(invalid hash value"):
+        read_weights("timm:test_resnet.r160_in1k", "resnet18")
+    assert not list((tmp_path / "cache" / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
