@@ -4,6 +4,7 @@ import gzip
 import io
 import pickle
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,17 @@ def test_a_changed_file_of_fashion_is_refused(tmp_path, monkeypatch):
     file.write_bytes(good[:-9])
     with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte.gz: "):
         demo_sets.prepare("demo:fashion", str(tmp_path))
+
+
+def test_of_a_gzip_bomb_no_more_is_read_than_the_known_size(tmp_path, monkeypatch):
+    write_fashion(tmp_path, monkeypatch)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(30_000_000)))
+    monkeypatch.setattr(demo_sets, "FASHION_BYTES", 1_000_000)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="its SHA-256 is another"):
+        demo_sets.prepare("demo:fashion", str(tmp_path))
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
 
 
 class Payload:
