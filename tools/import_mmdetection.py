@@ -23,6 +23,7 @@ from utils.runs import checkpoint
 from utils.runs.checkpoint import Checkpoint
 from utils.system.errors import UserError, as_user_error
 from utils.system.faults import run_script
+from utils.system.files import check_new_file
 
 # mmdetection v1's names, and torchvision's. The first that matches a whole name counts.
 COMMON = (
@@ -218,8 +219,7 @@ def main() -> None:
     parser.add_argument("file", metavar="FILE", help="checkpoint of mmdetection v1")
     parser.add_argument("out", metavar="OUT", help="where ours goes; must not exist")
     args = parser.parse_args()
-    if Path(args.out).exists():
-        raise UserError(f"{args.out}: exists already; choose another name")
+    check_new_file(args.out)
     file = Checkpoint.read(Path(args.file)).contents
     fields = convert(file)
     size = checkpoint.save(args.out, fields)

@@ -246,7 +246,10 @@ def test_as_a_user_runs_it(tmp_path):
         (found,) = detector([torch.rand(3, 64, 64)])
     assert set(found) == {"boxes", "scores", "labels"}
 
+    (tmp_path / "ours.pth").rename(tmp_path / "moved.pth")
+    (tmp_path / "ours.pth").symlink_to("nowhere")  # is there, too
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert again.returncode == 2
     assert again.stderr.startswith("error: ")
     assert "exists already" in again.stderr
+    assert not (tmp_path / "nowhere").exists()
