@@ -352,21 +352,29 @@ def drop_branch(x: Tensor, rate: float) -> Tensor:
     return x * kept.div_(1 - rate)
 
 
+DROP_PATH = {"timm": "drop_path_rate", "torchvision": "stochastic_depth_prob"}  # their arguments
+
+
 def set_drop_path(network: nn.Module, rate: float) -> None:
     """Gives the blocks their rates: from 0 at the first, in equal parts, to `rate` at the last.
 
-    Blocks without a shortcut count, and lose nothing. Evaluation is not changed.
+    Blocks without a shortcut count, and lose nothing. Evaluation is not changed. A library's
+    network must have been built with `rate`.
 
     Raises:
-        ValueError: `rate` is not from 0 to below 1.
+        ValueError: `rate` is not from 0 to below 1, or not that of a library's network.
     """
     if not 0 <= rate < 1:
         raise ValueError(f"a rate of stochastic depth is from 0 to below 1, such as 0.05: {rate}")
     blocks = [m for m in network.modules() if hasattr(type(m), "drop_path")]
-    if rate and not isinstance(network, Classifier):
-        raise ArgumentError(
-            f"`drop_path={rate:g}` is for our networks: leave it out, or give 0",
-            drop_path=f"{rate:g}",
-        )
+    if not isinstance(network, Classifier):
+        own = getattr(network, "model_kwargs", {}).get("arguments", {})
+        built = max(own.get(name, 0) for name in DROP_PATH.values())
+        if rate != built:
+            raise ArgumentError(
+                f"`drop_path={rate:g}`: the network was built with {built:g}, which stays: leave it"
+                " out",
+                drop_path=f"{rate:g}",
+            )
     for number, block in enumerate(blocks):
         cast(Any, block).drop_path = rate * number / max(1, len(blocks) - 1)

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attention, Kind, find_attention, is_file
-from .classifier import ArgumentError, Classifier, FeatureMaps, Indices, Ksize, check_num_classes
+from .classifier import (
+    DROP_PATH,
+    ArgumentError,
+    Classifier,
+    FeatureMaps,
+    Indices,
+    Ksize,
+    check_num_classes,
+)
 from .eca_mobilenetv2 import eca_mobilenetv2, mobilenetv2, se_mobilenetv2
 from .eca_module import ADAPTIVE
 from .eca_resnet import (
@@ -229,6 +237,7 @@ def library_network(
     identity: bool | None = None,
     places: Sequence[str] | None = None,
     version: str | None = None,
+    drop_path: float = 0.0,
 ) -> Classifier:
     """Builds a library's network with fresh weights, and puts attention into it.
 
@@ -242,6 +251,7 @@ def library_network(
         identity: see `add_attention`.
         places: names of the modules behind which the layers go; None for those that are known.
         version: of the library that a checkpoint names; without effect on what is built.
+        drop_path: rate of stochastic depth, by the library's own argument; 0 for its default.
 
     Returns:
         The library's module, with the attributes of `Classifier` that describe a network, and
@@ -254,6 +264,8 @@ def library_network(
     if check_num_classes(num_classes) == 0:
         raise ValueError(f"{arch} is built with 1 class or more: 0 is for our networks")
     arguments = dict(ARGUMENTS.get(arch, {}) if arguments is None else arguments)
+    if drop_path:
+        arguments = _with_drop_path(arch, arguments, drop_path)
     network = cast(Any, _built(arch, num_classes, arguments))
     with torch.device("meta"):  # what has another shape for other classes is the last layer
         other = _built(arch, num_classes + 1, arguments).state_dict()
@@ -317,6 +329,21 @@ def _sizes(arch: str, ksize: Ksize | int) -> Any:
             raise ValueError(f"ksize {ksize!r}: {arch} takes one odd number, or {ADAPTIVE}")
         return int(ksize)
     return ksize
+
+
+def _with_drop_path(arch: str, arguments: dict[str, Any], rate: float) -> dict[str, Any]:
+    """Returns the arguments with a rate of stochastic depth, if the network then has some."""
+    arguments = {**arguments, DROP_PATH[arch.partition(":")[0]]: rate}
+    try:
+        with torch.device("meta"):
+            modules = [type(m).__name__ for m in _built(arch, 2, arguments).modules()]
+    except ValueError:
+        modules = []
+    if not {"DropPath", "StochasticDepth"} & {*modules}:
+        raise ArgumentError(
+            f"{arch} takes no `drop_path={rate:g}`: leave it out, or give 0", drop_path=f"{rate:g}"
+        )
+    return arguments
 
 
 def _built(arch: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:

@@ -31,6 +31,7 @@ def first_network(
     file: str = "",
     names: Sequence[str] | None = None,
     identity_start: bool | None = None,
+    drop_path: float = 0.0,
 ) -> tuple[Network, list[str]]:
     """Builds the network of a new run. On the device `meta` it only makes the checks, at no cost.
 
@@ -45,6 +46,7 @@ def first_network(
         names: the names of the classes; None if they are not known yet.
         identity_start: the new ECA layers begin with a gate of 1, see `start_as_identity`; None
             for yes in a library's network, and for no in ours.
+        drop_path: rate of stochastic depth of a library's network; for ours see `set_drop_path`.
 
     Returns:
         The network and what was done with the weights, one line each.
@@ -53,11 +55,12 @@ def first_network(
         ValueError: one line; see `create_model` and `load_weights`. Also for too few classes.
     """
     num_classes = _count_classes(num_classes, names)
-    foreign, identity = is_of_library(arch), None
+    foreign, more = is_of_library(arch), dict[str, Any]()
     if foreign:  # its layers are put in as identities
-        identity, identity_start = identity_start, None
+        more = {"identity": identity_start, "drop_path": drop_path}
+        identity_start = None
     if pretrained is None:
-        network = _create(arch, ksize, attention, num_classes, identity)
+        network = _create(arch, ksize, attention, num_classes, **more)
         return network, [start_as_identity(network)] if identity_start else []
     try:
         tensors, renamed = read_state_dict(pretrained, rename=not foreign)
@@ -69,7 +72,7 @@ def first_network(
                 ksize = read_ksize(tensors)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    network = _create(arch, ksize, attention, num_classes, identity)
+    network = _create(arch, ksize, attention, num_classes, **more)
     known = pretrained.get("classes") if "format" in pretrained else None
     others = known is not None and names is not None and list(known) != list(names)
     try:
@@ -198,10 +201,6 @@ def refuse_another(
         )
 
 
-def _create(
-    arch: str, ksize: Ksize, attention: Kind, num_classes: Any, identity: bool | None = None
-) -> Network:
+def _create(arch: str, ksize: Ksize, attention: Kind, num_classes: Any, **more: Any) -> Network:
     chosen: dict[str, Any] = {} if attention is None else {"attention": attention}
-    if identity is not None:
-        chosen["identity"] = identity
-    return cast(Network, create_model(arch, ksize, num_classes, **chosen))
+    return cast(Network, create_model(arch, ksize, num_classes, **chosen, **more))

@@ -7,6 +7,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import efficientnet_b0
 
 import models
 from models import weights
@@ -130,6 +131,26 @@ def test_what_is_frozen_stays_so_in_a_copy():
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     with pytest.raises(ValueError, match="stages:1 is for our networks"):
         models.freeze(network, "stages:1")
-    for refused in (models.layer_scales, models.set_drop_path):
-        with pytest.raises(ValueError, match="is for our networks"):
-            refused(network, 0.5)
+    with pytest.raises(ValueError, match="is for our networks"):
+        models.layer_scales(network, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "reference"),
+    [
+        ("timm:test_convnext", lambda: timm.create_model("test_convnext", drop_path_rate=0.3)),
+        ("torchvision:efficientnet_b0", lambda: efficientnet_b0(stochastic_depth_prob=0.3)),
+    ],
+)
+def test_stochastic_depth_is_the_librarys_own(arch, reference):
+    def rates(network):
+        return [getattr(m, "drop_prob", getattr(m, "p", None)) for m in network.modules()]
+
+    network, _ = first_network(arch, 7, attention="none", drop_path=0.3)
+    assert rates(network) == rates(reference())
+    assert rates(network) != rates(models.create_model(arch, num_classes=7))
+    again = weights.network_from_checkpoint(saved(network))
+    assert rates(again) == rates(network)
+    models.set_drop_path(again, 0.3)  # as a run goes on
+    with pytest.raises(ValueError, match=r"was built with 0\.3, which stays"):
+        models.set_drop_path(again, 0.2)

@@ -30,7 +30,10 @@ class MyGate(nn.Module):
 """
 # What is trained, and the flags that a checkpoint's readers need again.
 CASES = {
-    "timm, eca": (("-a", "timm:test_resnet.r160_in1k", "--attention", "eca"), ()),
+    "timm, eca": (
+        ("-a", "timm:test_resnet.r160_in1k", "--attention", "eca", "--drop-path", 0.2),
+        (),
+    ),
     "torchvision": (("-a", "torchvision:squeezenet1_1", "--img-size", 48), ()),
     "timm's attention": (("-a", "resnet18", "--attention", "timm:cbam"), ()),
     "one's own": (
@@ -88,10 +91,15 @@ def test_images_are_prepared_as_the_library_says(call, tree, tmp_path):
         (("-a", "timm:vit_tiny_patch16_224"), "fails with images of 32 pixels"),
         (("-a", "torchvision:vgg11", "--attention", "eca"), "found no place for ECA in VGG"),
         (("-a", "torchvision:resnet18", "--identity-start"), "--identity-start is for eca"),
-        (("-a", "torchvision:resnet18", "--drop-path", 0.1), "--drop-path 0.1 is for our networks"),
+        (("-a", "torchvision:resnet18", "--drop-path", 0.1), "takes no --drop-path 0.1: leave it"),
+        (("-a", "timm:vgg11", "--drop-path", 0.1), "takes no --drop-path 0.1: leave it"),
         (("-a", "resnet18", "--attention", "timm:bat"), "cannot be built with channels alone"),
         (("-a", "resnet18", "--attention", "mine.py:MyGate"), "no file mine.py"),
-        (("-a", "torchvision:resnet18", "--grad-checkpointing"), "is for our networks"),
+        (("-a", "torchvision:resnet18", "--grad-checkpointing"), "count each batch twice"),
+        (
+            ("-a", "torchvision:squeezenet1_1", "--img-size", 48, "--grad-checkpointing"),
+            "squeezenet1_1 has none: leave it out",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_line(call, tree, flags, message):
@@ -99,6 +107,18 @@ def test_what_cannot_be_done_is_one_line(call, tree, flags, message):
     assert code == 2
     assert message in err[-1]
     assert len(err) <= 3  # argparse's usage
+
+
+def test_gradient_checkpointing_is_the_librarys_own(call, tree, monkeypatch):
+    """Of a network without BatchNorm, which would count each batch twice."""
+    calls, own = [], timm.models.convnext.checkpoint_seq
+    monkeypatch.setattr(
+        timm.models.convnext, "checkpoint_seq", lambda *a: calls.append(a) or own(*a)
+    )
+    flags = ("-a", "timm:test_convnext", "--epochs", 1, "--grad-checkpointing", "--output", "run")
+    code, _, err = call(*FLAGS, *flags, tree)
+    assert (code, err) == (0, [])
+    assert calls
 
 
 def test_a_strangers_checkpoint_runs_no_file(call, tree, tmp_path, run_folder):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import models
 from models import start as start_weights
@@ -145,6 +146,7 @@ def first_network(
             file,
             classes,
             flags.identity_start,
+            recipe.drop_path,
         )
     return _with_trained_parts(network, recipe), notes
 
@@ -175,11 +177,27 @@ def build_network(
         _with_trained_parts(network, recipe)
     lines = [network_line(network), *notes, *how_it_runs(network, flags, context, recipe.sync_bn)]
     if flags.grad_checkpointing:
-        if is_of_library(network.arch):
-            raise UserError("--grad-checkpointing is for our networks: leave it out")
-        network.set_grad_checkpointing()
+        _checkpoint_gradients(network)
     to_device(network, flags, context)
     return network, lines
+
+
+def _checkpoint_gradients(network: Network) -> None:
+    """Has backward compute each block again, in a library's network by its own means.
+
+    Raises:
+        UserError: a library's network has none, or BatchNorm would count each batch twice.
+    """
+    norms = any(isinstance(module, _BatchNorm) for module in network.modules())
+    try:
+        if norms and is_of_library(network.arch):  # ours leave the statistics alone the second time
+            raise UserError(
+                f"--grad-checkpointing: BatchNorm of {network.arch} would count each batch twice: "
+                "leave it out"
+            )
+        network.set_grad_checkpointing()
+    except (AttributeError, AssertionError):
+        raise UserError(f"--grad-checkpointing: {network.arch} has none: leave it out") from None
 
 
 def how_it_runs(
