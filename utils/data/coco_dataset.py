@@ -21,7 +21,7 @@ from utils.data.coco import CocoFile, CocoPaths, ObjectNotes, shown, usable_box
 from utils.data.decoding import BrokenImageError, read_image
 from utils.data.sampler import Key, mix_seed
 from utils.system.errors import UserError
-from utils.system.text import printable
+from utils.system.text import counted, printable
 
 Target = dict[str, Any]
 
@@ -83,8 +83,8 @@ class CocoSplit:
         empty = int((np.diff(self.starts) == 0).sum())
         note = f", {empty:,} of them without objects" if empty else ""
         head = (
-            f"{name}: {len(self):,} images{note}, {len(self.labels):,} objects of "
-            f"{len(self.classes)} classes"
+            f"{name}: {counted(len(self), 'image', ',')}{note}, "
+            f"{counted(len(self.labels), 'object', ',')} of {counted(len(self.classes), 'class')}"
         )
         return [head, *self.notes]
 

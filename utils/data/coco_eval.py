@@ -31,6 +31,7 @@ from utils.data.coco import (
 from utils.system.distributed import Context, share
 from utils.system.errors import UserError
 from utils.system.files import write_atomically
+from utils.system.text import counted
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 BACKENDS = ("faster-coco-eval", "pycocotools")
@@ -209,8 +210,8 @@ class GroundTruth:
         empty = len(self.images) - len(counts)
         note = f", {empty:,} of them without objects" if empty else ""
         lines = [
-            f"{name}: {len(self.images):,} images{note}, {counts.total():,} objects of "
-            f"{len(self.names)} classes"
+            f"{name}: {counted(len(self.images), 'image', ',')}{note}, "
+            f"{counted(counts.total(), 'object', ',')} of {counted(len(self.names), 'class')}"
         ]
         if many := sum(n > MOST_DETECTIONS for n in counts.values()):
             lines.append(

@@ -29,7 +29,7 @@ from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import write_atomically
 from utils.system.style import MEDIUM_CELL, RIGHT, WRONG, Cell, draw_grid, drawable, plain_name
-from utils.system.text import cell, columns, csv_text, printable
+from utils.system.text import cell, columns, counted, csv_text, printable
 from utils.training.classification import ClassificationMeter, ranked
 from utils.training.state import wide
 
@@ -407,7 +407,8 @@ def write_report(
     names = [printable(name) for name in folder.classes]
     names += [f"class {i}" for i in range(len(names), images.outputs)]
     paths = [printable(folder.paths[i]) for i in images.worst(LISTED)]
-    title = f"{arch} on {_end(printable(record['data']), DATA)}, {len(images):,} images"
+    title = f"{arch} on {_end(printable(record['data']), DATA)}"
+    title += f", {counted(len(images), 'image', ',')}"
     report = Report(images, names, paths, title)
     files = report.tables() | report.pictures(folder)
     summary = {**record, **report.summary(), "images_root": folder.where, "arch": arch}

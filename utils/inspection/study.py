@@ -23,7 +23,7 @@ from utils.data import image_folder
 from utils.data.image_folder import ImageFolder
 from utils.system.errors import UserError
 from utils.system.style import CURVES, GREY, MAIN, png, styled
-from utils.system.text import cell, columns, did_you_mean, paragraphs, printable, short
+from utils.system.text import cell, columns, counted, did_you_mean, paragraphs, printable, short
 
 NONE = "none"  # the variant that the others are compared with
 # Name of a variant: the network's name with {} for the plain one's, and main.py's flags. K and a
@@ -232,8 +232,8 @@ def write_parts(
         needed = validation_per_class + (train_per_class or 1)
         if len(drawn) < needed:
             raise UserError(
-                f"{images.where}: class {name} has {len(drawn)} images, and the plan takes "
-                f"{needed}; plan fewer"
+                f"{images.where}: class {name} has {counted(len(drawn), 'image')}, and the plan "
+                f"takes {needed}; plan fewer"
             )
         _link(images, drawn[:validation_per_class], folder / "val" / name)
         _link(images, drawn[validation_per_class:end], folder / "train" / name)

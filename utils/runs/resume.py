@@ -19,6 +19,7 @@ from utils.system import distributed
 from utils.system.distributed import Context
 from utils.system.errors import UserError
 from utils.system.files import check_free
+from utils.system.text import counted
 
 AUTO = "auto"
 OTHER_DATA = (
@@ -355,7 +356,7 @@ def other_threads(run: SavedRun, device: torch.device) -> list[str]:
     if device.type != "cpu" or run.cpu_threads in (None, now):
         return []
     return [
-        f"! the run was computed by {run.cpu_threads} threads, and goes on with {now}: sums are "
-        "rounded otherwise, so it will not end bit for bit as it would have; set "
+        f"! the run was computed by {counted(run.cpu_threads, 'thread')}, and goes on with {now}: "
+        "sums are rounded otherwise, so it will not end bit for bit as it would have; set "
         f"OMP_NUM_THREADS={run.cpu_threads} for that"
     ]
