@@ -30,7 +30,10 @@ PROGRAM = (
     "a program of torch.export, and to read one is to run what it holds; refused. Give the "
     "checkpoint that it was made of, or what export.py CKPT --to onnx writes"
 )
-EXPORTED = "a file of export.py, which predict.py and main.py -e take; give its checkpoint here"
+EXPORTED = (
+    "a file of export.py, which predict.py takes, and main.py -e where it is a classifier's; give "
+    "its checkpoint here"
+)
 OTHER_ENDINGS = {".pt2": PROGRAM, ".onnx": EXPORTED, ".xml": EXPORTED}  # nothing of them is read
 OTHER_FORMATS = {  # the first bytes of files that are taken for checkpoints
     b"\x89HDF\r\n\x1a\n": "a Keras or HDF5 file",
