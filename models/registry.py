@@ -263,14 +263,11 @@ def library_network(
     check_name(arch)
     if check_num_classes(num_classes) == 0:
         raise ValueError(f"{arch} is built with 1 class or more: 0 is for our networks")
-    arguments = dict(ARGUMENTS.get(arch, {}) if arguments is None else arguments)
-    if drop_path:
-        arguments = _with_drop_path(arch, arguments, drop_path)
+    arguments = _with_drop_path(arch, arguments, drop_path)
     network = cast(Any, _built(arch, num_classes, arguments))
     with torch.device("meta"):  # what has another shape for other classes is the last layer
         other = _built(arch, num_classes + 1, arguments).state_dict()
-    shapes = {name: tensor.shape for name, tensor in other.items()}
-    head = [name for name, t in network.state_dict().items() if t.shape != shapes[name]]
+    head = [name for name, t in network.state_dict().items() if t.shape != other[name].shape]
     kind = find_attention(attention)
     if identity is not None and (kind is None or kind.name != "eca"):
         raise ArgumentError(
@@ -278,7 +275,7 @@ def library_network(
         )
     network.model_kwargs = {"version": installed(arch.partition(":")[0])}
     if arguments:
-        network.model_kwargs["arguments"] = arguments
+        network.model_kwargs["arguments"] = dict(arguments)
     insertions: tuple[Insertion, ...] = ()
     if kind is not None:
         insertions = _with_attention(network, arch, kind, ksize, places, identity)
@@ -331,8 +328,13 @@ def _sizes(arch: str, ksize: Ksize | int) -> Any:
     return ksize
 
 
-def _with_drop_path(arch: str, arguments: dict[str, Any], rate: float) -> dict[str, Any]:
-    """Returns the arguments with a rate of stochastic depth, if the network then has some."""
+def _with_drop_path(
+    arch: str, arguments: Mapping[str, Any] | None, rate: float
+) -> Mapping[str, Any]:
+    """Returns a network's arguments, with a rate of stochastic depth if it then has some."""
+    arguments = ARGUMENTS.get(arch, {}) if arguments is None else arguments
+    if not rate:
+        return arguments
     arguments = {**arguments, DROP_PATH[arch.partition(":")[0]]: rate}
     try:
         with torch.device("meta"):

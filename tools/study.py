@@ -10,6 +10,7 @@ again with the same --output DIR, and refuses a plan that was changed since.
 """
 
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
+import hashlib
 import json
 import os
 import re
@@ -23,12 +24,14 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from tqdm import tqdm
 
 import main as main_script
-import models
+from models.attention import is_file, typed_attention
+from models.registry import described_network
 from tools.compare_runs import read_run
 from utils.command_line.classification import FLAGS, make_parser
 from utils.command_line.parser import Parser
@@ -58,7 +61,8 @@ Spec = tuple[str, str, float, int]  # network, variant, rate, seed
 def run_name(spec: Spec) -> str:
     """Returns the folder's name of a run."""
     network, variant, rate, seed = spec
-    return f"{network}_{variant.replace(' ', '_')}_lr{rate}_seed{seed}"
+    names = quote(f"{network}_{variant.replace(' ', '_')}", safe="=")  # paths and colons
+    return f"{names}_lr{rate}_seed{seed}"
 
 
 def refuse_flags(plan: Plan) -> None:
@@ -120,11 +124,14 @@ def evaluate(
 ) -> None:
     """Evaluates each run's best epoch on root/val, where that is not done yet."""
     commands = {}
-    for name in map(run_name, specs):
+    for spec in specs:
+        name = run_name(spec)
         target = folder / "tested" / name
         if not (target / "evaluation.json").exists():
             best = folder / "runs" / name / "best.pth"
             commands[target] = [root, "-e", "--resume", best, *machine]
+            if is_file(spec[1]):  # is run only where it is typed
+                commands[target] += ["--attention", spec[1]]
     print(f"evaluating: {len(commands)} of {len(specs)} runs are to be done", flush=True)
     run_all(commands, jobs)
 
@@ -219,6 +226,15 @@ def _result(spec: Spec, folder: Path) -> RunResult:
     speed = statistics.median(float(text.replace(",", "")) for text in speeds)
     file = folder / "tested" / name / "evaluation.json"
     test = json.loads(file.read_text()) if file.exists() else {}
+    environment = saved["environment"]
+    if is_file(variant):
+        sha256 = saved["model_kwargs"]["attention_sha256"]
+        if sha256 != hashlib.sha256(Path(variant.rpartition(":")[0]).read_bytes()).hexdigest():
+            raise UserError(
+                f"{variant} has changed since {target} was trained: put it back, or "
+                "give a new --output"
+            )
+        environment = {**environment, "attention_sha256": sha256}
     return RunResult(
         name=name,
         network=network,
@@ -233,17 +249,16 @@ def _result(spec: Spec, folder: Path) -> RunResult:
         train_images=saved["train_images"],
         seconds_per_epoch=round(saved["train_images"] / max(speed, 1), 3),
         parameters=saved["parameters"],
-        multiply_adds=_multiply_adds(saved),
-        environment=saved["environment"],
+        multiply_adds=_multiply_adds(saved, variant),
+        environment=environment,
     )
 
 
-def _multiply_adds(saved: Mapping[str, Any]) -> int:
+def _multiply_adds(saved: Mapping[str, Any], variant: str) -> int:
     """Counts those of one image, for the network that a run's args.json describes."""
-    fields = {"ksize": saved["ksize"], "attention": saved["attention"]}
-    fields |= {"num_classes": len(saved["classes"]), **saved["model_kwargs"]}
+    kind = typed_attention(variant) if is_file(variant) else None
     with torch.device("meta"):
-        network = models.create_model(saved["arch"], **fields).eval()
+        network = described_network(saved, kind).eval()
         images = torch.empty(1, 3, saved["img_size"], saved["img_size"])
         return multiply_adds(network, images)[""]
 
@@ -276,14 +291,21 @@ def write_results(
     print(f"written to {target}: {', '.join(files)}")
 
 
-def open_study(file: Path, output: str | None) -> tuple[Plan, Path]:
+def open_study(file: Path, output: str | None, typed: Sequence[str] = ()) -> tuple[Plan, Path]:
     """Reads the plan, and opens the folder of its runs: a new one, or that of the same plan.
 
+    Args:
+        typed: the variants in users' files that may be run.
+
     Raises:
-        UserError: no plan; the folder holds something else, or another plan.
+        UserError: no plan; the folder holds something else, or another plan; a variant in a file
+            was not typed.
     """
     plan = read_plan(file)
     refuse_flags(plan)
+    if layers := sorted({*filter(is_file, plan.variants)} ^ {*typed}):
+        why = "is no such variant of it" if layers[0] in typed else "is run only where it is typed"
+        raise UserError(f"{file}: --attention {layers[0]} {why}")
     if output is not None and (Path(output) / PLAN).exists():
         if read_plan(Path(output) / PLAN).digest != plan.digest:
             raise UserError(
@@ -309,11 +331,18 @@ def main() -> int:
         metavar="N",
         help="runs at a time; each takes its share of the CPU's threads (default: 1)",
     )
+    parser.add_argument(
+        "--attention",
+        action="append",
+        default=[],
+        metavar="FILE.py:CLASS",
+        help="a variant of the plan in a user's file, which is run only where it is typed",
+    )
     parser.add_argument("-j", "--workers", type=count, default=0, metavar="N", help="default: 0")
     parser.add_argument("--device", default="auto", help="as for main.py")
     args = parser.parse_args()
     require(("scipy",), "python -m tools.study", "scipy")
-    plan, folder = open_study(Path(args.plan), args.output)
+    plan, folder = open_study(Path(args.plan), args.output, args.attention)
     root = Path(demo_sets.prepare(plan.data))
     cut = partial(
         study.write_parts,

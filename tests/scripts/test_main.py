@@ -2,10 +2,12 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.trees import ROOT
 from PIL import Image
 from torchvision import transforms
 
@@ -113,7 +115,8 @@ def test_light_main_is_a_recipe_of_the_same_trainer(run, tree, tmp_path):
     assert any("eca_mobilenetv2" in line and "ksize 3,3,3,3,3,5,5" in line for line in lines)
     assert any("bf16, channels_last, block tails module by module" in line for line in lines)
     assert any(line.startswith("recipe: 1 epoch, batch 8, lr 0.045 cosine") for line in lines)
-    assert any("light_main.py -e --resume here/best.pth" in line for line in lines)
+    script = shlex.quote(str(ROOT / "light_main.py"))
+    assert any(f"{script} -e --resume here/best.pth" in line for line in lines)
     saved = checkpoint.load(tmp_path / "here" / "last.pth")
     assert saved["ksize"] == [3, 3, 3, 3, 3, 5, 5]
     assert saved["recipe"]["weight_decay"] == 4e-5

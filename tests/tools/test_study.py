@@ -1,6 +1,7 @@
 """python -m tools.study: the small study of the Makefile, given twice; and changed plans."""
 
 import csv
+import hashlib
 import shlex
 import subprocess
 import sys
@@ -60,6 +61,46 @@ def test_the_small_study_and_again(tmp_path):
     assert "training: 0 of" in again.stdout
     assert "evaluating: 0 of" in again.stdout
     assert (folder / "table.txt").read_text() == text
+
+
+@pytest.mark.slow
+def test_a_librarys_network_with_a_users_own_layer(tmp_path, tree, monkeypatch, capsys):
+    layer, out = f"{tmp_path / 'mine.py'}:Gate", tmp_path / "out"
+    text = "from torch import nn\n\nclass Gate(nn.Module):\n    def __init__(self, channels):\n"
+    text += "        super().__init__()\n\n    def forward(self, x):\n        return x * x\n"
+    (tmp_path / "mine.py").write_text(text)
+    flags = ["--epochs", "1", "-b", "4", "--img-size", "32", "--crop-pct", "1"]
+    plan = write_plan(
+        tmp_path / "plan.json",
+        data=str(tree),
+        networks={"timm:test_resnet": {"rates": [0.01], "flags": flags}},
+        variants=["none", layer],
+        seeds=[0],
+        also_compare=[],
+    )
+    command = ["study", str(plan), "--output", str(out), "--attention", layer]
+    monkeypatch.setattr(sys, "argv", command)
+    assert study.main() == 0
+    rows = csv.DictReader((out / "results" / "runs.csv").read_text().splitlines())
+    hashes = {row["variant"]: row["attention_sha256"] for row in rows}
+    assert hashes == {"none": "", layer: hashlib.sha256(text.encode()).hexdigest()}
+    (tmp_path / "mine.py").write_text(f"{text}\n# changed")
+    with pytest.raises(UserError, match=r"mine\.py:Gate has changed since .*seed0 was trained"):
+        study.main()
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ([], r"m\.py:Gate is run only where it is typed"),
+        (["o.py:G", "m.py:Gate"], "no such variant"),
+    ],
+)
+def test_a_plan_runs_no_file_that_was_not_typed(tmp_path, typed, words):
+    plan = write_plan(tmp_path / "a.json", variants=["none", "m.py:Gate"], also_compare=[])
+    with pytest.raises(UserError, match=words):
+        study.open_study(plan, str(tmp_path / "out"), typed)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_changed_plan_is_another_study(tmp_path):

@@ -19,6 +19,8 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from models.attention import ATTENTIONS, TIMM, find_attention, is_file
+from models.registry import check_name, is_of_library
 from utils.data import image_folder
 from utils.data.image_folder import ImageFolder
 from utils.system.errors import UserError
@@ -27,7 +29,7 @@ from utils.system.text import cell, columns, counted, did_you_mean, paragraphs, 
 
 NONE = "none"  # the variant that the others are compared with
 # Name of a variant: the network's name with {} for the plain one's, and main.py's flags. K and a
-# number stand for that kernel size in every stage.
+# number stand for that kernel size in every stage. Any other layer is named as --attention does.
 VARIANTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     NONE: ("{}", ()),
     "SE": ("se_{}", ()),
@@ -42,7 +44,8 @@ VARIANTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         for name, layer in (("CBAM", "cbam"), ("GC", "gc"), ("coordinate", "coord"), ("ELA", "ela"))
     },
 }
-STAGES = {"resnet": 4, "mobilenet": 2}  # digits of --ksize
+OURS = ("ECA published", "ECA identity start")  # in a library's network they are "ECA adaptive"
+STAGES = {"resnet": 4, "mobilenet": 2, "timm:": 1, "torchvision:": 1}  # digits of --ksize
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Seed = Annotated[int, msgspec.Meta(ge=0)]
 Seeds = Annotated[tuple[Seed, ...], msgspec.Meta(min_length=1)]
@@ -70,7 +73,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         validation_per_class: images of each class cut from train/, which choose rate and epoch.
         split_seed: of the cut.
         networks: how each is trained, by the plain network's name.
-        variants: names of `VARIANTS`, `NONE` first.
+        variants: names of `VARIANTS`, "timm:NAME" or "FILE.py:CLASS", `NONE` first.
         choosing_seeds: of the runs that choose the rates.
         seeds: of the runs that are evaluated on the test images.
         also_compare: pairs of variants, besides each with `NONE`.
@@ -119,7 +122,9 @@ def read_plan(file: Path) -> Plan:
 def _refuse_doubtful(plan: Plan) -> None:
     """Raises ValueError for a plan that would compare a network with itself, or cannot be run."""
     for name in (*plan.variants, *(name for pair in plan.also_compare for name in pair)):
-        if name not in VARIANTS:
+        if name.startswith(TIMM):
+            find_attention(name)
+        elif name not in VARIANTS and not is_file(name):
             hint = did_you_mean(name, list(VARIANTS)) or f"; there is {', '.join(VARIANTS)}"
             raise ValueError(f"no variant {name!r}{hint}")
     for field in ("variants", "seeds", "choosing_seeds"):
@@ -135,14 +140,26 @@ def _refuse_doubtful(plan: Plan) -> None:
     for name, runs in plan.networks.items():
         if not name.startswith(tuple(STAGES)):
             raise ValueError(f"network {name!r}: give a plain one, such as resnet18 or mobilenetv2")
+        if is_of_library(name):
+            check_name(name)
+            if ours := [variant for variant in plan.variants if variant in OURS]:
+                raise ValueError(f"network {name}: {ours[0]} is for our networks")
+        made = [arch_and_flags(name, variant) for variant in plan.variants]
+        if twice := [v for v, how in zip(plan.variants, made, strict=True) if made.count(how) > 1]:
+            raise ValueError(f"variants {' and '.join(twice)} are the same")
         if len(set(runs.rates)) < len(runs.rates):
             raise ValueError(f"network {name}: rates is {list(runs.rates)}: give each once")
 
 
 def arch_and_flags(network: str, variant: str) -> tuple[str, list[str]]:
     """Returns main.py's name of a network's variant, and the flags that make it."""
-    arch, flags = VARIANTS[variant]
+    arch, flags = VARIANTS.get(variant, ("{}", ("--attention", variant)))
     stages = next(count for family, count in STAGES.items() if network.startswith(family))
+    if is_of_library(network):
+        own = arch.removesuffix("_{}")  # eca or se: its name has none
+        if own in ATTENTIONS and "--attention" not in flags:
+            flags = ("--attention", own, *flags)
+        arch = "{}"
     return arch.format(network), [f[1] * stages if f[0] == "K" else f for f in flags]
 
 

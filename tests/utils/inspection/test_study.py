@@ -41,6 +41,17 @@ def test_a_plan_and_its_comparisons(tmp_path):
         ({"networks": {"eca_resnet18": {"rates": [0.1], "flags": []}}}, "give a plain one"),
         ({"networks": {"resnet18": {"rates": [], "flags": []}}}, r"\$.networks\[...\].rates"),
         ({"networks": {"resnet18": {"rates": [0.1, 0.1], "flags": []}}}, "give each once"),
+        ({"variants": ["none", "CBAM", "timm:cbam"], "also_compare": []}, "CBAM and timm:cbam are"),
+        ({"variants": ["none", "timm:no"], "also_compare": []}, "attention timm:no cannot be"),
+        ({"networks": {"timm:resnet_18": {"rates": [0.1], "flags": []}}}, "timm has no classifier"),
+        (
+            {
+                "networks": {"timm:resnet18": {"rates": [0.1], "flags": []}},
+                "variants": ["none", "ECA published"],
+                "also_compare": [],
+            },
+            "network timm:resnet18: ECA published is for our networks",
+        ),
         ({"also_compare": [["SE", "SE"]]}, "pairs of the plan's variants"),
         ({"train_per_class": "all"}, r"got `str` - at `\$.train_per_class`"),
     ],
@@ -82,6 +93,26 @@ def test_every_variant_is_a_network_of_its_own(network):
     assert set(by_name["ECA-NS k=3"][1]) == set(by_name["ECA k=3"][1]) == {3}
     assert set(by_name["ECA k=9"][1]) == {9}
     assert len(set(found)) == len(VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("variant", "attention", "sizes"),
+    [
+        ("none", "none", None),
+        ("SE", "se", None),
+        ("SE-Var2", "se_var2", None),
+        ("ECA-NS k=3", "eca_ns", {3}),
+        ("ECA k=5", "eca", {5}),
+        ("ECA adaptive", "eca", {3, 5}),
+        ("timm:gc", "timm:gc", None),
+    ],
+)
+def test_a_librarys_network_has_the_same_variants(tmp_path, variant, attention, sizes):
+    pytest.importorskip("timm")
+    arch, flags = arch_and_flags("timm:test_resnet", variant)
+    given = {k.strip("-"): v for k, v in zip(flags[::2], flags[1::2], strict=True)}
+    built = models.create_model(arch, num_classes=2, **given)
+    assert (built.attention, built.ksize and set(built.ksize)) == (attention, sizes)
 
 
 @pytest.mark.parametrize("pairs", [2, 3, 5, 10])
