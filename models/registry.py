@@ -274,8 +274,7 @@ def library_network(
             f"{arch}: `identity_start={identity}` is for eca: leave it out", identity_start=identity
         )
     network.model_kwargs = {"version": installed(arch.partition(":")[0])}
-    if arguments:
-        network.model_kwargs["arguments"] = dict(arguments)
+    network.model_kwargs |= {"arguments": dict(arguments)} if arguments else {}
     insertions: tuple[Insertion, ...] = ()
     if kind is not None:
         insertions = _with_attention(network, arch, kind, ksize, places, identity)

@@ -57,8 +57,7 @@ def first_network(
     num_classes = _count_classes(num_classes, names)
     foreign, more = is_of_library(arch), dict[str, Any]()
     if foreign:  # its layers are put in as identities
-        more = {"identity": identity_start, "drop_path": drop_path}
-        identity_start = None
+        more, identity_start = {"identity": identity_start, "drop_path": drop_path}, None
     if pretrained is None:
         network = _create(arch, ksize, attention, num_classes, **more)
         return network, [start_as_identity(network)] if identity_start else []
@@ -76,11 +75,9 @@ def first_network(
     known = pretrained.get("classes") if "format" in pretrained else None
     others = known is not None and names is not None and list(known) != list(names)
     try:
-        notes = load_weights(network, tensors, True, others, add_attention=True)
+        notes = load_weights(network, tensors, True, others, add_attention=True) + renamed
     except ValueError as error:
-        arguments = getattr(error, "arguments", {})
-        raise ArgumentError(f"{file}: {error}", **arguments) from None
-    notes += renamed
+        raise ArgumentError(f"{file}: {error}", **getattr(error, "arguments", {})) from None
     if identity_start:
         _refuse_trained(network, tensors, file)
         notes.append(start_as_identity(network))
