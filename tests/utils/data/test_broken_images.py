@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import pickle
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from PIL import Image
 from utils.data import decoding
 from utils.data.decoding import BrokenImageError, read_image
 from utils.system.errors import EXIT_FAILED, UserError
-from utils.system.text import printable
 
 
 @pytest.mark.parametrize(
@@ -70,29 +68,17 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, decoder, kind):
         read_image(tmp_path / f"x.{kind}", decoder)
 
 
-def test_names_that_are_not_utf8(tmp_path):
-    path = os.fsencode(tmp_path) + b"/caf\xe9.png"
-    with open(path, "wb") as file:
-        file.write(encoded("PNG"))
-    assert read_image(path).shape == (3, 60, 80)
-    assert printable(path).endswith("/caf\\xe9.png")
-    assert printable("two\nlines\x9b.png") == "two\\x0alines\\x9b.png"
-    printable(path).encode("utf-8")  # fit for any terminal
-
-
 @pytest.mark.parametrize("decoder", decoding.DECODERS)
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_pictures_of_one_line_of_pixels_are_refused(tmp_path, decoder, kind):
     """20,000 x 1, its shorter side made 256, would take 3.9 GB."""
-    for side in (100, 101, 20_000):
-        for sides in ((side, 1), (1, side)):
-            path = tmp_path / f"{sides[0]}x{sides[1]}.{kind}"
-            Image.new("RGB", sides, "red").save(path)
-            if side == 100:
-                assert read_image(path, decoder) is not None
-                continue
-            with pytest.raises(BrokenImageError, match=f"{path.stem} pixels: one side is"):
-                read_image(path, decoder)
+    path = tmp_path / f"line.{kind}"
+    Image.new("RGB", (100, 1)).save(path)
+    assert read_image(path, decoder) is not None
+    for width, height in ((101, 1), (1, 101)):
+        Image.new("RGB", (width, height)).save(path)
+        with pytest.raises(BrokenImageError, match=f"{width}x{height} pixels: one side is"):
+            read_image(path, decoder)
 
 
 @pytest.mark.parametrize("decoder", decoding.DECODERS)
@@ -128,11 +114,6 @@ def test_no_memory_is_not_the_files_fault(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "_pil_rgb", fail)
     with pytest.raises(MemoryError):
         read_image(tmp_path / "a.png")
-
-
-def test_the_error_survives_the_way_out_of_a_worker():
-    error = pickle.loads(pickle.dumps(BrokenImageError("a.jpg", "the file is empty")))
-    assert (error.path, error.reason) == ("a.jpg", "the file is empty")
 
 
 STORAGE = {

@@ -1,6 +1,5 @@
 """What cannot be used of a COCO file: dropped and said, refused, or listed as a whole."""
 
-import json
 import re
 
 import pytest
@@ -24,33 +23,21 @@ NAN = float("nan")
         ({"bbox": (0.1, 0.1, 0.5, 0.3)}, "under 1 pixel, with all its numbers from 0 to 1"),
         ({"bbox": (1, 2, 3, 4, 0.5), "area": 1}, "not four numbers"),
         ({"iscrowd": True}, "crowd"),
-        ({"bbox": (10, 10, -5, 30)}, "under 1 pixel"),
         ({"bbox": (64, 10, 20, 30)}, "outside the image"),
-        ({"bbox": (-30, 10, 30.5, 30)}, "outside the image"),
-        ({"bbox": (1, 2, 3, "4"), "area": 1}, "not four numbers"),
         ({"bbox": (1, 2, 3, 10**400), "area": 1}, "not finite"),
         ({"iscrowd": 1}, "crowd"),
         ({"segmentation": [[1.0, 2.0, 3.0, 4.0]]}, "no polygon"),
         ({"segmentation": [[1, 1, 5, 5, 9, 9]]}, "without a pixel"),
         ({"segmentation": [[1, 1, NAN, 5, 9, 2]]}, "no polygon"),
-        ({"segmentation": []}, "no polygon"),
         ({"segmentation": None}, "no polygon"),
         ({"segmentation": [[1, 1, 1e9, 5, 9, 2]]}, "no polygon"),
-        ({"segmentation": [[]]}, "no polygon"),
-        ({"segmentation": [1.0, 2.0, 3.0, 4.0]}, "no polygon"),
         ({"segmentation": [[1, 1], [20, 1], [20, 20]]}, "no polygon"),
         ({"segmentation": {"size": [48, 64], "counts": [0.5, 48 * 64 - 0.5]}}, "run-length"),
-        ({"segmentation": {"size": [48, 64], "counts": [True, 48 * 64 - 1]}}, "run-length"),
         ({"segmentation": {"size": [48, 64]}}, "run-length"),
-        ({"segmentation": {"size": 48, "counts": [48 * 64]}}, "run-length"),
-        ({"segmentation": [[100, 100, 110, 100, 110, 110]]}, "without a pixel"),
         ({"segmentation": [[10.1, 10.1, 10.3, 10.1, 10.3, 10.3]]}, "without a pixel"),
-        ({"segmentation": [[5, 10.1, 60, 10.1, 60, 10.2]]}, "without a pixel"),
         ({"segmentation": {"size": [48, 64], "counts": [48 * 64]}}, "without a pixel"),
         ({"segmentation": {"size": [64, 48], "counts": [1, 48 * 64 - 1]}}, "run-length"),
         ({"segmentation": {"size": [48, 64], "counts": [1, 2]}}, "run-length"),
-        ({"segmentation": {"size": [48, 64], "counts": "zzzz"}}, "run-length"),
-        ({"segmentation": {"size": [48, 64], "counts": "P"}}, "run-length"),
         ({"segmentation": {"size": [48, 64], "counts": "\x01"}}, "run-length"),
     ],
 )
@@ -65,13 +52,12 @@ def test_what_cannot_be_trained_on_is_dropped_and_said(tmp_path, changes, reason
     assert "picture-2.png" in line
 
 
-@pytest.mark.parametrize("value", [0, 0.0, False, None])
-def test_what_is_no_crowd(tmp_path, value):
-    entry = {**annotation(), "iscrowd": value}
-    assert len(split_of(tmp_path, [entry]).labels) == 1
+def test_what_is_no_crowd(tmp_path):
+    entries = [{**annotation(), "iscrowd": value} for value in (0, 0.0, False, None)]
+    assert len(split_of(tmp_path, entries).labels) == 4
 
 
-@pytest.mark.parametrize("value", ["no", "0", 2, 0.5, [0], {}, NAN, "\x1b[31m"])
+@pytest.mark.parametrize("value", ["no", 2, 0.5, "\x1b[31m"])
 def test_iscrowd_that_says_nothing_is_refused(tmp_path, value):
     with pytest.raises(UserError, match=r"annotations\[0\].iscrowd: .*; mend it") as error:
         split_of(tmp_path, [annotation(5, iscrowd=value)])
@@ -103,13 +89,7 @@ def test_a_split_without_annotations(tmp_path):
     with pytest.raises(UserError, match=r"'annotations' is empty; add .* --train-annotations"):
         load_split(locate(root, "train"))
     assert len(load_split(locate(root, "val"), drop_crowds=False)) == 3
-    for part in ("train", "val"):
-        path = root / "annotations" / f"instances_{part}2017.json"
-        content = json.loads(path.read_text())
-        del content["annotations"]
-        path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="'annotations' is empty; add"):
-        load_split(locate(root, "train"))
+    edit(root, lambda content: content.pop("annotations"))
     assert len(load_split(locate(root, "val"), drop_crowds=False)) == 3
 
 
@@ -142,19 +122,9 @@ def test_wrong_ids_are_errors(tmp_path, changes, message):
         (lambda c: c.pop("images"), "no COCO annotations: .* missing required field `images`"),
         (lambda c: c["images"].clear(), "the list 'images' is empty"),
         (lambda c: c["images"][1].pop("width"), r"images\[1\]: .*field `width`; mend"),
-        (lambda c: c["images"][1].pop("file_name"), r"images\[1\]: .*field `file_name`"),
-        (lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\]: .*field `bbox`"),
-        (lambda c: c["annotations"][0].pop("image_id"), r"annotations\[0\]: .*field `image_id`"),
         (lambda c: c["annotations"].append(7), r"annotations\[1\]: Expected `object`, got `int`"),
         (lambda c: c["images"][1].update(id="2"), r"images\[1\].id: Expected `int`, got `str`"),
-        (lambda c: c["images"][1].update(height="48"), r"images\[1\].height: Expected `int`, got"),
         (lambda c: c["images"][1].update(width=0), r"images\[1\].width: Expected `int` >= 1"),
-        (lambda c: c["images"][1].update(file_name=7), r"images\[1\].*file_name"),
-        (
-            lambda c: c["annotations"][0].update(image_id=[1]),
-            r"annotations\[0\].image_id: Expected `int`",
-        ),
-        (lambda c: c["images"].append(c["images"][0]), "id 1, which picture-1.png has, too"),
         (
             lambda c: c["images"][1].update(id=1),
             "picture-2.png: id 1, which picture-1.png has, too",
@@ -170,11 +140,9 @@ def test_wrong_ids_are_errors(tmp_path, changes, message):
         (lambda c: c["images"][2].update(file_name="gone.png"), "1 of 3 images are missing.*gone"),
         (lambda c: c["images"][2].update(file_name="x" * 300), r"1 of 3 .*x{119}…; name the fold"),
         (lambda c: c["images"][2].update(file_name="a\0b"), r"1 of 3 .*a\\x00b; name"),
-        (lambda c: c["images"][2].update(file_name="\ud800"), r"1 of 3 .*\\ud800; name"),
         (lambda c: c["images"][2].update(file_name="../val2017/picture-3.png"), r"3.png.*'\.\.'"),
         (lambda c: c["images"][2].update(file_name="/etc/hostname"), "/etc/hostname: .*must lie"),
         (lambda c: c["images"][1].update(height=2**63), "picture-2.png: height and width say more"),
-        (lambda c: c["images"][1].update(height=2**16, width=2**15), "height and width say more"),
     ],
 )
 def test_bad_files_are_errors(tmp_path, change, message):
@@ -188,9 +156,6 @@ def test_no_json(tmp_path):
     path = root / "annotations" / "instances_val2017.json"
     path.write_text('{"images": [')
     with pytest.raises(UserError, match="cannot be read as JSON"):
-        load_split(locate(root, "val"))
-    path.write_text('{"images": ' + "[" * 200_000 + "]" * 200_000 + "}")
-    with pytest.raises(UserError, match=r"cannot be read as JSON .*recursion"):
         load_split(locate(root, "val"))
     path.write_text("[]")
     with pytest.raises(UserError, match="no COCO annotations"):
@@ -274,17 +239,6 @@ def test_all_faults_are_told_at_once(tmp_path):
     assert (first, "annotation 5: box under 1 pixel, or outside the image") in listed
     assert (where, "annotations[5]: Object missing required field `image_id`") in listed
     assert len(listed) == 11
-
-
-def test_an_object_without_an_id_is_named_by_its_position(tmp_path):
-    bad = [annotation(image_id=99), annotation(bbox=(1, 1, 0, 9), segmentation=None)]
-    for entry in bad:
-        del entry["id"]
-    root = write_tree(tmp_path / "coco", bad)
-    assert [reason.partition(":")[0] for _, reason in faults(root)] == [
-        "annotation [0]",
-        "annotation [1]",
-    ]
 
 
 def test_links_out_of_the_folder_are_followed_if_asked(tmp_path):

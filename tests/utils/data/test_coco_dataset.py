@@ -1,13 +1,11 @@
 """A COCO split: classes, targets, mirroring, images that are not as it says."""
 
 import torch
-from helpers.coco_trees import annotation, edit, split_of, write_tree
+from helpers.coco_trees import annotation, split_of
 from PIL import Image
 
-from utils.data.coco import locate
-from utils.data.coco_dataset import CocoDataset, load_split, mirror
+from utils.data.coco_dataset import CocoDataset, mirror
 from utils.data.decoding import BrokenImageError
-from utils.data.demo_shapes import write_shapes
 
 
 def test_classes_and_ids_come_from_the_file(tmp_path):
@@ -47,37 +45,11 @@ def test_images_without_objects_are_dropped_on_request(tmp_path):
     assert target["masks"].sum() == 600
 
 
-def test_ids_of_any_size(tmp_path):
-    root = write_tree(tmp_path, [annotation(2, 2, 7), annotation(3, 3, 1)])
-    big = 2**64
-
-    def enlarge(content):
-        for entry in content["images"] + content["categories"]:
-            entry["id"] += big
-        for entry in content["annotations"]:
-            entry["image_id"] += big
-            entry["category_id"] += big
-
-    split = load_split(edit(root, enlarge), masks=True, drop_empty=True)
-    assert split.image_ids == [big + 2, big + 3]
-    assert split.category_ids == [big + 1, big + 7]
-    assert split.labels.tolist() == [1, 0]
-    assert CocoDataset(split, 1)[(0, 1)][2] == big + 3
-
-
-def test_boxes_alone_do_not_need_masks(tmp_path):
-    split = split_of(tmp_path, [annotation(segmentation=None)], masks=False)
-    assert len(split.labels) == 1
-    assert "masks" not in CocoDataset(split, 1)[(0, 0)][1]
-
-
-def test_boxes_are_clipped(tmp_path):
-    split = split_of(tmp_path, [annotation(bbox=(-5, 40, 100, 100))], masks=False)
+def test_boxes_are_clipped_and_need_no_masks(tmp_path):
+    entry = annotation(bbox=(-5, 40, 100, 100), segmentation=None)
+    split = split_of(tmp_path, [entry], masks=False)
     assert split.boxes.tolist() == [[0, 40, 64, 48]]
-
-
-def test_crowds_stay_outside_training(tmp_path):
-    assert len(split_of(tmp_path, [annotation(iscrowd=1)], drop_crowds=False).labels) == 1
+    assert "masks" not in CocoDataset(split, 1)[(0, 0)][1]
 
 
 def test_an_image_of_another_size_is_named(tmp_path):
@@ -135,10 +107,3 @@ def test_a_size_is_drawn_for_each_image_by_epoch_and_index_alone(tmp_path):
     assert drawn(sizes=(48,)) == [None] * 64
     plain, several = CocoDataset(split, 1, 0.5, 3), CocoDataset(split, 1, 0.5, 3, (32, 40))
     assert all(torch.equal(plain[key][0], several[key][0]) for key in keys)  # the same mirrored
-
-
-def test_the_demo_reads_without_a_loss(tmp_path):
-    write_shapes(tmp_path, {"train": 4}, side=64)
-    split = load_split(locate(tmp_path, "train"), masks=True)
-    assert len(split) == 4
-    assert split.report("train")[1:] == []

@@ -102,13 +102,6 @@ def test_masks_of_zero_and_one(tmp_path):
             np.testing.assert_array_equal(found[..., 0], white * mask)
 
 
-@pytest.mark.parametrize("ending", decoding.JPEGS)
-def test_a_jpeg_by_any_of_its_endings(tmp_path, ending):
-    SMOOTH.save(tmp_path / f"a{ending}", "JPEG")
-    assert ending in decoding.EXTENSIONS
-    assert read_image(tmp_path / f"a{ending}").shape == (3, 60, 80)
-
-
 def test_transparency_is_on_white(tmp_path):
     pixels = np.zeros((10, 10, 4), dtype=np.uint8)
     pixels[:5] = (200, 0, 0, 255)
@@ -128,11 +121,11 @@ def test_first_frame_of_an_animation(tmp_path):
             assert np.abs(found[0, 0].astype(int) - (255, 0, 0)).max() <= 2
 
 
-def exif(value: float, kind: str = "H", tag: int = 0x0112) -> bytes:
-    """EXIF with one number: a SHORT ("H"), a LONG ("I") or a FLOAT ("f")."""
-    field = {"H": 3, "I": 4, "f": 11}[kind]
-    number = struct.pack(f"<{kind}", value).ljust(4, b"\0")
-    return b"Exif\0\0II*\0" + struct.pack("<IHHHI", 8, 1, tag, field, 1) + number + bytes(4)
+def exif(orientation: int, kind: str = "H") -> bytes:
+    """EXIF with the orientation alone: a SHORT ("H") or a LONG ("I")."""
+    number = struct.pack(f"<{kind}", orientation).ljust(4, b"\0")
+    field = {"H": 3, "I": 4}[kind]
+    return b"Exif\0\0II*\0" + struct.pack("<IHHHI", 8, 1, 0x0112, field, 1) + number + bytes(4)
 
 
 def xmp(orientation: int) -> bytes:
@@ -191,11 +184,9 @@ def test_exif_orientation(tmp_path, orientation, kind):
         ([xmp(1), exif(6)], 6),  # as most editors write it
         ([b"http://ns.adobe.com/xmp/extension/\0" + bytes(60), exif(3)], 3),
         ([xmp(8)], 8),
-        ([exif(5, "I")], 5),
         ([exif(7, "I"), xmp(1)], 7),
         ([exif(9)], 1),
         ([exif(0), xmp(6)], 1),  # EXIF goes before
-        ([b"Exif\0\0"], 1),
     ],
 )
 def test_orientation_wherever_it_is_noted(tmp_path, notes, orientation):
@@ -227,13 +218,8 @@ def webp_with(exif: bytes) -> bytes:
     ("name", "data"),
     [
         ("cut.jpg", with_notes(encoded("jpeg"), exif(6)[:-9])),
-        ("far.jpg", with_notes(encoded("jpeg"), b"Exif\0\0II*\0\xff\xff\xff\x7f")),
-        ("letters.jpg", with_notes(encoded("jpeg"), b"Exif\0\0 no header of TIFF's")),
         ("letters.png", png_with(b"eXIf", b"no header of TIFF's")),
-        ("cut.png", png_with(b"eXIf", exif(6)[6:-9])),
-        ("raw.png", png_with(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\na\n9\nxy"))),
         ("letters.webp", webp_with(b"no header of TIFF's")),
-        ("cut.webp", webp_with(exif(6)[:-9])),
         ("letters.tif", encoded("tiff", tiffinfo={34665: 10**6})),  # EXIF that lies nowhere
     ],
 )
@@ -244,23 +230,6 @@ def test_damaged_exif_takes_nothing_of_a_picture(tmp_path, name, data):
     )
     for pixels in both(tmp_path / name):
         np.testing.assert_array_equal(pixels, plain)
-
-
-def test_a_number_of_another_type_takes_nothing_either(tmp_path):
-    """Pillow's own exif_transpose fails at writing such a note anew, once the picture is turned."""
-    cmyk = encoded("jpeg", SMOOTH.convert("CMYK"))
-    entries = [(0x0112, 3, struct.pack("<HH", 6, 0)), (0x0128, 11, struct.pack("<f", 2.5))]
-    tiff = struct.pack("<IH", 8, len(entries))
-    for tag, kind, value in entries:
-        tiff += struct.pack("<HHI", tag, kind, 1) + value
-    at = cmyk.index(b"\xff\xee") + 2
-    at += int.from_bytes(cmyk[at : at + 2], "big")  # behind Adobe's marker
-    note = b"Exif\0\0II*\0" + tiff + bytes(4)
-    data = cmyk[:at] + b"\xff\xe1" + struct.pack(">H", len(note) + 2) + note + cmyk[at:]
-    (tmp_path / "c.jpg").write_bytes(data)
-    plain = np.asarray(Image.open(io.BytesIO(cmyk)).convert("RGB"))
-    for pixels in both(tmp_path / "c.jpg"):
-        np.testing.assert_array_equal(pixels, TURNED[6](plain))
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ class Payload:
         return Path.touch, (self.file,)
 
 
-@pytest.mark.parametrize("changed", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("changed", ["data_batch_3", "batches.meta"])
 @pytest.mark.parametrize("packed", ["", "the file in it", "the archive"])
 def test_a_changed_pickle_is_never_opened(tmp_path, monkeypatch, changed, packed):
     write_cifar(tmp_path, monkeypatch)
@@ -190,12 +190,8 @@ def test_a_run_on_them(call, tmp_path, monkeypatch):
     assert out[0].startswith("train: 20 images in 10 classes"), out
     assert call("demo:fashion", "-e", "--resume", "auto", "-a", "mobilenetv2")[0] == 0
 
-    code, _, err = call("demo:cifar100", *small)
-    assert (code, len(err)) == (2, 1)
-    assert "demo:cifar100 --data-files DIR" in err[0]
-    for data in ("demo:digits", tmp_path):
-        code, _, err = call(data, *small, "--download")
-        assert (code, err) == (2, [f"error: --download does nothing with {data}: leave it out"])
+    code, _, err = call(tmp_path, *small, "--download")
+    assert (code, err) == (2, [f"error: --download does nothing with {tmp_path}: leave it out"])
     code, _, err = call("demo:cifar100", "--download", "--data-files", "x")
     assert (code, err) == (
         2,

@@ -10,8 +10,6 @@ import torch
 from helpers.loader_passes import CPU, RECIPE, train_pass
 from helpers.small_runs import own_children
 
-from utils.data import loader
-from utils.data.decoding import BrokenImageError
 from utils.data.loader import ImageDataset, Loader
 from utils.data.sampler import SeededBatches
 from utils.data.transforms import Preprocessing, train_transform
@@ -133,8 +131,3 @@ def test_an_error_of_our_own_keeps_its_traceback(noisy_images):
     for workers in (0, 1):
         with pytest.raises(KeyError, match="a programming error"):
             next(Loader(CPU, workers, 60).batches(Wrong(noisy_images, None), order)())
-
-
-def test_a_broken_image_is_one_value_of_the_batch():
-    broken = BrokenImageError("a.jpg", "the file is empty")
-    assert loader._collate([(torch.zeros(3, 1, 1), 0, -1), broken]) is broken

@@ -11,6 +11,7 @@ import torch
 import webdataset
 from helpers.kill_driver import same, state
 from helpers.shard_sets import make, write_tar
+from helpers.small_runs import SMALL
 from helpers.trees import write_tree
 
 from tests.faults.test_kill_and_resume import FLAGS, kill_and_resume
@@ -64,15 +65,8 @@ def test_odd_names(tmp_path, monkeypatch):
     paths, names that are not UTF-8 or longer than a tar header's field."""
     source = write_tree(tmp_path / "source", train=2, val=1)
     image = (source / "train" / "a" / "0.png").read_bytes()
-    names = [
-        "a/x.JPG",
-        "a/deep/er/y.jpeg",
-        "a/2020.01.02.jpg",
-        "a-b/1.png",
-        f"a/{'long' * 40}.png",
-        "ß/1.png",
-    ]
-    for name in map(os.fsencode, [*names, os.fsdecode(b"a/\xff.png")]):
+    names = ["a/x.JPG", "a/deep/er/y.jpeg", "a/2020.01.02.jpg", "a-b/1.png", "ß/1.png"]
+    for name in map(os.fsencode, [*names, f"a/{'long' * 40}.png", os.fsdecode(b"a/\xff.png")]):
         place = os.path.join(os.fsencode(source), b"train", name)
         os.makedirs(os.path.dirname(place), exist_ok=True)
         with open(place, "wb") as file:
@@ -80,13 +74,6 @@ def test_odd_names(tmp_path, monkeypatch):
     data = make(monkeypatch, source, tmp_path / "data")
     for folder, in_shards in zip(open_split(str(source)), open_split(str(data)), strict=True):
         assert_same_images(folder, in_shards)
-
-    opened = open_images(f"{data}/train")
-    odd = opened.path(opened.paths.tolist().index(b"a/\xff.png"))
-    shard = tmp_path / "data" / "train" / "train-00000.tar"
-    shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(UserError, match=r"train-00000\.tar:a/\\xff\.png: the shard has changed"):
-        odd.read()
 
 
 def test_labels_go_by_name_whatever_the_numbers(tree, tmp_path):
@@ -152,10 +139,10 @@ def test_class_folders_come_before_archives(tree, tmp_path):
         open_split(str(data))
 
 
-def test_a_run_on_shards_is_the_run_on_the_folder(run, tree, sharded, tmp_path):
+def test_a_run_on_shards_is_the_run_on_the_folder(call, thin, tree, sharded, tmp_path):
     for data, workers, output in ((tree, 0, "folder"), (sharded, 2, "shards")):
-        done = run("light_main.py", data, *FLAGS, "-j", workers, "--output", output)
-        assert done.returncode == 0, done.stderr
+        code, _, err = call(data, *SMALL, "--epochs", 1, "-j", workers, "--output", output)
+        assert code == 0, err
     wanted, found = state(tmp_path / "folder"), state(tmp_path / "shards")
     for part, content in wanted.items():
         assert same(content, found[part]), part
@@ -251,16 +238,6 @@ def made(monkeypatch):
     return calls
 
 
-def test_positions_and_labels(folder):
-    index = find_index(str(folder))
-    assert [*index.shards] == ["0.tar", "1.tar"]
-    assert index.names.tolist() == [b"a/0.png", b"b/0.jpg"]
-    assert index.labels.tolist() == [0, 3]
-    for member, content in zip(index.members, (b"image", b"other image"), strict=True):
-        data = (folder / [*index.shards][member["shard"]]).read_bytes()
-        assert data[member["offset"] : member["offset"] + member["size"]] == content
-
-
 def test_it_is_stored_beside_the_shards(folder, made):
     first = find_index(str(folder))
     os.utime(folder / "1.tar", (0, 0))  # a copy has another time, and is the same
@@ -337,7 +314,7 @@ def test_damaged_shards_are_named(folder, damage):
 
 @pytest.mark.parametrize(
     "content",
-    [b"cat", b"-1", b"", b"1.5", b"1" + b"0" * 18, b"%d" % 2**63, b"9" * 100_000, b"1000000"],
+    [b"cat", b"-1", b"", b"1.5", b"%d" % 2**63, b"1000000"],
 )
 def test_what_is_no_class_number(folder, content):
     write_tar(folder / "2.tar", [("x.png", b"x"), ("x.cls", content)])
@@ -361,19 +338,6 @@ def test_what_is_passed_over_is_counted(folder):
         "no ending": 1,
         "link or sparse": 1,
     }
-
-
-def test_a_sparse_file_is_no_image(folder):
-    """Its header claims the size of what it is unpacked to; its bytes lie there in pieces."""
-    data = write_tar(folder / "0.tar", [*PAIR, ("s.png", b"x"), ("s.cls", b"1")]).read_bytes()
-    info = tarfile.TarInfo("s.png")
-    info.size, info.type = 1, tarfile.GNUTYPE_SPARSE
-    start = data.index(b"s.png")
-    sparse = info.tobuf(tarfile.GNU_FORMAT)
-    (folder / "0.tar").write_bytes(data[:start] + sparse + data[start + len(sparse) :])
-    index = find_index(str(folder))
-    assert index.names.tolist() == [b"a/0.png", b"b/0.jpg"]
-    assert index.ignored == {"link or sparse": 1}
 
 
 def read_as_webdataset(path) -> list[tuple[bytes, int]] | None:
@@ -400,28 +364,7 @@ def read_here(path) -> list[tuple[bytes, int]]:
     return list(zip(images, index.labels.tolist(), strict=True))
 
 
-def test_keys_that_begin_anew_are_paired_as_webdataset_does(tmp_path):
-    """Each class counted from 000000, and one key with two endings, apart from one another."""
-    members = [
-        member
-        for label in range(3)
-        for key in range(4)
-        for member in (
-            (f"{key:06}.jpg", b"image %d of %d" % (key, label)),
-            (f"{key:06}.cls", b"%d" % label),
-        )
-    ]
-    members += [("a.jpg", b"a as jpg"), ("a.cls", b"5"), ("b.png", b"b"), ("b.cls", b"6")]
-    members += [("a.png", b"a as png"), ("a.cls", b"7")]
-    path = write_tar(tmp_path / "0.tar", members)
-    pairs = read_here(path)
-    assert pairs == read_as_webdataset(path)
-    assert [label for _, label in pairs] == [0] * 4 + [1] * 4 + [2] * 4 + [5, 6, 7]
-    assert pairs[8][0] == b"image 0 of 2"
-    assert [image for image, _ in pairs[12:]] == [b"a as jpg", b"b", b"a as png"]
-
-
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_any_order_of_members_is_paired_as_webdataset_does(tmp_path, seed):
     """Or refused, where webdataset refuses it, or gives two images one class."""
     chance = np.random.default_rng(seed)

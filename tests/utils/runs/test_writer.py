@@ -17,10 +17,10 @@ from utils.training.classification import FIGURES, best_words, panels
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with .venv and system, each with a Python; the current one is the folder."""
-    for home, names in ((".venv", ("python", "python3")), ("system", ("python", "python3.12"))):
+    for home in (".venv", "system"):
         (tmp_path / home / "bin").mkdir(parents=True)
-        (tmp_path / home / "bin" / names[1]).touch(mode=0o755)
-        (tmp_path / home / "bin" / names[0]).symlink_to(names[1])
+        (tmp_path / home / "bin" / "python3").touch(mode=0o755)
+        (tmp_path / home / "bin" / "python").symlink_to("python3")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "system" / "bin"))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
@@ -40,14 +40,8 @@ def test_the_script_as_it_was_given_and_the_python_that_runs(place, monkeypatch)
     monkeypatch.chdir(place / "elsewhere")
     monkeypatch.setattr(sys, "argv", ["../eca net/main.py"])
     assert command() == f"{place}/.venv/bin/python '../eca net/main.py'"
-    # Activated, it is simply python; so it is where python and python3 are the same.
-    monkeypatch.setenv("PATH", str(place / ".venv" / "bin"))
+    monkeypatch.setenv("PATH", str(place / ".venv" / "bin"))  # activated
     assert command() == "python '../eca net/main.py'"
-    monkeypatch.setenv("PATH", str(place / "system" / "bin"))
-    monkeypatch.setattr(sys, "executable", str(place / "system" / "bin" / "python3.12"))
-    assert command() == "python '../eca net/main.py'"
-    monkeypatch.setenv("PATH", "")
-    assert command().startswith(f"{place}/system/bin/python3.12 ")
 
 
 @pytest.mark.parametrize(("nodes", "flags"), [("1", ""), ("2", "--nnodes=2 ")])
@@ -141,10 +135,6 @@ def test_without_a_best_epoch_there_is_no_checkpoint_to_evaluate(place):
     lines = files.farewell(best_words(best, "top1", 10), True, "DATA")
     assert lines[0] == "done: best top-1 50.00 %, top-5 99.00 % (epoch 3)"
     assert lines[1].endswith(f"main.py -e --resume {place}/best.pth DATA")
-    best |= {"val_loss": 0.25, "val_recall": 40.0}
-    assert (
-        best_words(best, "loss", 5) == "best loss 0.2500, top-1 50.00 %, recall 40.00 % (epoch 3)"
-    )
     files.close()
 
 

@@ -3,13 +3,12 @@
 import contextlib
 import errno
 import os
-import threading
 
 import pytest
 
 from utils.system import files
 from utils.system.errors import EXIT_FAILED, UserError
-from utils.system.files import read_json, read_text, remove_leftovers, write_atomically
+from utils.system.files import read_json, remove_leftovers, write_atomically
 
 
 class FailingDisk:
@@ -103,19 +102,9 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path, monkeypatch):
 
 
 def test_a_file_system_that_cannot_flush_folders_is_no_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.os, "fsync", FolderFlushRefused(os.fsync))
+    FailingDisk(monkeypatch, "fsync folder", errno.EINVAL)
     write_atomically(tmp_path / "last", b"new")
     assert contents(tmp_path) == {"last": b"new"}
-
-
-class FolderFlushRefused:
-    def __init__(self, real):
-        self.real = real
-
-    def __call__(self, handle):
-        if os.path.isdir(f"/proc/self/fd/{handle}"):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        self.real(handle)
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -172,23 +161,7 @@ def test_links_under_the_files_own_names_are_replaced_not_followed(tmp_path, nam
     assert target.read_bytes() == b"mine"
 
 
-def test_a_pipe_is_read_to_its_end_and_waited_for_only_while_somebody_writes(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    assert read_text(tmp_path / "pipe", "x") == ""
-    reading, writing = os.pipe()
-    writer = threading.Timer(0.2, lambda: (os.write(writing, b"late"), os.close(writing)))
-    writer.start()
-    assert read_text(f"/dev/fd/{reading}", "x") == "late"  # as bash's <(…)
-    os.close(reading)
-
-
-@pytest.mark.parametrize("number", [2**64 - 1, -(2**64) + 1, 0])
-def test_whole_numbers_of_64_bits_are_read(tmp_path, number):
-    (tmp_path / "a.json").write_text(f"[{number}]")
-    assert read_json(tmp_path / "a.json", "x") == [number]
-
-
-@pytest.mark.parametrize("number", ["9" * 400, f"-{2**64}", "9" * 5000])
+@pytest.mark.parametrize("number", [f"-{2**64}", "9" * 5000])
 def test_longer_ones_are_refused(tmp_path, number):
     (tmp_path / "a.json").write_text(f'{{"a": [{number}]}}')
     with pytest.raises(UserError, match=f"a whole number of {len(number.strip('-'))} digits"):

@@ -12,7 +12,7 @@ from helpers.trees import ROOT
 
 @pytest.mark.parametrize(
     ("given", "spins"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")],
 )
 def test_threads_spin_for_a_short_time_unless_the_user_says_otherwise(given, spins):
     inherited = {

@@ -1,16 +1,10 @@
 """What a detection run leaves: state, columns, curves."""
 
-import csv
-
-import pytest
 import torch
 from helpers.tiny_runs import run_of
-from PIL import Image
 from torch import nn
 
 from utils.data.coco_eval import FIGURES, Summary
-from utils.runs.writer import RunFiles, Saving
-from utils.system.errors import UserError
 from utils.training.detection import (
     LossMeter,
     best_details,
@@ -115,27 +109,3 @@ def test_a_state_goes_on_where_it_was_saved():
     assert torch.equal(again.meter.sums, state.meter.sums)
     assert finish(again, 0.4)
     assert [row["epoch"] for row in again.history] == [0, 1]
-
-
-@pytest.mark.parametrize("masks", [True, False])
-def test_a_run_folder(tmp_path, masks):
-    state = new_state()
-    files = RunFiles(tmp_path, {"arch": "x"}, title="x", saving=Saving(every=2))
-    files.begin(state.snapshot())
-    assert files.due(2)
-    assert not files.due(3)
-    with pytest.raises(UserError, match="another process"):
-        RunFiles(tmp_path, {})
-    for ap in (0.1, 0.2):
-        improved = finish(state, ap, masks)
-        files.finish_epoch(state.snapshot(), panels(state.history), 1.0, improved)
-    lines = files.farewell(best_words(state.best), True, "DATA")
-    files.close()
-    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert float(rows[1]["box_AP"]) == 20
-    assert ("mask_AP" in rows[0]) == masks
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (990, 726)
-    assert lines[0].startswith("done: best box AP 20.0 AP50 20.0")
-    assert lines[0].endswith("(epoch 2)")

@@ -92,14 +92,6 @@ def test_it_is_a_function_of_the_seed_and_leaves_the_batch_alone():
     assert torch.equal(images, before)
 
 
-def test_the_memory_format_stays():
-    images, targets = batch()
-    images = images.to(memory_format=torch.channels_last)
-    for alphas in ((0.2, 0), (0, 1.0)):
-        mixed, _ = make_mix(*alphas, CLASSES)(images, targets)
-        assert mixed.is_contiguous(memory_format=torch.channels_last)
-
-
 def test_off_is_the_batch_itself():
     images, targets = batch()
     assert make_mix(0, 0, CLASSES) is unmixed

@@ -7,7 +7,6 @@ import pty
 import re
 import select
 import struct
-import subprocess
 import sys
 import termios
 
@@ -136,14 +135,3 @@ def test_a_long_line_is_broken_between_words_on_a_terminal_alone(monkeypatch):
         assert max(map(len, parts)) <= columns
         assert " ".join(parts).split() == line.split()
     assert parts == [line]
-
-
-def test_ctrl_c_clears_the_bar_s_line():
-    code = "import os, signal; from utils.system import signals; os.kill(os.getpid(), 2)"
-    ours, theirs = pty.openpty()
-    code = code.replace("; os.kill", "; signal.signal(2, signals.leave); os.kill")
-    ended = subprocess.run([sys.executable, "-c", code], stderr=theirs, timeout=60)
-    os.close(theirs)
-    assert ended.returncode == 130
-    assert os.read(ours, 100).startswith(b"\r\x1b[Kinterrupted")
-    os.close(ours)

@@ -9,10 +9,8 @@ from helpers.tiny_runs import run_of
 from torch import nn
 
 from main import RECIPE
-from utils.config.classification import Recipe
 from utils.runs import checkpoint
 from utils.system import distributed
-from utils.system.distributed import Context
 from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.training.classification import (
     ClassificationMeter,
@@ -109,39 +107,6 @@ def test_interrupted_in_an_epoch_equals_uninterrupted(tmp_path):
     assert bits(second) == bits(through)
     assert second.epoch == 1
     assert second.best == through.history[0]
-
-
-def test_a_loss_scale_that_has_moved_is_taken_up(tmp_path):
-    """--amp fp16: the scale falls at an overflow and grows again; the next step depends on it."""
-
-    def scaled_step(state, factor=1.0):
-        state.optimizer.zero_grad()
-        loss = factor * state.network(torch.ones(4, 3)).square().mean()
-        state.scaler.scale(loss).backward()
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.finish_step([])
-
-    through, first = fresh(fp16=True), fresh(fp16=True)
-    for state in (through, first):
-        scaled_step(state)
-        scaled_step(state, math.inf)  # skipped
-        scaled_step(state)
-    assert first.scaler.get_scale() == 2.0**15
-    second = taken_up(tmp_path / "a", first, fp16=True)
-    for state in (through, second):
-        scaled_step(state)
-    assert bits(second) == bits(through)
-    assert second.snapshot()["scaler"]["_growth_tracker"] == 2
-
-
-def test_momentum_is_taken_up(tmp_path):
-    state = fresh()
-    train(state, 2)
-    other = taken_up(tmp_path / "a", state)
-    buffers = [s["momentum_buffer"] for s in other.optimizer.state.values()]
-    assert len(buffers) == 2
-    assert all(b.abs().sum() > 0 for b in buffers)
 
 
 def test_momentum_is_taken_up_in_this_run_s_memory_format():
@@ -271,24 +236,6 @@ def test_an_average_can_begin_and_end_on_the_way(tmp_path):
     assert torch.equal(ended.network.weight, begun.network.weight)
     assert ended.evaluated is ended.network
     assert "raw_state_dict" not in ended.snapshot()
-
-
-def test_a_fresh_state_is_the_recipe_s():
-    recipe = Recipe(
-        arch="x", epochs=1, batch_size=4, lr=0.3, momentum=0.8, weight_decay=0.01, schedule="step"
-    )
-    network = nn.Linear(3, 2)
-    state = begin_state(network, recipe)
-    assert state.evaluated is network
-    assert len(state.optimizer.param_groups) == 1
-    assert not state.scaler.is_enabled()
-    modern = recipe.override(ema=0.9, norm_decay=False)
-    state = begin_state(network, modern, "fp16", Context(CPU, 1, 2))
-    assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.01, 0]
-    assert [group["momentum"] for group in state.optimizer.param_groups] == [0.8, 0.8]
-    assert state.average.decay == 0.9
-    assert state.rank == 1
-    assert state.scaler.is_enabled()
 
 
 def test_epochs_since_the_best_are_counted_from_the_first_of_equal_ones():
