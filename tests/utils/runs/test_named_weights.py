@@ -117,11 +117,3 @@ def test_without_a_network_the_line_names_the_file_to_fetch(offline, source, sai
 def test_names_that_are_none(offline, source, arch, said):
     with pytest.raises(UserError, match=said):
         read_weights(source, arch)
-
-
-def test_a_network_of_another_structure_is_answered_with_its_name(offline, monkeypatch):
-    published = timm.create_model("ecaresnet26t").state_dict()
-    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", lambda *_, **__: published)
-    saved = read_weights("timm:ecaresnet26t.ra2_in1k", "eca_resnet50")
-    with pytest.raises(ValueError, match=r"main\.py -a build as timm:ecaresnet26t"):
-        first_network("eca_resnet50", 3, pretrained=saved.contents, file=str(saved.file))

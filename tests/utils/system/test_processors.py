@@ -1,13 +1,12 @@
 """How many processors a process may use, and how many threads it then takes."""
 
 import os
-import subprocess
 import sys
 
 import pytest
-from helpers.trees import ROOT
+import torch
 
-from utils.system import processes
+from utils.system import faults, processes
 from utils.system.processes import default_workers, processors, quota
 
 
@@ -69,31 +68,15 @@ def test_a_container_s_limit_counts_as_its_processors(
     assert processors() == count
 
 
-def test_no_control_groups(groups):
-    assert quota() is None
-
-
-def test_threads_fit_the_limit_and_a_user_s_choice_stands(tmp_path):
-    """As a script starts: in a process of its own, whose threads are PyTorch's default."""
-    (tmp_path / "own").write_text("0::/\n")
-    (tmp_path / "cpu.max").write_text("100000 100000\n")
-    program = (
-        "import pathlib, torch\n"
-        "from utils.system.faults import run_script\n"
-        "from utils.system import processes\n"
-        f"folder = pathlib.Path({str(tmp_path)!r})\n"
-        "processes.GROUPS, processes.OWN_GROUPS = folder, folder / 'own'\n"
-        "run_script(lambda: print(torch.get_num_threads()))\n"
-    )
-    free = {k: v for k, v in os.environ.items() if k not in processes.THREADS}
-    chosen = str(min(2, os.cpu_count() or 1))
-    for environment, threads in ((free, "1"), ({**free, "OMP_NUM_THREADS": "2"}, chosen)):
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
-        assert done.stdout.strip() == threads, done.stderr
+@pytest.mark.parametrize(("chosen", "threads"), [("", 1), ("3", 2)])
+def test_threads_fit_the_limit_and_a_user_s_choice_stands(groups, monkeypatch, chosen, threads):
+    groups("0::/\n", {"cpu.max": "100000 100000\n"})
+    for name in processes.THREADS:
+        monkeypatch.setenv(name, chosen)
+    monkeypatch.setattr(faults, "end_children", lambda: True)
+    former, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    with pytest.raises(SystemExit):
+        faults.run_script(lambda: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(former)
+    assert seen == [threads]

@@ -10,8 +10,11 @@ from sklearn.metrics import balanced_accuracy_score
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy
 
+from main import RECIPE
+from utils.config.recipes import RECIPES
 from utils.training.classification import (
     ClassificationMeter,
+    Objective,
     RecallMeter,
     binary_cross_entropy,
     count_correct,
@@ -149,3 +152,22 @@ def test_a_share_at_the_threshold_is_none():
         logits, torch.tensor([[0.0, 1.0, 1.0]])
     )
     assert torch.equal(binary_cross_entropy(logits, shares, threshold=0.25), wanted)
+
+
+def test_what_a1_s_smoothing_does():
+    """It moves the threshold from 0.2 to 0.2 / 0.9, and so two shares of a mixed image apart."""
+    a1 = RECIPE.override(**RECIPES["a1"])
+    smoothed, plain = (
+        Objective.of(recipe, 1000, None, torch.device("cpu")).loss
+        for recipe in (a1, a1.override(label_smoothing=0.0))
+    )
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 1000), torch.arange(4)
+    hot = torch.nn.functional.one_hot(labels, 1000).float()
+    assert torch.equal(smoothed(logits, labels), plain(logits, labels))
+    for share in (0.01, 0.1, 0.19, 0.21, 0.22, 0.23, 0.3, 0.5):
+        mixed = share * hot + (1 - share) * hot.roll(1, 0)
+        equal = torch.equal(smoothed(logits, mixed), plain(logits, mixed))
+        assert equal == (not 0.2 < share <= 0.2 / 0.9)
+    without = binary_cross_entropy(logits, labels, 0.1)
+    assert not torch.equal(without, smoothed(logits, labels))  # it works where nothing is cut
