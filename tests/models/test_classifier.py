@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torchvision.models._utils import IntermediateLayerGetter
 
 from models import FeatureMaps, create_model
 from models.classifier import take_indices, unchanged_statistics
@@ -110,16 +109,6 @@ def test_nothing_is_computed_beyond_the_last_map_wanted():
     only(torch.randn(1, 3, 32, 32))
     assert calls == [only.network.layer1, only.network.layer2]
     assert isinstance(only, FeatureMaps)
-
-
-def test_torchvision_s_layer_getter():
-    network = small("eca_resnet18").eval()
-    getter = IntermediateLayerGetter(network, {"layer2": "a", "layer4": "b"})
-    images = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        maps = network.forward_intermediates(images, (2, 4), intermediates_only=True)
-        for one, other in zip(getter(images).values(), maps, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -128,19 +128,6 @@ def test_a_normalisation_is_read_and_set_through_its_place():
         _ = place.odd
 
 
-class Shared(nn.Module):
-    """One normalisation in two places."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 4, 1)
-        self.norm = nn.BatchNorm2d(4)
-        self.second = nn.ModuleList([self.norm])
-
-    def forward(self, x):
-        return self.second[0](self.norm(self.first(x)))
-
-
 class Two(nn.Module):
     """Takes two tensors."""
 
@@ -150,17 +137,6 @@ class Two(nn.Module):
 
     def forward(self, x, y, z=None):
         return self.norm(x + y)
-
-
-def test_a_module_in_two_places_has_eca_in_both():
-    network = Shared().eval()
-    images = torch.randn(2, 3, 5, 5)
-    (insertion,) = add_eca(network, after="norm", identity=False, quiet=True)
-    layer = network.get_submodule(insertion.name)
-    norm = network.norm.without_eca
-    expected = layer(norm(layer(norm(network.first(images)))))
-    assert torch.equal(network(images), expected)
-    assert add_eca(network, after="norm", quiet=True) == []
 
 
 def test_what_cannot_have_a_seat_is_refused():

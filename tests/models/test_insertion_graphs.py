@@ -13,6 +13,7 @@ from torch.fx.experimental.optimization import fuse
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from models.insertion import InsertedECA, add_eca
+from tests.models.test_insertion import ALL
 
 timm = pytest.importorskip("timm")
 NETWORKS = pytest.importorskip("helpers.foreign_networks").NETWORKS
@@ -36,7 +37,7 @@ GRAPHS = {"fx": torch.fx.symbolic_trace, "script": script}
 NO_GRAPH = {("fx", "timm tf_efficientnetv2_s"), ("fx", "timm tf_efficientnetv2_b0")}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("form", GRAPHS)
 def test_a_graph_before_is_a_graph_after(name, form):
     torch.manual_seed(0)

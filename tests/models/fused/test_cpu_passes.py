@@ -150,7 +150,7 @@ def test_the_bits_do_not_depend_on_the_threads(memory_format, dtype):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["eca_resnet18", "eca_mobilenetv2", "resnet18"])
+@pytest.mark.parametrize("name", ["eca_resnet18", "eca_mobilenetv2"])
 def test_networks_are_as_near_to_double_precision_as_with_modules(name, monkeypatch):
     """For one of three seeds: rounding may move a value through an activation's ends, with or
     without the passes, and that changes all gradients before it; a fault changes them always."""
@@ -180,7 +180,7 @@ def test_networks_are_as_near_to_double_precision_as_with_modules(name, monkeypa
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["eca_resnet50", "resnet50"])
+@pytest.mark.parametrize("name", ["eca_resnet18", "resnet18"])
 def test_batch_norms_without_attention_where_the_tensor_is_large(name, monkeypatch):
     """In a block, in the stem and in the plain network's tails; modules with a hook are called."""
     network = models.create_model(name, num_classes=5).train()
@@ -191,14 +191,14 @@ def test_batch_norms_without_attention_where_the_tensor_is_large(name, monkeypat
     models.set_fused(network, False)
     expected = network(x)
     assert not calls.called
-    tails = 16 if name.startswith("eca") else 0
+    tails = 8 if name.startswith("eca") else 0
     models.set_fused(network, True)
     assert (network(x) - expected).norm() < 1e-3 * expected.norm()
     assert calls.call_count == tails
     monkeypatch.setattr(eca_fused, "LARGE", {"cpu": (0, 0)})
     calls.reset_mock()
     assert (network(x) - expected).norm() < 1e-3 * expected.norm()
-    everywhere = 1 + 3 * 16
+    everywhere = 1 + 2 * 8
     assert calls.call_count == everywhere
     network.layer1[0].bn1.register_forward_hook(lambda *_: None)
     calls.reset_mock()

@@ -60,12 +60,6 @@ def test_doubtful_detections_are_left_out():
     assert torch.equal(nothing, blank)
 
 
-@pytest.mark.parametrize("name", ["", "a name that is much too long for it " * 9, "猫\nдом $x$"])
-def test_any_name_stays_in_the_picture(name):
-    blank = torch.zeros(3, 128, 128, dtype=torch.uint8)
-    assert draw(blank, objects(), [name, name]).shape == blank.shape
-
-
 def overlaps(places, sizes):
     rectangles = [(x, y, x + w, y + h) for (x, y), (w, h) in zip(places, sizes, strict=True)]
     return sum(

@@ -13,7 +13,6 @@ import termios
 import torch
 
 from utils.system.distributed import Context
-from utils.training.detection import step_details
 from utils.training.progress import Pace, Progress, evaluation_progress, fitted, watched
 
 
@@ -75,21 +74,6 @@ def test_narrow_terminals_lose_figures_and_keep_the_times(monkeypatch):
         line = classifier_line(monkeypatch, columns, 63)
         assert re.match(r"epoch 37/100  50%\|.+\|, ETA 1:09:\d\d, run 146:2", line), line
     classifier_line(monkeypatch, 24, 63)  # not wider than the terminal
-
-
-def test_a_detectors_bar_shows_the_parts_of_the_loss_last(monkeypatch):
-    with terminal(monkeypatch) as drawn:
-        progress = Progress("epoch 12/12", 14659, 8, 100, decimals=1, done=7000)
-        advance(progress, 100, monkeypatch)
-        losses = ("objectness", "rpn_box_reg", "classifier", "box_reg", "mask")
-        means = {"loss": 12.3456} | {f"loss_{name}": 1.0 for name in losses}
-        progress.show("loss 12.346", step_details(means), "0.1")
-        lines = drawn()
-        progress.close()
-    assert max(map(len, lines)) <= 80
-    assert re.match(
-        r"epoch 12/12  48%\|.+\|, ETA 2:05:\d\d  loss 12\.346  8\.0 images/s  \(objec", lines[-1]
-    )
 
 
 def test_the_first_step_which_compiles_is_not_in_the_eta(monkeypatch, capsys):
