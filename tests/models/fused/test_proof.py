@@ -106,9 +106,7 @@ CHANGES = {
     "BatchNorm subclass": replace("bn2", lambda b: ShiftedNorm(b.bn2.num_features)),
     "LeakyReLU": replace("relu", lambda _: nn.LeakyReLU(0.3)),
     "Conv2d subclass": replace("conv2", scaled_conv2d),
-    "Conv2d with bias": replace(
-        "conv1", lambda b: nn.Conv2d(*b.conv1.weight.shape[:2], 3, padding=1)
-    ),
+    "Conv2d with bias": replace("conv1", conv1_with_bias),
 }
 # A norm that is none of PyTorch's BatchNorms is refused by the rebuild, not called.
 REFUSED = {"BatchNorm subclass"}
