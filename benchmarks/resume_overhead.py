@@ -23,10 +23,11 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 import models
 from main import RECIPE
+from utils.config.flags import RunSettings
 from utils.data.sampler import SeededBatches, mix_seed
 from utils.runs import checkpoint
 from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.writer import RunFiles, Saving
+from utils.runs.writer import RunFiles
 from utils.system.distributed import Votes
 from utils.system.errors import UserError
 from utils.system.faults import run_script
@@ -84,7 +85,8 @@ def seed_samples(batch: int) -> None:
 def parts_of_a_step(images: int, batch: int, rounds: int) -> dict[str, float]:
     """Seconds of each part for one batch; saving is not due."""
     order, loss = SeededBatches(images, batch, seed=1), torch.tensor(1.0)
-    guard, files = NonFiniteGuard(CPU), RunFiles(None, {}, saving=Saving(10**9, 10**9))
+    never = RunSettings(save_every=10**9, save_minutes=10**9)
+    guard, files = NonFiniteGuard(CPU), RunFiles(None, {}, flags=never)
     votes, stop = Votes(None), StopRequest()
     recipe = RECIPE.override(schedule="cosine", warmup_epochs=5)
     calls: dict[str, tuple[Callable[[], object], int]] = {

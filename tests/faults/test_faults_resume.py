@@ -16,7 +16,7 @@ from utils.config.classification import Recipe
 from utils.runs import checkpoint, foreign_files
 from utils.runs import folder as runs
 from utils.runs.checkpoint import Checkpoint
-from utils.runs.resume import refuse_changes
+from utils.runs.resume import Start
 from utils.runs.writer import RunFiles, command
 from utils.system.errors import UserError
 
@@ -233,7 +233,10 @@ def test_other_data_inside_an_epoch_is_refused(call, run_folder, tmp_path):
         assert "training images with other names or labels than there are now: restore" in err[0]
     del saved["train_digest"]  # as before there were digests: by number alone
     run = Checkpoint.of(Path("x"), saved).run
-    assert refuse_changes(run, Recipe.from_dict(run.recipe), None, 24, "another") == []
+    assert (
+        Start(run).refuse_changes(Recipe.from_dict(run.recipe), 24, "another", torch.device("cuda"))
+        == []
+    )
 
 
 def test_a_run_that_another_process_has_gone_on_with(call, run_folder, monkeypatch):

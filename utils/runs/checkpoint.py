@@ -82,7 +82,7 @@ class Optimizer(Struct, frozen=True):
 
 
 class Progress(Struct, frozen=True):
-    """Holds where a run stands; see `utils.training.state.RunState`."""
+    """Holds where a run stands; see `utils.training.state.TrainingState`."""
 
     epoch: Count
     step: Count
@@ -97,18 +97,6 @@ class Progress(Struct, frozen=True):
             raise ValueError("its best epoch holds more than numbers")
         if self.best and not isinstance(self.best.get("epoch"), int):
             raise ValueError("its best epoch has no number")
-
-
-class Row(Struct, frozen=True):
-    """Holds the number of a finished epoch; its other columns are numbers, see `Checkpoint`."""
-
-    epoch: Count
-
-
-class Rows(Struct, frozen=True):
-    """Holds the rows of a run, to check that each has its number."""
-
-    history: list[Row]
 
 
 class Checkpoint(Struct, frozen=True, kw_only=True):
@@ -299,7 +287,9 @@ class SavedRun(Checkpoint, frozen=True, kw_only=True):
     pretrained: str | None = None
 
     def __post_init__(self) -> None:
-        msgspec.convert({"history": self.history}, Rows)
+        epochs = [row.get("epoch") for row in self.history]
+        if not all(isinstance(epoch, int) and epoch >= 0 for epoch in epochs):
+            raise ValueError("a row of its history lacks the number of its epoch")
         if self.step and self.train_images is None:  # compared inside an epoch
             raise ValueError("it stopped inside an epoch, and lacks train_images")
 
@@ -321,12 +311,6 @@ class SavedRun(Checkpoint, frozen=True, kw_only=True):
     def position(self) -> tuple[int, int]:
         """Returns finished epochs, and steps done in the epoch under way."""
         return self.epoch, self.step
-
-    @property
-    def cpu_threads(self) -> int | None:
-        """Returns with how many threads it ran; None in old files."""
-        threads = self.environment.get("cpu_threads")
-        return threads if isinstance(threads, int) else None
 
 
 def save(path: str | Path, state: dict, retire_to: str | Path | None = None) -> int:

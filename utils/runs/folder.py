@@ -133,18 +133,6 @@ def newest(name: str | None, detector: bool = False) -> Path | None:
     return next((folder for folder in order if _trains_detector(folder) == detector), None)
 
 
-def saved_later(folder: Path) -> list[Path]:
-    """Returns other runs of its kind whose checkpoint is newer than those in `folder`, newest
-    first.
-
-    A clock that was set back does this, or two runs at one time.
-    """
-    kind, when = _trains_detector(folder), _last_saved(folder) or math.inf
-    others = [(_last_saved(other) or 0.0, other) for other in _by_start() if other != folder]
-    later = [f for t, f in sorted(others, reverse=True) if t > when]
-    return [f for f in later if _trains_detector(f) == kind]
-
-
 class FolderLock:
     """Makes this process the only writer of a run's folder, until it ends, however it ends.
 
@@ -248,11 +236,6 @@ def environment(context: Context) -> dict[str, str | int | list[int]]:
         "commit": _commit(),
         "start_number": 1 + max((_start_number(f) for f in _folders()), default=0),
     }
-
-
-def fresh_seed() -> int:
-    """Returns a seed for a run without --seed; it is saved, so that the run resumes exactly."""
-    return int.from_bytes(os.urandom(4), "big")
 
 
 def _commit() -> str:

@@ -2,11 +2,9 @@
 
 `torch.load` reads these, still without running their code.
 Training scripts leave numpy scalars, `argparse.Namespace` and paths beside the tensors. Their names
-are given to harmless classes of this file, so that nothing of numpy's or of the file's is called.
-What these values are does not matter to a reader of weights.
+are given to one harmless class of this file, so that nothing of numpy's or of the file's is called.
 """
 
-import argparse
 import json
 import re
 import zipfile
@@ -57,42 +55,22 @@ class Unread:
         return "a value that was not read"
 
 
-class Settings(argparse.Namespace):
-    """Stands for an `argparse.Namespace` of another program: names and plain values."""
-
-
-def _path(*parts: object) -> str:
-    return "/".join(map(str, parts))
-
-
-def _unread(*_: object) -> Unread:
-    return Unread()
-
-
-_SCALARS = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
-_ARRAYS = [f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")]
+_MADE = ("scalar", "_reconstruct")
 _KINDS = (
     "Bool Int8 UInt8 Int16 UInt16 Int32 UInt32 Int64 UInt64 Float16 Float32 Float64 Complex128 Str"
 )
-_INERT = {
-    "argparse.Namespace": Settings,
-    "types.SimpleNamespace": Settings,
-    "numpy.dtype": Unread,
-    "numpy.ndarray": Unread,
-    **{f"numpy.dtypes.{kind}DType": Unread for kind in _KINDS},
-    **dict.fromkeys(_SCALARS + _ARRAYS, _unread),
-    **{
-        f"pathlib.{module}{name}": _path
-        for module in ("", "_local.")
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
-    },
-}
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
+INERT = (
+    *("argparse.Namespace", "types.SimpleNamespace", "numpy.dtype", "numpy.ndarray"),
+    *(f"numpy.dtypes.{kind}DType" for kind in _KINDS.split()),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in _MADE),
+    *(f"pathlib.{module}{name}" for module in ("", "_local.") for name in _PATHS),
+)
 
 
 def inert_types() -> AbstractContextManager[Any]:
     """Lets `torch.load(weights_only=True)` pass over the plain values of other programs."""
-    allowed: list[Any] = [(value, name) for name, value in _INERT.items()]
-    return torch.serialization.safe_globals(allowed)
+    return torch.serialization.safe_globals([(Unread, name) for name in INERT])
 
 
 def why_not_weights(path: Path) -> str | None:

@@ -3,6 +3,7 @@ flags and data that may not change on the way.
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,25 +60,70 @@ class Start:
         Call it on every rank; all get rank 0's.
         """
         seed = self.seed_flag if self.run is None else self.run.seed
-        return int(distributed.share(run_folder.fresh_seed() if seed is None else seed, context))
+        if seed is None:
+            seed = int.from_bytes(os.urandom(4), "big")  # saved, so that the run resumes exactly
+        return int(distributed.share(seed, context))
 
     def refuse_changes(
         self,
         recipe: BaseRecipe,
-        images: int,
-        digest: str,
+        train_images: int,
+        train_digest: str,
         device: torch.device,
         can_begin: bool = True,
     ) -> list[str]:
-        """Refuses what a run cannot go on with; see `refuse_changes` for it and for the lines."""
-        if self.run is None:
+        """Refuses a resumption that could not be exact, or that the saved state cannot follow.
+
+        Args:
+            recipe: the saved one with this start's flags.
+            train_images, train_digest: how many there are now, and the `digest` of their names and
+                labels; a run of before there were digests is compared by the number alone.
+            can_begin: whether the script has --start-epoch.
+
+        Returns:
+            Lines for the user: another number of threads; data that changed between two epochs.
+
+        Raises:
+            UserError: another seed, or another value of a flag that may NEVER change; inside an
+                epoch, other data, or another value of a flag that may change BETWEEN_EPOCHS alone.
+        """
+        run, seed = self.run, self.seed_flag
+        if run is None:
             return []
-        return [
-            *refuse_changes(
-                self.run, recipe, self.seed_flag, images, digest, self.at_epoch, can_begin
-            ),
-            *other_threads(self.run, device),
-        ]
+        if seed is not None and seed != run.seed:
+            raise UserError(f"the run's seed is {run.seed}: leave --seed {seed} out")
+        before, now = type(recipe).from_dict(run.recipe).as_dict(), recipe.as_dict()
+        flags = {name: Flag((name,), "", "") for name in now} | flags_of(type(recipe))
+        changed = {
+            name: [flags[name].typed(values[name]) for values in (before, now)]
+            for name in now
+            if now[name] != before[name]
+        }
+        for name, (old, new) in changed.items():
+            if flags[name].resume == NEVER:
+                raise UserError(
+                    f"the run trains with {old}: leave {new} out, or begin a new run at its weights"
+                )
+        lines = _other_threads(run, device)
+        other_data = run.train_digest not in (None, train_digest)
+        if not run.step or self.at_epoch is not None:
+            return [OTHER_DATA, *lines] if other_data else lines
+        stopped = "the run stopped inside an epoch"
+        remedy = ", or begin at an epoch's start with --start-epoch" if can_begin else ""
+        for name, (old, new) in changed.items():
+            if flags[name].resume != ANY_TIME:
+                raise UserError(
+                    f"{stopped}, after {run.step} batches with {old}: leave {new} out{remedy}"
+                )
+        if train_images != run.train_images:
+            then, today = f"{run.train_images:,} training images", f"there are {train_images:,} now"
+            raise UserError(f"{stopped} over {then}, and {today}: restore the data{remedy}")
+        if other_data:
+            raise UserError(
+                f"{stopped} over training images with other names or labels than there are now: "
+                f"restore the data{remedy}"
+            )
+        return lines
 
 
 def read(
@@ -228,12 +274,6 @@ def find(
         _say(f"no checkpoint in {where} yet: starting from the beginning")
         return None, folder
     saved, notes = newest
-    if folder is not None and not output and name is None:
-        notes += [
-            f"! {later} was saved after {folder}, but started before it: to take it, give "
-            f"--resume {AUTO} --output {later}"
-            for later in run_folder.saved_later(folder)[:1]
-        ]
     _say(*notes, f"{'evaluating' if evaluate else 'resuming'} {saved.file}")
     return saved, folder
 
@@ -263,68 +303,6 @@ def where(saved: Checkpoint | None, flags: RunSettings, at_epoch: int | None) ->
     return (f"going on with {saved.file} in epoch {saved.run.epoch + 1}{inside}",)
 
 
-def refuse_changes(
-    run: SavedRun,
-    recipe: BaseRecipe,
-    seed: int | None,
-    train_images: int,
-    train_digest: str,
-    at_epoch: int | None = None,
-    can_begin: bool = True,
-) -> list[str]:
-    """Refuses a resumption that could not be exact, or that the saved state cannot follow.
-
-    Args:
-        run: that goes on.
-        recipe: the saved one with this start's flags.
-        seed: of the command line, or None.
-        train_images, train_digest: how many there are now, and the `digest` of their names and
-            labels; a run of before there were digests is compared by the number alone.
-        at_epoch: --start-epoch, which leaves the position inside an epoch.
-        can_begin: whether the script has --start-epoch.
-
-    Returns:
-        A line for the user where the data changed and the run stands between two epochs.
-
-    Raises:
-        UserError: another seed, or another value of a flag that may NEVER change; inside an epoch,
-            other data, or another value of a flag that may change BETWEEN_EPOCHS alone.
-    """
-    if seed is not None and seed != run.seed:
-        raise UserError(f"the run's seed is {run.seed}: leave --seed {seed} out")
-    before, now = type(recipe).from_dict(run.recipe).as_dict(), recipe.as_dict()
-    flags = {name: Flag((name,), "", "") for name in now} | flags_of(type(recipe))  # some are none
-    changed = {
-        name: [flags[name].typed(values[name]) for values in (before, now)]
-        for name in now
-        if now[name] != before[name]
-    }
-    for name, (old, new) in changed.items():
-        if flags[name].resume == NEVER:
-            raise UserError(
-                f"the run trains with {old}: leave {new} out, or begin a new run at its weights"
-            )
-    other_data = run.train_digest not in (None, train_digest)
-    if not run.step or at_epoch is not None:
-        return [OTHER_DATA] if other_data else []
-    stopped = "the run stopped inside an epoch"
-    remedy = ", or begin at an epoch's start with --start-epoch" if can_begin else ""
-    for name, (old, new) in changed.items():
-        if flags[name].resume != ANY_TIME:
-            raise UserError(
-                f"{stopped}, after {run.step} batches with {old}: leave {new} out{remedy}"
-            )
-    if train_images != run.train_images:
-        then, today = f"{run.train_images:,} training images", f"there are {train_images:,} now"
-        raise UserError(f"{stopped} over {then}, and {today}: restore the data{remedy}")
-    if other_data:
-        raise UserError(
-            f"{stopped} over training images with other names or labels than there are now: "
-            f"restore the data{remedy}"
-        )
-    return []
-
-
 def refuse_another_recipe(run: SavedRun, name: str | None) -> None:
     """Refuses another --recipe than the run's; None for none.
 
@@ -347,16 +325,17 @@ def digest(*parts: bytes | np.ndarray) -> str:
     return code.hexdigest()
 
 
-def other_threads(run: SavedRun, device: torch.device) -> list[str]:
-    """Returns a line for the user where a run on the CPU goes on with another number of threads.
+def _other_threads(run: SavedRun, device: torch.device) -> list[str]:
+    """Returns a line where a run on the CPU goes on with another number of threads.
 
     A sum that is shared among threads is rounded otherwise for each number of them.
     """
+    before: Any = run.environment.get("cpu_threads")
     now = torch.get_num_threads()
-    if device.type != "cpu" or run.cpu_threads in (None, now):
+    if device.type != "cpu" or before in (None, now):
         return []
     return [
-        f"! the run was computed by {counted(run.cpu_threads, 'thread')}, and goes on with {now}: "
-        "sums are rounded otherwise, so it will not end bit for bit as it would have; set "
-        f"OMP_NUM_THREADS={run.cpu_threads} for that"
+        f"! the run was computed by {counted(before, 'thread')}, and goes on with {now}: sums are "
+        "rounded otherwise, so it will not end bit for bit as it would have; set "
+        f"OMP_NUM_THREADS={before} for that"
     ]

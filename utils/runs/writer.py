@@ -62,19 +62,6 @@ class Panel:
     can_be_log: bool = False  # a loss: logarithmic where it spans much
 
 
-@dataclass(frozen=True)
-class Saving:
-    """Says when a checkpoint is written besides those at the ends of epochs.
-
-    Args:
-        every: steps between checkpoints inside an epoch, or None.
-        minutes: between any two checkpoints, or None.
-    """
-
-    every: int | None = None
-    minutes: float | None = None
-
-
 class Tracker:
     """Sends what a run logs; one that goes on with the same folder has the same id.
 
@@ -151,16 +138,13 @@ def _mlflow(folder: Path, key: str, settings: Mapping[str, Any]) -> tuple[Send, 
 class RunFiles:
     """Writes on the main process; on every other rank each method does nothing.
 
-    `begin` comes first.
-
     Args:
         folder: the run's folder; None on ranks above 0.
         fixed: what every checkpoint holds besides the state: network, classes, recipe, flags.
         title: of the curves.
         first_epoch: that this process will finish.
-        saving: when checkpoints are due.
+        flags: when checkpoints are due, and where else the figures go.
         saved: the run that this process goes on from, or None.
-        log: where else the figures go, see `Tracker`; None for nowhere.
 
     Raises:
         UserError: another process is writing to the folder, or has written to it since `saved` was
@@ -174,17 +158,16 @@ class RunFiles:
         *,
         title: str = "",
         first_epoch: int = 0,
-        saving: Saving = Saving(),
+        flags: RunSettings | None = None,
         saved: SavedRun | None = None,
-        log: str | None = None,
     ):
-        self.folder, self.fixed, self.saving = folder, fixed, saving
+        self.folder, self.fixed, self.flags = folder, fixed, flags or RunSettings()
         self.saved_at = time.monotonic()
         if folder is not None:
             self.lock = run_folder.FolderLock(folder)
             self.checkpoints = CheckpointFolder(folder)
             self._refuse_newer(saved)
-            self.title, self.first_epoch, self.log = title, first_epoch, log
+            self.title, self.first_epoch = title, first_epoch
             self.logger: RunLogger | None = None
 
     @classmethod
@@ -214,9 +197,8 @@ class RunFiles:
             {**record, "environment": run_folder.environment(context)},
             title=name,
             first_epoch=state.epoch,
-            saving=Saving(flags.save_every, flags.save_minutes),
+            flags=flags,
             saved=start.run,
-            log=flags.log,
         )
         if run.lacks_best():
             state.best = {}
@@ -234,9 +216,9 @@ class RunFiles:
                 self.save(snapshot)
             run_folder.write_json(self.path("args.json"), self.fixed)
             tracker = None
-            if self.log is not None:
+            if self.flags.log is not None:
                 settings = {**self.fixed["args"], **self.fixed["recipe"]}
-                tracker = Tracker(self.log, self.folder, settings)
+                tracker = Tracker(self.flags.log, self.folder, settings)
             self.logger = RunLogger(self.folder, self.title, self.first_epoch, self.lock, tracker)
 
     def _refuse_newer(self, saved: SavedRun | None) -> None:
@@ -270,10 +252,9 @@ class RunFiles:
 
     def due(self, step: int) -> bool:
         """Returns whether a checkpoint is due after `step` steps of the epoch."""
-        if self.saving.every is not None and step % self.saving.every == 0:
-            return True
-        passed = time.monotonic() - self.saved_at
-        return self.saving.minutes is not None and passed >= 60 * self.saving.minutes
+        every, minutes = self.flags.save_every, self.flags.save_minutes
+        passed = (time.monotonic() - self.saved_at) / 60
+        return bool(every and step % every == 0) or bool(minutes and passed >= minutes)
 
     def save(self, snapshot: dict) -> None:
         """Writes `last`; the one before it becomes `previous`."""
@@ -538,19 +519,15 @@ def look_line(folder: Path) -> str:
     return f"  look:        {board} --logdir {shlex.quote(str(folder))}   (or {curves})"
 
 
-def device_flags() -> list[str]:
-    """Returns the flags that chose this process's device; checkpoints do not hold them."""
-    typed = sys.argv[1:]
-    return [
+def command(*arguments: object) -> str:
+    """Returns a command line for this script, started the way this process was."""
+    script, *typed = sys.argv
+    device = [  # which checkpoints do not hold
         word
         for word, former in zip(typed, ["", *typed], strict=False)
         if word.partition("=")[0] in DEVICE_FLAGS or former in DEVICE_FLAGS
     ]
-
-
-def command(*arguments: object) -> str:
-    """Returns a command line for this script, started the way this process was."""
-    own = shlex.join([sys.argv[0], *map(str, arguments), *device_flags()])
+    own = shlex.join([script, *map(str, arguments), *device])
     ranks, nodes = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_WORLD_SIZE", "1")
     if ranks is None:
         return f"{_interpreter()} {own}"

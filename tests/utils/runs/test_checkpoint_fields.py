@@ -66,7 +66,6 @@ LACKING = [
     ("progress", {"progress": {"epoch": 1}}),
     ("optimizer", {"optimizer": {"state": {}}}),
     ("optimizer", {"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}}),
-    ("history", {"history": [{"lr": 0.1}]}),
 ]
 
 
@@ -107,6 +106,11 @@ def test_the_line_has_the_path_to_the_wrong_field(changes, said):
     with pytest.raises(UserError) as caught:
         read(tiny_run(**changes))
     assert f"last.pth: the field {said}" in str(caught.value)
+
+
+def test_each_row_of_a_history_has_its_epoch():
+    with pytest.raises(UserError, match=r"last\.pth: cannot be used \(a row of its history lacks"):
+        read(tiny_run(history=[{"lr": 0.1}]))
 
 
 def test_a_run_inside_an_epoch_says_how_many_images_it_has():
@@ -178,7 +182,7 @@ def test_a_run_says_where_it_stands(tmp_path):
     saved = Checkpoint.read(tmp_path / "last.pth")
     assert (saved.file, saved.classes, saved.img_size) == (tmp_path / "last.pth", ("a", "b"), 32)
     assert saved.run.position == (4, 7)
-    assert (saved.run.seed, saved.run.cpu_threads) == (RUN["seed"], 3)
+    assert (saved.run.seed, saved.run.environment["cpu_threads"]) == (RUN["seed"], 3)
     assert saved.run.recipe == RUN["recipe"]
     assert not saved.is_detector
     with pytest.raises(AttributeError):

@@ -91,9 +91,6 @@ def test_a_clock_set_back_resumes_the_run_that_started_last(capsys):
     assert run_folder.environment(Context(torch.device("cpu")))["start_number"] == 3
     assert run_folder.newest(None) == second
     assert resume.find("auto", None, None)[1] == second
-    assert "! runs/old-1 was saved after runs/b-1, but started" in capsys.readouterr().out
-    os.utime(second / "last.pth", (9999, 9999))
-    resume.find("auto", None, None)
     assert capsys.readouterr().out == "resuming runs/b-1/last.pth\n"
     assert first in run_folder._by_start()
 

@@ -40,7 +40,7 @@ def test_plain_values_beside_the_weights_are_passed_over(tmp_path, zip_format):
     held = checkpoint.load(tmp_path / "a.pth")
     assert held.keys() == {"model", *beside}
     assert torch.equal(held["model"]["weight"], weights["weight"])
-    assert (held["args"].lr, held["args"].data) == (0.1, "a/b")
+    assert {str(held[name]) for name in ("args", "folder")} == {"a value that was not read"}
     assert (
         set(torch.serialization.get_safe_globals()) == before
     )  # for one file, not for the process

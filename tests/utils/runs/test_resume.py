@@ -4,14 +4,17 @@ import contextlib
 from dataclasses import fields, replace
 from pathlib import Path
 
+import torch
 from helpers.tiny_runs import RECIPE, RUN, tiny_run
 
 from utils.config.classification import Recipe
 from utils.config.detection import DetectionRecipe
 from utils.config.flags import NEVER, flags_of
 from utils.runs.checkpoint import Checkpoint
-from utils.runs.resume import refuse_changes
+from utils.runs.resume import Start
 from utils.system.errors import UserError
+
+CUDA = torch.device("cuda")  # where the number of threads does not count
 
 
 def test_each_field_of_a_recipe_is_free_or_refused_inside_an_epoch():
@@ -30,9 +33,9 @@ def test_each_field_of_a_recipe_is_free_or_refused_inside_an_epoch():
         for field in fields(recipe):
             changed = replace(recipe, **{field.name: "another"})
             with contextlib.suppress(UserError):
-                refuse_changes(run, changed, None, 24, RUN["train_digest"])
+                Start(run).refuse_changes(changed, 24, RUN["train_digest"], CUDA)
                 allowed.add(field.name)
             if field.name not in never:
-                refuse_changes(run, changed, None, 24, RUN["train_digest"], at_epoch=1)
+                Start(run, at_epoch=1).refuse_changes(changed, 24, RUN["train_digest"], CUDA)
         more = {"weight_decay", "clip_grad", "ema", "accumulate", "sync_bn", "crop_pct"}
         assert allowed == {*free.split(), *more} & {field.name for field in fields(recipe)}

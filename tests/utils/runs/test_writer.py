@@ -7,6 +7,7 @@ import pytest
 from helpers.tiny_runs import tiny_run
 from PIL import Image
 
+from utils.config.flags import RunSettings
 from utils.runs import writer
 from utils.runs.folder import FolderLock
 from utils.runs.writer import command, look_line
@@ -85,7 +86,7 @@ def test_each_file_of_a_run_is_checked(place, monkeypatch):
 def test_minutes_between_two_checkpoints_are_those_of_the_clock(place, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(writer.time, "monotonic", lambda: now[0])
-    files = writer.RunFiles(None, {}, saving=writer.Saving(minutes=2.5))
+    files = writer.RunFiles(None, {}, flags=RunSettings(save_minutes=2.5))
     files.save({})
     for seconds, due in ((149, False), (150, True), (151, True)):
         now[0] = seconds

@@ -9,8 +9,9 @@ import torch
 from helpers.small_epochs import CPU, PLAIN, STEPS, batches, network, sgd, train
 from torch import nn
 
+from utils.config.flags import RunSettings
 from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.writer import RunFiles, Saving
+from utils.runs.writer import RunFiles
 from utils.system.errors import UserError
 from utils.system.signals import StopRequest
 from utils.training.classification import ClassificationMeter, cross_entropy, evaluate
@@ -53,7 +54,7 @@ def test_a_group_s_rate_is_scaled():
 
 
 def in_folder(folder, **saving):
-    return RunFiles(folder, {"arch": "x"}, saving=Saving(**saving))
+    return RunFiles(folder, {"arch": "x"}, flags=RunSettings(**saving))
 
 
 def same_weights(saved, state):
@@ -65,7 +66,7 @@ def same_weights(saved, state):
 def test_a_checkpoint_inside_the_epoch_is_of_the_step_before_it(tmp_path):
     """Due after every third step; the one of the last step due stays, with the sums so far."""
     before, _ = train(network(0.5), batches(7)[:6])
-    after, done = train(network(0.5), batches(7), run=in_folder(tmp_path, every=3))
+    after, done = train(network(0.5), batches(7), run=in_folder(tmp_path, save_every=3))
     assert done
     saved, previous = (
         torch.load(path, weights_only=True)

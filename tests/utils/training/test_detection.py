@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from utils.config.detection import DetectionRecipe
+from utils.config.flags import RunSettings
 from utils.runs.checkpoint import CheckpointFolder
-from utils.runs.writer import RunFiles, Saving
+from utils.runs.writer import RunFiles
 from utils.system.distributed import Votes
 from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.system.signals import StopRequest
@@ -107,7 +108,7 @@ def test_what_is_drawn_in_a_step_is_a_function_of_its_number():
 
 
 def test_a_checkpoint_inside_the_epoch_is_of_the_step_before_it(tmp_path):
-    saving = RunFiles(tmp_path, {"arch": "x"}, saving=Saving(every=3))
+    saving = RunFiles(tmp_path, {"arch": "x"}, flags=RunSettings(save_every=3))
     state, done = run(Losses(), [1.0, 2.0], saving=saving)
     saved = torch.load(CheckpointFolder(tmp_path).last, weights_only=True)
     assert done
