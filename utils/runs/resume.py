@@ -330,9 +330,8 @@ def _other_threads(run: SavedRun, device: torch.device) -> list[str]:
 
     A sum that is shared among threads is rounded otherwise for each number of them.
     """
-    before: Any = run.environment.get("cpu_threads")
-    now = torch.get_num_threads()
-    if device.type != "cpu" or before in (None, now):
+    before, now = run.environment.get("cpu_threads"), torch.get_num_threads()
+    if device.type != "cpu" or before == now or not isinstance(before, int):
         return []
     return [
         f"! the run was computed by {counted(before, 'thread')}, and goes on with {now}: sums are "
