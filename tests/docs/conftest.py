@@ -44,7 +44,7 @@ def workspace(tmp_path, few_digits, monkeypatch):
     Image.fromarray(pixels).resize((80, 60)).save(photos / "000001.png")
 
     torch.manual_seed(0)
-    settings = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.3}
+    settings = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.3, "width": 16}
     network = create_detector("mask_rcnn", "resnet18", num_classes=3, norm="bn", **settings)
     state = {**describe_detector(network), "classes": ["ant", "bee"], "category_ids": [1, 2]}
     path = tmp_path / "runs" / "mask_rcnn_eca_resnet18_demo-1" / "best.pth"

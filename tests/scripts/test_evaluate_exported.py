@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.classifier_checkpoints import write_checkpoint
+from helpers.small_runs import thin_networks
 from helpers.tiny_runs import RUN
 from helpers.trees import write_tree
 
@@ -23,9 +24,12 @@ from utils.inspection import exported_network
 from utils.runs import checkpoint
 from utils.system.faults import run_script
 
-FILES = ("onnx", "xml")
-# Classes not in the order of their folders: labels must be those of the checkpoint's names.
-FIELDS = {"classes": ["b", "a", "7"], "img_size": 40, "crop_pct": 0.7}
+pytestmark = pytest.mark.usefixtures("thin")
+
+# Of a run. Labels must be those of the checkpoint's names, which are not in the folders' order.
+FIELDS = {name: RUN[name] for name in checkpoint.RUN} | {"args": {"decoder": "pil"}}
+FIELDS |= {"classes": ["b", "a", "7"], "img_size": 40, "crop_pct": 0.7}
+FIELDS["recipe"] = {**RUN["recipe"], "img_size": 40, "crop_pct": 0.7}
 FIGURES = re.compile(r"15 images  top-1 (\S+) %  loss (\S+) ")
 
 
@@ -36,40 +40,31 @@ def made(tmp_path_factory):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("exported")
     write_tree(folder / "tree", classes="ab7")
-    write_checkpoint(folder / "best.pth", fields=FIELDS)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, thin_networks():
+        write_checkpoint(folder / "best.pth", fields=FIELDS)
         patch.chdir(folder)
-        arguments = ["export.py", "best.pth", "--to", "onnx", "openvino"]
-        patch.setattr("sys.argv", arguments)
+        patch.setattr("sys.argv", ["export.py", "best.pth", "--to", "onnx", "openvino"])
         with pytest.raises(SystemExit) as end:
             run_script(export.main)
     assert end.value.code == 0
     return folder
 
 
-def figures(lines):
-    """Top-1 in %, and the loss, of the last line of an evaluation."""
-    found = FIGURES.match(lines[-1])
-    assert found, lines
-    return tuple(map(float, found.groups()))
+def as_light_main():
+    return main_script.main(light_main.RECIPE, light_main.DEMOS, light_main.__doc__)
 
 
-def as_expected(entry):
-    return lambda: entry.main(entry.RECIPE, entry.DEMOS, entry.__doc__)
-
-
-@pytest.mark.parametrize("entry", [main_script, light_main], ids=["main", "light_main"])
-@pytest.mark.parametrize("ending", FILES)
+@pytest.mark.parametrize(
+    ("ending", "entry"),
+    [("onnx", main_script.main), ("xml", main_script.main), ("onnx", as_light_main)],
+)
 def test_figures_are_the_checkpoints(call, made, tmp_path, ending, entry):
-    data, script = ("-j", 0, made / "tree"), as_expected(entry)
     written = {}
     for name in ("best.pth", f"best.{ending}"):
-        output = tmp_path / name
-        code, lines, errors = call(
-            "-e", "--resume", made / name, "--output", output, *data, entry=script
-        )
+        flags = ("--output", tmp_path / name, "-j", 0, made / "tree")
+        code, lines, errors = call("-e", "--resume", made / name, *flags, entry=entry)
         assert (code, errors) == (0, []), errors
-        written[name] = json.loads((output / "evaluation.json").read_text())
+        written[name] = json.loads((tmp_path / name / "evaluation.json").read_text())
     assert lines[1] == (
         f"network: eca_resnet18 from best.{ending}, float32, run by "
         f"{exported_network.ENDINGS[f'.{ending}']}, 3 classes"
@@ -101,28 +96,23 @@ def test_figures_are_those_of_a_loop_over_the_file(call, made):
         label = ["b", "a", "7"].index(file.parent.name)
         right += logits.argmax() == label
         loss += np.log(np.exp(logits - logits.max()).sum()) - (logits[label] - logits.max())
-    code, lines, _ = call(
-        "-e", "--resume", made / "best.onnx", "--decoder", "pil", "-j", 0, made / "tree"
-    )
+    flags = ("--decoder", "pil", "-j", 0, made / "tree")
+    code, lines, _ = call("-e", "--resume", made / "best.onnx", *flags)
     assert code == 0
-    top1, shown = figures(lines)
+    top1, shown = map(float, FIGURES.match(lines[-1]).groups())
     assert top1 == pytest.approx(100 * right / len(files), abs=1e-3)
     assert shown == pytest.approx(loss / len(files), abs=1e-3)
 
 
-def test_the_runs_decoder_is_the_files(call, made, tmp_path, monkeypatch):
+def test_the_runs_decoder_is_the_files(call, made, monkeypatch):
     """A run with --decoder pil is evaluated with it, and so is what was exported of it."""
-    run = {name: RUN[name] for name in checkpoint.RUN} | {"args": {"decoder": "pil"}}
-    write_checkpoint(tmp_path / "pil.pth", fields={**run, **FIELDS})
-    code, _, errors = call("pil.pth", "--to", "onnx", entry=export.main)
-    assert (code, errors) == (0, [])
     used = []
     read = loader.read_image
     monkeypatch.setattr(
         loader, "read_image", lambda file, decoder: (used.append(decoder), read(file, decoder))[1]
     )
     for flags in ((), ("--decoder", "simplejpeg")):
-        assert call("-e", "--resume", "pil.onnx", *flags, "-j", 0, made / "tree")[0] == 0
+        assert call("-e", "--resume", made / "best.onnx", *flags, "-j", 0, made / "tree")[0] == 0
     assert used == ["pil"] * (len(used) // 2) + ["simplejpeg"] * (len(used) // 2) != []
 
 
@@ -142,13 +132,10 @@ def refused():
     yield ("-e", "--resume", file, "--output", "best.pth"), "best.pth: is a file"
 
 
-@pytest.mark.parametrize("entry", [main_script, light_main], ids=["main", "light_main"])
 @pytest.mark.parametrize(("flags", "message"), list(refused()))
-def test_what_makes_no_sense_with_a_file_is_one_line(
-    call, made, monkeypatch, flags, message, entry
-):
+def test_what_makes_no_sense_with_a_file_is_one_line(call, made, flags, message):
     flags = [made / word if word in ("best.onnx", "best.pth") else word for word in flags]
-    code, _, errors = call(*flags, made / "tree", entry=as_expected(entry))
+    code, _, errors = call(*flags, made / "tree")
     assert code == 2, errors
     assert len(errors) == 1, errors
     assert message in errors[0]
@@ -186,10 +173,10 @@ def test_a_strangers_file_is_one_line(call, made, tmp_path):
 
 def readers_of_checkpoints():
     """Every script that takes a checkpoint, and its flags before and behind the file's name."""
-    yield "main -e", (as_expected(main_script), ("-e", "--resume"), ("tree",))
-    yield "main", (as_expected(main_script), ("--resume",), ("tree",))
-    yield "main --pretrained", (as_expected(main_script), ("--pretrained",), ("tree",))
-    yield "light_main", (as_expected(light_main), ("-e", "--resume"), ("tree",))
+    yield "main -e", (main_script.main, ("-e", "--resume"), ("tree",))
+    yield "main", (main_script.main, ("--resume",), ("tree",))
+    yield "main --pretrained", (main_script.main, ("--pretrained",), ("tree",))
+    yield "light_main", (as_light_main, ("-e", "--resume"), ("tree",))
     yield "detect_main", (detect_main.main, ("-e", "--resume"), ("tree",))
     yield "detect_main first", (detect_main.main, ("--detector-weights",), ("tree",))
     yield "predict", (predict.main, (), ("tree",))
@@ -227,7 +214,9 @@ def test_weights_in_another_file_change_no_prediction(call, made, tmp_path):
 
     model = onnx.load(made / "best.onnx")
     (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == "fc.weight"]
-    (tmp_path / "stolen").write_bytes(np.float32([[0], [0], [1]]).repeat(512, 1).tobytes())
+    (tmp_path / "stolen").write_bytes(
+        np.float32([[0], [0], [1]]).repeat(weight.dims[1], 1).tobytes()
+    )
     weight.ClearField("raw_data")
     weight.data_location = onnx.TensorProto.EXTERNAL
     weight.external_data.add(key="location", value="stolen")
@@ -238,7 +227,7 @@ def test_weights_in_another_file_change_no_prediction(call, made, tmp_path):
     assert session.run(None, {"images": images})[0].argmax() == 2
     for arguments, entry in (
         (("x.onnx", image), predict.main),
-        (("-e", "--resume", "x.onnx", made / "tree"), as_expected(main_script)),
+        (("-e", "--resume", "x.onnx", made / "tree"), main_script.main),
     ):
         code, lines, errors = call(*arguments, entry=entry)
         assert (code, lines, len(errors)) == (2, [], 1), errors

@@ -15,6 +15,8 @@ from utils.runs import foreign_files
 from utils.runs.checkpoint import Checkpoint
 from utils.system.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 
 def test_all_formats(export_cli, tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
@@ -66,10 +68,8 @@ def test_all_formats(export_cli, tmp_path, monkeypatch):
     # Nothing is overwritten; a missing package is said before any work.
     before = (tmp_path / "best.onnx").read_bytes()
     code, text = export_cli("best.pth")
-    assert (code, "best.onnx: is there already; move it, or choose another --output" in text) == (
-        2,
-        True,
-    )
+    assert code == 2
+    assert "best.onnx: is there already; move it, or choose another --output" in text
     assert (tmp_path / "best.onnx").read_bytes() == before
     found = importlib.util.find_spec
     monkeypatch.setattr(
@@ -84,19 +84,16 @@ def test_all_formats(export_cli, tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "img_size", "flags"),
-    [("eca_resnet18", 32, ("--no-fold",)), ("eca_mobilenetv2", 48, ("--img-size", 32))],
-)
-def test_small_images(export_cli, tmp_path, name, img_size, flags):
-    network = write_checkpoint(tmp_path / "tiny.pth.tar", name, img_size)
-    code, text = export_cli("tiny.pth.tar", "--to", "pt2", "--output", "new/folder", *flags)
+def test_small_images_and_batch_norm_as_it_is(export_cli, tmp_path):
+    network = write_checkpoint(tmp_path / "tiny.pth.tar", img_size=48)
+    flags = ("--to", "pt2", "--output", "new/folder", "--img-size", 32, "--no-fold")
+    code, text = export_cli("tiny.pth.tar", *flags)
     assert code == 0, text
     assert "any batch, 32 x 32 pixels" in text
     extra = {formats.METADATA: ""}
     program = torch.export.load(tmp_path / "new/folder/tiny.pt2", extra_files=extra)
     assert json.loads(extra[formats.METADATA])["img_size"] == 32
-    assert ("batch_norm" in program.graph_module.code) == ("--no-fold" in flags)
+    assert "batch_norm" in program.graph_module.code
     for n in (1, 7):
         images = torch.randn(n, 3, 32, 32)
         torch.testing.assert_close(program.module()(images), network(images), rtol=1e-4, atol=1e-4)
@@ -150,18 +147,10 @@ def test_output_may_be_the_file_of_one_format(export_cli, tmp_path):
         assert (tmp_path / made).is_file()
         assert text.splitlines()[-1].startswith(f"{made}: ")
     assert {path.name for path in (tmp_path / "new ä").iterdir()} == {"bees.v1.pt2"}
-    program = torch.export.load(tmp_path / "new ä" / "bees.v1.pt2").module()
+    program = torch.export.load(tmp_path / "new ä" / "bees.v1.pt2")
+    assert "batch_norm" not in program.graph_module.code
     images = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(program(images), network(images), rtol=1e-4, atol=1e-4)
-
-
-def test_nothing_is_left_where_an_export_fails(export_cli, tmp_path, monkeypatch):
-    """No empty folder: one that lies there would be taken for a network's."""
-    write_checkpoint(tmp_path / "best.pth")
-    monkeypatch.setattr(formats, "hugging_face_texts", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        export_cli("best.pth", "--to", "hf", "--output", "new")
-    assert {path.name for path in tmp_path.iterdir()} == {"best.pth"}
+    torch.testing.assert_close(program.module()(images), network(images), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_wrong_is_said_in_one_line(export_cli, tmp_path):
@@ -171,11 +160,8 @@ def test_what_is_wrong_is_said_in_one_line(export_cli, tmp_path):
     safetensors.save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     detector = {"format": 1, "state_dict": {}, "arch": "retinanet", "backbone": "resnet18"}
     torch.save(detector, tmp_path / "det.pth")
-    for name in ("link", "link.pt2"):
-        (tmp_path / name).symlink_to("nowhere")
     for arguments, message in [
         (("nowhere.pth",), "nowhere.pth: no such file"),
-        (("nowhere.safetensors",), "nowhere.safetensors: no such file"),
         (("bad.safetensors", "--to", "pt2"), "damaged, or not a safetensors file"),
         (("foreign.safetensors", "--to", "pt2"), "weights of no network known here: x"),
         (("det.pth",), "det.pth: not a detector's checkpoint, as it lacks attention"),
@@ -183,13 +169,9 @@ def test_what_is_wrong_is_said_in_one_line(export_cli, tmp_path):
             ("best.pth", "--to", "safetensors", "--no-fold"),
             "--no-fold is for onnx, openvino and pt2",
         ),
-        (("best.pth", "--to", "onyx"), "invalid choice: 'onyx'"),
         (("best.pth", "--output", "x.onnx", "--to", "onnx", "pt2"), "x.onnx is a file, and --to"),
         (("best.pth", "--output", "x.onnx", "--to", "pt2"), "or --to onnx alone"),
-        (("best.pth", "--output", "link.pt2"), "link.pt2: is there already"),
-        (("best.pth", "--output", "link", "--to", "pt2"), "link: cannot write to "),
         (("best.pth", "--output", "best.pth/x", "--to", "pt2"), "best.pth/x: cannot write to "),
-        (("best.pth", "--img-size", "8193"), "is not a whole number between 1 and 8192"),
         (("det.pth", "--output", "x.pt2"), "det.pth holds a detector, which is written as onnx"),
         (("best.pth", "--output", "bad.safetensors"), "choose another --output"),
     ]:

@@ -16,16 +16,20 @@ from utils.inspection import int8
 from utils.inspection.predictions import read_batches
 from utils.runs import checkpoint
 
-
-def export_flags_that_do_not_fit():
-    yield ("--int8", "D", "--to", "pt2"), "--int8 makes onnx and openvino: leave pt2 out"
-    yield ("--int8", "D", "--no-fold"), "--int8 needs BatchNorm folded: leave --no-fold out"
-    yield ("--max-drop", "2"), "--max-drop goes with --int8 DATA"
-    yield ("--calibration-images", "2"), "--calibration-images goes with --int8 DATA"
-    yield ("--int8", "nowhere"), "nowhere"
+pytestmark = pytest.mark.usefixtures("thin")
+GRAPHS: list = []  # what `traced_once` has traced
 
 
-@pytest.mark.parametrize(("flags", "message"), list(export_flags_that_do_not_fit()))
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--int8", "D", "--to", "pt2"), "--int8 makes onnx and openvino: leave pt2 out"),
+        (("--int8", "D", "--no-fold"), "--int8 needs BatchNorm folded: leave --no-fold out"),
+        (("--max-drop", "2"), "--max-drop goes with --int8 DATA"),
+        (("--calibration-images", "2"), "--calibration-images goes with --int8 DATA"),
+        (("--int8", "nowhere"), "nowhere"),
+    ],
+)
 def test_flags_of_int8_that_do_not_fit(export_cli, tmp_path, monkeypatch, flags, message):
     pytest.importorskip("onnxscript")
     write_checkpoint(tmp_path / "best.pth")
@@ -74,6 +78,19 @@ def write_fitted_checkpoint(path, train):
     checkpoint.save(path, state)
 
 
+@pytest.fixture
+def traced_once(monkeypatch):
+    """The first network that is traced stands for those after it: it takes seconds."""
+    graph_file = export.graph_file
+
+    def made_once(*settings):
+        if not GRAPHS:
+            GRAPHS.append(graph_file(*settings))
+        return GRAPHS[0]
+
+    monkeypatch.setattr(export, "graph_file", made_once)
+
+
 def operations_before_the_gates(file):
     """The kinds of operations from each gate's pooling to its sigmoid; in 8 bits there are more."""
     import onnx
@@ -87,18 +104,13 @@ def operations_before_the_gates(file):
     return kinds
 
 
-def test_int8_is_judged_and_refused_when_it_loses(export_cli, tmp_path, small_data, monkeypatch):
+def test_int8_is_judged_and_refused_when_it_loses(
+    export_cli, tmp_path, small_data, traced_once, monkeypatch
+):
     for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(package)
     write_fitted_checkpoint(tmp_path / "best.pth", small_data / "train")
-    graphs, graph_file = [], export.graph_file
-
-    def made_once(*settings):
-        if not graphs:
-            graphs.append(graph_file(*settings))
-        return graphs[0]
-
-    monkeypatch.setattr(export, "graph_file", made_once)
+    GRAPHS.clear()
     passes = []
     monkeypatch.setattr(
         int8, "read_batches", lambda paths, *a: passes.append(paths) or read_batches(paths, *a)
@@ -155,7 +167,7 @@ def test_int8_is_judged_and_refused_when_it_loses(export_cli, tmp_path, small_da
     assert torch.equal(torch.cat(seen), batch.images)  # calibrated on these, not on val's
 
 
-def test_broken_images_and_other_classes_stop_int8(export_cli, tmp_path, small_data):
+def test_broken_images_and_other_classes_stop_int8(export_cli, tmp_path, small_data, traced_once):
     pytest.importorskip("onnxscript")
     write_checkpoint(tmp_path / "best.pth")
     (small_data / "val" / "b" / "bad.png").write_bytes(b"no image")

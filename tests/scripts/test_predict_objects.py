@@ -19,7 +19,7 @@ from utils.runs import checkpoint
 def detector(tmp_path_factory):
     """A checkpoint of a small Mask R-CNN, as detect_main.py writes it."""
     torch.manual_seed(0)
-    settings = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.3}
+    settings = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.3, "width": 16}
     network = create_detector("mask_rcnn", "resnet18", num_classes=3, norm="bn", **settings)
     path = tmp_path_factory.mktemp("detector") / "best.pth"
     state = {**describe_detector(network), "classes": ["ant", "bee"], "category_ids": [7, 3]}

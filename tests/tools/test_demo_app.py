@@ -46,7 +46,7 @@ def detector(tmp_path_factory) -> Path:
     from models.detection.detectors import create_detector, describe_detector
 
     torch.manual_seed(0)
-    settings = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.3}
+    settings = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.3, "width": 16}
     network = create_detector("mask_rcnn", "resnet18", num_classes=3, norm="bn", **settings)
     state = {**describe_detector(network), "classes": ["ant", "bee"], "category_ids": [1, 2]}
     path = tmp_path_factory.mktemp("saved") / "detector.pth"
