@@ -16,13 +16,14 @@ from helpers.small_runs import SMALL, place
 from utils.runs import checkpoint
 from utils.system import distributed
 
+pytestmark = pytest.mark.usefixtures("thin")
+
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (("--output", "run"), "run: is in use"),
         (("--action", "a/b"), "give an --action without /"),
-        (("--pretrained", "none.pth"), "none.pth: no such file"),
         (("--pretrained", "run/last.pth", "-a", "resnet18"), "run/last.pth: the weights do not fi"),
         (("--epochs", 3, "--start-epoch", 7), "--start-epoch 7: the run has 3 epochs; give a "),
     ],
@@ -129,9 +130,8 @@ def test_one_process_over_two_gpus(call, tree, tmp_path, monkeypatch):
     assert "--compile does not go with DataParallel" in err[0]
 
 
-@pytest.mark.usefixtures("thin")
 def test_a_seed_gives_equal_runs_on_two_threads_too(call, tree, tmp_path):
-    flags = ("-a", "eca_resnet18", *SMALL[2:], "--epochs", 1, "--img-size", 64)
+    flags = ("-a", "eca_resnet18", *SMALL[2:], "--epochs", 1, "--img-size", 64, "-b", 24)
     former = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

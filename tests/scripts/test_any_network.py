@@ -74,7 +74,7 @@ def test_trained_killed_resumed_evaluated_predicted_exported(
 
 
 def test_images_are_prepared_as_the_library_says(call, tree, tmp_path):
-    flags = ("-b", 6, "-j", 0, "--epochs", 1, "--seed", 1, "--lr", 0.01)
+    flags = ("-b", 24, "-j", 0, "--epochs", 1, "--seed", 1, "--lr", 0.01)
     code, _, err = call("-a", "timm:test_resnet.r160_in1k", *flags, "--output", "run", tree)
     assert (code, err) == (0, [])
     saved = checkpoint.load(tmp_path / "run" / "last.pth")
@@ -136,7 +136,7 @@ def test_a_strangers_checkpoint_runs_no_file(call, tree, tmp_path, run_folder):
 
 
 def test_gates_and_counts_of_a_librarys_network(call, tree, tmp_path, monkeypatch, capfd):
-    flags = (*FLAGS, "-a", "torchvision:resnet18", "--attention", "eca", "--epochs", 1)
+    flags = (*FLAGS, "-b", 24, "-a", "torchvision:resnet18", "--attention", "eca", "--epochs", 1)
     code, _, err = call(*flags, "--output", "run", tree)
     assert (code, err) == (0, [])
     code, out = run(visualize_attention, monkeypatch, capfd, "run/last.pth", tree, "-j", 0)

@@ -97,14 +97,6 @@ def test_every_block_has_a_row_of_channel_weights(classifier, photo, monkeypatch
         np.testing.assert_allclose(axis.images[0].get_array()[0], want)
 
 
-def test_a_network_without_attention_shows_no_weights(photo, tmp_path):
-    network = models.create_model("mobilenetv2", num_classes=2, width_mult=0.25)
-    torch.save(network.state_dict(), tmp_path / "plain.pth")
-    _, show, _ = demo_app.open_checkpoint(str(tmp_path / "plain.pth"), device="cpu")
-    ranking, _ = show(str(photo))
-    assert set(ranking) == {"class 0", "class 1"}
-
-
 def test_a_detector_shows_boxes_from_a_score_on(detector, photo):
     _, show, _ = demo_app.open_checkpoint(str(detector), device="cpu")
     drawn, rows = show(str(photo), 0.3)
@@ -118,25 +110,13 @@ def test_a_detector_shows_boxes_from_a_score_on(detector, photo):
     assert show(str(photo), 1.0)[1] == []
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("<notes>.txt", b"no image", "<notes>.txt: not an image"),
-        ("empty.png", b"", "empty.png: the file is empty"),
-        ("cut.png", None, "cut.png: "),
-    ],
-)
-def test_a_file_that_is_no_image_gets_one_line(
-    classifier, detector, photo, tmp_path, name, content, words
-):
-    file = tmp_path / name
-    file.write_bytes(photo.read_bytes()[:-200] if content is None else content)
+def test_a_file_that_is_no_image_gets_one_line(classifier, detector, tmp_path):
+    file = tmp_path / "<notes>.txt"
+    file.write_bytes(b"no image")
     for saved in (classifier, detector):
         _, show, _ = demo_app.open_checkpoint(str(saved), device="cpu")
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError, match=r"^<notes>\.txt: not an image"):
             show(str(file))
-        assert str(error.value).startswith(words)
-        assert "\n" not in str(error.value)
 
 
 def test_what_does_not_fit_is_refused(classifier, detector, monkeypatch, capsys):
@@ -146,16 +126,6 @@ def test_what_does_not_fit_is_refused(classifier, detector, monkeypatch, capsys)
     monkeypatch.setattr("sys.argv", ["demo_app", str(classifier)])
     with pytest.raises(UserError, match=r"needs gradio: pip install -r requirements-demo\.txt"):
         demo_app.main()
-
-
-@with_gradio
-def test_a_port_in_use_is_refused(classifier):
-    opened = demo_app.open_checkpoint(str(classifier), device="cpu")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(UserError, match="--port"):
-            demo_app.serve(str(classifier), *opened, taken.getsockname()[1])
 
 
 def free_port() -> int:
@@ -218,14 +188,13 @@ def test_the_server_answers(served, photo, tmp_path):
 @pytest.mark.skipif(
     BROWSER is None or find_spec("playwright") is None, reason="needs chromium and playwright"
 )
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_in_a_browser(served, photo, width):
+def test_the_page_in_a_browser(served, photo):
     """It fits, shows its pictures, and asks no other machine for anything."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 900})
+        page = browser.new_page(viewport={"width": 390, "height": 900})
         page.set_default_timeout(1000 * PATIENCE)
         asked, faults = [], []
         page.on("request", lambda request: asked.append(request.url))
@@ -236,7 +205,7 @@ def test_the_page_in_a_browser(served, photo, width):
         page.get_by_role("button", name="Submit").click()
         loaded = "[...document.images].filter(i => i.naturalWidth > 300).length == 2"
         page.wait_for_function(loaded)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert faults == []
         assert all(url.startswith((served, "data:", "blob:")) for url in asked)
         browser.close()

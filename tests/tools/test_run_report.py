@@ -111,12 +111,6 @@ def test_a_run_without_a_report_says_how_to_make_one(write_page, run_folder):
     decay = record["recipe"]["weight_decay"]
     for text in (record["environment"]["torch"], "mobilenetv2", f"weight decay {decay}"):
         assert text in page.text
-    # One epoch, and no checkpoint.
-    for path in run_folder.glob("*.pth"):
-        path.unlink()
-    (run_folder / "metrics.csv").write_text("\n".join(lines[:2]) + "\n")
-    assert write_page(run_folder)[0] == 0
-    assert "1 of 2" in read(run_folder / "report.html").text
 
 
 def test_the_newest_report_is_shown(write_page, run_folder, tmp_path):
@@ -136,15 +130,6 @@ def test_the_newest_report_is_shown(write_page, run_folder, tmp_path):
     assert "кошка" not in read(run_folder / "report.html").text
 
 
-def test_a_thousand_classes(write_page, run_folder, tmp_path):
-    names = [f"n{i:08d}" for i in range(1000)]
-    report_of(run_folder, names, tmp_path, n=3000)
-    assert write_page(run_folder)[0] == 0
-    page = read(run_folder / "report.html")
-    assert "All 1,000" in page.text
-    assert (run_folder / "report.html").stat().st_size < 3_000_000
-
-
 def test_pictures_of_channel_weights_are_those_of_the_run_s_folder(write_page, run_folder):
     record = json.loads((run_folder / "args.json").read_text())
     (run_folder / "args.json").write_text(json.dumps({**record, "ksize": [3, 3]}))
@@ -161,6 +146,7 @@ def test_pictures_of_channel_weights_are_those_of_the_run_s_folder(write_page, r
     assert "visualize_attention.py" not in page.text
 
 
+@pytest.mark.usefixtures("thin")
 def test_a_detector_s_run(write_page, detect, shapes, tmp_path):
     flags = ("--batch-size", 4, "--lr-steps", 1, "--warmup-steps", 2, "--optimizer", "sgd")
     detect(*NETWORK, *flags, "--epochs", 1, "--seed", 1, "--output", "run", shapes)
@@ -173,10 +159,6 @@ def test_a_detector_s_run(write_page, detect, shapes, tmp_path):
     summary = saved["progress"]["best"]["summaries"]["bbox"]
     for name, value in summary["per_class"].items():
         assert f"{name} {100 * value:.4g}" in page.text or value < 0
-    for path in (tmp_path / "run").glob("*.pth"):
-        path.write_bytes(path.read_bytes()[:1000])
-    assert write_page("run")[0] == 0
-    assert "only damaged checkpoints" in read(tmp_path / "run" / "report.html").text
 
 
 def test_a_browser_shows_it_without_a_fault(write_page, run_folder, tmp_path):
@@ -234,23 +216,9 @@ def test_a_foreign_file_stays(write_page, run_folder, tmp_path):
     assert "no plain file" in err[0]
 
 
-@pytest.mark.parametrize(
-    ("argument", "words"), [("nothing", "give folders of runs"), (".", "metrics.csv")]
-)
-def test_what_is_no_run_is_refused_in_one_line(write_page, argument, words):
-    code, _, err = write_page(argument)
-    assert code == 2
-    assert len(err) == 1
-    assert words in err[0]
-
-
 def test_files_that_a_run_does_not_write_are_refused(write_page, run_folder, tmp_path):
     folder = report_of(run_folder, ["a", "b"], tmp_path)
     (folder / "classes.csv").unlink()
     code, _, err = write_page(run_folder)
     assert (code, len(err)) == (2, 1)
     assert "classes.csv: No such file or directory; make the report anew" in err[0]
-    (folder / "report.json").write_text("[]")
-    code, _, err = write_page(run_folder)
-    assert code == 2
-    assert "make it anew" in err[0]
