@@ -42,10 +42,7 @@ from utils.system.files import check_writable, write_atomically
 from utils.training.classifier import network_line
 
 # What is added to the checkpoint's name; for the others it is a point and the format's name.
-ENDINGS = {
-    "openvino": (".xml", ".bin"),
-    "hf": tuple(f"-hf/{name}" for name in formats.HF_FILES),
-}
+ENDINGS = {"openvino": (".xml", ".bin"), "hf": tuple(f"-hf/{name}" for name in formats.HF_FILES)}
 Contents = tuple[bytes, ...]  # of each file of a format
 
 
@@ -104,20 +101,17 @@ def write_detector(source: Path, checkpoint: Checkpoint, output: str | None) -> 
     Raises:
         UserError: it cannot be exported, or the file finds other objects.
     """
-    from models.detection.detectors import (  # torchvision is slow to import
-        FIRST_LABEL,
-        describe_detector,
-    )
+    from models.detection import detectors  # torchvision is slow to import
 
     files = target_files(source, output, ("onnx",), in_int8=False)["onnx"]
     network = checkpoint.detector()
-    description = describe_detector(network)
+    description = detectors.describe_detector(network)
     if description["model_kwargs"]["legacy"]:
         raise UserError(
             f"{source}: has mmdetection v1's geometry (--legacy), whose resizing and RoIAlign "
             "count in Python, which a graph does not follow: it cannot be exported"
         )
-    first_label = FIRST_LABEL[network.arch]
+    first_label = detectors.FIRST_LABEL[network.arch]
     names, ids = class_table(checkpoint, network.num_classes - first_label)
     metadata = {
         **description,

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
 from models import MODELS, create_model
 from models.attention import typed_attention
@@ -113,8 +115,8 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UserError("give a network, such as -a eca_resnet50, or --all for a table")
     single = [("--ksize", flags.ksize), ("--per-layer", flags.per_layer), ("-b", flags.backbone)]
     single += [("--attention", "attention" in flags)]
-    for flag, given in single:
-        if flags.all and given:
+    for flag, value in single:
+        if flags.all and value:
             raise UserError(f"{flag} is for one network: give -a NAME instead of --all")
     known = [*MODELS, *DETECTORS]
     if flags.arch and is_of_library(flags.arch):
@@ -129,7 +131,7 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UserError("--per-layer is for a classification network: give a detector without it")
 
 
-def build(create: Callable[..., torch.nn.Module], *settings, **more) -> torch.nn.Module:
+def build(create: Callable[..., nn.Module], *settings: object, **more: object) -> nn.Module:
     """Returns the network on `meta`, without memory: counting needs shapes only."""
     with as_user_error(), torch.device("meta"):
         return create(*settings, **more)
@@ -160,12 +162,6 @@ def plain_cost(arch: str, num_classes: int, size: tuple[int, int]) -> Cost:
     return count_cost(build(create_model, arch, None, num_classes), (1, 3, *size))
 
 
-def show_progress(text: str) -> None:
-    """Shows progress on a terminal only, on one line that the next one overwrites."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def main() -> None:
     flags = build_parser().parse_args()
     if "list_models" in flags:
@@ -182,13 +178,9 @@ def main() -> None:
     else:
         targets = [(flags.arch, flags.backbone or "eca_resnet50")]
 
-    reports = []
-    for i, (arch, backbone) in enumerate(targets):
-        if flags.all:
-            show_progress(f"counting {arch} ({i + 1} of {len(targets)})")
-        reports.append(count(arch, backbone, size, flags))
-    if flags.all:
-        show_progress("")
+    silent = not (flags.all and sys.stderr.isatty())
+    bar = tqdm(targets, "counting", leave=False, disable=silent)
+    reports = [count(arch, backbone, size, flags) for arch, backbone in bar]
     print(text_of(reports, detection, flags))
 
 

@@ -218,7 +218,8 @@ def classify(
 ) -> Iterator[tuple[int, Prediction, np.ndarray | None]]:
     """Yields (index, prediction, map or None) of each image; `stage` is None without maps."""
     for batch in batches:
-        found = {i: (Prediction(files[i], error=reason), None) for i, reason in batch.broken}
+        results: dict[int, tuple[Prediction, np.ndarray | None]]
+        results = {i: (Prediction(files[i], error=reason), None) for i, reason in batch.broken}
         heats = [None] * len(batch.indices)
         if batch.indices and stage is None:
             with torch.inference_mode():
@@ -227,14 +228,15 @@ def classify(
             logits, maps = grad_cam(network, network.get_submodule(stage), batch.images)
             heats = maps.cpu().numpy()
         for row, i in enumerate(batch.indices):
-            confidences, classes = logits[row].float().softmax(0).topk(topk)
-            guesses = zip(classes.tolist(), confidences.tolist(), strict=True)
-            guesses = tuple(Guess(c, names[c], confidence) for c, confidence in guesses)
-            found[i] = Prediction(files[i], guesses), heats[row]
             if not logits[row].isfinite().all():
-                found[i] = Prediction(files[i], error="the network's output is not finite"), None
-        for i in sorted(found):
-            yield i, *found[i]
+                results[i] = Prediction(files[i], error="the network's output is not finite"), None
+                continue
+            confidences, classes = logits[row].float().softmax(0).topk(topk)
+            pairs = zip(classes.tolist(), confidences.tolist(), strict=True)
+            guesses = tuple(Guess(label, names[label], confidence) for label, confidence in pairs)
+            results[i] = Prediction(files[i], guesses), heats[row]
+        for i in sorted(results):
+            yield i, *results[i]
 
 
 def write_map(

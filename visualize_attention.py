@@ -17,10 +17,10 @@ from torch import nn
 
 from models.inspection import attention_layers, recorded_gates
 from utils.command_line.parser import Parser
-from utils.command_line.prediction_and_export import add_attention_flag
-from utils.config.flags import count, crop, positive_int
+from utils.command_line.prediction_and_export import add_attention_flag, add_image_flags
+from utils.config.flags import positive_int
 from utils.data import demo_sets, image_folder, shards
-from utils.data.decoding import DECODERS, decoder_name
+from utils.data.decoding import DECODERS
 from utils.data.image_folder import ImageFolder
 from utils.inspection import channel_weights
 from utils.inspection.channel_weights import GateStatistics, LayerWeights, table, write_npz
@@ -36,6 +36,7 @@ from utils.system.text import counted, did_you_mean, printable
 from utils.training.classifier import network_line
 
 CURVES = 4  # as in the paper's figure
+BATCH = 64  # images
 
 
 def build_parser() -> Parser:
@@ -60,33 +61,7 @@ def build_parser() -> Parser:
         "--per-class", type=positive_int, metavar="N", help="images of each class (default: all)"
     )
     parser.add_argument("--output", metavar="DIR", help="default: runs/attention-N, a new folder")
-    parser.add_argument(
-        "--img-size", type=positive_int, metavar="S", help="pixels (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--crop-pct",
-        type=crop,
-        metavar="F",
-        help="share of the resized image that is kept (default: the checkpoint's)",
-    )
-    parser.add_argument(
-        "--decoder",
-        type=decoder_name,
-        metavar="NAME",
-        default=DECODERS[0],
-        help=f"{', '.join(DECODERS)}: as for main.py",
-    )
-    parser.add_argument(
-        "-b", "--batch-size", type=positive_int, default=64, metavar="N", help="default: 64"
-    )
-    parser.add_argument(
-        "-j",
-        "--workers",
-        type=count,
-        metavar="N",
-        help="loader processes (default: 4, or what the machine has; demos: 0)",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add_image_flags(parser, BATCH, "demos: 0")
     return parser
 
 
@@ -101,8 +76,7 @@ def main() -> int:
             f"{args.checkpoint}: {network.arch} has no attention layers to look at; give a "
             "checkpoint of an ECA or SE network"
         )
-    on_demo = demo_sets.is_demo(args.data)
-    images = only(open_images(args.data, on_demo), args.per_class)
+    images = only(open_images(args.data), args.per_class)
     shown = chosen_classes(images.classes, args.curves)
     look = saved.preprocessing(args.img_size, args.crop_pct)
     device = distributed.setup(args.device).device
@@ -111,24 +85,25 @@ def main() -> int:
 
     workers = args.workers
     if workers is None:
-        workers = 0 if on_demo else default_workers()
+        workers = 0 if demo_sets.is_demo(args.data) else default_workers()
     paths = [images.path(i) for i in range(len(images))]
-    batches = read_batches(paths, look, args.batch_size, device, workers, args.decoder)
+    decoder = args.decoder or DECODERS[0]
+    batches = read_batches(paths, look, args.batch_size or BATCH, device, workers, decoder)
     layers, broken = gather(network, batches, images)
 
     folder = run_folder.create("attention", args.output)
     names = [printable(name) for name in images.classes]
     drawn_images = counted(len(images) - len(broken), "image", ",")
     title = f"{network.arch}, {drawn_images} of {counted(len(names), 'class')}"
-    drawn = layers if args.all_blocks else last_of_each_stage(layers)
+    last_of_each_stage = list({layer.stage: layer for layer in layers}.values())
+    drawn = layers if args.all_blocks else last_of_each_stage
     pictures = {
         "channel_weights.png": channel_weights.draw_weights(drawn, names, shown, title),
         "spread.png": channel_weights.draw_spread(layers, title),
     }
     if layers[0].kernel is not None:
-        pictures["kernels.png"] = channel_weights.draw_kernels(
-            layers, f"{network.arch}, ECA kernels"
-        )
+        kernels = channel_weights.draw_kernels(layers, f"{network.arch}, ECA kernels")
+        pictures["kernels.png"] = kernels
     for name, picture in pictures.items():
         write_atomically(folder / name, picture)
     write_npz(folder / "attention.npz", layers, names)
@@ -137,10 +112,9 @@ def main() -> int:
     return EXIT_FAILED if broken else 0
 
 
-def open_images(data: str, on_demo: bool) -> ImageFolder:
+def open_images(data: str) -> ImageFolder:
     """Opens DATA/val, or DATA where it has no val/; its classes need not be the checkpoint's."""
-    if on_demo:
-        data = str(demo_sets.prepare(data))
+    data = str(demo_sets.prepare(data))
     inner = os.path.join(data, "val")
     return shards.open_images(inner if os.path.isdir(inner) else data)
 
@@ -149,22 +123,20 @@ def only(images: ImageFolder, per_class: int | None) -> ImageFolder:
     """Returns the first `per_class` images of each class; None for all."""
     if per_class is None:
         return images
-    kept = [np.flatnonzero(images.labels == i)[:per_class] for i in range(len(images.classes))]
-    kept = np.concatenate(kept)
-    return images.take(kept)
+    members = [np.flatnonzero(images.labels == i) for i in range(len(images.classes))]
+    return images.take(np.concatenate([of_class[:per_class] for of_class in members]))
 
 
-def chosen_classes(classes: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
+def chosen_classes(classes: Sequence[str], names: Sequence[str] | None) -> list[int]:
     """Returns the indices of the classes whose curves are drawn."""
-    if wanted is None:
-        return (
-            np.linspace(0, len(classes) - 1, min(CURVES, len(classes))).round().astype(int).tolist()
-        )
-    for name in wanted:
+    if names is None:
+        evenly = np.linspace(0, len(classes) - 1, min(CURVES, len(classes)))
+        return evenly.round().astype(int).tolist()
+    for name in names:
         if name not in classes:
             hint = did_you_mean(name, classes) or f"; there is {', '.join(classes[:5])}, …"
             raise UserError(f"--curves: no class {name!r}{hint}")
-    return [classes.index(name) for name in wanted]
+    return [classes.index(name) for name in names]
 
 
 def gather(
@@ -187,12 +159,7 @@ def gather(
             f"no readable image of class {empty[0]!r} ({len(empty)} such classes); remove or fill "
             "its folder"
         )
-    layers = [statistics.layer(place) for place in attention_layers(network)]
-    return layers, broken
-
-
-def last_of_each_stage(layers: Sequence[LayerWeights]) -> list[LayerWeights]:
-    return list({layer.stage: layer for layer in layers}.values())
+    return [statistics.layer(layer) for layer in attention_layers(network)], broken
 
 
 if __name__ == "__main__":

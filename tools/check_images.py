@@ -12,8 +12,6 @@ Ends with 0 when all can be read, with 1 when some cannot.
 """
 
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
-import contextlib
-import csv
 import os
 import sys
 from collections import Counter
@@ -36,12 +34,13 @@ from utils.data.decoding import (
     orientation,
     read_image,
 )
-from utils.data.image_folder import is_passed_over
+from utils.data.image_folder import files_below
 from utils.data.shards import Member
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.faults import run_script
+from utils.system.files import check_new_file, write_atomically
 from utils.system.processes import processors, shared
-from utils.system.text import cell, counted, printable
+from utils.system.text import cell, counted, csv_text, printable
 
 PARTS = ("train", "val")
 CHUNK = 16  # files that a process takes at a time
@@ -50,10 +49,8 @@ CHUNK = 16  # files that a process takes at a time
 def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
     """Returns all files with an image's ending below `root`, sorted, and how many others there are.
 
-    Hidden (.name) files and folders, and those of systems, are passed over, as in training. A
-    folder to which several links lead is read once, so links that lead in a circle end. Images in
-    tar shards come first, where `root`, or its train/ or val/, holds such shards as main.py would
-    read.
+    See `files_below`. Images in tar shards come first, where `root`, or its train/ or val/, holds
+    such shards as main.py would read.
 
     Raises:
         UserError: no such folder, or one that cannot be listed; shards that are damaged.
@@ -74,25 +71,14 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
     if not os.path.isdir(root):
         raise UserError(f"{printable(root)}: no such folder; give the folder that holds the images")
 
-    def refuse(error: OSError) -> None:
-        where = printable(error.filename or root)
-        raise UserError(f"{where}: {error.strerror}; check its permissions")
-
     paths = []
-    seen = {os.path.realpath(os.fsencode(root))}
-    for folder, folders, files in os.walk(os.fsencode(root), onerror=refuse, followlinks=True):
-        inside, folders[:] = sorted(folders), []
-        for name in inside:
-            target = os.path.realpath(os.path.join(folder, name))
-            if not is_passed_over(os.fsdecode(name)) and target not in seen:
-                seen.add(target)
-                folders.append(name)
-        for name in () if os.fsdecode(folder) in sharded else files:
-            ending = os.fsdecode(os.path.splitext(name)[1]).lower()
-            if ending in EXTENSIONS and not name.startswith(b"."):
-                paths.append(os.path.join(folder, name))
-            elif not name.startswith(b"."):
-                others[ending or "no ending"] += 1
+    for path, ending in files_below(root):
+        if os.fsdecode(os.path.dirname(path)) in sharded:
+            continue
+        if ending in EXTENSIONS:
+            paths.append(path)
+        else:
+            others[ending or "no ending"] += 1
     return members + sorted(paths), others
 
 
@@ -179,17 +165,12 @@ def main() -> int:
         metavar="N",
         help="that read at a time (default: one a core)",
     )
+    decoders = f"{', '.join(DECODERS)}: as training will read"
     parser.add_argument(
-        "--decoder",
-        type=decoder_name,
-        metavar="NAME",
-        default=DECODERS[0],
-        help=f"{', '.join(DECODERS)}: as training will read",
+        "--decoder", type=decoder_name, metavar="NAME", default=DECODERS[0], help=decoders
     )
     args = parser.parse_args()
-    if args.output and os.path.lexists(args.output):
-        raise UserError(f"{args.output}: exists already; choose a new --output")
-
+    check_new_file(args.output)
     root = args.data if args.split is None else part_of(args.data, args.split)
     paths, others = find_images(root)
     parts = PARTS if args.split is None else (args.split,)
@@ -199,18 +180,13 @@ def main() -> int:
     broken = [error for error in bar if error is not None] + faults
 
     passed = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
-    print(
-        f"{counted(len(paths), 'image', ',')} read, {len(broken):,} broken"
-        + (f"; passed over: {passed}" if passed else ""),
-        file=sys.stderr,
-    )
-    with contextlib.ExitStack() as stack:
-        file = sys.stdout
-        if args.output:
-            file = stack.enter_context(open(args.output, "x", newline="", encoding="utf-8"))
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("path", "reason"))
-        writer.writerows((cell(error.path), cell(error.reason)) for error in broken)
+    line = f"{counted(len(paths), 'image', ',')} read, {len(broken):,} broken"
+    print(f"{line}; passed over: {passed}" if passed else line, file=sys.stderr)
+    rows = [["path", "reason"], *([cell(error.path), cell(error.reason)] for error in broken)]
+    if args.output:
+        write_atomically(Path(args.output), csv_text(rows).encode())
+    else:
+        print(csv_text(rows), end="")
     return EXIT_FAILED if broken else 0
 
 

@@ -58,20 +58,26 @@ def prediction_parser(description: str) -> Parser:
         "or --grid: runs/predict-N, a new one)")
     # How images are read and the network is run.
     add("--names", metavar="FILE", help="class names, one a line (default: the checkpoint's)")
-    add("--img-size", type=positive_int, metavar="S", help="pixels (default: the checkpoint's)")
-    add("--crop-pct", type=crop, metavar="F",
-        help="share of the resized image that is kept (default: the checkpoint's)")
+    add_image_flags(parser, 32, "none for a few images")
     add("--fast", action="store_true", default=None,
         help="BatchNorm folded, ECA's gate before the last convolution, --amp as weights")
     add("--amp", choices=DTYPES,
         help="with --fast (default: bf16 where the device is faster in it, else off)")
+    return parser
+
+
+def add_image_flags(parser: Parser, batch_size: int, workers: str) -> None:
+    """Adds the flags for how a user's images are read, and the device; their defaults, in words."""
+    add = parser.add_argument
+    add("--img-size", type=positive_int, metavar="S", help="pixels (default: the checkpoint's)")
+    add("--crop-pct", type=crop, metavar="F",
+        help="share of the resized image that is kept (default: the checkpoint's)")
     add("--decoder", type=decoder_name, metavar="NAME",
         help=f"{', '.join(DECODERS)}: as for main.py")
-    add("-b", "--batch-size", type=positive_int, metavar="N", help="default: 32")
+    add("-b", "--batch-size", type=positive_int, metavar="N", help=f"default: {batch_size}")
     add("-j", "--workers", type=count, metavar="N",
-        help="loader processes (default: 4, or what the machine has; none for a few images)")
+        help=f"loader processes (default: 4, or what the machine has; {workers})")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    return parser
 # fmt: on
 
 

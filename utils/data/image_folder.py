@@ -8,7 +8,7 @@ validation accuracy sticks near chance.)
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -211,6 +211,32 @@ def _notes(root: str, folders: Sequence[str], beside: Sequence[str]) -> list[str
                 f"them up, into {printable(root)}"
             )
     return notes
+
+
+def files_below(root: str) -> Iterator[tuple[bytes, str]]:
+    """Yields path and ending of each file below `root`, but for hidden and systems' entries.
+
+    A folder to which several links lead is entered once, so that links in a circle end.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        where = printable(error.filename or root)
+        raise UserError(f"{where}: {error.strerror}; check its permissions")
+
+    seen = {os.path.realpath(os.fsencode(root))}
+    for folder, folders, files in os.walk(os.fsencode(root), onerror=refuse, followlinks=True):
+        inside, folders[:] = sorted(folders), []
+        for name in inside:
+            target = os.path.realpath(os.path.join(folder, name))
+            if not is_passed_over(os.fsdecode(name)) and target not in seen:
+                seen.add(target)
+                folders.append(name)
+        for name in files:
+            if not name.startswith(b"."):
+                yield os.path.join(folder, name), os.fsdecode(os.path.splitext(name)[1]).lower()
 
 
 def _folders(path: str) -> list[str]:

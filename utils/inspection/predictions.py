@@ -26,7 +26,7 @@ from utils.data.decoding import (
     read_image,
     to_tensor,
 )
-from utils.data.image_folder import is_passed_over
+from utils.data.image_folder import files_below
 from utils.data.loader import device_batches, leave_broken_connections_unsaid
 from utils.data.transforms import Preprocessing
 from utils.inspection.drawing import as_image, draw, resized
@@ -64,7 +64,7 @@ def find_images(names: Sequence[str]) -> list[bytes]:
             here = [line for line in lines if line]  # one that is gone is told when it is read
             nothing = "no path came in on standard input"
         elif os.path.isdir(name):
-            here = _images_below(os.fsencode(name))
+            here = sorted(path for path, ending in files_below(name) if ending in EXTENSIONS)
             nothing = f"{printable(name)}: no image below this folder ({' '.join(EXTENSIONS)})"
         elif os.path.exists(name):  # before patterns: names may hold brackets
             here = [os.fsencode(name)]
@@ -75,16 +75,6 @@ def find_images(names: Sequence[str]) -> list[bytes]:
             raise UserError(nothing)
         paths.update(dict.fromkeys(here))
     return list(paths)
-
-
-def _images_below(folder: bytes) -> list[bytes]:
-    paths = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not is_passed_over(os.fsdecode(name))]
-        for name in files:
-            if os.fsdecode(name).lower().endswith(EXTENSIONS) and not name.startswith(b"."):
-                paths.append(os.path.join(root, name))
-    return sorted(paths)
 
 
 class _Paths(Dataset):
