@@ -23,6 +23,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -73,14 +74,14 @@ def calibration_images(args: Namespace, size: int, crop: float) -> list[torch.Te
     paths = find_images([args.images])[:count]
     batch = min(batch, len(paths))
     paths = paths[: len(paths) // batch * batch]
-    found = []
+    batches = []
     for read in read_batches(paths, Preprocessing(size, crop), batch, torch.device("cpu"), 0):
         if read.broken:
             index, reason = read.broken[0]
             raise UserError(f"{paths[index].decode(errors='replace')}: {reason}", EXIT_FAILED)
-        found.append(read.images)
+        batches.append(read.images)
     print(f"int8: calibrated on {len(paths)} images of {args.images}", flush=True)
-    return found
+    return batches
 
 
 def exported(network: Network, size: int) -> bytes:
@@ -216,26 +217,24 @@ def measure(network: Network, size: int, crop: float, args: Namespace, batches: 
             for name, v in variants.items():
                 if v.dtype == "float32" and name != PLAIN and off[name] > OFF:
                     raise UserError(f"{name}: logits off by {off[name]:.1e} of {base}", EXIT_FAILED)
-            calls = {
-                name: (lambda run=run, images=images: run(images)) for name, run in runs.items()
-            }
+            calls = {name: partial(run, images) for name, run in runs.items()}
             repeat = 1 if batch > 1 or args.smoke else 3
             times = side.interleave(calls, args.rounds, args.device, repeat, PAUSE)
             common = side.settings(Namespace(**{**vars(args), "batch": batch, "img_size": size}))
             common |= {"network": network.arch, "calibration": args.images or "random"}
             dtypes = {name: v.dtype for name, v in variants.items()}
-            found = side.compare("deployment", times, pairs_of(variants, base), dtypes, common)
-            for row in found:
-                row |= {
-                    "startup_seconds": own[row["variant"]]["startup_seconds"],
-                    "peak_mebibytes": own[row["variant"]]["peak_mebibytes"][str(batch)],
-                    "logits_off": off[row["variant"]],
-                    "baseline_seconds_median": statistics.median(times[row["baseline"]]),
-                    "baseline_startup_seconds": own[row["baseline"]]["startup_seconds"],
-                    "baseline_peak_mebibytes": own[row["baseline"]]["peak_mebibytes"][str(batch)],
-                }
-            rows += found
-            show(found, base)
+            compared = side.compare("deployment", times, pairs_of(variants, base), dtypes, common)
+            for row in compared:
+                for prefix, engine in (
+                    ("", own[row["variant"]]),
+                    ("baseline_", own[row["baseline"]]),
+                ):
+                    row[f"{prefix}startup_seconds"] = engine["startup_seconds"]
+                    row[f"{prefix}peak_mebibytes"] = engine["peak_mebibytes"][str(batch)]
+                row["logits_off"] = off[row["variant"]]
+                row["baseline_seconds_median"] = statistics.median(times[row["baseline"]])
+            rows += compared
+            show(compared, base)
     return rows
 
 

@@ -131,8 +131,8 @@ def main() -> None:
     for network, built in families(args.smoke).items():
         if args.network in (network, "both"):
             rows += measure(network, built, args, not (args.no_compile or args.smoke))
-    shown = [{**row, "variant": f"{row['network']}: {row['variant']}"} for row in rows]
-    side.report(args, rows, "the variant's speed over the other's; NHWC unless said", shown)
+    unit = "the variant's speed over the other's; NHWC unless said"
+    side.report(args, rows, unit, "{network}: {variant}")
 
 
 if __name__ == "__main__":

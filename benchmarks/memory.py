@@ -66,45 +66,36 @@ def main() -> None:
     common, rows = side.settings(args), []
     size = (args.batch, 3, args.img_size, args.img_size)
     for dtype_name, dtype in side.DTYPES.items():
-        found: dict[tuple[str, str], int] = {}
+        sizes: dict[tuple[str, str], int] = {}  # network, what → bytes
         with torch.device("meta"):
             images = torch.empty(size, dtype=dtype)
-            family = {}
+            plain = {}
             for name, (kind, network) in networks().items():
-                found[name, "saved"] = saved_bytes(network.to(dtype).train(), images)
-                family[name] = kind
+                sizes[name, "saved"] = saved_bytes(network.to(dtype).train(), images)
+                plain[name] = PLAIN[kind]
         if args.device.type == "cuda":
             images = torch.randn(size, device=args.device).to(memory_format=torch.channels_last)
             for name, (_, network) in networks().items():
                 network.to(args.device, memory_format=torch.channels_last).train()
                 peak_bytes(network, images, dtype)  # cuDNN picks its algorithms
-                found[name, "peak"] = peak_bytes(network, images, dtype)
+                sizes[name, "peak"] = peak_bytes(network, images, dtype)
                 del network
-        for (name, what), count in found.items():
-            ratio = count / found[PLAIN[family[name]], what]
+        for (name, what), count in sizes.items():
+            ratio = count / sizes[plain[name], what]
             rows.append(
                 {
                     "benchmark": "memory",
                     "variant": name,
-                    "baseline": PLAIN[family[name]],
+                    "baseline": plain[name],
                     "dtype": dtype_name,
                     "what": what,
-                    "ratio_min": ratio,
-                    "ratio_median": ratio,
-                    "ratio_max": ratio,
+                    **dict.fromkeys(("ratio_min", "ratio_median", "ratio_max"), ratio),
                     "mebibytes": count / 2**20,
                     **common,
                 }
             )
-    shown = [
-        {
-            **row,
-            "variant": f"{row['variant']}, {row['dtype']}, {row['what']}, "
-            f"{row['mebibytes']:,.0f} MiB",
-        }
-        for row in rows
-    ]
-    side.report(args, rows, "bytes of the variant over the other's, in one training step", shown)
+    unit = "bytes of the variant over the other's, in one training step"
+    side.report(args, rows, unit, "{variant}, {dtype}, {what}, {mebibytes:,.0f} MiB")
 
 
 if __name__ == "__main__":

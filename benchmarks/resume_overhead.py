@@ -93,10 +93,7 @@ def parts_of_a_step(images: int, batch: int, rounds: int) -> dict[str, float]:
         "seeds of augmentation": (lambda: seed_samples(batch), 20),
         "seed of the step": (lambda: torch.manual_seed(mix_seed(1, 12345)), 100),
         "learning rate": (lambda: recipe.lr_at(12345, 80072), 1000),
-        "guard against non-finite losses": (
-            lambda: guard.before_update(loss, 1, None),
-            100,
-        ),
+        "guard against non-finite losses": (lambda: guard.before_update(loss, 1, None), 100),
         "questions: stop? save?": (lambda: votes.cast(bool(stop), files.due(12345)), 100),
     }
     parts = {"order of the images, seeded": median(lambda: sum(1 for _ in order), rounds)}

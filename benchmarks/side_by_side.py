@@ -192,16 +192,13 @@ def compare(
 
 
 def report(
-    args: argparse.Namespace,
-    rows: list[dict[str, object]],
-    unit: str,
-    shown: list[dict[str, object]] | None = None,
+    args: argparse.Namespace, rows: list[dict[str, object]], unit: str, shown: str = "{variant}"
 ) -> None:
     """Prints the rows as a table under the settings, and writes them where --json says.
 
     Args:
         unit: what the ratio is.
-        shown: the rows to print in place of `rows`.
+        shown: text of the first column, with a row's fields in braces.
     """
     common = rows[0]
     print(
@@ -212,9 +209,9 @@ def report(
     )
     print(f"ratio = {unit}")
     table = [["variant", "against", "min", "median", "max"]]
-    for row in shown or rows:
+    for row in rows:
         ratios = [f"{row[key]:.3f}" for key in ("ratio_min", "ratio_median", "ratio_max")]
-        table.append([row["variant"], row["baseline"], *ratios])
+        table.append([shown.format_map(row), row["baseline"], *ratios])
     print(columns(table, left=2))
     write_rows(args, rows)
 

@@ -10,6 +10,7 @@ shapes from 1 to 256 images, 16 to 2048 channels and 1 to 112 pixels a side, wit
 
 import argparse
 import itertools
+from collections.abc import Mapping
 
 import side_by_side as side  # first: it puts the repository on the path
 
@@ -28,36 +29,7 @@ SHAPES = (
     (1024, 16, 6, 5),
     (2048, 32, 3, 7),
 )  # C, 1/size, blocks, k
-PLAIN = "plain, eager"
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-
-
-class Tail(nn.Module):
-    """One of the ways to compute relu(attention(bn(z)) + residual)."""
-
-    def __init__(self, way: str, channels: int, k: int):
-        super().__init__()
-        self.way = way
-        self.bn = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.attention = None
-        if way == "textbook ECA, eager":
-            self.attention = textbook.TextbookECA(k)
-        elif way == "textbook SE, eager":
-            self.attention = textbook.TextbookSE(channels)
-        elif "ECA" in way:
-            self.attention = ECALayer(k)
-
-    def forward(self, z: Tensor, residual: Tensor) -> Tensor:
-        if self.way.startswith("ours"):
-            return block_tail(z, self.bn, self.attention, residual, self.relu)
-        y = self.bn(z)
-        if self.attention is not None:
-            y = self.attention(y)
-        y += residual
-        return self.relu(y)
-
-
 # N, C, side: what MobileNetV2 and ResNets have at 224, 64 and 32 pixels, and both ends.
 TABLE = (
     *((1, 64, 56), (1, 512, 7), (1, 2048, 7), (8, 256, 8), (16, 16, 112), (16, 96, 112)),
@@ -66,24 +38,59 @@ TABLE = (
     *((64, 192, 8), (64, 320, 2), (64, 384, 4), (64, 512, 2), (64, 1280, 2), (256, 32, 4)),
 )
 MODULES, OURS = "module by module", "as the blocks call it"
+FORMS = {"BatchNorm, ECA, addition": True, "BatchNorm, ReLU6": False}
+PLAIN = "plain, eager"
+WAYS = (PLAIN, "textbook ECA, eager", "textbook SE, eager", "ours, ECA", "ours, plain")
 
 
-class Form(nn.Module):
-    """An end of a block, by `block_tail` or by its modules: (N, C, H, W) twice → the same."""
+class Tail(nn.Module):
+    """One of the ways to compute activation(attention(bn(z)) + residual): (N, C, H, W) twice.
 
-    def __init__(self, attends: bool, channels: int, fused: bool):
+    Args:
+        fused: for `block_tail`; None for the modules as they are commonly called.
+        adds: whether the residual is added.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        attention: nn.Module | None,
+        activation: nn.Module | None,
+        fused: bool | None = None,
+        adds: bool = True,
+    ):
         super().__init__()
-        self.bn, self.fused = nn.BatchNorm2d(channels), fused
-        self.attention = ECALayer(3) if attends else None
-        self.activation = None if attends else nn.ReLU6(inplace=True)
+        self.bn, self.attention, self.activation = nn.BatchNorm2d(channels), attention, activation
+        self.fused, self.adds = fused, adds
 
     def forward(self, z: Tensor, residual: Tensor) -> Tensor:
-        given = residual if self.attention is not None else None
-        return block_tail(z, self.bn, self.attention, given, self.activation, self.fused)
+        if self.fused is not None:
+            added = residual if self.adds else None
+            return block_tail(z, self.bn, self.attention, added, self.activation, self.fused)
+        y = self.bn(z)
+        if self.attention is not None:
+            y = self.attention(y)
+        y += residual
+        return self.activation(y)
 
 
-FORMS = {"BatchNorm, ECA, addition": True, "BatchNorm, ReLU6": False}
-WAYS = (PLAIN, "textbook ECA, eager", "textbook SE, eager", "ours, ECA", "ours, plain")
+def tails(channels: int, k: int) -> dict[str, Tail]:
+    """Returns the end of a ResNet's block in each of `WAYS`."""
+    attentions = (None, textbook.TextbookECA(k), textbook.TextbookSE(channels), ECALayer(k), None)
+    return {
+        way: Tail(channels, attention, nn.ReLU(inplace=True), way.startswith("ours") or None)
+        for way, attention in zip(WAYS, attentions, strict=True)
+    }
+
+
+def forms(attends: bool, channels: int) -> dict[str, Tail]:
+    """Returns an end of a block by `block_tail` and by its modules."""
+    return {
+        way: Tail(channels, ECALayer(3), None, way == OURS)
+        if attends
+        else Tail(channels, None, nn.ReLU6(inplace=True), way == OURS, adds=False)
+        for way in (MODULES, OURS)
+    }
 
 
 class Call:
@@ -104,32 +111,27 @@ class Call:
         torch.autograd.grad(out, self.inputs, self.grad, allow_unused=True)
 
 
+def times_of(
+    ways: Mapping[str, Tail], shape: tuple[int, ...], dtype: str, layout: str, repeat: int, args
+) -> side.Times:
+    """Returns the seconds of forward and backward of each way."""
+    dtype, layout = side.DTYPES[dtype], LAYOUTS[layout]
+    calls = {name: Call(way, shape, dtype, layout, args.device) for name, way in ways.items()}
+    return side.interleave(calls, args.rounds, args.device, repeat)
+
+
 def table(args: argparse.Namespace) -> None:
     """Prints a row for each shape, form, layout and dtype."""
     common, rows = side.settings(args), []
     for dtype, layout, form in itertools.product(side.dtypes_for(args.device), LAYOUTS, FORMS):
         for n, channels, size in TABLE[: 2 if args.smoke else None]:
             shape = (n, channels, size, size)
-            elements = n * channels * size * size
-            calls = {
-                way: Call(
-                    Form(FORMS[form], channels, way == OURS),
-                    shape,
-                    side.DTYPES[dtype],
-                    LAYOUTS[layout],
-                    args.device,
-                )
-                for way in (MODULES, OURS)
-            }
-            repeat = 1 if args.smoke else max(1, min(50, 10**6 // elements))
-            times = side.interleave(calls, args.rounds, args.device, repeat)
-            place = common | {"layout": layout, "shape": list(shape), "form": form}
+            repeat = 1 if args.smoke else max(1, min(50, 10**6 // (n * channels * size * size)))
+            times = times_of(forms(FORMS[form], channels), shape, dtype, layout, repeat, args)
+            where = common | {"layout": layout, "shape": list(shape), "form": form}
             pairs, dtypes = [(OURS, MODULES)], dict.fromkeys((OURS, MODULES), dtype)
-            rows += side.compare("tail --table", times, pairs, dtypes, place)
-    shown = [
-        {**row, "variant": f"{row['form']}, {row['dtype']} {row['layout']}, {row['shape']}"}
-        for row in rows
-    ]
+            rows += side.compare("tail --table", times, pairs, dtypes, where)
+    shown = "{form}, {dtype} {layout}, {shape}"
     side.report(args, rows, "speed over that of the modules", shown)
     worst = min(row["ratio_median"] for row in rows)
     slower = sum(row["ratio_median"] < 0.98 for row in rows)
@@ -143,37 +145,23 @@ def main() -> None:
     if args.table:
         return table(args)
     common, rows = side.settings(args), []
-    for dtype in side.dtypes_for(args.device):
-        for layout, memory_format in LAYOUTS.items():
-            total = {way: [0.0] * args.rounds for way in WAYS}
-            for channels, fraction, blocks, k in SHAPES:
-                size = max(1, args.img_size // fraction)
-                shape = (args.batch, channels, size, size)
-                calls = {
-                    way: Call(
-                        Tail(way, channels, k),
-                        shape,
-                        side.DTYPES[dtype],
-                        memory_format,
-                        args.device,
-                    )
-                    for way in WAYS
-                }
-                repeat = 10 if args.device.type == "cuda" else 1
-                times = side.interleave(calls, args.rounds, args.device, repeat)
-                pairs = [(way, PLAIN) for way in WAYS[1:]]
-                place = common | {"layout": layout, "shape": list(shape)}
-                rows += side.compare("tail", times, pairs, dict.fromkeys(WAYS, dtype), place)
-                for way in WAYS:
-                    total[way] = [
-                        t + blocks * s for t, s in zip(total[way], times[way], strict=True)
-                    ]
-            place = common | {"layout": layout, "shape": "ResNet-50's 16 blocks"}
-            rows += side.compare("tail", total, pairs, dict.fromkeys(WAYS, dtype), place)
-    shown = [
-        {**row, "variant": f"{row['variant']}, {row['dtype']} {row['layout']}, {row['shape']}"}
-        for row in rows
-    ]
+    pairs = [(way, PLAIN) for way in WAYS[1:]]
+    for dtype, layout in itertools.product(side.dtypes_for(args.device), LAYOUTS):
+        total = {way: [0.0] * args.rounds for way in WAYS}
+        dtypes = dict.fromkeys(WAYS, dtype)
+        for channels, fraction, blocks, k in SHAPES:
+            size = max(1, args.img_size // fraction)
+            shape = (args.batch, channels, size, size)
+            repeat = 10 if args.device.type == "cuda" else 1
+            times = times_of(tails(channels, k), shape, dtype, layout, repeat, args)
+            where = common | {"layout": layout, "shape": list(shape)}
+            rows += side.compare("tail", times, pairs, dtypes, where)
+            for way in WAYS:
+                sums = zip(total[way], times[way], strict=True)
+                total[way] = [t + blocks * s for t, s in sums]
+        where = common | {"layout": layout, "shape": "ResNet-50's 16 blocks"}
+        rows += side.compare("tail", total, pairs, dtypes, where)
+    shown = "{variant}, {dtype} {layout}, {shape}"
     side.report(args, rows, "the variant's speed over the other's", shown)
 
 

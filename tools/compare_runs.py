@@ -19,7 +19,8 @@ from utils.runs import folder as run_folder
 from utils.system.errors import UserError
 from utils.system.faults import run_script
 from utils.system.files import check_free, read_json, read_text, write_atomically
-from utils.system.text import cell, columns, csv_text, ksize_text, printable
+from utils.system.style import CURVES, png, styled
+from utils.system.text import cell, columns, csv_text, ksize_text, printable, short
 
 # The figure that decides which epoch is the best, and what is shown of that epoch.
 RESULTS = {
@@ -55,8 +56,7 @@ class Run:
 
     @property
     def best(self) -> dict[str, float]:
-        """Returns the row with the best deciding figure, see --best-by; the first of equal ones, as
-        `best.pth` is.
+        """Returns the row of `best.pth`: the first with the best figure of --best-by.
 
         With a validation loss that is not finite no epoch is the best.
         """
@@ -102,9 +102,7 @@ def read_run(folder: Path) -> Run:
 
 
 def first_weights(saved: dict) -> dict[str, str]:
-    """Returns where a run's first weights came from, as saved or, of a detector, as its command
-    says.
-    """
+    """Returns where a run's first weights came from, as saved or as a detector's command says."""
     if saved.get("pretrained"):
         return {"pretrained": saved["pretrained"]}
     command = saved.get("environment", {}).get("command", "")
@@ -136,10 +134,8 @@ def result_rows(runs: Sequence[Run]) -> list[list[str]]:
         figures = [f"{best[c]:.4f}" if "loss" in c else f"{best[c]:.2f}" for _, c in shown]
         epochs = f"{len(run.history)}/{run.epochs}"
         settings = [values[i] for values in differing.values()]
-        rows.append(
-            [name, run.arch, ksize_text(run.ksize), epochs, *figures, f"{best['epoch']:.0f}"]
-            + settings
-        )
+        row = [name, run.arch, ksize_text(run.ksize), epochs, *figures, f"{best['epoch']:.0f}"]
+        rows.append(row + settings)
     return rows
 
 
@@ -172,9 +168,6 @@ def repeat_lines(runs: Sequence[Run]) -> list[str]:
 def draw(runs: Sequence[Run]) -> bytes:
     """Draws one panel a figure and one curve a run. Returns a PNG."""
     from matplotlib.ticker import MaxNLocator
-
-    from utils.system.style import CURVES, png, styled
-    from utils.system.text import short
 
     decides = runs[0].decides
     with styled() as plt:
@@ -213,9 +206,8 @@ def main() -> int:
     parser.add_argument("--output", metavar="DIR", help="default: runs/comparison-N, a new folder")
     args = parser.parse_args()
     check_free(args.output)
-    folders = list(dict.fromkeys(Path(name) for name in args.runs))
     runs = []
-    for folder in folders:
+    for folder in dict.fromkeys(map(Path, args.runs)):
         if folder.is_dir() and not (folder / "metrics.csv").exists():
             print(f"! {folder}: has no metrics.csv; passed over")
         else:

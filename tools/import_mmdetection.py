@@ -81,7 +81,10 @@ def convert(file: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_newer(file.get("meta"), tensors)
     arch = _arch(tensors)
     named = rename(tensors, arch)
-    outputs = _outputs(named, arch)
+    if arch == "retinanet":
+        outputs = len(named["head.classification_head.cls_logits.weight"]) // RETINA_ANCHORS
+    else:
+        outputs = len(named["roi_heads.box_predictor.cls_score.weight"])
     classes, ids = _classes(file.get("meta"), outputs - (arch != "retinanet"))
     network = {"arch": arch, **_backbone(named), "num_classes": outputs}
     with torch.device("meta"), as_user_error():
@@ -99,8 +102,7 @@ def convert(file: Mapping[str, Any]) -> dict[str, Any]:
 def version(meta: Any) -> str | None:
     """Reads from a file's "meta" which version of mmdetection wrote it; None where it names none.
 
-    mmdetection 3 does not write its version, but a description of the data set, or the version of
-    mmengine.
+    mmdetection 3 writes a description of the data set, or mmengine's version, in its place.
     """
     if not isinstance(meta, Mapping):
         return None
@@ -110,19 +112,16 @@ def version(meta: Any) -> str | None:
 
 
 def _refuse_newer(meta: Any, tensors: Tensors) -> None:
-    said = version(meta)
-    number = re.match(r"v?(\d+)", said) if said else None
+    number = re.match(r"v?(\d+)", version(meta) or "")
     newer = [name for name in tensors if name.startswith("roi_head.")]
-    if number and int(number[1]) > 1:
-        sign = f"its meta says mmdetection {said}"
-    elif newer:
-        sign = f"{newer[0]} is a name of mmdetection 2 or 3"
-    else:
-        return
-    raise UserError(
-        f"{sign}, whose geometry and order of classes differ from version 1's: use the tools of "
-        "that version"
-    )
+    if newer or (number and int(number[1]) > 1):
+        sign = f"its meta says mmdetection {version(meta)}"
+        if not number or int(number[1]) == 1:
+            sign = f"{newer[0]} is a name of mmdetection 2 or 3"
+        raise UserError(
+            f"{sign}, whose geometry and order of classes differ from version 1's: use the tools "
+            "of that version"
+        )
 
 
 def rename(tensors: Tensors, arch: str) -> dict[str, torch.Tensor]:
@@ -139,13 +138,11 @@ def rename(tensors: Tensors, arch: str) -> dict[str, torch.Tensor]:
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{name}: a {type(value).__name__}, not a tensor; not imported")
-        for pattern, replacement in table:
-            match = re.fullmatch(pattern, name)
-            if match:
-                named[match.expand(replacement)] = value
-                break
-        else:
+        matches = ((re.fullmatch(pattern, name), new) for pattern, new in table)
+        theirs = next((match.expand(new) for match, new in matches if match), None)
+        if theirs is None:
             raise UserError(f"{name}: a {arch} of mmdetection v1 has no such tensor; not imported")
+        named[theirs] = value
     return named
 
 
@@ -161,19 +158,13 @@ def _arch(tensors: Tensors) -> str:
     )
 
 
-def _outputs(named: Tensors, arch: str) -> int:
-    if arch == "retinanet":
-        return len(named["head.classification_head.cls_logits.weight"]) // RETINA_ANCHORS
-    return len(named["roi_heads.box_predictor.cls_score.weight"])
-
-
 def _backbone(named: Tensors) -> dict[str, Any]:
     """Reads a checkpoint's fields backbone, attention and ksize off names and shapes."""
     prefix = "backbone.body."
     body = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
     with as_user_error("the backbone: "):
-        found = describe_weights({**body, "fc.weight": torch.empty(1, 1)})
-    return {"backbone": found["arch"], "attention": found["attention"], "ksize": found["ksize"]}
+        fields = describe_weights({**body, "fc.weight": torch.empty(1, 1)})
+    return {"backbone": fields["arch"], **{name: fields[name] for name in ("attention", "ksize")}}
 
 
 def _check_all(named: Tensors, shapes: Mapping[str, torch.Size], network: str) -> None:

@@ -34,15 +34,6 @@ from utils.system.text import counted, printable
 SHUFFLE = 0  # seed
 
 
-def file_sizes(images: ImageFolder) -> np.ndarray:
-    """Returns the bytes of each image.
-
-    Raises:
-        UserError: a link that leads nowhere.
-    """
-    return np.array([_try(os.stat, images.path(i)).st_size for i in range(len(images))], np.int64)
-
-
 def plan_shards(sizes: np.ndarray, most: int) -> Iterator[np.ndarray]:
     """Returns the images of each shard, at most `most` bytes unless one image is larger.
 
@@ -88,7 +79,7 @@ def write_split(images: ImageFolder, folder: Path, most: int, processes: int) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    sizes = file_sizes(images)
+    sizes = np.array([_try(os.stat, images.path(i)).st_size for i in range(len(images))], np.int64)
     plan = list(plan_shards(sizes, most))
     targets = [folder / f"{folder.name}-{number:05}.tar" for number in range(len(plan))]
     done = shared(write_shard, map(images.take, plan), targets, processes=processes)

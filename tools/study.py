@@ -162,12 +162,9 @@ def run_all(
                 folder.parent.mkdir(exist_ok=True)
                 command = [*program, *map(str, arguments), "--output", str(folder)]
                 with open(log_of(folder), "ab") as log:
+                    to_log = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
                     running[folder] = subprocess.Popen(
-                        command,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        env=environment,
-                        preexec_fn=die_with_parent,
+                        command, preexec_fn=die_with_parent, **to_log
                     )
             ended = [folder for folder, process in running.items() if process.poll() is not None]
             if not ended:
@@ -324,19 +321,11 @@ def main() -> int:
     parser.add_argument("plan", metavar="PLAN", help="a JSON file")
     parser.add_argument("--output", metavar="DIR", help="default: runs/study-N, a new folder")
     parser.add_argument("--results", metavar="DIR", help="tables, pictures (default: in --output)")
+    jobs = "runs at a time; each takes its share of the CPU's threads (default: 1)"
+    parser.add_argument("--jobs", type=positive_int, default=1, metavar="N", help=jobs)
+    own = "a variant of the plan in a user's file, which is run only where it is typed"
     parser.add_argument(
-        "--jobs",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="runs at a time; each takes its share of the CPU's threads (default: 1)",
-    )
-    parser.add_argument(
-        "--attention",
-        action="append",
-        default=[],
-        metavar="FILE.py:CLASS",
-        help="a variant of the plan in a user's file, which is run only where it is typed",
+        "--attention", action="append", default=[], metavar="FILE.py:CLASS", help=own
     )
     parser.add_argument("-j", "--workers", type=count, default=0, metavar="N", help="default: 0")
     parser.add_argument("--device", default="auto", help="as for main.py")
@@ -356,8 +345,9 @@ def main() -> int:
 
     first = choosing(plan)
     train(first, plan, folder, machine, args.jobs)
-    rates = study.choose_rates(plan, collect(first, folder))
-    print(columns(study.choice_rows(plan, collect(first, folder), rates), left=2), flush=True)
+    tried = collect(first, folder)
+    rates = study.choose_rates(plan, tried)
+    print(columns(study.choice_rows(plan, tried, rates), left=2), flush=True)
     second = tested(plan, rates)
     train(second, plan, folder, machine, args.jobs)
     evaluate(second, root, folder, machine, args.jobs)
