@@ -9,6 +9,7 @@ examples:
 """
 
 import utils.system.script_start  # noqa: F401  # isort: skip - what follows takes seconds
+import io
 import os
 import re
 from argparse import Namespace
@@ -196,7 +197,7 @@ def graph_file(
     contents: Contents
     if name == "pt2":
         contents = (formats.to_pt2(graph, metadata),)
-        run = formats.run_pt2(*contents)
+        run = torch.export.load(io.BytesIO(contents[0])).module()
     else:
         contents = (formats.to_onnx(graph, metadata, any_size),)
         if name == "openvino":

@@ -105,11 +105,7 @@ config.json has the names of the classes where they are known.
 
 
 def check_packages(formats: Sequence[str], int8: bool = False) -> None:
-    """Refuses an export, before its work, when a package is missing.
-
-    Raises:
-        UserError: names the packages and how to get them.
-    """
+    """Refuses an export, before its work, when a package is missing."""
     for name in formats:
         require(NEEDS[name], f"--to {name}", INSTALL)
     if int8:
@@ -133,9 +129,7 @@ def to_exported(
 
 
 def to_pt2(exported: torch.export.ExportedProgram, metadata: Mapping[str, object]) -> bytes:
-    """Returns a .pt2 file: `torch.export.load` gives the program, and metadata.json as an extra
-    file.
-    """
+    """Returns a .pt2 file, for `torch.export.load`, with metadata.json as an extra file."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on tensors that share memory, which is as it should be
@@ -151,6 +145,7 @@ def to_onnx(
         program = torch.onnx.export(
             exported, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
         )
+    assert program is not None
     model = program.model_proto
     for dimension, name in ((0, "batch"), (2, "height"), (3, "width"))[: 1 + 2 * any_size]:
         model.graph.input[0].type.tensor_type.shape.dim[dimension].dim_param = name
@@ -168,31 +163,21 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _with_properties(model: Any, metadata: Mapping[str, object]) -> bytes:
-    """Returns an onnx.ModelProto as bytes, the metadata in it: strings as they are, others as
-    JSON.
-    """
+    """Returns an onnx.ModelProto as bytes with metadata: strings as they are, others as JSON."""
     for key, value in metadata.items():
         text = value if isinstance(value, str) else json.dumps(value)
         model.metadata_props.add(key=key, value=text)
-    return model.SerializeToString()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return bytes(model.SerializeToString())
 
 
 def _run(written: Callable[[Tensor], Any], images: Tensor, name: str) -> Any:
-    """Runs a file that was just made.
-
-    Raises:
-        UserError: it cannot be run.
-    """
+    """Runs a file that was just made; refuses one that cannot be run."""
     try:
         return written(images)
     except Exception as error:  # what a runtime raises is open-ended
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{name} does not run at {tuple(images.shape)}: {_first_line(error)}; not written",
-            EXIT_FAILED,
+            f"{name} does not run at {tuple(images.shape)}: {reason}; not written", EXIT_FAILED
         ) from None
 
 
@@ -206,11 +191,6 @@ def to_openvino(onnx_file: bytes, metadata: Mapping[str, object]) -> tuple[bytes
         target = Path(folder) / "model.xml"
         openvino.save_model(model, target, compress_to_fp16=False)
         return target.read_bytes(), target.with_suffix(".bin").read_bytes()
-
-
-def run_pt2(data: bytes) -> Callable[[Tensor], Tensor]:
-    """Runs the network in a .pt2 file."""
-    return torch.export.load(io.BytesIO(data)).module()
 
 
 @torch.no_grad()
@@ -311,7 +291,7 @@ class _OneImage(nn.Module):
         return tuple(objects[name] for name in OBJECTS if name in objects)
 
 
-def prepared_detector(detector: nn.Module) -> nn.Module:
+def prepared_detector(detector: nn.Module) -> Any:
     """Returns a copy whose least score is a tensor, so that the file holds it by a name."""
     detector = copy.deepcopy(detector).eval().requires_grad_(False)
     head = _head(detector)
@@ -326,7 +306,7 @@ def _head(detector: nn.Module) -> Any:
     return getattr(detector, "roi_heads", detector)
 
 
-def detector_to_onnx(detector: nn.Module, metadata: Mapping[str, object]) -> bytes:
+def detector_to_onnx(detector: Any, metadata: Mapping[str, object]) -> bytes:
     """Returns an ONNX file: input "image" (3, H, W) from 0 to 1; outputs boxes (n, 4), labels (n,),
     scores (n,) and, of a Mask R-CNN, masks (n, 1, H, W).
 
@@ -347,7 +327,7 @@ def detector_to_onnx(detector: nn.Module, metadata: Mapping[str, object]) -> byt
         torch.onnx.export(
             _OneImage(detector).eval(),
             (example,),
-            buffer,
+            buffer,  # type: ignore[arg-type]  # which it takes, though its types say a path
             dynamo=False,
             opset_version=OPSET,
             input_names=[IMAGE],
@@ -360,7 +340,7 @@ def detector_to_onnx(detector: nn.Module, metadata: Mapping[str, object]) -> byt
     return _with_properties(model, metadata)
 
 
-def trial_images(detector: nn.Module) -> list[Tensor]:
+def trial_images(detector: Any) -> list[Tensor]:
     """Returns images (3, H, W) from 0 to 1, none of the traced size: a photograph in three sizes (a
     usual one, one whose longer side decides how it is resized, and an upright one), and noise.
     """
@@ -368,8 +348,7 @@ def trial_images(detector: nn.Module) -> list[Tensor]:
 
     with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as photo:
         pixels = torch.from_numpy(np.array(photo.convert("RGB"))).permute(2, 0, 1)[None] / 255
-    resizing: Any = detector.transform
-    least, most = resizing.min_size[-1], resizing.max_size
+    least, most = detector.transform.min_size[-1], detector.transform.max_size
     usual, wide = (least, int(1.25 * least) + 1), (int(0.35 * most) + 1, int(1.25 * most))
     upright = (int(1.6 * least) + 3, int(1.2 * least))
     noise = torch.rand(3, *usual, generator=torch.Generator().manual_seed(0))
@@ -451,4 +430,4 @@ def with_threshold(data: bytes, least: float) -> bytes:
     model = onnx.load_from_string(data)
     (tensor,) = [entry for entry in model.graph.initializer if entry.name.endswith(THRESHOLD)]
     tensor.CopyFrom(onnx.numpy_helper.from_array(np.float32(least), tensor.name))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())

@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 from xml.etree import ElementTree
 
@@ -75,8 +74,7 @@ class ExportedNetwork(nn.Module):
     """Runs (N, 3, H, W) float32 on the CPU → logits (N, C) float32, by the file's engine.
 
     Attributes:
-        metadata: what the file says of itself; has the keys of a checkpoint that describe the
-            network, the class names and the preprocessing.
+        metadata: what the file says of itself, under a checkpoint's names.
         engine: what runs it.
     """
 
@@ -116,9 +114,8 @@ class ExportedDetector(nn.Module):
     """Runs a list of (3, H, W) images from 0 to 1 → a dict of objects each, by onnxruntime.
 
     Attributes:
-        metadata: what the file says of itself; has the keys of a checkpoint that name the network
-            and its classes.
-        transform: has `max_size`, the longer side to which the file reduces an image.
+        metadata: what the file says of itself, as `ExportedNetwork` has it.
+        max_size: the longer side to which the file reduces an image.
         first_label: the label of the first class.
     """
 
@@ -127,15 +124,11 @@ class ExportedDetector(nn.Module):
         self.find, self.path, self.metadata = find, path, metadata
         self.arch, self.backbone_arch = metadata["arch"], metadata["backbone"]
         self.num_classes, self.first_label = metadata["num_classes"], metadata["first_label"]
-        self.transform = SimpleNamespace(max_size=metadata["max_size"])
+        self.max_size = metadata["max_size"]
 
     @torch.no_grad()
     def forward(self, images: list[Tensor]) -> list[Objects]:
-        """Finds the objects of each image.
-
-        Raises:
-            UserError: onnxruntime fails.
-        """
+        """Finds the objects of each image."""
         with _one_line(f"{self.path}: onnxruntime fails: {{}}"):
             return [self.find(image.to("cpu", torch.float32).contiguous()) for image in images]
 
@@ -157,13 +150,15 @@ def load(path: str | Path) -> ExportedNetwork | ExportedDetector:
         what = "is a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}; give a file of export.py")
     with _one_line(f"{path}: damaged, or not a file of export.py ({{}})"):
-        session: Any = None
         if path.suffix == ".xml":
             run, metadata, shape = _read_openvino(path)
         else:
-            session, metadata = _open_onnx(path)
+            require(("onnx", "onnxruntime"), str(path), INSTALL)
+            session = onnx_session(_self_contained(path))
+            properties = session.get_modelmeta().custom_metadata_map
+            metadata = {key: _value(text) for key, text in properties.items()}
             run, shape = by_onnxruntime(session), _sides(session.get_inputs()[0].shape)
-    if session is not None and "backbone" in metadata:
+    if path.suffix == ".onnx" and "backbone" in metadata:
         _check(metadata, DetectorMetadata, path)
         return ExportedDetector(objects_by_onnxruntime(session), path, metadata)
     _check(metadata, ClassifierMetadata, path)
@@ -245,22 +240,11 @@ def run_onnx(data: bytes) -> Run:
     return by_onnxruntime(onnx_session(data))
 
 
-def _open_onnx(path: Path) -> tuple[Any, dict[str, Any]]:
-    """Opens an ONNX file: an onnxruntime.InferenceSession, and the metadata."""
-    require(("onnx", "onnxruntime"), str(path), INSTALL)
-    session = onnx_session(_self_contained(path))
-    properties = session.get_modelmeta().custom_metadata_map
-    return session, {key: _value(text) for key, text in properties.items()}
-
-
 def _self_contained(path: Path) -> bytes:
-    """Returns an ONNX model whose every tensor holds its values itself.
+    """Returns an ONNX model whose every tensor holds its values itself; refuses any other.
 
     It is written anew from what was looked at, so that an engine cannot see another model in the
     same bytes.
-
-    Raises:
-        UserError: a tensor's values lie in another file.
     """
     import onnx
 
@@ -275,7 +259,7 @@ def _self_contained(path: Path) -> bytes:
                 f"{path}: takes values of {part.name[:60]!r} from another file, {where[:200]!r}; "
                 "refused: give a file that holds all of its weights, as export.py writes it"
             )
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _messages(message: Any) -> Iterator[Any]:
@@ -316,7 +300,7 @@ def run_openvino(xml: bytes, weights: bytes) -> Run:
     return by_openvino(openvino_core().read_model(xml, weights))
 
 
-def _read_openvino(path: Path) -> tuple[Run, dict[str, Any], tuple]:
+def _read_openvino(path: Path) -> tuple[Run, dict[str, Any], tuple[object, ...]]:
     require(("openvino",), str(path), INSTALL)
     model = openvino_core().read_model(*_with_its_weights(path))
     metadata = json.loads(str(model.get_rt_info(OPENVINO_INFO).value))
@@ -326,12 +310,7 @@ def _read_openvino(path: Path) -> tuple[Run, dict[str, Any], tuple]:
 
 
 def _with_its_weights(path: Path) -> tuple[bytes, bytes]:
-    """Returns the contents of an .xml and of its .bin.
-
-    Raises:
-        UserError: there is no such .bin, or it is not the one that was written with the .xml.
-        ValueError: it is no XML. OpenVINO would look for a network in whatever it is: ONNX, say.
-    """
+    """Returns the contents of an .xml and of its .bin, if the two were written together."""
     weights = path.with_suffix(".bin")
     if weights.is_symlink() or not weights.is_file():
         raise UserError(
@@ -339,7 +318,7 @@ def _with_its_weights(path: Path) -> tuple[bytes, bytes]:
             "writes the two"
         )
     xml, content = path.read_bytes(), weights.read_bytes()
-    if not xml.startswith(b"<"):
+    if not xml.startswith(b"<"):  # OpenVINO would look for a network in whatever it is: ONNX, say
         raise ValueError("no XML")
     parts = [part.attrib for part in ElementTree.fromstring(xml).iter("data")]
     ends = [int(part["offset"]) + int(part["size"]) for part in parts if "offset" in part]

@@ -10,7 +10,7 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -63,12 +63,15 @@ def quantised_files(
     train, val = data
     count = min(calibration_images, len(train))
     chosen = np.sort(np.random.default_rng(0).choice(len(train), count, replace=False))
-    look = Preprocessing(**{f.name: metadata[f.name] for f in fields(Preprocessing)})
+    values: dict[str, Any] = {f.name: metadata[f.name] for f in fields(Preprocessing)}
+    look = Preprocessing(**values)
     print(f"int8: calibrated on {count} of {len(train)} training images", flush=True)
     int8 = quantise(onnx_file, (images for images, _ in _batches(train.take(chosen), look)))
-    made = {}
+    made: dict[str, Contents] = {}
     for name in formats:
-        before, after, run = (onnx_file,), (int8,), run_onnx
+        before: tuple[bytes, ...] = (onnx_file,)
+        after: tuple[bytes, ...] = (int8,)
+        run: Callable[..., Run] = run_onnx
         if name == "openvino":
             before = export.to_openvino(onnx_file, metadata)
             after = export.to_openvino(int8, {**metadata, "precision": "int8"})
@@ -94,12 +97,10 @@ def quantised_files(
 def open_data(
     data: str, classes: Sequence[str], num_classes: int
 ) -> tuple[ImageFolder, ImageFolder]:
-    """Opens the images of train and val, labelled as the network's classes are.
+    """Opens the images of train and val of DATA, labelled as the network's classes are.
 
     Args:
-        data: a folder with train/ and val/, or demo data.
-        classes: the network's; empty where they have no names.
-        num_classes: how many it has.
+        classes: the network's; empty where its `num_classes` have no names.
 
     Raises:
         UserError: there is no such data, or it has other classes.
@@ -185,19 +186,17 @@ def quantise(onnx_file: bytes, batches: Iterable[Tensor]) -> bytes:
         result = onnx.load(target)
     properties = {entry.key: entry.value for entry in model.metadata_props}
     onnx.helper.set_model_props(result, {**properties, "precision": "int8"})
-    return result.SerializeToString()
+    return bytes(result.SerializeToString())
 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
     """Hides onnxruntime's advice, to fold what is folded already, from the terminal."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 def _float_nodes(model: Any) -> list[str]:

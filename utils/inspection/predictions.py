@@ -6,13 +6,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,6 +31,7 @@ from utils.data.image_folder import files_below
 from utils.data.loader import device_batches, leave_broken_connections_unsaid
 from utils.data.transforms import Preprocessing
 from utils.inspection.drawing import as_image, draw, resized
+from utils.inspection.exported_network import ExportedDetector
 from utils.runs.checkpoint import Checkpoint
 from utils.system.errors import UserError
 from utils.system.faults import is_out_of_memory
@@ -41,7 +43,7 @@ from utils.system.text import cell, csv_text, printable
 class UserBatch:
     """Holds some of the images, and for the others why they could not be read."""
 
-    images: torch.Tensor  # (n, 3, S, S) float32, normalised; n can be 0
+    images: Tensor  # (n, 3, S, S) float32, normalised; n can be 0
     indices: list[int]  # (n,) where in the list of paths each image is from
     broken: list[tuple[int, str]]  # index and reason of those that cannot be read
 
@@ -77,23 +79,24 @@ def find_images(names: Sequence[str]) -> list[bytes]:
     return list(paths)
 
 
-class _Paths(Dataset):
+Item = tuple[int, Tensor | str] | UserError  # index and image, or why there is none
+
+
+class _Paths(Dataset[Item]):
     def __init__(self, paths: Sequence[bytes | Stored], look: Preprocessing, decoder: str):
         self.paths, self.transform, self.decoder = paths, look, decoder
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | str] | UserError:
+    def __getitem__(self, index: int) -> Item:
         try:
             image = self.transform(read_image(self.paths[index], self.decoder))
         except BrokenImageError as error:
             return index, error.reason
         except UserError as error:  # raised in a worker it would arrive as a traceback
             return error
-        if not isinstance(image, torch.Tensor):
-            image = to_tensor(image)
-        return index, image
+        return index, image if isinstance(image, Tensor) else to_tensor(image)
 
 
 def read_batches(
@@ -120,18 +123,23 @@ def read_batches(
         worker_init_fn=_leave_interrupts_to_the_main_process,
     )
     for batch in device_batches(loader, device, look=look):
-        yield UserBatch(batch.images, batch.targets.tolist(), list(batch.broken))
+        broken: list[Any] = list(batch.broken)
+        yield UserBatch(batch.images, batch.targets.tolist(), broken)
 
 
-def _collate(items: list[tuple[int, torch.Tensor | str] | UserError], img_size: int):
-    if faults := [item for item in items if isinstance(item, UserError)]:
-        return faults[0]
-    broken = [item for item in items if isinstance(item[1], str)]
-    good = [item for item in items if not isinstance(item[1], str)]
-    images = torch.empty(len(good), img_size, img_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    for place, (_, image) in zip(images, good, strict=True):
-        place.copy_(image)
-    return images, torch.tensor([index for index, _ in good], dtype=torch.int64), broken
+def _collate(items: list[Item], img_size: int) -> Any:
+    images, indices, broken = [], [], []
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+        index, image = item
+        if isinstance(image, str):
+            broken.append((index, image))
+        else:
+            images.append(image.permute(1, 2, 0))
+            indices.append(index)
+    pixels = torch.stack(images) if images else torch.empty(0, img_size, img_size, 3).byte()
+    return pixels.permute(0, 3, 1, 2), torch.tensor(indices, dtype=torch.int64), broken
 
 
 def _leave_interrupts_to_the_main_process(_: int) -> None:
@@ -161,7 +169,7 @@ class Prediction:
     error: str | None = None
     map: str | None = None  # the picture of the class-activation map
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Returns the prediction as plain values for JSON."""
         if self.error is not None:
             return {"file": self.file, "error": self.error}
@@ -228,9 +236,12 @@ def _percentages(prediction: Prediction) -> str:
 SMALLEST = 320  # pixels of a drawn picture's longer side
 
 
+NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
+
+
 @dataclass(frozen=True)
 class ImageObjects:
-    """Holds the objects in one image, highest score first, or why there are none.
+    """Holds the objects in one image, highest score first, or in `error` why there are none.
 
     Attributes:
         size: height and width of the image file.
@@ -241,8 +252,8 @@ class ImageObjects:
 
     file: str
     size: tuple[int, int] = (0, 0)
-    image: Tensor | None = None
-    objects: dict[str, Tensor] | None = None
+    image: Tensor = NO_PIXELS
+    objects: dict[str, Tensor] = field(default_factory=dict)
     error: str | None = None
 
     def boxes_in_file(self) -> Tensor:
@@ -253,7 +264,7 @@ class ImageObjects:
 
 @torch.inference_mode()
 def find_objects(
-    detector: nn.Module, paths: Sequence[bytes], device: torch.device, first_label: int
+    detector: Any, paths: Sequence[bytes], device: torch.device, first_label: int
 ) -> Iterator[ImageObjects]:
     """Runs the detector on one image after the other, as it is evaluated: unpadded.
 
@@ -261,9 +272,12 @@ def find_objects(
     a 12-megapixel photograph would take 5 GB.
 
     Args:
-        detector: a list of (3, H, W) in 0…1 → one dict of boxes, labels, scores (and masks) each.
+        detector: a module: list of (3, H, W) in 0…1 → a dict of boxes, labels, scores (and masks)
+            each.
         first_label: the label of the first class.
     """
+    exported = isinstance(detector, ExportedDetector)
+    most = detector.max_size if exported else detector.transform.max_size
     for path in paths:
         file = printable(path)
         try:
@@ -271,9 +285,12 @@ def find_objects(
         except BrokenImageError as error:
             yield ImageObjects(file, error=error.reason)
             continue
-        size = tuple(image.shape[1:])
-        if max(size) > detector.transform.max_size:
-            image = _resized(image, detector.transform.max_size / max(size))
+        assert isinstance(image, Tensor)
+        size = image.shape[1], image.shape[2]
+        if max(size) > most:
+            smaller = [max(1, round(most / max(size) * side)) for side in size]
+            image = F.interpolate(image[None].float(), smaller, mode="area")[0]
+            image = image.round().to(torch.uint8)
         try:
             (objects,) = detector([image.to(device).float() / 255])
         except (MemoryError, RuntimeError) as error:
@@ -306,11 +323,6 @@ def picture(image: ImageObjects, names: Sequence[str], least_score: float) -> Im
     return as_image(draw(pixels, objects, names, least_score))
 
 
-def _resized(image: Tensor, scale: float) -> Tensor:
-    size = [max(1, round(scale * side)) for side in image.shape[1:]]
-    return F.interpolate(image[None].float(), size, mode="area")[0].round().to(torch.uint8)
-
-
 class CocoDocument:
     """Collects images, detections and categories in one JSON document, as COCO annotates a data
     set.
@@ -323,8 +335,8 @@ class CocoDocument:
 
     def __init__(self, names: Sequence[str], category_ids: Sequence[int]):
         self.names, self.category_ids = names, category_ids
-        self.images: list[dict] = []
-        self.annotations: list[dict] = []
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
 
     def add(self, image: ImageObjects) -> None:
         height, width = image.size

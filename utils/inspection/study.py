@@ -3,16 +3,14 @@
 `tools/study.py` trains and evaluates the runs.
 """
 
-import csv
 import hashlib
-import io
 import math
 import os
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +23,16 @@ from utils.data import image_folder
 from utils.data.image_folder import ImageFolder
 from utils.system.errors import UserError
 from utils.system.style import CURVES, GREY, MAIN, png, styled
-from utils.system.text import cell, columns, counted, did_you_mean, paragraphs, printable, short
+from utils.system.text import (
+    cell,
+    columns,
+    counted,
+    csv_text,
+    did_you_mean,
+    paragraphs,
+    printable,
+    short,
+)
 
 NONE = "none"  # the variant that the others are compared with
 # Name of a variant: the network's name with {} for the plain one's, and main.py's flags. K and a
@@ -203,12 +210,11 @@ def compare(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95)
     if max(each) - min(each) <= ALIKE:
         p = 1.0 if pairs > 1 and abs(mean) <= ALIKE else math.nan
         return Difference(mean, math.nan, math.nan, p, pairs)
-    from scipy.stats import t  # optional, see `tools.study`
+    from scipy.stats import ttest_1samp  # optional, see `tools.study`
 
-    error = statistics.stdev(each) / math.sqrt(pairs)
-    reach = float(t.ppf(0.5 + level / 2, pairs - 1)) * error
-    p = 2 * float(t.sf(abs(mean) / error, pairs - 1))
-    return Difference(mean, mean - reach, mean + reach, p, pairs)
+    test = ttest_1samp(each, 0)
+    low, high = test.confidence_interval(level)
+    return Difference(mean, float(low), float(high), float(test.pvalue), pairs)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -360,30 +366,26 @@ def compare_all(plan: Plan, runs: Sequence[RunResult]) -> list[Comparison]:
     made = []
     for network in plan.networks:
         for variant, against in plan.pairs:
-            ours, theirs = ([r.test_top1 for r in tested[network, v]] for v in (variant, against))
-            made.append((network, variant, against, compare(ours, theirs, plan.level)))
-    corrected = holm([difference.p for *_, difference in made])
-    return [Comparison(*row, p) for row, p in zip(made, corrected, strict=True)]
+            ours, theirs = (_top1(tested[network, name]) for name in (variant, against))
+            difference = compare(ours, theirs, plan.level)
+            made.append(Comparison(network, variant, against, difference, difference.p))
+    corrected = holm([comparison.p for comparison in made])
+    return [replace(each, p=p) for each, p in zip(made, corrected, strict=True)]
 
 
 def runs_csv(runs: Sequence[RunResult]) -> bytes:
     """Returns a CSV file with one row a run, and what its figures depend on."""
     rows = [{**asdict(run), **run.environment} for run in runs]
-    for row in rows:
-        del row["environment"]
-    return csv_of(rows)
+    return csv_of([{k: v for k, v in row.items() if k != "environment"} for row in rows])
 
 
 def csv_of(rows: Sequence[Mapping[str, object]]) -> bytes:
     """Returns a CSV file; what a row lacks is left empty, and text is never a formula."""
-    text = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
+    values = [[row.get(name, "") for name in names] for row in rows]
     numbers = (int, float, type(None))
-    for row in rows:
-        writer.writerow({k: v if isinstance(v, numbers) else cell(v) for k, v in row.items()})
-    return text.getvalue().encode()
+    lines = [[v if isinstance(v, numbers) else cell(v) for v in row] for row in values]
+    return csv_text([names, *lines]).encode()
 
 
 SIGNIFICANT = 0.05
@@ -396,7 +398,7 @@ def variant_rows(
     head = "network,attention,rate,top-1,± std,runs,parameters,MMACs,s/epoch"
     rows = [head.split(",")]
     for key, tested in by_variant(plan, runs).items():
-        top1 = [run.test_top1 for run in tested]
+        top1 = _top1(tested)
         std = f"{statistics.stdev(top1):.2f}" if len(top1) > 1 else "-"
         row = [*key, f"{rates[key]:g}", f"{statistics.fmean(top1):.2f}", std, str(len(top1))]
         row += [f"{tested[0].parameters:,}", f"{tested[0].multiply_adds / 1e6:.2f}"]
@@ -480,7 +482,7 @@ def draw_accuracy(plan: Plan, runs: Sequence[RunResult], made: Sequence[Comparis
     with _panels(plan, 2, height) as (figure, axes):
         for (left, right), network in zip(axes, plan.networks, strict=True):
             for i, variant in enumerate(plan.variants):
-                top1 = [run.test_top1 for run in tested[network, variant]]
+                top1 = _top1(tested[network, variant])
                 left.plot(top1, [i] * len(top1), "o", color=GREY, markersize=5, alpha=0.7)
                 left.plot(statistics.fmean(top1), i, "D", color=MAIN)
             left.set(xlabel="Test top-1 (%)", title=f"{network}: ● one run   ◆ mean")
@@ -514,7 +516,7 @@ def draw_costs(plan: Plan, runs: Sequence[RunResult]) -> bytes:
                 for i, variant in enumerate(plan.variants):
                     of_variant = tested[network, variant]
                     more = 100 * (_median(of_variant, attribute) / plain - 1)
-                    top1 = statistics.fmean(run.test_top1 for run in of_variant)
+                    top1 = statistics.fmean(_top1(of_variant))
                     colour, marker = CURVES[i % len(CURVES)], "oDs^vP"[i % 6]
                     axis.plot(more, top1, marker, color=colour, label=short(variant), ls="")
                 axis.set_xlabel(f"{label}: % above none")
@@ -534,4 +536,9 @@ def _panels(plan: Plan, across: int, height: float, **shared: str) -> Iterator[t
 
 
 def _median(runs: Sequence[RunResult], attribute: str) -> float:
-    return statistics.median(getattr(run, attribute) for run in runs)
+    return float(statistics.median(getattr(run, attribute) for run in runs))
+
+
+def _top1(runs: Sequence[RunResult]) -> list[float]:
+    """Returns top-1 of those that were evaluated on the test images."""
+    return [run.test_top1 for run in runs if run.test_top1 is not None]
