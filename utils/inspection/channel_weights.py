@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -94,19 +95,19 @@ class GateStatistics:
             self.sums[name][0].index_add_(0, labels, gate)
             self.sums[name][1].index_add_(0, labels, gate.square())
 
-    def layer(self, place: AttentionLayer) -> LayerWeights:
+    def layer(self, of: AttentionLayer) -> LayerWeights:
         """Returns the statistics of an attention layer of the network."""
         counts = self.counts[:, None]
-        mean, square = self.sums[place.name] / counts
+        mean, square = self.sums[of.name] / counts
         # 0 / 0 for a single image, which says nothing of a variance.
         variance = (square - mean.square()).clamp(min=0) * counts * (counts > 1) / (counts - 1)
         kernel = None
-        if isinstance(place.layer, ECALayer):
-            kernel = place.layer.conv.weight.detach().flatten().double().cpu().numpy()
+        if isinstance(of.layer, ECALayer):
+            kernel = of.layer.conv.weight.detach().flatten().double().cpu().numpy()
         return LayerWeights(
-            place.name,
-            place.stage,
-            place.block,
+            of.name,
+            of.stage,
+            of.block,
             mean=mean.numpy(),
             std=variance.sqrt().numpy(),
             counts=self.counts.numpy(),
@@ -130,7 +131,10 @@ def _figure(value: float) -> str:
 
 def write_npz(path: Path, layers: Sequence[LayerWeights], classes: Sequence[str]) -> None:
     """Writes NAME.mean, NAME.std and NAME.kernel of each layer, `classes` and `images`."""
-    arrays = {"classes": np.array(classes), "images": layers[0].counts.astype(np.int64)}
+    arrays: dict[str, Any] = {
+        "classes": np.array(classes),
+        "images": layers[0].counts.astype(np.int64),
+    }
     for layer in layers:
         arrays[f"{layer.name}.mean"] = layer.mean.astype(np.float32)
         arrays[f"{layer.name}.std"] = layer.std.astype(np.float32)
@@ -229,7 +233,7 @@ def draw_one_image(layers: Sequence[LayerWeights]) -> bytes:
 def _draw_differences(axis: Axes, differences: np.ndarray) -> tuple[AxesImage, float]:
     """Draws rows of differences in colour; returns them and the end of their scale."""
     reach = np.abs(differences).max() or 1.0
-    scale = {"cmap": STEPS, "vmin": -reach, "vmax": reach}
+    scale: dict[str, Any] = {"cmap": STEPS, "vmin": -reach, "vmax": reach}
     rows = axis.imshow(differences, aspect="auto", interpolation="nearest", **scale)
     axis.tick_params("y", length=0)
     axis.grid(False)
@@ -296,12 +300,13 @@ def _draw_stage(axis: Axes, blocks: Sequence[LayerWeights]) -> None:
     numbers = [layer.block for layer in blocks]
     named = [numbers[0], numbers[-1]] if len(blocks) > 4 else numbers
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(blocks)))
-    for layer, shade in zip(blocks, shades, strict=True):
-        reach = len(layer.kernel) // 2
-        label = f"block {layer.block}" if layer.block in named else None
-        axis.plot(range(-reach, reach + 1), layer.kernel, "o-", ms=4, color=shade, label=label)
+    kernels = [np.asarray(layer.kernel) for layer in blocks]
+    for number, kernel, shade in zip(numbers, kernels, shades, strict=True):
+        reach = len(kernel) // 2
+        label = f"block {number}" if number in named else None
+        axis.plot(range(-reach, reach + 1), kernel, "o-", ms=4, color=shade, label=label)
     axis.axhline(0, color="0.6", linewidth=0.8)
-    axis.set_title(f"Stage {blocks[0].stage}, k = {len(blocks[0].kernel)}")
+    axis.set_title(f"Stage {blocks[0].stage}, k = {len(kernels[0])}")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     axis.set_xlim(-max(1, reach) - 0.3, max(1, reach) + 0.3)
     axis.set_xlabel("Neighbour")

@@ -121,9 +121,9 @@ def _prepared(network: nn.Module, input_shape: Shape) -> tuple[nn.Module, Tensor
     image = torch.zeros(input_shape, device="meta" if parameter is None else parameter.device)
     for module in network.modules():
         if isinstance(module, WithECA):  # it would show thop's buffers of the module inside it
-            module.__class__ = nn.Sequential
+            module.__class__ = nn.Sequential  # type: ignore[assignment]
         if image.is_meta and isinstance(module, BATCH_NORMS):
-            module.forward = lambda x: x
+            vars(module)["forward"] = lambda x: x
     return network, image
 
 
@@ -153,22 +153,18 @@ def mid_2019_ops(module: nn.Module, x: Tensor, y: Tensor) -> int:
 def _watch(network: nn.Module) -> dict[str, Layer]:
     """Returns a table that a forward pass fills with the layers and their mid-2019 counts."""
     layers: dict[str, Layer] = {}
+    names = {module: name for name, module in network.named_modules()}
 
-    def hook_for(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name not in layers:
-                kind = type(module).__name__
-                layers[name] = Layer(name, kind, (), 0, count_parameters(module))
-            layer = layers[name]
-            layer.output = tuple(output.shape)
-            layer.calls += 1
-            layer.mid_2019 = mid_2019_ops(module, inputs[0], output)
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        name, kind = names[module], type(module).__name__
+        layer = layers.setdefault(name, Layer(name, kind, (), 0, count_parameters(module)))
+        layer.output = tuple(output.shape)
+        layer.calls += 1
+        layer.mid_2019 = mid_2019_ops(module, inputs[0], output)
 
-        return hook
-
-    for name, module in network.named_modules():
-        if next(module.children(), None) is None:
-            module.register_forward_hook(hook_for(name))
+    for module in names:
+        if not any(module.children()):
+            module.register_forward_hook(hook)
     return layers
 
 
@@ -268,7 +264,7 @@ def detection_macs(network: nn.Module, size: tuple[int, int] = COCO_SIZE) -> int
     """
     with FlopCounterMode(display=False) as counter:
         _run_detector(_on_meta(network), size)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def published_detection_flops(network: nn.Module, size: tuple[int, int] = COCO_SIZE) -> int:
@@ -283,15 +279,14 @@ def published_detection_flops(network: nn.Module, size: tuple[int, int] = COCO_S
     """
     network = _on_meta(network)
     counts: list[int] = []
+    names = {module: name for name, module in network.named_modules()}
 
-    def count(name: str, leaf: nn.Module) -> None:
-        leaf.register_forward_hook(
-            lambda _, inputs, output: counts.append(_published_ops(name, leaf, inputs[0], output))
-        )
+    def count(leaf: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        counts.append(_published_ops(names[leaf], leaf, inputs[0], output))
 
-    for name, module in network.named_modules():
+    for module in names:
         if not any(module.children()):
-            count(name, module)
+            module.register_forward_hook(count)
     _run_detector(network, size)
     return sum(counts)
 

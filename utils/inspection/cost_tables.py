@@ -152,7 +152,7 @@ def list_text(pattern: str) -> str:
     rows = [["network", "ksize", "parameters", "FLOPs", "top-1 / top-5"]]
     for name in list_models(pattern):
         with torch.device("meta"):
-            network = create_model(name)
+            network: Any = create_model(name)
         printed = IMAGENET.get(network.arch)
         flops = format_flops(mid_2019_flops(network, (1, 3, *IMAGENET_SIZE)))
         params, accuracy = f"{count_parameters(network):,}", (printed and printed.accuracy) or "-"

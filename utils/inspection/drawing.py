@@ -14,7 +14,6 @@ from utils.data import coco_masks
 from utils.data.coco import CocoPaths
 from utils.data.coco_dataset import CocoDataset, CocoSplit, load_split
 from utils.data.coco_eval import Result
-from utils.data.decoding import BrokenImageError
 from utils.data.sampler import SeededBatches
 from utils.system.files import write_atomically
 from utils.system.style import LARGE_CELL, Cell, draw_grid, encoded, fit, font
@@ -81,9 +80,8 @@ def place_labels(
 ) -> list[tuple[int, int]]:
     """Returns the left and top of each label, the first ones first, at its own box.
 
-    A label stands at the first place of its box that covers no earlier label: at one of the
-    corners, outside and inside, or further down along the box's sides. Where there is none, it
-    stands at the one where it covers least.
+    A label stands where it first covers no earlier label, else where it covers least: at one of the
+    box's corners, outside and inside, or further down along its sides.
 
     Args:
         boxes: x1, y1, x2, y2 in pixels.
@@ -99,16 +97,16 @@ def place_labels(
             (max(0, min(x, right)), max(0, min(y, bottom)))
             for y, x in [*product(rows, (x1, x2 - width)), *product(inside, (x2, x1 - width))]
         ]
-        covered = [_covered(*at, width, height, taken) for at in tried]
-        x, y = tried[covered.index(min(covered))]
-        taken.append((x, y, x + width, y + height))
+        here = [(x, y, x + width, y + height) for x, y in tried]
+        taken.append(min(here, key=lambda label: _covered(label, taken)))
     return [(x, y) for x, y, _, _ in taken]
 
 
-def _covered(x: int, y: int, width: int, height: int, taken: Sequence[Sequence[int]]) -> int:
-    """Returns how many pixels of earlier labels a label covers at this position."""
+def _covered(label: Sequence[int], taken: Sequence[Sequence[int]]) -> int:
+    """Returns how many pixels of earlier labels a label covers; both are x1, y1, x2, y2."""
     return sum(
-        max(0, min(x + width, right) - max(x, left)) * max(0, min(y + height, low) - max(y, top))
+        max(0, min(label[2], right) - max(label[0], left))
+        * max(0, min(label[3], low) - max(label[1], top))
         for left, top, right, low in taken
     )
 
@@ -196,14 +194,16 @@ def write_picture(
     """
     split = load_split(paths, masks, drop_crowds=False)
     dataset = CocoDataset(split, first_label=0)
-    samples = [dataset[(0, index)] for index in images if index < len(split)]
-    readable = [sample for sample in samples if not isinstance(sample, BrokenImageError)]
-    predictions = []
-    for _, _, image_id in readable:
-        own = [result for result in results if result["image_id"] == image_id]
-        predictions.append(as_tensors(own, split.category_ids))
-    images, targets = [sample[0] for sample in readable], [sample[1] for sample in readable]
-    write_atomically(path, encoded(side_by_side(images, targets, predictions, split.classes)))
+    pixels, targets, predictions = [], [], []
+    for index in images:
+        sample = dataset[0, index] if index < len(split) else None
+        if isinstance(sample, tuple):  # else it cannot be read
+            image, target, image_id = sample
+            own = [result for result in results if result["image_id"] == image_id]
+            pixels.append(image)
+            targets.append(target)
+            predictions.append(as_tensors(own, split.category_ids))
+    write_atomically(path, encoded(side_by_side(pixels, targets, predictions, split.classes)))
 
 
 def draw_first_batch(split: CocoSplit, order: SeededBatches, hflip: float) -> bytes | None:
@@ -240,6 +240,6 @@ def as_tensors(results: Sequence[Result], category_ids: Sequence[int]) -> dict[s
     }
     if results and "segmentation" in results[0]:
         masks = [r["segmentation"] for r in results]
-        decoded = [coco_masks.decode(coco_masks.to_rle(mask, *mask["size"])) for mask in masks]
+        decoded = [coco_masks.decode(coco_masks.to_rle(m, *m["size"]) or m) for m in masks]
         objects["masks"] = torch.from_numpy(np.stack(decoded))
     return objects

@@ -1,6 +1,7 @@
 """Draws an image with its class-activation map, and a report's confusions and calibration."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -66,7 +67,7 @@ def draw_map(
         bar.set_yticklabels(("none", "most"), fontsize=8)
         bar.tick_params(length=0)
         bar.spines[:].set_visible(False)
-        below = {"transform": middle.transAxes, "ha": "center", "va": "top"}
+        below: dict[str, Any] = {"transform": middle.transAxes, "ha": "center", "va": "top"}
         depth = -0.07 / (3.2 * shown.height / SIDE)
         middle.text(0.5, depth, f"Grad-CAM on {where}", fontsize=8, color="0.4", **below)
         _draw_ranking(right, ranking)
@@ -99,12 +100,12 @@ def _draw_ranking(axis: Axes, ranking: Sequence[tuple[str, float]]) -> None:
     """Draws the most likely classes as bars with their confidences."""
     names = [short(name) for name, _ in ranking]
     shares = [100 * confidence for _, confidence in ranking]
-    places = range(len(names))
-    axis.barh(places, shares, color=["#b73779", *["#b6bcc4"] * (len(names) - 1)], height=0.62)
-    for place, share in zip(places, shares, strict=True):
-        axis.text(share + 2, place, f"{share:.1f} %", va="center", fontsize=8)
+    rows = range(len(names))
+    axis.barh(rows, shares, color=["#b73779", *["#b6bcc4"] * (len(names) - 1)], height=0.62)
+    for row, share in zip(rows, shares, strict=True):
+        axis.text(share + 2, row, f"{share:.1f} %", va="center", fontsize=8)
     axis.set(xlim=(0, 140), xticks=(), ylim=(max(4.6, len(names) - 0.4), -0.6))
-    axis.set_yticks(places, names, fontsize=8)
+    axis.set_yticks(rows, names, fontsize=8)
     axis.tick_params(left=False)
     axis.grid(False)
     axis.spines[:].set_visible(False)
@@ -122,11 +123,10 @@ def _overlay(picture: np.ndarray, heat: np.ndarray, square: Sequence[float]) -> 
     whole.paste(smooth, (round(left), round(top)))
     warmth = np.asarray(whole)
     grey = 0.8 * picture.mean(2, keepdims=True) + 0.2 * picture
-    seen = warmth >= -0.5
-    warmth = warmth.clip(0, 1)
-    colour = COLOURS(warmth)[..., :3]
-    share = (0.75 * warmth)[..., None]
-    return np.where(seen[..., None], grey * (1 - share) + colour * share, 0.3 * grey)
+    seen = (warmth >= -0.5)[..., None]
+    share = 0.75 * warmth.clip(0, 1)[..., None]
+    coloured = grey * (1 - share) + COLOURS(warmth.clip(0, 1))[..., :3] * share
+    return np.asarray(np.where(seen, coloured, 0.3 * grey))
 
 
 def draw_matrix(matrix: np.ndarray, names: Sequence[str], title: str) -> bytes:

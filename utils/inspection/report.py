@@ -35,6 +35,7 @@ from utils.training.state import wide
 
 if TYPE_CHECKING:
     from utils.data.coco_dataset import CocoSplit
+    from utils.data.coco_eval import Result
     from utils.training.detection_data import ValidationSet
 
 BINS = 15  # of the calibration, as in Guo et al. 2017
@@ -45,8 +46,10 @@ COLUMNS = {
     "calibration": "above up_to images confidence accuracy",
     "worst_images": "rank path true predicted probability_of_predicted probability_of_true loss",
 }
-SAID = ("class", "support", "objects", "precision", "recall", "f1", "top5")  # on the terminal, and
-SAID += ("box_AP", "box_AP50", "box_recall", "mask_AP", "mask_AP50", "mask_recall")
+SAID = (  # on the terminal
+    *("class", "support", "objects", "precision", "recall", "f1", "top5"),
+    *("box_AP", "box_AP50", "box_recall", "mask_AP", "mask_AP50", "mask_recall"),
+)
 FEW = 10  # classes that are said of many
 LEAST_SCORE = LEAST_IOU = 0.5  # of a detection that counts, and that finds an object
 PAIRED = 8  # worst images of a detector in the picture
@@ -130,13 +133,18 @@ class ReportMeter(ClassificationMeter):
         everywhere = distributed.gather((np.asarray(indices, np.int64), own, self.outputs))
         order = np.concatenate([indices for indices, _, _ in everywhere])
         rows = np.concatenate([rows for _, rows, _ in everywhere])
-        each_once = np.array_equal(np.sort(order), np.arange(images))
-        assert each_once, order
+        assert np.array_equal(np.sort(order), np.arange(images)), order
         rows = rows[np.argsort(order)].T
-        true, predicted, in_top5 = (rows[i].astype(np.int64) for i in range(3))
-        outputs = max(outputs for _, _, outputs in everywhere)  # 0 on a rank without images
-        shares = rows[3:].astype(np.float64)
-        return EvaluatedImages(true, predicted, in_top5.astype(bool), *shares, outputs)
+        confidence, true_confidence, loss = rows[3:].astype(np.float64)
+        return EvaluatedImages(
+            true=rows[0].astype(np.int64),
+            predicted=rows[1].astype(np.int64),
+            in_top5=rows[2].astype(bool),
+            confidence=confidence,
+            true_confidence=true_confidence,
+            loss=loss,
+            outputs=max(outputs for _, _, outputs in everywhere),  # 0 on a rank without images
+        )
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ def class_pairs(images: EvaluatedImages, classes: int) -> np.ndarray:
 def confused(pairs: np.ndarray) -> np.ndarray:
     """Returns those of `class_pairs` whose classes differ, the most frequent first."""
     wrong = pairs[pairs[:, 0] != pairs[:, 1]]
-    return wrong[np.argsort(-wrong[:, 2], kind="stable")]
+    return np.asarray(wrong[np.argsort(-wrong[:, 2], kind="stable")])
 
 
 def matrix(pairs: np.ndarray, classes: int) -> np.ndarray:
@@ -251,8 +259,9 @@ class Calibration:
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Returns part / whole in float64; NaN where the whole is 0."""
-    empty = np.full(len(whole), np.nan)
-    return np.divide(part, whole, out=empty, where=whole > 0)
+    empty: np.ndarray = np.full(len(whole), np.nan)
+    np.divide(part, whole, out=empty, where=whole > 0)
+    return empty
 
 
 @dataclass(frozen=True)
@@ -387,11 +396,7 @@ def _number(value: float) -> str:
 
 
 def write_report(
-    parent: Path,
-    images: EvaluatedImages,
-    folder: ImageFolder,
-    arch: str,
-    record: Mapping[str, Any],
+    parent: Path, images: EvaluatedImages, folder: ImageFolder, arch: str, record: Mapping[str, Any]
 ) -> Path:
     """Writes a report into `parent`/report, or report-2 and so on where there is one already.
 
@@ -496,7 +501,7 @@ def report_lines(folder: Path) -> list[str]:
     return lines
 
 
-def detection_faults(split: "CocoSplit", results: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def detection_faults(split: "CocoSplit", results: "list[Result]") -> np.ndarray:
     """Returns (n, 2) of each image: objects that were missed, and false detections.
 
     Detections with a score of at least 0.5 count, the surest first; each takes the object of its
@@ -505,7 +510,7 @@ def detection_faults(split: "CocoSplit", results: Sequence[Mapping[str, Any]]) -
     from torchvision.ops import box_iou  # slow to import
 
     label_of = {key: label for label, key in enumerate(split.category_ids)}
-    of_image: dict[int, list[Mapping[str, Any]]] = {}
+    of_image: dict[int, list[Result]] = {}
     for result in results:
         if result["score"] >= LEAST_SCORE:
             of_image.setdefault(result["image_id"], []).append(result)
@@ -530,7 +535,7 @@ def detection_faults(split: "CocoSplit", results: Sequence[Mapping[str, Any]]) -
 def report_detector(
     saved: Checkpoint,
     val: "ValidationSet",
-    results: Sequence[Mapping[str, Any]],
+    results: "list[Result]",
     record: Mapping[str, Any],
     output: str | None,
     context: Context,
@@ -554,7 +559,7 @@ def report_detector(
 def write_detection_report(
     parent: Path,
     val: "ValidationSet",
-    results: Sequence[Mapping[str, Any]],
+    results: "list[Result]",
     record: Mapping[str, Any],
 ) -> Path:
     """Writes a detector's report into `parent`/report, or report-2 and so on, as `write_report`."""
@@ -563,7 +568,7 @@ def write_detection_report(
     from utils.inspection import pictures
     from utils.inspection.drawing import write_picture
 
-    by_class, title = val.truth.by_class(list(results)), f"{record['arch']}, IoU 0.50"
+    by_class, title = val.truth.by_class(results), f"{record['arch']}, IoU 0.50"
     boxes = by_class["bbox"]
     names = [printable(name) for name in boxes.names]
     rows: list[list[object]] = [
@@ -587,7 +592,9 @@ def write_detection_report(
     files["worst_images.csv"] = csv_text([head, *lines]).encode()
     files["classes.csv"] = csv_text([titles, *rows]).encode()
     target = new_folder(parent)
-    write_picture(target / "worst_images.png", val.paths, val.masks, results, worst[:PAIRED])
+    write_picture(
+        target / "worst_images.png", val.paths, val.masks, results, worst[:PAIRED].tolist()
+    )
     for name, data in files.items():
         write_atomically(target / name, data)
     runs.write_json(target / SUMMARY, record)
