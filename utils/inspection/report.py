@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,17 +107,10 @@ class ReportMeter(ClassificationMeter):
         super().update(loss, logits, targets)
         top, hits = ranked(logits, targets, 5)
         logs = F.log_softmax(logits.float(), dim=1)
-        true = logs.gather(1, targets[:, None])[:, 0]
+        true, best = (logs.gather(1, of[:, None])[:, 0] for of in (targets, top[:, 0]))
         finite = logits.isfinite().all(dim=1)
-        nothing = torch.full_like(true, float("nan"))
-        columns = (
-            targets,
-            torch.where(finite, top[:, 0], NONE),
-            hits.any(dim=1),
-            torch.where(finite, logs.gather(1, top[:, :1])[:, 0].exp(), nothing),
-            torch.where(finite, true.exp(), nothing),
-            torch.where(finite, -true, nothing),
-        )
+        shares = [value.where(finite, float("nan")) for value in (best.exp(), true.exp(), -true)]
+        columns = (targets, top[:, 0].where(finite, NONE), hits.any(dim=1), *shares)
         kind = wide(logits.device)
         self.outputs = logits.shape[1]
         self.rows.append(torch.stack([column.to(kind) for column in columns], dim=1))
@@ -170,10 +163,7 @@ class ClassFigures:
     @classmethod
     def of(cls, images: EvaluatedImages, classes: int) -> "ClassFigures":
         """Computes the figures of `classes` classes."""
-
-        def number(labels: np.ndarray) -> np.ndarray:
-            return np.bincount(labels, minlength=classes)
-
+        number = partial(np.bincount, minlength=classes)
         support = number(images.true)
         right = number(images.true[images.predicted == images.true])
         predicted = number(images.predicted[images.predicted != NONE])
@@ -188,8 +178,8 @@ class ClassFigures:
         A precision without a prediction counts as 0, as scikit-learn's `zero_division=0` has it.
         """
         there = self.support > 0
-        named = (("precision", self.precision), ("recall", self.recall), ("f1", self.f1))
-        return {name: float(np.nan_to_num(values[there]).mean()) for name, values in named}
+        names = ("precision", "recall", "f1")
+        return {name: float(np.nan_to_num(getattr(self, name)[there]).mean()) for name in names}
 
 
 def class_pairs(images: EvaluatedImages, classes: int) -> np.ndarray:
@@ -245,14 +235,11 @@ class Calibration:
 
     @property
     def error(self) -> float:
-        """Returns the expected calibration error: Σ images · |accuracy − confidence| / Σ images.
-
-        NaN where there is no prediction.
-        """
+        """Returns the expected calibration error: Σ images · |accuracy − confidence| / Σ images."""
         return self.mean(np.abs(self.accuracy - self.confidence))
 
     def mean(self, values: np.ndarray) -> float:
-        """Returns the mean of (bins,) values over the images."""
+        """Returns the mean of (bins,) values over the images; NaN where there is no prediction."""
         there, n = self.images > 0, self.images.sum()
         return float((self.images * values)[there].sum() / n) if n else float("nan")
 
@@ -386,12 +373,11 @@ class Report:
 
 
 def _percent(share: float) -> str:
-    """Returns a share from 0 to 1 in %; "" for one that is not defined."""
     return _number(100 * share)
 
 
 def _number(value: float) -> str:
-    """Returns a number with four decimals; "" for one that is not finite."""
+    """Returns a number with four decimals; "" for one that is not defined."""
     return f"{value:.4f}" if math.isfinite(value) else ""
 
 
@@ -436,11 +422,7 @@ def _reread(images: ImageFolder, index: int) -> Image.Image:
 
 
 def new_folder(parent: Path) -> Path:
-    """Makes `parent`/report, or the first of report-2, report-3, … that nobody has made yet.
-
-    Raises:
-        UserError: nothing can be made there.
-    """
+    """Makes `parent`/report, or the first of report-2, report-3, … that nobody has made yet."""
     for number in count(1):
         folder = parent / (FOLDER if number == 1 else f"{FOLDER}-{number}")
         try:
@@ -511,13 +493,13 @@ def detection_faults(split: "CocoSplit", results: "list[Result]") -> np.ndarray:
 
     label_of = {key: label for label, key in enumerate(split.category_ids)}
     of_image: dict[int, list[Result]] = {}
-    for result in results:
+    for result in sorted(results, key=lambda result: -result["score"]):
         if result["score"] >= LEAST_SCORE:
             of_image.setdefault(result["image_id"], []).append(result)
     faults = np.zeros((len(split), 2), np.int64)
     for number, image_id in enumerate(split.image_ids):
         span = slice(int(split.starts[number]), int(split.starts[number + 1]))
-        own = sorted(of_image.get(image_id, ()), key=lambda result: -result["score"])
+        own = of_image.get(image_id, [])
         boxes = torch.tensor([result["bbox"] for result in own]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         overlap = box_iou(boxes, torch.from_numpy(split.boxes[span]).to(boxes)).numpy()
