@@ -126,7 +126,8 @@ class ReportMeter(ClassificationMeter):
         everywhere = distributed.gather((np.asarray(indices, np.int64), own, self.outputs))
         order = np.concatenate([indices for indices, _, _ in everywhere])
         rows = np.concatenate([rows for _, rows, _ in everywhere])
-        assert np.array_equal(np.sort(order), np.arange(images)), order
+        each_once = np.array_equal(np.sort(order), np.arange(images))
+        assert each_once, order
         rows = rows[np.argsort(order)].T
         confidence, true_confidence, loss = rows[3:].astype(np.float64)
         return EvaluatedImages(
