@@ -296,7 +296,7 @@ class LoaderSettings:
     )
     workers: int | None = data_flag(
         "-j", "--workers", default=None, kind=count, first=True,
-        help="loader processes of each rank (default: 4, or what the machine has; demos: 0)"
+        help="loader processes of each rank (default: 4, or its share of the processors; demos: 0)"
     )
     worker_timeout: float = data_flag(
         "--worker-timeout", default=600.0, kind=seconds, metavar="S",

@@ -5,6 +5,7 @@ device, on a batch that crossed the bus at a quarter of its float size.
 """
 
 import errno
+import functools
 import multiprocessing
 import os
 import resource
@@ -201,8 +202,7 @@ def device_batches(
         for host in checked(loader):
             yield move(*host)
         return
-    stream = torch.cuda.Stream(device)
-    ready = None
+    stream, ready = _side_stream(device), None
     for host in checked(loader):
         with torch.cuda.stream(stream):
             coming = move(*host)
@@ -214,6 +214,11 @@ def device_batches(
         ready = coming
     if ready is not None:
         yield ready
+
+
+@functools.cache  # the allocator keeps the freed memory of each stream apart
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _scaled(

@@ -110,7 +110,9 @@ def setup(device: str = "auto", gpu: int | None = None) -> Context:
         parallel = tuple(range(visible)) if chosen.type == "cuda" and several else ()
         return Context(chosen, data_parallel=parallel)
     end_with_launcher()  # one that was killed leaves no runs behind
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
+    backend, bound = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
+    # NCCL would guess the GPU from the rank.
+    dist.init_process_group(backend, timeout=PATIENCE, device_id=bound)
     votes: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
     return Context(chosen, dist.get_rank(), dist.get_world_size(), votes=votes)
 
@@ -145,6 +147,10 @@ def wrap(network: nn.Module, context: Context, sync_bn: bool = False) -> nn.Modu
             device_ids=[context.device.index] if on_gpu else None,
             gradient_as_bucket_view=True,
         )
+        # Rank 0's count, and a training step reads none that change: all ranks get them at an
+        # epoch's end, before they are evaluated, not in each forward pass. (The constructor's
+        # argument has another name in PyTorch 2.14.)
+        wrapped.broadcast_buffers = False
         _settle_buckets(wrapped, context.device)
         return wrapped
     return data_parallel(network, context)

@@ -97,8 +97,12 @@ def fit_threads() -> None:
 
 
 def default_workers() -> int:
-    """Returns how many processes read images by default: what feeds one network."""
-    return min(4, processors())
+    """Returns how many processes read images by default: what feeds one network.
+
+    The ranks that torchrun starts on this machine share its processors.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(4, processors() // ranks))
 
 
 def die_with_parent(signum: signal.Signals = signal.SIGKILL) -> None:

@@ -6,6 +6,7 @@ from helpers.loader_passes import CPU, RECIPE, same, train_pass
 from PIL import Image
 from torchvision import transforms as v1
 
+from utils.data import loader
 from utils.data.decoding import BrokenImageError
 from utils.data.loader import ImageDataset, Loader, check_readable
 from utils.data.sampler import SeededBatches
@@ -141,6 +142,15 @@ class Readings(list):
     def __getitem__(self, key):
         self.seen.append(key[1])
         return BrokenImageError("val/a/7.png", "the file is empty") if key[1] == self.broken else 0
+
+
+def test_passes_on_a_gpu_share_a_stream(monkeypatch):
+    """Each stream has freed memory of its own, which the others do not get."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or len(made))
+    devices = [torch.device("cuda", index) for index in (0, 1, 0, 0)]
+    assert [loader._side_stream(device) for device in devices] == [1, 2, 1, 1]
+    loader._side_stream.cache_clear()
 
 
 def test_all_validation_images_are_read_and_a_broken_one_is_named(capsys):

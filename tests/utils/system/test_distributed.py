@@ -40,8 +40,9 @@ def test_sync_bn_changes_neither_names_nor_parameters(group):
 
 def test_batch_norm_is_each_rank_s_own_unless_asked(group):
     network = models.create_model("resnet18", num_classes=3)
-    distributed.wrap(network, TWO_RANKS)
+    wrapped = distributed.wrap(network, TWO_RANKS)
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in network.modules())
+    assert not wrapped.broadcast_buffers  # its statistics, too, until the epoch ends
 
 
 def test_buckets_are_settled_before_the_first_step(group):
@@ -186,6 +187,24 @@ def test_ranks_wait_for_each_other_longer_than_for_their_workers(monkeypatch):
     distributed.setup("cpu")
     assert [wait.total_seconds() for wait in filter(None, waits)] == [1800, 1800]
     assert LoaderSettings().worker_timeout < 1800
+
+
+def test_nccl_is_told_which_gpu_a_rank_has(two_gpus, monkeypatch):
+    bound = []
+    joined = lambda *_, device_id=None, **__: bound.append(device_id)  # noqa: E731
+    for name, result in (
+        ("init_process_group", joined),
+        ("new_group", lambda **_: None),
+        ("get_rank", lambda: 1),
+        ("get_world_size", lambda: 2),
+    ):
+        monkeypatch.setattr(dist, name, result)
+    monkeypatch.setattr(distributed, "end_with_launcher", lambda: None)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert distributed.setup("cuda").device == torch.device("cuda", 1)
+    distributed.setup("cpu")
+    assert bound == [torch.device("cuda", 1), None]
 
 
 def test_every_rank_gets_the_tensors_of_rank_0(monkeypatch):

@@ -37,6 +37,9 @@ def test_a_part_of_the_machine_is_all_there_is(groups, monkeypatch):
     assert processors() == len(granted)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(96))
     assert default_workers() == 4
+    for ranks, workers in (("8", 4), ("32", 3), ("200", 1)):  # that torchrun starts here
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert default_workers() == workers
 
 
 V1 = "5:cpu,cpuacct:/job\n4:memory:/job\n0::/\n"
