@@ -34,6 +34,18 @@ def _sizes(c, hw, NHWC: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def _part(c, BC: tl.constexpr):
+    """Returns this program's part: the sample and its channels; and the number of samples.
+
+    Programs that run together share a sample: blocks of its channels lie side by side in memory.
+    """
+    blocks = tl.cdiv(c, BC)
+    i = tl.program_id(0) // blocks
+    channel = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    return i, channel, tl.num_programs(0) // blocks
+
+
+@triton.jit
 def moments(
     z,
     part_mean,
@@ -54,8 +66,8 @@ def moments(
     are taken after the loop alone.
     """
     c, hw = _sizes(c, hw, NHWC, VEC)
-    i, split = tl.program_id(0), tl.program_id(2)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    i, channel, n = _part(c, BC)
+    split = tl.program_id(1)
     known = (channel < c)[None, :]
     first = split * per
     stop = tl.minimum(first + per, hw)
@@ -73,7 +85,7 @@ def moments(
         sums += deviation
         squares += deviation * deviation
     shift = tl.sum(sums, 0) / (stop - first)
-    to = (split * tl.num_programs(0) + i) * c + channel
+    to = (split * n + i) * c + channel
     tl.store(part_mean + to, about + shift, channel < c)
     if SQUARES:
         m2 = tl.sum(squares, 0) - shift * shift * (stop - first)
@@ -104,8 +116,7 @@ def apply(
 ):
     """out = act(BN(z) · gate + residual). A ceiling that is NaN stands for none."""
     c, hw = _sizes(c, hw, NHWC, VEC)
-    i = tl.program_id(0)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    i, channel, _ = _part(c, BC)
     known = channel < c
     centre = tl.load(mean + channel, known, 0.0)
     scale = tl.load(weight + channel, known, 0.0) * tl.load(inverse_std + channel, known, 0.0)
@@ -113,7 +124,7 @@ def apply(
     if ECA:
         s = tl.load(gate + i * c + channel, known, 0.0)
         scale, shift = scale * s, shift * s
-    first = tl.program_id(2) * per
+    first = tl.program_id(1) * per
     for start in range(first, tl.minimum(first + per, hw), BP):
         pixel = start + tl.arange(0, BP)
         inside = (pixel < hw)[:, None] & known[None, :]
@@ -150,8 +161,8 @@ def gradient_sums(
 ):
     """Σd and Σd·(z - mean) over `per` pixels: (splits, N, C) each; if KEEP, d itself."""
     c, hw = _sizes(c, hw, NHWC, VEC)
-    i, split = tl.program_id(0), tl.program_id(2)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    i, channel, n = _part(c, BC)
+    split = tl.program_id(1)
     known = channel < c
     centre = tl.load(mean + channel, known, 0.0)
     sum_d = tl.zeros([BP, BC], tl.float32)
@@ -170,7 +181,7 @@ def gradient_sums(
             tl.store(dr + at, d, inside)
         sum_d += d
         sum_dz += d * x
-    to = (split * tl.num_programs(0) + i) * c + channel
+    to = (split * n + i) * c + channel
     tl.store(part_d + to, tl.sum(sum_d, 0), known)
     tl.store(part_dz + to, tl.sum(sum_dz, 0), known)
 
@@ -203,8 +214,7 @@ def gradient_input(
 ):
     """∂z = a·s·d + a·∂pooled/HW - a·∂bias/M - a·∂weight/(M·σ)·(z - mean)."""
     c, hw = _sizes(c, hw, NHWC, VEC)
-    i = tl.program_id(0)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    i, channel, _ = _part(c, BC)
     known = channel < c
     slope = tl.load(inverse_std + channel, known, 0.0)
     a = tl.load(weight + channel, known, 0.0) * slope
@@ -219,7 +229,7 @@ def gradient_input(
         count = 1.0 * n * hw  # n may be a constant: the JIT makes one of an argument that is 1
         constant -= a * tl.load(d_bias + channel, known, 0.0) / count
         on_z -= a * slope * tl.load(d_weight + channel, known, 0.0) / count
-    first = tl.program_id(2) * per
+    first = tl.program_id(1) * per
     for start in range(first, tl.minimum(first + per, hw), BP):
         pixel = start + tl.arange(0, BP)
         inside = (pixel < hw)[:, None] & known[None, :]

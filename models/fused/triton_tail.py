@@ -25,8 +25,8 @@ from . import triton_kernels as kernels
 TILE = 4096  # elements that a program holds at a time
 PER_THREAD = 16  # of them, so that the registers suffice; half where a thread cannot load vectors
 # Programs, by estimate: the 400 to 500 that run at once on 132 multiprocessors should have several
-# turns, for the last is seldom full; but parts are few where they must be added up.
-REDUCE, APPLY = 4096, 8192
+# turns, for the last is seldom full; but few parts, which one after the other are added up.
+REDUCE, APPLY = 1056, 8192
 SMALL = {"BN": 128, "BC": 8}  # tiles of the kernels that reduce (N, C) over N
 ROW = 128  # channels a program of the kernels that work along them
 
@@ -66,8 +66,9 @@ class Grid(NamedTuple):
         return cls(n, c, hw, nhwc, block_c, block_p, vector, triton.cdiv(hw, per), per)
 
     @property
-    def programs(self) -> tuple[int, int, int]:
-        return self.n, triton.cdiv(self.c, self.block_c), self.splits
+    def programs(self) -> tuple[int, int]:
+        """Returns blocks of channels times samples, the blocks of a sample in a row; and splits."""
+        return self.n * triton.cdiv(self.c, self.block_c), self.splits
 
     @property
     def tile(self) -> dict[str, int | bool]:

@@ -218,6 +218,7 @@ def test_programs_fill_a_large_gpu_several_times():
         for c, size in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)):
             z = torch.empty(256, c, size, size, device="meta")
             z = z.to(memory_format=FORMATS[memory_format])
-            n, blocks, splits = triton_tail.Grid.of(z, triton_tail.REDUCE).programs
-            found[c] = n * blocks * splits
-        assert min(found.values()) >= 4096, found
+            parts, splits = triton_tail.Grid.of(z, triton_tail.REDUCE).programs
+            found[c] = parts * splits
+            assert splits <= 5  # one after the other are they merged
+        assert min(found.values()) >= 1056, found

@@ -27,9 +27,10 @@ from helpers.triton_cases import (
 from torch import nn
 
 triton = pytest.importorskip("triton", reason="Triton is not installed here")
+import triton.language as tl  # noqa: E402
 
 from models.eca_resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
-from models.fused import block_tail, triton_tail, triton_trial  # noqa: E402
+from models.fused import block_tail, triton_kernels, triton_tail, triton_trial  # noqa: E402
 from models.fused.block_tail import fused_tail  # noqa: E402
 
 ALL_SHAPES = triton_trial.TRIAL_SHAPES
@@ -153,7 +154,7 @@ def test_pixels_split_among_programs(memory_format, calls, monkeypatch):
     """Splits of unequal size, more than one tile in each, and a last tile that is not full."""
     monkeypatch.setattr(triton_tail, "TILE", 64 if memory_format == "nchw" else 512)
     bn, attention, z, r, grad = make_case((1, 10, 15, 17), memory_format=FORMATS[memory_format])
-    blocks = triton_tail.Grid.of(z, 1).programs[1]
+    blocks = triton_tail.Grid.of(z, 1).programs[0]  # of the one sample
     monkeypatch.setattr(triton_tail, "REDUCE", 2 * blocks)
     monkeypatch.setattr(triton_tail, "APPLY", 2 * blocks)
     grid = triton_tail.Grid.of(z, triton_tail.REDUCE)
@@ -162,6 +163,26 @@ def test_pixels_split_among_programs(memory_format, calls, monkeypatch):
     assert grid.hw % grid.per % grid.block_p
     case = (bn, attention, z, r, grad)
     assert_close(outcome(*case), exact_outcome(*case), (1e-5, 1e-5))
+
+
+@triton.jit
+def parts(out, c, BC: tl.constexpr):
+    i, channel, n = triton_kernels._part(c, BC)
+    at = out + (tl.program_id(0) * 3) * BC + tl.arange(0, BC)
+    tl.store(at, channel)
+    tl.store(at + BC, channel * 0 + i)
+    tl.store(at + 2 * BC, channel * 0 + n)
+
+
+@on_device
+def test_programs_that_run_together_share_a_sample():
+    """Blocks of its channels lie side by side in memory."""
+    found = torch.full((6, 3, 64), -1, dtype=torch.int32, device=DEVICE)
+    parts[(6,)](found, 130, BC=64)
+    assert found[:, 0, 0].tolist() == [0, 64, 128] * 2
+    assert found[:, 0, 63].tolist() == [63, 127, 191] * 2
+    assert found[:, 1, 0].tolist() == [0, 0, 0, 1, 1, 1]
+    assert found[:, 2].eq(2).all()
 
 
 @on_device
