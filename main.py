@@ -106,7 +106,7 @@ def train(config: Config, start: Start, context: Context, stop: StopRequest) -> 
     data = open_training_data(config.data, recipe, weights, start, context)
     context.say(*start.refuse_changes(recipe, len(data.train), data.digest, device))
     torch.manual_seed(seed)
-    network, lines = classifier.build_network(recipe, flags, start, data.classes, context)
+    network, config, lines = classifier.build_network(config, start, data.classes, context)
     lines += classifier.recipe_lines(recipe, config.run.recipe, flags.grad_checkpointing)
     context.say(*data.lines(), *lines, *start.notes)
     state = classifier.begin_state(network, recipe, flags, start, context)

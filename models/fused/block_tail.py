@@ -19,6 +19,7 @@ import fails the reason is kept. Elsewhere `formulas` computes them.
 """
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, cast
 
@@ -321,6 +322,9 @@ def _is_usual(
     return residual is None or (residual.shape == z.shape and residual.dtype == z.dtype)
 
 
+listener: Callable[..., None] | None = None  # is told of each tail: see `tail_speed`
+
+
 def block_tail(
     z: Tensor,
     bn: nn.Module,
@@ -334,6 +338,8 @@ def block_tail(
     It is one operation if `fused` is set, `can_fuse` agrees and `_pays` says that it is faster;
     otherwise module by module.
     """
+    if listener is not None:
+        listener(z, bn, attention, residual, activation)
     if fused and _is_usual(z, bn, attention, residual, activation):
         if torch.compiler.is_compiling():
             faster = attention is not None or residual is not None  # else it does the same itself

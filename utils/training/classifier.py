@@ -1,6 +1,9 @@
 """Builds the classifier of a run, with first or saved weights, and says how it runs."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ import models
 from models import start as start_weights
 from models import weights
 from models.attention import typed_attention
+from models.fused import tail_speed
 from models.registry import is_of_library
 from models.weights import Network
 from utils.config.classification import Config, DataSettings, NetworkSettings, Recipe
@@ -19,7 +23,7 @@ from utils.data.loader import Loader
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.named_weights import is_name
 from utils.runs.resume import Start
-from utils.system import backends
+from utils.system import backends, distributed
 from utils.system.distributed import Context, device_lines
 from utils.system.errors import UserError, as_user_error
 from utils.system.text import counted
@@ -28,6 +32,8 @@ from utils.training.classification_data import TrainingData
 from utils.training.optim import make_optimizer
 from utils.training.state import NonFiniteGuard, TrainingState, WeightAverage
 
+FUSED = "fused"  # how the description of fused tails begins
+SLOWER = 1.02  # so many times as long as the modules is as fast, by how much timings differ
 AUGMENT_NAMES = {"trivial": "TrivialAugment", "rand": "RandAugment"}
 
 
@@ -162,24 +168,28 @@ def _with_trained_parts(network: Network, recipe: Recipe) -> Network:
 
 
 def build_network(
-    recipe: Recipe, flags: NetworkSettings, start: Start, classes: Sequence[str], context: Context
-) -> tuple[Network, list[str]]:
+    config: Config, start: Start, classes: Sequence[str], context: Context
+) -> tuple[Network, Config, list[str]]:
     """Makes the network that is trained, with its first or saved weights, on its device.
 
     Returns:
-        The network, and lines about it and how it runs.
+        The network, the config with what `settle_tails` decides, and lines about the network and
+        how it runs.
     """
+    recipe, flags = config.recipe, config.network
     notes: list[str] = []
     if start.saved is None:
         network, notes = first_network(recipe, flags, start.pretrained, classes)
     else:
         network = start.saved.network(flags.attention)
         _with_trained_parts(network, recipe)
-    lines = [network_line(network), *notes, *how_it_runs(network, flags, context, recipe.sync_bn)]
+    free = start.saved is None and config.run.seed is None and "fused" not in config.typed
+    flags, tails = settle_tails(network, recipe, flags, context, measure=free)
+    lines = [network_line(network), *notes, *_device_lines(flags, context, tails)]
     if flags.grad_checkpointing:
         _checkpoint_gradients(network)
     to_device(network, flags, context)
-    return network, lines
+    return network, Config(recipe, config.data, flags, config.run, config.typed), lines
 
 
 def _checkpoint_gradients(network: Network) -> None:
@@ -200,9 +210,40 @@ def _checkpoint_gradients(network: Network) -> None:
         raise UserError(f"--grad-checkpointing: {network.arch} has none: leave it out") from None
 
 
-def how_it_runs(
-    network: nn.Module, flags: NetworkSettings, context: Context, sync_bn: bool = False
-) -> list[str]:
+def settle_tails(
+    network: nn.Module, recipe: Recipe, flags: NetworkSettings, context: Context, measure: bool
+) -> tuple[NetworkSettings, str]:
+    """Decides how the network's block tails run, and describes it; on GPUs, for all ranks alike.
+
+    Where a rank's Triton fails, or fused tails are slower, the flags that are returned say
+    `fused=False`: a checkpoint keeps them, so that a resumed run rounds as before.
+
+    Args:
+        measure: by speed, too. Else, as under --seed, the size of a tensor alone decides.
+    """
+    device, layout, dtype = context.device, layout_of(flags), backends.DTYPES[flags.amp]
+    described = partial(models.describe_tails, network, device, flags.fused, dtype)
+    tails = described(flags.compile, recipe.sync_bn)
+    if device.type != "cuda" or flags.compile or len(context.data_parallel) > 1:
+        return flags, tails
+    if not described(True, recipe.sync_bn).startswith(FUSED):
+        return flags, tails  # not for want of Triton: on all ranks alike
+    speed = math.inf
+    if measure and tails.startswith(FUSED):
+        part = recipe.batch_size // context.replicas // recipe.accumulate
+        size = (part, 3, recipe.crop_size, recipe.crop_size)
+        speed = tail_speed.speed(network, size, dtype, layout, device)
+        if speed * SLOWER < 1:
+            tails = f"block tails module by module (fused ones have {speed:.2f} of their speed)"
+    everywhere = distributed.gather((speed, tails))
+    for _, other in everywhere:
+        if not other.startswith(FUSED):
+            return replace(flags, fused=False), other
+    speed = min(speed for speed, _ in everywhere)
+    return flags, f"{tails}, {speed:.2f} times the modules' speed" if measure else tails
+
+
+def how_it_runs(network: nn.Module, flags: NetworkSettings, context: Context) -> list[str]:
     """Says on which device a network runs, in which precision, and how the ends of its blocks do.
 
     Call it before `to_device`, which may compile the network.
@@ -210,9 +251,13 @@ def how_it_runs(
     tails = ""
     if not flags.fast:
         dtype = backends.DTYPES[flags.amp]
-        tails = models.describe_tails(
-            network, context.device, flags.fused, dtype, flags.compile, sync_bn
-        )
+        tails = models.describe_tails(network, context.device, flags.fused, dtype, flags.compile)
+    return _device_lines(flags, context, tails)
+
+
+def _device_lines(flags: NetworkSettings, context: Context, tails: str) -> list[str]:
+    if tails.startswith(FUSED) and len(context.data_parallel) > 1:
+        tails = "block tails module by module (DataParallel)"
     return device_lines(context, flags.amp, flags.channels_last, flags.compile, tails)
 
 
