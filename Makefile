@@ -4,6 +4,7 @@
 # make ablation      no attention, SE, ECA-NS and ECA of every k on the digits, three seeds each
 # make evidence-smoke  a whole study on a tiny part of the digits, in two minutes: docs/EVIDENCE.md
 # make benchmarks    every benchmark, with JSON files in runs/benchmarks: half an hour on a CPU
+# make gpu           what needs a GPU, in ten minutes: results/gpu-NAME.json, rows for docs/PERFORMANCE.md
 # make test          set up, run the quick tests; make test-slow: the long ones, with kills and full
 #                    disks (KILLS=60: more); make test-all: both
 # make test-pythons  demo and tests with each Python from 3.10 on that is here, each in a venv of its own
@@ -21,7 +22,7 @@ PYTHONS ?= $(foreach n,10 11 12 13 14,$(firstword $(wildcard \
 OLDEST = $(shell sed -nE 's/^([a-z-]+)>=([0-9.]+).*/\1~=\2.0/p' requirements.txt | \
 	grep -E '^(torch|torchvision|numpy|pillow|matplotlib|tensorboard)~')
 
-.PHONY: demo demo-light demo-detect ablation evidence-smoke benchmarks test test-slow test-all test-pythons test-oldest lint clean
+.PHONY: demo demo-light demo-detect ablation evidence-smoke benchmarks gpu test test-slow test-all test-pythons test-oldest lint clean
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
@@ -52,6 +53,9 @@ benchmarks: $(READY)
 	for name in memory tail train_step inference deployment data_loading resume_overhead; do \
 	    $(RUN) benchmarks/$$name.py --json runs/benchmarks/$$name.json || failed="$$failed $$name"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+gpu: $(READY)
+	$(RUN) benchmarks/gpu.py
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal

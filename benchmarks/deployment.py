@@ -166,8 +166,8 @@ def networks(args: Namespace) -> Iterator[tuple[Network, int, float]]:
         if args.network in (name, "both"):
             arch = "eca_resnet18" if args.smoke else f"eca_{name}"
             yield models.create_model(arch).eval(), args.img_size, 0.875
-        if args.smoke:
-            return
+            if args.smoke:
+                return
 
 
 def alone(variant: Variant, size: int, batches: list[int]) -> dict:

@@ -206,3 +206,95 @@ def test_deployment_runs_on_the_cpu_alone():
     assert done.stderr == (
         "error: --device cuda: the engines are compared on the CPU; leave it out\n"
     )
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    return gpu
+
+
+def test_every_step_of_make_gpu_runs_on_a_cpu(tmp_path):
+    """The kernels' tests, kills, two ranks, and every benchmark with its rows."""
+    pytest.importorskip("triton")
+    to = tmp_path / "gpu.json"
+    done = run("gpu.py", "--device", "cpu", "--smoke", "--json", to)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(to.read_text())
+    assert [step["failed"] for step in report["steps"]] == [None] * 9
+    said = {step["step"]: " ".join(step["said"]) for step in report["steps"]}
+    assert "passed" in said["tests"]
+    assert "equal" in said["kill and resume"]
+    assert "2 processes (DistributedDataParallel)" in said["DistributedDataParallel, 2 ranks"]
+    names = {"train_step", "tail", "tail --table", "memory", "inference", "deployment"}
+    assert {row["benchmark"] for row in report["rows"]} == names
+    shown = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    for words in ("training step", "inference", "ends of ResNet-50's", "memory", "the slowest of"):
+        assert any(words in line for line in shown), words
+    assert all(line.count("|") == 5 for line in shown)
+    assert done.stdout.endswith("all steps passed\n")
+
+
+ROW = {"dtype": "bfloat16", "batch": 256, "ratio_median": 0.979, "network": "resnet50"}
+
+
+def test_rows_for_the_page_say_what_was_met(gpu):
+    step = {"benchmark": "train_step", "variant": "ours, ECA, bfloat16"}
+    step |= {"baseline": "torchvision's plain, bfloat16", "images_per_second": 2345.6}
+    memory = {"benchmark": "memory", "variant": "our ECA-ResNet-50", "what": "peak"}
+    memory |= {"baseline": "torchvision's ResNet-50", "network": None}
+    others = {**step, "baseline": "textbook ECA, float32 NCHW"}
+    ends = [
+        {"benchmark": "tail --table", "variant": "x", "baseline": "y", "ratio_median": r}
+        for r in (1.2, 0.98)
+    ]
+    rows = [ROW | row for row in (step, others, memory, *ends)]
+    assert gpu.performance_rows(rows, "GPU") == [
+        "| GPU, bfloat16, resnet50, batch 256: training step, speed over torchvision's plain "
+        "| ≥ 0.98 | 0.979, 2,346 images/s | missed |",
+        "| GPU, bfloat16, peak, batch 256: memory of a step over torchvision's ResNet-50 "
+        "| ≤ 1.005 | 0.979 | met |",
+        "| GPU: the slowest of 2 ends of blocks over its modules | ≥ 0.98 | 0.980 | met |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "says", "left", "failed"),
+    [
+        ("print('3 passed')", r"\d passed", 9, None),
+        ("print('5 skipped')", r"\d passed", 9, r"exit code 0, but its output has nothing like"),
+        ("import sys; sys.exit('no such thing')", "", 9, "exit code 1: no such thing"),
+        ("print('done: 1'); raise SystemExit(3)", "done: .*", 9, "exit code 3: done: 1"),
+        ("import time; time.sleep(60)", "", 1, "took more than 1 s"),
+        ("", "", 0, "not run: the 10 minutes were over"),
+    ],
+)
+def test_a_step_that_fails_says_why(gpu, tmp_path, code, says, left, failed):
+    done = gpu.run(gpu.Step("a", ("-c", code), 30, says), left, tmp_path)
+    if failed is None:
+        assert (done["failed"], done["said"]) == (None, ["3 passed"])
+    else:
+        assert done["failed"].startswith(failed)
+
+
+def test_one_failed_step_ends_make_gpu_with_code_1_and_the_others_run(
+    gpu, monkeypatch, tmp_path, capsys
+):
+    write = "from pathlib import Path; Path('rows.json').write_text('[]'); Path('no.json').touch()"
+    steps = [gpu.Step("broken", ("-c", "1 / 0"), 9), gpu.Step("whole", ("-c", write), 9)]
+    monkeypatch.setattr(gpu, "steps", lambda *_: steps)
+    to = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--smoke", "--json", str(to)])
+    assert gpu.main() == 1
+    report = json.loads(to.read_text())
+    assert [bool(step["failed"]) for step in report["steps"]] == [True, False]
+    assert "ZeroDivisionError" in report["steps"][0]["log"]
+    assert capsys.readouterr().out.endswith("failed: broken\n")
+
+
+def test_without_a_gpu_make_gpu_says_what_there_is(gpu, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu"])
+    with pytest.raises(UserError, match="no CUDA device; --device cpu --smoke runs every step"):
+        gpu.main()

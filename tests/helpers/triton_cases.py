@@ -14,10 +14,18 @@ from models.fused.block_tail import fused_tail
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-on_device = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="no CUDA device; these run through the interpreter in a process of their own",
-)
+GPU = torch.cuda.is_available()
+
+
+def on_cuda(test):
+    """Marks a test that needs a GPU."""
+    return pytest.mark.cuda(pytest.mark.skipif(not GPU, reason="needs a CUDA device")(test))
+
+
+def on_device(test):
+    """Marks a test that needs a GPU, or Triton's interpreter in a process of its own."""
+    reason = "no CUDA device, and not the interpreter's process"
+    return pytest.mark.cuda(pytest.mark.skipif(not (GPU or INTERPRETED), reason=reason)(test))
 
 
 def make_case(shape, dtype=torch.float32, memory_format=torch.contiguous_format, ksize=3):

@@ -353,7 +353,9 @@ class NetworkSettings(ComputeSettings):
     )
     fast: bool = run_flag(
         "--fast", default=False, kind=SWITCH, saved=False, needs={"evaluate": (True,)},
-        help="with -e: BatchNorm folded, ECA's gate before the last convolution, --amp as weights"
+        help="with -e: BatchNorm folded, ECA's gate before the last convolution, --amp as weights; "
+        "on a CPU a file of export.py --to openvino takes 0.8 of its time at batch 1, and starts "
+        "in a fifth"
     )
     # fmt: on
 

@@ -7,8 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.tail_cases import FORMATS, RELU6
 from helpers.trees import ROOT
-from helpers.triton_cases import network_step
+from helpers.triton_cases import (
+    assert_close,
+    exact_outcome,
+    make_case,
+    network_step,
+    on_cuda,
+    outcome,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
@@ -20,8 +28,6 @@ from models.eca_resnet import Bottleneck, ResNet  # noqa: E402
 from models.fused import block_tail, triton_tail, triton_trial  # noqa: E402
 from models.fused.block_tail import fused_tail  # noqa: E402
 from utils.data.loader import device_batches  # noqa: E402
-
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @on_cuda
@@ -40,6 +46,26 @@ def test_a_network_under_autocast_on_a_gpu(batch, compiled, monkeypatch):
     assert all(value.isfinite().all() for value in found.values())
     error = (found["logits"].double() - exact["logits"]).norm() / exact["logits"].norm()
     assert error < 0.05
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", triton_tail.DTYPES)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(
+    "shape", [(32, 256, 56, 56), (32, 2048, 7, 7), (64, 32, 112, 112), (1, 1280, 7, 7)]
+)
+def test_the_sizes_of_networks_equal_double_precision(shape, memory_format, dtype):
+    torch.manual_seed(0)
+    case = (*make_case(shape, dtype, FORMATS[memory_format], 5), None)  # a mask flips by rounding
+    assert block_tail.on_triton(case[2])
+    half_a_digit = torch.finfo(dtype).eps / 2
+    tolerances = (1e-5 if dtype == torch.float32 else 1.01 * half_a_digit, 2e-5)
+    assert_close(outcome(*case), exact_outcome(*case), tolerances)
+    if dtype == torch.float32:
+        case = (*case[:-1], RELU6)
+        found, exact = outcome(*case), exact_outcome(*case)
+        for name in ("out", "running_mean", "running_var"):
+            assert_close({name: found[name]}, {name: exact[name]}, tolerances)
 
 
 @on_cuda
