@@ -48,9 +48,6 @@ def test_another_last_layer(name):
     network.reset_classifier(3)
     layer = network.get_classifier()
     assert (layer.out_features, layer.weight.dtype, layer.training) == (3, torch.float64, False)
-    if "mobilenet" in name:  # its last layer begins small
-        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.1)
-        assert layer.bias.eq(0).all()
     images = torch.randn(2, 3, 33, 33, dtype=torch.float64)
     assert network(images).shape == (2, 3)
     again = network_from_checkpoint(

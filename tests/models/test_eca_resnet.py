@@ -24,7 +24,6 @@ from models.eca_resnet import (
     se_resnet101,
     se_resnet152,
 )
-from models.fused.block_tail import set_fused
 
 
 def on_meta(constructor, **kwargs):
@@ -116,24 +115,6 @@ def test_attention_has_its_slot_in_every_block_and_none_without(attention):
     assert [name for name, _ in projecting.named_children()] == [*own, "downsample"]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("training", [False, True])
-def test_without_attention_it_is_torchvisions(name, training):
-    torch.manual_seed(0)
-    theirs = getattr(torchvision.models, name)()
-    ours = {"resnet18": resnet18, "resnet50": resnet50}[name]()
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    ours.load_state_dict(theirs.state_dict())
-    set_fused(ours, False)  # the same modules in the same order, so the same bits
-    ours.train(training)
-    theirs.train(training)
-    x = torch.randn(2, 3, 96, 80)
-    with torch.no_grad():
-        assert torch.equal(ours(x), theirs(x))
-    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_attention_stands_after_the_last_batch_norm_and_before_the_addition(block):
     torch.manual_seed(0)
@@ -149,36 +130,9 @@ def test_attention_stands_after_the_last_batch_norm_and_before_the_addition(bloc
     torch.testing.assert_close(tail(x), torch.relu(tail.eca(last[0]) + x))
 
 
-@pytest.mark.parametrize(
-    ("size", "map_size"),
-    [((32, 32), (1, 1)), ((33, 64), (2, 2)), ((224, 96), (7, 3)), ((1, 1), (1, 1))],
-)
-def test_any_input_size(size, map_size):
-    network = eca_resnet18(num_classes=3).eval()
-    x = torch.randn(2, 3, *size)
-    with torch.no_grad():
-        assert network.forward_features(x).shape == (2, 512, *map_size)
-        assert network(x).shape == (2, 3)
-
-
 def test_a_resnet_of_ones_own():
     network = ResNet(Bottleneck, (1, 1, 2, 1), ksize=[3, 3, 9, 11], num_classes=2)
     assert network.layer3[1].eca.conv.weight.shape == (1, 1, 9)
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 2)
     with pytest.raises(ValueError, match="for example 3557"):
         ResNet(Bottleneck, (1, 1, 1, 1))
-
-
-def test_initialisation():
-    torch.manual_seed(0)
-    network = eca_resnet50()
-    for name, module in network.named_modules():
-        if isinstance(module, torch.nn.Conv2d):
-            fan_out = module.out_channels * module.kernel_size[0] ** 2
-            std = module.weight.std().item()
-            assert std == pytest.approx((2 / fan_out) ** 0.5, rel=0.05), name
-        elif isinstance(module, torch.nn.BatchNorm2d):
-            assert module.weight.eq(1).all()
-            assert module.bias.eq(0).all()
-        elif isinstance(module, torch.nn.Conv1d):  # torch's own: uniform within 1/√k
-            assert module.weight.abs().max() <= module.kernel_size[0] ** -0.5

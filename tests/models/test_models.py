@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torchvision
 
 import models
 from models import MODELS, create_model, list_models
@@ -63,21 +64,31 @@ def test_gradients_reach_every_parameter(name):
         assert p.dim() == 1 or p.grad.abs().max() > 0, parameter_name
 
 
+BUILDERS = (
+    partial(ResNet, Bottleneck, (1, 1, 1, 1), ksize="3557"),
+    partial(create_model, "eca_mobilenetv2", width_mult=0.25),
+)
+
+
 @pytest.mark.parametrize(
     "build",
-    [
-        partial(ResNet, Bottleneck, (1, 1, 1, 1), ksize="3557"),
-        partial(create_model, "eca_mobilenetv2", width_mult=0.25),
-    ],
+    [BUILDERS[0], pytest.param(BUILDERS[1], marks=pytest.mark.slow)],
+    ids=("resnet", "mobilenet"),
 )
-def test_precision_format_and_compilation(build):
+def test_compiles_whole(build):
+    network, x = build(num_classes=5).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        compiled = torch.compile(copy.deepcopy(network), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), network(x))
+
+
+@pytest.mark.parametrize("build", BUILDERS, ids=("resnet", "mobilenet"))
+def test_precision_and_format(build):
     torch.manual_seed(0)
     network = build(num_classes=5).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = network(x)
-        compiled = torch.compile(copy.deepcopy(network), backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), expected)
         with torch.autocast("cpu", torch.bfloat16):
             half = network(x)
         assert half.dtype == torch.bfloat16
@@ -88,6 +99,61 @@ def test_precision_format_and_compilation(build):
         features = network.forward_features(x)
         assert features.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(network(x), expected, rtol=1e-3, atol=1e-3 * expected.std())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("training", [False, True])
+def test_without_attention_it_is_torchvisions(name, training):
+    torch.manual_seed(0)
+    dropout = {"dropout": 0.25} if name == "mobilenet_v2" else {}
+    theirs, ours = torchvision.models.get_model(name, **dropout), create_model(name)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    models.set_fused(ours, False)  # the same modules in the same order, so the same bits
+    x, logits = torch.randn(2, 3, 96, 80), []
+    for network in (ours, theirs):
+        network.train(training)
+        torch.manual_seed(1)  # the same dropout
+        with torch.no_grad():
+            logits.append(network(x))
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
+    assert torch.equal(*logits) or dropout
+    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("eca_resnet18", 512), ("eca_mobilenetv2", 1280)])
+def test_any_input_size(name, channels):
+    network = create_model(name, num_classes=3).eval()
+    for size, map_size in (
+        ((32, 32), (1, 1)),
+        ((33, 64), (2, 2)),
+        ((224, 96), (7, 3)),
+        ((1, 1), (1, 1)),
+    ):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            assert network.forward_features(x).shape == (2, channels, *map_size)
+            assert network(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("name", "rel"), [("eca_resnet50", 0.05), ("eca_mobilenetv2", 0.2)])
+def test_initialisation(name, rel):
+    torch.manual_seed(0)
+    network = create_model(name)
+    for part, module in network.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            std = module.weight.std().item()
+            assert std == pytest.approx((2 / fan_out) ** 0.5, rel=rel), part
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            assert module.weight.eq(1).all()
+            assert module.bias.eq(0).all()
+        elif isinstance(module, torch.nn.Conv1d):  # torch's own: uniform within 1/√k
+            assert module.weight.abs().max() <= module.kernel_size[0] ** -0.5
+    if name == "eca_mobilenetv2":  # its last layer begins small
+        assert network.classifier[1].weight.std().item() == pytest.approx(0.01, rel=0.01)
+        assert network.classifier[1].bias.eq(0).all()
 
 
 def test_ksize_reaches_the_layers():

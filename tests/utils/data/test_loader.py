@@ -83,6 +83,15 @@ def test_both_memory_formats_hold_the_same_numbers(noisy_images, decoder):
                 torch.testing.assert_close(image, expected.float())
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_validation_sees_every_image_once(noisy_images, ranks):
+    labels = []
+    for rank in range(ranks):
+        for batch in validation_batches(noisy_images, RECIPE, Loader(CPU, 0), rank, ranks)():
+            labels += batch.targets.tolist()
+    assert sorted(labels) == sorted(noisy_images.labels)
+
+
 @pytest.mark.parametrize("decoder", ["simplejpeg", "pil"])
 @pytest.mark.parametrize("auto_augment", ["trivial", "rand"])
 def test_strong_augmentation_is_a_function_of_the_key(noisy_images, decoder, auto_augment):

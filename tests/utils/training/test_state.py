@@ -11,6 +11,7 @@ from torch import nn
 from main import RECIPE
 from utils.runs import checkpoint
 from utils.system import distributed
+from utils.system.distributed import Context
 from utils.system.errors import EXIT_NON_FINITE, UserError
 from utils.training.classification import (
     ClassificationMeter,
@@ -236,6 +237,13 @@ def test_an_average_can_begin_and_end_on_the_way(tmp_path):
     assert torch.equal(ended.network.weight, begun.network.weight)
     assert ended.evaluated is ended.network
     assert "raw_state_dict" not in ended.snapshot()
+
+
+def test_a_state_begins_as_the_recipe_and_the_flags_say():
+    recipe = RECIPE.override(ema=0.9, momentum=0.8)
+    state = begin_state(nn.Linear(3, 2), recipe, "fp16", Context(CPU, 1, 2))
+    assert (state.rank, state.average.decay, state.scaler.is_enabled()) == (1, 0.9, True)
+    assert state.optimizer.param_groups[0]["momentum"] == 0.8
 
 
 def test_epochs_since_the_best_are_counted_from_the_first_of_equal_ones():
