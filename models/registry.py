@@ -17,6 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from . import eca_mobilenetv2 as mobilenets
+from . import eca_resnet as resnets
 from .attention import Attention, Kind, find_attention, is_file
 from .classifier import (
     DROP_PATH,
@@ -27,50 +29,32 @@ from .classifier import (
     Ksize,
     check_num_classes,
 )
-from .eca_mobilenetv2 import eca_mobilenetv2, mobilenetv2, se_mobilenetv2
 from .eca_module import ADAPTIVE
-from .eca_resnet import (
-    eca_resnet18,
-    eca_resnet34,
-    eca_resnet50,
-    eca_resnet101,
-    eca_resnet152,
-    resnet18,
-    resnet34,
-    resnet50,
-    resnet101,
-    resnet152,
-    se_resnet18,
-    se_resnet34,
-    se_resnet50,
-    se_resnet101,
-    se_resnet152,
-)
 from .fused.block_tail import set_fused
 from .insertion import Insertion, add_attention
 
 MODELS: dict[str, Callable[..., Classifier]] = {
-    "eca_resnet18": eca_resnet18,
-    "eca_resnet34": eca_resnet34,
-    "eca_resnet50": eca_resnet50,
-    "eca_resnet101": eca_resnet101,
-    "eca_resnet152": eca_resnet152,
-    "eca_mobilenetv2": eca_mobilenetv2,
-    "eca_mobilenet_v2": eca_mobilenetv2,
-    "se_resnet18": se_resnet18,
-    "se_resnet34": se_resnet34,
-    "se_resnet50": se_resnet50,
-    "se_resnet101": se_resnet101,
-    "se_resnet152": se_resnet152,
-    "se_mobilenetv2": se_mobilenetv2,
-    "se_mobilenet_v2": se_mobilenetv2,
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnet152": resnet152,
-    "mobilenetv2": mobilenetv2,
-    "mobilenet_v2": mobilenetv2,
+    "eca_resnet18": resnets.eca_resnet18,
+    "eca_resnet34": resnets.eca_resnet34,
+    "eca_resnet50": resnets.eca_resnet50,
+    "eca_resnet101": resnets.eca_resnet101,
+    "eca_resnet152": resnets.eca_resnet152,
+    "eca_mobilenetv2": mobilenets.eca_mobilenetv2,
+    "eca_mobilenet_v2": mobilenets.eca_mobilenetv2,
+    "se_resnet18": resnets.se_resnet18,
+    "se_resnet34": resnets.se_resnet34,
+    "se_resnet50": resnets.se_resnet50,
+    "se_resnet101": resnets.se_resnet101,
+    "se_resnet152": resnets.se_resnet152,
+    "se_mobilenetv2": mobilenets.se_mobilenetv2,
+    "se_mobilenet_v2": mobilenets.se_mobilenetv2,
+    "resnet18": resnets.resnet18,
+    "resnet34": resnets.resnet34,
+    "resnet50": resnets.resnet50,
+    "resnet101": resnets.resnet101,
+    "resnet152": resnets.resnet152,
+    "mobilenetv2": mobilenets.mobilenetv2,
+    "mobilenet_v2": mobilenets.mobilenetv2,
 }
 
 
@@ -411,7 +395,9 @@ def image_settings(arch: str) -> dict[str, Any]:
         (_, height, size), crop = settings.input_size, settings.crop_pct
         mean, std, interpolation = settings.mean, settings.std, settings.interpolation
     else:
-        made = _torchvision_weights(name).transforms()
+        import torchvision
+
+        made = torchvision.models.get_model_weights(name).DEFAULT.transforms()
         (height,) = (size,) = made.crop_size
         crop = size / made.resize_size[0]
         mean, std, interpolation = made.mean, made.std, made.interpolation.value
@@ -419,12 +405,6 @@ def image_settings(arch: str) -> dict[str, Any]:
         raise ValueError(f"{arch} takes images of {height} x {size} pixels, and not square ones")
     named = {"img_size": size, "crop_pct": crop, "interpolation": interpolation}
     return {**named, "mean": tuple(mean), "std": tuple(std)}
-
-
-def _torchvision_weights(name: str) -> Any:
-    import torchvision
-
-    return torchvision.models.get_model_weights(name).DEFAULT
 
 
 def _first_line(error: BaseException) -> str:

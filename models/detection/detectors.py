@@ -107,9 +107,11 @@ def create_detector(
     Raises:
         ValueError: one line; an argument has a value that it cannot have.
     """
-    _check_settings(arch, legacy, settings)
-    num_classes = 80 + FIRST_LABEL[arch] if num_classes is None else num_classes
-    network = _make_backbone(arch, backbone, ksize, num_classes, attention)
+    _check_settings(arch, num_classes, legacy, settings)
+    num_classes = num_classes or 80 + FIRST_LABEL[arch]
+    if ksize is None and attention in (None, "eca"):
+        ksize = DETECTOR_KSIZE.get((arch, backbone))
+    network = _make_resnet(backbone, ksize, attention)
     freeze(network, trainable_layers, norm)
     anchor_scale = anchor_scale or (4 if arch == "retinanet" else 8)
     if arch == "retinanet":
@@ -121,46 +123,31 @@ def create_detector(
         )
     own = {"trainable_layers": trainable_layers, "norm": norm, "legacy": legacy}
     own |= {"anchor_scale": anchor_scale, "mask_pool": mask_pool, "width": width, **settings}
-    _record(detector, arch, backbone, network, num_classes, own)
+    detector.arch, detector.backbone_arch, detector.num_classes = arch, backbone, num_classes
+    detector.attention, detector.ksize, detector.model_kwargs = (
+        network.attention,
+        network.ksize,
+        own,
+    )
     return detector
 
 
-def _record(
-    detector: FasterRCNN | RetinaNet,
-    arch: str,
-    backbone: str,
-    network: ResNet,
-    num_classes: int,
-    model_kwargs: dict[str, Any],
+def _check_settings(
+    arch: str, num_classes: int | None, legacy: bool, settings: Mapping[str, Any]
 ) -> None:
-    """Writes on the detector what `describe_detector` reads: the arguments that build it again."""
-    detector.arch, detector.backbone_arch, detector.num_classes = arch, backbone, num_classes
-    detector.attention, detector.ksize = network.attention, network.ksize
-    detector.model_kwargs = model_kwargs
-
-
-def _check_settings(arch: str, legacy: bool, settings: Mapping[str, Any]) -> None:
     if arch not in DETECTORS:
         raise ValueError(f"unknown detector {arch!r}: use one of {', '.join(DETECTORS)}")
+    if num_classes is not None and num_classes <= FIRST_LABEL[arch]:
+        raise ArgumentError(
+            f"{arch} has no category to find with `num_classes={num_classes}`: 81 is COCO",
+            num_classes=num_classes,
+        )
     # RetinaNet hands what it does not know to its transform, which drops it without a word.
     known = inspect.signature(DETECTORS[arch]).parameters.keys() | {"size_divisible", "fixed_size"}
     for name in settings.keys() - known:
         raise ValueError(f"{arch} has no setting {name!r}: give one such as min_size")
     if legacy and settings.get("fixed_size") is not None:
         raise ValueError("fixed_size: mmdetection v1's geometry keeps proportions; give min_size")
-
-
-def _make_backbone(
-    arch: str, backbone: str, ksize: Ksize, num_classes: int, attention: str | None
-) -> ResNet:
-    if num_classes <= FIRST_LABEL[arch]:
-        raise ArgumentError(
-            f"{arch} has no category to find with `num_classes={num_classes}`: 81 is COCO",
-            num_classes=num_classes,
-        )
-    if ksize is None and attention in (None, "eca"):
-        ksize = DETECTOR_KSIZE.get((arch, backbone))
-    return _make_resnet(backbone, ksize, attention)
 
 
 def _make_resnet(backbone: str, ksize: Ksize, attention: str | None) -> ResNet:
@@ -179,7 +166,6 @@ def _build_retinanet(
     legacy: bool,
     settings: Mapping[str, Any],
 ) -> RetinaNet:
-    """Builds a RetinaNet on `network`; the arguments are `create_detector`'s."""
     strides = (8, 16, 32, 64, 128)
     octaves = [2 ** (i / 3) for i in range(3)]
     # torchvision cuts the sizes between the powers of two to whole pixels.
@@ -208,14 +194,6 @@ def _build_rcnn(
     legacy: bool,
     settings: Mapping[str, Any],
 ) -> FasterRCNN:
-    """Builds a Faster or Mask R-CNN on `network`.
-
-    Args:
-        kind: torchvision's class.
-        heads: what `_make_heads` returns.
-
-    The other arguments are `create_detector`'s.
-    """
     strides = (4, 8, 16, 32, 64)
     sizes = [(anchor_scale * stride,) for stride in strides]
     anchors = (LegacyAnchors if legacy else PyramidAnchors)(sizes, strides)
@@ -265,12 +243,7 @@ def _pyramid(network: ResNet, levels: Sequence[int], width: int, legacy: bool) -
 def _make_heads(
     arch: str, num_classes: int, width: int, mask_pool: int, legacy: bool
 ) -> dict[str, nn.Module]:
-    """Makes the R-CNNs' heads as torchvision does, but of any width.
-
-    Returns:
-        Arguments for torchvision's class: the heads that replace its own. With `legacy` RoIAlign is
-        that of mmdetection v1.
-    """
+    """Makes the R-CNNs' heads as torchvision does, but of any width, by its arguments' names."""
     heads = {
         "box_head": TwoMLPHead(width * 7**2, 4 * width),
         "box_predictor": FastRCNNPredictor(4 * width, num_classes),
@@ -300,27 +273,6 @@ def _initialise_box_head(heads: RoIHeads) -> None:
     ):
         nn.init.normal_(layer.weight, std=std)
         nn.init.zeros_(layer.bias)
-
-
-def eca_faster_rcnn(
-    backbone: str = "eca_resnet50", ksize: Ksize = None, num_classes: int = 81, **kwargs: Any
-) -> FasterRCNN:
-    """Builds a Faster R-CNN with FPN; the arguments are `create_detector`'s."""
-    return create_detector("faster_rcnn", backbone, ksize, num_classes, **kwargs)
-
-
-def eca_mask_rcnn(
-    backbone: str = "eca_resnet50", ksize: Ksize = None, num_classes: int = 81, **kwargs: Any
-) -> MaskRCNN:
-    """Builds a Mask R-CNN with FPN; the arguments are `create_detector`'s."""
-    return create_detector("mask_rcnn", backbone, ksize, num_classes, **kwargs)
-
-
-def eca_retinanet(
-    backbone: str = "eca_resnet50", ksize: Ksize = None, num_classes: int = 80, **kwargs: Any
-) -> RetinaNet:
-    """Builds a RetinaNet with FPN; the arguments are `create_detector`'s."""
-    return create_detector("retinanet", backbone, ksize, num_classes, **kwargs)
 
 
 def load_backbone(detector: FasterRCNN | RetinaNet, checkpoint: Any) -> str:

@@ -14,7 +14,6 @@ from models.detection.detectors import (
     create_detector,
     describe_detector,
     detector_from_checkpoint,
-    eca_mask_rcnn,
     load_backbone,
     load_detector,
 )
@@ -251,7 +250,7 @@ def test_bad_arguments(kwargs, message):
 
 def test_defaults_are_the_published_networks():
     with torch.device("meta"):
-        detector = eca_mask_rcnn()
+        detector = create_detector("mask_rcnn")
     assert (detector.arch, detector.backbone_arch) == ("mask_rcnn", "eca_resnet50")
     assert (detector.ksize, detector.num_classes) == ((3, 3, 7, 7), 81)
 
