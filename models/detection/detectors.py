@@ -109,26 +109,19 @@ def create_detector(
     """
     _check_settings(arch, num_classes, legacy, settings)
     num_classes = num_classes or 80 + FIRST_LABEL[arch]
-    if ksize is None and attention in (None, "eca"):
-        ksize = DETECTOR_KSIZE.get((arch, backbone))
-    network = _make_resnet(backbone, ksize, attention)
+    network = _make_resnet(arch, backbone, ksize, attention)
     freeze(network, trainable_layers, norm)
     anchor_scale = anchor_scale or (4 if arch == "retinanet" else 8)
     if arch == "retinanet":
         detector = _build_retinanet(network, num_classes, width, anchor_scale, legacy, settings)
     else:
         heads = _make_heads(arch, num_classes, width, mask_pool, legacy)
-        detector = _build_rcnn(
-            DETECTORS[arch], network, heads, width, anchor_scale, legacy, settings
-        )
+        detector = _build_rcnn(arch, network, heads, width, anchor_scale, legacy, settings)
     own = {"trainable_layers": trainable_layers, "norm": norm, "legacy": legacy}
     own |= {"anchor_scale": anchor_scale, "mask_pool": mask_pool, "width": width, **settings}
     detector.arch, detector.backbone_arch, detector.num_classes = arch, backbone, num_classes
-    detector.attention, detector.ksize, detector.model_kwargs = (
-        network.attention,
-        network.ksize,
-        own,
-    )
+    detector.attention, detector.ksize = network.attention, network.ksize
+    detector.model_kwargs = own
     return detector
 
 
@@ -150,7 +143,9 @@ def _check_settings(
         raise ValueError("fixed_size: mmdetection v1's geometry keeps proportions; give min_size")
 
 
-def _make_resnet(backbone: str, ksize: Ksize, attention: str | None) -> ResNet:
+def _make_resnet(arch: str, backbone: str, ksize: Ksize, attention: str | None) -> ResNet:
+    if ksize is None and attention in (None, "eca"):
+        ksize = DETECTOR_KSIZE.get((arch, backbone))
     chosen: dict[str, Any] = {} if attention is None else {"attention": attention}
     network = create_model(backbone, ksize, num_classes=1, **chosen)
     if not isinstance(network, ResNet):
@@ -186,7 +181,7 @@ def _build_retinanet(
 
 
 def _build_rcnn(
-    kind: type[FasterRCNN],
+    arch: str,
     network: ResNet,
     heads: Mapping[str, nn.Module],
     width: int,
@@ -198,12 +193,12 @@ def _build_rcnn(
     sizes = [(anchor_scale * stride,) for stride in strides]
     anchors = (LegacyAnchors if legacy else PyramidAnchors)(sizes, strides)
     pyramid = _pyramid(network, (1, 2, 3, 4), width, legacy)
-    detector = kind(pyramid, **{"rpn_anchor_generator": anchors, **settings, **heads})
+    detector = DETECTORS[arch](pyramid, **{"rpn_anchor_generator": anchors, **settings, **heads})
     rpn, roi_heads = detector.rpn, detector.roi_heads
     _initialise_box_head(roi_heads)
     compute_in_float32(rpn.head, "cls_logits", "bbox_pred")
     compute_in_float32(roi_heads.box_predictor, "cls_score", "bbox_pred")
-    if kind is MaskRCNN:
+    if arch == "mask_rcnn":
         nn.init.normal_(roi_heads.mask_predictor.mask_fcn_logits.weight, std=0.01)
         compute_in_float32(roi_heads.mask_predictor, "mask_fcn_logits")
     detector.transform = _transform(detector.transform, legacy)
@@ -288,7 +283,9 @@ def load_backbone(detector: FasterRCNN | RetinaNet, checkpoint: Any) -> str:
     Raises:
         ValueError: one line, for missing or foreign names, other shapes, or another ksize.
     """
-    network = _make_resnet(detector.backbone_arch, detector.ksize, detector.attention)
+    network = _make_resnet(
+        detector.arch, detector.backbone_arch, detector.ksize, detector.attention
+    )
     head = {name: value for name, value in network.state_dict().items() if name.startswith("fc.")}
     load_weights(network, {**find_state_dict(checkpoint), **head})
     loaded, body = network.state_dict(), detector.backbone.body
