@@ -1,4 +1,4 @@
-"""Compares training runs: one table of results and of what differs, one picture of the curves.
+"""Compares training runs: a table of results, one of what differs, and a picture of the curves.
 
 python -m tools.compare_runs runs/eca_resnet18-1 runs/resnet18-1
 python -m tools.compare_runs runs/* --output results/digits
@@ -49,6 +49,7 @@ class Run:
     epochs: int  # planned
     history: list[dict[str, float]]  # one row a finished epoch, "epoch" from 1
     settings: dict[str, str] = field(default_factory=dict)  # what may differ from run to run
+    images: str = ""  # names those of the training
 
     @property
     def decides(self) -> str:
@@ -91,7 +92,8 @@ def read_run(folder: Path) -> Run:
         arch = "/".join(filter(None, (saved["arch"], saved.get("backbone"))))
         ksize = tuple(saved["ksize"]) if saved.get("ksize") else None
         told = {k: str(v) for k, v in settings.items() if k not in UNTOLD}
-        run = Run(folder, arch, ksize, saved["recipe"]["epochs"], history, told)
+        images = saved.get("train_digest") or f"{told.get('data')} {told.get('train_images')}"
+        run = Run(folder, arch, ksize, saved["recipe"]["epochs"], history, told, images)
     except (ValueError, TypeError, KeyError, AttributeError, csv.Error):
         raise UserError(f"{folder}: metrics.csv or args.json is not what a run writes") from None
     if not history:
@@ -137,6 +139,12 @@ def result_rows(runs: Sequence[Run]) -> list[list[str]]:
         row = [name, run.arch, ksize_text(run.ksize), epochs, *figures, f"{best['epoch']:.0f}"]
         rows.append(row + settings)
     return rows
+
+
+def setting_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Returns the table of settings that differ, one row each and one column a run; [] for none."""
+    rows = [[name, *values] for name, values in differences(runs).items()]
+    return [["setting", *short_names(runs)], *rows] if rows else []
 
 
 def csv_rows(rows: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -219,13 +227,19 @@ def main() -> int:
         what = ", ".join(sorted(kinds))
         raise UserError(f"the runs measure different things ({what}); compare like with like")
     rows = result_rows(runs)
-    print(columns([[printable(value) for value in row] for row in rows], left=2, gap=3))
+    settings = setting_rows(runs)
+    results = [row[: len(row) - len(settings[1:])] for row in rows]
+    for table, left in ((results, 2), (settings, 1)):
+        if table:
+            print(columns([[*map(printable, row)] for row in table], left, gap=3), end="\n\n")
+    if len({run.images for run in runs}) > 1:
+        print("! the runs differ in their training images, too\n")
     if repeats := repeat_lines(runs):
-        print("", *map(printable, repeats), sep="\n")
+        print(*map(printable, repeats), "", sep="\n")
     folder = run_folder.create("comparison", args.output)
     write_atomically(folder / "comparison.csv", csv_text(csv_rows(rows)).encode())
     write_atomically(folder / "comparison.png", draw(runs))
-    print(f"\nwritten to {folder}: comparison.csv, comparison.png")
+    print(f"written to {folder}: comparison.csv, comparison.png")
     return 0
 
 

@@ -176,7 +176,12 @@ def test_command(tmp_path, cli):
     lines = text.splitlines()
     assert lines[0] == "! runs/predict-1: has no metrics.csv; passed over"
     assert [line.split()[0] for line in lines[1:5]] == ["run", "a", "b", "c"]
+    assert [line.split() for line in lines[6:8]] == [["setting", "a", "b", "c"], ["seed", *"012"]]
     assert "over 3 seeds (a, b, c)" in text
+    assert "training images" not in text
+    other = json.loads((write_run(tmp_path / "other", TOP1["a"]) / "args.json").read_text())
+    (tmp_path / "other" / "args.json").write_text(json.dumps({**other, "train_digest": "1"}))
+    assert "! the runs differ in their training images, too" in cli("runs/a", "other")[1]
     folder = tmp_path / "runs" / "comparison-1"
     with open(folder / "comparison.csv") as file:
         assert [row["top-1"] for row in csv.DictReader(file)] == ["90.00", "80.50", "94.00"]
