@@ -164,9 +164,10 @@ def say_farewell(
         return
     picture = run.path("predictions.png")
     write_picture(picture, data.val.paths, data.val.masks, results)
+    words, more = detection.best_words(state.best), ("--epochs", 2 * config.recipe.epochs)
     lines = [
         *detection.best_lines(state.best),
-        *run.farewell(detection.best_words(state.best), bool(state.best), str(config.data.data)),
+        *run.farewell(words, bool(state.best), str(config.data.data), *more),
         f"  last epoch's detections beside the ground truth: {picture}",
     ]
     print(*map(printable_lines, lines), sep="\n", flush=True)

@@ -196,12 +196,13 @@ def say_farewell(
         partial(classification.draw_predictions, network, data.val, config.recipe, amp, loader),
     )
     run.close()
-    early = state.epoch < config.recipe.epochs
-    if early:
+    more = ["--epochs", 2 * config.recipe.epochs] if config.recipe.schedule != "cosine" else []
+    if state.epoch < config.recipe.epochs:  # by --early-stop
         context.say(str(classification.why_ended(state, config.recipe)))
+        more = ["--early-stop", 0]
     context.say(*replaced_lines(data.train, state.all_broken()))
     result = classification.best_words(state.best, config.recipe.best_by, state.meter.classes)
-    context.say(*run.farewell(result, bool(state.best), str(config.data.data), early))
+    context.say(*run.farewell(result, bool(state.best), str(config.data.data), *more))
 
 
 def evaluate_checkpoint(config: Config, saved: Checkpoint, context: Context) -> int:

@@ -44,6 +44,7 @@ def test_trains_evaluates_and_starts_from_its_weights(succeed, tree, tmp_path, m
     lines = succeed(*SMALL, *flags, tree)
     assert lines[0].startswith("train: 24 images in 3 classes")
     assert lines[1].startswith("val: 15 images in 3 classes")
+    assert lines[-1].endswith("--resume runs/resnet18_try-1/last.pth --epochs 8")
     network = lines[2]
     steps = [line for line in lines if "step" in line and "images/s  ETA" in line]
     assert [line.split()[3] for line in steps] == ["2/3", "3/3"] * 4
@@ -115,6 +116,7 @@ def test_light_main_is_a_recipe_of_the_same_trainer(run, tree, tmp_path):
     assert any("eca_mobilenetv2" in line and "ksize 3,3,3,3,3,5,5" in line for line in lines)
     assert any("bf16, channels_last, block tails module by module" in line for line in lines)
     assert any(line.startswith("recipe: 1 epoch, batch 8, lr 0.045 cosine") for line in lines)
+    assert "train on" not in lines[-1]  # along a second cosine the rate would jump
     script = shlex.quote(str(ROOT / "light_main.py"))
     assert any(f"{script} -e --resume here/best.pth" in line for line in lines)
     saved = checkpoint.load(tmp_path / "here" / "last.pth")

@@ -67,7 +67,7 @@ def test_two_nodes_train_and_evaluate_as_one_process(run, tree, tmp_path):
     assert "2 processes (DistributedDataParallel)" in first[1]
     assert "done: best top-1" in first[1]
     again = f"torchrun --nnodes=2 --nproc-per-node=1 … {ROOT / 'main.py'} --resume two/last.pth"
-    assert f"{again} --epochs N" in first[1]
+    assert f"{again} --epochs 2" in first[1]
     assert second[1] == ""  # rank 0 alone speaks and writes
     written = sorted(p.name for p in (tmp_path / "two").glob("*.pth"))
     assert written == ["best.pth", "last.pth", "previous.pth"]

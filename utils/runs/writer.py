@@ -297,25 +297,24 @@ class RunFiles:
             self.close()
         return exit_code
 
-    def farewell(self, result: str, has_best: bool, data: str, early: bool = False) -> list[str]:
+    def farewell(self, result: str, has_best: bool, data: str, *more: object) -> list[str]:
         """Returns the closing lines: the result, and the commands that a user wants next.
 
         Args:
             result: a line on the best epoch.
             has_best: there is one.
             data: as the command line named it.
-            early: training ended by --early-stop, before the last epoch.
+            more: flags with which training goes on; none where the learning rate would jump.
         """
         if self.folder is None:
             return []
         last, weights = self.checkpoints.last, self.checkpoints.best
-        more = ("--early-stop", "0") if early else ("--epochs", "N")
         evaluate = f"  evaluate:    {command('-e', '--resume', weights, data)}"
         return [
             f"done: {result}",
             *([evaluate] if has_best else []),
             look_line(self.folder),
-            f"  train on:    {command('--resume', last, *more)}",
+            *([f"  train on:    {command('--resume', last, *more)}"] if more else []),
         ]
 
     def close(self) -> None:

@@ -115,6 +115,9 @@ def test_without_a_best_epoch_there_is_no_checkpoint_to_evaluate(place):
     lines = files.farewell(best_words(best, "top1", 10), True, "DATA")
     assert lines[0] == "done: best top-1 50.00 %, top-5 99.00 % (epoch 3)"
     assert lines[1].endswith(f"main.py -e --resume {place}/best.pth DATA")
+    assert not any("train on" in line for line in lines)
+    *_, last = files.farewell("", True, "DATA", "--epochs", 8)
+    assert last.endswith(f"main.py --resume {place}/last.pth --epochs 8")
     files.close()
 
 
