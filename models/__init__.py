@@ -12,6 +12,7 @@ from .pretrained import from_pretrained
 from .registry import MODELS, create_model, list_models
 from .timm_registry import register_with_timm
 
+__version__ = "1.0.0"  # of this repository: args.json and the checkpoints of each run record it
 __all__ = [
     "MODELS",
     "Classifier",

@@ -12,9 +12,9 @@ import pytest
 import torch
 from helpers.trees import ROOT
 
-from utils.system import VERSION
+from models import __version__
 
-WHAT_IS_BUILT = ("pyproject.toml", "MANIFEST.in", "LICENSE", "docs/ECOSYSTEM.md", "models", "utils")
+WHAT_IS_BUILT = ("pyproject.toml", "LICENSE", "docs/ECOSYSTEM.md", "models")
 TRIAL = """
 import sys
 import eca_net
@@ -24,6 +24,7 @@ from eca_net.fused import cpu_passes
 assert cpu_passes.SOURCE.read_text().count("eca_") > 1, cpu_passes.SOURCE
 network = eca_net.create_model("eca_resnet50")
 print(eca_net.__file__)
+print(eca_net.__version__)
 print(sum(p.numel() for p in network.parameters()))
 """
 
@@ -65,7 +66,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_holds_models_and_nothing_else(wheel):
-    assert wheel.name == f"eca_net-{VERSION}-py3-none-any.whl"
+    assert wheel.name == f"eca_net-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         (info,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
@@ -73,7 +74,7 @@ def test_the_wheel_holds_models_and_nothing_else(wheel):
     files = [*(ROOT / "models").rglob("*.py"), *(ROOT / "models").rglob("*.cpp")]
     assert held == {f"eca_net/{path.relative_to(ROOT / 'models').as_posix()}" for path in files}
     assert "eca_net/fused/native.cpp" in held
-    assert f"Version: {VERSION}" in lines
+    assert f"Version: {__version__}" in lines
     assert "License-Expression: MIT" in lines
     needs = [line.split(": ")[1] for line in lines if line.startswith("Requires-Dist")]
     (always,) = (line for line in needs if "extra ==" not in line)
@@ -85,8 +86,9 @@ def test_it_is_imported_from_a_fresh_folder(wheel, tmp_path):
     installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()
     zipfile.ZipFile(wheel).extractall(installed)
-    file, count = run(elsewhere, "-c", TRIAL, path=installed).splitlines()
+    file, said, count = run(elsewhere, "-c", TRIAL, path=installed).splitlines()
     assert Path(file) == installed / "eca_net" / "__init__.py"
+    assert said == __version__
     assert int(count) == 25_557_112  # torchvision's 25,557,032 of ResNet-50, and 80 ECA weights
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from models import __version__
 from models.registry import is_of_library
 from utils.runs.checkpoint import describes_detector
-from utils.system import VERSION
 from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.files import read_json, write_atomically
@@ -224,7 +224,7 @@ def environment(context: Context) -> dict[str, str | int | list[int]]:
         device = platform.processor() or "cpu"
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "eca_net": VERSION,
+        "eca_net": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a TorchVersion would not load with weights_only
         "torchvision": version("torchvision"),
