@@ -25,7 +25,7 @@ DOCUMENTS = {
     "docs/DEPLOYMENT.md": {
         "--epochs 3": "--epochs 1",
         "--int8 demo:digits": "--int8 demo:digits --max-drop 100",
-        "python benchmarks/deployment.py --checkpoint runs/eca_resnet18-1/best.pth "
+        "python benchmarks/deployment.py --checkpoint runs/deployed/best.pth "
         "--images demo_data/digits/val --out rows.json": "",  # test_benchmarks.py
     },
     "docs/REPORTS.md": {"--epochs 2": "--epochs 1"},
