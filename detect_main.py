@@ -165,11 +165,9 @@ def say_farewell(
     picture = run.path("predictions.png")
     write_picture(picture, data.val.paths, data.val.masks, results)
     words, more = detection.best_words(state.best), ("--epochs", 2 * config.recipe.epochs)
-    lines = [
-        *detection.best_lines(state.best),
-        *run.farewell(words, bool(state.best), str(config.data.data), *more),
-        f"  last epoch's detections beside the ground truth: {picture}",
-    ]
+    lines = detection.best_lines(state.best)
+    lines += run.farewell(words, bool(state.best), str(config.data.data), *more)
+    lines.append(f"  last epoch's detections beside the ground truth: {picture}")
     print(*map(printable_lines, lines), sep="\n", flush=True)
 
 
