@@ -49,47 +49,31 @@ DETECTORS = ("faster_rcnn", "mask_rcnn", "retinanet")
 PIXELS = number(int, 1, 8192)
 
 
+# fmt: off
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "-a",
-        "--arch",
-        metavar="NAME",
-        help=f"one of {', '.join([*networks(), *DETECTORS])}; timm:NAME or torchvision:NAME",
-    )
-    parser.add_argument("--all", action="store_true", help="a table, one line per network")
-    parser.add_argument(
-        "--detectors", action="store_true", help="with --all: detectors instead of classifiers"
-    )
-    parser.add_argument(
-        "-b", "--backbone", metavar="NAME", help="a detector's ResNet (default: eca_resnet50)"
-    )
-    parser.add_argument(
-        "--ksize",
-        metavar="K",
+    add = parser.add_argument
+    add("-a", "--arch", metavar="NAME",
+        help=f"one of {', '.join([*networks(), *DETECTORS])}; timm:NAME or torchvision:NAME")
+    add("--all", action="store_true", help="a table, one line per network")
+    add("--detectors", action="store_true", help="with --all: detectors instead of classifiers")
+    add("-b", "--backbone", metavar="NAME", help="a detector's ResNet (default: eca_resnet50)")
+    add("--ksize", metavar="K",
         help="ECA's kernel sizes: 3557, 3,5,5,11 or adaptive; 13 for MobileNetV2"
-        " (default: those of the released weights)",
-    )
-    parser.add_argument(
-        "--img-size",
-        type=image_size,
-        metavar="PIXELS",
+        " (default: those of the released weights)")
+    add("--img-size", type=image_size, metavar="PIXELS",
         help="side of the image, or height and width as in 320x480"
         f" (default: {size_text(published.IMAGENET_SIZE)};"
-        f" detectors: {size_text(published.COCO_SIZE)})",
-    )
-    parser.add_argument(
-        "--num-classes",
-        type=number(int, 1, 10_000_000),
-        metavar="N",
+        f" detectors: {size_text(published.COCO_SIZE)})")
+    add("--num-classes", type=number(int, 1, 10_000_000), metavar="N",
         help="outputs of the last layer (default: 1000; detectors: COCO's, 81 with background,"
-        " 80 for retinanet)",
-    )
+        " 80 for retinanet)")
     flags_of(NetworkSettings)["attention"].add_to(parser, "attention", None)
     flags_of(ClassificationRun)["list_models"].add_to(parser, "list_models", None)
-    parser.add_argument("--per-layer", action="store_true", help="list every layer (with -a)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add("--per-layer", action="store_true", help="list every layer (with -a)")
+    add("--json", action="store_true", help="print JSON instead of text")
     return parser
+# fmt: on
 
 
 def image_size(text: str) -> tuple[int, int]:

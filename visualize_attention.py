@@ -39,30 +39,22 @@ CURVES = 4  # as in the paper's figure
 BATCH = 64  # images
 
 
+# fmt: off
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
-    parser.add_argument("checkpoint", metavar="CKPT", help="of main.py, or released weights")
-    parser.add_argument(
-        "data", metavar="DATA", help="a folder with val/, a folder of class folders, demo:digits"
-    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="of main.py, or released weights")
+    add("data", metavar="DATA", help="a folder with val/, a folder of class folders, demo:digits")
     add_attention_flag(parser)
-    parser.add_argument(
-        "--curves",
-        metavar="CLASS",
-        nargs="+",
-        help=f"classes to draw (default: {CURVES}, evenly over the classes)",
-    )
-    parser.add_argument(
-        "--all-blocks",
-        action="store_true",
-        help="draw the weights of every block (default: the last one of each stage)",
-    )
-    parser.add_argument(
-        "--per-class", type=positive_int, metavar="N", help="images of each class (default: all)"
-    )
-    parser.add_argument("--output", metavar="DIR", help="default: runs/attention-N, a new folder")
+    add("--curves", metavar="CLASS", nargs="+",
+        help=f"classes to draw (default: {CURVES}, evenly over the classes)")
+    add("--all-blocks", action="store_true",
+        help="draw the weights of every block (default: the last one of each stage)")
+    add("--per-class", type=positive_int, metavar="N", help="images of each class (default: all)")
+    add("--output", metavar="DIR", help="default: runs/attention-N, a new folder")
     add_image_flags(parser, BATCH, "demos: 0")
     return parser
+# fmt: on
 
 
 def main() -> int:

@@ -148,28 +148,24 @@ def find_broken(
     return shared(partial(_read, decoder=decoder), items, processes=processes, chunk=CHUNK)
 
 
-def main() -> int:
+# fmt: off
+def build_parser() -> Parser:
     parser = Parser(prog="python -m tools.check_images", description=__doc__)
-    parser.add_argument("data", metavar="DATA", help="a folder; every image below it is read")
-    parser.add_argument(
-        "--split",
-        choices=PARTS,
-        help="read this part alone: DATA/val, or DATA/val2017 with its annotations",
-    )
-    parser.add_argument("--output", metavar="FILE", help="write the CSV here (a new file)")
-    parser.add_argument(
-        "-j",
-        "--processes",
-        type=positive_int,
-        default=processors(),
-        metavar="N",
-        help="that read at a time (default: one a core)",
-    )
-    decoders = f"{', '.join(DECODERS)}: as training will read"
-    parser.add_argument(
-        "--decoder", type=decoder_name, metavar="NAME", default=DECODERS[0], help=decoders
-    )
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("data", metavar="DATA", help="a folder; every image below it is read")
+    add("--split", choices=PARTS,
+        help="read this part alone: DATA/val, or DATA/val2017 with its annotations")
+    add("--output", metavar="FILE", help="write the CSV here (a new file)")
+    add("-j", "--processes", type=positive_int, default=processors(), metavar="N",
+        help="that read at a time (default: one a core)")
+    add("--decoder", type=decoder_name, metavar="NAME", default=DECODERS[0],
+        help=f"{', '.join(DECODERS)}: as training will read")
+    return parser
+# fmt: on
+
+
+def main() -> int:
+    args = build_parser().parse_args()
     check_new_file(args.output)
     root = args.data if args.split is None else part_of(args.data, args.split)
     paths, others = find_images(root)

@@ -40,26 +40,28 @@ TOPK, LEAST_SCORE = 5, 0.5
 Show = Callable[..., list[Any]]  # the path of an image, and for detectors a score → what is shown
 
 
-def main() -> int:
+# fmt: off
+def build_parser() -> Parser:
     parser = Parser(prog="python -m tools.demo_app", description=__doc__)
-    parser.add_argument(
-        "checkpoint", metavar="CKPT", help="of main.py, of detect_main.py, or released weights"
-    )
-    port = {"type": number(int, 1, 65535), "default": 7860, "metavar": "N"}
-    parser.add_argument("--port", **port, help="of this machine (default: 7860)")
-    parser.add_argument(
-        "--names", metavar="FILE", help="class names, one a line (default: the checkpoint's)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="of main.py, of detect_main.py, or released weights")
+    add("--port", type=number(int, 1, 65535), default=7860, metavar="N",
+        help="of this machine (default: 7860)")
+    add("--names", metavar="FILE", help="class names, one a line (default: the checkpoint's)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    return parser
+# fmt: on
+
+
+def main() -> int:
+    args = build_parser().parse_args()
     require(("gradio",), "tools.demo_app", "-r requirements-demo.txt")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # the folder is removed then
     with tempfile.TemporaryDirectory(prefix="eca-demo-", ignore_cleanup_errors=True) as folder:
         # gradio reads these as it is imported: no uploaded file outlives the page.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
-        serve(
-            args.checkpoint, *open_checkpoint(args.checkpoint, args.names, args.device), args.port
-        )
+        about, show, detects = open_checkpoint(args.checkpoint, args.names, args.device)
+        serve(args.checkpoint, about, show, detects, args.port)
     return 0
 
 
@@ -129,10 +131,10 @@ def _show_objects(
     (image,) = find_objects(network, [path], device, first_label)
     if image.error is not None:
         raise UserError(f"{printable(Path(path).name)}: {image.error}")
-    objects = zip(*(image.objects[key].tolist() for key in ("labels", "scores")), strict=True)
+    labels, scores = (image.objects[key].tolist() for key in ("labels", "scores"))
     rows = [
         [names[label], f"{sure:.2f}", ", ".join(f"{value:.0f}" for value in box)]
-        for (label, sure), box in zip(objects, image.boxes_in_file().tolist(), strict=True)
+        for label, sure, box in zip(labels, scores, image.boxes_in_file().tolist(), strict=True)
         if sure >= score
     ]
     return [picture(image, names, score), rows]
@@ -163,13 +165,10 @@ def serve(file: str, about: str, show: Show, detects: bool, port: int) -> None:
         outputs = [gr.Image(**plain), gr.Dataframe(headers=columns, label="Objects")]
     elif attention_layers(show.args[0]):
         outputs.append(gr.Image(**plain))
-    title = html.escape(printable("/".join(Path(file).parts[-2:])))
-    page = gr.Interface(
-        answer, inputs, outputs, title=title, description=html.escape(about), flagging_mode="never"
-    )
-    print(
-        about, f"open http://127.0.0.1:{port} on this machine; Ctrl-C ends it", sep="\n", flush=True
-    )
+    texts = {"title": printable("/".join(Path(file).parts[-2:])), "description": about}
+    texts = {name: html.escape(text) for name, text in texts.items()}
+    page = gr.Interface(answer, inputs, outputs, flagging_mode="never", **texts)
+    print(f"{about}\nopen http://127.0.0.1:{port} on this machine; Ctrl-C ends it", flush=True)
     try:
         page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True)
     except OSError as error:

@@ -121,17 +121,12 @@ def main() -> int:
     parser = Parser(prog="python -m tools.make_shards", description=__doc__)
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("target", metavar="DST")
-    parser.add_argument(
-        "--shard-mb", type=positive_int, default=256, metavar="MB", help="size of a shard (256)"
-    )
-    parser.add_argument(
-        "-j",
-        "--processes",
-        type=positive_int,
-        default=default_workers(),
-        metavar="N",
-        help="that write at a time, each with a shard in memory (default: up to 4)",
-    )
+    # fmt: off
+    parser.add_argument("--shard-mb", type=positive_int, default=256, metavar="MB",
+        help="size of a shard (256)")
+    parser.add_argument("-j", "--processes", type=positive_int, default=default_workers(),
+        metavar="N", help="that write at a time, each with a shard in memory (default: up to 4)")
+    # fmt: on
     args = parser.parse_args()
     source, target = os.path.realpath(args.source), os.path.realpath(args.target)
     if os.path.commonpath([source, target]) == source:

@@ -44,15 +44,12 @@ class LayerWeights:
 
     @property
     def between(self) -> float:
-        """Returns how much classes differ: the standard deviation of their means, averaged over
-        channels.
-        """
+        """Returns the standard deviation of the classes' means, averaged over channels."""
         return float(self.mean.std(0, ddof=1).mean()) if len(self.mean) > 1 else 0.0
 
     @property
     def within(self) -> float:
-        """Returns how much images of one class differ: their standard deviation, averaged over
-        channels.
+        """Returns the standard deviation of images of one class, averaged over channels.
 
         NaN where every class has a single image.
         """
@@ -70,9 +67,7 @@ class LayerWeights:
 
     @property
     def _variance(self) -> np.ndarray:
-        """Returns (channels,) variances of images of one class: the mean over classes where it is
-        known.
-        """
+        """Returns (channels,) variances of images of one class: the mean of those known."""
         known = self.std[self.counts > 1] ** 2
         return known.mean(0) if len(known) else np.full(self.std.shape[1], np.nan)
 
@@ -165,14 +160,8 @@ def draw_weights(
     names = [short(classes[label], 16) for label in shown]
     height = max(1.35, 0.5 + 0.16 * len(shown)) * len(layers) + 0.7  # inches
     with styled() as plt:
-        figure, axes = plt.subplots(
-            len(layers),
-            2,
-            figsize=(9, height),
-            layout="constrained",
-            squeeze=False,
-            width_ratios=(1, 2.2),
-        )
+        shape = {"figsize": (9, height), "width_ratios": (1, 2.2), "squeeze": False}
+        figure, axes = plt.subplots(len(layers), 2, layout="constrained", **shape)
         for (left, right), layer in zip(axes, layers, strict=True):
             mean = layer.mean.mean(0)
             order = np.argsort(-mean, kind="stable")
@@ -193,9 +182,8 @@ def draw_weights(
             bar.ax.set_yticklabels([f"{-reach:.2g}", "0", f"+{reach:.2g}"], fontsize=8)
             left.set_ylabel("Weight s")
         axes[-1, 0].set_xlabel("Channels: mean of all\nclasses, span of those shown")
-        axes[-1, 1].set_xlabel(
-            "Channels, in descending order of the mean:\neach class minus the mean"
-        )
+        order_of_all = "Channels, in descending order of the mean:\neach class minus the mean"
+        axes[-1, 1].set_xlabel(order_of_all)
         figure.suptitle(title)
         return png(figure, colours=256)
 

@@ -159,11 +159,7 @@ def _report(
     folder: Path | None,
     context: Context,
 ) -> None:
-    """Gathers the predictions of all ranks; rank 0 writes them below `folder`, or a new one in
-    runs/.
-
-    Call it on every rank.
-    """
+    """Gathers predictions, on every rank; rank 0 writes them below `folder`, or anew in runs/."""
     batch = config.recipe.batch_size
     order = validation_order(len(images), batch, context.rank, context.world_size)
     evaluated = meter.gathered([key[1] for keys in order for key in keys], len(images))

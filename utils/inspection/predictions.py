@@ -198,7 +198,8 @@ class PredictionLog:
         if self.form == "csv":
             print(csv_text([self._cells(prediction)]), end="", flush=True)
         elif self.form == "table" and prediction.error is None:
-            print(f"{prediction.file:<{self.width}}  {_percentages(prediction)}", flush=True)
+            shares = [f"{printable(g.name)} {100 * g.confidence:.1f} %" for g in prediction.guesses]
+            print(f"{prediction.file:<{self.width}}  {'   '.join(shares)}", flush=True)
 
     def close(self) -> None:
         if self.form == "json":
@@ -227,10 +228,6 @@ class PredictionLog:
 def path_width(files: Sequence[str]) -> int:
     """Returns the characters of the table's first column."""
     return min(WIDEST_PATH, max(map(len, files), default=0))
-
-
-def _percentages(prediction: Prediction) -> str:
-    return "   ".join(f"{printable(g.name)} {100 * g.confidence:.1f} %" for g in prediction.guesses)
 
 
 SMALLEST = 320  # pixels of a drawn picture's longer side
@@ -324,10 +321,7 @@ def picture(image: ImageObjects, names: Sequence[str], least_score: float) -> Im
 
 
 class CocoDocument:
-    """Collects images, detections and categories in one JSON document, as COCO annotates a data
-    set.
-
-    Every detection is an annotation with a `score`; its list is COCO's result format too.
+    """Collects images, detections and categories as COCO annotates a data set, with scores.
 
     Args:
         names: of the classes; `category_ids` are theirs in the training data.
