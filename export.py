@@ -97,11 +97,7 @@ def main() -> None:
 
 
 def write_detector(source: Path, checkpoint: Checkpoint, output: str | None) -> None:
-    """Writes a detector as ONNX, compared with the network on images of several sizes.
-
-    Raises:
-        UserError: it cannot be exported, or the file finds other objects.
-    """
+    """Writes a detector as ONNX, compared with the network on images of several sizes."""
     from models.detection import detectors  # torchvision is slow to import
 
     files = target_files(source, output, ("onnx",), in_int8=False)["onnx"]
@@ -143,9 +139,6 @@ def target_files(
         output: a folder, or the file itself, see `format_of`; None for the checkpoint's folder.
         names: of the formats.
         in_int8: which then is in the files' names.
-
-    Raises:
-        UserError: one of them is there already, or nobody may write there.
     """
     folder = Path(output) if output else source.parent
     stem = re.sub(r"(\.(pth|pt|tar|safetensors))+$", "", source.name) + ".int8" * in_int8
@@ -183,9 +176,6 @@ def graph_file(
 
     Returns:
         The contents of each file, and a note on them.
-
-    Raises:
-        UserError: its logits are not the network's.
     """
     size = metadata["img_size"]
     # A .pt2 is for one position of the last feature map, or for more: not for both. A library's
@@ -212,11 +202,7 @@ def graph_file(
 
 
 def write(files: Sequence[Path], contents: Contents, note: str) -> None:
-    """Writes each file whole or not at all; the first, which readers open, as the last.
-
-    Raises:
-        UserError: their folder cannot be made, or as in `write_atomically`.
-    """
+    """Writes each file whole or not at all; the first, which readers open, as the last."""
     try:
         files[0].parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -188,11 +188,7 @@ def say(text: str) -> None:
 
 
 def map_stage(network: nn.Module, img_size: int, number: int | None) -> str:
-    """Returns the name of the module whose output the maps are made from.
-
-    Raises:
-        UserError: `number` is more than there are.
-    """
+    """Returns the name of the module whose output the maps are made from."""
     stages = list(feature_maps(network))
     if number is not None:
         if number > len(stages):

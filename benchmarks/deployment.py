@@ -62,11 +62,7 @@ class Variant:
 
 
 def calibration_images(args: Namespace, size: int, crop: float) -> list[torch.Tensor]:
-    """Batches of one size, and a line on what they are.
-
-    Raises:
-        UserError: an image cannot be read.
-    """
+    """Batches of one size, and a line on what they are."""
     batch, count = (2, 4) if args.smoke else (16, CALIBRATION)
     if not args.images:
         print(f"int8: calibrated on {count} random images", flush=True)
@@ -171,11 +167,7 @@ def networks(args: Namespace) -> Iterator[tuple[Network, int, float]]:
 
 
 def alone(variant: Variant, size: int, batches: list[int]) -> dict:
-    """Start-up and peak memory in a process of its own.
-
-    Raises:
-        UserError: it fails there.
-    """
+    """Start-up and peak memory in a process of its own."""
     command = [sys.executable, one_engine.__file__, variant.engine, str(variant.file)]
     command += ["--batches", *map(str, batches), "--img-size", str(size)]
     command += ["--threads", str(torch.get_num_threads()), "--began", str(time.time())]

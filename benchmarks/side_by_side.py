@@ -53,11 +53,7 @@ def make_parser(description: str, *, batch: tuple[int, int], rounds: int) -> Par
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """Fills in what depends on the device, and sets torch as a training run would.
-
-    Raises:
-        UserError: there is no such device, or the file of --json cannot be written.
-    """
+    """Fills in what depends on the device, and sets torch as a training run would."""
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not cpu or cuda")

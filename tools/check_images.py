@@ -51,9 +51,6 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
 
     See `files_below`. Images in tar shards come first, where `root`, or its train/ or val/, holds
     such shards as main.py would read.
-
-    Raises:
-        UserError: no such folder, or one that cannot be listed; shards that are damaged.
     """
     parts = [os.path.join(root, part) for part in PARTS]
     remote = shards.is_remote(root)
@@ -83,11 +80,7 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
 
 
 def part_of(root: str, part: str) -> str:
-    """Returns the folder, or the address, of one part of the data: DATA/val, or DATA/val2017.
-
-    Raises:
-        UserError: there is neither.
-    """
+    """Returns the folder, or the address, of one part of the data: DATA/val, or DATA/val2017."""
     if shards.is_remote(root):
         return f"{root.rstrip('/')}/{part}"
     for name in (part, f"{part}2017"):
@@ -107,9 +100,6 @@ def check_annotations(
     Returns:
         Height and width of each image by its path, and all that is wrong: images that are missing,
         and images' entries, categories and objects.
-
-    Raises:
-        UserError: a file of annotations is no JSON with COCO's lists.
     """
     sizes, faults = {}, []
     for part in parts:
@@ -140,9 +130,6 @@ def find_broken(
 
     Args:
         sizes: path → height and width that its image must have.
-
-    Raises:
-        UserError: a process that read them was killed.
     """
     items = [(path, (sizes or {}).get(path)) for path in paths]
     return shared(partial(_read, decoder=decoder), items, processes=processes, chunk=CHUNK)

@@ -71,11 +71,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run folder's metrics.csv and args.json.
-
-    Raises:
-        UserError: a file is missing, or is not what a run writes.
-    """
+    """Reads a run folder's metrics.csv and args.json."""
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(folder / "metrics.csv", RUNS))))
         # An epoch without an evaluation has blank cells.

@@ -76,9 +76,6 @@ def open_checkpoint(
 
     Args:
         names: file of class names, for a classifier; None for the checkpoint's.
-
-    Raises:
-        UserError: no such file, or no network in it. `show` raises it where the file is no image.
     """
     saved, where = Checkpoint.read(Path(file)), distributed.setup(device).device
     if saved.is_detector:
@@ -141,11 +138,7 @@ def _show_objects(
 
 
 def serve(file: str, about: str, show: Show, detects: bool, port: int) -> None:
-    """Serves the page to this machine alone, until Ctrl-C.
-
-    Raises:
-        UserError: the port is in use.
-    """
+    """Serves the page to this machine alone, until Ctrl-C."""
     import gradio as gr
 
     def answer(path: str | None, *score: float) -> list[Any]:

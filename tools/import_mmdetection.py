@@ -71,10 +71,6 @@ def convert(file: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         arch, backbone, attention, ksize, num_classes, model_kwargs, classes, category_ids and
         state_dict.
-
-    Raises:
-        UserError: the file is one of mmdetection 2 or 3, a tensor's name is unknown, or a tensor
-            is missing or has another shape than the network's.
     """
     tensors = file["state_dict"] if isinstance(file.get("state_dict"), Mapping) else file
     tensors = {str(name).removeprefix("module."): value for name, value in tensors.items()}
@@ -129,9 +125,6 @@ def rename(tensors: Tensors, arch: str) -> dict[str, torch.Tensor]:
 
     Args:
         arch: the detector that they belong to, a key of `DETECTORS`.
-
-    Raises:
-        UserError: a name has no counterpart; no tensor is left out in silence.
     """
     table = COMMON + (ONE_STAGE if arch == "retinanet" else TWO_STAGES)
     named = {}

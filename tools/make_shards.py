@@ -51,11 +51,7 @@ def plan_shards(sizes: np.ndarray, most: int) -> Iterator[np.ndarray]:
 
 
 def write_shard(images: ImageFolder, target: Path) -> None:
-    """Writes one shard, unless it is there: each image, and its class number in KEY.cls.
-
-    Raises:
-        UserError: an image that cannot be read, no room.
-    """
+    """Writes one shard, unless it is there: each image, and its class number in KEY.cls."""
     if os.path.lexists(target):
         return
     buffer = io.BytesIO()
@@ -72,11 +68,7 @@ def write_shard(images: ImageFolder, target: Path) -> None:
 
 
 def write_split(images: ImageFolder, folder: Path, most: int, processes: int) -> ShardFolder:
-    """Writes all shards of one side and their index.
-
-    Raises:
-        UserError: `folder` holds shards of other images, an image cannot be read, no room.
-    """
+    """Writes all shards of one side and their index."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     sizes = np.array([_try(os.stat, images.path(i)).st_size for i in range(len(images))], np.int64)
@@ -100,11 +92,7 @@ def write_split(images: ImageFolder, folder: Path, most: int, processes: int) ->
 
 
 def refuse_twins(images: ImageFolder) -> None:
-    """Refuses images of one folder whose names differ in their ending alone: they have one key.
-
-    Raises:
-        UserError: names the first two.
-    """
+    """Refuses images of one folder whose names differ in their ending alone: they have one key."""
     seen: dict[tuple[bytes, ...], bytes] = {}
     for path in images.paths.tolist():
         folder, name = os.path.split(os.path.splitext(path)[0])

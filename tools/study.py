@@ -69,9 +69,6 @@ def refuse_flags(plan: Plan) -> None:
     """Refuses flags of a plan with which a run would not be what its name says.
 
     main.py's own parser reads them, in whatever spelling.
-
-    Raises:
-        UserError: names network and flag.
     """
     parser = make_parser(main_script.RECIPE, "")
     for network, how in plan.networks.items():
@@ -145,9 +142,6 @@ def run_all(
 
     Args:
         commands: folder of the run -> arguments, without --output.
-
-    Raises:
-        UserError: one of them failed; the others under way are asked to stop, and save.
     """
     environment = dict(os.environ)
     if jobs > 1:  # each has its share of the CPU
@@ -202,11 +196,7 @@ def is_finished(target: Path) -> bool:
 
 
 def collect(specs: Sequence[Spec], folder: Path) -> list[RunResult]:
-    """Reads the results of the runs, each once.
-
-    Raises:
-        UserError: a run has written no speed, or diverged in every epoch.
-    """
+    """Reads the results of the runs, each once."""
     return [_result(spec, folder) for spec in dict.fromkeys(specs)]
 
 
@@ -293,10 +283,6 @@ def open_study(file: Path, output: str | None, typed: Sequence[str] = ()) -> tup
 
     Args:
         typed: the variants in users' files that may be run.
-
-    Raises:
-        UserError: no plan; the folder holds something else, or another plan; a variant in a file
-            was not typed.
     """
     plan = read_plan(file)
     refuse_flags(plan)

@@ -200,10 +200,6 @@ def _grey_in_8_bits(values: np.ndarray) -> np.ndarray:
     - up to 255: the values are those of 8 bits already;
     - up to 65535: those of 16 bits, whose upper 8 bits stay. (Values of 10 or 12 bits in files of
       16 are taken for these, and come out as dark as they are in any viewer.)
-
-    Raises:
-        ValueError: values whose white cannot be known: negative, above 65535, not finite, or
-            floats that end between 1 and 2.
     """
     remedy = "white cannot be known: save the image with 8 bits"
     lowest, highest = values.min().item(), values.max().item()

@@ -171,11 +171,7 @@ def _cifar_root(reader: Any, folder: Path | None, temporary: Path) -> Path:
 
 
 def _unpack_fashion(source: Path, raw: Path) -> None:
-    """Writes Fashion-MNIST's files, or what is in their .gz, to `raw`, for torchvision.
-
-    Raises:
-        UserError: one is missing, or the SHA-256 of its contents is not the published one.
-    """
+    """Writes Fashion-MNIST's files, or what is in their .gz, to `raw`, for torchvision."""
     raw.mkdir(parents=True)
     if (source / "FashionMNIST" / "raw").is_dir():
         source = source / "FashionMNIST" / "raw"

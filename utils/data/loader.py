@@ -349,11 +349,7 @@ def _end_workers(loader: DataLoader[Any], batches: Any, hang: bool = False) -> N
 
 
 def _allow_files(number: int) -> None:
-    """Raises the limit of open files where so many more would not be allowed.
-
-    Raises:
-        OSError: it cannot be raised so far. Workers that have begun would fail in many tracebacks.
-    """
+    """Raises the limit of open files where so many more would not be allowed."""
     needed = len(os.listdir("/dev/fd")) + number
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or needed <= soft:
