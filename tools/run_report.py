@@ -29,68 +29,8 @@ ATTENTION = "attention"  # a folder of visualize_attention.py inside the run's
 MARK = "<!-- written by python -m tools.run_report -->"  # what may be replaced by a newer page
 ROWS = 20  # of a long table that are shown unfolded
 TABLES = {"classes": "Each class, in %", "confused_pairs": "Most confused pairs"}
-# The page's own policy forbids scripts, and everything that is not in the file.
-TEMPLATE = """<!DOCTYPE html>
-{{ mark }}
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; }
-body { margin: 0 auto; max-width: 64rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; }
-dl div { border: 1px solid #8886; border-radius: 8px; padding: .5rem .75rem; }
-dt { font-size: .8rem; }
-dd { margin: 0; font-size: 1.2rem; font-weight: 600; }
-.scroll { overflow-x: auto; margin: .75rem 0; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem 1rem .3rem 0; text-align: right; vertical-align: top; font-weight: 400;
-  border-bottom: 1px solid #8886; white-space: nowrap; }
-.text { text-align: left; white-space: normal; min-width: 7rem; max-width: 24rem; }
-img { display: block; max-width: 100%; background: #fff; border-radius: 8px; }
-@media (max-width: 50rem) { img { max-width: 45rem; } }
-</style>
-</head>
-<body>
-{%- macro table(rows, titles) %}
-<div class="scroll"><table>
-{%- if titles %}<tr>{% for title in titles %}<th>{{ title }}</th>{% endfor %}</tr>{% endif %}
-{%- for row in rows %}
-<tr>{% for cell in row %}<td{% if cell|is_text %} class="text"{% endif %}>{{ cell }}</td>
-{%- endfor %}</tr>
-{%- endfor %}
-</table></div>
-{%- endmacro %}
-<h1>{{ title }}</h1>
-<p>{{ about }}</p>
-<dl>{% for name, value in facts.items() %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
-{%- endfor %}</dl>
-<nav>{% for name in sections %}<a href="#{{ loop.index }}">{{ name }}</a> {% endfor %}</nav>
-{% for name, parts in sections.items() %}
-<section id="{{ loop.index }}">
-<h2>{{ name }}</h2>
-{%- for part in parts %}
-{%- if part.text %}<p>{{ part.text }}</p>{% endif %}
-{%- if part.command %}<p><code>{{ part.command }}</code></p>
-<p>and then this tool again.</p>{% endif %}
-{%- if part.picture %}
-<div class="scroll"><img alt="{{ part.picture.stem|replace('_', ' ') }}" src="data:image/png;base64,
-{{- part.picture|encoded }}"></div>{% endif %}
-{%- if part.rows %}{{ table(part.rows[:most], part.titles) }}{% endif %}
-{%- if part.rows|length > most %}<details><summary>All {{ "{:,}".format(part.rows|length) }}
-</summary>{{ table(part.rows, part.titles) }}</details>{% endif %}
-{%- endfor %}
-</section>
-{% endfor %}
-</body>
-</html>
-"""
+# Its own policy forbids scripts, and everything that is not in the file.
+TEMPLATE = Path(__file__).with_suffix(".html")
 Part = Mapping[str, Any]  # what the template shows: text, command, picture, rows and titles
 
 
@@ -142,7 +82,7 @@ def page(run: Run, record: Mapping[str, Any]) -> bytes:
         "sections": _sections(run, record),
         "most": ROWS,
     }
-    return environment.from_string(TEMPLATE).render(shown).encode()
+    return environment.from_string(TEMPLATE.read_text("utf-8")).render(shown).encode()
 
 
 def _legible(value: object) -> object:

@@ -59,49 +59,7 @@ PIXELS, SCORE, OVERLAP = 0.1, 1e-4, 0.9  # that boxes and scores may be off; mas
 OTHERS = 0.02  # share of objects that may be on one side alone, see `Agreement`
 TRIAL_OBJECTS = 10  # so many at least in each image, by a lower least score where needed
 
-CARD = """---
-license: mit
-pipeline_tag: image-classification
-tags:
-- image-classification
-- eca-net
-- pytorch
----
-
-# {arch}
-
-An image classifier with efficient channel attention (ECA-Net, CVPR 2020,
-[arXiv 1910.03151](https://arxiv.org/abs/1910.03151)).
-
-| | |
-|---|---|
-| Architecture | {arch} |
-| Attention | {attention} |
-| ECA's kernel sizes k | {ksize} |
-| Parameters | {parameters:,} |
-| Classes | {num_classes:,} |
-| Licence | MIT |
-
-## Use
-
-```python
-import eca_net  # pip install . in a clone of the project; within the clone: import models
-
-network = eca_net.from_pretrained("FOLDER")  # this folder, or OWNER/NAME
-logits = network(images)  # (N, 3, {img_size}, {img_size}) float32 -> (N, {num_classes})
-```
-
-## Preprocessing
-
-RGB from 0 to 1, the shorter side scaled to {resized} pixels ({interpolation}), the middle
-{img_size} × {img_size} cut out; then minus the mean {mean}, divided by the standard
-deviation {std}.
-config.json has the names of the classes where they are known.
-
-## Figures
-
-{figures}
-"""
+CARD = Path(__file__).with_name("model_card.txt")  # README.md of a Hugging Face folder
 
 
 def check_packages(formats: Sequence[str], int8: bool = False) -> None:
@@ -249,7 +207,7 @@ def hugging_face_texts(
             f"validation images, after epoch {row['epoch'] + 1:g}. The checkpoint does not say "
             "whose images those are."
         )
-    card = CARD.format(
+    card = CARD.read_text("utf-8").format(
         **{name: fields[name] for name in ("arch", "attention", "num_classes", "img_size")},
         parameters=sum(p.numel() for p in network.parameters()),
         ksize=", ".join(map(str, fields["ksize"] or ["none"])),
