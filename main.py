@@ -23,7 +23,7 @@ import models
 from utils.command_line.classification import ExportedFile, read_command_line
 from utils.config.classification import Config, Recipe
 from utils.data import demo_sets
-from utils.data.loader import Batch, end_workers
+from utils.data.loader import Batch, ImageDataset, check_readable, end_workers
 from utils.inspection import evaluation
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.resume import Start
@@ -34,18 +34,9 @@ from utils.system.errors import as_user_error
 from utils.system.faults import run_script
 from utils.system.signals import StopRequest
 from utils.training import classification, classifier
-from utils.training.classification import (
-    RECALL,
-    ClassificationMeter,
-    Objective,
-    RecallMeter,
-    draw_first_batch,
-    evaluate,
-    train_one_epoch,
-)
+from utils.training.classification import ClassificationMeter, RecallMeter, train_one_epoch
 from utils.training.classification_data import (
     TrainingData,
-    check_validation,
     open_evaluation_data,
     open_training_data,
     replaced_lines,
@@ -119,12 +110,14 @@ def train(config: Config, start: Start, context: Context, stop: StopRequest) -> 
     train_pass = training_batches(data.train, order, recipe, seed, loader, skip)
     val_pass = validation_batches(data.val, recipe, loader, context.rank, context.world_size)
     if config.data.check_val:
-        check_validation(data.val, recipe, config.data.decoder, context)
+        dataset = ImageDataset(data.val, recipe.preprocessing, decoder=loader.decoder)
+        check_readable(dataset, context)
     rule = StepRule.of(recipe, order.steps, seed, flags.amp, context)
-    aim = Objective.of(recipe, network.num_classes, data.class_weights, device)
+    aim = classification.Objective.of(recipe, network.num_classes, data.class_weights, device)
     record = classifier.record_of(network, config, seed, data, start)
     run = RunFiles.open(recipe.arch, config.run, start, record, state, context)
-    run.draw("batch.png", partial(draw_first_batch, data, order, rule, aim, loader, skip))
+    picture = partial(classification.draw_first_batch, data, order, rule, aim, loader, skip)
+    run.draw("batch.png", picture)
     wrapped = distributed.wrap(network, context, recipe.sync_bn)
     evaluated = distributed.data_parallel(state.evaluated, context)
     votes, pace, every = Votes(context.votes), Pace(), config.run.print_freq
@@ -178,11 +171,11 @@ def evaluate_epoch(
         return {}
     title = f"epoch {epoch}/{recipe.epochs} val"
     progress = evaluation_progress(images, recipe.batch_size, run.print_freq, context, title)
-    kind = RecallMeter if recipe.best_by == RECALL else ClassificationMeter
+    kind = RecallMeter if recipe.best_by == classification.RECALL else ClassificationMeter
     meter = kind(context.device, state.meter.classes)
     autocast = partial(backends.autocast, context.device, config.network.amp)
     ends = partial(stop.on_main, context.is_main)
-    return evaluate(network, watched(val_pass(), progress), meter, autocast, ends)
+    return classification.evaluate(network, watched(val_pass(), progress), meter, autocast, ends)
 
 
 def say_farewell(

@@ -164,31 +164,22 @@ def without_effect(
         flags: of all fields.
 
     Raises:
-        UserError: names the flags, and what makes them idle.
+        UserError: names the flags, and why they do nothing.
     """
-    if values["evaluate"]:
-        idle = [name for name in typed if flags[name].trains]
-        _refuse(idle, "with -e, which does not train", typed, flags)
-    for name in typed:
+    idle = [name for name in typed if flags[name].trains and values["evaluate"]]
+    where = "with -e, which does not train"
+    for name in typed if not idle else ():
         for other, working in (flags[name].needs or {}).items():
-            if values[other] not in working:
-                where = flags[other].typed(values[other])
+            if values[other] not in working and not idle:
+                idle, where = [name], f"with {flags[other].typed(values[other])}"
                 if isinstance(values[other], bool):
                     where = f"with{'' if values[other] else 'out'} {flags[other].names[0]}"
-                else:
-                    where = f"with {where}"
-                _refuse([name], where, typed, flags)
-
-
-def _refuse(
-    names: Sequence[str], where: str, typed: Mapping[str, Any], flags: Mapping[str, Flag]
-) -> None:
-    if names:
+    if idle:
         words = ", ".join(
             flags[name].typed(typed[name]) if isinstance(typed[name], bool) else flags[name].name
-            for name in sorted(names)
+            for name in sorted(idle)
         )
-        it, does = ("them", "do") if len(names) > 1 else ("it", "does")
+        it, does = ("them", "do") if len(idle) > 1 else ("it", "does")
         raise UserError(f"{words} {does} nothing {where}: leave {it} out")
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,7 +19,7 @@ from utils.config.classification import ClassificationRun, DataSettings, Recipe
 from utils.data import class_order, demo_sets, image_folder, shards
 from utils.data.class_order import WNID
 from utils.data.image_folder import ImageFolder, describe
-from utils.data.loader import Batch, ImageDataset, Loader, check_readable
+from utils.data.loader import Batch, ImageDataset, Loader
 from utils.data.sampler import Key, SeededBatches, ShardedBatches, check_batch
 from utils.data.transforms import train_transform
 from utils.runs import resume
@@ -31,15 +32,15 @@ from utils.system.files import read_json, read_text
 from utils.system.text import did_you_mean, printable
 
 BALANCED = "balanced"
-WANTED = f"{BALANCED}, or a CSV or JSON file with each class's name and weight"
+REMEDY = f"{BALANCED}, or a CSV or JSON file with each class's name and weight"
 SHOWN = 3  # names in a message
 
 
-def class_weights(asked: str, images: ImageFolder) -> tuple[float, ...]:
+def class_weights(choice: str, images: ImageFolder) -> tuple[float, ...]:
     """Returns a weight for each class, in the order of labels.
 
     Args:
-        asked: "balanced", or the path of a CSV file (lines of name,weight, with or without a
+        choice: "balanced", or the path of a CSV file (lines of name,weight, with or without a
             heading) or of a JSON file (an object of names and weights).
         images: of training.
 
@@ -47,20 +48,19 @@ def class_weights(asked: str, images: ImageFolder) -> tuple[float, ...]:
         UserError: a class without images cannot be balanced; the file cannot be read, a class is
             missing, unknown or named twice, or a weight is no finite number above 0.
     """
-    if asked == BALANCED:
+    if choice == BALANCED:
         return _balanced(images)
-    is_json = Path(asked).suffix.lower() == ".json"
-    named = _pairs_of_json(asked) if is_json else _pairs_of_csv(asked)
+    is_json = Path(choice).suffix.lower() == ".json"
     weights: dict[str, float] = {}
-    for name, text in named:
+    for name, value in _pairs_of_json(choice) if is_json else _pairs_of_csv(choice):
         if name not in images.classes:
             hint = did_you_mean(name, images.classes) or f"; {images.where} has no such folder"
-            raise UserError(f"{printable(asked)}: no class {printable(name)}{printable(hint)}")
+            raise UserError(f"{printable(choice)}: no class {printable(name)}{printable(hint)}")
         if name in weights:
-            raise UserError(f"{printable(asked)}: class {printable(name)} stands there twice")
-        weights[name] = _weight(asked, name, text)
+            raise UserError(f"{printable(choice)}: class {printable(name)} stands there twice")
+        weights[name] = _weight(choice, name, value)
     if lacking := [name for name in images.classes if name not in weights]:
-        raise UserError(f"{printable(asked)}: no weight for {_some(lacking)}; name every class")
+        raise UserError(f"{printable(choice)}: no weight for {_some(lacking)}; name every class")
     return tuple(weights[name] for name in images.classes)
 
 
@@ -85,18 +85,18 @@ def _balanced(images: ImageFolder) -> tuple[float, ...]:
 
 
 def _pairs_of_json(file: str) -> list[tuple[str, object]]:
-    values = read_json(file, WANTED)
+    values = read_json(file, REMEDY)
     if not isinstance(values, dict):
-        raise UserError(f"{printable(file)}: no object of class names and weights; give {WANTED}")
+        raise UserError(f"{printable(file)}: no object of class names and weights; give {REMEDY}")
     return list(values.items())
 
 
 def _pairs_of_csv(file: str) -> list[tuple[str, object]]:
-    text = read_text(file, WANTED)
+    text = read_text(file, REMEDY)
     try:
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
     except csv.Error as error:
-        raise UserError(f"{printable(file)}: no usable CSV ({error}); give {WANTED}") from None
+        raise UserError(f"{printable(file)}: no usable CSV ({error}); give {REMEDY}") from None
     for row in rows:
         if len(row) != 2:
             line = printable(",".join(row))[:60]
@@ -106,14 +106,12 @@ def _pairs_of_csv(file: str) -> list[tuple[str, object]]:
     return [(name, weight.strip()) for name, weight in rows]
 
 
-def _weight(file: str, name: str, value: object) -> float:
+def _weight(file: str, name: str, value: Any) -> float:
     """Returns a weight as a number, from the text of a CSV file or the number of a JSON file."""
-    number = math.nan
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
     if not 0 < number < math.inf:
         raise UserError(
             f"{printable(file)}: the weight of {printable(name)}, {printable(str(value))[:40]!r}, "
@@ -509,15 +507,6 @@ def validation_order(
         batch_size: of all ranks together.
     """
     return ShardedBatches(images, max(1, batch_size // world_size), rank, world_size)
-
-
-def check_validation(images: ImageFolder, recipe: Recipe, decoder: str, context: Context) -> None:
-    """Reads each validation image before training.
-
-    Raises:
-        UserError: see `check_readable`.
-    """
-    check_readable(ImageDataset(images, recipe.preprocessing, decoder=decoder), context)
 
 
 def replaced_lines(folder: ImageFolder, broken: Sequence[int]) -> list[str]:

@@ -102,8 +102,8 @@ def detect(
         if stop():
             return None
         with autocast():
-            found = network(batch.images)
-        for image_id, detections in zip(batch.image_ids, found, strict=True):
+            predictions = network(batch.images)
+        for image_id, detections in zip(batch.image_ids, predictions, strict=True):
             results += to_results(detections, image_id, category_ids, first_label)
     return results
 
@@ -174,10 +174,10 @@ def best_details(summaries: Mapping[str, Summary]) -> dict[str, Any]:
 
 
 def score(row: Mapping[str, float]) -> float:
-    """Returns the AP of masks, or of boxes where no mask could be judged, in %.
+    """Returns the AP of masks, or of boxes where there is none of masks, in %.
 
-    Where nothing could be judged it is below 0 and grows with the epoch: the last is the best then.
-    Of an epoch without an evaluation it is -inf.
+    Without any it is below 0 and grows with the epoch, so that the last epoch is the best. Of an
+    epoch without an evaluation it is -inf.
     """
     if "box_AP" not in row:
         return -math.inf
@@ -193,20 +193,14 @@ def is_better(row: Mapping[str, float], best: Mapping[str, float]) -> bool:
 def panels(history: Sequence[Row]) -> list[Panel]:
     """Returns the diagrams of losses, box AP, mask AP where there is one, and learning rate."""
     losses = [name for name in history[-1] if name.startswith("train_")]
-    found = [
-        Panel(
-            "Training losses",
-            "mean of an epoch",
-            tuple(Curve(name, name.removeprefix("train_")) for name in losses),
-            can_be_log=True,
-        )
-    ]
-    found += [
+    curves = tuple(Curve(name, name.removeprefix("train_")) for name in losses)
+    diagrams = [Panel("Training losses", "mean of an epoch", curves, can_be_log=True)]
+    diagrams += [
         Panel(TITLES[kind], "AP (%)", tuple(Curve(f"{kind}_{n}", n) for n in FIGURES[:6]))
         for kind in KINDS.values()
         if any(f"{kind}_AP" in row for row in history)
     ]
-    return [*found, Panel("Learning rate", "at the epoch's last step", (Curve("lr", "lr"),))]
+    return [*diagrams, Panel("Learning rate", "at the epoch's last step", (Curve("lr", "lr"),))]
 
 
 def step_words(means: Mapping[str, float]) -> str:
@@ -221,7 +215,7 @@ def step_details(means: Mapping[str, float]) -> str:
 
 
 def in_percent(value: float) -> str:
-    """Returns a figure in % with one digit; "-" where nothing was to be found."""
+    """Returns a figure in % with one digit; "-" where there was no such object."""
     return f"{value:.1f}" if value >= 0 else "-"
 
 
@@ -249,27 +243,23 @@ def best_words(best: Mapping[str, Any]) -> str:
 
 
 def summary_lines(summaries: dict[str, Summary]) -> list[str]:
-    """Returns COCO's figures and every class's AP, in %; "-" where nothing was to be found."""
-
-    def percent(value: float) -> str:
-        return f"{100 * value:.1f}" if value >= 0 else "-"
-
+    """Returns COCO's figures and every class's AP, in %; "-" where there was no such object."""
     lines = ["       " + "".join(f"{name:>7}" for name in FIGURES)]
     for kind, summary in summaries.items():
-        values = "".join(f"{percent(value):>7}" for value in summary.figures.values())
+        values = "".join(f"{in_percent(100 * value):>7}" for value in summary.figures.values())
         lines.append(f"{KINDS[kind]:<7}{values}")
     names = list(next(iter(summaries.values())).per_class)
     width = max(map(len, names))
     heads = "".join(f"{KINDS[kind] + ' AP':>9}" for kind in summaries)
     lines.append(f"{'class':<{width}}{heads}")
     for name in names:
-        values = "".join(f"{percent(s.per_class[name]):>9}" for s in summaries.values())
+        values = "".join(f"{in_percent(100 * s.per_class[name]):>9}" for s in summaries.values())
         lines.append(f"{name:<{width}}{values}")
     return lines
 
 
 def best_lines(best: dict[str, Any]) -> list[str]:
-    """Returns `summary_lines` of `RunState.best`, under the epoch's number."""
+    """Returns `summary_lines` of the best epoch, under its number."""
     if "summaries" not in best:  # of a run that an earlier version began
         return []
     summaries = {kind: Summary(**fields) for kind, fields in best["summaries"].items()}
