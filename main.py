@@ -34,7 +34,7 @@ from utils.system.errors import as_user_error
 from utils.system.faults import run_script
 from utils.system.signals import StopRequest
 from utils.training import classification, classifier
-from utils.training.classification import ClassificationMeter, RecallMeter, train_one_epoch
+from utils.training.classification import RecallMeter, draw_first_batch, train_one_epoch
 from utils.training.classification_data import (
     TrainingData,
     open_evaluation_data,
@@ -106,18 +106,16 @@ def train(config: Config, start: Start, context: Context, stop: StopRequest) -> 
         return 0
 
     loader, skip = classifier.loader_of(config.data, flags, context), config.data.skip_bad_images
-    order = data.order(recipe, seed, context)
+    order, decoder = data.order(recipe, seed, context), loader.decoder
     train_pass = training_batches(data.train, order, recipe, seed, loader, skip)
     val_pass = validation_batches(data.val, recipe, loader, context.rank, context.world_size)
     if config.data.check_val:
-        dataset = ImageDataset(data.val, recipe.preprocessing, decoder=loader.decoder)
-        check_readable(dataset, context)
+        check_readable(ImageDataset(data.val, recipe.preprocessing, decoder=decoder), context)
     rule = StepRule.of(recipe, order.steps, seed, flags.amp, context)
     aim = classification.Objective.of(recipe, network.num_classes, data.class_weights, device)
     record = classifier.record_of(network, config, seed, data, start)
     run = RunFiles.open(recipe.arch, config.run, start, record, state, context)
-    picture = partial(classification.draw_first_batch, data, order, rule, aim, loader, skip)
-    run.draw("batch.png", picture)
+    run.draw("batch.png", partial(draw_first_batch, data, order, rule, aim, loader, skip))
     wrapped = distributed.wrap(network, context, recipe.sync_bn)
     evaluated = distributed.data_parallel(state.evaluated, context)
     votes, pace, every = Votes(context.votes), Pace(), config.run.print_freq
@@ -171,7 +169,7 @@ def evaluate_epoch(
         return {}
     title = f"epoch {epoch}/{recipe.epochs} val"
     progress = evaluation_progress(images, recipe.batch_size, run.print_freq, context, title)
-    kind = RecallMeter if recipe.best_by == classification.RECALL else ClassificationMeter
+    kind = RecallMeter if recipe.best_by == classification.RECALL else type(state.meter)
     meter = kind(context.device, state.meter.classes)
     autocast = partial(backends.autocast, context.device, config.network.amp)
     ends = partial(stop.on_main, context.is_main)
