@@ -250,9 +250,8 @@ def write_map(
     ranking = [(guess.name, guess.confidence) for guess in prediction.guesses]
     where = f"{stage}, {heat.shape[0]} × {heat.shape[1]} positions"
     target.parent.mkdir(exist_ok=True)
-    write_atomically(
-        target, pictures.draw_map(image, heat, square, Path(prediction.file).name, ranking, where)
-    )
+    title = Path(prediction.file).name
+    write_atomically(target, pictures.draw_map(image, heat, square, title, ranking, where))
 
 
 def write_grid(

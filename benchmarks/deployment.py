@@ -108,26 +108,20 @@ def prepare(
     made["ours, --fast"] = Variant("fast", ours)
     if not (args.no_compile or args.smoke):
         made["ours, compiled"] = Variant("compiled", ours)
-    there = []
-    for engine, packages in NEEDS.items():
-        if lacking := [package for package in packages if find_spec(package) is None]:
-            print(
-                f"{engine} is left out: {', '.join(lacking)} not installed "
-                "(pip install -r requirements-export.txt)",
-                flush=True,
-            )
-        else:
-            there.append(engine)
+    lacking = {e: [p for p in packages if find_spec(p) is None] for e, packages in NEEDS.items()}
+    for engine, packages in lacking.items():
+        if packages:
+            how = "pip install -r requirements-export.txt"
+            print(f"{engine} is left out: {', '.join(packages)} not installed ({how})", flush=True)
+    there = [engine for engine in NEEDS if not lacking[engine]]
     if not there:
         return made
     float_file = exported(network, size)
     write(folder, "float32", float_file, "openvino" in there)
     int8_file = int8.quantise(float_file, calibration_images(args, size, crop))
     write(folder, "int8", int8_file, "openvino" in there)
-    for engine, shown, ending in (
-        ("onnxruntime", "onnxruntime", "onnx"),
-        ("openvino", "OpenVINO", "xml"),
-    ):
+    engines = (("onnxruntime", "onnxruntime", "onnx"), ("openvino", "OpenVINO", "xml"))
+    for engine, shown, ending in engines:
         for dtype in ("float32", "int8") if engine in there else ():
             made[f"{shown} {dtype}"] = Variant(engine, folder / f"{dtype}.{ending}", dtype)
     plain = network.arch.removeprefix("eca_")
@@ -178,10 +172,6 @@ def alone(variant: Variant, size: int, batches: list[int]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def largest_difference(logits: np.ndarray, base: np.ndarray) -> float:
-    return float(np.abs(logits - base).max() / np.abs(base).max())
-
-
 def pairs_of(variants: Mapping[str, Variant], base: str) -> list[tuple[str, str]]:
     """What is compared with what: all with the first, int8 with float32, ECA with plain."""
     pairs = [(name, base) for name in variants if name not in (base, PLAIN)]
@@ -203,9 +193,10 @@ def measure(network: Network, size: int, crop: float, args: Namespace, batches: 
         runs = {n: one_engine.ENGINES[v.engine](str(v.file), threads) for n, v in variants.items()}
         for batch in batches:
             images = np.random.default_rng(0).standard_normal((batch, 3, size, size), np.float32)
-            off = {
-                n: largest_difference(run(images), runs[base](images)) for n, run in runs.items()
-            }
+            expected = runs[base](images)
+            largest = float(np.abs(expected).max())
+            apart = {name: np.abs(run(images) - expected).max() for name, run in runs.items()}
+            off = {name: float(difference) / largest for name, difference in apart.items()}
             for name, v in variants.items():
                 if v.dtype == "float32" and name != PLAIN and off[name] > OFF:
                     raise UserError(f"{name}: logits off by {off[name]:.1e} of {base}", EXIT_FAILED)
@@ -233,10 +224,8 @@ def measure(network: Network, size: int, crop: float, args: Namespace, batches: 
 def show(rows: list[dict], base: str) -> None:
     """Prints the rows of one network and batch: against the first, then the other pairs."""
     first = next(row for row in rows if row["baseline"] == base)
-    print(
-        f"\n{first['network']}, {first['img_size']} pixels, batch {first['batch']}: "
-        f"speed over {base}"
-    )
+    setting = f"{first['network']}, {first['img_size']} pixels, batch {first['batch']}"
+    print(f"\n{setting}: speed over {base}")
     head = ["engine", "min", "median", "max", "start-up s", "peak MiB", "logits off"]
     table = [head, [base, *["1.000"] * 3, *_own(first, "baseline_"), "-"]]
     others = []
@@ -244,11 +233,10 @@ def show(rows: list[dict], base: str) -> None:
         ratios = [f"{row[key]:.3f}" for key in ("ratio_min", "ratio_median", "ratio_max")]
         if row["baseline"] == base:
             table.append([row["variant"], *ratios, *_own(row), f"{row['logits_off']:.0e}"])
+        elif row["baseline"] == PLAIN:
+            others.append(["ECA over plain in OpenVINO's float32", *ratios])
         else:
-            name = f"{row['variant']} over {row['baseline']}"
-            if row["baseline"] == PLAIN:
-                name = "ECA over plain in OpenVINO's float32"
-            others.append([name, *ratios])
+            others.append([f"{row['variant']} over {row['baseline']}", *ratios])
     print(columns(table, left=1))
     if others:
         print(columns([["in the same engine", *head[1:4]], *others], left=1), flush=True)

@@ -42,17 +42,6 @@ class Eager:
             return self.network(self.images)
 
 
-class Optimised:
-    def __init__(
-        self, network: nn.Module, images: torch.Tensor, dtype: torch.dtype, compiled: bool
-    ):
-        self.network = optimise_for_inference(network.to(images.device), dtype, compiled)
-        self.images = images.to(memory_format=torch.channels_last)
-
-    def __call__(self) -> torch.Tensor:
-        return self.network(self.images)
-
-
 def textbook_form(network: str, smoke: bool, size: tuple[int, ...]) -> Eager:
     resnet = partial(textbook.eca_resnet, 18 if smoke else 50)
     built = textbook.eca_mobilenetv2() if network == "mobilenetv2" else resnet()
@@ -98,7 +87,9 @@ def measure(network: str, built: dict, args, compile: bool) -> list[dict[str, ob
                 compiled = compile and name in COMPILED and dtype_name in side.compiled_dtypes(args)
                 for how in ("optimised", "compiled") if compiled else ("optimised",):
                     label = f"{name}, {how} {dtype_name}"
-                    added[label] = Optimised(module, images, dtype, how == "compiled")
+                    on_device = module.to(images.device)
+                    optimised = optimise_for_inference(on_device, dtype, how == "compiled")
+                    added[label] = partial(optimised, images.to(memory_format=nhwc))
                     if name != "our plain":
                         tax.append((label, f"our plain, {how} {dtype_name}"))
         tax += [

@@ -53,17 +53,15 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
     such shards as main.py would read.
     """
     parts = [os.path.join(root, part) for part in PARTS]
-    remote = shards.is_remote(root)
-    if remote:
+    sharded = [folder for folder in (root, *parts) if shards.in_shards(folder)]
+    if shards.is_remote(root):
         sharded = [root] if root.rsplit("/", 1)[-1] in PARTS else parts
-    else:
-        sharded = [folder for folder in (root, *parts) if shards.in_shards(folder)]
     members: list[Member] = []
     others: Counter[str] = Counter()
     for images in map(shards.scan, sharded):
         members += map(images.path, range(len(images)))
         others.update(images.ignored)
-    if remote:
+    if shards.is_remote(root):
         return members, others
     if not os.path.isdir(root):
         raise UserError(f"{printable(root)}: no such folder; give the folder that holds the images")

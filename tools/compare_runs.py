@@ -175,7 +175,7 @@ def draw(runs: Sequence[Run]) -> bytes:
 
     decides = runs[0].decides
     with styled() as plt:
-        figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
+        figure, axes = plt.subplots(2, 2, figsize=(9, 6.6))
         for axis, column in zip(axes.flat, PANELS[decides], strict=True):
             for i, (name, run) in enumerate(zip(short_names(runs), runs, strict=True)):
                 points = [row for row in run.history if math.isfinite(row.get(column, math.nan))]
@@ -193,7 +193,7 @@ def draw(runs: Sequence[Run]) -> bytes:
         handles, labels = axes[0, 0].get_legend_handles_labels()
         across = max(1, min(4, len(runs), 110 // (8 + max(map(len, labels)))))
         figure.legend(handles, labels, loc="outside lower center", ncols=across)
-        return png(figure, colours=256)
+        return png(figure)
 
 
 def panel_title(column: str) -> str:

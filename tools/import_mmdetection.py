@@ -170,10 +170,8 @@ def _check_all(named: Tensors, shapes: Mapping[str, torch.Size], network: str) -
         (reshaped, f"has %d tensors of other shapes than a {network}'s"),
     ):
         if names:
-            raise UserError(
-                f"the file {which % len(names)}, such as {min(names)} (torchvision's name); not "
-                "imported"
-            )
+            example = f"such as {min(names)} (torchvision's name); not imported"
+            raise UserError(f"the file {which % len(names)}, {example}")
 
 
 def _classes(meta: Any, count: int) -> tuple[list[str], list[int]]:

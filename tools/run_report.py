@@ -63,7 +63,9 @@ def page(run: Run, record: Mapping[str, Any]) -> bytes:
     Args:
         record: the contents of the run's args.json.
     """
-    environment = jinja2.Environment(autoescape=True, finalize=_legible)
+    environment = jinja2.Environment(
+        autoescape=True, finalize=lambda v: v if isinstance(v, Markup) else printable(v)
+    )
     environment.filters["encoded"] = lambda path: base64.b64encode(path.read_bytes()).decode()
     environment.filters["is_text"] = lambda cell: not re.fullmatch(r"[-\\d.,/]*", str(cell))
     data, best = record.get("args", {}).get("data"), run.best
@@ -83,11 +85,6 @@ def page(run: Run, record: Mapping[str, Any]) -> bytes:
         "most": ROWS,
     }
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(shown).encode()
-
-
-def _legible(value: object) -> object:
-    """Returns a value as the page shows it: control characters as \\xNN."""
-    return value if isinstance(value, Markup) else printable(value)
 
 
 def _sections(run: Run, record: Mapping[str, Any]) -> dict[str, list[Part]]:
@@ -139,7 +136,8 @@ def _evaluation(run: Run, record: Mapping[str, Any]) -> list[Part]:
         if name != "classes" and not (folder / f"{name}.csv").exists():
             continue  # of a detector
         titles, *rows = csv.reader((folder / f"{name}.csv").read_text().splitlines())
-        short = [[f"{float(c):.2f}" if _is_share(c) else c for c in row] for row in rows]
+        share = re.compile(r"\d+\.\d{4}")
+        short = [[f"{float(c):.2f}" if share.fullmatch(c) else c for c in row] for row in rows]
         parts.append({"text": heading, "rows": short, "titles": titles})
     return parts
 
@@ -185,10 +183,6 @@ def _set(values: Mapping[str, Any]) -> list[list[object]]:
 
 def _data(record: Mapping[str, Any]) -> object:
     return record.get("args", {}).get("data", "DATA")
-
-
-def _is_share(cell: str) -> bool:
-    return re.fullmatch(r"\d+\.\d{4}", cell) is not None
 
 
 def _figure(value: float) -> str:

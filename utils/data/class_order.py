@@ -7,8 +7,8 @@ whose folders are the numbers of the outputs, and any data for weights that hold
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from utils.data import image_folder, shards
 from utils.data.image_folder import OTHER_NAMES
@@ -18,8 +18,7 @@ from utils.system.text import printable
 WNID = re.compile(r"n\d{8}")  # WordNet's number of a class of ImageNet
 
 
-@dataclass(frozen=True)
-class Order:
+class Order(NamedTuple):
     """Says in which order class folders belong to a network's outputs.
 
     Args:

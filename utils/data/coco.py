@@ -57,7 +57,6 @@ def locate(
     Args:
         images: another name for `{part}2017`, in `root` or absolute.
         annotations: another name for `annotations/instances_{part}2017.json`.
-        anywhere: as in `CocoPaths`.
 
     Raises:
         UserError: one of them does not exist.
@@ -266,11 +265,7 @@ def usable_box(
 
 
 class ObjectNotes:
-    """Counts the objects that are of no use, by reason, and the boxes that reach out of images.
-
-    State: for each reason a number and the first image; of the boxes that can be used how many
-    there are and how many reach out by a pixel or more.
-    """
+    """Counts objects of no use, by reason, and boxes that reach out by a pixel or more."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

@@ -213,7 +213,7 @@ def is_demo(data: str | None) -> bool:
 
 def takes_files(data: str | None) -> bool:
     """Whether DATA names a demo that is made of original files."""
-    return data is not None and data in map(f"{PREFIX}{{}}".format, PHOTO_SETS)
+    return is_demo(data) and str(data).removeprefix(PREFIX) in PHOTO_SETS
 
 
 def recipes(arch: str, light: bool = False) -> dict[str, dict[str, Any]]:

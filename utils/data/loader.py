@@ -323,11 +323,8 @@ def end_workers() -> None:
 def _end_workers(loader: DataLoader[Any], batches: Any, hang: bool = False) -> None:
     """Ends the workers of a pass that a fault has ended; a later pass starts others.
 
-    Else they live as long as anything refers to the pass, such as the fault's own traceback, and
-    read on for nobody.
-
-    Args:
-        hang: they wait for storage and do not hear of their end; torch would wait for each.
+    Else they live as long as anything refers to the pass, such as the fault's own traceback. Those
+    that `hang` wait for storage and do not hear of their end; torch would wait for each.
     """
     workers: list[multiprocessing.Process] = getattr(batches, "_workers", [])
     if not workers:

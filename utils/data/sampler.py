@@ -32,16 +32,12 @@ class SeededBatches(Sampler[list[Key]]):
     left out of that epoch (another shuffle, others left out), so every step has the same size.
 
     With `repeats` above 1 (repeated augmentation, Berman et al. 2019, Hoffer et al. 2020) a global
-    batch holds that many copies of each of its images, each augmented by its own chance. An epoch
-    has as many steps as without, so it sees one image in `repeats`. The copies come in rounds, each
-    in another order, so that mixing, which pairs neighbours, meets other pairs in each round. Where
-    the batch does not divide by `repeats`, the last round is cut short.
-
-    Where the number of ranks is a multiple of `repeats`, each rank's slice lies in one round and no
-    rank sees an image twice in a step, as in torchvision. With another number some slices reach
-    into the next round and may have an image of both: ranks 2 and 5 of 8 with 3 repeats of a batch
-    of 2048. (torchvision separates the copies for any number from `repeats` on; here the global
-    batch must be the same for every number of ranks.)
+    batch holds that many copies of each of its images, each augmented by its own chance, and an
+    epoch of as many steps sees one image in `repeats`. The copies come in rounds, each in another
+    order, so that mixing, which pairs neighbours, meets other pairs in each round; where the batch
+    does not divide, the last round is cut short. Where the number of ranks is a multiple of
+    `repeats`, no rank sees an image twice in a step, as in torchvision; with another number some
+    slices reach into the next round, as the global batch is the same for every number of ranks.
 
     With `labels` the order is `balanced_order`: each class comes alike, whatever its size, in as
     many steps. An image that comes again in an epoch does so with its next copy's number.
@@ -93,8 +89,8 @@ class SeededBatches(Sampler[list[Key]]):
         else:
             order, earlier = balanced_order(self.labels, self.steps * distinct, shuffle)
         for step in range(first_step, self.steps):
-            place = slice(step * distinct, (step + 1) * distinct)
-            images, copies = order[place], earlier[place] * self.repeats
+            own = slice(step * distinct, (step + 1) * distinct)
+            images, copies = order[own], earlier[own] * self.repeats
             keys = _keys(epoch, images, copies)
             if self.repeats > 1:
                 shuffle.manual_seed(mix_seed(self.seed, epoch, step, self.repeats))

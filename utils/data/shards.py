@@ -111,11 +111,9 @@ class Member:
         try:
             data = read_range(self.shard, self.offset - BLOCK, BLOCK + self.size)
         except OSError as error:
-            raise UserError(
-                f"{printable(self.shard)}: {error.strerror}; see to it, and go on with --resume "
-                "auto",
-                EXIT_FAILED,
-            ) from None
+            remedy = "see to it, and go on with --resume auto"
+            fault = f"{printable(self.shard)}: {error.strerror}; {remedy}"
+            raise UserError(fault, EXIT_FAILED) from None
         if zlib.crc32(data[:BLOCK]) != self.header or len(data) != BLOCK + self.size:
             index = f"{os.path.dirname(self.shard)}/{NAME}"
             raise UserError(
@@ -232,14 +230,7 @@ def _class_names(root: str) -> list[str] | None:
 
 
 def open_images(root: str, classes: Sequence[str] | None = None) -> ImageFolder:
-    """Opens the images below one folder: class folders or tar shards.
-
-    Args:
-        classes: the names in label order; by default those of the data.
-
-    Raises:
-        UserError: see `image_folder.scan` and `scan`.
-    """
+    """Opens the images below one folder: class folders or tar shards; see the `scan` of each."""
     return scan(root, classes) if in_shards(root) else image_folder.scan(root, classes)
 
 
@@ -253,9 +244,6 @@ def open_split(
         with_train: False looks at data/val alone.
         val_split: data has neither, and this share of each class is for val; see
             `image_folder.split`.
-
-    Raises:
-        UserError: see `open_images`; also when val has a class that train has not.
     """
     if not is_remote(str(data)) and not os.path.isdir(data):
         image_folder.list_classes(data)  # says so, with the nearest name

@@ -161,7 +161,7 @@ def draw_weights(
     height = max(1.35, 0.5 + 0.16 * len(shown)) * len(layers) + 0.7  # inches
     with styled() as plt:
         shape = {"figsize": (9, height), "width_ratios": (1, 2.2), "squeeze": False}
-        figure, axes = plt.subplots(len(layers), 2, layout="constrained", **shape)
+        figure, axes = plt.subplots(len(layers), 2, **shape)
         for (left, right), layer in zip(axes, layers, strict=True):
             mean = layer.mean.mean(0)
             order = np.argsort(-mean, kind="stable")
@@ -185,7 +185,7 @@ def draw_weights(
         order_of_all = "Channels, in descending order of the mean:\neach class minus the mean"
         axes[-1, 1].set_xlabel(order_of_all)
         figure.suptitle(title)
-        return png(figure, colours=256)
+        return png(figure)
 
 
 def draw_one_image(layers: Sequence[LayerWeights]) -> bytes:
@@ -202,9 +202,7 @@ def draw_one_image(layers: Sequence[LayerWeights]) -> bytes:
     """
     with styled() as plt:
         size = (6.0, 0.34 * len(layers) + 0.9)  # inches
-        figure, axes = plt.subplots(
-            len(layers), 1, figsize=size, squeeze=False, layout="constrained"
-        )
+        figure, axes = plt.subplots(len(layers), 1, figsize=size, squeeze=False)
         for axis, layer in zip(axes[:, 0], layers, strict=True):
             s = layer.mean[0]
             _draw_differences(axis, (s - s.mean())[None])
@@ -215,7 +213,7 @@ def draw_one_image(layers: Sequence[LayerWeights]) -> bytes:
         text = "left: stage.block (channels); right: mean of s (its span)"
         axes[0, 0].set_title(text, loc="left", fontsize=9)
         axes[-1, 0].set_xlabel("Channels: blue below the row's mean, red above it", fontsize=9)
-        return png(figure, colours=256)
+        return png(figure)
 
 
 def _draw_differences(axis: Axes, differences: np.ndarray) -> tuple[AxesImage, float]:
@@ -237,7 +235,7 @@ def draw_spread(layers: Sequence[LayerWeights], title: str) -> bytes:
     low, mid, high = (np.array([np.quantile(s, q) for s in flat]) for q in (0.1, 0.5, 0.9))
     with styled() as plt:
         figure, (upper, lower) = plt.subplots(
-            2, 1, figsize=(max(6.5, 0.32 * len(layers) + 3), 5.4), sharex=True, layout="constrained"
+            2, 1, figsize=(max(6.5, 0.32 * len(layers) + 3), 5.4), sharex=True
         )
         upper.fill_between(x, low, high, color=MAIN, alpha=0.2, linewidth=0)
         upper.plot(x, mid, "o-", color=MAIN, markersize=4)
@@ -262,7 +260,7 @@ def draw_spread(layers: Sequence[LayerWeights], title: str) -> bytes:
                 if layers[i].stage != layers[i - 1].stage:
                     axis.axvline(i - 0.5, color="0.8", linewidth=0.8)
         figure.suptitle(title)
-        return png(figure, colours=256)
+        return png(figure)
 
 
 def draw_kernels(layers: Sequence[LayerWeights], title: str) -> bytes:
@@ -272,7 +270,7 @@ def draw_kernels(layers: Sequence[LayerWeights], title: str) -> bytes:
     down = math.ceil(len(stages) / across)
     with styled() as plt:
         size = (2.6 * across + 0.4, 2.9 * down + 0.4)
-        figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(down, across, figsize=size, squeeze=False)
         for axis, stage in zip(axes.flat, stages, strict=False):
             _draw_stage(axis, [layer for layer in layers if layer.stage == stage])
         for axis in axes.flat[len(stages) :]:
@@ -280,7 +278,7 @@ def draw_kernels(layers: Sequence[LayerWeights], title: str) -> bytes:
         for line in axes:
             line[0].set_ylabel("Kernel weight")
         figure.suptitle(title)
-        return png(figure, colours=256)
+        return png(figure)
 
 
 def _draw_stage(axis: Axes, blocks: Sequence[LayerWeights]) -> None:

@@ -130,10 +130,9 @@ def _prepared(network: nn.Module, input_shape: Shape) -> tuple[nn.Module, Tensor
 def mid_2019_ops(module: nn.Module, x: Tensor, y: Tensor) -> int:
     """Returns what thop of mid-2019 counted for one call x → y of a module; 0 if unknown to it.
 
-    A mixture: a convolution counts multiply-adds, a linear layer counts both halves, and a bias of
-    a convolution counts once per input channel. It is kept as it was, for the published figures are
-    its. One more habit of it matters: a module that is called again overwrites what it had
-    counted, so of the calls of a block's shared ReLU the last one stands.
+    A mixture, kept because the published figures are its: a convolution counts multiply-adds, a
+    linear layer both halves, a convolution's bias once per input channel; and of several calls of a
+    module, as of a block's shared ReLU, the last one stands.
     """
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         taps = math.prod(module.kernel_size) + (module.bias is not None)
@@ -209,24 +208,17 @@ def thop_today(network: nn.Module, image: Tensor) -> dict[str, int]:
                 module.register_buffer(name, torch.zeros(1, dtype=torch.float64))
         total, _, tree = thop.profile(network, (image,), verbose=False, ret_layer_info=True)
     by_name = {"": int(total)}
-
-    def walk(branch: dict, prefix: str) -> None:
+    branches = [("", tree)]
+    for prefix, branch in branches:
         for name, (ops, _, inner) in branch.items():
             by_name[prefix + name] = int(ops)
-            walk(inner, f"{prefix}{name}.")
-
-    walk(tree, "")
+            branches.append((f"{prefix}{name}.", inner))
     return by_name
 
 
 def thop_version() -> str:
     """Returns a version such as 0.1.1, without the date that thop's wheels append."""
     return metadata.version("thop").replace("-", ".post").partition(".post")[0]
-
-
-def titles() -> list[str]:
-    """Returns the titles of the conventions' columns, in the order of `CONVENTIONS`."""
-    return [title.format(version=thop_version()) for title, _ in CONVENTIONS.values()]
 
 
 def format_params(params: int, base: int = 1024) -> str:
@@ -246,17 +238,11 @@ def format_flops(flops: int, base: int = 1024) -> str:
 BOX_REGIONS, MASK_REGIONS = 1000, 100  # of the published COCO table
 
 
-def trainable_parameters(network: nn.Module) -> int:
-    """Returns the number of parameters that a gradient reaches: the published `Param.`."""
-    return sum(p.numel() for p in network.parameters() if p.requires_grad)
-
-
 def detection_macs(network: nn.Module, size: tuple[int, int] = COCO_SIZE) -> int:
     """Counts multiply-adds of convolutions and linear layers, bias left out.
 
     Args:
-        network: one of torchvision's FasterRCNN, MaskRCNN and RetinaNet, on any device; it is not
-            changed.
+        network: torchvision's FasterRCNN, MaskRCNN or RetinaNet, on any device; it is not changed.
         size: height and width of the image as the backbone sees it.
 
     Raises:

@@ -20,8 +20,6 @@ from utils.inspection.cost import (
     mid_2019_flops,
     published_detection_flops,
     thop_version,
-    titles,
-    trainable_parameters,
 )
 from utils.inspection.published import (
     COCO,
@@ -44,10 +42,7 @@ Size = tuple[int, int]  # height, width
 
 
 def classifier_report(network: Any, size: Size, plain: Cost) -> Report:
-    """Counts a classifier on one image.
-
-    Published figures stand beside ours where they are for the same attention, kernel sizes, image
-    and classes.
+    """Counts a classifier on one image, beside what was published for the same settings.
 
     Args:
         network: on `meta`.
@@ -90,7 +85,8 @@ def detector_report(network: Any, size: Size, plain: nn.Module, first_label: int
         plain: the same one without attention.
     """
     printed = COCO.get((network.arch, network.backbone_arch))
-    trainable, flops = trainable_parameters(network), published_detection_flops(network, size)
+    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    flops = published_detection_flops(network, size)
     theirs = (80, COCO_SIZE, "eca")
     if (network.num_classes - first_label, size, network.attention) != theirs:
         printed = None
@@ -192,11 +188,7 @@ def _theirs(report: Report) -> list[str]:
 
 
 def _table(reports: Sequence[Report], rows: list[list[str]], entries: Legend, **style: int) -> str:
-    """Returns a table of networks with the columns of what was published and what is counted.
-
-    Args:
-        rows: two headings and a row a network, without these columns, which come behind `ksize`.
-    """
+    """Returns a table of networks; what was published and counted comes behind `ksize`."""
     head = ["params", "FLOPs", "params", "FLOPs", "agree"]
     middle = [["published", "", "counted", "", ""], head]
     middle += [[*_theirs(r), *r["in_published_units"].values(), MARK[r["agrees"]]] for r in reports]
@@ -271,23 +263,22 @@ def network_table(report: Report) -> str:
 
 
 def layer_table(report: Report) -> str:
-    """Returns every layer in the order of its first call, and the exact sums, none as thop printed
-    it.
-    """
-    rows = [["layer", "kind", "output", "calls", "parameters", *titles()]]
+    """Returns every layer in the order of its first call, and the exact sums."""
+    first, _, *others = _titles()
+    rows = [["layer", "kind", "output", "calls", "parameters", first, *others]]
     for layer in report["layers"]:
         output = "x".join(map(str, layer["output"]))
-        numbers = (layer[name] for name in ("params", *CONVENTIONS))
-        rows.append([layer["name"], layer["kind"], output, str(layer["calls"])])
-        rows[-1] += [f"{n:,}" for n in numbers]
+        numbers = [f"{layer[name]:,}" for name in ("params", *CONVENTIONS)]
+        rows.append([layer["name"], layer["kind"], output, str(layer["calls"]), *numbers])
     sums = [report["parameters"], *(report["flops"][name] for name in CONVENTIONS)]
     rows.append(["exact sum", "", "", "", *(f"{n:,}" for n in sums)])
     return columns(rows, left=2)
 
 
 def _titles() -> list[str]:
-    first, *rest = titles()
-    return [first, "exact sum", *rest]
+    version = thop_version()
+    first, *others = (title.format(version=version) for title, _ in CONVENTIONS.values())
+    return [first, "exact sum", *others]
 
 
 def _conventions() -> Legend:

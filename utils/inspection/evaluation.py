@@ -64,9 +64,6 @@ def evaluate_shown(
 ) -> tuple[dict[str, float], float]:
     """Evaluates a network on images, each once over all ranks, and shows how far it is.
 
-    Args:
-        meter: see `classification.evaluate`.
-
     Returns:
         The figures of `classification.evaluate` and, where the data has labels anew, of their
         meter; and the seconds that it took.
@@ -101,16 +98,10 @@ def report_run(
     context: Context,
     stop: StopRequest,
 ) -> int:
-    """Evaluates the best checkpoint of a run that has ended once more, and writes its report.
+    """Evaluates the best checkpoint of a run that has ended, or the last, and writes its report.
 
-    Call it on every rank, after the last save: the network gets that checkpoint's weights. Where no
-    epoch is the best, because no loss was finite, it is the last one.
-
-    Args:
-        images, batches: of the validation.
-
-    Returns:
-        The exit code: 0, or that of `stop`.
+    Call it on every rank, after the last save: the network gets that checkpoint's weights. Images
+    and batches are those of the validation. Returns the exit code: 0, or that of `stop`.
     """
     source = ""
     if run.folder is not None:

@@ -221,20 +221,12 @@ def hugging_face_texts(
 
 
 class Agreement(NamedTuple):
-    """Says how a file's objects differ from its network's.
+    """Says how a file's objects differ from its network's."""
 
-    Args:
-        objects: that were compared.
-        pixels: the largest difference of a box's corner.
-        overlap: the smallest IoU of two masks; 1 without masks.
-        others: objects that are on one side alone. Of two boxes that overlap and score the same,
-            rounding decides which one stays.
-    """
-
-    objects: int
-    pixels: float
-    overlap: float
-    others: int
+    objects: int  # that were compared
+    pixels: float  # the largest difference of a box's corner
+    overlap: float  # the smallest IoU of two masks; 1 without masks
+    others: int  # on one side alone: rounding decides which of two overlapping boxes stays
 
 
 class _OneImage(nn.Module):

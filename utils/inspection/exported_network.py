@@ -174,11 +174,7 @@ def load(path: str | Path) -> ExportedNetwork | ExportedDetector:
 
 
 def load_classifier(path: str | Path) -> ExportedNetwork:
-    """Reads a classifier's file of export.py.
-
-    Raises:
-        UserError: it is a detector's, or as in `load`.
-    """
+    """Reads a classifier's file of export.py; raises as `load`."""
     network = load(path)
     if isinstance(network, ExportedDetector):
         raise UserError(f"{path}: holds a detector; give the file of a classifier")

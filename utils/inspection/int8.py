@@ -32,6 +32,7 @@ from utils.system.text import printable
 
 BATCH = 16
 TIMED = 9  # calls of each network, taken in turn
+OPTIONS = {"ActivationSymmetric": False, "WeightSymmetric": True, "CalibMovingAverage": True}
 
 Contents = tuple[tuple[bytes, ...], str]
 
@@ -78,11 +79,9 @@ def quantised_files(
             run = run_openvino
         pair = {"float32": run(*before), "int8": run(*after)}
         top1, agreement, images = evaluate(pair, _batches(val, look))
-        print(
-            f"{name}: top-1 {top1['float32']:.2f} % in float32, {top1['int8']:.2f} % in int8; the "
-            f"same class for {agreement:.2f} % of {images} validation images",
-            flush=True,
-        )
+        line = f"{name}: top-1 {top1['float32']:.2f} % in float32, {top1['int8']:.2f} % in int8"
+        same = f"the same class for {agreement:.2f} % of {images} validation images"
+        print(f"{line}; {same}", flush=True)
         if (drop := top1["float32"] - top1["int8"]) > max_drop:
             raise UserError(
                 f"{name} in int8 loses {drop:.2f} points of top-1, more than --max-drop "
@@ -177,11 +176,7 @@ def quantise(onnx_file: bytes, batches: Iterable[Tensor]) -> bytes:
             reduce_range=True,
             nodes_to_exclude=_float_nodes(model),
             calibrate_method=quantization.CalibrationMethod.MinMax,
-            extra_options={
-                "ActivationSymmetric": False,
-                "WeightSymmetric": True,
-                "CalibMovingAverage": True,
-            },
+            extra_options=OPTIONS,
         )
         result = onnx.load(target)
     properties = {entry.key: entry.value for entry in model.metadata_props}
@@ -216,11 +211,7 @@ def _float_nodes(model: Any) -> list[str]:
 def evaluate(
     networks: Mapping[str, Run], batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[dict[str, float], float, int]:
-    """Evaluates two networks on the same images.
-
-    Args:
-        networks: name -> images (N, 3, S, S) to logits (N, C).
-        batches: normalised images and labels (N,).
+    """Evaluates two networks on the same normalised images and labels (N,).
 
     Returns:
         Top-1 in % of each network, the share of images in % for which the two name the same class,

@@ -71,7 +71,7 @@ def draw_map(
         depth = -0.07 / (3.2 * shown.height / SIDE)
         middle.text(0.5, depth, f"Grad-CAM on {where}", fontsize=8, color="0.4", **below)
         _draw_ranking(right, ranking)
-        return png(figure)
+        return png(figure, colours=None)
 
 
 def _map_axes(size: Sequence[int], names: Sequence[str]) -> tuple[Figure, tuple[Axes, ...]]:
@@ -81,7 +81,7 @@ def _map_axes(size: Sequence[int], names: Sequence[str]) -> tuple[Figure, tuple[
     text = 0.2 + 0.075 * max(len(short(name)) for name in names)
     width = gap + 2 * (max(wide, least) + gap) + 0.7 + text + bars + gap
     height = head + max(tall, least) + foot
-    figure = plt.figure(figsize=(width, height))
+    figure = plt.figure(figsize=(width, height), layout="none")
 
     def axes(x: float, w: float, h: float) -> Axes:
         return figure.add_axes((x / width, (height - head - h) / height, w / width, h / height))
@@ -143,7 +143,7 @@ def draw_matrix(matrix: np.ndarray, names: Sequence[str], title: str) -> bytes:
     cell = max(0.44, 0.1 * len(str(matrix.max(initial=0))) + 0.12)  # inches
     size = (max(4.9, cell * n + 2.4), max(3.2, cell * n + 2.2))
     with styled():
-        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        figure, axis = plt.subplots(figsize=size)
         axis.imshow(1 - depth[..., None] * (1 - colours))
         for row, column in np.argwhere(matrix > 0):
             colour = "white" if depth[row, column] > 0.72 else PLAIN
@@ -160,7 +160,7 @@ def draw_matrix(matrix: np.ndarray, names: Sequence[str], title: str) -> bytes:
         axis.spines[:].set(color="#d0d7de", visible=True)
         axis.set(xlabel="Predicted class", ylabel="True class")
         figure.suptitle(f"{title}\nblue: right, orange: confused; darker: more of the row")
-        return png(figure, colours=256)
+        return png(figure)
 
 
 def draw_pairs(pairs: Sequence[Sequence[float]], names: Sequence[str], title: str) -> bytes:
@@ -172,7 +172,7 @@ def draw_pairs(pairs: Sequence[Sequence[float]], names: Sequence[str], title: st
     shown = list(pairs)[:PAIRS]
     with styled():
         size = (9.2, 1.3 + 0.27 * max(1, len(shown)))
-        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        figure, axis = plt.subplots(figsize=size)
         rows = range(len(shown))
         labels = [
             " → ".join(short(plain_name(names, int(number)), NAME) for number in pair[:2])
@@ -189,7 +189,7 @@ def draw_pairs(pairs: Sequence[Sequence[float]], names: Sequence[str], title: st
         if not shown:
             axis.text(65, 0, "no image was taken for another class", ha="center", va="center")
         figure.suptitle(title)
-        return png(figure, colours=256)
+        return png(figure)
 
 
 def draw_precision_recall(
@@ -205,7 +205,7 @@ def draw_precision_recall(
     there = there[np.argsort(precision[there].mean(1), kind="stable")]
     recall = np.linspace(0, 100, precision.shape[1])
     with styled():
-        figure, axis = plt.subplots(figsize=(7.4, 4.2), layout="constrained")
+        figure, axis = plt.subplots(figsize=(7.4, 4.2))
         axis.set(xlabel="Recall (%)", ylabel="Precision (%)", xlim=(0, 100), ylim=(0, 100))
         for i in there[most:]:
             axis.plot(recall, 100 * precision[i], color="#d0d7de", lw=0.8)
@@ -218,7 +218,7 @@ def draw_precision_recall(
             axis.plot(recall, mean, color=MAIN, lw=3, label=label, clip_on=False)
             figure.legend(loc="outside right upper", title="AP50 (%), lowest first")
         figure.suptitle(title)
-        return png(figure, colours=256)
+        return png(figure)
 
 
 def draw_calibration(
@@ -241,7 +241,7 @@ def draw_calibration(
     share = 100 * images[there] / max(1, images.sum())
     with styled():
         figure, (upper, lower) = plt.subplots(
-            2, 1, figsize=(5.2, 6.4), sharex=True, height_ratios=(3, 1), layout="constrained"
+            2, 1, figsize=(5.2, 6.4), sharex=True, height_ratios=(3, 1)
         )
         bar = {"width": 0.94 * 100 / bins}
         upper.bar(middle, both, color=MAIN, label="right predictions", **bar)
@@ -258,4 +258,4 @@ def draw_calibration(
         lower.set_ylim(0, min(100, max(1.0, 1.08 * share.max(initial=0))))
         text = f"expected calibration error {100 * error:.2f} %" if there.any() else "no image"
         figure.suptitle(f"{title}\n{text}")
-        return png(figure, colours=256)
+        return png(figure)

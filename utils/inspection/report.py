@@ -184,8 +184,9 @@ class ClassFigures:
 
 
 def class_pairs(images: EvaluatedImages, classes: int) -> np.ndarray:
-    """Returns (p, 3) int64: true class, predicted class and images of each pair that occurs, in
-    this order. With many classes most never do. Images without a prediction are in none.
+    """Returns (p, 3) int64: true class, predicted class and images of each pair that occurs.
+
+    With many classes most never do. Images without a prediction are in none.
     """
     finite = images.predicted != NONE
     codes = images.true[finite] * classes + images.predicted[finite]
@@ -289,6 +290,7 @@ class Report:
         edges = [_percent(i / len(bins.images)) for i in range(len(bins.images) + 1)]
         measured = [[_percent(v) for v in share] for share in (bins.confidence, bins.accuracy)]
         worst = zip(images.worst(len(self.paths)), self.paths, strict=True)
+        named = dict(enumerate(names))  # not NONE
         rows: dict[str, Iterable[Iterable[object]]] = {
             "classes": (
                 [i, *row, *(_percent(s[i]) for s in shares)] for i, row in enumerate(counts)
@@ -299,15 +301,9 @@ class Report:
             ),
             "calibration": zip(edges[:-1], edges[1:], bins.images, *measured, strict=True),
             "worst_images": (
-                [
-                    rank,
-                    cell(path),
-                    names[images.true[i]],
-                    "" if images.predicted[i] == NONE else names[images.predicted[i]],
-                    _percent(images.confidence[i]),
-                    _percent(images.true_confidence[i]),
-                    _number(images.loss[i]),
-                ]
+                [rank, cell(path), names[images.true[i]], named.get(images.predicted[i], "")]
+                + [_percent(images.confidence[i]), _percent(images.true_confidence[i])]
+                + [_number(images.loss[i])]
                 for rank, (i, path) in enumerate(worst, start=1)
             ),
         }

@@ -180,9 +180,8 @@ class Difference:
     Args:
         mean: in the runs' own unit.
         low, high: the confidence interval of this one comparison, by Student's t; nan where the
-            pairs have no spread: a single pair, or pairs that all differ by the same. Accuracy
-            counts whole images, so that two or three seeds may do so by chance: it is no sign that
-            another seed would, too.
+            pairs have no spread. Accuracy counts whole images, so that two or three seeds may
+            differ by the same by chance: it is no sign that another seed would, too.
         p: the probability of such a mean or a larger one, of either sign, where there is no
             difference; nan as the interval, but 1 where all pairs are equal.
         pairs: how many.
@@ -498,7 +497,7 @@ def draw_accuracy(plan: Plan, runs: Sequence[RunResult], made: Sequence[Comparis
             for axis in (left, right):
                 axis.set_yticks(range(len(plan.variants)), [short(v) for v in plan.variants])
                 axis.set_ylim(len(plan.variants) - 0.4, -0.6)
-        return png(figure, colours=256)
+        return png(figure)
 
 
 def draw_costs(plan: Plan, runs: Sequence[RunResult]) -> bytes:
@@ -524,13 +523,13 @@ def draw_costs(plan: Plan, runs: Sequence[RunResult]) -> bytes:
             row[1].set_title(network)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
-        return png(figure, colours=256)
+        return png(figure)
 
 
 @contextmanager
 def _panels(plan: Plan, across: int, height: float, **shared: str) -> Iterator[tuple[Any, Any]]:
     """Opens a figure with a row of `across` axes for each network."""
-    size = {"figsize": (9.2, height), "layout": "constrained", "squeeze": False}
+    size = {"figsize": (9.2, height), "squeeze": False}
     with styled() as plt:
         yield plt.subplots(len(plan.networks), across, **size, **shared)
 

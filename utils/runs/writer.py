@@ -473,7 +473,7 @@ def draw_curves(
 
     with styled() as plt:
         rows = -(-len(panels) // 2)
-        figure, axes = plt.subplots(rows, 2, figsize=(9, 3.3 * rows), layout="constrained")
+        figure, axes = plt.subplots(rows, 2, figsize=(9, 3.3 * rows))
         for axis, panel in zip(axes.flat, panels, strict=False):
             shown = [
                 value
@@ -495,7 +495,7 @@ def draw_curves(
             axis.set_visible(False)
         note = "" if best is None else f"\ndotted: the best epoch, {best + 1}"
         figure.suptitle(title + note)
-        write_atomically(path, png(figure))
+        write_atomically(path, png(figure, colours=None))
 
 
 def _draw_curve(axis: Any, panel: Panel, curve: Curve, history: Sequence[Row]) -> list[float]:

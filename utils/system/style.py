@@ -36,6 +36,7 @@ RIGHT_TO_LEFT = ("R", "AL", "AN")  # not every version of what draws here turns 
 SETTINGS = {
     "figure.facecolor": "white",
     "figure.dpi": 110,
+    "figure.constrained_layout.use": True,
     "font.size": 10.5,
     "axes.titlesize": 10.5,
     "axes.labelsize": 10.5,
@@ -67,7 +68,7 @@ def styled() -> Iterator[ModuleType]:
         yield plt
 
 
-def png(figure: "Figure", colours: int | None = None) -> bytes:
+def png(figure: "Figure", colours: int | None = 256) -> bytes:
     """Returns the figure as a PNG file's bytes, and closes it.
 
     Args:
