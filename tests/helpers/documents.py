@@ -102,21 +102,12 @@ def run_command(line: str, root: Path, shown: str) -> str:
     program, *arguments = shlex.split(line)
     if program != "python" or re.search(r"[|<>;&]", re.sub(r"'[^']*'", "", line)):
         own = shlex.quote(sys.executable)
-        done = subprocess.run(
-            [
-                "bash",
-                "-eo",
-                "pipefail",
-                "-c",
-                f"""
-                python() {{ {own} "$@"; }}
-                torchrun() {{ {own} -m torch.distributed.run "$@"; }}
-                {line}""",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
+        code = f"""
+            python() {{ {own} "$@"; }}
+            torchrun() {{ {own} -m torch.distributed.run "$@"; }}
+            {line}"""
+        bash = ["bash", "-eo", "pipefail", "-c", code]
+        done = subprocess.run(bash, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         return done.stdout + done.stderr
     code = 0

@@ -14,23 +14,11 @@ from utils.data import demo_sets
 from utils.runs import checkpoint
 
 # Documented commands at a size for tests; DATA is the test's own, and so are the demo's images.
+SMALL = ("-b", 8, "--epochs", 1)
 SCALED = {
-    "main.py": (
-        "-a",
-        "resnet18",
-        "-b",
-        8,
-        "--epochs",
-        1,
-        "--img-size",
-        32,
-        "--train-size",
-        24,
-        "-j",
-        0,
-    ),
-    "light_main.py": ("-b", 8, "--epochs", 1, "--img-size", 32, "--train-size", 32, "-j", 0),
-    "demo": ("-b", 8, "--epochs", 1),
+    "main.py": (*SMALL, "-a", "resnet18", "--img-size", 32, "--train-size", 24, "-j", 0),
+    "light_main.py": (*SMALL, "--img-size", 32, "--train-size", 32, "-j", 0),
+    "demo": SMALL,
 }
 
 

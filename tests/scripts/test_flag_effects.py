@@ -9,10 +9,12 @@ from helpers.coco_trees import write_tree as write_coco
 from helpers.kill_driver import same
 from helpers.trees import write_tree
 
+from utils.command_line import classification
 from utils.config.classification import Config
 from utils.config.detection import DetectionConfig
 from utils.config.flags import flags_of
 from utils.runs import checkpoint
+from utils.runs.writer import RunFiles
 
 pytestmark = pytest.mark.usefixtures("thin")
 
@@ -133,8 +135,15 @@ def ends():
     return {}
 
 
+@pytest.fixture
+def bare(monkeypatch):
+    """Runs without their pictures, and without the trial of a network that is known to run."""
+    monkeypatch.setattr(RunFiles, "draw", lambda *_: None)
+    monkeypatch.setattr(classification, "check_forward", lambda *_: None)
+
+
 @pytest.mark.parametrize("field", EFFECTS)
-def test_a_run_with_it_is_another_one(call, few, tmp_path, ends, field):
+def test_a_run_with_it_is_another_one(call, bare, few, tmp_path, ends, field):
     (tmp_path / "w.json").write_text('{"a": 1, "b": 2, "c": 0.5}')
 
     def end_of(*flags):
