@@ -1,7 +1,6 @@
 """export.py --to hf: a folder that models.from_pretrained reads, and a card that tells no lies."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from helpers.classifier_checkpoints import write_checkpoint
 from helpers.tiny_runs import RUN
 
 import models
-from models import pretrained, weights
+from models import weights
 from utils.data.transforms import IMAGENET_MEAN
 from utils.runs import checkpoint
 
@@ -58,16 +57,6 @@ def test_the_folder_is_read_back(export_cli, tmp_path):
     assert code == 0, text
     assert (tmp_path / "new" / "place" / "best.safetensors").is_file()
     assert same(models.from_pretrained("new/place/best-hf").state_dict(), held)
-
-
-def test_a_class_folder_whose_name_is_no_text(export_cli, tmp_path):
-    """Its bytes come back from config.json as Python has them everywhere."""
-    name = os.fsdecode(b"caf\xe9")
-    write(tmp_path / "best.pth", classes=["a", "b", name])
-    code, text = export_cli("best.pth", "--to", "hf")
-    assert code == 0, text
-    assert pretrained.read_config("best-hf")["classes"] == ["a", "b", name]
-    assert models.from_pretrained("best-hf").num_classes == 3
 
 
 def card(export_cli, tmp_path, name="x", **kwargs):

@@ -197,7 +197,6 @@ def test_a_checkpoint_from_before_the_recipes_goes_on(call, finished, tmp_path):
     ("flags", "words"),
     [
         (("--recipe", "modem"), "no recipe 'modem'; did you mean modern"),
-        (("--ema", 1), "'1' is not a number between 0 and 1, 1 excluded"),
         (("--auto-augment", "wide"), "no augmentation 'wide'; known: none, trivial, rand, or"),
         (("--auto-augment", "rand-m11-mstd0.5-inc1"), "no augmentation 'rand-m11-mstd0.5-inc1'"),
         (("--bce-threshold", 0.2), "--bce-threshold does nothing with --loss ce: leave it out"),

@@ -37,12 +37,8 @@ def test_detector_finds_draws_and_writes_coco(detector, photos, predict_cli, tmp
     assert "mask_rcnn on resnet18, 2 classes" in notes
     assert f"! {photos}/bad.png: not an image; passed over" in notes
     out = tmp_path / "out"
-    assert sorted(p.name for p in out.iterdir()) == [
-        "detections.csv",
-        "detections.json",
-        "grid.png",
-        "pictures",
-    ]
+    written = ["detections.csv", "detections.json", "grid.png", "pictures"]
+    assert sorted(p.name for p in out.iterdir()) == written
     document = json.loads((out / "detections.json").read_text())
     assert document["categories"] == [{"id": 7, "name": "ant"}, {"id": 3, "name": "bee"}]
     files = [photos / name for name in ("a.png", "b.jpg", "cat/c.png", "cat/d[1].png")]

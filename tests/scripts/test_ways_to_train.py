@@ -239,7 +239,6 @@ def test_some_epochs_are_evaluated_and_another_figure_decides(call, tree, tmp_pa
     [
         (("--class-weights", "none.csv"), "none.csv: No such file or directory; give balanced,"),
         (("--freeze", "stages:5"), "--freeze: eca_resnet18 has 4 stages: 'stages:5' are more; use"),
-        (("--layer-decay", 0), "'0' is not a number between 0 and 1, 0 excluded"),
         (
             ("--optimizer", "adamw", "--momentum", 0.8),
             "--momentum does nothing with --optimizer adamw: leave it out",
