@@ -159,6 +159,7 @@ def call(
 
     def start(*arguments, entry=script.main):
         monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+        capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             faults.run_script(entry)
         out, err = capfd.readouterr()
@@ -229,7 +230,7 @@ def detect(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture,
+    capfd: pytest.CaptureFixture,
 ) -> Iterator[Callable[..., list[str]]]:
     """detect_main.py's main in this process, in an empty folder: lines on stdout.
 
@@ -246,9 +247,9 @@ def detect(
 
     def start(*arguments: object, code: int = 0) -> list[str]:
         monkeypatch.setattr(sys, "argv", ["detect_main.py", *map(str, arguments)])
-        capsys.readouterr()
+        capfd.readouterr()
         assert script.main() == code
-        return capsys.readouterr().out.splitlines()
+        return capfd.readouterr().out.splitlines()
 
     yield start
     torch.use_deterministic_algorithms(False)  # which --seed turned on, in this process too

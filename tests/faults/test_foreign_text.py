@@ -10,41 +10,24 @@ import predict
 from tools import check_images, compare_runs
 from utils.inspection.predictions import CocoDocument, Guess, Prediction, PredictionLog
 from utils.runs import checkpoint
-from utils.system.faults import run_script
 
 EVIL = "\x1b[2J\nerror: all is well"
-
-
-@pytest.fixture
-def start(monkeypatch, capfd):
-    """Runs a script's main: its exit code and all that it wrote to the terminal."""
-
-    def call(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            run_script(script.main)
-        return end.value.code, "".join(capfd.readouterr())
-
-    return call
 
 
 @pytest.mark.parametrize(
     ("script", "field"), [(main, "arch"), (predict, "arch"), (predict, "classes")]
 )
-def test_a_checkpoint_s_texts_move_no_cursor(start, run_folder, tree, script, field):
+def test_a_checkpoint_s_texts_move_no_cursor(call, run_folder, tree, script, field):
     path = run_folder / "last.pth"
     state = checkpoint.load(path)
     state[field] = EVIL if field == "arch" else [EVIL, *state["classes"][1:]]
     checkpoint.save(path, state)
-    if script is main:
-        code, shown = start(main, "--resume", path, tree, "-e", "--device", "cpu")
-    else:
-        code, shown = start(predict, path, next(tree.glob("val/*/*")), "--device", "cpu")
+    words = ("-e", "--resume", path, tree) if script is main else (path, next(tree.glob("val/*/*")))
+    code, out, err = call(*words, "--device", "cpu", entry=script.main)
     assert code == (2 if field == "arch" else 0)
-    assert "\x1b" not in shown
-    assert "\\x1b[2J" in shown
-    assert not any(line.startswith("error: all is well") for line in shown.splitlines())
+    assert "\x1b" not in "".join([*out, *err])
+    assert "\\x1b[2J" in "".join([*out, *err])
+    assert not any(line.startswith("error: all is well") for line in (*out, *err))
 
 
 def test_file_and_class_names_are_text_for_a_spreadsheet(tmp_path, monkeypatch):

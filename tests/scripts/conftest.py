@@ -1,46 +1,38 @@
 """What tests of one script share: the script in this process, and weights for it."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.other_sets import OUTPUTS, SHUFFLED
 
+import export
 import models
+import predict
 from models import weights
 from utils.runs import checkpoint
-from utils.system.faults import run_script
 
 
 @pytest.fixture
-def export_cli(monkeypatch, capsys, tmp_path):
-    """Runs a script's main in an empty folder and gives (exit code, all that it printed)."""
-    import export
+def export_cli(call):
+    """Runs export.py, or another script's main: (exit code, all that it printed)."""
 
-    monkeypatch.chdir(tmp_path)
+    def start(*arguments, main=export.main):
+        code, out, err = call(*arguments, entry=main)
+        return code, "".join(f"{line}\n" for line in (*out, *err))
 
-    def call(*arguments, main=export.main):
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_script(main)
-        return end.value.code, "".join(capsys.readouterr())
-
-    return call
+    return start
 
 
 @pytest.fixture
-def predict_cli(monkeypatch, capsys):
-    """Runs predict.py's main and gives (exit code, standard output, standard error)."""
-    import predict
+def predict_cli(call):
+    """Runs predict.py: (exit code, standard output, standard error)."""
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_script(predict.main, predict.SMALLER)
-        return end.value.code, *capsys.readouterr()
+    def start(*arguments):
+        code, out, err = call(*arguments, entry=predict.main)
+        return code, *("".join(f"{line}\n" for line in lines) for lines in (out, err))
 
-    return call
+    return start
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Networks of timm and torchvision, and other attentions, on the whole way from main.py on."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,17 +42,10 @@ CASES = {
 }
 
 
-def run(script, monkeypatch, capfd, *arguments):
-    """A script's exit code, and its lines."""
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-    code = script.main()
-    return code or 0, capfd.readouterr().out.splitlines()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_trained_killed_resumed_evaluated_predicted_exported(
-    call, tree, tmp_path, monkeypatch, capfd, case
+    call, tree, tmp_path, monkeypatch, case
 ):
     monkeypatch.setattr(eca_resnet, "WIDTHS", (8, 16, 32, 64))
     (tmp_path / "mine.py").write_text(GATE)
@@ -64,10 +56,10 @@ def test_trained_killed_resumed_evaluated_predicted_exported(
     assert (code, err) == (0, [])
     top1 = next(line for line in out if "top-1" in line)
     images = sorted(str(path) for path in (Path(tree) / "val").rglob("*.png"))[:2]
-    checkpoint_and = ("through/last.pth", *again)
-    code, out = run(predict, monkeypatch, capfd, *checkpoint_and, *images)
+    saved_as = ("through/last.pth", *again)
+    code, out, _ = call(*saved_as, *images, entry=predict.main)
     assert (code, len(out)) == (0, 2)
-    run(export, monkeypatch, capfd, *checkpoint_and, "--to", "onnx", "--output", "out")
+    call(*saved_as, "--to", "onnx", "--output", "out", entry=export.main)
     code, exported, err = call("-e", "--resume", "out/last.onnx", tree)
     assert (code, err) == (0, [])
     assert top1.rpartition("loss")[0] in " ".join(exported)
@@ -135,14 +127,14 @@ def test_a_strangers_checkpoint_runs_no_file(call, tree, tmp_path, run_folder):
     assert not (tmp_path / "ran").exists()
 
 
-def test_gates_and_counts_of_a_librarys_network(call, tree, tmp_path, monkeypatch, capfd):
+def test_gates_and_counts_of_a_librarys_network(call, tree):
     flags = (*FLAGS, "-b", 24, "-a", "torchvision:resnet18", "--attention", "eca", "--epochs", 1)
     code, _, err = call(*flags, "--output", "run", tree)
     assert (code, err) == (0, [])
-    code, out = run(visualize_attention, monkeypatch, capfd, "run/last.pth", tree, "-j", 0)
+    code, out, _ = call("run/last.pth", tree, "-j", 0, entry=visualize_attention.main)
     assert code == 0
     assert sum(line.startswith("layer1.") or line.startswith("layer4.") for line in out) == 4
-    _, out = run(paras_flops, monkeypatch, capfd, *flags[-6:-2])
+    _, out, _ = call(*flags[-6:-2], entry=paras_flops.main)
     count = sum(p.numel() for p in torchvision.models.resnet18().parameters())
     assert f"{count + 36:,}" in next(line for line in out if line.startswith("parameters"))
     assert torch.load("run/last.pth", weights_only=True)["ksize"] == [3, 3, 5, 5, 5, 5, 5, 5]

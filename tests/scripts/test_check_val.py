@@ -2,7 +2,6 @@
 
 import csv
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,24 +10,18 @@ from helpers.shard_sets import make
 from helpers.small_runs import SMALL
 
 from tools import check_images
-from utils.system import faults
 from utils.system.errors import EXIT_FAILED, UserError
 
 pytestmark = pytest.mark.usefixtures("thin")
 
 
 @pytest.fixture
-def checked(monkeypatch, capfd):
+def checked(call):
     """tools.check_images: exit code, paths that it lists, its last line on stderr."""
-    monkeypatch.setattr(faults, "end_children", lambda: True)
 
     def start(*arguments: object) -> tuple[int, list[str], str]:
-        monkeypatch.setattr(sys, "argv", ["check_images", *map(str, arguments), "-j", "1"])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            faults.run_script(check_images.main)
-        out, err = capfd.readouterr()
-        return ended.value.code, [row[0] for row in csv.reader(out.splitlines()[1:])], err.strip()
+        code, out, err = call(*arguments, "-j", 1, entry=check_images.main)
+        return code, [row[0] for row in csv.reader(out[1:])], err[-1]
 
     return start
 

@@ -37,11 +37,11 @@ def test_bad_input(detect, shapes, arguments, message):
         (("--batchsize", "4"), ("--batchsize", "did you mean --batch-size")),
     ],
 )
-def test_bad_flags(detect, capsys, arguments, words):
+def test_bad_flags(detect, capfd, arguments, words):
     with pytest.raises(SystemExit) as caught:
         detect(*arguments)
     assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = capfd.readouterr().err.splitlines()
     assert all(word in line for word in words), line
 
 

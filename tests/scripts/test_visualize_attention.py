@@ -1,6 +1,6 @@
 """visualize_attention.py: the weights that the layers apply, averaged over the right images."""
 
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,21 +15,12 @@ from utils.data.decoding import read_image
 from utils.inspection import channel_weights
 from utils.inspection.channel_weights import LayerWeights
 from utils.runs import checkpoint
-from utils.system.faults import run_script
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys, tmp_path):
-    """Runs visualize_attention.py in an empty folder: (exit code, all that it printed)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["visualize_attention.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_script(visualize_attention.main)
-        return end.value.code, "".join(capsys.readouterr())
-
-    return call
+def cli(export_cli):
+    """Runs visualize_attention.py: (exit code, all that it printed)."""
+    return partial(export_cli, main=visualize_attention.main)
 
 
 def saved(path, network):

@@ -1,11 +1,9 @@
 """python -m tools.check_images: every broken file, and no other."""
 
 import csv
-import io
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from PIL import Image
 
 from tools import check_images
 from tools.check_images import find_broken, find_images
-from utils.system import faults
 from utils.system.errors import UserError
 
 
@@ -36,64 +33,63 @@ BROKEN = ("train/a/1.png", "train/b/2.jpg", "val/c/0.png", "val/c/pipe.jpg")
 
 
 @pytest.fixture
-def call(monkeypatch, capfd):
-    monkeypatch.setattr(faults, "end_children", lambda: True)
+def check(call):
+    """Runs the tool: (exit code, the rows of its table, lines on stderr)."""
 
     def start(*arguments):
-        monkeypatch.setattr(sys, "argv", ["check_data", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            faults.run_script(check_images.main)
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
+        code, out, err = call(*arguments, entry=check_images.main)
+        return code, list(csv.reader(out)), err
 
     return start
 
 
 @pytest.mark.parametrize(("processes", "decoder"), [(1, "simplejpeg"), (2, "pil")])
-def test_broken_files_are_listed_as_csv(call, data, processes, decoder):
-    code, out, err = call(data, "-j", processes, "--decoder", decoder)
-    assert code == 1
-    rows = list(csv.DictReader(io.StringIO(out)))
-    assert [row["path"] for row in rows] == [f"{data}/{name}" for name in BROKEN]
-    assert rows[0]["reason"] == "the file is empty"
-    assert rows[3]["reason"] == "not a regular file"
-    assert all(row["reason"] for row in rows)
-    assert err == "41 images read, 4 broken; passed over: 1 .txt\n"
+def test_broken_files_are_listed_as_csv(check, data, processes, decoder):
+    code, (head, *rows), err = check(data, "-j", processes, "--decoder", decoder)
+    assert (code, head) == (1, ["path", "reason"])
+    assert [path for path, _ in rows] == [f"{data}/{name}" for name in BROKEN]
+    assert all(reason for _, reason in rows)
+    assert (rows[0][1], rows[3][1]) == ("the file is empty", "not a regular file")
+    assert err == ["41 images read, 4 broken; passed over: 1 .txt"]
 
 
-def test_a_bad_sector_is_listed_and_the_rest_read(call, data, bad_sector):
+def test_a_bad_sector_is_listed_and_the_rest_read(check, data, bad_sector):
     bad_sector(b"train/c/3.png")
-    code, out, _ = call(data, "-j", 1)
-    rows = {row["path"]: row["reason"] for row in csv.DictReader(io.StringIO(out))}
+    code, (_, *rows), _ = check(data, "-j", 1)
     assert code == 1
-    assert list(rows) == [f"{data}/{name}" for name in sorted((*BROKEN, "train/c/3.png"))]
-    assert rows[f"{data}/train/c/3.png"].startswith("Input/output error; see to the storage")
+    assert [p for p, _ in rows] == [f"{data}/{n}" for n in sorted((*BROKEN, "train/c/3.png"))]
+    assert dict(rows)[f"{data}/train/c/3.png"].startswith("Input/output error; see to the storage")
 
 
-def test_a_good_folder(call, tree, tmp_path):
-    code, out, err = call(tree, "-j", 1, "--output", tmp_path / "bad.csv")
-    assert (code, out) == (0, "")
+def test_a_good_folder(check, tree, tmp_path):
+    flags = ("-j", 1, "--output", tmp_path / "bad.csv")
+    assert check(tree, *flags) == (0, [], ["39 images read, 0 broken"])
     assert (tmp_path / "bad.csv").read_text() == "path,reason\n"
-    assert err == "39 images read, 0 broken\n"
-    code, out, err = call(tree, "-j", 1, "--output", tmp_path / "bad.csv")
-    assert (code, out) == (2, "")
-    assert "exists already" in err
+    code, out, err = check(tree, *flags)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert "exists already" in err[0]
 
 
-def test_every_wrong_size_of_a_coco_tree_is_found_at_once(call, tmp_path):
+def test_every_wrong_size_of_a_coco_tree_is_found_at_once(check, tmp_path):
+    """Annotators that leave EXIF out write the sides as they are stored."""
     root = write_coco_tree(tmp_path / "coco", [annotation()], images=4)
-    turned = [root / "val2017" / f"picture-{n}.png" for n in (1, 3)]
-    for path in turned:
-        Image.new("RGB", (48, 64)).save(path)
-    (root / "val2017" / "picture-2.png").unlink()
-    code, out, err = call(root, "-j", 1)
+    turned, missing, exif_turned, _ = sorted((root / "val2017").iterdir())
+    Image.new("RGB", (48, 64)).save(turned)
+    missing.unlink()
+    with Image.open(exif_turned) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(exif_turned, exif=exif)
+    code, (_, *rows), err = check(root, "-j", 1)
     assert code == 1
-    assert list(csv.reader(out.splitlines())) == [
-        ["path", "reason"],
-        *([str(path), "48x64 pixels, but 64x48 in the annotations"] for path in turned),
-        [str(root / "val2017" / "picture-2.png"), "missing, but in the annotations"],
+    sizes = "48x64 pixels, but 64x48 in the annotations"
+    by_exif = f"{sizes}: its EXIF orientation turns it, which the annotations leave out"
+    assert rows == [
+        [str(turned), sizes],
+        [str(exif_turned), by_exif],
+        [str(missing), "missing, but in the annotations"],
     ]
-    assert "3 images read, 3 broken" in err
+    assert "3 images read, 3 broken" in err[0]
 
 
 def test_names_and_links(tmp_path):
@@ -122,29 +118,8 @@ def test_a_killed_reader_is_one_line(monkeypatch, data):
         list(find_broken(paths, "pil", 2))
 
 
-def test_an_image_that_its_exif_turns_is_told_as_such(call, tmp_path):
-    """Annotators that leave EXIF out write the sides as they are stored."""
-    root = write_coco_tree(tmp_path / "coco", [annotation()], images=2)
-    path = root / "val2017" / "picture-1.png"
-    with Image.open(path) as image:
-        exif = image.getexif()
-        exif[0x0112] = 6
-        image.save(path, exif=exif)
-    code, out, _ = call(root)
-    assert code == 1
-    (row,) = list(csv.reader(out.splitlines()))[1:]
-    assert row == [
-        str(path),
-        "48x64 pixels, but 64x48 in the annotations: its EXIF orientation turns it, which the "
-        "annotations leave out",
-    ]
-
-
-def test_wrong_entries_of_annotations_are_listed(call, tmp_path):
+def test_wrong_entries_of_annotations_are_listed(check, tmp_path):
     root = write_coco_tree(tmp_path / "coco", [annotation(1, image_id=9), annotation(2)])
-    code, out, _ = call(root)
-    assert code == 1
+    code, (_, *rows), _ = check(root)
     where = root / "annotations" / "instances_val2017.json"
-    assert list(csv.reader(out.splitlines()))[1:] == [
-        [str(where), "annotation 1: unknown image_id 9"]
-    ]
+    assert (code, rows) == (1, [[str(where), "annotation 1: unknown image_id 9"]])

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import sys
 
 import pytest
 from PIL import Image
@@ -11,7 +10,6 @@ from PIL import Image
 from tools import compare_runs
 from tools.compare_runs import PANELS, differences, read_run, repeat_lines, result_rows
 from utils.system.errors import UserError
-from utils.system.faults import run_script
 
 TOP1 = {"a": (50.0, 90.0, 90.0), "b": (40.0, float("nan"), 80.5), "c": (10.0, 94.0, 20.0)}
 
@@ -53,17 +51,14 @@ def write_detection(folder, masks):
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys, tmp_path):
-    """Runs the module's main in an empty folder and gives (exit code, all that it printed)."""
-    monkeypatch.chdir(tmp_path)
+def cli(call):
+    """Runs the module's main in an empty folder: (exit code, all that it printed)."""
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compare_runs", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_script(compare_runs.main)
-        return end.value.code, "".join(capsys.readouterr())
+    def start(*arguments):
+        code, out, err = call(*arguments, entry=compare_runs.main)
+        return code, "\n".join([*out, *err])
 
-    return call
+    return start
 
 
 def test_the_best_epoch_is_the_first_highest_finite_one(tmp_path):

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import shutil
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,13 +14,19 @@ import pytest
 from helpers.coco_trees import NETWORK
 from PIL import Image
 
-from tools.run_report import MARK
+from tools import run_report
 from utils.data.image_folder import ImageFolder
 from utils.inspection.report import EvaluatedImages, write_report
 from utils.runs import checkpoint
 
 VOID = {"meta", "img"}
 EVIL = '<script>alert("x")</script>'
+
+
+@pytest.fixture
+def write_page(call):
+    """Runs the tool: (exit code, lines on stdout, lines on stderr)."""
+    return partial(call, entry=run_report.main)
 
 
 class Page(HTMLParser):
@@ -207,7 +214,7 @@ def test_a_foreign_file_stays(write_page, run_folder, tmp_path):
     assert target.read_text() == "mine"
     assert write_page(run_folder, "--output", tmp_path / "page.html")[0] == 0
     before = (tmp_path / "page.html").read_text()
-    assert MARK in before
+    assert run_report.MARK in before
     assert write_page(run_folder, "--output", tmp_path / "page.html")[0] == 0  # its own is replaced
     target.unlink()
     target.symlink_to(tmp_path / "page.html")
