@@ -116,19 +116,9 @@ def test_weights_of_a_file(tmp_path):
 
 
 # What timm's train.py hands to its factory if no flag is given, besides the name.
-OF_THE_SCRIPT = {
-    "pretrained": False,
-    "in_chans": 3,
-    "num_classes": None,
-    "drop_rate": 0.0,
-    "drop_path_rate": None,
-    "drop_block_rate": None,
-    "global_pool": None,
-    "bn_momentum": None,
-    "bn_eps": None,
-    "scriptable": False,
-    "checkpoint_path": "",
-}
+OF_THE_SCRIPT = {"pretrained": False, "in_chans": 3, "drop_rate": 0.0, "scriptable": False}
+OF_THE_SCRIPT |= {"checkpoint_path": "", "num_classes": None, "drop_path_rate": None}
+OF_THE_SCRIPT |= dict.fromkeys(("drop_block_rate", "global_pool", "bn_momentum", "bn_eps"))
 
 
 @pytest.mark.parametrize("name", QUICK)

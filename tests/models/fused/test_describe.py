@@ -23,13 +23,7 @@ COMPARED = "fused block tails (Triton, compared on this GPU)"
     [
         ("eca_resnet18", False, torch.float32, MODULES, {}),
         ("eca_resnet18", True, torch.float32, COMPILED, {"fused_tail": 8}),
-        (
-            "eca_resnet18",
-            True,
-            torch.float16,
-            MODULES.replace(NO_COMPILER, NOT_FOR_HALF),
-            {},
-        ),
+        ("eca_resnet18", True, torch.float16, MODULES.replace(NO_COMPILER, NOT_FOR_HALF), {}),
         ("resnet18", False, torch.float32, KERNEL, {"_plain_tail": 8}),
         (
             "resnet18",

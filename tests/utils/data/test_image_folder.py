@@ -21,15 +21,8 @@ def make(root: Path, *names: str) -> Path:
 
 
 def test_labels_follow_names_not_positions(tmp_path):
-    make(
-        tmp_path,
-        "train/ant/1.jpg",
-        "train/bee/1.jpg",
-        "train/cat/1.jpg",
-        "val/bee/1.jpg",
-        "val/cat/1.jpg",
-        "val/cat/2.jpg",
-    )
+    make(tmp_path, "train/ant/1.jpg", "train/bee/1.jpg", "train/cat/1.jpg")
+    make(tmp_path, "val/bee/1.jpg", "val/cat/1.jpg", "val/cat/2.jpg")
     train, val = open_split(str(tmp_path))
     assert train.classes == val.classes == ("ant", "bee", "cat")
     assert train.labels.tolist() == [0, 1, 2]
@@ -45,19 +38,8 @@ def test_a_val_class_that_train_lacks_is_refused(tmp_path):
 
 
 def test_what_is_passed_over_is_counted(tmp_path):
-    make(
-        tmp_path,
-        "a/1.JPG",
-        "a/deep/er/2.png",
-        "a/.hidden.jpg",
-        "a/notes.txt",
-        "a/x.txt",
-        "a/README",
-        ".cache/3.jpg",
-        "b/4.webp",
-        "c/.keep",
-        "stray.jpg",
-    )
+    names = "a/1.JPG a/deep/er/2.png a/.hidden.jpg a/notes.txt a/x.txt a/README .cache/3.jpg"
+    make(tmp_path, *names.split(), "b/4.webp", "c/.keep", "stray.jpg")
     folder = scan(str(tmp_path))
     assert [os.fsdecode(p) for p in folder.paths] == ["a/1.JPG", "a/deep/er/2.png", "b/4.webp"]
     assert folder.ignored == {".txt": 2, "no ending": 1}

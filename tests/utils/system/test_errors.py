@@ -17,12 +17,6 @@ from utils.system.errors import UserError, as_user_error
             ArgumentError("`legacy=True`: leave it out", legacy=True),
             "a.pth: --legacy: leave it out",
         ),
-        (
-            ArgumentError(
-                "`ksize=3`.pth: no `ksize=5`", ksize=5
-            ),  # a file's name that looks like one
-            "a.pth: `ksize=3`.pth: no --ksize 5",
-        ),
         (ValueError("`norm=2`"), "a.pth: `norm=2`"),
     ],
 )
