@@ -136,6 +136,8 @@ def test_names_are_the_same_under_wrappers():
     network.layer1 = torch.compile(network.layer1)
     assert list(strip_prefixes(network.state_dict())) == plain
     assert list(strip_prefixes({"module_a.weight": torch.zeros(1)})) == ["module_a.weight"]
+    with pytest.raises(ValueError, match=r"fc\.bias twice, with and without a wrapper's prefix"):
+        strip_prefixes({"fc.bias": torch.zeros(1), "module.fc.bias": torch.zeros(1)})
 
 
 def test_load_weights_says_what_it_did():
