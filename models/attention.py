@@ -198,10 +198,10 @@ def typed_attention(name: str | None) -> Kind:
         except Exception as error:  # a user's code may raise anything
             del sys.modules[module_name]
             raise ValueError(f"attention {name}: {file} fails: {_first_line(error)}") from None
-    found = getattr(sys.modules[module_name], kind, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    layer = getattr(sys.modules[module_name], kind, None)
+    if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
         raise ValueError(f"attention {name}: {file} has no class {kind} of torch.nn.Module")
-    return found
+    return layer
 
 
 def _of_class(kind: type[nn.Module]) -> Attention:

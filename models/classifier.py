@@ -256,7 +256,7 @@ class Classifier(nn.Module):
             indices: which of `feature_info`, counted from the end where negative; a whole number n
                 for the last n; None for all.
             norm: of no effect, as each map comes out of a block that ends with its normalisation.
-            stop_early: with `intermediates_only`, compute nothing beyond the last map wanted.
+            stop_early: with `intermediates_only`, compute nothing beyond the last of them.
             output_fmt: "NCHW", the only one there is.
             intermediates_only: return the list alone.
 
@@ -268,12 +268,12 @@ class Classifier(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r} is not known here: use 'NCHW'")
-        wanted = take_indices(indices, len(self.feature_info))
+        chosen = take_indices(indices, len(self.feature_info))
         maps = []
         for i, last in enumerate(self._feature_maps(x)):
-            if i in wanted:
+            if i in chosen:
                 maps.append(last)
-            if stop_early and intermediates_only and i == max(wanted):
+            if stop_early and intermediates_only and i == max(chosen):
                 break
         return maps if intermediates_only else (last, maps)
 
@@ -306,13 +306,13 @@ def take_indices(indices: Indices, count: int) -> list[int]:
     """Which of `count` feature maps are meant, in ascending order; a ValueError for others."""
     if indices is None:
         return list(range(count))
-    given = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
-    if not given or not all(-count <= i < count for i in given):
+    numbers = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
+    if not numbers or not all(-count <= i < count for i in numbers):
         raise ValueError(
             f"feature maps {indices!r} are not there: use some of 0 to {count - 1}, or the number"
             f" of maps from the last, at most {count}"
         )
-    return sorted({i % count for i in given})
+    return sorted({i % count for i in numbers})
 
 
 def recomputed(block: nn.Module, x: Tensor) -> Tensor:
@@ -330,14 +330,14 @@ def unchanged_statistics(block: nn.Module) -> Iterator[None]:
     Copies, as autograd refuses tensors that were written to after it had kept them.
     """
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    kept = [dict(norm._buffers) for norm in norms]
+    before = [dict(norm._buffers) for norm in norms]
     for norm in norms:
         for name, buffer in norm._buffers.items():
             norm._buffers[name] = None if buffer is None else buffer.clone()
     try:
         yield
     finally:
-        for norm, buffers in zip(norms, kept, strict=True):
+        for norm, buffers in zip(norms, before, strict=True):
             norm._buffers.update(buffers)
 
 
@@ -348,8 +348,8 @@ def drop_branch(x: Tensor, rate: float) -> Tensor:
         x: (N, C, H, W), a block's branch before it is added to the shortcut.
         rate: probability of each image to lose it, below 1.
     """
-    kept = x.new_empty((len(x), 1, 1, 1)).bernoulli_(1 - rate)
-    return x * kept.div_(1 - rate)
+    mask = x.new_empty((len(x), 1, 1, 1)).bernoulli_(1 - rate)
+    return x * mask.div_(1 - rate)
 
 
 DROP_PATH = {"timm": "drop_path_rate", "torchvision": "stochastic_depth_prob"}  # their arguments

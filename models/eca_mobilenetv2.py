@@ -247,10 +247,10 @@ class MobileNetV2(Classifier):
         return {"stem": r"^features\.0\.", "blocks": blocks}
 
     def _feature_maps(self, x: Tensor) -> Iterator[Tensor]:
-        wanted = {int(info["module"].rpartition(".")[2]) for info in self.feature_info}
+        ends = {int(info["module"].rpartition(".")[2]) for info in self.feature_info}
         for i, block in enumerate(self.features):
             x = recomputed(block, x) if self.features.recomputes(x) else block(x)
-            if i in wanted or i == len(self.features) - 1:
+            if i in ends or i == len(self.features) - 1:
                 yield x
 
 

@@ -165,15 +165,15 @@ class PackedConv2d(nn.Conv2d):
         x = torch.randn(1, self.in_channels, *size, generator=chance).to(weight.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         try:
-            found, expected = self._by_onednn(x, self._pack(x.shape)), self._plain(x)
+            result, expected = self._by_onednn(x, self._pack(x.shape)), self._plain(x)
         except (RuntimeError, AttributeError, TypeError):
             return (
                 False  # this build or processor lacks the operators, or they take other arguments
             )
-        if found.shape != expected.shape or found.dtype != expected.dtype:
+        if result.shape != expected.shape or result.dtype != expected.dtype:
             return False
         allowed = TOLERANCE[weight.dtype] * expected.abs().max()
-        return bool((found - expected).abs().max() <= allowed)
+        return bool((result - expected).abs().max() <= allowed)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "PackedConv2d":
         self._agrees = self._packed = None  # the parameters move or change their dtype

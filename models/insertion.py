@@ -287,17 +287,17 @@ def _plan(
     if isinstance(after, str) or (isinstance(after, Sequence) and after and _all_str(after)):
         patterns = [after] if isinstance(after, str) else after
         names = [name for each in patterns for name in _matching(model, str(each), is_there)]
-        found = [(name, False, _is_done(model, name, is_there)) for name in names]
+        places = [(name, False, _is_done(model, name, is_there)) for name in names]
     else:
         types = after if isinstance(after, tuple) else (after,)
         if after is not None and not all(isinstance(each, type) for each in types):
             raise ValueError(f"after={after!r} is neither a name nor a type: {_REMEDY}")
-        found = list(_places(model, after, replace_se, is_there))
-    if not found:
+        places = list(_places(model, after, replace_se, is_there))
+    if not places:
         raise ValueError(
             f"found no place for {_title(kind.name)} in {type(model).__name__}: {_REMEDY}"
         )
-    plan = [(name, instead) for name, instead, is_done in found if not is_done]
+    plan = [(name, instead) for name, instead, is_done in places if not is_done]
     for name, instead in plan:
         if not instead:
             _check_place(model, name)
@@ -430,18 +430,18 @@ def _channels(model: nn.Module, name: str, instead: bool) -> int:
     """Channels of the output of module `name`, read off its parameters."""
     block, own = _parent(model, name)
     if _ends_convnext(block, own):
-        found = [m.out_features for m in block.modules() if isinstance(m, nn.Linear)]
-        found += [m.out_channels for m in block.modules() if isinstance(m, nn.Conv2d)]
-        return min(found)  # all but the MLP's wide layer have the block's channels
+        widths = [m.out_features for m in block.modules() if isinstance(m, nn.Linear)]
+        widths += [m.out_channels for m in block.modules() if isinstance(m, nn.Conv2d)]
+        return min(widths)  # all but the MLP's wide layer have the block's channels
     place = model.get_submodule(name)
-    wanted = ["num_features", "num_channels", "normalized_shape", "out_channels", "out_features"]
+    kinds = ["num_features", "num_channels", "normalized_shape", "out_channels", "out_features"]
     members = list(place.modules())
     if instead:
-        wanted = ["in_channels", "in_features"]
+        kinds = ["in_channels", "in_features"]
     else:
         members.reverse()
     for module in members:
-        for attribute in wanted:
+        for attribute in kinds:
             value = getattr(module, attribute, None)
             value = value[-1] if isinstance(value, tuple | list) and value else value
             if isinstance(value, int):

@@ -74,21 +74,21 @@ def every_attention(network: nn.Module) -> list[AttentionLayer]:
 
     In a library's network those are what was put in; its stages are what has the same channels.
     """
-    found = []
+    entries = []
     if not isinstance(network, Classifier) and hasattr(network, "insertions"):
         stage, block, before = 0, 0, 0
         for name, _, channels, *_ in network.insertions:  # type: ignore[union-attr]
             stage, block = (stage, block + 1) if channels == before else (stage + 1, 1)
             before = channels
-            found.append(AttentionLayer(name, stage, block, network.get_submodule(name)))
-        return found
+            entries.append(AttentionLayer(name, stage, block, network.get_submodule(name)))
+        return entries
     if isinstance(network, ResNet):
         for stage, name in enumerate(feature_maps(network), 1):
             for i, block in enumerate(getattr(network, name)):
                 if block.slot:
                     layer = getattr(block, block.slot)
-                    found.append(AttentionLayer(f"{name}.{i}.{block.slot}", stage, i + 1, layer))
-        return found
+                    entries.append(AttentionLayer(f"{name}.{i}.{block.slot}", stage, i + 1, layer))
+        return entries
     features = _mobilenet(network).features
     for i, stage in enumerate(STAGE_OF_BLOCK):
         inside = cast(InvertedResidual, features[i + 1]).conv
@@ -96,16 +96,16 @@ def every_attention(network: nn.Module) -> list[AttentionLayer]:
         if not isinstance(inside[last], nn.BatchNorm2d):
             block = i - STAGE_OF_BLOCK.index(stage) + 1
             name = f"features.{i + 1}.conv.{last}"
-            found.append(AttentionLayer(name, stage + 1, block, inside[last]))
-    return found
+            entries.append(AttentionLayer(name, stage + 1, block, inside[last]))
+    return entries
 
 
 def attention_parameters(network: nn.Module) -> dict[str, Tensor]:
     """Returns the parameters of a network's attention layers, by their names in its state dict."""
     return {
-        f"{found.name}.{name}": value
-        for found in every_attention(network)
-        for name, value in found.layer.state_dict().items()
+        f"{entry.name}.{name}": value
+        for entry in every_attention(network)
+        for name, value in entry.layer.state_dict().items()
     }
 
 

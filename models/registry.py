@@ -3,7 +3,7 @@
 `timm:resnext50_32x4d` and `torchvision:resnet50` are the libraries' own networks, with attention
 put in where it is wanted. They carry the attributes by which `models.weights` saves and rebuilds a
 network: arch, attention, ksize, num_classes and model_kwargs, of plain values. Both libraries are
-imported when they are asked for, and not needed otherwise.
+imported when they are used, and not needed otherwise.
 """
 
 import difflib
@@ -119,11 +119,11 @@ def create_model(
 
 def _hint(name: str) -> str:
     """What to write in the place of an unknown name: close ones, or how to see them all."""
-    if found := list_models(name):  # none of them is the name itself, so it is a pattern
-        return f"models.list_models({name!r}) finds {', '.join(found)}"
+    if matches := list_models(name):  # none of them is the name itself, so it is a pattern
+        return f"models.list_models({name!r}) finds {', '.join(matches)}"
     plain = {"".join(filter(str.isalnum, known)): known for known in MODELS}
-    wanted = "".join(filter(str.isalnum, name.lower()))
-    if close := [plain[match] for match in difflib.get_close_matches(wanted, plain)]:
+    bare = "".join(filter(str.isalnum, name.lower()))
+    if close := [plain[match] for match in difflib.get_close_matches(bare, plain)]:
         return f"did you mean {' or '.join(close)}?"
     return f"known: {', '.join(MODELS)}; models.list_models('eca_*50*') finds some by a pattern"
 
@@ -155,9 +155,9 @@ def described_network(fields: Mapping[str, Any], attention: Kind = None) -> Clas
             )
         kind = find_attention(attention)
         if kind is None or kind.name != name:
-            given = "none" if kind is None else kind.name
+            other = "none" if kind is None else kind.name
             raise ArgumentError(
-                f"its attention is {name}: leave `attention={given}` out", attention=given
+                f"its attention is {name}: leave `attention={other}` out", attention=other
             )
         if kind.sha256 != sha256:
             note = f"! {name} has changed since the checkpoint was written"

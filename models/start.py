@@ -152,9 +152,8 @@ def refuse_another(
     attention: Kind = None,
     num_classes: int | None = None,
 ) -> None:
-    """Raises a ValueError if a file holds another network than the one that is asked for.
-
-    arch, ksize, attention and num_classes are what is asked for; None fits every network.
+    """Raises a ValueError if a file holds another network than arch, ksize, attention and
+    num_classes say; None fits every network.
 
     Args:
         checkpoint: a file of one of the three kinds in `models.weights`.
@@ -163,36 +162,36 @@ def refuse_another(
     Raises:
         ValueError: one line that names the arguments to leave out.
     """
-    held = checkpoint
+    own = checkpoint
     if "format" not in checkpoint:
         try:
-            held = describe_weights(find_state_dict(checkpoint))
+            own = describe_weights(find_state_dict(checkpoint))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-    foreign = is_of_library(str(held.get("arch")))
-    if held.get("arch") not in MODELS and not foreign:
-        raise ValueError(f"{file} holds {held.get('arch')}, which is not for this script")
-    given = {"arch": arch, "attention": attention, "ksize": ksize, "num_classes": num_classes}
-    if all(v is None for v in given.values()) and not held.get("state_dict"):  # a file of an engine
+    foreign = is_of_library(str(own.get("arch")))
+    if own.get("arch") not in MODELS and not foreign:
+        raise ValueError(f"{file} holds {own.get('arch')}, which is not for this script")
+    typed = {"arch": arch, "attention": attention, "ksize": ksize, "num_classes": num_classes}
+    if all(v is None for v in typed.values()) and not own.get("state_dict"):  # a file of an engine
         return
-    of_file = (held.get("ksize"), held.get("attention"))
-    if arch and not (foreign and arch == held["arch"]):
+    of_file = (own.get("ksize"), own.get("attention"))
+    if arch and not (foreign and arch == own["arch"]):
         of_file = (None, None)
     with torch.device("meta"):
         network = _create(
-            arch or held["arch"],
+            arch or own["arch"],
             ksize or of_file[0],
             attention or of_file[1],
-            held.get("num_classes") if num_classes is None else num_classes,
+            own.get("num_classes") if num_classes is None else num_classes,
         )
-    wanted = describe_network(network)
-    differing = {k: v for k, v in given.items() if v is not None and wanted[k] != held[k]}
+    described = describe_network(network)
+    differing = {k: v for k, v in typed.items() if v is not None and described[k] != own[k]}
     if differing:
         if "attention" in differing:  # it may have been a class
-            differing["attention"] = wanted["attention"]
+            differing["attention"] = described["attention"]
         others = ", ".join(f"`{k}={v}`" for k, v in differing.items())
         raise ArgumentError(
-            f"{file} holds {held['arch']}, ksize {held['ksize']}, {held['num_classes']} classes: "
+            f"{file} holds {own['arch']}, ksize {own['ksize']}, {own['num_classes']} classes: "
             f"leave {others} out, or start a new run from these weights",
             **differing,
         )

@@ -1,7 +1,7 @@
 """Makes this package's ECA networks known to timm: `timm.create_model("eca_net_resnet50")`.
 
 timm's own functions build them there, so its feature wrappers, data configurations and training
-scripts work as with its own. timm is imported when it is asked for, and not needed otherwise.
+scripts work as with its own. timm is imported when it is used, and not needed otherwise.
 """
 
 import inspect

@@ -66,16 +66,16 @@ _TIMM_OTHERS = {
 def find_weights(checkpoint: Any) -> tuple[Any, list[str]]:
     """Finds the weights in a file of another program; returns them, and notes for the user."""
     path: list[str] = []
-    found = checkpoint
-    while isinstance(found, Mapping):
-        inside = [k for k in PLACES if isinstance(found.get(k), Mapping) and found[k]]
+    weights = checkpoint
+    while isinstance(weights, Mapping):
+        inside = [k for k in PLACES if isinstance(weights.get(k), Mapping) and weights[k]]
         if not inside:
             break
-        found, others = found[inside[0]], inside[1:]
+        weights, others = weights[inside[0]], inside[1:]
         path.append(inside[0] + (f" (not {', '.join(others)})" if others else ""))
     if path in ([], ["state_dict"]):  # bare weights, and the released files'
-        return found, []
-    return found, [f"took what stands under {', '.join(path)}"]
+        return weights, []
+    return weights, [f"took what stands under {', '.join(path)}"]
 
 
 def plain_names(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -107,8 +107,8 @@ def plain_names(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
 
 def _prefix(weights: Mapping[str, Tensor]) -> str | None:
     """Finds the prefix in `PREFIXES` that the name of the first layer begins with."""
-    found = (p for p in PREFIXES for stem in STEMS if p + stem in weights)
-    return next(found, None)
+    prefixes = (p for p in PREFIXES for stem in STEMS if p + stem in weights)
+    return next(prefixes, None)
 
 
 def _of_mmclassification(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -436,15 +436,15 @@ def _own_arch(weights: StateDict, other: str) -> str | None:
 
 def _read_attention(weights: StateDict) -> str:
     """Reads the attention's name from the parameters of the first block."""
-    found = {
+    first = {
         key.removeprefix(prefix): tensor
         for key, tensor in weights.items()
         for prefix in _FIRST_ATTENTION
         if key.startswith(prefix)
     }
-    if "conv.weight" in found:  # shared by all channels, or one row a channel
-        return "eca" if found["conv.weight"].shape[0] == 1 else "eca_ns"
-    return next((name for key, name in _SE_PARAMETERS.items() if key in found), "none")
+    if "conv.weight" in first:  # shared by all channels, or one row a channel
+        return "eca" if first["conv.weight"].shape[0] == 1 else "eca_ns"
+    return next((name for key, name in _SE_PARAMETERS.items() if key in first), "none")
 
 
 def _read_depth(weights: StateDict) -> int:
@@ -460,7 +460,7 @@ def _read_depth(weights: StateDict) -> int:
 
 
 def _read_width_mult(weights: StateDict) -> float:
-    """Computes the smallest `width_mult` that gives the widths found."""
+    """Computes the smallest `width_mult` that gives these widths."""
     widths = {"features.0.0.weight": STEM, f"features.{len(STAGE_OF_BLOCK) + 1}.0.weight": LAST}
     for stage, (_, channels, _, _) in enumerate(STAGES):
         projection = 1 if stage == 0 else 2  # the first stage does not expand
@@ -468,8 +468,8 @@ def _read_width_mult(weights: StateDict) -> float:
         widths[f"features.{block}.conv.{projection}.weight"] = channels
     if lacking := [name for name in widths if name not in weights]:
         raise ValueError(f"weights of a MobileNetV2 that lack {_first(lacking)}")
-    found = [(weights[name].shape[0], channels) for name, channels in widths.items()]
-    return max(wide / channels for wide, channels in found if (wide, channels) != (LAST, LAST))
+    pairs = [(weights[name].shape[0], channels) for name, channels in widths.items()]
+    return max(wide / channels for wide, channels in pairs if (wide, channels) != (LAST, LAST))
 
 
 def _join(numbers: Iterable[int]) -> str:

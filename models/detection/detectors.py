@@ -317,8 +317,8 @@ def detector_from_checkpoint(
     Raises:
         ValueError: one line; it is no such checkpoint, or its weights do not fit.
     """
-    wanted = ("format", "arch", "backbone", "attention", "ksize", "num_classes", "model_kwargs")
-    missing = [name for name in (*wanted, "state_dict") if name not in checkpoint]
+    names = ("format", "arch", "backbone", "attention", "ksize", "num_classes", "model_kwargs")
+    missing = [name for name in (*names, "state_dict") if name not in checkpoint]
     if missing:
         raise ValueError(
             f"not a detector's checkpoint, as it lacks {missing[0]}: give one of detect_main.py"
@@ -327,7 +327,7 @@ def detector_from_checkpoint(
         raise ValueError(
             f"checkpoint format {checkpoint['format']!r} is not {FORMAT}: update this program"
         )
-    fields = {name: checkpoint[name] for name in wanted[1:-1]}
+    fields = {name: checkpoint[name] for name in names[1:-1]}
     detector = create_detector(**fields, **{**checkpoint["model_kwargs"], **settings})
     try:
         detector.load_state_dict(strip_prefixes(checkpoint["state_dict"]))
@@ -427,30 +427,30 @@ def load_detector(
     if checkpoint.get("format") != FORMAT or "arch" not in checkpoint:
         raise ValueError("not a detector's checkpoint: give one of detect_main.py")
     own = describe_detector(detector)
-    held = {**checkpoint, **_all_settings(checkpoint)}
+    theirs = {**checkpoint, **_all_settings(checkpoint)}
     own |= own["model_kwargs"]
     # trained with other anchors or another geometry, weights fit and find nothing
     for name in ("arch", "backbone", "attention", "legacy", "anchor_scale", "mask_pool"):
-        if name == "anchor_scale" and held[name] is None:
-            held[name] = 4 if own["arch"] == "retinanet" else 8  # create_detector's own choice
-        if held.get(name) != own[name]:
-            raise ValueError(f"holds {name} {held.get(name)}, not {own[name]}: give the same")
+        if name == "anchor_scale" and theirs[name] is None:
+            theirs[name] = 4 if own["arch"] == "retinanet" else 8  # create_detector's own choice
+        if theirs.get(name) != own[name]:
+            raise ValueError(f"holds {name} {theirs.get(name)}, not {own[name]}: give the same")
     weights, target = find_state_dict(checkpoint), detector.state_dict()
     fresh = set()
     if list(checkpoint.get("classes") or ()) != list(classes):
         fresh = {name for name in target if name.startswith(CLASS_LAYERS)}
-    kept = {name: value for name, value in weights.items() if name not in fresh}
+    taken = {name: value for name, value in weights.items() if name not in fresh}
     for name, value in target.items():
         counter = name.endswith(".num_batches_tracked")
-        if name in kept and kept[name].shape != value.shape:
-            shapes = f"{list(kept[name].shape)}, not {list(value.shape)}"
+        if name in taken and taken[name].shape != value.shape:
+            shapes = f"{list(taken[name].shape)}, not {list(value.shape)}"
             raise ValueError(f"the weights do not fit {own['arch']}: {name} is {shapes}")
-        if name not in kept and name not in fresh and not counter:
+        if name not in taken and name not in fresh and not counter:
             raise ValueError(f"the weights do not fit {own['arch']}: {name} is missing")
-    if foreign := kept.keys() - target.keys():
+    if foreign := taken.keys() - target.keys():
         raise ValueError(f"the weights do not fit {own['arch']}: {min(foreign)} is unknown")
-    detector.load_state_dict(kept, strict=False)
-    said = f"{len(kept)} tensors of a trained detector kept"
+    detector.load_state_dict(taken, strict=False)
+    said = f"{len(taken)} tensors of a trained detector kept"
     return f"{said}; {len(fresh)} of the class layers fresh" if fresh else f"{said}, same classes"
 
 
@@ -465,35 +465,35 @@ def _all_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **checkpoint.get("model_kwargs", {})}
 
 
-def refuse_another_network(checkpoint: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raises a ValueError if `asked` is another network than the checkpoint's.
+def refuse_another_network(checkpoint: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
+    """Raises a ValueError if `typed` is another network than the checkpoint's.
 
     Args:
         checkpoint: of `describe_detector`; `model_kwargs` that it lacks, as an imported one does,
             are `create_detector`'s defaults.
-        asked: arch, backbone, ksize, norm, trainable_layers and legacy, as in `create_detector`;
+        typed: arch, backbone, ksize, norm, trainable_layers and legacy, as in `create_detector`;
             None, and False for legacy, where the user asks for nothing.
 
     Raises:
         ValueError: one line with the arguments to leave out.
     """
-    held: dict[str, Any] = {name: checkpoint.get(name) for name in ("arch", "backbone", "ksize")}
-    held |= _all_settings(checkpoint)
+    its: dict[str, Any] = {name: checkpoint.get(name) for name in ("arch", "backbone", "ksize")}
+    its |= _all_settings(checkpoint)
     plain = ("arch", "backbone", "norm", "trainable_layers")
-    differing = [name for name in plain if asked[name] not in (None, held[name])]
-    if asked["ksize"] is not None:
-        attention = None if asked["backbone"] else checkpoint.get("attention")
+    differing = [name for name in plain if typed[name] not in (None, its[name])]
+    if typed["ksize"] is not None:
+        attention = None if typed["backbone"] else checkpoint.get("attention")
         own = {} if attention is None else {"attention": attention}
         with torch.device("meta"):  # costs nothing, and knows what "adaptive" comes to
-            network = create_model(asked["backbone"] or held["backbone"], asked["ksize"], 1, **own)
-        if network.ksize != tuple(held["ksize"] or ()):
+            network = create_model(typed["backbone"] or its["backbone"], typed["ksize"], 1, **own)
+        if network.ksize != tuple(its["ksize"] or ()):
             differing.append("ksize")
-    if asked["legacy"] and not held["legacy"]:
+    if typed["legacy"] and not its["legacy"]:
         differing.append("legacy")
     if differing:
-        others = ", ".join(f"`{name}={asked[name]}`" for name in differing)
+        others = ", ".join(f"`{name}={typed[name]}`" for name in differing)
         raise ArgumentError(
-            f"holds {held['arch']} on {held['backbone']}, ksize {held['ksize']}, norm "
-            f"{held['norm']}: leave {others} out, or start a new run",
-            **{name: asked[name] for name in differing},
+            f"holds {its['arch']} on {its['backbone']}, ksize {its['ksize']}, norm "
+            f"{its['norm']}: leave {others} out, or start a new run",
+            **{name: typed[name] for name in differing},
         )

@@ -99,10 +99,10 @@ class LegacyTransform(DetectorTransform):
     ) -> list[dict[str, Tensor]]:
         if self.training:
             return result
-        for found, shape, original in zip(result, image_shapes, original_image_sizes, strict=True):
-            found["boxes"] = scale_pixels(found["boxes"], 1 / shape.scale)
-            if "masks" in found:
-                found["masks"] = paste_masks_in_image(found["masks"], found["boxes"], original)
+        for each, shape, original in zip(result, image_shapes, original_image_sizes, strict=True):
+            each["boxes"] = scale_pixels(each["boxes"], 1 / shape.scale)
+            if "masks" in each:
+                each["masks"] = paste_masks_in_image(each["masks"], each["boxes"], original)
         return result
 
 
@@ -157,10 +157,10 @@ class LegacyRoIAlign(MultiScaleRoIAlign):
             chosen = torch.where(levels == level)[0]
             moved = regions[chosen]
             moved[:, 1:] += cell / 2
-            found = roi_align(
+            values = roi_align(
                 x[name], moved, self.output_size, 1 / cell, self.sampling_ratio, aligned=True
             )
-            pooled[chosen] = found.to(pooled.dtype)  # autocast may give the levels several
+            pooled[chosen] = values.to(pooled.dtype)  # autocast may give the levels several
         return pooled
 
 
@@ -202,7 +202,7 @@ class LegacyRoIHeads(RoIHeads):
         counts = [len(regions) for regions in proposals]
         all_boxes = self.box_coder.decode(box_regression, proposals).split(counts)
         all_scores = class_logits.softmax(-1).split(counts)
-        found = [
+        chosen = [
             choose_detections(
                 clip_pixels(boxes, size)[:, 1:],
                 scores[:, 1:],
@@ -213,7 +213,7 @@ class LegacyRoIHeads(RoIHeads):
             )
             for boxes, scores, size in zip(all_boxes, all_scores, image_shapes, strict=True)
         ]
-        boxes, scores, labels = map(list, zip(*found, strict=True))
+        boxes, scores, labels = map(list, zip(*chosen, strict=True))
         return boxes, scores, [label + 1 for label in labels]
 
 
@@ -276,5 +276,5 @@ def choose_detections(
     """
     rows, labels = torch.where(scores > lowest)
     boxes, scores = boxes[rows, labels], scores[rows, labels]
-    kept = batched_nms(scale_pixels(boxes, 1 / scale), scores, labels, overlap)[:limit]
-    return boxes[kept], scores[kept], labels[kept]
+    best = batched_nms(scale_pixels(boxes, 1 / scale), scores, labels, overlap)[:limit]
+    return boxes[best], scores[best], labels[best]

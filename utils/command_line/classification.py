@@ -78,9 +78,9 @@ def read_command_line(
     if saved is not None:
         source = str(typed.get("resume") or typed.get("pretrained"))
         with as_user_error():
-            wanted = [typed.get(name) for name in ("arch", "ksize", "attention", "num_classes")]
-            wanted[2] = typed_attention(wanted[2])
-            start_weights.refuse_another(saved.contents, source, *wanted)
+            named = [typed.get(name) for name in ("arch", "ksize", "attention", "num_classes")]
+            named[2] = typed_attention(named[2])
+            start_weights.refuse_another(saved.contents, source, *named)
         if saved.run is not None:
             flags, notes = flags_of_today(saved.run.flags, typed)
             values = saved_flags(flags, FLAGS, source)
@@ -198,14 +198,14 @@ def find_checkpoint(
     name = None
     if {"data", "arch", "action"} & typed.keys():
         name = runs.run_name(recipe.override(arch=typed.get("arch")).arch, typed.get("action"))
-    wanted, pretrained, output = (typed.get(k) for k in ("resume", "pretrained", "output"))
+    resumed, pretrained, output = (typed.get(k) for k in ("resume", "pretrained", "output"))
     evaluates = typed.get("evaluate", False)
-    files = [file for file in (wanted, pretrained) if file is not None]
+    files = [file for file in (resumed, pretrained) if file is not None]
     exported = [file for file in files if is_exported(file)]
     if not exported:
         at_epoch = typed.get("start_epoch")
         arch = recipe.override(arch=typed.get("arch")).arch
-        return resume.read(wanted, pretrained, name, output, evaluates, at_epoch, arch)
+        return resume.read(resumed, pretrained, name, output, evaluates, at_epoch, arch)
     if not evaluates:
         raise UserError(
             f"{exported[0]}: a file of export.py is not trained: evaluate it with -e --resume "
@@ -214,7 +214,7 @@ def find_checkpoint(
     refuse_for_exported(typed, exported[0])
     if len(files) > 1:
         raise UserError(
-            f"--resume {wanted} has weights of its own: leave --pretrained {pretrained} out"
+            f"--resume {resumed} has weights of its own: leave --pretrained {pretrained} out"
         )
     resume.check_output(output, None, evaluates, exported[0])
     return ExportedFile.load(Path(exported[0])), None

@@ -275,7 +275,7 @@ def count_correct(logits: torch.Tensor, targets: torch.Tensor, ks: tuple[int, ..
     Args:
         logits: (N, C). With C < k every sample counts as correct.
         targets: (N,) int64 class indices.
-        ks: the k's asked for.
+        ks: the numbers k.
 
     Returns:
         (len(ks),) float64 counts. A row that is not finite is never correct: NaN sorts first in

@@ -81,7 +81,7 @@ def match_classes(classes: list[str], split: CocoSplit, source: str) -> list[int
 
 
 class ValidationSet:
-    """Holds the images of a split, and the objects that are to be found in them.
+    """Holds the images of a split, and the objects in them.
 
     Args:
         paths: of images and annotations.

@@ -198,7 +198,7 @@ def record_of(
 ) -> dict[str, Any]:
     """Returns what every checkpoint of a run holds besides the state, but for the environment.
 
-    The recipe is as given, with lr "auto", so that a resumption may have another batch.
+    The recipe is as typed, with lr "auto", so that a resumption may have another batch.
     """
     return {
         **describe_detector(network),

@@ -206,7 +206,7 @@ def fitted(line: str) -> list[str]:
 
 
 def watched(batches: Iterable[Item], progress: Progress) -> Iterator[Item]:
-    """Gives the batches on, and counts a step when the next one is asked for.
+    """Gives the batches on, and counts a step when the next one is fetched.
 
     The last step has no line: the result follows it.
     """
