@@ -23,68 +23,62 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from utils.system.errors import EXIT_FAILED, UserError
 from utils.system.faults import run_script
 
-MINUTES = 10
-BENCHMARKS = side.ROOT / "benchmarks"
+MINUTES, LONGEST = 10, 240  # of all; seconds of one step
+SMOKE = "wanted_gradients or stride or fault and gate"  # of the tests, through the interpreter
+INTERPRETER = (("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", ""))
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One process."""
 
     name: str
     command: tuple[object, ...]  # after Python's name
-    limit: int  # seconds
     says: str = ""  # a pattern that must be in its output: what is reported
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 def steps(args: Namespace, gpus: int) -> Iterator[Step]:
     """Yields what is run, the most important first."""
-    smoke, device, main = args.smoke, ("--device", args.device.type), side.ROOT / "main.py"
-    tests = side.ROOT / "tests"
-    kernels, environment = tests, {}
-    if smoke:  # a few, through Triton's interpreter
-        kernels = tests / "models" / "fused" / "test_triton_tail.py"
-        environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = ("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "--rootdir", side.ROOT)
-    few = ("-k", "wanted_gradients or stride or fault and gate") if smoke else ()
-    config = ("-c", side.ROOT / "pyproject.toml", kernels)
-    yield Step("tests", (*command, *few, *config), 200, r"\d+ passed.*", environment)
+    smoke, device, tests = args.smoke, ("--device", args.device.type), side.ROOT / "tests"
+    pytest = ("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider")
+    pytest += ("--rootdir", side.ROOT, "-c", side.ROOT / "pyproject.toml")
+    few = (tests / "models" / "fused" / "test_triton_tail.py", "-k", SMOKE) if smoke else (tests,)
+    yield Step("tests", (*pytest, *few), r"\d+ passed.*", INTERPRETER if smoke else ())
 
     size = () if smoke else ("--img-size", 224, "--amp", "bf16", "--channels-last")
-    flags = ("-a", "eca_resnet18", "-b", 128, "--epochs", 2 - smoke, "--seed", 1, *size)
-    often = ("--save-every", 2, "-p", 1)
+    flags = ("-a", "eca_resnet18", "-b", 128, "--epochs", 2 - smoke, "--seed", 1, *size, *device)
     driver = (tests / "helpers" / "kill_driver.py", "main.py", "demo:digits", "kills", 2 - smoke)
-    one = (*device, "--gpu", 0) if gpus else device
-    yield Step("kill and resume", (*driver, *flags, *often, *one), 120, r"trial .*, equal")
+    often = ("--save-every", 2, "-p", 1, *(("--gpu", 0) if gpus else ()))
+    yield Step("kill and resume", (*driver, *flags, *often), r"trial .*, equal")
     ranks = gpus or 2
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-    train = (main, "demo:digits", *flags, *device, "--output")
+    train = (side.ROOT / "main.py", "demo:digits", *flags, "--output")
     name = f"DistributedDataParallel, {ranks} ranks"
-    yield Step(name, (*launcher, *train, "ddp"), 90, r"done: .*")
+    yield Step(name, (*launcher, *train, "ddp"), r"done: .*")
     if gpus > 1:
-        yield Step(f"DataParallel, {gpus} GPUs", (*train, "dp"), 90, r"done: .*")
+        yield Step(f"DataParallel, {gpus} GPUs", (*train, "dp"), r"done: .*")
 
-    tiny = (*device, "--smoke") if smoke else device
-    sized = (*tiny, "--batch", args.batch, "--rounds", args.rounds, "--img-size", args.img_size)
-    for limit, name, *flags in (
-        (150, "train_step", *sized),
-        (90, "tail", *sized),
-        (60, "memory", *tiny),
-        (120, "inference", "--no-compile", *sized),
-        (90, "tail", "--table", "--rounds", 3, *tiny),
-        (150, "deployment", "--network", "mobilenetv2", "--no-compile", "--rounds", 5, *tiny[2:]),
+    tiny = ("--smoke",) if smoke else ()
+    sized = ("--batch", args.batch, "--rounds", args.rounds, "--img-size", args.img_size, *device)
+    for name, *flags in (
+        ("train_step", *sized),
+        ("tail", *sized),
+        ("memory", *device),
+        ("inference", "--no-compile", *sized),
+        ("tail", "--rounds", 3, *device, "--table"),
+        ("deployment", "--network", "mobilenetv2", "--no-compile", "--rounds", 5),
     ):
-        title = " ".join([name, *(flag for flag in flags if flag == "--table")])
-        yield Step(title, (BENCHMARKS / f"{name}.py", *flags, "--json", f"{title}.json"), limit)
+        title = f"{name} --table" if "--table" in flags else name
+        script = side.ROOT / "benchmarks" / f"{name}.py"
+        yield Step(title, (script, *flags, *tiny, "--json", f"{title}.json"))
 
 
 def run(step: Step, left: float, folder: Path) -> dict[str, object]:
@@ -93,19 +87,14 @@ def run(step: Step, left: float, folder: Path) -> dict[str, object]:
     Args:
         left: seconds that are left for it and all after it.
     """
-    command, limit = [*map(str, step.command)], min(step.limit, left)
+    command, limit = [*map(str, step.command)], min(LONGEST, left)
     began, failed, out, err = time.monotonic(), None, "", ""
     if limit <= 0:
         failed = f"not run: the {MINUTES} minutes were over"
     else:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=folder,
-            env=os.environ | step.environment,
-            start_new_session=True,
-            **pipes,
-        )
+        pipes |= {"cwd": folder, "env": os.environ | dict(step.environment)}
+        process = subprocess.Popen([sys.executable, *command], start_new_session=True, **pipes)
         try:
             out, err = process.communicate(timeout=limit)
             if process.returncode:
@@ -141,7 +130,13 @@ ROWS = (
 
 def performance_rows(rows: list[dict], name: str) -> list[str]:
     """Returns the rows of docs/PERFORMANCE.md's table: what, goal, measured, met or missed."""
-    found = []  # what, ratio, goal, what else is said of it
+    shown = []
+
+    def show(what: str, ratio: float, goal: float, more: str = "") -> None:
+        less = goal > 1  # memory; the others are speeds
+        met = "met" if (ratio <= goal if less else ratio >= goal) else "missed"
+        shown.append(f"| {what} | {'≤' if less else '≥'} {goal} | {ratio:.3f}{more} | {met} |")
+
     for benchmark, variant, baseline, goal, words in ROWS:
         for row in rows:
             pair = (variant.format(row["dtype"]), baseline.format(row["dtype"]))
@@ -154,15 +149,10 @@ def performance_rows(rows: list[dict], name: str) -> list[str]:
             speed = row.get("images_per_second")
             more = f", {speed:,.0f} images/s" if speed else ""
             what = f"{label}: {words} {baseline.partition(',')[0]}"
-            found.append((what, row["ratio_median"], goal, more))
+            show(what, row["ratio_median"], goal, more)
     if table := [row["ratio_median"] for row in rows if row["benchmark"] == "tail --table"]:
         what = f"{name}: the slowest of {len(table)} ends of blocks over its modules"
-        found.append((what, min(table), 0.98, ""))
-    shown = []
-    for what, ratio, goal, more in found:
-        less = goal > 1  # memory; the others are speeds
-        met = "met" if (ratio <= goal if less else ratio >= goal) else "missed"
-        shown.append(f"| {what} | {'≤' if less else '≥'} {goal} | {ratio:.3f}{more} | {met} |")
+        show(what, min(table), 0.98)
     return shown
 
 

@@ -248,7 +248,7 @@ def test_rows_for_the_page_say_what_was_met(gpu):
     ],
 )
 def test_a_step_that_fails_says_why(gpu, tmp_path, code, says, left, failed):
-    done = gpu.run(gpu.Step("a", ("-c", code), 30, says), left, tmp_path)
+    done = gpu.run(gpu.Step("a", ("-c", code), says), left, tmp_path)
     if failed is None:
         assert (done["failed"], done["said"]) == (None, ["3 passed"])
     else:
@@ -259,7 +259,7 @@ def test_one_failed_step_ends_make_gpu_with_code_1_and_the_others_run(
     gpu, monkeypatch, tmp_path, capsys
 ):
     write = "from pathlib import Path; Path('rows.json').write_text('[]'); Path('no.json').touch()"
-    steps = [gpu.Step("broken", ("-c", "1 / 0"), 9), gpu.Step("whole", ("-c", write), 9)]
+    steps = [gpu.Step("broken", ("-c", "1 / 0")), gpu.Step("whole", ("-c", write))]
     monkeypatch.setattr(gpu, "steps", lambda *_: steps)
     to = tmp_path / "gpu.json"
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--smoke", "--json", str(to)])
