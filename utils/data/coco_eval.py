@@ -1,6 +1,6 @@
 """Computes COCO's twelve figures: the objects with ids and areas filled in, and detections.
 
-faster-coco-eval does the counting where it is installed, else pycocotools; their figures agree.
+faster-coco-eval does the counting; tests compare it with pycocotools.
 """
 
 import contextlib
@@ -29,12 +29,11 @@ from utils.data.coco import (
     usable_box,
 )
 from utils.system.distributed import Context, share
-from utils.system.errors import UserError
+from utils.system.errors import UserError, require
 from utils.system.files import write_atomically
 from utils.system.text import counted
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-BACKENDS = ("faster-coco-eval", "pycocotools")
 MASK_THRESHOLD = 0.5
 MOST_DETECTIONS = 100  # of an image, in COCO's figures
 KINDS = {"bbox": "box", "segm": "mask"}  # COCO's words, and the columns'
@@ -154,7 +153,8 @@ class GroundTruth:
     """
 
     def __init__(self, paths: CocoPaths, masks: bool, classes: Sequence[str] = ()):
-        find_backend()  # now, and not after an epoch of training
+        # Now, and not after an epoch of training.
+        require(("faster_coco_eval",), "COCO's evaluation", "-r requirements.txt")
         file = CocoFile(paths)
         self.image_numbers = {key: number for number, key in enumerate(sorted(file.images), 1)}
         self.class_numbers = {key: number for number, key in enumerate(file.categories, 1)}
@@ -229,27 +229,19 @@ class GroundTruth:
             )
         return lines
 
-    def evaluate(self, results: list[Result], backend: str | None = None) -> dict[str, Summary]:
+    def evaluate(self, results: list[Result]) -> dict[str, Summary]:
         """Returns COCO's figures of `results`: {"bbox": Summary} and, with masks, "segm".
 
         Args:
             results: of all ranks, with the file's own ids; they stay as they are.
-            backend: one of `BACKENDS`; None for the first that is installed.
         """
-        coco, evaluator = find_backend(backend)
-        return {
-            kind: self._summary(self._evaluated(coco, evaluator, results, kind))
-            for kind in self.kinds
-        }
+        return {kind: self._summary(self._evaluated(results, kind)) for kind in self.kinds}
 
-    def by_class(
-        self, results: list[Result], backend: str | None = None
-    ) -> dict[str, ClassPrecisions]:
+    def by_class(self, results: list[Result]) -> dict[str, ClassPrecisions]:
         """Returns each class's figures of "bbox" and, with masks, of "segm"; see `evaluate`."""
-        coco, evaluator = find_backend(backend)
         figures = {}
         for kind in self.kinds:
-            evaluation = self._evaluated(coco, evaluator, results, kind).eval
+            evaluation = self._evaluated(results, kind).eval
             # IoU, recall, class of precision; IoU, class of recall: of all sizes, 100 detections.
             precision = np.asarray(evaluation["precision"])[..., 0, -1]
             recall = np.asarray(evaluation["recall"])[0, :, 0, -1]
@@ -259,9 +251,11 @@ class GroundTruth:
             figures[kind] = ClassPrecisions(self.names, objects, ap, recall, precision[0].T)
         return figures
 
-    def _evaluated(self, coco: type, evaluator: type, results: list[Result], kind: str) -> Any:
-        """Returns a backend's evaluation, summed up."""
-        truth = self._indexed(coco, self.annotations[kind])
+    def _evaluated(self, results: list[Result], kind: str) -> Any:
+        """Returns the evaluation of faster-coco-eval, summed up."""
+        from faster_coco_eval import COCOeval_faster
+
+        truth = self._indexed(self.annotations[kind])
         # Without "bbox" a mask's size class goes by its pixels, with it by its box's area.
         shape = "segmentation" if kind == "segm" else "bbox"
         plain = [
@@ -273,10 +267,9 @@ class GroundTruth:
             }
             for result in results
         ]
-        # pycocotools cannot load an empty list.
-        with contextlib.redirect_stdout(io.StringIO()):  # both narrate
-            detections = truth.loadRes(plain) if plain else self._indexed(coco, [])
-            evaluation = evaluator(truth, detections, kind)
+        with contextlib.redirect_stdout(io.StringIO()):  # it narrates
+            detections = truth.loadRes(plain) if plain else self._indexed([])
+            evaluation = COCOeval_faster(truth, detections, kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -292,9 +285,11 @@ class GroundTruth:
             per_class[name] = float(of_class.mean()) if of_class.size else -1.0
         return Summary(figures, {**per_class, **dict.fromkeys(self.other_names, -1.0)})
 
-    def _indexed(self, coco: type, annotations: Sequence[Mapping[str, Any]]) -> Any:
-        """Returns a backend's COCO with copies of these annotations, as its code changes them."""
-        indexed = coco()
+    def _indexed(self, annotations: Sequence[Mapping[str, Any]]) -> Any:
+        """Returns a COCO with copies of these annotations, as its code changes them."""
+        from faster_coco_eval import COCO
+
+        indexed = COCO()
         indexed.dataset = {
             "info": {},
             "images": [
@@ -314,26 +309,3 @@ def evaluate_ranks(
     """COCO's figures of all ranks' detections, on every rank; the detections on rank 0 alone."""
     results = gather(detections, context)
     return results, share(None if results is None else truth.evaluate(results), context)
-
-
-def find_backend(name: str | None = None) -> tuple[type, type]:
-    """Returns the classes COCO and COCOeval of the backend `name`, or of the first installed one.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    for known in BACKENDS if name is None else (name,):
-        try:
-            if known == "faster-coco-eval":
-                from faster_coco_eval import COCO, COCOeval_faster
-
-                return COCO, COCOeval_faster
-            from pycocotools.coco import COCO
-            from pycocotools.cocoeval import COCOeval
-
-            return COCO, COCOeval
-        except ImportError:
-            continue
-    raise UserError(
-        f"COCO's figures need {name or ' or '.join(BACKENDS)}: pip install -r requirements.txt"
-    )

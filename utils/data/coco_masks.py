@@ -1,6 +1,6 @@
 """Reads masks in COCO's encodings: polygons, run lengths as a list, run lengths as text.
 
-faster-coco-eval's routines where installed, else pycocotools'; both give the same bytes.
+The routines are faster-coco-eval's, which give pycocotools' bytes.
 """
 
 import sys
@@ -26,17 +26,12 @@ Rle = dict[str, Any]  # run lengths: "size" [height, width] and "counts", bytes 
 try:
     from faster_coco_eval import mask as api
 except ImportError:
-    try:
-        from pycocotools import mask as api
-    except ImportError:
-        api = None
+    api = None
 
 
 def _api() -> Any:
     if api is None:
-        raise UserError(
-            "COCO's masks need faster-coco-eval or pycocotools: pip install -r requirements.txt"
-        )
+        raise UserError("COCO's masks need faster-coco-eval: pip install -r requirements.txt")
     return api
 
 

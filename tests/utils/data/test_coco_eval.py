@@ -14,7 +14,7 @@ from pycocotools import mask as pycocotools
 from utils.data import coco_masks
 from utils.data.coco import check_file, locate
 from utils.data.coco_dataset import load_split
-from utils.data.coco_eval import BACKENDS, FIGURES, GroundTruth, gather, to_results
+from utils.data.coco_eval import FIGURES, GroundTruth, gather, to_results
 from utils.inspection.report import detection_faults
 from utils.system.distributed import Context
 from utils.system.errors import UserError
@@ -78,12 +78,11 @@ def by_hand(paths, results, kind):
     return evaluation
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_figures_are_pycocotools(tmp_path, backend, kind):
+def test_figures_are_pycocotools(tmp_path, kind):
     paths, results = random_case(tmp_path)
     before = json.dumps(results)
-    found = GroundTruth(paths, masks=True).evaluate(results, backend)[kind]
+    found = GroundTruth(paths, masks=True).evaluate(results)[kind]
     assert json.dumps(results) == before
     expected = by_hand(paths, results, kind)
     assert list(found.figures) == list(FIGURES)
@@ -94,8 +93,7 @@ def test_figures_are_pycocotools(tmp_path, backend, kind):
         assert found.per_class[name] == pytest.approx(precision[:, :, i].mean())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_masks_size_class_goes_by_its_pixels(tmp_path, backend):
+def test_a_masks_size_class_goes_by_its_pixels(tmp_path):
     """A wrong mask of 36 pixels in a box of 1,600 is a small detection: APm does not see it."""
     square, speck = [[2, 2, 42, 2, 42, 42, 2, 42]], [[2, 2, 8, 2, 8, 8, 2, 8]]
     object_ = annotation(1, 1, 1, (2, 2, 40, 40), segmentation=square)
@@ -110,7 +108,7 @@ def test_a_masks_size_class_goes_by_its_pixels(tmp_path, backend):
         }
         for image, polygons in ((1, square), (2, speck))
     ]
-    found = GroundTruth(paths, masks=True).evaluate(results, backend)
+    found = GroundTruth(paths, masks=True).evaluate(results)
     for kind in ("bbox", "segm"):
         expected = by_hand(paths, results, kind).stats
         np.testing.assert_allclose(list(found[kind].figures.values()), expected, atol=1e-9)
@@ -118,15 +116,14 @@ def test_a_masks_size_class_goes_by_its_pixels(tmp_path, backend):
     assert found["bbox"].figures["APm"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_detection_and_no_object(tmp_path, backend):
+def test_no_detection_and_no_object(tmp_path):
     paths, _ = random_case(tmp_path / "random")
-    summaries = GroundTruth(paths, masks=True).evaluate([], backend)
+    summaries = GroundTruth(paths, masks=True).evaluate([])
     assert summaries["segm"].figures["AP"] == 0
     assert summaries["bbox"].figures["AR100"] == 0
     paths = locate(write_tree(tmp_path, [annotation(category_id=1)]), "val")
     results = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 30], "score": 0.5}]
-    summary = GroundTruth(paths, masks=False).evaluate(results, backend)["bbox"]
+    summary = GroundTruth(paths, masks=False).evaluate(results)["bbox"]
     assert summary.per_class == {"cat": pytest.approx(1.0), "dog": -1.0}
     assert summary.figures["APl"] == -1.0
 
@@ -148,9 +145,9 @@ def test_a_class_that_only_the_network_has(tmp_path):
 
 def test_an_evaluator_is_looked_for_at_once(tmp_path, monkeypatch):
     paths, _ = random_case(tmp_path)
-    for name in ("faster_coco_eval", "pycocotools", "pycocotools.coco"):
+    for name in ("faster_coco_eval",):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match="need faster-coco-eval or pycocotools: pip install"):
+    with pytest.raises(UserError, match="needs faster_coco_eval: pip install"):
         GroundTruth(paths, masks=False)
 
 
@@ -204,8 +201,7 @@ def test_annotations_that_pycocotools_would_break_on(tmp_path):
         {"image_id": i, "category_id": c, "bbox": [10, 10, 20, 30], "score": 0.9}
         for i, c in ((1, 1), (2, 7))
     ]
-    for backend in BACKENDS:
-        assert truth.evaluate(results, backend)["bbox"].figures["AP"] == pytest.approx(1.0)
+    assert truth.evaluate(results)["bbox"].figures["AP"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("area", [float("nan"), float("inf"), "600", -1, True, [600]])
@@ -216,9 +212,8 @@ def test_an_area_that_is_none_is_counted_anew(tmp_path, area, masks):
         assert entry["area"] == 600
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("detector", ["boxes", "masks"])
-def test_without_an_area_it_is_the_masks_for_every_detector(tmp_path, backend, detector):
+def test_without_an_area_it_is_the_masks_for_every_detector(tmp_path, detector):
     """Triangles of under 32² pixels in boxes of over 32²: APs and APm tell the two areas apart."""
     sides = (40, 44, 30, 60)
     entries = []
@@ -238,7 +233,7 @@ def test_without_an_area_it_is_the_masks_for_every_detector(tmp_path, backend, d
         for number, entry in enumerate(entries)
     ]
     truth = GroundTruth(locate(tree, "val"), masks=detector == "masks")
-    found = truth.evaluate(results, backend)
+    found = truth.evaluate(results)
     for entry in entries:
         rle = pycocotools.merge(pycocotools.frPyObjects(entry["segmentation"], 80, 80))
         entry["area"] = int(pycocotools.area(rle))
@@ -298,11 +293,10 @@ def test_what_cannot_be_evaluated_is_said(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "segmentation", [None, [[1.0, 2.0, 3.0, 4.0]], {"size": [64, 48], "counts": [1, 3071]}, "text"]
 )
-def test_an_object_without_a_mask_keeps_its_box(tmp_path, backend, segmentation):
+def test_an_object_without_a_mask_keeps_its_box(tmp_path, segmentation):
     """Box figures are pycocotools' on the same file; for masks the object is as a crowd."""
     entries = [annotation(1), annotation(2, 2, 7), annotation(3, 2, 1, (30, 5, 30, 40))]
     entries[1]["segmentation"] = segmentation
@@ -315,7 +309,7 @@ def test_an_object_without_a_mask_keeps_its_box(tmp_path, backend, segmentation)
     text = coco_masks.to_rle(whole, 48, 64)["counts"].decode()
     for result in results:
         result["segmentation"] = {"size": [48, 64], "counts": text}
-    found = GroundTruth(paths, masks=True).evaluate(results, backend)
+    found = GroundTruth(paths, masks=True).evaluate(results)
     expected = by_hand(paths, results, "bbox")
     np.testing.assert_allclose(list(found["bbox"].figures.values()), expected.stats, atol=1e-9)
     assert found["bbox"].per_class["dog"] == pytest.approx(0.8, abs=0.11)
@@ -332,9 +326,8 @@ def box_mask(x, y, w, h):
     return mask
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("added", [10**17, 2**64])
-def test_ids_of_any_size_give_the_same_figures(tmp_path, backend, added):
+def test_ids_of_any_size_give_the_same_figures(tmp_path, added):
     paths, results = random_case(tmp_path)
     expected = {kind: by_hand(paths, results, kind).stats for kind in ("bbox", "segm")}
     content = json.loads(paths.annotations.read_text())
@@ -345,16 +338,15 @@ def test_ids_of_any_size_give_the_same_figures(tmp_path, backend, added):
         entry["category_id"] += added
     paths.annotations.write_text(json.dumps(content))
     before = json.dumps(results)
-    found = GroundTruth(paths, masks=True).evaluate(results, backend)
+    found = GroundTruth(paths, masks=True).evaluate(results)
     assert json.dumps(results) == before
     for kind, stats in expected.items():
         np.testing.assert_allclose(list(found[kind].figures.values()), stats, atol=1e-9)
         assert 0.05 < found[kind].figures["AP"] < 0.95
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("listed", [True, False])
-def test_a_file_without_objects(tmp_path, backend, listed):
+def test_a_file_without_objects(tmp_path, listed):
     paths = locate(write_tree(tmp_path, []), "val")
     if not listed:
         content = json.loads(paths.annotations.read_text())
@@ -362,7 +354,7 @@ def test_a_file_without_objects(tmp_path, backend, listed):
         paths.annotations.write_text(json.dumps(content))
     results = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 30], "score": 0.5}]
     truth = GroundTruth(paths, masks=False)
-    (summary,) = truth.evaluate(results, backend).values()
+    (summary,) = truth.evaluate(results).values()
     assert set(summary.figures.values()) == {-1.0}
     assert truth.report("val")[1:] == ["  ! no object has a box: box AP will be -"]
 
@@ -374,12 +366,11 @@ def test_more_objects_than_coco_counts_detections_are_said(tmp_path, objects, sa
     assert any("1 images have more than 100 objects" in line for line in lines) is said
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_figures_by_class_are_those_of_pycocotools(tmp_path, backend):
+def test_figures_by_class_are_those_of_pycocotools(tmp_path):
     paths, results = random_case(tmp_path)
     truth = GroundTruth(paths, masks=True)
-    figures = truth.by_class(results, backend)
-    summaries = truth.evaluate(results, backend)
+    figures = truth.by_class(results)
+    summaries = truth.evaluate(results)
     for kind, ours in figures.items():
         theirs = by_hand(paths, results, kind)
         precision = theirs.eval["precision"][..., 0, -1]
