@@ -132,6 +132,11 @@ def test_a_failed_run_ends_the_rest_with_its_last_line(tmp_path):
         study.run_all(commands, 2, (sys.executable, "-c"))
 
 
+def test_a_finished_run_has_a_line_without_a_terminal(tmp_path, capfd):
+    study.run_all({tmp_path / "a": ["pass"], tmp_path / "b": ["pass"]}, 1, (sys.executable, "-c"))
+    assert capfd.readouterr().out.splitlines() == ["1/2 a", "2/2 b"]
+
+
 def test_runs_end_with_a_study_that_is_killed(tmp_path):
     """`kill -9` leaves the study no time to stop them."""
     sleep = "import time; print('on', flush=True); time.sleep(600)"

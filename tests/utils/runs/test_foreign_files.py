@@ -104,7 +104,7 @@ def test_an_exported_program_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"a program of torch\.export.* --to onnx writes"):
         checkpoint.load(tmp_path / "renamed.pth")
     (tmp_path / "bees.onnx").touch()
-    with pytest.raises(UserError, match=r"a file of export\.py, which predict\.py and main"):
+    with pytest.raises(UserError, match=r"a file of export\.py, which predict\.py takes, and main"):
         checkpoint.load(tmp_path / "bees.onnx")
 
 
