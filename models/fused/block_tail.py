@@ -29,7 +29,14 @@ from torch.autograd import forward_ad
 
 from ..eca_module import ECALayer
 from . import cpu_passes, formulas
-from .cpu_passes import Gradients, Kept, Wanted, accumulation_dtype
+from .cpu_passes import (
+    Gradients,
+    Kept,
+    Wanted,
+    accumulation_dtype,
+    format_of,
+    refuse_second_derivative,
+)
 from .proof import is_bare, is_eca
 
 eca_triton: ModuleType | None = None
@@ -74,8 +81,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Kept]:
     """Computes `formulas.tail_forward` by what serves z best."""
     if not on_triton(z):
-        passes = cpu_passes if cpu_passes.serves(z) else formulas
-        return passes.tail_forward(z, weight, bias, kernel, residual, statistics, eps, ceiling)
+        return formulas.tail_forward(z, weight, bias, kernel, residual, statistics, eps, ceiling)
     assert eca_triton is not None
     mean, variance = statistics or (None, None)
     out, *batch, inverse_std, pooled, gate = eca_triton.tail_forward(
@@ -99,8 +105,7 @@ def _backward(
 ) -> Gradients:
     """Computes `formulas.tail_backward` by what serves z best; grad and z have one format."""
     if not on_triton(z):
-        passes = cpu_passes if cpu_passes.serves(z) else formulas
-        return passes.tail_backward(
+        return formulas.tail_backward(
             grad, z, out, weight, bias, kernel, kept, batch_statistics, wanted, ceiling
         )
     assert eca_triton is not None
@@ -129,12 +134,6 @@ def _widened(small: Tensor, z: Tensor) -> Tensor:
     return small.to(accumulation_dtype(z.dtype)).contiguous()
 
 
-def _format_of(z: Tensor) -> torch.memory_format:
-    """Returns z's memory format; if z has gaps, the format that its dense copy should have."""
-    nhwc = z.stride(1) == 1 and not z.is_contiguous()
-    return torch.channels_last if nhwc else torch.contiguous_format
-
-
 class _FusedTail(torch.autograd.Function):
     """(z, weight, bias, kernel, residual) → out, and the mean and unbiased variance of the batch.
 
@@ -160,7 +159,7 @@ class _FusedTail(torch.autograd.Function):
         ctx.save_for_backward(z, activated, weight, bias, kernel, *kept)
         ctx.ceiling = ceiling
         ctx.batch_statistics = statistics is None
-        ctx.memory_format = _format_of(z)  # backward must not ask: Dynamo does not know it there
+        ctx.memory_format = format_of(z)  # backward must not ask: Dynamo does not know it there
         if statistics is not None:
             return out, None, None
         ctx.mark_non_differentiable(kept.mean, variance)
@@ -170,11 +169,7 @@ class _FusedTail(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         z, out, weight, bias, kernel, *kept = ctx.saved_tensors
         wanted = Wanted(*ctx.needs_input_grad[:5])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise ValueError(
-                "a fused block tail has no second derivative (create_graph=True): call"
-                " models.set_fused(network, False) before the forward pass"
-            )
+        refuse_second_derivative()
         w, b = _widened(weight, z), _widened(bias, z)
         k = None if kernel is None else _widened(kernel, z)
         grad = grad.contiguous(memory_format=ctx.memory_format)
@@ -206,19 +201,28 @@ def fused_tail(
 
     Call `can_fuse` first: this function does not check the conditions that it names.
     """
+    memory_format = format_of(z)
+    z = z.contiguous(memory_format=memory_format)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=memory_format)
+    kernel = None if attention is None else attention.conv.weight
+    if cpu_passes.serves(z):
+        return cpu_passes.tail(z, bn, kernel, residual, ceiling)
     batch_statistics = bn.training or bn.running_mean is None
     statistics = None
     if not batch_statistics and bn.running_mean is not None and bn.running_var is not None:
         # A copy of the mean, which backward needs: a step in training mode may come before that.
         mean = bn.running_mean.to(accumulation_dtype(z.dtype), copy=True)
         statistics = (mean, _widened(bn.running_var, z))
-    kernel = None if attention is None else attention.conv.weight.flatten()
-    memory_format = _format_of(z)
-    z = z.contiguous(memory_format=memory_format)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=memory_format)
     out, mean, variance = _FusedTail.apply(
-        z, bn.weight, bn.bias, kernel, residual, statistics, bn.eps, ceiling
+        z,
+        bn.weight,
+        bn.bias,
+        None if kernel is None else kernel.flatten(),
+        residual,
+        statistics,
+        bn.eps,
+        ceiling,
     )
     if bn.training and bn.track_running_stats and bn.running_mean is not None:
         _update_running_statistics(bn, mean, variance)
@@ -290,7 +294,7 @@ def _is_usual(
     or convolution was changed (`proof.is_eca`); BatchNorm without affine parameters; hooks on a
     module, as FLOPs counters attach them; tracing and export; torch.func's
     transforms and forward-mode differentiation; a residual that broadcasts or differs in dtype; a
-    batch of one value a channel.
+    batch of one value a channel; parameters for other channels or on another device.
     """
     if not is_bare(bn, nn.BatchNorm2d):
         return False
@@ -300,7 +304,8 @@ def _is_usual(
             return False
     elif activation is not None and not is_bare(activation, nn.ReLU):
         return False
-    if bn.weight is None or bn.bias is None:
+    weight = bn.weight
+    if weight is None or bn.bias is None:
         return False
     if attention is not None and not is_eca(attention):
         return False
@@ -319,6 +324,8 @@ def _is_usual(
         return False
     if z.dim() != 4 or not z.is_floating_point() or z.numel() <= z.shape[1]:
         return False
+    if z.shape[1] != weight.shape[0] or z.device != weight.device:
+        return False  # the modules say so; our passes would read elsewhere
     return residual is None or (residual.shape == z.shape and residual.dtype == z.dtype)
 
 
@@ -378,7 +385,7 @@ def _pays(z: Tensor, attends: bool) -> bool:
     least = LARGE.get(z.device.type)
     if least is None or z.numel() < least[not attends] or not _has_passes(z):
         return False
-    few = z.shape[2] * z.shape[3] <= FEW_PIXELS and _format_of(z) == torch.channels_last
+    few = z.shape[2] * z.shape[3] <= FEW_PIXELS and format_of(z) == torch.channels_last
     return attends or not few or z.device.type != "cpu"
 
 

@@ -20,10 +20,11 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -184,12 +185,12 @@ def library() -> ctypes.CDLL | BuildError:
     number: type[Any]
     flag, size, pointer, number = ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
     shape = [flag, flag, size, size, size]
-    tail = [pointer, pointer, pointer, pointer, size, pointer, pointer, pointer, pointer]
+    tail = [pointer, pointer, pointer, pointer, size, pointer, pointer]
     arguments: tuple[list[type[Any]], ...] = (
         [pointer] * 3,
         [pointer, pointer, pointer, size, pointer, flag, pointer],
-        [*tail, pointer, flag, number, flag, number, pointer, pointer],
-        [*tail, pointer, pointer, number, flag, *[pointer] * 5],
+        [*tail, flag, pointer, pointer, number, number, flag, number, pointer],
+        [*tail, pointer, number, flag, *[pointer] * 5],
     )
     for name, others in zip(FUNCTIONS, arguments, strict=True):
         function = getattr(library, f"eca_{name}")
@@ -232,81 +233,130 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def tail_forward(
+class _Tail(torch.autograd.Function):
+    """One native call forward and one backward: on small tensors Python's time counts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        kernel: Tensor | None,
+        residual: Tensor | None,
+        bn: nn.BatchNorm2d,
+        ceiling: float | None,
+    ) -> Tensor:
+        shape = _shape(z)
+        n, c = shape[2:4]
+        batch = bn.training or bn.running_mean is None
+        statistics, momentum = _statistics(bn)
+        dense = [None if t is None else _dense(t) for t in statistics]
+        parameters = [None if t is None else _dense(t) for t in (weight, bias, kernel)]
+        taps = 0 if kernel is None else kernel.numel()
+        # For backward: mean and 1/σ, (C,); with ECA also the pooled values and the gate, (N, C).
+        kept = z.new_empty(2 * c if kernel is None else 2 * (n + 1) * c, dtype=torch.float32)
+        out = torch.empty_like(z)
+        _compiled().eca_tail_forward(
+            *shape,
+            z.data_ptr(),
+            *map(_pointer, parameters),
+            taps,
+            kept.data_ptr(),
+            _pointer(residual),
+            batch,
+            *map(_pointer, dense),
+            momentum,
+            bn.eps,
+            ceiling is not None,
+            ceiling or 0.0,
+            out.data_ptr(),
+        )
+        for new, old in zip(dense, statistics, strict=True):
+            if batch and old is not None and new is not None:
+                if new is not old:
+                    old.copy_(new)
+                increment_version(old)  # what has kept it for a backward pass is told
+        ctx.save_for_backward(z, None if ceiling is None else out, weight, bias, kernel, kept)
+        ctx.rest = shape, batch, ceiling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, out, weight, bias, kernel, kept = ctx.saved_tensors
+        shape, batch, ceiling = ctx.rest
+        refuse_second_derivative()
+        of_z, _, _, _, of_residual = ctx.needs_input_grad[:5]
+        if grad.stride() != z.stride():
+            grad = grad.contiguous(memory_format=format_of(z))
+        parameters = [None if t is None else _dense(t) for t in (weight, bias, kernel)]
+        gradients = [None if t is None else torch.empty_like(t) for t in parameters]
+        d = torch.empty_like(z) if of_residual and out is not None else None
+        dz = torch.empty_like(z) if of_z else None
+        _compiled().eca_tail_backward(
+            *shape,
+            z.data_ptr(),
+            *map(_pointer, parameters),
+            0 if kernel is None else kernel.numel(),
+            kept.data_ptr(),
+            grad.data_ptr(),
+            _pointer(out),
+            ceiling or 0.0,
+            batch,
+            _pointer(d),
+            *map(_pointer, gradients),
+            _pointer(dz),
+        )
+        if weight.dtype is not torch.float32:
+            gradients = [None if g is None else g.to(weight.dtype) for g in gradients]
+        return dz, *gradients, grad if d is None and of_residual else d, None, None
+
+
+def tail(
     z: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    bn: nn.BatchNorm2d,
     kernel: Tensor | None,
     residual: Tensor | None,
-    statistics: tuple[Tensor, Tensor] | None,
-    eps: float,
     ceiling: float | None,
-) -> tuple[Tensor, Tensor, Kept]:
-    """Computes `formulas.tail_forward` in two loops over memory; vectors are dense."""
-    n, c = z.shape[:2]
-    pooled = gate = None
-    if kernel is not None:
-        pooled, gate = z.new_empty((2, n, c), dtype=torch.float32).unbind()
-    if statistics is None:
-        mean, variance, inverse_std = z.new_empty((3, c), dtype=torch.float32).unbind()
-    else:
-        (mean, variance), inverse_std = statistics, torch.empty_like(statistics[0])
-    kept, out = Kept(mean, inverse_std, pooled, gate), torch.empty_like(z)
-    _compiled().eca_tail_forward(
-        *_shape(z),
-        *_tail(z, weight, bias, kernel, kept),
-        _pointer(residual),
-        statistics is None,
-        eps,
-        ceiling is not None,
-        ceiling or 0.0,
-        variance.data_ptr(),
-        out.data_ptr(),
-    )
-    return out, variance, kept
+) -> Tensor:
+    """Computes `block_tail.fused_tail`; z and residual are dense in one format."""
+    return cast(Tensor, _Tail.apply(z, bn.weight, bn.bias, kernel, residual, bn, ceiling))
 
 
-def tail_backward(
-    grad: Tensor,
-    z: Tensor,
-    out: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    kernel: Tensor | None,
-    kept: Kept,
-    batch_statistics: bool,
-    wanted: Wanted,
-    ceiling: float | None,
-) -> Gradients:
-    """Computes `formulas.tail_backward` in two loops over memory; vectors are dense."""
-    d_weight, d_bias = z.new_empty((2, z.shape[1]), dtype=torch.float32).unbind()
-    d_kernel = None if kernel is None else torch.empty_like(kernel)
-    d = torch.empty_like(z) if wanted.residual and out is not None else None
-    dz = torch.empty_like(z) if wanted.z else None
-    _compiled().eca_tail_backward(
-        *_shape(z),
-        *_tail(z, weight, bias, kernel, kept),
-        grad.data_ptr(),
-        _pointer(out),
-        ceiling or 0.0,
-        batch_statistics,
-        *map(_pointer, (d, d_weight, d_bias, d_kernel, dz)),
-    )
-    return Gradients(
-        dz,
-        d_weight if wanted.weight else None,
-        d_bias if wanted.bias else None,
-        d_kernel if wanted.kernel else None,
-        (grad if d is None else d) if wanted.residual else None,
-    )
+def _statistics(bn: nn.BatchNorm2d) -> tuple[tuple[Tensor | None, Tensor | None], float]:
+    """Returns the running statistics to read or to move, and how far; counts the batch."""
+    momentum, batches = bn.momentum, bn.num_batches_tracked
+    if bn.training:
+        if not bn.track_running_stats or bn.running_mean is None:
+            return (None, None), 0.0
+        if batches is not None:
+            batches.add_(1)
+            if momentum is None:
+                momentum = 1 / int(batches)  # the average over all batches
+        elif momentum is None:
+            return (None, None), 0.0
+    return (bn.running_mean, bn.running_var), momentum or 0.0
 
 
-def _tail(
-    z: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor | None, kept: Kept
-) -> tuple[int | None, ...]:
-    """Returns the arguments that the two calls have in common."""
-    taps = 0 if kernel is None else kernel.numel()
-    return *map(_pointer, (z, weight, bias, kernel)), taps, *map(_pointer, kept)
+def refuse_second_derivative() -> None:
+    """Raises ValueError inside a backward pass with create_graph=True."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise ValueError(
+            "a fused block tail has no second derivative (create_graph=True): call"
+            " models.set_fused(network, False) before the forward pass"
+        )
+
+
+def format_of(z: Tensor) -> torch.memory_format:
+    """Returns z's memory format; if z has gaps, the format that its dense copy should have."""
+    nhwc = z.stride(1) == 1 and not z.is_contiguous()
+    return torch.channels_last if nhwc else torch.contiguous_format
+
+
+def _dense(small: Tensor) -> Tensor:
+    """Returns `small` in float32 without gaps: a parameter may be a strided view."""
+    ready = small.dtype is torch.float32 and small.is_contiguous()
+    return small if ready else small.to(torch.float32).contiguous()
 
 
 def _is_dense(z: Tensor) -> bool:

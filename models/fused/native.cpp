@@ -321,6 +321,17 @@ struct Tail {
   const float *weight, *bias, *kernel; // kernel: null without ECA
   int64_t k;
   float *mean, *inverse_std, *pooled, *gate;
+  Tail(const Shape &s, const float *weight, const float *bias, const float *kernel, int64_t k,
+       float *kept)
+      : weight(weight), bias(bias), kernel(kernel), k(k), mean(kept), inverse_std(kept + s.c),
+        pooled(kept + 2 * s.c), gate(kept + 2 * s.c + s.n * s.c) {}
+};
+
+// BatchNorm's statistics: read where the batch's are not taken; else, where they are given, moved
+// by the share `momentum` towards the batch's.
+struct Running {
+  float *mean, *variance;
+  float momentum;
 };
 
 // Σ over the samples of value(index, channel), in double: (C,).
@@ -331,9 +342,31 @@ template <typename F> void over_rows(const Shape &s, const F &value, std::vector
       total[j] += value(i * s.c + j, j);
 }
 
+// Pooled values and gate of one sample (C,), and with them the factors a and b of z · a + b.
+void gate_forward(const Shape &s, const Tail &tail, int64_t i, const float *means, float *a,
+                  float *b) {
+  // Pointers of its own: behind a reference each may have changed after every store.
+  const float *weight = tail.weight, *bias = tail.bias, *mean = tail.mean;
+  const float *inverse_std = tail.inverse_std;
+  float *pooled = tail.pooled + i * s.c, *gate = tail.gate + i * s.c;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < s.c; j++) {
+    pooled[j] = (means[j] - mean[j]) * inverse_std[j];
+    a[j] = pooled[j] * weight[j] + bias[j];
+  }
+  along_channels<false>(a, s.c, tail.kernel, tail.k, gate);
+#pragma GCC ivdep
+  for (int64_t j = 0; j < s.c; j++) {
+    gate[j] = sigmoid(gate[j]);
+    const float slope = weight[j] * inverse_std[j];
+    b[j] = (bias[j] - mean[j] * slope) * gate[j];
+    a[j] = slope * gate[j];
+  }
+}
+
 template <typename T>
 void tail_forward(const Shape &s, const T *z, const Tail &tail, const T *residual, bool batch,
-                  float eps, bool activation, float ceiling, float *variance, T *out) {
+                  const Running &running, float eps, bool activation, float ceiling, T *out) {
   const int64_t nc = s.n * s.c, rows = tail.kernel ? s.n : 1;
   Row means = row(nc), scale = row(std::max(nc, s.c)), shift = row(rows * s.c);
   if (batch || tail.kernel)
@@ -349,11 +382,17 @@ void tail_forward(const Shape &s, const T *z, const Tail &tail, const T *residua
     for (int64_t j = 0; j < s.c; j++) {
       tail.mean[j] = total[j] / s.n;
       tail.inverse_std[j] = 1 / std::sqrt(squares[j] / s.n + eps);
-      variance[j] = squares[j] / s.n * (count / (count - 1)); // unbiased, as running statistics are
+      if (running.mean) {
+        const float unbiased = squares[j] / s.n * (count / (count - 1));
+        running.mean[j] += running.momentum * (tail.mean[j] - running.mean[j]);
+        running.variance[j] += running.momentum * (unbiased - running.variance[j]);
+      }
     }
   } else {
-    for (int64_t j = 0; j < s.c; j++)
-      tail.inverse_std[j] = 1 / std::sqrt(variance[j] + eps);
+    for (int64_t j = 0; j < s.c; j++) {
+      tail.mean[j] = running.mean[j]; // a copy: a step of training may come before backward
+      tail.inverse_std[j] = 1 / std::sqrt(running.variance[j] + eps);
+    }
   }
   if (!tail.kernel) {
     for (int64_t j = 0; j < s.c; j++) {
@@ -362,21 +401,8 @@ void tail_forward(const Shape &s, const T *z, const Tail &tail, const T *residua
     }
   } else {
 #pragma omp parallel for schedule(static) if (nc > ALONE)
-    for (int64_t i = 0; i < s.n; i++) {
-      float *pooled = tail.pooled + i * s.c, *gate = tail.gate + i * s.c;
-      float *a = scale.get() + i * s.c, *b = shift.get() + i * s.c;
-      for (int64_t j = 0; j < s.c; j++) {
-        pooled[j] = (means[i * s.c + j] - tail.mean[j]) * tail.inverse_std[j];
-        a[j] = pooled[j] * tail.weight[j] + tail.bias[j];
-      }
-      along_channels<false>(a, s.c, tail.kernel, tail.k, gate);
-      for (int64_t j = 0; j < s.c; j++) {
-        gate[j] = sigmoid(gate[j]);
-        const float slope = tail.weight[j] * tail.inverse_std[j];
-        b[j] = (tail.bias[j] - tail.mean[j] * slope) * gate[j];
-        a[j] = slope * gate[j];
-      }
-    }
+    for (int64_t i = 0; i < s.n; i++)
+      gate_forward(s, tail, i, means.get() + i * s.c, scale.get() + i * s.c, shift.get() + i * s.c);
   }
   const Factors by{scale.get(), shift.get(), tail.kernel ? s.c : 0, scale.get()};
   scale_and_add(s, z, by, residual, activation, ceiling, out);
@@ -386,21 +412,31 @@ void tail_forward(const Shape &s, const T *z, const Tail &tail, const T *residua
 // part of ∂kernel (k,).
 void gate_backward(const Shape &s, const Tail &tail, int64_t i, float *sum_d, float *sum_dx,
                    float *d_pooled, double *d_kernel) {
-  Row y = row(s.c), d_logit = row(s.c);
+  Row rows = row(2 * s.c);
+  float *y = rows.get(), *d_logit = y + s.c;
   const float *pooled = tail.pooled + i * s.c, *gate = tail.gate + i * s.c;
+  const float *weight = tail.weight, *bias = tail.bias;
+#pragma GCC ivdep
   for (int64_t j = 0; j < s.c; j++) {
-    y[j] = pooled[j] * tail.weight[j] + tail.bias[j];
-    const float d_gate = tail.weight[j] * sum_dx[j] + tail.bias[j] * sum_d[j];
+    y[j] = pooled[j] * weight[j] + bias[j];
+    const float d_gate = weight[j] * sum_dx[j] + bias[j] * sum_d[j];
     d_logit[j] = d_gate * gate[j] * (1 - gate[j]);
   }
-  along_channels<true>(d_logit.get(), s.c, tail.kernel, tail.k, d_pooled);
+  along_channels<true>(d_logit, s.c, tail.kernel, tail.k, d_pooled);
   for (int64_t t = 0; t < tail.k; t++) {
-    const int64_t shift = t - tail.k / 2;
-    double sum = 0;
-    for (int64_t j = std::max(int64_t(0), -shift); j < std::min(s.c, s.c - shift); j++)
+    const int64_t shift = t - tail.k / 2, stop = std::min(s.c, s.c - shift);
+    int64_t j = std::max(int64_t(0), -shift);
+    double sums[LANES] = {}, sum = 0; // side by side: one sum would wait for itself
+    for (; j + LANES <= stop; j += LANES)
+      for (int64_t lane = 0; lane < LANES; lane++)
+        sums[lane] += y[j + lane + shift] * d_logit[j + lane];
+    for (; j < stop; j++)
       sum += y[j + shift] * d_logit[j];
+    for (const double part : sums)
+      sum += part;
     d_kernel[t] = sum;
   }
+#pragma GCC ivdep
   for (int64_t j = 0; j < s.c; j++) {
     sum_d[j] = gate[j] * sum_d[j] + d_pooled[j];
     sum_dx[j] = gate[j] * sum_dx[j] + d_pooled[j] * pooled[j];
@@ -492,26 +528,26 @@ void eca_scale_and_add(bool half, bool nhwc, int64_t n, int64_t c, int64_t p, co
 
 void eca_tail_forward(bool half, bool nhwc, int64_t n, int64_t c, int64_t p, const void *z,
                       const float *weight, const float *bias, const float *kernel, int64_t k,
-                      float *mean, float *inverse_std, float *pooled, float *gate,
-                      const void *residual, bool batch, float eps, bool activation, float ceiling,
-                      float *variance, void *out) {
+                      float *kept, const void *residual, bool batch, float *running_mean,
+                      float *running_variance, float momentum, float eps, bool activation,
+                      float ceiling, void *out) {
   const Shape s{nhwc, n, c, p};
-  const Tail tail{weight, bias, kernel, k, mean, inverse_std, pooled, gate};
+  const Tail tail(s, weight, bias, kernel, k, kept);
+  const Running running{running_mean, running_variance, momentum};
   if (half)
-    tail_forward(s, (const bfloat16 *)z, tail, (const bfloat16 *)residual, batch, eps, activation,
-                 limit(ceiling), variance, (bfloat16 *)out);
+    tail_forward(s, (const bfloat16 *)z, tail, (const bfloat16 *)residual, batch, running, eps,
+                 activation, limit(ceiling), (bfloat16 *)out);
   else
-    tail_forward(s, (const float *)z, tail, (const float *)residual, batch, eps, activation,
-                 limit(ceiling), variance, (float *)out);
+    tail_forward(s, (const float *)z, tail, (const float *)residual, batch, running, eps,
+                 activation, limit(ceiling), (float *)out);
 }
 
 void eca_tail_backward(bool half, bool nhwc, int64_t n, int64_t c, int64_t p, const void *z,
                        const float *weight, const float *bias, const float *kernel, int64_t k,
-                       float *mean, float *inverse_std, float *pooled, float *gate,
-                       const void *grad, const void *out, float ceiling, bool batch, void *d,
+                       float *kept, const void *grad, const void *out, float ceiling, bool batch, void *d,
                        float *d_weight, float *d_bias, float *d_kernel, void *dz) {
   const Shape s{nhwc, n, c, p};
-  const Tail tail{weight, bias, kernel, k, mean, inverse_std, pooled, gate};
+  const Tail tail(s, weight, bias, kernel, k, kept);
   if (half)
     tail_backward(s, (const bfloat16 *)grad, (const bfloat16 *)out, limit(ceiling),
                   (const bfloat16 *)z, tail, batch, (bfloat16 *)d, d_weight, d_bias, d_kernel,

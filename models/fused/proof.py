@@ -84,9 +84,9 @@ def is_bare(module: object, kind: type[_M]) -> TypeGuard[_M]:
 
 def is_channel_convolution(conv: nn.Conv1d) -> bool:
     """Tells whether a bare Conv1d is the convolution of eq. 9: one kernel, odd, padded by zeros."""
-    size = conv.weight.shape[-1]
+    *others, size = conv.weight.shape
     return (
-        conv.weight.shape[:2] == (1, 1)
+        others == [1, 1]
         and conv.bias is None
         and size % 2 == 1
         and conv.stride == (1,)

@@ -18,7 +18,7 @@ from helpers.tail_cases import (
 )
 from torch import nn
 
-from models.fused.block_tail import block_tail, fused_tail
+from models.fused.block_tail import fused_tail
 
 pytestmark = pytest.mark.usefixtures("seeded", "operations")
 
@@ -97,95 +97,6 @@ def test_no_cancellation_where_the_mean_dwarfs_the_deviation(memory_format):
     exact = run(False, wide[0].double(), wide[1].double(), z.double(), *given[3:])
     # z's own grid is 2^-11 of a deviation here; Σz² - (Σz)²/M in float32 would be off by about 1.
     assert_close(found, exact, 2e-3)
-
-
-def test_running_statistics_follow_every_kind_of_momentum():
-    for momentum in (0.1, 1.0, None):
-        bn, attention = make_modules(6, momentum=momentum)
-        plain = copy.deepcopy(bn)
-        for _ in range(3):
-            z = make_input((2, 6, 4, 4))
-            fused_tail(z, bn, attention)
-            plain(z)
-        for found, expected in zip(bn.buffers(), plain.buffers(), strict=True):
-            torch.testing.assert_close(found, expected)
-    assert bn.num_batches_tracked == 3
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("switched", ["track_running_stats", "num_batches_tracked"])
-def test_running_statistics_that_were_switched_off_later(momentum, switched):
-    """By hand, as virtual adversarial training does, or without a count, as old networks are."""
-    bn, _ = make_modules(6, momentum=momentum)
-    setattr(bn, switched, {"track_running_stats": False, "num_batches_tracked": None}[switched])
-    plain = copy.deepcopy(bn)
-    z = make_input((2, 6, 4, 4))
-    torch.testing.assert_close(fused_tail(z, bn, None, ceiling=None), plain(z))
-    found, expected = dict(bn.named_buffers()), dict(plain.named_buffers())
-    assert found.keys() == expected.keys()
-    for name in found:
-        torch.testing.assert_close(found[name], expected[name])
-
-
-def test_a_second_derivative_is_refused_in_one_line():
-    """And is that of the modules after what the line says."""
-    bn, attention = make_modules(6)
-    x = make_input((2, 6, 4, 4)).requires_grad_()
-
-    def penalty(fused):
-        out = block_tail(x, bn, attention, None, nn.ReLU(), fused=fused)
-        (slope,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-        return torch.autograd.grad(slope.square().sum(), x)[0]
-
-    with pytest.raises(
-        ValueError, match=r"^a fused block tail has no second .*set_fused\(network, F"
-    ):
-        penalty(True)
-    assert penalty(False).abs().sum() > 0
-
-
-def test_one_backward_for_passes_in_both_modes():
-    """PyTorch's own BatchNorm takes the statistics of after the second pass for the first."""
-    modules = make_modules(6)
-    x = make_input((2, 6, 4, 4)).requires_grad_()
-
-    def loss(bn, attention, training, fused=True):
-        out = block_tail(x, bn.train(training), attention, None, nn.ReLU(), fused=fused)
-        return out.square().sum()
-
-    expected = sum(
-        torch.autograd.grad(loss(*copy.deepcopy(modules), training, fused=False), x)[0]
-        for training in (False, True)
-    )
-    both = loss(*modules, training=False) + loss(*modules, training=True)
-    torch.testing.assert_close(torch.autograd.grad(both, x)[0], expected)
-
-
-def test_without_running_statistics_the_batch_serves_in_eval_mode_too():
-    bn, attention = make_modules(6, track_running_stats=False)
-    z = make_input((2, 6, 4, 4))
-    for training in (True, False):
-        bn.train(training)
-        given = (bn, attention, z, None, RELU, torch.randn_like(z))
-        assert_close(run(True, *given), run(False, *given), 1e-12)
-
-
-def test_eval_mode_leaves_the_running_statistics_alone():
-    bn, attention = make_modules(6)
-    bn.eval()
-    before = copy.deepcopy(list(bn.buffers()))
-    fused_tail(make_input((2, 6, 4, 4)), bn, attention)
-    assert all(map(torch.equal, before, bn.buffers()))
-
-
-def test_frozen_parameters_get_no_gradient():
-    bn, attention = make_modules(6)
-    bn.requires_grad_(False)
-    z = make_input((2, 6, 4, 4))
-    fused_tail(z, bn, attention).sum().backward()  # nothing but the kernel wants one
-    assert bn.weight.grad is None
-    assert bn.bias.grad is None
-    assert attention.conv.weight.grad.abs().sum() > 0
 
 
 def test_weight_zero_still_has_its_gradient():
