@@ -83,10 +83,10 @@ def main() -> None:
     args = side.settle(parser.parse_args())
     torch.set_num_threads(1)
 
-    with tempfile.TemporaryDirectory() as place:
-        write_images(Path(place), args.batch * 2)
-        folder = scan(str(Path(place) / "train"))
-        kilobytes = sum(f.stat().st_size for f in Path(place).rglob("*.jpg")) / len(folder) / 1e3
+    with tempfile.TemporaryDirectory() as home:
+        write_images(Path(home), args.batch * 2)
+        folder = scan(str(Path(home) / "train"))
+        kilobytes = sum(f.stat().st_size for f in Path(home).rglob("*.jpg")) / len(folder) / 1e3
         keys = next(iter(SeededBatches(len(folder), args.batch, seed=0)))
         variants = {BASE: textbook_batches(folder, args.img_size, keys)}
         for decoder in DECODERS:

@@ -73,9 +73,6 @@ def open_checkpoint(
     For a classifier `show(path)` returns the confidences of the most likely classes, the evidence
     as a picture and, where the network has attention, the channel weights as another one; for a
     detector `show(path, score)` the picture with its objects, and one row an object.
-
-    Args:
-        names: file of class names, for a classifier; None for the checkpoint's.
     """
     saved, where = Checkpoint.read(Path(file)), distributed.setup(device).device
     if saved.is_detector:
@@ -113,11 +110,11 @@ def _show_classes(network, names, look, stage, device, path: str) -> list[Any]:
     square = pictures.seen_square(*image.size, look.img_size, look.crop_pct)
     shown: list[Any] = [{guess.name: guess.confidence for guess in prediction.guesses}]
     shown.append(pictures.draw_evidence(image, heat, square))
-    if places := attention_layers(network):
+    if layers := attention_layers(network):
         statistics = GateStatistics(1)
         plain = {name: gate.detach() for name, gate in gates.items()}  # maps take gradients
         statistics.update(plain, torch.zeros(1, dtype=torch.int64))
-        drawn = io.BytesIO(draw_one_image([statistics.layer(place) for place in places]))
+        drawn = io.BytesIO(draw_one_image([statistics.layer(layer) for layer in layers]))
         shown.append(Image.open(drawn).convert("RGB"))
     return shown
 

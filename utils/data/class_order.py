@@ -19,16 +19,12 @@ WNID = re.compile(r"n\d{8}")  # WordNet's number of a class of ImageNet
 
 
 class Order(NamedTuple):
-    """Says in which order class folders belong to a network's outputs.
+    """Says in which order class folders belong to a network's outputs."""
 
-    Args:
-        folders: names of class folders, the one of output 0 first; a folder may be missing.
-        names: of the outputs, for people.
-        notes: lines on how they were matched; empty where folders go by the network's own names.
-    """
-
+    # names of class folders, the one of output 0 first; a folder may be missing
     folders: tuple[str, ...]
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the outputs, for people
+    # lines on how they were matched; empty where folders go by the network's own names
     notes: tuple[str, ...] = ()
 
 

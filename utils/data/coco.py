@@ -32,17 +32,12 @@ Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
 
 @dataclass(frozen=True)
 class CocoPaths:
-    """Holds a split's folder of images and its annotation file.
+    """Holds a split's folder of images and its annotation file."""
 
-    Args:
-        part: "train" or "val", as in the flags.
-        anywhere: images may lie outside of the folder, by links, `..` or absolute names.
-    """
-
-    part: str
+    part: str  # "train" or "val", as in the flags
     images: Path
     annotations: Path
-    anywhere: bool = False
+    anywhere: bool = False  # images may lie outside of the folder, by links, `..` or absolute names
 
 
 def locate(

@@ -50,30 +50,21 @@ class TextArray:
 
 @dataclass
 class CocoSplit:
-    """Holds images, classes and objects of one JSON, in arrays that loader processes share.
+    """Holds images, classes and objects of one JSON, in arrays that loader processes share."""
 
-    Attributes:
-        folder: of the images.
-        image_ids, file_names, sizes: of each image; sizes are (N, 2) height and width.
-        category_ids, classes: ids and names, by id; a class's index is its position here.
-        starts: (N + 1,); objects starts[i] to starts[i + 1] are image i's.
-        boxes: (M, 4) float32 x1, y1, x2, y2 inside the image.
-        labels: (M,) int64 class indices.
-        masks: for each object its segmentation as JSON; None without masks.
-        notes: lines that say what was left out, and what is odd.
-    """
-
-    folder: Path
+    folder: Path  # of the images
+    # image_ids, file_names, sizes: of each image; sizes are (N, 2) height and width
     image_ids: list[int]  # of any size, which numpy's integers are not
     file_names: list[str]
     sizes: np.ndarray
+    # category_ids, classes: ids and names, by id; a class's index is its position here
     category_ids: list[int]
     classes: list[str]
-    starts: np.ndarray
-    boxes: np.ndarray
-    labels: np.ndarray
-    masks: TextArray | None
-    notes: list[str]
+    starts: np.ndarray  # (N + 1,); objects starts[i] to starts[i + 1] are image i's
+    boxes: np.ndarray  # (M, 4) float32 x1, y1, x2, y2 inside the image
+    labels: np.ndarray  # (M,) int64 class indices
+    masks: TextArray | None  # for each object its segmentation as JSON; None without masks
+    notes: list[str]  # lines that say what was left out, and what is odd
 
     def __len__(self) -> int:
         return len(self.file_names)

@@ -43,35 +43,23 @@ Result = dict[str, Any]  # of one detection: image_id, category_id, score, bbox,
 
 @dataclass(frozen=True)
 class Summary:
-    """Holds what COCO reports for boxes or for masks, from 0 to 1; -1 where there was no object.
+    """Holds what COCO reports for boxes or for masks, from 0 to 1; -1 where there was no object."""
 
-    Attributes:
-        figures: `FIGURES` to values. AP is the mean over IoU 0.50 to 0.95; s, m, l are objects
-            under 32², under 96² and over; ARn allows n detections an image.
-        per_class: class name to AP.
-    """
-
+    # `FIGURES` to values. AP is the mean over IoU 0.50 to 0.95; s, m, l are objects under 32²,
+    # under 96² and over; ARn allows n detections an image.
     figures: dict[str, float]
-    per_class: dict[str, float]
+    per_class: dict[str, float]  # class name to AP
 
 
 @dataclass(frozen=True)
 class ClassPrecisions:
-    """Holds COCO's figures of each class, (C,) from 0 to 1; -1 where a class has no object.
+    """Holds COCO's figures of each class, (C,) from 0 to 1; -1 where a class has no object."""
 
-    Attributes:
-        names: of the classes.
-        objects: (C,) int64, without crowds.
-        ap: over IoU 0.50 to 0.95.
-        recall: at IoU 0.50 with 100 detections an image.
-        precision: (C, 101) at IoU 0.50, at a recall of 0, 0.01, …, 1. Its mean is AP50.
-    """
-
-    names: list[str]
-    objects: np.ndarray
-    ap: np.ndarray
-    recall: np.ndarray
-    precision: np.ndarray
+    names: list[str]  # of the classes
+    objects: np.ndarray  # (C,) int64, without crowds
+    ap: np.ndarray  # over IoU 0.50 to 0.95
+    recall: np.ndarray  # at IoU 0.50 with 100 detections an image
+    precision: np.ndarray  # (C, 101) at IoU 0.50, at a recall of 0, 0.01, …, 1. Its mean is AP50.
 
 
 def to_results(

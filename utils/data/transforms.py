@@ -46,15 +46,11 @@ class Preprocessing:
 
     The shorter side becomes S / crop_pct, then the central S x S stays (0.875: 256 and 224). Pixels
     from 0 to 1 are normalised as (pixel - mean) / std, by channel.
-
-    Args:
-        img_size: S.
-        interpolation: one of `INTERPOLATIONS`.
     """
 
-    img_size: int = 224
+    img_size: int = 224  # S
     crop_pct: float = 0.875
-    interpolation: str = INTERPOLATIONS[0]
+    interpolation: str = INTERPOLATIONS[0]  # one of `INTERPOLATIONS`
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 

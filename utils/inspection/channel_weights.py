@@ -23,24 +23,17 @@ from utils.system.text import columns, short
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Holds the channel weights s of one attention layer over a set of images.
+    """Holds the channel weights s of one attention layer over a set of images."""
 
-    Attributes:
-        name: the layer's in the network.
-        stage, block: counted from 1.
-        mean: (classes, channels) mean over the images of each class.
-        std: (classes, channels) standard deviation over the images of each class; NaN for one.
-        counts: (classes,) images.
-        kernel: (k,) ECA's learned weights, or None.
-    """
-
-    name: str
+    name: str  # the layer's in the network
+    # stage, block: counted from 1
     stage: int
     block: int
-    mean: np.ndarray
+    mean: np.ndarray  # (classes, channels) mean over the images of each class
+    # (classes, channels) standard deviation over the images of each class; NaN for one
     std: np.ndarray
-    counts: np.ndarray
-    kernel: np.ndarray | None
+    counts: np.ndarray  # (classes,) images
+    kernel: np.ndarray | None  # (k,) ECA's learned weights, or None
 
     @property
     def between(self) -> float:

@@ -238,18 +238,14 @@ NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
 
 @dataclass(frozen=True)
 class ImageObjects:
-    """Holds the objects in one image, highest score first, or in `error` why there are none.
-
-    Attributes:
-        size: height and width of the image file.
-        image: (3, H, W) uint8, smaller than the file where that is larger than the network's input.
-        objects: boxes (n, 4) as x1, y1, x2, y2 in the pixels of `image`, scores (n,), labels (n,)
-            as indices of class names, and with a mask network masks (n, 1, H, W) from 0 to 1.
-    """
+    """Holds the objects in one image, highest score first, or in `error` why there are none."""
 
     file: str
-    size: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = (0, 0)  # height and width of the image file
+    # (3, H, W) uint8, smaller than the file where that is larger than the network's input
     image: Tensor = NO_PIXELS
+    # boxes (n, 4) as x1, y1, x2, y2 in the pixels of `image`, scores (n,), labels (n,) as indices
+    # of class names, and with a mask network masks (n, 1, H, W) from 0 to 1
     objects: dict[str, Tensor] = field(default_factory=dict)
     error: str | None = None
 

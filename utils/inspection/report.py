@@ -61,25 +61,16 @@ TRUE, PATH, DATA = 12, 22, 40  # characters of the true class and the path below
 
 @dataclass(frozen=True)
 class EvaluatedImages:
-    """Holds the predictions of n images, in the order of the data set.
+    """Holds the predictions of n images, in the order of the data set."""
 
-    Attributes:
-        true: (n,) int64 classes.
-        predicted: (n,) int64 classes; NONE where the network's output is not finite.
-        in_top5: (n,) bool, the true class is among the five most likely ones.
-        confidence: (n,) float64 probability of `predicted`, 0 to 1; NaN where there is none.
-        true_confidence: (n,) float64 probability of `true`.
-        loss: (n,) float64 cross-entropy.
-        outputs: of the network: as many as there are classes, or more.
-    """
-
-    true: np.ndarray
-    predicted: np.ndarray
-    in_top5: np.ndarray
+    true: np.ndarray  # (n,) int64 classes
+    predicted: np.ndarray  # (n,) int64 classes; NONE where the network's output is not finite
+    in_top5: np.ndarray  # (n,) bool, the true class is among the five most likely ones
+    # (n,) float64 probability of `predicted`, 0 to 1; NaN where there is none
     confidence: np.ndarray
-    true_confidence: np.ndarray
-    loss: np.ndarray
-    outputs: int
+    true_confidence: np.ndarray  # (n,) float64 probability of `true`
+    loss: np.ndarray  # (n,) float64 cross-entropy
+    outputs: int  # of the network: as many as there are classes, or more
 
     def __len__(self) -> int:
         return len(self.true)
@@ -143,23 +134,16 @@ class ReportMeter(ClassificationMeter):
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """Holds figures of C classes, each (C,); NaN where a figure is not defined.
+    """Holds figures of C classes, each (C,); NaN where a figure is not defined."""
 
-    Attributes:
-        support: int64, images of the class.
-        predicted: int64, images that the network takes for the class.
-        precision: share of `predicted` that is of the class; NaN where nothing was predicted.
-        recall: share of `support` that is predicted right. It is the class's top-1, too.
-        f1: harmonic mean of both; NaN where neither an image nor a prediction is of the class.
-        top5: share of `support` whose class is among the five most likely ones.
-    """
-
-    support: np.ndarray
-    predicted: np.ndarray
+    support: np.ndarray  # int64, images of the class
+    predicted: np.ndarray  # int64, images that the network takes for the class
+    # share of `predicted` that is of the class; NaN where nothing was predicted
     precision: np.ndarray
-    recall: np.ndarray
+    recall: np.ndarray  # share of `support` that is predicted right. It is the class's top-1, too.
+    # harmonic mean of both; NaN where neither an image nor a prediction is of the class
     f1: np.ndarray
-    top5: np.ndarray
+    top5: np.ndarray  # share of `support` whose class is among the five most likely ones
 
     @classmethod
     def of(cls, images: EvaluatedImages, classes: int) -> "ClassFigures":
@@ -213,16 +197,11 @@ class Calibration:
 
     Bin i holds the confidences above i / bins, up to (i + 1) / bins. Images without a prediction
     are in none.
-
-    Attributes:
-        images: (bins,) int64.
-        confidence: (bins,) mean confidence; NaN in an empty bin.
-        accuracy: (bins,) share of the images that is right; NaN in an empty bin.
     """
 
-    images: np.ndarray
-    confidence: np.ndarray
-    accuracy: np.ndarray
+    images: np.ndarray  # (bins,) int64
+    confidence: np.ndarray  # (bins,) mean confidence; NaN in an empty bin
+    accuracy: np.ndarray  # (bins,) share of the images that is right; NaN in an empty bin
 
     @classmethod
     def of(cls, images: EvaluatedImages, bins: int = BINS) -> "Calibration":
@@ -255,19 +234,13 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Report:
-    """Holds what a report shows.
+    """Holds what a report shows."""
 
-    Attributes:
-        images: the predictions.
-        names: of all classes.
-        paths: of the worst images, the worst first, below the folder or inside the shards.
-        title: of the pictures.
-    """
-
-    images: EvaluatedImages
-    names: Sequence[str]
+    images: EvaluatedImages  # the predictions
+    names: Sequence[str]  # of all classes
+    # of the worst images, the worst first, below the folder or inside the shards
     paths: Sequence[str]
-    title: str = ""
+    title: str = ""  # of the pictures
 
     @cached_property
     def figures(self) -> ClassFigures:

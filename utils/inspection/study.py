@@ -59,47 +59,31 @@ Seeds = Annotated[tuple[Seed, ...], msgspec.Meta(min_length=1)]
 
 
 class Runs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Says how one network is trained.
+    """Says how one network is trained."""
 
-    Args:
-        rates: learning rates to choose from, each tried with every variant.
-        flags: for main.py.
-    """
-
+    # learning rates to choose from, each tried with every variant
     rates: Annotated[tuple[Annotated[float, msgspec.Meta(gt=0)], ...], msgspec.Meta(min_length=1)]
-    flags: tuple[str, ...]
+    flags: tuple[str, ...]  # for main.py
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Holds a study. Each field but `digest` stands in the file under the same name.
+    """Holds a study. Each field but `digest` stands in the file under the same name."""
 
-    Args:
-        question: what the study is to answer, in words.
-        data: as main.py takes it; its val/ holds the test images.
-        train_per_class: training images of each class; None for all that validation leaves.
-        validation_per_class: images of each class cut from train/, which choose rate and epoch.
-        split_seed: of the cut.
-        networks: how each is trained, by the plain network's name.
-        variants: names of `VARIANTS`, "timm:NAME" or "FILE.py:CLASS", `NONE` first.
-        choosing_seeds: of the runs that choose the rates.
-        seeds: of the runs that are evaluated on the test images.
-        also_compare: pairs of variants, besides each with `NONE`.
-        level: of the intervals.
-        digest: SHA-256 of the file.
-    """
-
-    question: str
-    data: str
+    question: str  # what the study is to answer, in words
+    data: str  # as main.py takes it; its val/ holds the test images
+    # training images of each class; None for all that validation leaves
     train_per_class: Count | None
-    validation_per_class: Count
-    split_seed: Seed
+    validation_per_class: Count  # images of each class cut from train/, which choose rate and epoch
+    split_seed: Seed  # of the cut
+    # how each is trained, by the plain network's name
     networks: Annotated[dict[str, Runs], msgspec.Meta(min_length=1)]
+    # names of `VARIANTS`, "timm:NAME" or "FILE.py:CLASS", `NONE` first
     variants: Annotated[tuple[str, ...], msgspec.Meta(min_length=2)]
-    choosing_seeds: Seeds
-    seeds: Seeds
-    also_compare: tuple[tuple[str, str], ...]
-    level: Annotated[float, msgspec.Meta(gt=0, lt=1)]
-    digest: str = ""
+    choosing_seeds: Seeds  # of the runs that choose the rates
+    seeds: Seeds  # of the runs that are evaluated on the test images
+    also_compare: tuple[tuple[str, str], ...]  # pairs of variants, besides each with `NONE`
+    level: Annotated[float, msgspec.Meta(gt=0, lt=1)]  # of the intervals
+    digest: str = ""  # SHA-256 of the file
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -175,21 +159,16 @@ ALIKE = 1e-9  # differences that are closer are the same, rounded otherwise
 
 @dataclass(frozen=True)
 class Difference:
-    """Holds the mean of the differences of paired runs.
+    """Holds the mean of the differences of paired runs."""
 
-    Args:
-        mean: in the runs' own unit.
-        low, high: the confidence interval of this one comparison, by Student's t; nan where the
-            pairs have no spread. Accuracy counts whole images, so that two or three seeds may
-            differ by the same by chance: it is no sign that another seed would, too.
-        p: the probability of such a mean or a larger one, of either sign, where there is no
-            difference; nan as the interval, but 1 where all pairs are equal.
-        pairs: how many.
-    """
-
-    mean: float
+    mean: float  # in the runs' own unit
+    # The confidence interval of this one comparison, by Student's t; nan where the pairs have no
+    # spread. Accuracy counts whole images, so that two or three seeds may differ by the same by
+    # chance: it is no sign that another seed would, too.
     low: float
     high: float
+    # The probability of such a mean or a larger one, of either sign, where there is no difference;
+    # nan as the interval, but 1 where all pairs are equal.
     p: float
     pairs: int
 
@@ -277,46 +256,34 @@ Key = tuple[str, str]  # network, variant
 
 @dataclass(frozen=True)
 class RunResult:
-    """Holds one run. Accuracies are top-1 in %; None where it was not evaluated on the test images.
-
-    Args:
-        rate: learning rate.
-        best_epoch: from 1, chosen by the validation part.
-        seconds_per_epoch: of training alone, the median epoch.
-        multiply_adds: of one image, forward.
-        environment: command, commit, device and versions, as args.json has them.
-    """
+    """Holds one run. Accuracies are top-1 in %; None where it saw no test images."""
 
     name: str
     network: str
     variant: str
-    rate: float
+    rate: float  # learning rate
     seed: int
     epochs: int
-    best_epoch: int
+    best_epoch: int  # from 1, chosen by the validation part
     val_top1: float
     test_top1: float | None
     test_images: int | None
     train_images: int
-    seconds_per_epoch: float
+    seconds_per_epoch: float  # of training alone, the median epoch
     parameters: int
-    multiply_adds: int
-    environment: Mapping[str, object]
+    multiply_adds: int  # of one image, forward
+    environment: Mapping[str, object]  # command, commit, device and versions, as args.json has them
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Compares a variant of a network with another, on the test images.
-
-    Args:
-        p: of the difference, corrected for the number of comparisons in the study.
-    """
+    """Compares a variant of a network with another, on the test images."""
 
     network: str
     variant: str
     against: str
     difference: Difference
-    p: float
+    p: float  # of the difference, corrected for the number of comparisons in the study
 
 
 def choose_rates(plan: Plan, runs: Sequence[RunResult]) -> dict[Key, float]:
