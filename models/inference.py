@@ -166,10 +166,8 @@ class PackedConv2d(nn.Conv2d):
         x = x.contiguous(memory_format=torch.channels_last)
         try:
             result, expected = self._by_onednn(x, self._pack(x.shape)), self._plain(x)
-        except (RuntimeError, AttributeError, TypeError):
-            return (
-                False  # this build or processor lacks the operators, or they take other arguments
-            )
+        except (RuntimeError, AttributeError, TypeError):  # no such operators, or other arguments
+            return False
         if result.shape != expected.shape or result.dtype != expected.dtype:
             return False
         allowed = TOLERANCE[weight.dtype] * expected.abs().max()
@@ -277,17 +275,15 @@ class InferenceBlock(nn.Module):
         kernel = cast(ECALayer, self.attention).conv.weight.flatten().to(pooled.dtype)
         return along_channels(pooled, kernel).sigmoid()
 
-    def _gate_for_export(self, gate: nn.Conv2d, h: Tensor, z: Tensor) -> Tensor:
-        """Computes the gate (N, C, 1, 1) as SE does, in operations that inference engines fuse."""
-        return gate((h if self.gate_first else z).mean((2, 3), keepdim=True)).sigmoid()
-
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)
         z = self.last(h)
         identity = None if self.shortcut is None else self.shortcut(x)
         gate = None
         if self.gated and self.gate is not None and torch.compiler.is_exporting():
-            z = z * self._gate_for_export(self.gate, h, z)
+            # As SE computes its gate, in operations that inference engines fuse.
+            pooled = (h if self.gate_first else z).mean((2, 3), keepdim=True)
+            z = z * self.gate(pooled).sigmoid()
         elif self.gated:
             gate = self._gate(h, z)
         elif self.attention is not None:

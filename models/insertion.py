@@ -15,7 +15,6 @@ import fnmatch
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple, TypeGuard, cast
 
 import torch
@@ -281,12 +280,13 @@ def _plan(
     model: nn.Module, kind: Attention, after: After, replace_se: bool
 ) -> list[tuple[str, bool]]:
     """Returns where layers go: the name of a module, and whether in its stead."""
-    is_there = _is_eca
+    is_there: IsThere = _is_eca
     if kind.name != "eca":
-        is_there = partial(_is_a, type(kind.build(64, 3 if kind.takes_ksize else None)))
-    if isinstance(after, str) or (isinstance(after, Sequence) and after and _all_str(after)):
-        patterns = [after] if isinstance(after, str) else after
-        names = [name for each in patterns for name in _matching(model, str(each), is_there)]
+        own = type(kind.build(64, 3 if kind.takes_ksize else None))
+        is_there = lambda module: type(module) is own  # noqa: E731
+    patterns: Any = [after] if isinstance(after, str) else after
+    if isinstance(patterns, Sequence) and patterns and all(isinstance(p, str) for p in patterns):
+        names = [name for each in patterns for name in _matching(model, each, is_there)]
         places = [(name, False, _is_done(model, name, is_there)) for name in names]
     else:
         types = after if isinstance(after, tuple) else (after,)
@@ -302,10 +302,6 @@ def _plan(
         if not instead:
             _check_place(model, name)
     return plan
-
-
-def _all_str(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
 
 
 def _layer(
@@ -411,10 +407,6 @@ def _is_eca(module: nn.Module) -> bool:
     return isinstance(module, ECALayer) or type(module).__name__ in ECAS
 
 
-def _is_a(kind: type[nn.Module], module: nn.Module) -> bool:
-    return type(module) is kind
-
-
 def _is_done(model: nn.Module, name: str, is_there: IsThere) -> bool:
     """Whether a layer is at this place: there itself, in it as a member, or right behind it."""
     place = model.get_submodule(name)
@@ -495,11 +487,9 @@ def _check_place(model: nn.Module, name: str) -> None:
         return
     if place is model:
         raise ValueError(f"ECA cannot stand behind the whole {type(model).__name__}: {_REMEDY}")
-    taken = inspect.signature(place.forward).parameters.values()
-    if (
-        sum(p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in taken)
-        > 1
-    ):
+    parameters = inspect.signature(place.forward).parameters.values()
+    single = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if sum(p.default is p.empty for p in single) > 1:
         raise ValueError(
             f"{name} takes more than one tensor, so ECA cannot stand behind it: {_REMEDY}"
         )

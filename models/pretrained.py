@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import ATTENTIONS, TIMM
-from .registry import KWARGS, MODELS, create_model, is_of_library
+from .registry import KWARGS, MODELS, create_model, first_line, is_of_library
 from .weights import FIELDS, FORMAT, Network, load_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -52,7 +52,7 @@ def from_pretrained(source: str | PathLike[str], revision: str | None = None) ->
         network = cast(Network, create_model(arch, **fields, **kwargs))
         load_weights(network, weights)
     except (ValueError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{folder}: {_first_line(error)}") from None
+        raise ValueError(f"{folder}: {first_line(error)}") from None
     return network.eval()
 
 
@@ -157,7 +157,7 @@ def _find_folder(source: str | PathLike[str], revision: str | None) -> Path:
         ]
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ValueError(
-            f"{source}: no such folder here, and not downloaded: {_first_line(error)}"
+            f"{source}: no such folder here, and not downloaded: {first_line(error)}"
         ) from None
     return Path(files[0]).parent
 
@@ -180,7 +180,3 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{path}: {_short(name)} is {kind}; float32 is wanted")
     return weights
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

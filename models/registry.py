@@ -191,24 +191,21 @@ def check_name(arch: str) -> None:
     """
     library, _, name = arch.partition(":")
     plain = name.partition(".")[0] if library == "timm" else name  # without timm's tag of weights
-    known = _names(library)
-    if not re.fullmatch(r"[\w.-]+", name) or plain not in known:  # no address of weights
-        close = difflib.get_close_matches(plain, known)
-        hint = f"; did you mean {' or '.join(f'{library}:{each}' for each in close)}?"
-        raise ValueError(f"{library} has no classifier {name!r}{hint if close else ''}")
-
-
-def _names(library: str) -> list[str]:
     try:
         if library == "timm":
             import timm
 
-            return timm.list_models()
-        import torchvision
+            known = timm.list_models()
+        else:
+            import torchvision
 
-        return torchvision.models.list_models(module=torchvision.models)
+            known = torchvision.models.list_models(module=torchvision.models)
     except ImportError:
         raise ValueError(f"{library} is not installed: pip install {library}") from None
+    if not re.fullmatch(r"[\w.-]+", name) or plain not in known:  # no address of weights
+        close = difflib.get_close_matches(plain, known)
+        hint = f"; did you mean {' or '.join(f'{library}:{each}' for each in close)}?"
+        raise ValueError(f"{library} has no classifier {name!r}{hint if close else ''}")
 
 
 def library_network(
@@ -351,7 +348,7 @@ def _built(arch: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Modu
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # a library may raise anything
-        raise ValueError(f"{arch} cannot be built: {_first_line(error)}") from None
+        raise ValueError(f"{arch} cannot be built: {first_line(error)}") from None
 
 
 def check_forward(network: Classifier, sizes: Iterable[int]) -> None:
@@ -367,7 +364,7 @@ def check_forward(network: Classifier, sizes: Iterable[int]) -> None:
         try:
             logits = network(torch.empty(IMAGES, 3, size, size, device="meta"))
         except Exception as error:  # a library may raise anything
-            reason = f"fails with images of {size} pixels: {_first_line(error)}"
+            reason = f"fails with images of {size} pixels: {first_line(error)}"
             raise ArgumentError(
                 f"{arch} {reason}: leave `img_size={size}` out", img_size=size
             ) from None
@@ -407,5 +404,6 @@ def image_settings(arch: str) -> dict[str, Any]:
     return {**named, "mean": tuple(mean), "std": tuple(std)}
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type's name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

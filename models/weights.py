@@ -89,8 +89,9 @@ def plain_names(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
     done = []
     plain = {name: t for name, t in weights.items() if not COUNTERS.search(name)}
     if counters := weights.keys() - plain.keys():
-        done.append(f"dropped {len(counters)} {_last_parts(counters)}")
-    while prefix := _prefix(plain):
+        kinds = sorted({name.rpartition(".")[2] for name in counters})
+        done.append(f"dropped {len(counters)} {', '.join(kinds)}")
+    while prefix := next((p for p in PREFIXES for stem in STEMS if p + stem in plain), None):
         plain = _renamed(plain, lambda name: name.removeprefix(prefix))
         done.append(f"took {prefix} off the names")
     for rename, what in (
@@ -103,12 +104,6 @@ def plain_names(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
             done.append(what)
         plain = new
     return plain, done
-
-
-def _prefix(weights: Mapping[str, Tensor]) -> str | None:
-    """Finds the prefix in `PREFIXES` that the name of the first layer begins with."""
-    prefixes = (p for p in PREFIXES for stem in STEMS if p + stem in weights)
-    return next(prefixes, None)
 
 
 def _of_mmclassification(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,10 +149,6 @@ def _renamed(weights: Mapping[str, Tensor], rename: Callable[[str], str]) -> dic
             raise ValueError(f"the weights hold {name} twice, under two names")
         new[name] = tensor
     return new
-
-
-def _last_parts(names: Iterable[str]) -> str:
-    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
 FORMAT = 1  # of our checkpoints; a file with a higher number is from a newer version

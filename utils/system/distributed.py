@@ -307,12 +307,6 @@ def refuse_differences(**facts: object) -> None:
             )
 
 
-def barrier() -> None:
-    """Waits until every rank is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 class Votes:
     """Answers yes/no questions alike on all ranks: yes where any rank says yes.
 

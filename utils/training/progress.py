@@ -127,17 +127,15 @@ class Progress:
 
     def times_left(self) -> list[str]:
         """Says how long the epoch will take yet, and the run where it has further epochs."""
-        step = self.pace.step
-        left = self.total - self.step
-        if step is None:
-            epoch, run = (0.0 if left == 0 else None), None
-        else:
-            epoch = step * left
-            later = self.epochs_left * step * self.total
-            run = epoch + later + (self.epochs_left + 1) * self.pace.between
+        step, left = self.pace.step, self.total - self.step
+        epoch = 0.0 if left == 0 else None if step is None else step * left
         times = [f"ETA {UNKNOWN if epoch is None else duration(epoch)}"]
         if self.epochs_left:
-            times.append(f"run {UNKNOWN if run is None else duration(run)}")
+            run = UNKNOWN
+            if step is not None:
+                steps = left + self.epochs_left * self.total
+                run = duration(step * steps + (self.epochs_left + 1) * self.pace.between)
+            times.append(f"run {run}")
         return times
 
     def close(self) -> float:
