@@ -164,7 +164,7 @@ def test_a_strangers_file_is_one_line(call, made, tmp_path):
         "foreign.onnx": "foreign.onnx: its metadata are not those of export.py (Object missing",
         "last.onnx": "takes an input of shape (any, 40, 40, 3), not (any, 3, any, any)",
         "flat.onnx": "takes an input of shape (any, 4800)",
-        "no_logits.onnx": "gives an output of shape (1, 3, 40, 40) for 1 images",
+        "no_logits.onnx": "gives an output of shape (1, 3, 40, 40) for 1 image",
     }.items():
         code, _, errors = call("-e", "--resume", file, "-j", 0, made / "tree")
         assert (code, len(errors)) == (2, 1), errors

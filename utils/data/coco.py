@@ -16,7 +16,7 @@ import msgspec
 from utils.data import coco_masks
 from utils.data.coco_masks import NUMBERS, is_finite
 from utils.system.errors import UserError
-from utils.system.text import printable
+from utils.system.text import counted, printable
 
 MOST_PIXELS = 2**31 - 1  # COCO's mask routines count pixels in 32 bits
 LONGEST_SHOWN = 120  # characters of a name in a message
@@ -282,10 +282,10 @@ class ObjectNotes:
         """Returns a line for each reason, and one where many boxes reach out of their images.
 
         Args:
-            start, end: what they begin with, "{}" for the number, and what follows the cut boxes.
+            start, end: what they begin with, "{}" for "3 objects", and what follows the cut boxes.
         """
         lines = [
-            f"{start.format(f'{n:,}')}: {reason} (first in {self._first[reason]})"
+            f"{start.format(counted(n, 'object', ','))}: {reason} (first in {self._first[reason]})"
             for reason, n in self.counts.items()
         ]
         return lines + [f"  ! {cut}" for cut in self.cut_line(end)]

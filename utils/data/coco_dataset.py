@@ -151,7 +151,7 @@ def load_split(
         np.array(boxes, dtype=np.float32).reshape(-1, 4)[order],
         np.array(labels, dtype=np.int64)[order],
         TextArray(texts, ends).select(order) if masks else None,
-        notes.lines("  dropped {} objects", " and are cut"),
+        notes.lines("  dropped {}", " and are cut"),
     )
     return split.select(np.flatnonzero(counts)) if drop_empty else split
 

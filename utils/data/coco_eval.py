@@ -203,17 +203,17 @@ class GroundTruth:
         ]
         if many := sum(n > MOST_DETECTIONS for n in counts.values()):
             lines.append(
-                f"  ! {many:,} images have more than {MOST_DETECTIONS} objects: COCO counts the "
-                f"{MOST_DETECTIONS} surest detections of an image, so AP cannot reach 100"
+                f"  ! {counted(many, 'image', ',')} with more than {MOST_DETECTIONS} objects: COCO "
+                f"counts the {MOST_DETECTIONS} surest detections of each, so AP cannot reach 100"
             )
-        lines += self.notes.lines("  ! {} objects that no detection can match")
+        lines += self.notes.lines("  ! {} that no detection can match")
         for kind in self.kinds:
             if all(annotation["iscrowd"] for annotation in self.annotations[kind]):
                 lines.append(f"  ! no object has a {KINDS[kind]}: {KINDS[kind]} AP will be -")
         if self.other_names:
             lines.append(
-                f"  ! {len(self.other_names):,} classes of the network are not among the "
-                f"categories, such as {shown(self.other_names[0])}: their detections are left out"
+                f"  ! {counted(len(self.other_names), 'class', ',')} of the network not among the "
+                f"categories, such as {shown(self.other_names[0])}: such detections are left out"
             )
         return lines
 

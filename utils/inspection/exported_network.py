@@ -96,8 +96,9 @@ class ExportedNetwork(nn.Module):
             logits = self.run(images)
         if logits.shape != (len(images), self.num_classes):
             raise UserError(
-                f"{self.path}: gives an output of shape {tuple(logits.shape)} for {len(images)} "
-                f"images, not ({len(images)}, {self.num_classes}); export it again"
+                f"{self.path}: gives an output of shape {tuple(logits.shape)} for "
+                f"{counted(len(images), 'image')}, not ({len(images)}, {self.num_classes}); export "
+                "it again"
             )
         return logits.to(device)
 

@@ -47,7 +47,7 @@ def test_what_cannot_be_trained_on_is_dropped_and_said(tmp_path, changes, reason
     split = split_of(tmp_path, [annotation(), bad])
     assert len(split.labels) == 1
     (line,) = split.report("val")[1:]
-    assert line.startswith("  dropped 1 objects: ")
+    assert line.startswith("  dropped 1 object: ")
     assert reason in line
     assert "picture-2.png" in line
 

@@ -24,7 +24,7 @@ def test_classes_and_ids_come_from_the_file(tmp_path):
     expected[10:40, 10:30] = 1
     assert torch.equal(target["masks"], expected[None])
     assert split.report("val")[0] == (
-        "val: 3 images, 2 of them without objects, 1 objects of 2 classes"
+        "val: 3 images, 2 of them without objects, 1 object of 2 classes"
     )
 
 

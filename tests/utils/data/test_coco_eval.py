@@ -284,11 +284,11 @@ def test_what_cannot_be_evaluated_is_said(tmp_path):
     truth = GroundTruth(locate(write_tree(tmp_path, bad), "val"), True, ["cat", "cow", "dog"])
     assert truth.report("val") == [
         "val: 3 images, 1 of them without objects, 2 objects of 2 classes",
-        "  ! 1 objects that no detection can match: mask is no polygon (first in picture-2.png)",
-        "  ! 1 objects that no detection can match: box is not finite (first in picture-2.png)",
-        "  ! 1 objects that no detection can match: box is not four numbers (first in "
+        "  ! 1 object that no detection can match: mask is no polygon (first in picture-2.png)",
+        "  ! 1 object that no detection can match: box is not finite (first in picture-2.png)",
+        "  ! 1 object that no detection can match: box is not four numbers (first in "
         "picture-2.png)",
-        "  ! 1 classes of the network are not among the categories, such as cow: their "
+        "  ! 1 class of the network not among the categories, such as cow: such "
         "detections are left out",
     ]
 
@@ -363,7 +363,7 @@ def test_a_file_without_objects(tmp_path, listed):
 def test_more_objects_than_coco_counts_detections_are_said(tmp_path, objects, said):
     root = write_tree(tmp_path / "coco", [annotation(n) for n in range(1, objects + 1)])
     lines = GroundTruth(locate(root, "val"), masks=False).report("val")
-    assert any("1 images have more than 100 objects" in line for line in lines) is said
+    assert any("1 image with more than 100 objects" in line for line in lines) is said
 
 
 def test_figures_by_class_are_those_of_pycocotools(tmp_path):

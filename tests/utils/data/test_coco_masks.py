@@ -94,7 +94,7 @@ def test_a_mask_that_is_not_where_its_box_is(tmp_path, segmentation, reason):
     faults = check_file(locate(tmp_path, "val"))[1]
     assert [reason in said for _, said in faults] == [True]
     (line,) = GroundTruth(locate(tmp_path, "val"), masks=True).report("val")[1:]
-    assert line == f"  ! 1 objects that no detection can match: {reason} (first in picture-2.png)"
+    assert line == f"  ! 1 object that no detection can match: {reason} (first in picture-2.png)"
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_a_strangers_onnx_file_is_refused(made, tmp_path):
         ({"img_size": '"64"'}, "metadata are not those of export.py"),
         ({"classes": '["a", "b", "c", "d"]'}, "4 names for 3 classes"),
         ({"crop_pct": "7"}, "metadata are not those of export.py"),
-        ({"num_classes": "4"}, r"shape \(1, 3\) for 1 images, not \(1, 4\)"),
+        ({"num_classes": "4"}, r"shape \(1, 3\) for 1 image, not \(1, 4\)"),
     ]:
         del model.metadata_props[:]
         for key, value in {**kept, **change}.items():
