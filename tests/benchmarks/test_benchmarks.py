@@ -237,7 +237,7 @@ def test_rows_for_the_page_say_what_was_met(gpu):
 
 
 @pytest.mark.parametrize(
-    ("code", "says", "left", "failed"),
+    ("code", "says", "limit", "failed"),
     [
         ("print('3 passed')", r"\d passed", 9, None),
         ("print('5 skipped')", r"\d passed", 9, r"exit code 0, but its output has nothing like"),
@@ -247,8 +247,8 @@ def test_rows_for_the_page_say_what_was_met(gpu):
         ("", "", 0, "not run: the 10 minutes were over"),
     ],
 )
-def test_a_step_that_fails_says_why(gpu, tmp_path, code, says, left, failed):
-    done = gpu.run(gpu.Step("a", ("-c", code), says), left, tmp_path)
+def test_a_step_that_fails_says_why(gpu, tmp_path, code, says, limit, failed):
+    done = gpu.run(gpu.Step("a", ("-c", code), says), limit, tmp_path)
     if failed is None:
         assert (done["failed"], done["said"]) == (None, ["3 passed"])
     else:
