@@ -8,9 +8,10 @@ import json
 import os
 import re
 import signal
+import time
 
 import pytest
-from helpers.small_runs import LONG, SMALL, Running, all_gone, progress
+from helpers.small_runs import LONG, PATIENCE, SMALL, Running, all_gone, progress
 from helpers.trees import ROOT
 
 from utils.runs import checkpoint
@@ -219,3 +220,17 @@ def test_a_killed_rank(start, tree, tmp_path):
     assert all_gone(ranks)
     saved = progress(tmp_path / "run")
     assert (saved["epoch"], saved["step"]) >= (1, 0)
+
+
+@pytest.mark.parametrize("seconds", [0, 2, 4, 6, 8])
+def test_ranks_end_with_a_launcher_killed_in_the_first_seconds(start, tree, seconds):
+    """They would wait for each other for 30 minutes: the store that they meet in is gone."""
+    running = start(*LONG, "--output", "run", tree, ranks=2)
+    end = time.monotonic() + PATIENCE
+    while len(ranks := running.children()) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    time.sleep(seconds)
+    running.process.kill()
+    running.process.wait(PATIENCE)
+    assert all_gone(ranks, within=PATIENCE)

@@ -31,6 +31,7 @@ def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
+@pytest.mark.usefixtures("thin")
 def test_the_folder_is_read_back(export_cli, tmp_path):
     held = write(tmp_path / "best.pth")
     code, text = export_cli("best.pth", "--to", "hf")
@@ -81,6 +82,7 @@ def test_the_card_of_a_run(export_cli, tmp_path):
     assert "scaled to 64 pixels (bilinear), the middle 48 × 48" in " ".join(text.split())
 
 
+@pytest.mark.usefixtures("thin")
 def test_weights_saved_within_an_epoch_have_no_figures(export_cli, tmp_path):
     text = card(export_cli, tmp_path, step=7)
     assert "62.12" not in text

@@ -4,7 +4,6 @@ import base64
 import csv
 import io
 import json
-import shutil
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -166,29 +165,6 @@ def test_a_detector_s_run(write_page, detect, shapes, tmp_path):
     summary = saved["progress"]["best"]["summaries"]["bbox"]
     for name, value in summary["per_class"].items():
         assert f"{name} {100 * value:.4g}" in page.text or value < 0
-
-
-def test_a_browser_shows_it_without_a_fault(write_page, run_folder, tmp_path):
-    """No request, no message of the browser's, and nothing wider than a phone."""
-    browsers = pytest.importorskip("playwright.sync_api", exc_type=ImportError)
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no browser")
-    report_of(run_folder, [EVIL, "a" * 300, "b c " * 90, "猫"], tmp_path)
-    assert write_page(run_folder)[0] == 0
-    said: list[str] = []
-    with browsers.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        for width in (1200, 400):
-            page = browser.new_page(viewport={"width": width, "height": 800})
-            page.on("console", lambda message: said.append(message.text))
-            page.on("request", lambda request: said.append(request.url[:40]))
-            page.on("dialog", lambda dialog: said.append(dialog.message))
-            page.goto((run_folder / "report.html").as_uri())
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            assert page.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
-        browser.close()
-    assert [words for words in said if not words.startswith(("file:", "data:image/png"))] == []
 
 
 def test_names_of_strangers_are_text(write_page, run_folder, tmp_path):
