@@ -347,11 +347,12 @@ def block_tail(
     """
     if listener is not None:
         listener(z, bn, attention, residual, activation)
+    compiling = torch.compiler.is_compiling()
+    alone = attention is None and residual is None
+    if fused and alone:  # the cheap question first: small BatchNorms are many
+        fused = not compiling and _pays(z, attends=False)  # a compiler does the same itself
     if fused and _is_usual(z, bn, attention, residual, activation):
-        if torch.compiler.is_compiling():
-            faster = attention is not None or residual is not None  # else it does the same itself
-        else:
-            faster = _pays(z, attention is not None)
+        faster = alone or compiling or _pays(z, attention is not None)
         # DataParallel's threads share one interpreter: eight took 16 tails 17 times as long.
         if faster and not (z.is_cuda and getattr(bn, "_is_replica", False)):
             # `_is_usual` has said that they are of these classes.
@@ -385,7 +386,7 @@ def _pays(z: Tensor, attends: bool) -> bool:
     least = LARGE.get(z.device.type)
     if least is None or z.numel() < least[not attends] or not _has_passes(z):
         return False
-    few = z.shape[2] * z.shape[3] <= FEW_PIXELS and format_of(z) == torch.channels_last
+    few = z.shape[2:].numel() <= FEW_PIXELS and format_of(z) == torch.channels_last
     return attends or not few or z.device.type != "cpu"
 
 
