@@ -14,7 +14,7 @@ from utils.inspection.report import report_lines
 pytest.importorskip("pycocotools")
 
 
-def test_a_detector_s_report_is_written_where_a_classifier_s_is(detect, shapes, tmp_path):
+def test_a_detector_s_report_is_written_where_a_classifier_s_is(thin, detect, shapes, tmp_path):
     flags = ("--batch-size", 4, "--lr-steps", 1, "--warmup-steps", 2, "--optimizer", "sgd")
     detect(*NETWORK, *flags, "--epochs", 1, "--seed", 1, "--output", "run", shapes)
     lines = detect("-e", "--resume", "run/best.pth", "--report", shapes)
