@@ -26,21 +26,9 @@ from models.registry import check_name, image_settings, is_of_library
 from utils.command_line.parser import Parser
 from utils.config.classification import ClassificationRun, NetworkSettings
 from utils.config.flags import flags_of, number
+from utils.inspection import cost_tables as tables
 from utils.inspection import published
 from utils.inspection.cost import Cost, count_cost
-from utils.inspection.cost_tables import (
-    Report,
-    classification_table,
-    classifier_report,
-    detection_table,
-    detector_report,
-    detector_table,
-    layer_table,
-    list_text,
-    network_table,
-    plain_name,
-    size_text,
-)
 from utils.system.errors import UserError, as_user_error
 from utils.system.faults import run_script
 from utils.system.text import did_you_mean, paragraphs
@@ -63,8 +51,8 @@ def build_parser() -> Parser:
         " (default: those of the released weights)")
     add("--img-size", type=image_size, metavar="PIXELS",
         help="side of the image, or height and width as in 320x480"
-        f" (default: {size_text(published.IMAGENET_SIZE)};"
-        f" detectors: {size_text(published.COCO_SIZE)})")
+        f" (default: {tables.size_text(published.IMAGENET_SIZE)};"
+        f" detectors: {tables.size_text(published.COCO_SIZE)})")
     add("--num-classes", type=number(int, 1, 10_000_000), metavar="N",
         help="outputs of the last layer (default: 1000; detectors: COCO's, 81 with background,"
         " 80 for retinanet)")
@@ -123,7 +111,7 @@ def build(create: Callable[..., nn.Module], *settings: object, **more: object) -
 
 def count(
     arch: str, backbone: str | None, size: tuple[int, int], flags: argparse.Namespace
-) -> Report:
+) -> tables.Report:
     """Counts a classifier, or a detector on a backbone."""
     kind = {}
     if "attention" in flags:
@@ -132,12 +120,14 @@ def count(
     if arch not in DETECTORS:
         classes = flags.num_classes or 1000
         network = build(create_model, arch, flags.ksize, classes, **kind)
-        return classifier_report(network, size, plain_cost(plain_name(network.arch), classes, size))
+        return tables.classifier_report(
+            network, size, plain_cost(tables.plain_name(network.arch), classes, size)
+        )
     from models.detection.detectors import FIRST_LABEL, create_detector  # torchvision, only here
 
     network = build(create_detector, arch, backbone, flags.ksize, flags.num_classes, **kind)
     plain = build(create_detector, arch, backbone, None, flags.num_classes, attention="none")
-    return detector_report(network, size, plain, FIRST_LABEL[arch])
+    return tables.detector_report(network, size, plain, FIRST_LABEL[arch])
 
 
 @functools.cache
@@ -149,7 +139,7 @@ def plain_cost(arch: str, num_classes: int, size: tuple[int, int]) -> Cost:
 def main() -> None:
     flags = build_parser().parse_args()
     if "list_models" in flags:
-        print(list_text(flags.list_models))
+        print(tables.list_text(flags.list_models))
         return
     check_flags(flags)
     detection = flags.detectors or flags.arch in DETECTORS
@@ -168,18 +158,20 @@ def main() -> None:
     print(text_of(reports, detection, flags))
 
 
-def text_of(reports: list[Report], detection: bool, flags: argparse.Namespace) -> str:
+def text_of(reports: list[tables.Report], detection: bool, flags: argparse.Namespace) -> str:
     """Returns what is printed of the reports."""
     if flags.json:
         if not flags.per_layer:
             reports = [{k: v for k, v in report.items() if k != "layers"} for report in reports]
         return json.dumps(reports if flags.all else reports[0], indent=2)
     if flags.all:
-        return detection_table(reports) if detection else classification_table(reports)
+        return (
+            tables.detection_table(reports) if detection else tables.classification_table(reports)
+        )
     if detection:
-        return detector_table(reports[0])
-    layers = layer_table(reports[0]) if flags.per_layer else ""
-    return paragraphs(layers, network_table(reports[0]))
+        return tables.detector_table(reports[0])
+    layers = tables.layer_table(reports[0]) if flags.per_layer else ""
+    return paragraphs(layers, tables.network_table(reports[0]))
 
 
 if __name__ == "__main__":

@@ -29,22 +29,10 @@ from utils.command_line.prediction_and_export import (
 )
 from utils.data.decoding import read_image
 from utils.data.transforms import Preprocessing
+from utils.inspection import predictions
 from utils.inspection.exported_network import ExportedDetector, is_exported
 from utils.inspection.exported_network import load as load_exported
-from utils.inspection.predictions import (
-    CocoDocument,
-    Guess,
-    Prediction,
-    PredictionLog,
-    UserBatch,
-    class_table,
-    find_images,
-    find_objects,
-    object_line,
-    path_width,
-    picture,
-    read_batches,
-)
+from utils.inspection.predictions import Guess, Prediction, UserBatch
 from utils.runs import folder as run_folder
 from utils.runs.checkpoint import Checkpoint
 from utils.system import backends, distributed, style
@@ -66,7 +54,7 @@ SMALLER = "a smaller -b or --img-size"  # what spares memory
 def main() -> int:
     args = prediction_parser(__doc__).parse_args()
     check_free(args.output)
-    paths = find_images(args.images)
+    paths = predictions.find_images(args.images)
     exported = is_exported(args.checkpoint)
     if exported:
         refuse_for_exported(vars(args), args.checkpoint)
@@ -100,9 +88,9 @@ def main() -> int:
     workers = args.workers
     if workers is None:  # processes take longer to start than a few images take to read
         workers = 0 if len(paths) <= 2 * args.batch_size else default_workers()
-    batches = read_batches(paths, look, args.batch_size, device, workers, args.decoder)
+    batches = predictions.read_batches(paths, look, args.batch_size, device, workers, args.decoder)
     files = [printable(path) for path in paths]
-    log = PredictionLog(args.format, files, min(args.topk, len(names)))
+    log = predictions.PredictionLog(args.format, files, min(args.topk, len(names)))
     for i, prediction, heat in classify(network, batches, files, names, log.topk, stage):
         if prediction.error is not None:
             say(f"! {prediction.file}: {prediction.error}; passed over")
@@ -132,22 +120,22 @@ def predict_objects(
     else:
         network = saved.detector().eval()
         first_label = FIRST_LABEL[network.arch]
-    names, ids = class_table(saved, network.num_classes - first_label)
+    names, ids = predictions.class_table(saved, network.num_classes - first_label)
     device = distributed.setup(args.device).device
     backends.configure(False, device, one_shape=False)
     how = f", from {exported.path.name}, run by onnxruntime" if exported is not None else ""
     say(f"{network.arch} on {network.backbone_arch}, {counted(len(names), 'class')}{how}")
     folder = run_folder.create("predict", args.output)
-    document, cells, broken = CocoDocument(names, ids), [], 0
-    width = path_width([printable(path) for path in paths])
+    document, cells, broken = predictions.CocoDocument(names, ids), [], 0
+    width = predictions.path_width([printable(path) for path in paths])
     network.to(device)
-    for i, image in enumerate(find_objects(network, paths, device, first_label)):
+    for i, image in enumerate(predictions.find_objects(network, paths, device, first_label)):
         if image.error is not None:
             say(f"! {image.file}: {image.error}; passed over")
             broken += 1
             continue
         document.add(image)
-        drawn = picture(image, names, args.min_score)
+        drawn = predictions.picture(image, names, args.min_score)
         target = folder / "pictures" / png_name(i, image.file)
         target.parent.mkdir(exist_ok=True)
         write_atomically(target, style.encoded(drawn))
@@ -155,7 +143,7 @@ def predict_objects(
             sure = int((image.objects["scores"] >= args.min_score).sum())
             cells.append(style.Cell(drawn, Path(image.file).name, counted(sure, "object")))
         if args.format == "table":
-            print(object_line(image, names, args.min_score, width), flush=True)
+            print(predictions.object_line(image, names, args.min_score, width), flush=True)
     if args.format != "table":
         print(document.json() if args.format == "json" else document.csv(), end="")
     document.write(folder)
@@ -257,13 +245,13 @@ def write_map(
 def write_grid(
     target: Path,
     paths: Sequence[bytes],
-    predictions: Sequence[Prediction],
+    made: Sequence[Prediction],
     names: Sequence[str],
     title: str,
 ) -> None:
     """One picture of the readable images; in folders named like a class, right ones are green."""
     cells, checked, right = [], 0, 0
-    for path, prediction in zip(paths, predictions, strict=True):
+    for path, prediction in zip(paths, made, strict=True):
         if prediction.error is not None:
             continue
         if len(cells) == MOST_IN_GRID:

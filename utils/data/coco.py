@@ -311,6 +311,13 @@ class ObjectNotes:
         return UserError(f"{annotations}: no object to train on: {reasons}; {remedy}")
 
 
+def counts_line(name: str, images: int, empty: int, objects: int, classes: int) -> str:
+    """Returns the first line of a report on COCO data."""
+    note = f", {empty:,} of them without objects" if empty else ""
+    of_classes = f"{counted(objects, 'object', ',')} of {counted(classes, 'class')}"
+    return f"{name}: {counted(images, 'image', ',')}{note}, {of_classes}"
+
+
 def check_file(paths: CocoPaths) -> tuple[dict[str, tuple[int, int]], list[tuple[str, str]]]:
     """Looks through an annotation file from its first entry to its last.
 

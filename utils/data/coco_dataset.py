@@ -17,11 +17,11 @@ import torch
 from torch.utils.data import Dataset
 
 from utils.data import coco_masks
-from utils.data.coco import CocoFile, CocoPaths, ObjectNotes, shown, usable_box
+from utils.data.coco import CocoFile, CocoPaths, ObjectNotes, counts_line, shown, usable_box
 from utils.data.decoding import BrokenImageError, read_image
 from utils.data.sampler import Key, mix_seed
 from utils.system.errors import UserError
-from utils.system.text import counted, printable
+from utils.system.text import printable
 
 Target = dict[str, Any]
 
@@ -72,11 +72,7 @@ class CocoSplit:
     def report(self, name: str) -> list[str]:
         """Returns lines that say what is in the split and what was left out of it."""
         empty = int((np.diff(self.starts) == 0).sum())
-        note = f", {empty:,} of them without objects" if empty else ""
-        head = (
-            f"{name}: {counted(len(self), 'image', ',')}{note}, "
-            f"{counted(len(self.labels), 'object', ',')} of {counted(len(self.classes), 'class')}"
-        )
+        head = counts_line(name, len(self), empty, len(self.labels), len(self.classes))
         return [head, *self.notes]
 
     def select(self, keep: np.ndarray) -> "CocoSplit":

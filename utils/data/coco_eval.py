@@ -25,13 +25,13 @@ from utils.data.coco import (
     Image,
     ObjectNotes,
     box_fault,
+    counts_line,
     shown,
     usable_box,
 )
 from utils.system.distributed import Context, share
 from utils.system.errors import UserError, require
 from utils.system.files import write_atomically
-from utils.system.text import counted
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MASK_THRESHOLD = 0.5
@@ -196,11 +196,8 @@ class GroundTruth:
         """Returns lines on what is evaluated, and on what can only be missed or is left out."""
         counts = Counter(a["image_id"] for a in self.annotations["bbox"] if not a["iscrowd"])
         empty = len(self.images) - len(counts)
-        note = f", {empty:,} of them without objects" if empty else ""
-        lines = [
-            f"{name}: {counted(len(self.images), 'image', ',')}{note}, "
-            f"{counted(counts.total(), 'object', ',')} of {counted(len(self.names), 'class')}"
-        ]
+        images, classes = len(self.images), len(self.names)
+        lines = [counts_line(name, images, empty, counts.total(), classes)]
         if many := sum(n > MOST_DETECTIONS for n in counts.values()):
             lines.append(
                 f"  ! {counted(many, 'image', ',')} with more than {MOST_DETECTIONS} objects: COCO "

@@ -142,13 +142,10 @@ def draw_weights(
 ) -> bytes:
     """Draws how each layer weights its channels, for the classes in `shown`. Returns a PNG.
 
-    The paper's figure draws one curve a class over all channels. Where there are hundreds of
-    channels, such curves hide each other. So one row is drawn for each layer, with two panels:
-
-    - left: the mean weight of all classes, channels in descending order, with the band that the
-      classes shown span. A narrow band says that the layer treats the classes alike.
-    - right: one line a class, one column a channel in the same order: how far the class's weight
-      is from the mean of all classes.
+    The curves of the paper's figure, one a class over all channels, hide each other where there are
+    hundreds. So each layer has a row of two panels, channels in descending order: left the mean
+    weight of all classes and the band that the classes shown span, right how far each class's
+    weight is from that mean.
     """
     names = [short(classes[label], 16) for label in shown]
     height = max(1.35, 0.5 + 0.16 * len(shown)) * len(layers) + 0.7  # inches
@@ -182,16 +179,10 @@ def draw_weights(
 
 
 def draw_one_image(layers: Sequence[LayerWeights]) -> bytes:
-    """Draws the weights that every block gives its channels for one image, one row a block.
+    """Draws the weights that every block gives its channels for one image. Returns a PNG.
 
     Colour is a channel's weight minus the mean of its row, on a scale of the row's own; the mean
     and the span stand beside it. Channels are in the network's order.
-
-    Args:
-        layers: statistics of a single image.
-
-    Returns:
-        A PNG.
     """
     with styled() as plt:
         size = (6.0, 0.34 * len(layers) + 0.9)  # inches

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from models import create_model, list_models
+from utils.inspection import published
 from utils.inspection.cost import (
     CONVENTIONS,
     Cost,
@@ -20,14 +21,6 @@ from utils.inspection.cost import (
     mid_2019_flops,
     published_detection_flops,
     thop_version,
-)
-from utils.inspection.published import (
-    COCO,
-    COCO_SIZE,
-    IMAGENET,
-    IMAGENET_SIZE,
-    WITH_ATTENTION,
-    Published,
 )
 from utils.system.errors import UserError
 from utils.system.text import columns, ksize_text, paragraphs
@@ -50,10 +43,10 @@ def classifier_report(network: Any, size: Size, plain: Cost) -> Report:
             for products and other functions, which most conventions leave out.
     """
     cost = plain if network.attention == "none" else count_cost(network, (1, 3, *size))
-    printed = IMAGENET.get(network.arch)
+    printed = published.IMAGENET.get(network.arch)
     if network.attention != own_attention(network.arch):
-        printed = WITH_ATTENTION.get((plain_name(network.arch), network.attention))
-    if (network.num_classes, size) != (1000, IMAGENET_SIZE):
+        printed = published.WITH_ATTENTION.get((plain_name(network.arch), network.attention))
+    if (network.num_classes, size) != (1000, published.IMAGENET_SIZE):
         printed = None
     return {
         "network": network.arch,
@@ -84,10 +77,10 @@ def detector_report(network: Any, size: Size, plain: nn.Module, first_label: int
         network: on `meta`.
         plain: the same one without attention.
     """
-    printed = COCO.get((network.arch, network.backbone_arch))
+    printed = published.COCO.get((network.arch, network.backbone_arch))
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     flops = published_detection_flops(network, size)
-    theirs = (80, COCO_SIZE, "eca")
+    theirs = (80, published.COCO_SIZE, "eca")
     if (network.num_classes - first_label, size, network.attention) != theirs:
         printed = None
     units = format_params(trainable, base=1000), format_flops(flops, base=1000)
@@ -105,7 +98,7 @@ def detector_report(network: Any, size: Size, plain: nn.Module, first_label: int
 
 
 def _beside(
-    network: Any, size: Size, params: str, flops: str, printed: Published | None
+    network: Any, size: Size, params: str, flops: str, printed: published.Published | None
 ) -> dict[str, Any]:
     """Returns the settings, and our figures, in the published units and rounding, beside those."""
     agrees = None
@@ -149,8 +142,8 @@ def list_text(pattern: str) -> str:
     for name in list_models(pattern):
         with torch.device("meta"):
             network: Any = create_model(name)
-        printed = IMAGENET.get(network.arch)
-        flops = format_flops(mid_2019_flops(network, (1, 3, *IMAGENET_SIZE)))
+        printed = published.IMAGENET.get(network.arch)
+        flops = format_flops(mid_2019_flops(network, (1, 3, *published.IMAGENET_SIZE)))
         params, accuracy = f"{count_parameters(network):,}", (printed and printed.accuracy) or "-"
         rows.append([name, ksize_text(network.ksize), params, flops, accuracy])
     if len(rows) == 1:

@@ -158,11 +158,7 @@ def largest_difference(
     shapes: Sequence[tuple[int, int, int]],
     name: str,
 ) -> float:
-    """Runs a network and its file on random images, and compares their logits.
-
-    Args:
-        shapes: batch size, height and width of each trial.
-        name: of the file, for messages.
+    """Runs a network and its file on random images of some shapes (N, H, W).
 
     Returns:
         The largest difference of a logit, relative to the largest logit.
@@ -307,15 +303,10 @@ def trial_images(detector: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def check_detector(data: bytes, detector: nn.Module, name: str) -> Agreement:
-    """Runs a file by onnxruntime and its network on images, and compares.
+    """Runs a file of `detector_to_onnx` and its `prepared_detector` on images, and compares.
 
     Where the network finds less than `TRIAL_OBJECTS` objects in one, both do so with a lower least
     score than the file's own.
-
-    Args:
-        data: from `detector_to_onnx`.
-        detector: from `prepared_detector`.
-        name: the file's, for messages.
 
     Raises:
         UserError: objects are missing or elsewhere, or the file does not run.
@@ -349,10 +340,7 @@ def check_detector(data: bytes, detector: nn.Module, name: str) -> Agreement:
 def compare_objects(expected: Objects, written: Objects, lowest: float) -> Agreement:
     """Looks for each of the network's objects among the file's, whose order may differ in ties.
 
-    Args:
-        expected: the network's.
-        written: the file's.
-        lowest: objects that do not score more may be on one side alone.
+    Objects that score no more than `lowest` may be on one side alone.
     """
     scores = (expected["scores"][:, None] - written["scores"]).abs()
     alike = (expected["labels"][:, None] == written["labels"]) & (scores <= SCORE)

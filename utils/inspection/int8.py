@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,7 +159,9 @@ def quantise(onnx_file: bytes, batches: Iterable[Tensor]) -> bytes:
     from onnxruntime import quantization
 
     feeds = ({INPUT: batch.numpy()} for batch in batches)
-    with tempfile.TemporaryDirectory() as folder, _without_warnings():
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        logging.disable(logging.WARNING)  # onnxruntime's advice to fold what is folded already
+        stack.callback(logging.disable, logging.NOTSET)
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         model = onnx.shape_inference.infer_shapes(onnx.load_from_string(onnx_file))
         onnx.save(model, source)
@@ -182,16 +184,6 @@ def quantise(onnx_file: bytes, batches: Iterable[Tensor]) -> bytes:
     properties = {entry.key: entry.value for entry in model.metadata_props}
     onnx.helper.set_model_props(result, {**properties, "precision": "int8"})
     return bytes(result.SerializeToString())
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Hides onnxruntime's advice, to fold what is folded already, from the terminal."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _float_nodes(model: Any) -> list[str]:

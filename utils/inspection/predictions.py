@@ -280,10 +280,7 @@ def find_objects(
             continue
         assert isinstance(image, Tensor)
         size = image.shape[1], image.shape[2]
-        if max(size) > most:
-            smaller = [max(1, round(most / max(size) * side)) for side in size]
-            image = F.interpolate(image[None].float(), smaller, mode="area")[0]
-            image = image.round().to(torch.uint8)
+        image, _ = resized(image, {"boxes": torch.empty(0, 4)}, 0, most)
         try:
             (objects,) = detector([image.to(device).float() / 255])
         except (MemoryError, RuntimeError) as error:
