@@ -32,6 +32,7 @@ from utils.data.coco import (
 from utils.system.distributed import Context, share
 from utils.system.errors import UserError, require
 from utils.system.files import write_atomically
+from utils.system.text import counted
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MASK_THRESHOLD = 0.5
