@@ -195,16 +195,15 @@ def find_checkpoint(
         UserError: as in `resume.read` and `load_classifier`; or flags that an exported file has no
             use for.
     """
-    name = None
+    arch, name = typed.get("arch", recipe.arch), None
     if {"data", "arch", "action"} & typed.keys():
-        name = runs.run_name(recipe.override(arch=typed.get("arch")).arch, typed.get("action"))
+        name = runs.run_name(arch, typed.get("action"))
     resumed, pretrained, output = (typed.get(k) for k in ("resume", "pretrained", "output"))
     evaluates = typed.get("evaluate", False)
     files = [file for file in (resumed, pretrained) if file is not None]
     exported = [file for file in files if is_exported(file)]
     if not exported:
         at_epoch = typed.get("start_epoch")
-        arch = recipe.override(arch=typed.get("arch")).arch
         return resume.read(resumed, pretrained, name, output, evaluates, at_epoch, arch)
     if not evaluates:
         raise UserError(

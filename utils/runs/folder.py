@@ -22,7 +22,7 @@ from models.registry import is_of_library
 from utils.runs.checkpoint import describes_detector
 from utils.system.distributed import Context
 from utils.system.errors import EXIT_FAILED, UserError
-from utils.system.files import read_json, write_atomically
+from utils.system.files import check_writable, read_json, write_atomically
 
 RUNS = Path("runs")
 LONGEST_NAME = 240  # bytes: file systems take 255, and a number follows
@@ -53,7 +53,6 @@ def check_output(output: str | None, resumed: Path | None = None) -> None:
 
     Raises:
         UserError: as `create`.
-        OSError: a name that is too long.
     """
     if _goes_on(output, resumed):
         return
@@ -63,15 +62,7 @@ def check_output(output: str | None, resumed: Path | None = None) -> None:
             f"{folder}: is in use; choose a new --output, or continue the run in it with "
             f"--resume auto --output {folder}"
         )
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    for part in folder.absolute().parts[len(there.absolute().parts) :]:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(there / part)  # a name that is too long raises, be its folder there or not
-    reason = "no permission" if there.is_dir() else f"{there} is a file"
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{folder}: cannot write there ({reason}); choose another --output", EXIT_FAILED
-        )
+    check_writable(folder)
 
 
 def create(name: str, output: str | None = None) -> Path:

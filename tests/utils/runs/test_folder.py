@@ -53,7 +53,7 @@ def test_an_output_is_refused_before_the_work(tmp_path):
     (tmp_path / "used" / "x").touch()
     with pytest.raises(UserError, match="used: is in use; choose a new --output"):
         run_folder.check_output("used")
-    with pytest.raises(UserError, match=r"used/x/run: cannot write there .*x is a file"):
+    with pytest.raises(UserError, match=r"used/x/run: cannot write to .*x; mend its rights"):
         run_folder.check_output("used/x/run")
     (tmp_path / "used" / run_folder.LOCK).touch()  # now it is the folder of a run
     run_folder.check_output("used", tmp_path / "used")
