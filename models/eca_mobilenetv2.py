@@ -5,7 +5,7 @@ names. At other widths channels are int(c · width_mult), as in the authors' cod
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -254,22 +254,31 @@ class MobileNetV2(Classifier):
                 yield x
 
 
-def _constructor(arch: str, usual: Kind) -> Callable[..., MobileNetV2]:
-    """Returns the function that builds a network by its name, with this attention unless told."""
-
-    def build(
-        ksize: Ksize = None,
-        num_classes: int = 1000,
-        attention: Kind = usual,
-        width_mult: float = 1.0,
-    ) -> MobileNetV2:
-        return MobileNetV2(attention, ksize, num_classes, width_mult, arch)
-
-    build.__name__ = build.__qualname__ = arch
-    build.__doc__ = f"Builds {arch}; see `MobileNetV2` for the arguments."
-    return build
+def eca_mobilenetv2(
+    ksize: Ksize = None,
+    num_classes: int = 1000,
+    attention: Kind = "eca",
+    width_mult: float = 1.0,
+) -> MobileNetV2:
+    """ECA-MobileNetV2; see the class for the arguments."""
+    return MobileNetV2(attention, ksize, num_classes, width_mult, "eca_mobilenetv2")
 
 
-eca_mobilenetv2 = _constructor("eca_mobilenetv2", "eca")
-se_mobilenetv2 = _constructor("se_mobilenetv2", "se")
-mobilenetv2 = _constructor("mobilenetv2", "none")
+def se_mobilenetv2(
+    ksize: Ksize = None,
+    num_classes: int = 1000,
+    attention: Kind = "se",
+    width_mult: float = 1.0,
+) -> MobileNetV2:
+    """SE-MobileNetV2; see the class for the arguments."""
+    return MobileNetV2(attention, ksize, num_classes, width_mult, "se_mobilenetv2")
+
+
+def mobilenetv2(
+    ksize: Ksize = None,
+    num_classes: int = 1000,
+    attention: Kind = "none",
+    width_mult: float = 1.0,
+) -> MobileNetV2:
+    """MobileNetV2; see the class for the arguments."""
+    return MobileNetV2(attention, ksize, num_classes, width_mult, "mobilenetv2")

@@ -3,7 +3,7 @@
 With attention off the networks compute what torchvision's compute, under the same names.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -239,31 +239,88 @@ DEPTHS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 }
 
 
-def _constructor(arch: str, usual: Kind) -> Callable[..., ResNet]:
-    """Returns the function that builds a network by its name, with this attention unless told.
-
-    Another `attention` makes the same network with another attention in the same place, as the
-    paper's ablation does.
-    """
+def _resnet(arch: str, ksize: Ksize, num_classes: int, attention: Kind) -> ResNet:
     block, layers, released = DEPTHS[int(arch.rpartition("resnet")[2])]
-
-    def build(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = usual) -> ResNet:
-        attention = find_attention(attention)
-        if ksize is None and attention is not None and attention.takes_ksize:
-            ksize = released
-        return ResNet(block, layers, attention, ksize, num_classes, arch)
-
-    build.__name__ = build.__qualname__ = arch
-    build.__doc__ = f"Builds {arch}, see `ResNet`; ECA's released kernel sizes are {released}."
-    return build
+    attention = find_attention(attention)
+    if ksize is None and attention is not None and attention.takes_ksize:
+        ksize = released
+    return ResNet(block, layers, attention, ksize, num_classes, arch)
 
 
-eca_resnet18, eca_resnet34, eca_resnet50, eca_resnet101, eca_resnet152 = (
-    _constructor(f"eca_resnet{depth}", "eca") for depth in DEPTHS
-)
-se_resnet18, se_resnet34, se_resnet50, se_resnet101, se_resnet152 = (
-    _constructor(f"se_resnet{depth}", "se") for depth in DEPTHS
-)
-resnet18, resnet34, resnet50, resnet101, resnet152 = (
-    _constructor(f"resnet{depth}", "none") for depth in DEPTHS
-)
+# The constructors. Without `ksize`, ECA takes the released kernel sizes; another `attention` makes
+# the same network with another attention in the same place, as the paper's ablation does.
+
+
+def eca_resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "eca") -> ResNet:
+    """ECA-ResNet-18."""
+    return _resnet("eca_resnet18", ksize, num_classes, attention)
+
+
+def eca_resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "eca") -> ResNet:
+    """ECA-ResNet-34."""
+    return _resnet("eca_resnet34", ksize, num_classes, attention)
+
+
+def eca_resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "eca") -> ResNet:
+    """ECA-ResNet-50."""
+    return _resnet("eca_resnet50", ksize, num_classes, attention)
+
+
+def eca_resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "eca") -> ResNet:
+    """ECA-ResNet-101."""
+    return _resnet("eca_resnet101", ksize, num_classes, attention)
+
+
+def eca_resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "eca") -> ResNet:
+    """ECA-ResNet-152."""
+    return _resnet("eca_resnet152", ksize, num_classes, attention)
+
+
+def se_resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "se") -> ResNet:
+    """SE-ResNet-18."""
+    return _resnet("se_resnet18", ksize, num_classes, attention)
+
+
+def se_resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "se") -> ResNet:
+    """SE-ResNet-34."""
+    return _resnet("se_resnet34", ksize, num_classes, attention)
+
+
+def se_resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "se") -> ResNet:
+    """SE-ResNet-50."""
+    return _resnet("se_resnet50", ksize, num_classes, attention)
+
+
+def se_resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "se") -> ResNet:
+    """SE-ResNet-101."""
+    return _resnet("se_resnet101", ksize, num_classes, attention)
+
+
+def se_resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "se") -> ResNet:
+    """SE-ResNet-152."""
+    return _resnet("se_resnet152", ksize, num_classes, attention)
+
+
+def resnet18(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "none") -> ResNet:
+    """ResNet-18."""
+    return _resnet("resnet18", ksize, num_classes, attention)
+
+
+def resnet34(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "none") -> ResNet:
+    """ResNet-34."""
+    return _resnet("resnet34", ksize, num_classes, attention)
+
+
+def resnet50(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "none") -> ResNet:
+    """ResNet-50."""
+    return _resnet("resnet50", ksize, num_classes, attention)
+
+
+def resnet101(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "none") -> ResNet:
+    """ResNet-101."""
+    return _resnet("resnet101", ksize, num_classes, attention)
+
+
+def resnet152(ksize: Ksize = None, num_classes: int = 1000, attention: Kind = "none") -> ResNet:
+    """ResNet-152."""
+    return _resnet("resnet152", ksize, num_classes, attention)

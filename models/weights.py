@@ -162,6 +162,34 @@ _WRAPPERS = {"module", "_orig_mod"}  # (Distributed)DataParallel, torch.compile
 _RESNET_ECA = re.compile(r"layer(\d)\.\d+\.eca\.conv\.weight$")
 _MOBILENET_ECA = re.compile(r"features\.(\d+)\.conv\.\d\.conv\.weight$")
 _FIRST_ATTENTION = ("layer1.0.eca.", "layer1.0.se.", "features.1.conv.3.")
+# MobileNetV3 and EfficientNet by channels of the stem, blocks and inputs of the last layer; timm's
+# MobileNetV3 counts a block more.
+_LIBRARY_MOBILE = {
+    (16, 15, 1280): "mobilenet_v3_large",
+    (16, 11, 1024): "mobilenet_v3_small",
+    (16, 16, 1280): "mobilenetv3_large_100",
+    (16, 12, 1024): "mobilenetv3_small_100",
+    (32, 16, 1280): "efficientnet_b0",
+    (32, 23, 1280): "efficientnet_b1",
+    (32, 23, 1408): "efficientnet_b2",
+    (40, 26, 1536): "efficientnet_b3",
+    (48, 32, 1792): "efficientnet_b4",
+    (48, 39, 2048): "efficientnet_b5",
+    (56, 45, 2304): "efficientnet_b6",
+    (64, 55, 2560): "efficientnet_b7",
+    (24, 40, 1280): "efficientnet_v2_s",
+    (24, 57, 1280): "efficientnet_v2_m",
+    (32, 79, 1280): "efficientnet_v2_l",
+}
+# Depths of ResNets by bottleneck or not and blocks a stage: ours, and timm's own.
+_LIBRARY_DEPTHS: dict[tuple[bool, tuple[int, ...]], int | str] = {
+    **{(block is Bottleneck, layers): depth for depth, (block, layers, _) in DEPTHS.items()},
+    (True, (1, 1, 1, 1)): 14,
+    (True, (2, 2, 2, 2)): 26,
+    (True, (3, 24, 36, 3)): 200,
+    (True, (3, 30, 48, 8)): 269,
+    (True, (1, 1, 11, 3)): "light",
+}
 _SE_PARAMETERS = {"fc.0.weight": "se", "weight": "se_var2", "fc.weight": "se_var3"}
 
 
@@ -265,7 +293,8 @@ def describe_weights(state_dict: StateDict) -> dict[str, Any]:
         arch = f"{prefix}mobilenetv2"
         head, model_kwargs = "classifier.1", {"width_mult": _read_width_mult(state_dict)}
     else:
-        raise ValueError(f"weights of no network known here: {_first(state_dict)}")
+        what = _library_name(state_dict) or _first(state_dict)
+        raise ValueError(f"weights of no network known here: {what}")
     return {
         "arch": arch,
         "attention": attention,
@@ -395,12 +424,14 @@ def _refuse_misfits(network: Network, own: StateDict, read: StateDict, weights: 
             f" {_join(built)}: give `ksize={_join(ksize)}`",
             ksize=_join(ksize),
         )
+    report = "; ".join(f"{len(v)} {fault}: {_first(v)}" for fault, v in faults.items() if v)
     if (arch := _own_arch(read, network.arch)) is not None:
         raise ArgumentError(
             f"the weights do not fit {network.arch}: they are {arch}'s: give `arch={arch}`",
             arch=arch,
         )
-    report = "; ".join(f"{len(v)} {fault}: {_first(v)}" for fault, v in faults.items() if v)
+    if (name := _library_name(read)) is not None:
+        raise ValueError(f"the weights do not fit {network.arch}: they are {name}")
     raise ValueError(f"the weights do not fit {network.arch}: {report}")
 
 
@@ -423,6 +454,66 @@ def _own_arch(weights: StateDict, other: str) -> str | None:
     if fields["attention"] == "none" and prefix in ("eca", "se"):
         arch = f"{prefix}_{arch}"
     return None if arch == other else arch
+
+
+def _library_name(weights: StateDict) -> str | None:
+    """Says of which well-known network of timm's or torchvision's the weights are, and by what name
+    it is built; None where that is not known. Names and a few shapes tell.
+    """
+    name = None
+    if {"layer1.0.conv2.weight", "fc.weight"} <= weights.keys():
+        name = _library_resnet(weights)
+    elif {"conv_stem.weight", "classifier.weight"} <= weights.keys():
+        shape = _mobile_shape(weights, "conv_stem", r"blocks\.\d+\.\d+\.", "classifier")
+        name = f"timm:{_LIBRARY_MOBILE[shape]}" if shape in _LIBRARY_MOBILE else None
+        name = name and name.replace("_v2", "v2")
+    elif "features.0.0.weight" in weights:
+        last = "classifier.3" if "classifier.3.weight" in weights else "classifier.1"
+        shape = _mobile_shape(weights, "features.0.0", r"features\.\d+(\.\d+)?\.block\.", last)
+        name = f"torchvision:{_LIBRARY_MOBILE[shape]}" if shape in _LIBRARY_MOBILE else None
+    if not name:
+        return None
+    library, _, plain = name.partition(":")
+    return f"those of {library}'s {plain}, which create_model and main.py -a build as {name}"
+
+
+def _mobile_shape(weights: StateDict, stem: str, block: str, last: str) -> tuple[int, ...]:
+    """Returns channels of the stem, blocks and inputs of the last layer; empty if it has none."""
+    if f"{last}.weight" not in weights:
+        return ()
+    channels, inputs = weights[f"{stem}.weight"].shape[0], weights[f"{last}.weight"].shape[-1]
+    return channels, _count(weights, block), inputs
+
+
+def _library_resnet(weights: StateDict) -> str | None:
+    """Returns the name of a ResNet with another stem, wider or in groups, or with timm's layers."""
+    layers = tuple(_count(weights, rf"layer{n}\.\d+\.conv1\.") for n in (1, 2, 3, 4))
+    bottleneck = "layer1.0.conv3.weight" in weights
+    depth = _LIBRARY_DEPTHS.get((bottleneck, layers))
+    width, inputs = weights["layer1.0.conv2.weight"].shape[:2]
+    groups = width // inputs
+    attention = "se" if "layer1.0.se.fc1.weight" in weights else ""
+    if {"layer1.0.se.conv.weight", "layer1.0.eca.conv.weight"} & weights.keys():
+        attention = "eca"
+    stem = weights.get("conv1.0.weight")
+    plain = f"{depth}" if stem is None else f"{depth}{'t' if stem.shape[0] == 24 else 'd'}"
+    if groups > 1:
+        plain = f"resnext{plain}_{groups}x{inputs}d"
+    elif width == 64:
+        plain = f"resnet{plain}"
+    else:
+        plain = f"wide_resnet{plain}_2"
+    odd = width != groups * inputs or (groups == 1 and width not in (64, 128))  # a pruned one
+    if depth is None or odd:
+        return None
+    if stem is None and plain == f"resnet{depth}" and attention != "se" and depth in DEPTHS:
+        return None  # ours
+    return f"{'torchvision' if stem is None and not attention else 'timm'}:{attention}{plain}"
+
+
+def _count(weights: StateDict, pattern: str) -> int:
+    """Counts the blocks whose names begin so."""
+    return len({match[0] for match in map(re.compile(pattern).match, weights) if match})
 
 
 def _read_attention(weights: StateDict) -> str:

@@ -3,11 +3,39 @@
 import pytest
 import timm
 import torch
+import torchvision
 
 import models
 from models.classifier import ArgumentError
 from models.start import first_network
-from models.weights import find_state_dict, load_weights
+from models.weights import describe_weights, find_state_dict, load_weights
+
+OF_TIMM = (
+    "ecaresnet26t ecaresnet50d ecaresnet101d ecaresnetlight seresnet50 resnet18d resnet50d "
+    "seresnext50_32x4d mobilenetv3_large_100 mobilenetv3_small_100 efficientnet_b0 "
+    "efficientnetv2_s"
+)
+OF_TORCHVISION = (
+    "resnext50_32x4d resnext101_64x4d wide_resnet50_2 mobilenet_v3_large mobilenet_v3_small "
+    "efficientnet_b1 efficientnet_b2 efficientnet_v2_m"
+)
+CASES = [("timm", timm.create_model, n) for n in OF_TIMM.split()]
+CASES += [("torchvision", torchvision.models.get_model, n) for n in OF_TORCHVISION.split()]
+
+
+@pytest.mark.parametrize(("library", "create", "name"), CASES)
+def test_a_library_s_network_is_named(library, create, name):
+    with torch.device("meta"):
+        weights = find_state_dict(create(name).state_dict())
+        network = models.create_model("eca_resnet50")
+    said = (
+        f"those of {library}'s {name}, which create_model and main.py -a build as {library}:{name}"
+    )
+    with pytest.raises(ValueError, match=f"do not fit eca_resnet50: they are {said}$"):
+        load_weights(network, weights, replace_head=True, add_attention=True)
+    if "resne" not in name:
+        with pytest.raises(ValueError, match=f"weights of no network known here: {said}$"):
+            describe_weights(weights)
 
 
 @pytest.mark.parametrize(
