@@ -135,9 +135,7 @@ def target_files(
     """Names the files to write: OpenVINO's two, the three of hf, one of each other format.
 
     Args:
-        source: the checkpoint.
         output: a folder, or the file itself, see `format_of`; None for the checkpoint's folder.
-        names: of the formats.
         in_int8: which then is in the files' names.
     """
     folder = Path(output) if output else source.parent
@@ -172,7 +170,6 @@ def graph_file(
         name: onnx, pt2 or openvino.
         form: the network as it is to be written, such as with BatchNorm folded.
         network: what `form` stands for.
-        shown: the file's name, for messages.
 
     Returns:
         The contents of each file, and a note on them.

@@ -48,7 +48,6 @@ class Tail(nn.Module):
 
     Args:
         fused: for `block_tail`; None for the modules as they are commonly called.
-        adds: whether the residual is added.
     """
 
     def __init__(

@@ -54,7 +54,6 @@ def match(root: str, names: Sequence[str] | None, outputs: int, source: str) -> 
     Args:
         root: the folder that holds class folders or tar shards.
         names: of the outputs, in their order; None where nobody knows them.
-        outputs: how many the network has.
         source: the checkpoint, for messages.
 
     Raises:
@@ -101,7 +100,6 @@ def read_names(source: str, outputs: int) -> tuple[str, ...]:
         source: a text file with one name a line (where each line begins with a WordNet number, as
             in ImageNet's LOC_synset_mapping.txt, that is the name); or a folder of class folders,
             or with such a val/, whose sorted names are taken.
-        outputs: how many the network has.
 
     Raises:
         UserError: it cannot be read, has another number of names, or one twice.

@@ -101,7 +101,6 @@ def load_split(
     """Reads and checks one split.
 
     Args:
-        paths: its images and annotations.
         masks: read segmentations, and drop objects that have none.
         drop_crowds: leave out groups marked iscrowd, whose one box is around many objects.
         drop_empty: leave out images without objects; else they train as background.
@@ -192,7 +191,6 @@ class CocoDataset(Dataset[Any]):
     (n, H, W) uint8; and min_size, where there are several. An image without objects has n = 0.
 
     Args:
-        split: what to read.
         first_label: the label of the split's first class.
         hflip: probability of a mirrored image, drawn from (seed, epoch, index) alone.
         sizes: of the shorter side; of several one is drawn for each image, likewise.

@@ -127,8 +127,6 @@ class GroundTruth:
     which tell no two integers above 2^53 from one another.
 
     Args:
-        paths: the annotations.
-        masks: whether masks are evaluated, too.
         classes: names that are reported besides the file's own; their AP is -1.
 
     Attributes:

@@ -80,8 +80,6 @@ def mask_fault(
     """Returns why an object's segmentation is no mask with a pixel, or None if it is one.
 
     Args:
-        segmentation: a value from JSON.
-        height, width: of the image.
         box: of the object, as x1, y1, x2, y2 inside the image; the mask must lie where it is.
     """
     if are_bare_runs(segmentation, height, width):

@@ -117,7 +117,6 @@ def write_photos(folder: Path, name: str, files: Path | None, download: bool) ->
     Args:
         name: of torchvision's reader, one of `PHOTO_SETS`.
         files: folder of the original files; None for where a package of the system puts them.
-        download: let torchvision fetch them.
 
     Raises:
         UserError: files are missing or are not those that were published; or the download failed.
@@ -220,7 +219,6 @@ def recipes(arch: str, light: bool = False) -> dict[str, dict[str, Any]]:
     """Returns what each demo needs of a script's recipe, as {"demo:NAME": {field: value}}.
 
     Args:
-        arch: the network of the demo.
         light: whether it is a MobileNetV2.
     """
     digits = DIGITS_RECIPE | (LIGHT_DIGITS if light else {})
@@ -241,10 +239,6 @@ def find_root(
 
 def prepare(data: str, files: str | None = None, download: bool = False) -> str | Path:
     """Returns the folder that DATA names; that of a demo's images is written the first time.
-
-    Args:
-        data: a folder, or one of `DEMOS`.
-        files, download: see `write_photos`.
 
     Raises:
         UserError: another name; the original files are missing, or are not those that were

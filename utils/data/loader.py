@@ -53,11 +53,8 @@ class ImageDataset(Dataset[Any]):
     """Gives the images of a folder by key, as (uint8 (3, S, S), label, broken index or -1).
 
     Args:
-        folder: what to read.
-        transform: applied to the decoded image.
         seed: makes random transforms a pure function of (seed, key), so that neither the number of
             workers nor an interruption changes them; None for transforms without chance.
-        decoder: see `read_image`.
         skip_broken: take the next readable image in the place of a broken one, and report it.
 
     A broken image comes back as a value, not as an exception, and so does a fault of the storage,

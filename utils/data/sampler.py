@@ -43,7 +43,6 @@ class SeededBatches(Sampler[list[Key]]):
     many steps. An image that comes again in an epoch does so with its next copy's number.
 
     Args:
-        size: number of images.
         batch_size: global batch; must divide by `world_size` and not exceed `size`.
         seed, rank, world_size: what the order and the slice depend on.
         repeats: copies of each image in a batch.
@@ -114,9 +113,7 @@ def balanced_order(
     classes in an order of the round's own. A class gives its images in shuffles, one after another.
 
     Args:
-        labels: (n,) the images' classes.
         count: of images to draw.
-        chance: where the order comes from.
 
     Returns:
         (count,) indices of images, and (count,) how often each of them was drawn before.

@@ -82,7 +82,6 @@ def resize(
     Args:
         image: RGB; a tensor is uint8 (3, H, W), on any device.
         size: (height, width) to be.
-        interpolation: one of `INTERPOLATIONS`.
     """
     if size_of(image) == size:
         return image
@@ -99,9 +98,6 @@ def center_crop(image: Picture, side: int) -> Picture:
     """Cuts out the central side x side, as torchvision's `center_crop`.
 
     What lies outside of a picture that is smaller becomes black.
-
-    Args:
-        image: as for `resize`.
     """
     height, width = size_of(image)
     spare_rows, spare_columns = max(side - height, 0), max(side - width, 0)
@@ -183,7 +179,6 @@ def train_transform(
             torchvision's 0 after the normalisation is.
         colour: c of torchvision's ColorJitter: brightness, contrast and saturation are each
             multiplied by a number from 1 - c (at least 0) to 1 + c.
-        interpolation: one of `INTERPOLATIONS`.
         mean: of each channel, from 0 to 1.
     """
     from torchvision.transforms import v2  # slow to import

@@ -75,7 +75,6 @@ def detector_report(network: Any, size: Size, plain: nn.Module, first_label: int
 
     Args:
         network: on `meta`.
-        plain: the same one without attention.
     """
     printed = published.COCO.get((network.arch, network.backbone_arch))
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)

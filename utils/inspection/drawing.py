@@ -187,8 +187,6 @@ def write_picture(
     """Draws images of a data set, ground truth left and predictions right.
 
     Args:
-        paths: of the data set.
-        masks: whether they are drawn, too.
         results: in COCO's format, of these images among others.
         images: their numbers in the data set; those beyond it are left out.
     """
@@ -211,7 +209,6 @@ def draw_first_batch(split: CocoSplit, order: SeededBatches, hflip: float) -> by
 
     Args:
         order: of the batches; it seeks the first one.
-        hflip: see `CocoDataset`.
 
     Returns:
         A PNG; None where an image cannot be read, which training will say.

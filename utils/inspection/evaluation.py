@@ -34,7 +34,6 @@ def evaluate_and_write(
 
     Args:
         network: on its device, see `classifier.to_device`.
-        saved: what it was made from.
     """
     run = config.run
     reports = bool(config.typed.get("report"))  # a run that ends with one asks for none here

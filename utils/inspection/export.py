@@ -255,10 +255,6 @@ def _head(detector: nn.Module) -> Any:
 def detector_to_onnx(detector: Any, metadata: Mapping[str, object]) -> bytes:
     """Returns an ONNX file: input "image" (3, H, W) from 0 to 1; outputs boxes (n, 4), labels (n,),
     scores (n,) and, of a Mask R-CNN, masks (n, 1, H, W).
-
-    Args:
-        detector: from `prepared_detector`.
-        metadata: become the file's properties.
     """
     import onnx
 

@@ -75,7 +75,6 @@ class ExportedNetwork(nn.Module):
 
     Attributes:
         metadata: what the file says of itself, under a checkpoint's names.
-        engine: what runs it.
     """
 
     def __init__(self, run: Run, path: Path, metadata: Mapping[str, Any]):
@@ -117,7 +116,6 @@ class ExportedDetector(nn.Module):
     Attributes:
         metadata: what the file says of itself, as `ExportedNetwork` has it.
         max_size: the longer side to which the file reduces an image.
-        first_label: the label of the first class.
     """
 
     def __init__(self, find: Finder, path: Path, metadata: dict[str, Any]):

@@ -51,9 +51,7 @@ def quantised_files(
         onnx_file: the network in float32, BatchNorm folded, which int8 is compared with.
         metadata: of the network: classes, and the fields of `Preprocessing`.
         data: images of train and of val, from `open_data`.
-        formats: onnx, openvino, or both.
         calibration_images: so many are taken from all over train; all where there are fewer.
-        max_drop: points of top-1 that may be lost.
 
     Returns:
         For each format the contents of its files, and a note on them.

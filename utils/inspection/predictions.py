@@ -110,9 +110,7 @@ def read_batches(
     """Yields the images at `paths` in order, prepared as for evaluation, on `device`.
 
     Args:
-        look: how they are prepared.
         workers: loader processes; 0 reads in this one.
-        decoder: see `read_image`.
     """
     loader = DataLoader(
         _Paths(paths, look, decoder),
@@ -182,8 +180,6 @@ class PredictionLog:
 
     Args:
         form: one of `FORMATS`; JSON, being one list, is shown by `close`.
-        files: the paths to come.
-        topk: guesses of each.
     """
 
     def __init__(self, form: str, files: Sequence[str], topk: int):
@@ -267,7 +263,6 @@ def find_objects(
     Args:
         detector: a module: list of (3, H, W) in 0…1 → a dict of boxes, labels, scores (and masks)
             each.
-        first_label: the label of the first class.
     """
     exported = isinstance(detector, ExportedDetector)
     most = detector.max_size if exported else detector.transform.max_size

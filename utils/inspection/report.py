@@ -358,7 +358,6 @@ def write_report(
 
     Args:
         images: the predictions of all images in `folder`.
-        arch: the network's name.
         record: "images", "top1", "top5" and "loss" as printed, "checkpoint", "data", and the
             environment.
 
@@ -495,7 +494,6 @@ def report_detector(
     """Writes a detector's report below `output`, or beside its run's checkpoint, or in runs/.
 
     Args:
-        results: the detections in COCO's format.
         record: "images", "data", and COCO's figures.
 
     Returns:

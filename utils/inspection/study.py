@@ -178,7 +178,6 @@ def compare(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95)
 
     Args:
         ours, theirs: one figure a seed, in the same order of seeds.
-        level: of the interval.
 
     Raises:
         ValueError: the lengths differ, or there are no runs.
@@ -217,7 +216,6 @@ def write_parts(
     The images are hard links where the file system has them.
 
     Args:
-        folder: empty.
         train_per_class: images of each class in folder/train; None for all that are left.
         validation_per_class: images of each class in folder/val.
         seed: of the draw; folder/val does not depend on `train_per_class`.
