@@ -126,7 +126,8 @@ def test_where_triton_fails_the_modules_serve_and_the_reason_is_kept(gpu):
     with FakeTensorMode():
         for dtype, served in ((torch.float32, False), (torch.bfloat16, True)):
             z = torch.empty(2, 8, 5, 5, device=device, dtype=dtype)
-            assert block_tail.can_fuse(z, nn.BatchNorm2d(8), ECALayer(3)) == served
+            bn = nn.BatchNorm2d(8, device=device)
+            assert block_tail.can_fuse(z, bn, ECALayer(3)) == served
     assert trials() == 1
 
 
