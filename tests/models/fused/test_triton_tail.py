@@ -30,7 +30,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed here")
 import triton.language as tl  # noqa: E402
 
 from models.eca_resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
-from models.fused import block_tail, triton_kernels, triton_tail, triton_trial  # noqa: E402
+from models.fused import block_tail, cpu_passes, triton_kernels, triton_tail, triton_trial  # noqa: E402
 from models.fused.block_tail import fused_tail  # noqa: E402
 
 ALL_SHAPES = triton_trial.TRIAL_SHAPES
@@ -61,6 +61,7 @@ def operators(monkeypatch):
     assert [triton_trial.why_not(device, dtype) for dtype in triton_tail.DTYPES] == [None] * 3
     monkeypatch.setattr(block_tail, "eca_triton", triton_tail)
     monkeypatch.setattr(block_tail, "on_triton", on_triton)
+    monkeypatch.setattr(cpu_passes, "serves", lambda z: False)
     # In TF32 a convolution would blow up differences in the last bit of what it reads.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
