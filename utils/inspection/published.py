@@ -10,7 +10,20 @@ PAPER = "ECA-Net, CVPR 2020, arXiv 1910.03151"
 AUTHORS = "the README of the authors' released code"
 IMAGENET_SIZE = (224, 224)  # height and width of the image that FLOPs are given for
 COCO_SIZE = (800, 1280)
+# Remarks on figures that differ from ours.
 CUT_OFF = "the printed figure is cut off after two decimals, ours is rounded"
+ROUNDED_UP = (
+    "plain ResNet-152 has 57.404M and ECA adds 234 parameters, so the published figure looks"
+    " rounded up"
+)
+REDUCTION = (
+    "the paper does not say which reduction its SE has here: 16, as in the ResNets, is counted;"
+    " 8 would give 3.40M"
+)
+OTHER_BLOCKS = (
+    "published is 10^6, of blocks that add, reduce 16 times and stand in the last three stages;"
+    " timm's multiplies, reduces 8 times and stands here in every block"
+)
 
 
 @dataclass(frozen=True)
@@ -29,13 +42,7 @@ IMAGENET = {
     "eca_resnet50": Published("24.37M", "3.86G", (3, 5, 5, 7), AUTHORS, accuracy="77.48 / 93.68"),
     "eca_resnet101": Published("42.49M", "7.35G", (3, 3, 5, 7), AUTHORS, accuracy="78.65 / 94.34"),
     "eca_resnet152": Published(
-        "57.41M",
-        "10.83G",
-        (3, 3, 5, 7),
-        AUTHORS,
-        "plain ResNet-152 has 57.404M and ECA adds 234 parameters, so the published figure looks"
-        " rounded up",
-        "78.92 / 94.55",
+        "57.41M", "10.83G", (3, 3, 5, 7), AUTHORS, ROUNDED_UP, "78.92 / 94.55"
     ),
     "eca_mobilenetv2": Published("3.34M", "319.9M", (1, 3), AUTHORS, accuracy="72.56 / 90.81"),
     "se_resnet18": Published("11.23M", None, None, PAPER),
@@ -43,14 +50,7 @@ IMAGENET = {
     "se_resnet50": Published("26.77M", None, None, PAPER),
     "se_resnet101": Published("47.01M", None, None, PAPER),
     "se_resnet152": Published("63.68M", None, None, PAPER),
-    "se_mobilenetv2": Published(
-        "3.40M",
-        None,
-        None,
-        PAPER,
-        "the paper does not say which reduction its SE has here: 16, as in the ResNets, is counted;"
-        " 8 would give 3.40M",
-    ),
+    "se_mobilenetv2": Published("3.40M", None, None, PAPER, REDUCTION),
     "resnet18": Published("11.15M", None, None, PAPER),
     "resnet34": Published("20.78M", None, None, PAPER, CUT_OFF),
     "resnet50": Published("24.37M", "3.86G", None, PAPER),
@@ -62,14 +62,7 @@ IMAGENET = {
 WITH_ATTENTION = {  # Table 3 of the paper: (plain network, --attention)
     ("resnet50", "se"): IMAGENET["se_resnet50"],
     ("resnet50", "timm:cbam"): Published("26.77M", None, None, PAPER),
-    ("resnet50", "timm:gc"): Published(
-        "28.08M",
-        None,
-        None,
-        PAPER,
-        "published is 10^6, of blocks that add, reduce 16 times and stand in the last three stages;"
-        " timm's multiplies, reduces 8 times and stands here in every block",
-    ),
+    ("resnet50", "timm:gc"): Published("28.08M", None, None, PAPER, OTHER_BLOCKS),
 }
 
 COCO = {  # (detector, backbone): parameters are the trainable ones
