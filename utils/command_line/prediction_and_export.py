@@ -83,20 +83,13 @@ def add_image_flags(parser: Parser, batch_size: int, workers: str) -> None:
 
 
 # The flags that one kind of network alone uses, with their defaults.
+# fmt: off
 OF_CLASSIFIERS: dict[str, Any] = {
-    "attention": None,
-    "topk": 5,
-    "maps": False,
-    "map_stage": None,
-    "names": None,
-    "img_size": None,
-    "crop_pct": None,
-    "fast": False,
-    "amp": None,
-    "decoder": DECODERS[0],
-    "batch_size": 32,
+    "attention": None, "topk": 5, "maps": False, "map_stage": None, "names": None, "img_size": None,
+    "crop_pct": None, "fast": False, "amp": None, "decoder": DECODERS[0], "batch_size": 32,
     "workers": None,
 }
+# fmt: on
 OF_DETECTORS: dict[str, Any] = {"min_score": 0.5}
 
 

@@ -179,11 +179,7 @@ def read(
 def read_detector(
     resume: str | None, name: str | None, output: str | None, evaluate: bool
 ) -> tuple[Checkpoint | None, Path | None]:
-    """Finds a detector's checkpoint as `read` does a classifier's.
-
-    Raises:
-        UserError: nothing to evaluate, another kind of checkpoint, or as in `find`.
-    """
+    """Finds a detector's checkpoint as `read` does a classifier's."""
     saved, folder = find(resume, name, output, evaluate, detector=True)
     if saved is not None and not saved.is_detector:
         raise UserError(f"{resume}: no detector's checkpoint; give one of detect_main.py")
