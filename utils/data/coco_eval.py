@@ -16,19 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from utils.data import coco_masks
-from utils.data.coco import (
-    CROWD,
-    Annotation,
-    CocoFile,
-    CocoPaths,
-    Image,
-    ObjectNotes,
-    box_fault,
-    counts_line,
-    shown,
-    usable_box,
-)
+from utils.data import coco, coco_masks
 from utils.system.distributed import Context, share
 from utils.system.errors import UserError, require
 from utils.system.files import write_atomically
@@ -139,10 +127,10 @@ class GroundTruth:
         UserError: the file is no COCO file, see `CocoFile`; no evaluator is installed.
     """
 
-    def __init__(self, paths: CocoPaths, masks: bool, classes: Sequence[str] = ()):
+    def __init__(self, paths: coco.CocoPaths, masks: bool, classes: Sequence[str] = ()):
         # Now, and not after an epoch of training.
         require(("faster_coco_eval",), "COCO's evaluation", "-r requirements.txt")
-        file = CocoFile(paths)
+        file = coco.CocoFile(paths)
         self.image_numbers = {key: number for number, key in enumerate(sorted(file.images), 1)}
         self.class_numbers = {key: number for number, key in enumerate(file.categories, 1)}
         self.images = [file.images[key] for key in self.image_numbers]
@@ -150,20 +138,20 @@ class GroundTruth:
         self.other_names = [name for name in classes if name not in self.names]
         self.kinds = ("bbox", "segm") if masks else ("bbox",)
         self.annotations: dict[str, list[dict[str, Any]]] = {kind: [] for kind in self.kinds}
-        self.notes = ObjectNotes()
+        self.notes = coco.ObjectNotes()
         for entry, image in file.objects():
             self._add(entry, image)
 
-    def _add(self, entry: Annotation, image: Image) -> None:
+    def _add(self, entry: coco.Annotation, image: coco.Image) -> None:
         """Adds an object to the kinds in which it can be evaluated, and notes what it lacks."""
         size = image.height, image.width
         masks = "segm" in self.kinds
-        usable = usable_box(entry, image, masks, crowds=False)
+        usable = coco.usable_box(entry, image, masks, crowds=False)
         if not isinstance(usable, str):
             self.notes.use(entry.bbox, image)
-        elif usable != CROWD:
+        elif usable != coco.CROWD:
             self.notes.drop(usable, image)
-        box = None if box_fault(entry.bbox) else [float(value) for value in entry.bbox]
+        box = None if coco.box_fault(entry.bbox) else [float(value) for value in entry.bbox]
         area = entry.area
         has_area = coco_masks.is_finite(area) and area >= 0
         mask = None
@@ -196,7 +184,7 @@ class GroundTruth:
         counts = Counter(a["image_id"] for a in self.annotations["bbox"] if not a["iscrowd"])
         empty = len(self.images) - len(counts)
         images, classes = len(self.images), len(self.names)
-        lines = [counts_line(name, images, empty, counts.total(), classes)]
+        lines = [coco.counts_line(name, images, empty, counts.total(), classes)]
         if many := sum(n > MOST_DETECTIONS for n in counts.values()):
             lines.append(
                 f"  ! {counted(many, 'image', ',')} with more than {MOST_DETECTIONS} objects: COCO "
@@ -207,9 +195,10 @@ class GroundTruth:
             if all(annotation["iscrowd"] for annotation in self.annotations[kind]):
                 lines.append(f"  ! no object has a {KINDS[kind]}: {KINDS[kind]} AP will be -")
         if self.other_names:
+            example = coco.shown(self.other_names[0])
             lines.append(
                 f"  ! {counted(len(self.other_names), 'class', ',')} of the network not among the "
-                f"categories, such as {shown(self.other_names[0])}: such detections are left out"
+                f"categories, such as {example}: such detections are left out"
             )
         return lines
 

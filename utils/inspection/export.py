@@ -24,18 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.inspection.exported_network import (
-    IMAGE,
-    INPUT,
-    INSTALL,
-    OBJECTS,
-    OPENVINO_INFO,
-    OUTPUT,
-    Objects,
-    objects_by_onnxruntime,
-    onnx_session,
-    openvino_core,
-)
+from utils.inspection import exported_network as engines
 from utils.runs.checkpoint import Checkpoint
 from utils.system.errors import EXIT_FAILED, UserError, require
 
@@ -65,9 +54,9 @@ CARD = Path(__file__).with_name("model_card.txt")  # README.md of a Hugging Face
 def check_packages(formats: Sequence[str], int8: bool = False) -> None:
     """Refuses an export, before its work, when a package is missing."""
     for name in formats:
-        require(NEEDS[name], f"--to {name}", INSTALL)
+        require(NEEDS[name], f"--to {name}", engines.INSTALL)
     if int8:
-        require(NEEDS["onnx"], "--int8", INSTALL)
+        require(NEEDS["onnx"], "--int8", engines.INSTALL)
 
 
 def to_exported(
@@ -101,7 +90,11 @@ def to_onnx(
     """Returns an ONNX file, input "images" and output "logits"; the metadata are its properties."""
     with _quiet_exporter():
         program = torch.onnx.export(
-            exported, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
+            exported,
+            input_names=[engines.INPUT],
+            output_names=[engines.OUTPUT],
+            dynamo=True,
+            verbose=False,
         )
     assert program is not None
     model = program.model_proto
@@ -143,8 +136,8 @@ def to_openvino(onnx_file: bytes, metadata: Mapping[str, object]) -> tuple[bytes
     """Returns OpenVINO's two files, .xml and .bin, of the network in an ONNX file."""
     import openvino
 
-    model = openvino_core().read_model(onnx_file)
-    model.set_rt_info(json.dumps(metadata), OPENVINO_INFO)
+    model = engines.openvino_core().read_model(onnx_file)
+    model.set_rt_info(json.dumps(metadata), engines.OPENVINO_INFO)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "model.xml"
         openvino.save_model(model, target, compress_to_fp16=False)
@@ -234,7 +227,7 @@ class _OneImage(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         (objects,) = self.detector([image])
-        return tuple(objects[name] for name in OBJECTS if name in objects)
+        return tuple(objects[name] for name in engines.OBJECTS if name in objects)
 
 
 def prepared_detector(detector: nn.Module) -> Any:
@@ -259,8 +252,8 @@ def detector_to_onnx(detector: Any, metadata: Mapping[str, object]) -> bytes:
     import onnx
 
     masks = getattr(_head(detector), "mask_predictor", None) is not None
-    names = OBJECTS if masks else OBJECTS[:-1]
-    axes = {IMAGE: {1: "height", 2: "width"}, **{name: {0: "objects"} for name in names}}
+    names = engines.OBJECTS if masks else engines.OBJECTS[:-1]
+    axes = {engines.IMAGE: {1: "height", 2: "width"}, **{name: {0: "objects"} for name in names}}
     if masks:
         axes["masks"] |= {2: "height", 3: "width"}
     least, buffer = detector.transform.min_size[-1], io.BytesIO()
@@ -272,7 +265,7 @@ def detector_to_onnx(detector: Any, metadata: Mapping[str, object]) -> bytes:
             buffer,  # type: ignore[arg-type]  # which it takes, though its types say a path
             dynamo=False,
             opset_version=OPSET,
-            input_names=[IMAGE],
+            input_names=[engines.IMAGE],
             output_names=list(names),
             dynamic_axes=axes,
         )
@@ -315,7 +308,7 @@ def check_detector(data: bytes, detector: nn.Module, name: str) -> Agreement:
     head.score_thresh.fill_(own)
     tops = [objects["scores"][:TRIAL_OBJECTS] for objects in expected]
     least = min([own, *(0.999 * float(scores[-1]) for scores in tops if len(scores))])
-    run = objects_by_onnxruntime(onnx_session(with_threshold(data, least)))
+    run = engines.objects_by_onnxruntime(engines.onnx_session(with_threshold(data, least)))
     results = []
     for image, objects in zip(images, expected, strict=True):
         # A full list's last objects, of about the same score, may be others.
@@ -333,7 +326,9 @@ def check_detector(data: bytes, detector: nn.Module, name: str) -> Agreement:
     raise UserError(f"{name}: {wrong} in the trial images; not written", EXIT_FAILED)
 
 
-def compare_objects(expected: Objects, written: Objects, lowest: float) -> Agreement:
+def compare_objects(
+    expected: engines.Objects, written: engines.Objects, lowest: float
+) -> Agreement:
     """Looks for each of the network's objects among the file's, whose order may differ in ties.
 
     Objects that score no more than `lowest` may be on one side alone.
