@@ -50,6 +50,7 @@ def test_all_formats(export_cli, tmp_path, monkeypatch):
     extra = {formats.METADATA: ""}
     program = torch.export.load(tmp_path / "best.pt2", extra_files=extra)
     assert json.loads(extra[formats.METADATA])["classes"] == ["a", "b", "ü"]
+    assert "batch_norm" not in program.graph_module.code
     for x, y in zip(images, expected, strict=True):
         torch.testing.assert_close(program.module()(x), y, rtol=1e-4, atol=1e-4)
 
@@ -82,21 +83,6 @@ def test_all_formats(export_cli, tmp_path, monkeypatch):
         "pip install -r requirements-export.txt\n"
     )
     assert not (tmp_path / "other").exists()
-
-
-def test_small_images_and_batch_norm_as_it_is(export_cli, tmp_path):
-    network = write_checkpoint(tmp_path / "tiny.pth.tar", img_size=48)
-    flags = ("--to", "pt2", "--output", "new/folder", "--img-size", 32, "--no-fold")
-    code, text = export_cli("tiny.pth.tar", *flags)
-    assert code == 0, text
-    assert "any batch, 32 x 32 pixels" in text
-    extra = {formats.METADATA: ""}
-    program = torch.export.load(tmp_path / "new/folder/tiny.pt2", extra_files=extra)
-    assert json.loads(extra[formats.METADATA])["img_size"] == 32
-    assert "batch_norm" in program.graph_module.code
-    for n in (1, 7):
-        images = torch.randn(n, 3, 32, 32)
-        torch.testing.assert_close(program.module()(images), network(images), rtol=1e-4, atol=1e-4)
 
 
 def test_a_file_that_computes_something_else_is_refused():
@@ -135,22 +121,28 @@ def test_tensors_that_are_not_the_checkpoints_are_refused(
 
 def test_output_may_be_the_file_of_one_format(export_cli, tmp_path):
     """The ending says which; a folder with such a name stays a folder."""
-    network = write_checkpoint(tmp_path / "best.pth", "eca_mobilenetv2", 32, width_mult=0.25)
+    network = write_checkpoint(tmp_path / "best.pth", "eca_mobilenetv2", 48, width_mult=0.25)
     (tmp_path / "folder.safetensors").mkdir()
-    for output, to, made in (
-        ("new ä/bees.v1.pt2", (), "new ä/bees.v1.pt2"),
-        ("folder.safetensors", ("--to", "safetensors"), "folder.safetensors/best.safetensors"),
-        ("folder.v2", ("--to", "safetensors"), "folder.v2/best.safetensors"),
+    small, tensors = ("--img-size", 32, "--no-fold"), ("--to", "safetensors")
+    for output, flags, made in (
+        ("folder.safetensors", tensors, "folder.safetensors/best.safetensors"),
+        ("folder.v2", tensors, "folder.v2/best.safetensors"),
+        ("new ä/bees.v1.pt2", small, "new ä/bees.v1.pt2"),
     ):
-        code, text = export_cli("best.pth", *to, "--output", output)
+        code, text = export_cli("best.pth", *flags, "--output", output)
         assert code == 0, text
         assert (tmp_path / made).is_file()
         assert text.splitlines()[-1].startswith(f"{made}: ")
+    # One image size, and BatchNorm as it is.
+    assert "any batch, 32 x 32 pixels" in text
     assert {path.name for path in (tmp_path / "new ä").iterdir()} == {"bees.v1.pt2"}
-    program = torch.export.load(tmp_path / "new ä" / "bees.v1.pt2")
-    assert "batch_norm" not in program.graph_module.code
-    images = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(program.module()(images), network(images), rtol=1e-4, atol=1e-4)
+    extra = {formats.METADATA: ""}
+    program = torch.export.load(tmp_path / "new ä" / "bees.v1.pt2", extra_files=extra)
+    assert json.loads(extra[formats.METADATA])["img_size"] == 32
+    assert "batch_norm" in program.graph_module.code
+    for n in (1, 7):
+        images = torch.randn(n, 3, 32, 32)
+        torch.testing.assert_close(program.module()(images), network(images), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_wrong_is_said_in_one_line(export_cli, tmp_path):
