@@ -165,7 +165,7 @@ def test_objects_that_differ_are_counted():
 def test_a_file_that_finds_something_else_is_refused(tmp_path, monkeypatch):
     detector = formats.prepared_detector(write_detector(tmp_path / "best.pth", "mask_rcnn"))
     data = formats.detector_to_onnx(detector, {})
-    run = formats.objects_by_onnxruntime
+    run = exported_network.objects_by_onnxruntime
     for planted, message in (
         (lambda found: found, None),
         (lambda found: {**found, "boxes": found["boxes"] + 1}, "x.onnx: finds .* others than"),
@@ -173,7 +173,7 @@ def test_a_file_that_finds_something_else_is_refused(tmp_path, monkeypatch):
         (lambda found: 1 / 0, r"x.onnx does not run at \(3, .*division by zero; not written"),
     ):
         monkeypatch.setattr(
-            formats,
+            exported_network,
             "objects_by_onnxruntime",
             lambda session, planted=planted: lambda x: planted(run(session)(x)),
         )
