@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import as_it_is
 import numpy as np
 import torch
 from PIL import Image
@@ -95,8 +94,8 @@ def main() -> None:
             batches = Loader(args.device, 0).batches(dataset, [keys])
             variants[f"ours, {decoder}"] = lambda batches=batches: next(batches()).images
         outputs = {name: run().cpu() for name, run in variants.items()}
-        if as_it_is.differs(args.device):
-            variants[AS_IT_IS] = as_it_is.AsItIs(textbook_batches, folder, args.img_size, keys)
+        if side.keeps_memory(args.device):
+            variants[AS_IT_IS] = side.AsItIs(textbook_batches, folder, args.img_size, keys)
         times = side.interleave(variants, args.rounds, args.device)
 
     common = side.settings(args) | {"kilobytes_per_image": kilobytes}

@@ -15,7 +15,6 @@ import side_by_side as side  # first: it puts the repository on the path
 import copy
 from functools import partial
 
-import as_it_is
 import textbook
 import torch
 from torch import nn
@@ -100,8 +99,8 @@ def measure(network: str, built: dict, args, compile: bool) -> list[dict[str, ob
         calls |= added
         pairs += [(label, BASE) for label in added]
         dtypes |= dict.fromkeys(added, dtype_name)
-    if as_it_is.differs(args.device):
-        calls[AS_IT_IS] = as_it_is.AsItIs(textbook_form, network, args.smoke, tuple(images.shape))
+    if side.keeps_memory(args.device):
+        calls[AS_IT_IS] = side.AsItIs(textbook_form, network, args.smoke, tuple(images.shape))
         dtypes[AS_IT_IS] = "float32"
         pairs += [(label, AS_IT_IS) for label in calls if label == BASE or label.startswith("our")]
     repeat = 2 if args.device.type == "cuda" else 1  # of a tenth of a second; 23 variants

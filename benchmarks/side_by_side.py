@@ -7,6 +7,7 @@ machine disturbs them alike. A ratio is a baseline's time over a variant's in th
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +33,7 @@ except ImportError:
 from utils.command_line.parser import Parser  # noqa: E402
 from utils.config.flags import positive_int  # noqa: E402
 from utils.system import distributed  # noqa: E402
-from utils.system.backends import configure  # noqa: E402
+from utils.system.backends import configure, keep_freed_memory  # noqa: E402
 from utils.system.errors import EXIT_FAILED, UserError  # noqa: E402
 from utils.system.text import columns  # noqa: E402
 
@@ -217,3 +219,43 @@ def write_rows(args: argparse.Namespace, rows: list[dict[str, object]]) -> None:
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
         print(f"{len(rows)} rows in {args.json}")
+
+
+def keeps_memory(device: torch.device) -> bool:
+    """Whether this process, on a CPU with glibc, keeps freed memory, as the scripts do."""
+    return device.type == "cpu" and keep_freed_memory()  # once more: it says whether it can
+
+
+class AsItIs:
+    """Calls `build(*args)()` in a process whose allocator is left as glibc has it, and waits.
+
+    What the textbook form takes for those who run it as it is commonly run needs such a process.
+
+    Args:
+        build: a function of a module, as it is found there by name.
+    """
+
+    def __init__(self, build: Callable[..., Callable[[], object]], *args: object):
+        context = multiprocessing.get_context("spawn")  # a fork would inherit the allocator
+        self.pipe, others = context.Pipe()
+        work = (others, build, args, torch.get_num_threads())
+        self.process = context.Process(target=_serve, args=work, daemon=True)
+        self.process.start()
+        others.close()  # so that its end is seen here
+        self.pipe.recv()
+
+    def __call__(self) -> None:
+        self.pipe.send(None)
+        self.pipe.recv()
+
+
+def _serve(pipe: Connection, build: Callable, args: tuple, threads: int) -> None:
+    torch.set_num_threads(threads)
+    function = build(*args)
+    while True:
+        pipe.send(None)
+        try:
+            pipe.recv()
+        except EOFError:  # the benchmark is over
+            return
+        function()

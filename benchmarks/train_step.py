@@ -12,7 +12,6 @@ import itertools
 import side_by_side as side  # first: it puts the repository on the path
 
 # isort: split
-import as_it_is
 import textbook
 import torch
 from torch import nn
@@ -113,8 +112,8 @@ def main() -> None:
             steps[label] = Step(built, images, labels, torch.float32, False)
             dtypes[label] = "float32"
             pairs += [(label, f"{PLAIN}, float32 NCHW"), (label, BASE)]
-    if as_it_is.differs(args.device):
-        steps[AS_IT_IS] = as_it_is.AsItIs(textbook_step, network, size)
+    if side.keeps_memory(args.device):
+        steps[AS_IT_IS] = side.AsItIs(textbook_step, network, size)
         dtypes[AS_IT_IS] = "float32"
         pairs += [(label, AS_IT_IS) for label in steps if label == BASE or label.startswith("ours")]
     times = side.interleave(steps, args.rounds, args.device)

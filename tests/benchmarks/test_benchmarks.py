@@ -69,11 +69,11 @@ def faults_of_a_step(to):
     return step
 
 if __name__ == "__main__":
-    import as_it_is
-    if not as_it_is.differs(torch.device("cpu")):
+    import side_by_side as side
+    if not side.keeps_memory(torch.device("cpu")):
         sys.exit(77)
     here, there = Path("here"), Path("there")
-    steps = faults_of_a_step(here), as_it_is.AsItIs(faults_of_a_step, there)
+    steps = faults_of_a_step(here), side.AsItIs(faults_of_a_step, there)
     for _ in range(10):
         for step in steps:
             step()
