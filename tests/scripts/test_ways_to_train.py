@@ -172,7 +172,7 @@ def test_training_ends_without_a_better_top_1(call, tree, tmp_path, monkeypatch)
     def judge(*_) -> dict[str, float]:
         return {"loss": 1.0, "top1": judged.pop(0), "top5": 100.0, "images": 15}
 
-    monkeypatch.setattr(script, "evaluate", judge)
+    monkeypatch.setattr(script.classification, "evaluate", judge)
     flags = (*SMALL, "-b", 24, "--epochs", 9, "--early-stop", 3, tree)
     judged[:] = [50.0, 60.0, 60.0, 55.0, 60.0, 99.0]
     code, out, err = call(*flags, "--output", "through")
