@@ -399,3 +399,16 @@ def test_faults_of_images_are_pycocotools_matches(tmp_path):
             expected[row] += [(entry[f"{part}Matches"][0] == 0).sum() for part in ("gt", "dt")]
     assert faults.sum(0).min() > 3
     np.testing.assert_array_equal(faults, expected)
+
+
+def test_the_surest_detection_takes_its_object_first(tmp_path):
+    """Two objects that overlap; the surer detection fits both, the other one the first alone."""
+    boxes = [(0, 0, 10, 10), (0, 4, 10, 10)]
+    truth = [annotation(number, bbox=box) for number, box in enumerate(boxes, 1)]
+    split = load_split(locate(write_tree(tmp_path / "coco", truth), "val"))
+    found = {0.6: (0, 0, 10, 10), 0.9: (0, 1, 10, 10)}
+    results = [
+        {"image_id": 1, "category_id": 1, "bbox": box, "score": score}
+        for score, box in found.items()
+    ]
+    assert detection_faults(split, results)[0].tolist() == [1, 1]
