@@ -1,3 +1,4 @@
+# make venv          set up: .venv with everything installed
 # make demo          set up, train ECA-ResNet-18 on handwritten digits, evaluate the best checkpoint
 # make demo-light    the same with ECA-MobileNetV2
 # make demo-detect   Mask R-CNN with ECA-ResNet-18 on digits over photographs, with a picture
@@ -22,13 +23,15 @@ PYTHONS ?= $(foreach n,10 11 12 13 14,$(firstword $(wildcard \
 OLDEST = $(shell sed -nE 's/^([a-z-]+)>=([0-9.]+).*/\1~=\2.0/p' requirements.txt | \
 	grep -E '^(torch|torchvision|numpy|pillow|matplotlib|tensorboard)~')
 
-.PHONY: demo demo-light demo-detect ablation evidence-smoke benchmarks gpu test test-slow test-all test-pythons test-oldest lint clean
+.PHONY: venv demo demo-light demo-detect ablation evidence-smoke benchmarks gpu test test-slow test-all test-pythons test-oldest lint clean
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $(READY)
+
+venv: $(READY)
 
 demo: $(READY)
 	$(RUN) main.py demo:digits --action demo --seed 0

@@ -1,5 +1,6 @@
 """README.md's commands are understood, each by its own script."""
 
+import re
 import warnings
 
 import torch
@@ -75,3 +76,14 @@ def test_readme_s_commands_are_understood(workspace, monkeypatch):
                         config.recipe, config.network, start, ["a"] * 90, nowhere
                     )
                 assert "Loaded" in notes[1]
+
+
+def test_every_target_of_make_is_there():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    named = {
+        word
+        for page in pages
+        for word in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text("utf-8"), re.MULTILINE)
+    }
+    assert {"venv", "demo", "test"} <= named <= targets
