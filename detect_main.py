@@ -26,7 +26,7 @@ from utils.data.coco_dataset import CocoDataset
 from utils.data.coco_eval import Result, write_results
 from utils.data.loader import check_readable, end_workers
 from utils.inspection import report
-from utils.inspection.drawing import draw_first_batch, write_picture
+from utils.inspection.drawing import draw_first_batch, draw_predictions
 from utils.runs import folder as runs
 from utils.runs.checkpoint import Checkpoint
 from utils.runs.resume import Start
@@ -34,7 +34,7 @@ from utils.runs.writer import RunFiles
 from utils.system import backends, distributed
 from utils.system.distributed import Context, Votes
 from utils.system.faults import run_script
-from utils.system.files import check_new_file
+from utils.system.files import check_new_file, write_atomically
 from utils.system.signals import StopRequest
 from utils.system.text import all_epochs, counted, printable_lines
 from utils.training import detection, detector
@@ -127,7 +127,6 @@ def train(config: DetectionConfig, start: Start, context: Context, stop: StopReq
         pace.note_between(time.perf_counter() - ended)
         context.say(*fitted(detection.epoch_line(row, recipe.epochs, speed, improved)))
 
-    run.close()
     say_farewell(state, run, data, results, config)
     return 0
 
@@ -159,15 +158,17 @@ def say_farewell(
     results: Sequence[Result],
     config: DetectionConfig,
 ) -> None:
-    """Says what came of a run, with a picture and the commands that a user wants next."""
+    """Closes a run, and says what came of it and what a user wants next. Call on every rank."""
+    picture, val = "predictions.png", data.val
+    run.draw(picture, partial(draw_predictions, val.paths, val.masks, results))
+    run.close()
     if run.folder is None:  # not the main process
         return
-    picture = run.path("predictions.png")
-    write_picture(picture, data.val.paths, data.val.masks, results)
     words, more = detection.best_words(state.best), ("--epochs", 2 * config.recipe.epochs)
     lines = detection.best_lines(state.best)
     lines += run.farewell(words, bool(state.best), str(config.data.data), *more)
-    lines.append(f"  last epoch's detections beside the ground truth: {picture}")
+    if (run.folder / picture).exists():
+        lines.append(f"  last epoch's detections beside the ground truth: {run.folder / picture}")
     print(*map(printable_lines, lines), sep="\n", flush=True)
 
 
@@ -223,7 +224,7 @@ def write_evaluation(
         write_results(Path(run.results_json), list(results))
         print(f"{counted(len(results), 'detection', ',')} written to {run.results_json}")
     if run.picture:
-        write_picture(Path(run.picture), val.paths, val.masks, results)
+        write_atomically(Path(run.picture), draw_predictions(val.paths, val.masks, results))
         print(f"picture written to {run.picture}")
     inputs = {"checkpoint": run.resume, "data": config.data.data, "images": len(val.split)}
     output = None if run.resume == "auto" else run.output

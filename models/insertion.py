@@ -266,7 +266,13 @@ def add_attention(
         raise ValueError(f"ksize has {len(sizes)} kernel sizes for {len(plan)} layers")
     done, layers = [], []
     for (name, instead), k in zip(plan, sizes, strict=True):
-        layers.append(_layer(model, name, instead, kind, k, identity is not False))
+        layer, channels, size = _layer(model, name, instead, kind, k, identity is not False)
+        if size and size > 2 * channels - 1:  # 3557, say, which is four sizes in our ResNets
+            raise ValueError(
+                f"ksize {size}: {name} has {channels} channels, so the kernel's ends reach none;"
+                " give one odd number for all layers, such as 3"
+            )
+        layers.append((layer, channels, size))
     for (name, instead), (layer, channels, k) in zip(plan, layers, strict=True):
         place = f"{'in place of' if instead else 'after'} {name}"
         name = _insert(model, name, layer, instead, kind.slot)

@@ -257,12 +257,13 @@ def library_network(
     network.model_kwargs = {"version": installed(arch.partition(":")[0])}
     network.model_kwargs |= {"arguments": dict(arguments)} if arguments else {}
     insertions: tuple[Insertion, ...] = ()
+    if ksize is not None and (kind is None or not kind.takes_ksize):
+        what = f"with {kind.name}" if kind else "without attention"
+        raise ArgumentError(
+            f"{arch} {what} has no ECA layer: leave `ksize={ksize}` out", ksize=ksize
+        )
     if kind is not None:
         insertions = _with_attention(network, arch, kind, ksize, places, identity)
-    elif ksize is not None:
-        raise ArgumentError(
-            f"{arch} without attention has no ECA layer: leave `ksize={ksize}` out", ksize=ksize
-        )
     network.arch, network.num_classes, network.frozen = arch, num_classes, ()
     network.attention, network.attention_note = kind.name if kind else "none", ""
     network.ksize = tuple(each.kernel_size for each in insertions if each.kernel_size) or None
@@ -279,7 +280,7 @@ def _with_attention(
     identity: bool | None,
 ) -> tuple[Insertion, ...]:
     """Puts an attention into a library's network, and what rebuilds it into `model_kwargs`."""
-    sizes = _sizes(arch, ksize) if kind.takes_ksize else ADAPTIVE
+    sizes = _sizes(arch, ksize)
     try:
         done = tuple(add_attention(network, kind, places, sizes, identity, quiet=True))
     except ValueError as error:

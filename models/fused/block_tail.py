@@ -293,8 +293,8 @@ def _is_usual(
     ReLU and ReLU6, or with another forward than theirs (SyncBatchNorm); an ECALayer whose pooling
     or convolution was changed (`proof.is_eca`); BatchNorm without affine parameters; hooks on a
     module, as FLOPs counters attach them; tracing and export; torch.func's
-    transforms and forward-mode differentiation; a residual that broadcasts or differs in dtype; a
-    batch of one value a channel; parameters for other channels or on another device.
+    transforms and forward-mode differentiation; a residual that broadcasts, or of another dtype; a
+    batch of one value a channel; parameters of other channels; anything on another device.
     """
     if not is_bare(bn, nn.BatchNorm2d):
         return False
@@ -326,7 +326,9 @@ def _is_usual(
         return False
     if z.shape[1] != weight.shape[0] or z.device != weight.device:
         return False  # the modules say so; our passes would read elsewhere
-    return residual is None or (residual.shape == z.shape and residual.dtype == z.dtype)
+    return residual is None or (
+        residual.shape == z.shape and residual.dtype == z.dtype and residual.device == z.device
+    )
 
 
 listener: Callable[..., None] | None = None  # is told of each tail: see `tail_speed`

@@ -88,6 +88,8 @@ def test_the_configuration_is_the_librarys():
         ("torchvision:fcn_resnet50", {}, "torchvision has no classifier 'fcn_resnet50'"),
         ("torchvision:vgg11", {"attention": "eca"}, "vgg11: found no place for ECA in VGG"),
         ("torchvision:resnet18", {"ksize": 3}, "without attention has no ECA layer"),
+        ("timm:resnet18", {"ksize": 3, "attention": "se"}, "with se has no ECA layer"),
+        ("timm:resnet18", {"ksize": 3557, "attention": "eca"}, "give one odd number for all"),
         ("torchvision:resnet18", {"identity": True}, "`identity_start=True` is for eca"),
         ("torchvision:resnet18", {"arguments": {"a": 1}}, "cannot be built: .* argument 'a'"),
         ("timm:resnet18", {"arguments": {"checkpoint_path": "x"}}, "leave checkpoint_path out"),

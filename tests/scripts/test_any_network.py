@@ -83,6 +83,7 @@ def test_images_are_prepared_as_the_library_says(call, tree, tmp_path):
         (("-a", "timm:vit_tiny_patch16_224"), "fails with images of 32 pixels"),
         (("-a", "torchvision:vgg11", "--attention", "eca"), "found no place for ECA in VGG"),
         (("-a", "torchvision:resnet18", "--identity-start"), "--identity-start is for eca"),
+        (("-a", "timm:resnet18", "--attention", "se", "--ksize", 3), "leave --ksize 3 out"),
         (("-a", "torchvision:resnet18", "--drop-path", 0.1), "takes no --drop-path 0.1: leave it"),
         (("-a", "timm:vgg11", "--drop-path", 0.1), "takes no --drop-path 0.1: leave it"),
         (("-a", "resnet18", "--attention", "timm:bat"), "cannot be built with channels alone"),

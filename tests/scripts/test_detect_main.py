@@ -220,6 +220,11 @@ def test_a_broken_validation_image_costs_no_epoch(detect, shapes, tmp_path, monk
     assert not any("epoch 1/1  step" in line for line in lines)
     assert any(line.startswith("epoch 1/1  train loss") for line in lines)
 
+    def no_room(*_):
+        raise OSError("No space left on device")
+
+    # As little does a picture that cannot be drawn.
+    monkeypatch.setattr(detect_main, "draw_predictions", no_room)
     worse = Summary(dict.fromkeys(FIGURES, 0.125), dict.fromkeys(DIGITS, 0.0625))
     monkeypatch.setattr(detection, "evaluate_ranks", lambda found, *_: (found, {"bbox": worse}))
     lines = detect(*again, "--epochs", 2)

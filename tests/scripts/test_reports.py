@@ -112,6 +112,11 @@ def test_a_report_goes_to_output_or_to_a_new_folder(call, run_folder, tree, tmp_
     assert call("-e", "--resume", weights, tree, "--report")[0] == 0
     assert [path.name for path in (tmp_path / "downloads").iterdir()] == ["weights.pth"]
     assert summary(tmp_path / "runs" / "mobilenetv2_report-1" / "report")["images"] == 15
+    bare = {"state_dict": models.create_model("resnet18", num_classes=3).state_dict()}
+    torch.save(bare, tmp_path / "downloads" / "bare.pth")
+    assert call("-e", "--resume", "downloads/bare.pth", tree, "--report")[0] == 0
+    told = summary(tmp_path / "runs" / "resnet18_report-1" / "report")
+    assert told["arch"] == "resnet18"
 
 
 @pytest.mark.usefixtures("thin")

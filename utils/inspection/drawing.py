@@ -15,7 +15,6 @@ from utils.data.coco import CocoPaths
 from utils.data.coco_dataset import CocoDataset, CocoSplit, load_split
 from utils.data.coco_eval import Result
 from utils.data.sampler import SeededBatches
-from utils.system.files import write_atomically
 from utils.system.style import LARGE_CELL, Cell, draw_grid, encoded, fit, font
 from utils.system.text import counted, printable
 
@@ -177,14 +176,13 @@ def side_by_side(
     return page
 
 
-def write_picture(
-    path: Path,
+def draw_predictions(
     paths: CocoPaths,
     masks: bool,
     results: Sequence[Result],
     images: Sequence[int] = range(PICTURED),
-) -> None:
-    """Draws images of a data set, ground truth left and predictions right.
+) -> bytes:
+    """Draws images of a data set as a PNG, ground truth left and predictions right.
 
     Args:
         results: in COCO's format, of these images among others.
@@ -201,7 +199,7 @@ def write_picture(
             pixels.append(image)
             targets.append(target)
             predictions.append(as_tensors(own, split.category_ids))
-    write_atomically(path, encoded(side_by_side(pixels, targets, predictions, split.classes)))
+    return encoded(side_by_side(pixels, targets, predictions, split.classes))
 
 
 def draw_first_batch(split: CocoSplit, order: SeededBatches, hflip: float) -> bytes | None:

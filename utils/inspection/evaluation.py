@@ -33,7 +33,7 @@ def evaluate_and_write(
     """Evaluates a checkpoint, says its figures, and writes them, and a report, where asked for.
 
     Args:
-        network: on its device, see `classifier.to_device`.
+        network: on its device, see `classifier.to_device`; its `arch` is the report's title.
     """
     run = config.run
     reports = bool(config.typed.get("report"))  # a run that ends with one asks for none here
@@ -51,7 +51,7 @@ def evaluate_and_write(
         print(f"written to {runs.write_evaluation(run.output, record, context)}")
     if isinstance(meter, ReportMeter):
         record["checkpoint"] = str(saved.file)
-        _report(meter, data.images, config, record, folder, context)
+        _report(meter, data.images, config, str(network.arch), record, folder, context)
 
 
 def evaluate_shown(
@@ -128,7 +128,7 @@ def report_run(
     seconds = time.perf_counter() - began
     context.say(*classification.evaluation_lines(figures, seconds, meter.classes))
     record = {**figures, "checkpoint": source, "data": config.data.data}
-    _report(meter, images, config, record, run.folder, context)
+    _report(meter, images, config, config.recipe.arch, record, run.folder, context)
     return 0
 
 
@@ -145,6 +145,7 @@ def _report(
     meter: ReportMeter,
     images: ImageFolder,
     config: Config,
+    arch: str,
     record: dict[str, Any],
     folder: Path | None,
     context: Context,
@@ -155,7 +156,6 @@ def _report(
     evaluated = meter.gathered([key[1] for keys in order for key in keys], len(images))
     if not context.is_main:
         return
-    arch = config.recipe.arch
     if folder is None:
         folder = runs.create(runs.run_name(arch, "report"))
     record |= runs.environment(context)

@@ -516,7 +516,7 @@ def write_detection_report(
     from utils.data.coco_dataset import load_split
     from utils.data.coco_eval import KINDS
     from utils.inspection import pictures
-    from utils.inspection.drawing import write_picture
+    from utils.inspection.drawing import draw_predictions
 
     by_class, title = val.truth.by_class(results), f"{record['arch']}, IoU 0.50"
     boxes = by_class["bbox"]
@@ -541,10 +541,9 @@ def write_detection_report(
     head = ["rank", "path", "missed", "false"]
     files["worst_images.csv"] = csv_text([head, *lines]).encode()
     files["classes.csv"] = csv_text([titles, *rows]).encode()
+    pairs = worst[:PAIRED].tolist()
+    files["worst_images.png"] = draw_predictions(val.paths, val.masks, results, pairs)
     target = new_folder(parent)
-    write_picture(
-        target / "worst_images.png", val.paths, val.masks, results, worst[:PAIRED].tolist()
-    )
     for name, data in files.items():
         write_atomically(target / name, data)
     runs.write_json(target / SUMMARY, record)

@@ -426,13 +426,14 @@ def is_better(row: Mapping[str, float], best: Mapping[str, float], by: str) -> b
 
 
 def epochs_since_best(history: Sequence[Mapping[str, float]], by: str) -> int:
-    """Returns how many epochs have ended since the first one with the highest score; all of them
-    where none has a score.
+    """Returns how many epochs lie between the first one with the highest score and the last one
+    that was evaluated; where none has a score, how many there are up to that one.
     """
-    scores = [score(row, by) for row in history]
-    if max(scores, default=-math.inf) == -math.inf:
-        return len(scores)
-    return len(scores) - 1 - scores.index(max(scores))
+    evaluated = [number for number, row in enumerate(history, 1) if "val_loss" in row]
+    scores = [score(history[number - 1], by) for number in evaluated]
+    if not evaluated or max(scores) == -math.inf:
+        return max(evaluated, default=0)
+    return evaluated[-1] - evaluated[scores.index(max(scores))]
 
 
 def panels() -> list[Panel]:

@@ -111,6 +111,7 @@ class Refusals:
         yield "other rank", self.case(z=self.z[0], residual=None)
         yield "residual broadcasts", self.case(residual=self.z[:1])
         yield "residual's dtype", self.case(residual=self.z.double())
+        yield "residual's device", self.case(residual=self.z.to("meta"))
         yield "one value a channel", self.case(z=self.z[:1, :, :1, :1], residual=None)
         for name in ("bn", "attention", "activation"):
             for register in (
