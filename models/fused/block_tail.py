@@ -15,7 +15,7 @@ The same operation without ECA, residual or ReLU serves the other networks. `blo
 blocks call: it takes this path where `can_fuse` allows it, else the modules one by one.
 
 Where PyTorch finds a CUDA device, Triton is imported and its kernels compute the passes; where the
-import fails the reason is kept. Elsewhere `formulas` computes them.
+import fails the reason is kept. On a CPU `cpu_passes` does; compiled code has `formulas`.
 """
 
 import math
