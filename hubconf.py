@@ -25,6 +25,7 @@ from models.start import first_network as _first_network
 from models.weights import describe_weights as _describe_weights
 from models.weights import find_state_dict as _find_state_dict
 from utils.runs.checkpoint import Checkpoint as _Checkpoint
+from utils.runs.checkpoint import CorruptCheckpointError as _CorruptCheckpointError
 from utils.system.errors import UserError as _UserError
 
 dependencies = ["torch"]
@@ -68,9 +69,10 @@ def _entry(name: str) -> _Callable[..., _torch.nn.Module]:
         try:
             saved = _Checkpoint.read(path).contents
         except _UserError as error:
-            if is_url:  # a download that was cut is not taken next time
+            cut = is_url and isinstance(error, _CorruptCheckpointError)
+            if cut:  # not taken next time
                 path.unlink(missing_ok=True)
-            raise ValueError(f"{error}{'; removed from the cache' * is_url}") from None
+            raise ValueError(f"{error}{'; removed from the cache' * cut}") from None
         try:
             if num_classes is None:
                 num_classes = _describe_weights(_find_state_dict(saved))["num_classes"]

@@ -66,9 +66,9 @@ def find_images(root: str) -> tuple[list[bytes | Member], dict[str, int]]:
     if not os.path.isdir(root):
         raise UserError(f"{printable(root)}: no such folder; give the folder that holds the images")
 
-    paths = []
+    paths, of_shards = [], {folder.rstrip("/") or "/" for folder in sharded}
     for path, ending in files_below(root):
-        if os.fsdecode(os.path.dirname(path)) in sharded:
+        if os.fsdecode(os.path.dirname(path)) in of_shards:
             continue
         if ending in EXTENSIONS:
             paths.append(path)

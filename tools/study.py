@@ -42,7 +42,7 @@ from utils.inspection import study
 from utils.inspection.cost import multiply_adds
 from utils.inspection.study import Plan, RunResult, arch_and_flags, read_plan
 from utils.runs import folder as run_folder
-from utils.system.errors import EXIT_FAILED, UserError, require
+from utils.system.errors import EXIT_FAILED, UserError, as_user_error, require
 from utils.system.faults import run_script
 from utils.system.files import check_free, write_atomically
 from utils.system.processes import die_with_parent, processors
@@ -216,7 +216,10 @@ def _result(spec: Spec, folder: Path) -> RunResult:
     environment = saved["environment"]
     if is_file(variant):
         sha256 = saved["model_kwargs"]["attention_sha256"]
-        if sha256 != hashlib.sha256(Path(variant.rpartition(":")[0]).read_bytes()).hexdigest():
+        source = Path(variant.rpartition(":")[0])
+        if not source.is_file():
+            raise UserError(f"{variant}: no file {source} here; put it there")
+        if sha256 != hashlib.sha256(source.read_bytes()).hexdigest():
             raise UserError(
                 f"{variant} has changed since {target} was trained: put it back, or "
                 "give a new --output"
@@ -243,7 +246,8 @@ def _result(spec: Spec, folder: Path) -> RunResult:
 
 def _multiply_adds(saved: Mapping[str, Any], variant: str) -> int:
     """Counts those of one image, for the network that a run's args.json describes."""
-    kind = typed_attention(variant) if is_file(variant) else None
+    with as_user_error():
+        kind = typed_attention(variant) if is_file(variant) else None
     with torch.device("meta"):
         network = described_network(saved, kind).eval()
         images = torch.empty(1, 3, saved["img_size"], saved["img_size"])

@@ -351,8 +351,10 @@ def block_tail(
         listener(z, bn, attention, residual, activation)
     compiling = torch.compiler.is_compiling()
     alone = attention is None and residual is None
-    if fused and alone:  # the cheap question first: small BatchNorms are many
-        fused = not compiling and _pays(z, attends=False)  # a compiler does the same itself
+    # Asked before `_is_usual`, which takes longer: a network has many small BatchNorms. A compiler
+    # does the same itself.
+    if fused and alone and not torch.jit.is_tracing():
+        fused = not compiling and _pays(z, attends=False)
     if fused and _is_usual(z, bn, attention, residual, activation):
         faster = alone or compiling or _pays(z, attention is not None)
         # DataParallel's threads share one interpreter: eight took 16 tails 17 times as long.

@@ -401,7 +401,7 @@ def _files(file: BinaryIO, path: str, ignored: Counter[str]) -> Iterator[Entry]:
 
 
 def _class_number(text: bytes, name: str) -> int:
-    digits = text.strip()
+    digits = text.strip() if len(text) < BLOCK else b""  # more than was read
     if not (digits.isdigit() and len(digits) < 20 and int(digits) < MOST_CLASSES):
         raise UserError(
             f"{printable(name)}: holds {text[:20]!r}, not the number of a class (0 to "

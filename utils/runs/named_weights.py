@@ -85,8 +85,8 @@ def _fetched(
         raise
     except Exception as error:  # what a download raises is open-ended
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-        if cached.exists():  # by a program that did not compare its checksum
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / (url or "").rpartition("/")[2]
+        if url and cached.is_file():  # by a program that did not compare its checksum
             raise UserError(
                 f"{cached}: damaged ({reason[:200]}); remove it, and start again", EXIT_FAILED
             ) from None

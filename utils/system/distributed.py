@@ -147,10 +147,16 @@ def wrap(network: nn.Module, context: Context, sync_bn: bool = False) -> nn.Modu
             device_ids=[context.device.index] if on_gpu else None,
             gradient_as_bucket_view=True,
         )
-        # Rank 0's count, and a training step reads none that change: all ranks get them at an
-        # epoch's end, before they are evaluated, not in each forward pass. (The constructor's
-        # argument has another name in PyTorch 2.14.)
-        wrapped.broadcast_buffers = False
+        # Rank 0's count, and a training step reads none of a BatchNorm's: all ranks get them at an
+        # epoch's end, before they are evaluated, not in each forward pass. Another layer's may be
+        # read. (The constructor's argument has another name in PyTorch 2.14.)
+        of_norms = {
+            id(buffer)
+            for module in network.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for buffer in module.buffers(recurse=False)
+        }
+        wrapped.broadcast_buffers = any(id(b) not in of_norms for b in network.buffers())
         _settle_buckets(wrapped, context.device)
         return wrapped
     return data_parallel(network, context)

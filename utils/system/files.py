@@ -197,8 +197,16 @@ def check_writable(folder: Path) -> None:
     Raises:
         UserError: names the part of its path that stands in the way.
     """
-    parts = (folder, *folder.absolute().parents)
-    _check_rights(next(part for part in parts if os.path.lexists(part)), str(folder))
+    whole = folder.absolute()
+    there = next(part for part in (whole, *whole.parents) if os.path.lexists(part))
+    for name in whole.parts[len(there.parts) :]:
+        try:
+            os.lstat(there / name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:  # a name that is too long, be its folder there or not
+            raise UserError(f"{folder}: {error.strerror}; choose another name") from None
+    _check_rights(there, str(folder))
 
 
 def check_new_file(file: str | None) -> None:

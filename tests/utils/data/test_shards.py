@@ -314,7 +314,7 @@ def test_damaged_shards_are_named(folder, damage):
 
 @pytest.mark.parametrize(
     "content",
-    [b"cat", b"-1", b"", b"1.5", b"%d" % 2**63, b"1000000"],
+    [b"cat", b"-1", b"", b"1.5", b"%d" % 2**63, b"1000000", b"1" + b" " * 600],
 )
 def test_what_is_no_class_number(folder, content):
     write_tar(folder / "2.tar", [("x.png", b"x"), ("x.cls", content)])

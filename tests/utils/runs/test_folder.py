@@ -55,6 +55,8 @@ def test_an_output_is_refused_before_the_work(tmp_path):
         run_folder.check_output("used")
     with pytest.raises(UserError, match=r"used/x/run: cannot write to .*x; mend its rights"):
         run_folder.check_output("used/x/run")
+    with pytest.raises(UserError, match="File name too long; choose another name"):
+        run_folder.check_output(f"new/{'x' * 300}")
     (tmp_path / "used" / run_folder.LOCK).touch()  # now it is the folder of a run
     run_folder.check_output("used", tmp_path / "used")
     with pytest.raises(UserError, match="is in use"):

@@ -43,6 +43,8 @@ def test_batch_norm_is_each_rank_s_own_unless_asked(group):
     wrapped = distributed.wrap(network, TWO_RANKS)
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in network.modules())
     assert not wrapped.broadcast_buffers  # its statistics, too, until the epoch ends
+    network.register_buffer("gate", torch.ones(3))  # which a layer of a user's may read
+    assert distributed.wrap(network, TWO_RANKS).broadcast_buffers
 
 
 def test_buckets_are_settled_before_the_first_step(group):
