@@ -266,13 +266,7 @@ def add_attention(
         raise ValueError(f"ksize has {len(sizes)} kernel sizes for {len(plan)} layers")
     done, layers = [], []
     for (name, instead), k in zip(plan, sizes, strict=True):
-        layer, channels, size = _layer(model, name, instead, kind, k, identity is not False)
-        if size and size > 2 * channels - 1:  # 3557, say, which is four sizes in our ResNets
-            raise ValueError(
-                f"ksize {size}: {name} has {channels} channels, so the kernel's ends reach none;"
-                " give one odd number for all layers, such as 3"
-            )
-        layers.append((layer, channels, size))
+        layers.append(_layer(model, name, instead, kind, k, identity is not False))
     for (name, instead), (layer, channels, k) in zip(plan, layers, strict=True):
         place = f"{'in place of' if instead else 'after'} {name}"
         name = _insert(model, name, layer, instead, kind.slot)
@@ -316,6 +310,11 @@ def _layer(
     """Makes the layer for the output of module `name`; returns it, its channels and kernel size."""
     channels, axes = _channels(model, name, instead), _spatial_axes(model, name)
     k = adaptive_kernel_size(channels) if ksize == ADAPTIVE else ksize
+    if kind.takes_ksize and k > 2 * channels - 1:  # 3557, say, which is four sizes in our ResNets
+        raise ValueError(
+            f"ksize {k}: {name} has {channels} channels, so the kernel's ends reach none; give one"
+            " odd number for all layers, such as 3"
+        )
     if kind.name == "eca":
         return InsertedECA(channels, k, identity, axes), channels, k
     if axes != 2:

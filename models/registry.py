@@ -258,10 +258,8 @@ def library_network(
     network.model_kwargs |= {"arguments": dict(arguments)} if arguments else {}
     insertions: tuple[Insertion, ...] = ()
     if ksize is not None and (kind is None or not kind.takes_ksize):
-        what = f"with {kind.name}" if kind else "without attention"
-        raise ArgumentError(
-            f"{arch} {what} has no ECA layer: leave `ksize={ksize}` out", ksize=ksize
-        )
+        what = f"{arch} {f'with {kind.name}' if kind else 'without attention'} has no ECA layer"
+        raise ArgumentError(f"{what}: leave `ksize={ksize}` out", ksize=ksize)
     if kind is not None:
         insertions = _with_attention(network, arch, kind, ksize, places, identity)
     network.arch, network.num_classes, network.frozen = arch, num_classes, ()
