@@ -382,6 +382,7 @@ def norm_act(z: Tensor, bn: nn.Module, activation: nn.Module, fused: bool = True
 # and calls: (with ECA, without). From processor times for the CPU (benchmarks/tail.py --table
 # measures the choice), estimated for CUDA.
 LARGE = {"cpu": (0, 1 << 17), "cuda": (1 << 23, 1 << 24), "meta": (0, 0)}
+HALF_NCHW = 1 << 20  # without ECA in bfloat16: short rows of each channel convert slowly
 FEW_PIXELS = 4  # so many in NHWC leave BatchNorm's own kernel, which sums over N, too, in front
 
 
@@ -390,8 +391,11 @@ def _pays(z: Tensor, attends: bool) -> bool:
     least = LARGE.get(z.device.type)
     if least is None or z.numel() < least[not attends] or not _has_passes(z):
         return False
-    few = z.shape[2:].numel() <= FEW_PIXELS and format_of(z) == torch.channels_last
-    return attends or not few or z.device.type != "cpu"
+    if attends or z.device.type != "cpu":
+        return True
+    if format_of(z) == torch.channels_last:
+        return z.shape[2:].numel() > FEW_PIXELS
+    return z.dtype is not torch.bfloat16 or z.numel() >= HALF_NCHW
 
 
 def _plain_tail(z: Tensor, bn: nn.Module, residual: Tensor, activation: bool) -> Tensor:

@@ -180,6 +180,26 @@ def test_networks_are_as_near_to_double_precision_as_with_modules(name, monkeypa
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "layout", "pays"),  # the last in float32 and in bfloat16; with ECA always
+    [
+        ((1, 127, 32, 32), "NCHW", (False, False)),
+        ((1, 128, 32, 32), "NCHW", (True, False)),
+        ((64, 512, 2, 2), "NCHW", (True, False)),
+        ((8, 128, 32, 32), "NCHW", (True, True)),
+        ((1, 128, 32, 32), "NHWC", (True, True)),
+        ((64, 1280, 2, 2), "NHWC", (False, False)),
+    ],
+)
+def test_the_shape_decides_whether_the_passes_run(shape, layout, pays):
+    layout = torch.channels_last if layout == "NHWC" else torch.contiguous_format
+    for dtype, expected in zip(DTYPES, pays, strict=True):
+        z = torch.empty(shape, dtype=dtype).contiguous(memory_format=layout)
+        assert eca_fused._pays(z, attends=False) is expected
+        assert eca_fused._pays(z, attends=True)
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", ["eca_resnet18", "resnet18"])
 def test_batch_norms_without_attention_where_the_tensor_is_large(name, monkeypatch):
     """In a block, in the stem and in the plain network's tails; modules with a hook are called."""
